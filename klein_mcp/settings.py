@@ -1,0 +1,198 @@
+"""What this installation may do and where it keeps things: the only reader of environment and config file.
+
+`KLEIN_<FIELD>` in the environment wins over `<field>` in `config.toml` in the home folder, which wins over the default.
+"""
+
+import difflib
+import os
+import tomllib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+
+class SettingsError(Exception):
+    """One line: which variable or key, what it said, what is allowed."""
+
+
+def _text(value: str) -> str:
+    return value
+
+
+def _choice(*allowed: str) -> Callable[[str], str]:
+    def parse(value: str) -> str:
+        if value not in allowed:
+            raise ValueError(f"one of {', '.join(allowed)}")
+        return value
+
+    return parse
+
+
+def _number(kind: type, low: float, high: float, unit: str) -> Callable[[str], Any]:
+    def parse(value: str) -> Any:
+        try:
+            number = kind(value)
+        except ValueError:
+            number = None
+        if number is None or not low <= number <= high:
+            raise ValueError(f"{unit}, {low:g} to {high:g}")
+        return number
+
+    return parse
+
+
+def _flag(value: str) -> bool:
+    if value.lower() in ("1", "true", "yes", "on"):
+        return True
+    if value.lower() in ("0", "false", "no", "off", ""):
+        return False
+    raise ValueError("1 or 0")
+
+
+def _path(value: str) -> Path:
+    path = Path(value).expanduser()
+    if not path.is_absolute():
+        # Desktop clients start servers in a folder nobody chose; a relative path would lie somewhere else each time.
+        raise ValueError("an absolute path")
+    return path
+
+
+def _paths(value: str) -> tuple[Path, ...]:
+    return tuple(_path(part) for part in value.split(os.pathsep) if part)
+
+
+def _roots(value: str) -> tuple[Path, ...] | None:
+    return _paths(value) or None
+
+
+def _words(value: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in value.split(",") if part.strip())
+
+
+def _setting(default: Any, parse: Callable[[str], Any], doc: str) -> Any:
+    return field(default=default, metadata={"parse": parse, "doc": doc})
+
+
+def default_home() -> Path:
+    from platformdirs import user_data_path
+
+    return user_data_path("klein-mcp", appauthor=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """Read once, handed down; nobody else looks at the environment."""
+
+    home: Path = field(
+        default_factory=default_home,
+        metadata={"parse": _path, "doc": "Folder of the picture library, the configuration and the engine's address."},
+    )
+    model: str = _setting("auto", _text, "Model where a call names none: a variant, a folder, a file, or auto.")
+    models: tuple[Path, ...] = _setting((), _paths, "Where models lie besides the home folder: a list of folders.")
+    device: str = _setting("auto", _text, "Device of the engine: auto, cpu, cuda, cuda:1, mps.")
+    dtype: str = _setting(
+        "auto", _choice("auto", "float32", "bfloat16"), "Number format of the engine: auto, float32, bfloat16."
+    )
+    threads: int = _setting(0, _number(int, 0, 1024, "threads"), "CPU threads of the engine; 0 leaves it to torch.")
+    loras: tuple[str, ...] = _setting((), _words, "LoRA files to load, each with an optional :scale, comma-separated.")
+    show: str | None = _setting(
+        None,
+        _choice("inline", "link", "none"),
+        "How pictures come back where a call does not say: inline, link, none. Unset: what the client can show.",
+    )
+    wait_budget: float = _setting(
+        25.0, _number(float, 0, 3600, "seconds"), "Seconds a call waits for its picture before it returns a job."
+    )
+    queue_size: int = _setting(32, _number(int, 1, 100_000, "jobs"), "Jobs that may wait; one more is told to retry.")
+    keep_alive: float = _setting(
+        600.0, _number(float, 0, 1e9, "seconds"), "Seconds without work until the weights leave the device."
+    )
+    exit_after: float = _setting(
+        3600.0, _number(float, 0, 1e9, "seconds"), "Seconds without work until the engine's process ends."
+    )
+    read_roots: tuple[Path, ...] | None = _setting(
+        None, _roots, "Folders from which tools may open files. Unset: your home and the temp folder."
+    )
+    write_roots: tuple[Path, ...] | None = _setting(
+        None,
+        _roots,
+        "Folders into which save_image may write. Unset: the client's roots, or the project folder it started in.",
+    )
+    allow_urls: bool = _setting(False, _flag, "1 lets a call name a picture by https address (public hosts only).")
+    log_level: str = _setting(
+        "warning", _choice("debug", "info", "warning", "error"), "What is logged: debug, info, warning, error."
+    )
+
+    @classmethod
+    def load(cls, environ: Mapping[str, str] = os.environ) -> "Settings":
+        """Raises SettingsError."""
+        home = environ.get("KLEIN_HOME")
+        folder = _parse("KLEIN_HOME", home, _path) if home else default_home()
+        values = {**_from_file(folder / "config.toml"), **_from_environ(environ), "home": folder}
+        return cls(**values)
+
+    @property
+    def library(self) -> Path:
+        """The folder of the picture library."""
+        return self.home / "library"
+
+
+def variable(name: str) -> str:
+    """The environment variable of a field."""
+    return f"KLEIN_{name.upper()}"
+
+
+def table() -> Iterator[tuple[str, str, str]]:
+    """(variable, default, meaning) of each setting, for the README."""
+    for item in fields(Settings):
+        default = "the platform's data folder" if item.name == "home" else _shown(item.default)
+        yield variable(item.name), default, item.metadata["doc"]
+
+
+def _shown(value: Any) -> str:
+    if value is None or value == ():
+        return ""
+    if isinstance(value, bool):
+        return str(int(value))
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _parse(source: str, value: str, parse: Callable[[str], Any]) -> Any:
+    try:
+        return parse(value)
+    except ValueError as problem:
+        raise SettingsError(f"{source} is {value!r}; it must be {problem}.") from None
+
+
+def _from_environ(environ: Mapping[str, str]) -> dict[str, Any]:
+    return {
+        item.name: _parse(variable(item.name), environ[variable(item.name)], item.metadata["parse"])
+        for item in fields(Settings)
+        if environ.get(variable(item.name))
+    }
+
+
+def _from_file(path: Path) -> dict[str, Any]:
+    try:
+        data = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as problem:
+        raise SettingsError(f"{path} cannot be read: {problem}.") from None
+    known = {item.name: item.metadata["parse"] for item in fields(Settings) if item.name != "home"}
+    for name in data:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 1)
+            meant = f" Did you mean {near[0]}?" if near else ""
+            raise SettingsError(f"{path} sets {name}, which is no setting.{meant}")
+    return {
+        name: _parse(f"{name} in {path}", _as_text(value, known[name]), known[name]) for name, value in data.items()
+    }
+
+
+def _as_text(value: Any, parse: Callable[[str], Any]) -> str:
+    """A TOML value as the environment would spell it, so that both go through one parser."""
+    if isinstance(value, list):
+        return ("," if parse is _words else os.pathsep).join(map(str, value))
+    return str(int(value)) if isinstance(value, bool) else str(value)
