@@ -1,0 +1,124 @@
+"""Paints in the daemon: finds or starts it, posts the job, passes its events on."""
+
+import logging
+from collections.abc import AsyncIterator, Sequence
+from contextlib import aclosing
+from typing import TYPE_CHECKING, Any
+
+from engine.contract import EngineError, EngineFailed, Event, Job, Loading, Painting
+from klein_mcp.backends.launch import DAEMON, Launcher, authorization
+from klein_mcp.daemon.address import Address, Build
+from klein_mcp.settings import Settings
+
+if TYPE_CHECKING:
+    import httpx2
+
+log = logging.getLogger(__name__)
+
+
+class _Lost(Exception):
+    """The daemon went away, or was about to, before it answered."""
+
+
+class DaemonBackend:
+    """The Backend of every door. One per process; its connections close with it."""
+
+    def __init__(self, settings: Settings, command: Sequence[str] = DAEMON) -> None:
+        self._settings = settings
+        self._command = command
+        # Of the code this process has loaded; read later, it would be that of an upgrade made meanwhile.
+        self._build = Build.read()
+        self._http: httpx2.AsyncClient | None = None
+
+    async def run(self, job: Job, *, client: str) -> AsyncIterator[Event]:
+        """Events as they happen, the last one a Painting. Closing the iterator cancels the job. Raises EngineError."""
+        for _ in range(2):  # a job is pure: after a crash, painting it again gives the same picture
+            address = None
+            async with aclosing(self._launcher().ready()) as waiting:
+                async for address in waiting:
+                    if not address:
+                        yield Loading(job.model, 0.0)
+            assert address
+            try:
+                async with aclosing(self._events(address, job, client)) as events:
+                    async for event in events:
+                        yield event
+                return
+            except _Lost:
+                log.warning("the engine went away in the middle of a picture")
+        raise EngineFailed(
+            "The engine crashed twice on this picture.", hint="Try a smaller size; see `klein-mcp doctor`."
+        )
+
+    async def status(self) -> dict[str, Any]:
+        """{"running": False} where no daemon is; never starts one."""
+        import httpx2
+
+        hello = await self._launcher().find()
+        if not hello:
+            return {"running": False}
+        try:
+            answer = await self._client().get(f"{hello.address.url}/status", headers=authorization(hello.address))
+            return {"running": True, **answer.json()}
+        except (httpx2.HTTPError, ValueError):
+            return {"running": False}
+
+    async def stop(self) -> bool:
+        """Ask the daemon to end now; whether there was one."""
+        import httpx2
+
+        hello = await self._launcher().find()
+        if not hello:
+            return False
+        try:
+            await self._client().post(f"{hello.address.url}/stop", headers=authorization(hello.address))
+        except httpx2.HTTPError:
+            return False
+        return True
+
+    async def aclose(self) -> None:
+        if self._http:
+            await self._http.aclose()
+            self._http = None
+
+    async def _events(self, address: Address, job: Job, client: str) -> AsyncIterator[Event]:
+        """Raises _Lost, EngineError."""
+        import httpx2
+
+        from klein_mcp.daemon import wire
+
+        headers = {**authorization(address), "x-klein-client": client}
+        # Silent for half a minute means dead: the daemon tells the latest event again every few seconds.
+        timeout = httpx2.Timeout(30, connect=5)
+        try:
+            async with self._client().stream(
+                "POST", f"{address.url}/run", content=wire.encode(job), headers=headers, timeout=timeout
+            ) as response:
+                if response.status_code == 503:
+                    raise _Lost
+                if response.status_code != 200:
+                    await response.aread()
+                    raise EngineFailed(f"The engine refused the job: {response.text[:200]}")
+                frames = wire.Frames()
+                async for chunk in response.aiter_raw():
+                    for frame in frames.feed(chunk):
+                        event = wire.decode(frame)
+                        if isinstance(event, EngineError):
+                            raise event
+                        yield event  # type: ignore[misc]
+                        if isinstance(event, Painting):
+                            return
+        except (httpx2.TransportError, wire.BadFrame):
+            pass
+        raise _Lost
+
+    def _client(self) -> "httpx2.AsyncClient":
+        if not self._http:
+            import httpx2
+
+            # A proxy has no business between two processes of one machine.
+            self._http = httpx2.AsyncClient(trust_env=False)
+        return self._http
+
+    def _launcher(self) -> Launcher:
+        return Launcher(self._settings, self._client(), self._build, self._command)

@@ -1,0 +1,133 @@
+"""The process that holds the engine: joins engine, queue and app; binds first, loads after."""
+
+import asyncio
+import contextlib
+import faulthandler
+import logging
+import logging.handlers
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import uvicorn
+from filelock import FileLock, Timeout
+
+from klein_mcp.daemon import address as addresses
+from klein_mcp.daemon.address import HOST, Address, Build
+from klein_mcp.daemon.app import Daemon
+from klein_mcp.daemon.queue import Painter, Queue
+from klein_mcp.settings import Settings, SettingsError
+
+log = logging.getLogger("klein_mcp.daemon")
+
+Make = Callable[[Settings], Painter]
+
+
+def klein(settings: Settings) -> Painter:
+    """The engine itself. Only here, and in `paint`, does torch come in."""
+    from engine.klein import Engine
+
+    return Engine(
+        models=settings.models,
+        device=None if settings.device == "auto" else settings.device,
+        dtype=None if settings.dtype == "auto" else settings.dtype,
+        loras=settings.loras,
+        threads=settings.threads or None,
+    )
+
+
+def main(make: Make = klein) -> int:
+    faulthandler.enable()
+    try:
+        settings = Settings.load()
+        with _alone(settings.home):
+            _log_to(settings.home / "daemon.log", settings.log_level)
+            asyncio.run(_serve(settings, make))
+    except (SettingsError, OSError, Timeout) as problem:
+        # The door that started us shows the last line of stderr.
+        print(f"The engine cannot start: {str(problem).splitlines()[0]}", file=sys.stderr, flush=True)
+        return 1
+    return 0
+
+
+def _alone(home: Path) -> FileLock:
+    """Held for life: one engine per data folder, however it was started. The operating system frees it on any death."""
+    home.mkdir(mode=0o700, parents=True, exist_ok=True)
+    # A replaced daemon needs a moment to unload before its successor may load.
+    return FileLock(home / "engine.lock", timeout=30)
+
+
+async def _serve(settings: Settings, make: Make) -> None:
+    listener = _bind()
+    address = Address(listener.getsockname()[1], os.getpid(), addresses.new_token())
+    build = Build.read()
+    queue = Queue(lambda: make(settings), size=settings.queue_size, keep_alive=settings.keep_alive)
+    about = {
+        "version": build.version,
+        "pid": address.pid,
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "log": str(settings.home / "daemon.log"),
+    }
+    daemon = Daemon(queue, address, build, about=about)
+    server = uvicorn.Server(
+        uvicorn.Config(daemon.app(), log_config=None, access_log=False, lifespan="off", timeout_graceful_shutdown=2)
+    )
+    worker = threading.Thread(target=queue.work, name="painter", daemon=True)
+    serving = asyncio.create_task(server.serve([listener]))
+    try:
+        while not server.started and not serving.done():
+            await asyncio.sleep(0.01)
+        addresses.write(settings.home, address)
+        worker.start()
+        log.info("listening on port %d, pid %d", address.port, address.pid)
+        await _until_it_should_end(daemon, server, settings.exit_after)
+    finally:
+        # First the address goes, so that a door that looks now starts another; then the jobs are told.
+        with contextlib.suppress(OSError):
+            addresses.remove(settings.home, address)
+        queue.close()
+        server.should_exit = True
+        await serving
+        if worker.is_alive():
+            await asyncio.to_thread(worker.join, 30)
+    log.info("ended")
+
+
+def _bind() -> socket.socket:
+    # With the protocol left at 0 asyncio does not switch Nagle's algorithm off, and each job starts 40 ms late.
+    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    listener.bind((HOST, 0))
+    listener.listen(128)
+    return listener
+
+
+async def _until_it_should_end(daemon: Daemon, server: uvicorn.Server, exit_after: float) -> None:
+    while not server.should_exit:
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(daemon.leaving.wait(), 0.2)
+        if daemon.leaving.is_set():
+            return
+        idle = daemon.queue.idle_seconds
+        # At least a second, or a daemon would be gone before the job for which it was started arrives.
+        if idle > max(exit_after, 1.0) or (daemon.draining and idle > 0):
+            return
+
+
+def _log_to(path: Path, level: str) -> None:
+    handler = logging.handlers.RotatingFileHandler(path, maxBytes=2**20, backupCount=2, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    logging.basicConfig(handlers=[handler], level=logging.WARNING)
+    # Our own few lines of start and end are worth having at the default level too.
+    logging.getLogger("klein_mcp").setLevel(min(logging.INFO, logging.getLevelName(level.upper())))
+
+
+if __name__ == "__main__":
+    # Left at once: an interpreter that tears torch down beside a thread still inside it can crash.
+    code = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

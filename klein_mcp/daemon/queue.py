@@ -1,0 +1,204 @@
+"""Who paints next: a bounded queue, one turn per client in the round, and the one thread that drives the engine."""
+
+import itertools
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from engine.contract import Busy, EngineError, EngineFailed, Event, Job, Loading, OutOfMemory, Painting, Queued
+
+log = logging.getLogger(__name__)
+
+Tell = Callable[[Event | EngineError], None]
+"""Where a ticket's events go. Called from any thread; must return at once and not raise."""
+
+
+class Painter(Protocol):
+    """What drives the pixels: engine.klein.Engine, or a fake of the same shape in a test."""
+
+    def run(self, job: Job) -> Iterator[Event]: ...
+    def status(self) -> dict[str, Any]: ...
+    def release(self) -> None: ...
+
+
+@dataclass(eq=False, slots=True)
+class Ticket:
+    """One job in the queue or under the brush."""
+
+    job: Job
+    client: str
+    tell: Tell
+    cancelled: bool = False
+    position: int | None = field(default=None, repr=False)
+
+
+class Queue:
+    """Takes jobs from any thread; `work` is the body of the thread that paints them."""
+
+    def __init__(self, make_painter: Callable[[], Painter], *, size: int, keep_alive: float) -> None:
+        self._make_painter = make_painter
+        self._painter: Painter | None = None
+        self._size = size
+        self._keep_alive = keep_alive
+        self._change = threading.Condition()
+        self._waiting: dict[str, deque[Ticket]] = {}  # clients in the order of their turns
+        self._running: Ticket | None = None
+        self._closed = False
+        self._idle_since = time.monotonic()
+        self._seconds = 5.0  # of the latest job; before the first, a guess for `retry_after`
+        self._done = self._failed = 0
+
+    def put(self, job: Job, client: str, tell: Tell) -> Ticket:
+        """Raises Busy when the queue is full, EngineFailed when it is closed."""
+        ticket = Ticket(job, client, tell)
+        with self._change:
+            if self._closed:
+                raise _stopped()
+            waiting = self._count()
+            if waiting >= self._size:
+                retry = max(1.0, round(self._seconds * (waiting + 1) / 2, 1))
+                raise Busy(
+                    f"The queue is full: {waiting} pictures are waiting, at most {self._size} may.",
+                    hint=f"Try again in {retry:.0f} s.",
+                    retry_after=retry,
+                )
+            self._waiting.setdefault(client, deque()).append(ticket)
+            self._tell_positions()
+            self._change.notify_all()
+        return ticket
+
+    def cancel(self, ticket: Ticket) -> None:
+        """A waiting job leaves; a running one is put down at its next yield. Cancelling twice does nothing."""
+        with self._change:
+            ticket.cancelled = True
+            line = self._waiting.get(ticket.client, ())
+            if ticket in line:
+                line.remove(ticket)  # type: ignore[union-attr]
+                if not line:
+                    del self._waiting[ticket.client]
+                self._tell_positions()
+
+    def close(self) -> None:
+        """Take no more jobs; whoever waits is told so, and the job under the brush is put down."""
+        with self._change:
+            self._closed = True
+            tickets = [*itertools.chain(*self._waiting.values()), *([self._running] if self._running else [])]
+            self._waiting.clear()
+            for ticket in tickets:
+                ticket.cancelled = True
+                ticket.tell(_stopped())
+            self._change.notify_all()
+
+    @property
+    def idle_seconds(self) -> float:
+        """How long nothing has waited or been painted."""
+        with self._change:
+            return 0.0 if self._running or self._waiting else time.monotonic() - self._idle_since
+
+    def status(self) -> dict[str, Any]:
+        """Cheap, from any thread."""
+        with self._change:
+            state = {
+                "waiting": self._count(),
+                "size": self._size,
+                "clients": len(self._waiting),
+                "running": self._running is not None,
+                "done": self._done,
+                "failed": self._failed,
+            }
+            painter = self._painter
+        return {"queue": state, **({"engine": painter.status()} if painter else {})}
+
+    def work(self) -> None:
+        """Paint until closed."""
+        while ticket := self._next():
+            started = time.monotonic()
+            outcome = self._paint(ticket)
+            with self._change:
+                self._running = None
+                self._idle_since = time.monotonic()
+                if outcome is not None and not ticket.cancelled:
+                    self._done += isinstance(outcome, Painting)
+                    self._failed += isinstance(outcome, EngineError)
+                    self._seconds = self._idle_since - started
+                    ticket.tell(outcome)
+
+    def _next(self) -> Ticket | None:
+        with self._change:
+            while not self._waiting and not self._closed:
+                if not self._change.wait(self._keep_alive if self._painter else None):
+                    self._rest()
+            if self._closed:
+                return None
+            client = next(iter(self._waiting))
+            line = self._waiting.pop(client)
+            self._running = line.popleft()
+            if line:
+                self._waiting[client] = line  # to the end of the round
+            self._tell_positions()
+            return self._running
+
+    def _rest(self) -> None:
+        """Nobody came for a while: the weights leave memory."""
+        if self._painter and not self._waiting and not self._closed:
+            log.info("idle for %.0f s: releasing the weights", self._keep_alive)
+            self._painter.release()
+
+    def _paint(self, ticket: Ticket) -> Painting | EngineError | None:
+        """The picture or what went wrong; None if it was cancelled."""
+        try:
+            try:
+                return self._drive(ticket)
+            except OutOfMemory as problem:
+                log.warning("out of memory, trying once more with nothing else in memory: %s", problem)
+                self._ready().release()
+                return self._drive(ticket)
+        except EngineError as problem:
+            return problem
+        except Exception as problem:
+            log.exception("the engine broke off")
+            return EngineFailed(
+                f"The engine broke off: {type(problem).__name__}: {str(problem).splitlines()[0] if str(problem) else ''}",
+                hint="The log of `klein-mcp status` has the details.",
+            )
+
+    def _drive(self, ticket: Ticket) -> Painting | None:
+        if not self._painter:
+            ticket.tell(Loading(ticket.job.model, 0.0))
+        with closing(self._ready().run(ticket.job)) as events:  # type: ignore[type-var]
+            for event in events:
+                if ticket.cancelled:
+                    return None
+                if isinstance(event, Painting):
+                    return event
+                ticket.tell(event)
+        raise EngineFailed("The engine ended without a picture.")
+
+    def _ready(self) -> Painter:
+        if not self._painter:
+            self._painter = self._make_painter()
+        return self._painter
+
+    def _count(self) -> int:
+        return sum(map(len, self._waiting.values()))
+
+    def _tell_positions(self) -> None:
+        ahead = 1 if self._running else 0
+        for position, ticket in enumerate(self._in_turn(), ahead):
+            if ticket.position != position:
+                ticket.position = position
+                ticket.tell(Queued(position))
+
+    def _in_turn(self) -> Iterator[Ticket]:
+        """Waiting tickets in the order in which they will be painted if nobody comes or leaves."""
+        rounds = itertools.zip_longest(*self._waiting.values())
+        return (ticket for turn in rounds for ticket in turn if ticket)
+
+
+def _stopped() -> EngineFailed:
+    return EngineFailed("The engine was stopped.", hint="The next call starts it again.")

@@ -1,0 +1,128 @@
+"""What a job and its events look like on the wire: length-prefixed frames of one JSON header and raw RGB8 bytes."""
+
+import json
+import struct
+from collections.abc import Iterator, Mapping
+from dataclasses import fields
+from typing import Any
+
+import numpy as np
+
+from engine.contract import (
+    BadWeights,
+    Busy,
+    EngineError,
+    EngineFailed,
+    Event,
+    InvalidJob,
+    Job,
+    Loading,
+    ModelNotFound,
+    OutOfMemory,
+    Painting,
+    Queued,
+    Stage,
+    Step,
+)
+
+Message = Job | Event | EngineError
+
+_PREFIX = struct.Struct("!II")  # bytes of the header, bytes of pixels behind it
+_KINDS: dict[str, type] = {kind.__name__: kind for kind in (Job, Queued, Loading, Stage, Step, Painting)}
+_ERRORS: dict[str, type[EngineError]] = {
+    kind.__name__: kind
+    for kind in (EngineError, InvalidJob, ModelNotFound, BadWeights, OutOfMemory, Busy, EngineFailed)
+}
+
+MAX_FRAME = 512 * 2**20
+"""Bytes: ten references of 16 MP, the most a door lets in, are 480 MB."""
+
+
+class BadFrame(ValueError):
+    """These bytes are no message of ours."""
+
+
+def encode(message: Message) -> bytes:
+    """One frame. Raises BadFrame if it would be longer than MAX_FRAME."""
+    pixels: list[bytes] = []
+
+    def set_aside(value: object) -> object:
+        if isinstance(value, np.ndarray):
+            pixels.append(np.ascontiguousarray(value, np.uint8).tobytes())
+            return {"rgb8": value.shape[:2]}
+        if isinstance(value, Mapping):
+            return dict(value)
+        raise TypeError(f"{type(value).__name__} cannot cross the wire")
+
+    content = {"kind": type(message).__name__, **_fields(message)}
+    header = json.dumps(content, default=set_aside, separators=(",", ":")).encode()
+    body = b"".join(pixels)
+    if len(header) + len(body) > MAX_FRAME:
+        raise BadFrame(f"{(len(header) + len(body)) // 2**20} MiB in one message; at most {MAX_FRAME // 2**20}.")
+    return _PREFIX.pack(len(header), len(body)) + header + body
+
+
+def decode(frame: bytes) -> Message:
+    """The message of exactly one frame. Raises BadFrame."""
+    try:
+        header_length, body_length = _PREFIX.unpack_from(frame)
+        if len(frame) != _PREFIX.size + header_length + body_length:
+            raise BadFrame("A frame of another length than it says.")
+        pixels = _Pixels(memoryview(frame)[_PREFIX.size + header_length :])
+        content = json.loads(frame[_PREFIX.size : _PREFIX.size + header_length], object_hook=pixels.put_back)
+        message = _message(content.pop("kind"), content)
+    except (struct.error, ValueError, TypeError, KeyError, AttributeError) as problem:
+        raise problem if isinstance(problem, BadFrame) else BadFrame(f"Not a message: {problem}") from problem
+    if pixels.left:
+        raise BadFrame("More pixels than the header speaks of.")
+    return message
+
+
+class Frames:
+    """Cuts a stream of bytes into frames."""
+
+    def __init__(self) -> None:
+        self._buffer = bytearray()
+
+    def feed(self, data: bytes) -> Iterator[bytes]:
+        """The frames that `data` completes. Raises BadFrame."""
+        self._buffer += data
+        while len(self._buffer) >= _PREFIX.size:
+            length = _PREFIX.size + sum(_PREFIX.unpack_from(self._buffer))
+            if length > _PREFIX.size + MAX_FRAME:
+                raise BadFrame(f"A frame of {length // 2**20} MiB; at most {MAX_FRAME // 2**20}.")
+            if len(self._buffer) < length:
+                return
+            yield bytes(self._buffer[:length])
+            del self._buffer[:length]
+
+
+class _Pixels:
+    """Hands the raw bytes out again in the order in which they were set aside."""
+
+    def __init__(self, left: memoryview) -> None:
+        self.left = left
+
+    def put_back(self, value: dict[str, Any]) -> object:
+        if value.keys() != {"rgb8"}:
+            return value
+        height, width = value["rgb8"]
+        size = height * width * 3
+        if not 0 < size <= len(self.left):
+            raise BadFrame("Fewer pixels than the header speaks of.")
+        image = np.frombuffer(self.left[:size], np.uint8).reshape(height, width, 3)
+        self.left = self.left[size:]
+        return image
+
+
+def _fields(message: Message) -> dict[str, Any]:
+    if isinstance(message, EngineError):
+        return dict(vars(message))
+    return {field.name: getattr(message, field.name) for field in fields(message)}
+
+
+def _message(kind: str, content: dict[str, Any]) -> Message:
+    if kind in _ERRORS:
+        return _ERRORS[kind](content.pop("message"), **content)
+    # JSON knows no tuples, and no field of a message is a list.
+    return _KINDS[kind](**{name: tuple(value) if isinstance(value, list) else value for name, value in content.items()})
