@@ -1,0 +1,84 @@
+"""Prompt to states [text_length, layers · hidden], on transformers' Qwen3 cut after the last layer that is read."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoTokenizer, Qwen3Config
+from transformers.models.qwen3.modeling_qwen3 import Qwen3Model, Qwen3RotaryEmbedding
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """A prompt as the encoder reads it: ids and mask [1, length]; `cut`: how many of its tokens did not fit."""
+
+    ids: Tensor
+    mask: Tensor
+    cut: int
+
+
+class Tokenizer:
+    """One user turn in the chat template, padded on the right to a fixed length."""
+
+    def __init__(self, folder: Path, length: int) -> None:
+        self.length = length
+        self._tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        self._pad: int = self._tokenizer.pad_token_id
+        empty, one = self._template(""), self._template("x")
+        # What follows the prompt: the end of the template, as far as two prompts agree on it.
+        agree = 0
+        while agree < min(len(empty), len(one)) and empty[-1 - agree] == one[-1 - agree]:
+            agree += 1
+        self._tail = empty[len(empty) - agree :]
+
+    def _template(self, prompt: str) -> list[int]:
+        turn = [{"role": "user", "content": prompt}]
+        text = self._tokenizer.apply_chat_template(
+            turn, tokenize=False, add_generation_prompt=True, enable_thinking=False
+        )
+        return self._tokenizer(text)["input_ids"]
+
+    def __call__(self, prompt: str) -> Prompt:
+        ids = self._template(prompt)
+        cut = max(0, len(ids) - self.length)
+        if cut:
+            # Cutting at the right, as diffusers does, would take the assistant's turn away from a long prompt.
+            ids = ids[: self.length - len(self._tail)] + self._tail
+        padding = self.length - len(ids)
+        return Prompt(
+            ids=torch.tensor([ids + [self._pad] * padding]),
+            mask=torch.tensor([[1] * len(ids) + [0] * padding]),
+            cut=cut,
+        )
+
+
+class TextEncoder(nn.Module):
+    """Qwen3 up to the last layer that is read; no language model head."""
+
+    def __init__(self, config: dict[str, Any], layers: tuple[int, ...]) -> None:
+        """config: of the whole Qwen3. layers: 1-based numbers of the layers whose outputs are stacked."""
+        super().__init__()
+        whole = Qwen3Config(**config)
+        self.layers = layers
+        self.width = len(layers) * whole.hidden_size
+        self.config = Qwen3Config(**config)
+        self.config.num_hidden_layers = max(layers)
+        self.config.layer_types = whole.layer_types[: max(layers)]
+        self.model = Qwen3Model(self.config)
+        # transformers gives the last layer's state after the final norm; a state further down has none.
+        if max(layers) < whole.num_hidden_layers:
+            self.model.norm = nn.Identity()
+
+    def finish(self, device: torch.device) -> None:
+        """After loading onto `device`: build what is computed, not stored."""
+        self.model.rotary_emb = Qwen3RotaryEmbedding(config=self.config).to(device)
+
+    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """ids, mask: [b, length] -> [b, length, width].
+
+        Pads get states of their own, as in training: the transformer reads all rows without a mask.
+        """
+        out = self.model(input_ids=ids, attention_mask=mask, output_hidden_states=True, use_cache=False)
+        return torch.cat([out.hidden_states[layer] for layer in self.layers], dim=-1)
