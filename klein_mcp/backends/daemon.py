@@ -1,7 +1,7 @@
 """Paints in the daemon: finds or starts it, posts the job, passes its events on."""
 
 import logging
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +30,7 @@ class DaemonBackend:
         self._build = Build.read()
         self._http: httpx2.AsyncClient | None = None
 
-    async def run(self, job: Job, *, client: str) -> AsyncIterator[Event]:
+    async def run(self, job: Job, *, client: str) -> AsyncGenerator[Event]:
         """Events as they happen, the last one a Painting. Closing the iterator cancels the job. Raises EngineError."""
         for _ in range(2):  # a job is pure: after a crash, painting it again gives the same picture
             address = None
@@ -81,7 +81,7 @@ class DaemonBackend:
             await self._http.aclose()
             self._http = None
 
-    async def _events(self, address: Address, job: Job, client: str) -> AsyncIterator[Event]:
+    async def _events(self, address: Address, job: Job, client: str) -> AsyncGenerator[Event]:
         """Raises _Lost, EngineError."""
         import httpx2
 

@@ -6,7 +6,7 @@ import secrets
 import subprocess
 import sys
 import threading
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,7 +63,7 @@ class Launcher:
         except (httpx2.HTTPError, ValueError, TypeError, KeyError):
             return None  # nobody there, or somebody else on a stale port
 
-    async def ready(self) -> AsyncIterator[Address | None]:
+    async def ready(self) -> AsyncGenerator[Address | None]:
         """None while the daemon is being started or replaced, at least every second; at last its address.
 
         Raises EngineFailed if it does not start, or is newer than this door.
@@ -87,7 +87,7 @@ class Launcher:
             return True
         if hello.build.newer_than(self._build):
             raise EngineFailed(
-                f"The engine that runs is of klein-mcp {hello.build.version}, newer than this server ({self._build.version}).",
+                f"The engine of klein-mcp {hello.build.version} runs, newer than this server ({self._build.version}).",
                 hint="Restart this MCP server, or run `klein-mcp stop`.",
             )
         return False
@@ -96,7 +96,7 @@ class Launcher:
         with contextlib.suppress(Exception):
             await self._http.post(f"{hello.address.url}/drain", headers=authorization(hello.address), timeout=5)
 
-    async def _start_if_nobody_does(self) -> AsyncIterator[None]:
+    async def _start_if_nobody_does(self) -> AsyncGenerator[None]:
         from filelock import FileLock, Timeout
 
         home = self._settings.home
@@ -131,7 +131,7 @@ class Launcher:
         finally:
             lock.release()
 
-    def _spawn(self) -> subprocess.Popen[bytes]:
+    def _spawn(self) -> "subprocess.Popen[Any]":
         home = self._settings.home
         try:
             with open(home / "daemon.err", "wb") as errors:

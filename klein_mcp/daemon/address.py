@@ -26,7 +26,7 @@ class Address:
         return f"http://{HOST}:{self.port}"
 
     def proof(self, nonce: str) -> str:
-        """What only the holder of the token can answer to `nonce`. A stranger on a stale port learns nothing from it."""
+        """What only the holder of the token can answer to `nonce`; a stranger on a stale port learns nothing."""
         return hmac.new(self.token.encode(), nonce.encode(), hashlib.sha256).hexdigest()
 
 

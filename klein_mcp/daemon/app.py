@@ -1,6 +1,7 @@
 """The daemon's HTTP face, for the doors of one user: hello, status, run, drain, stop."""
 
 import asyncio
+import contextlib
 import hmac
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import asdict
@@ -101,10 +102,8 @@ class Daemon:
         try:
             latest = None
             while not isinstance(latest, Painting | EngineError):
-                try:
+                with contextlib.suppress(TimeoutError):
                     latest = await asyncio.wait_for(told.get(), HEARTBEAT)
-                except TimeoutError:
-                    pass
                 if latest is not None:
                     yield wire.encode(latest)
         finally:

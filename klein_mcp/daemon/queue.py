@@ -162,9 +162,10 @@ class Queue:
             return problem
         except Exception as problem:
             log.exception("the engine broke off")
+            first_line = (str(problem).splitlines() or [""])[0]
             return EngineFailed(
-                f"The engine broke off: {type(problem).__name__}: {str(problem).splitlines()[0] if str(problem) else ''}",
-                hint="The log of `klein-mcp status` has the details.",
+                f"The engine broke off: {type(problem).__name__}: {first_line}".rstrip(": ") + ".",
+                hint="Its log, named by `klein-mcp status`, has the details.",
             )
 
     def _drive(self, ticket: Ticket) -> Painting | None:

@@ -1,6 +1,7 @@
 """A real daemon process around a painter that needs no model: `python -m tests.klein_mcp.fake_daemon`.
 
-The prompt says what the painter does: `steps=8 pause=0.05 crash=3 memory=2 fail` (crash: the process dies after that step).
+The prompt says what the painter does: `steps=8 pause=0.05 crash=3 memory=2 fail`; with crash=3 the process dies after
+step 3, with memory=2 there is no room until the weights have been released twice.
 """
 
 import os
