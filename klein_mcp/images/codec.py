@@ -1,0 +1,159 @@
+"""Bytes of strangers <-> upright, opaque RGB8: what may come in, and how it goes out again."""
+
+import io
+import warnings as python_warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageCms, ImageFile, ImageOps, UnidentifiedImageError
+
+from engine.contract import Rgb8
+from klein_mcp.errors import BadImage
+from klein_mcp.images import png, provenance
+
+MAX_BYTES = 64 * 2**20
+"""A 4096² PNG of pure noise is 50 MB."""
+MAX_PIXELS = 64_000_000
+"""The largest picture of an ordinary phone is 50 MP; decoded, 64 MP are 192 MB."""
+
+READABLE = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
+Format = Literal["png", "jpeg", "webp"]
+MIME: Mapping[str, str] = {"png": "image/png", "jpeg": "image/jpeg", "webp": "image/webp"}
+
+_HINTS = {
+    b"<svg": "SVG is a drawing, not pixels: export it as PNG.",
+    b"<?xml": "SVG is a drawing, not pixels: export it as PNG.",
+    b"%PDF": "Export the page as PNG.",
+    b"<!DO": "It is a web page: use the address of the picture itself.",
+    b"<htm": "It is a web page: use the address of the picture itself.",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Decoded:
+    """recipe: what the file says about how it was made, if klein-mcp made it."""
+
+    image: Rgb8
+    warnings: tuple[str, ...]
+    recipe: dict[str, Any] | None
+
+
+def decode(data: bytes, name: str) -> Decoded:
+    """name: what the caller called it, for messages. Raises BadImage."""
+    if not data:
+        raise BadImage(f"{name} is empty (0 bytes).")
+    if len(data) > MAX_BYTES:
+        raise BadImage(f"{name} has {len(data) / 2**20:.0f} MiB; at most {MAX_BYTES // 2**20}.", hint="Send a smaller copy.")
+    try:
+        with python_warnings.catch_warnings():
+            # Pillow warns about bombs (we check the size ourselves) and about odd metadata.
+            python_warnings.simplefilter("ignore")
+            with Image.open(io.BytesIO(data), formats=READABLE) as picture:
+                return _upright_rgb8(picture, name)
+    except BadImage:
+        raise
+    except UnidentifiedImageError:
+        raise BadImage(f"{name} is not a picture that can be read.", hint=_hint(data)) from None
+    except Exception as problem:  # Pillow's decoders raise whatever a broken file makes them stumble over
+        broken = "is cut short" if "truncated" in str(problem).lower() else "is damaged"
+        raise BadImage(f"{name} {broken} and cannot be read.", hint="Send it again, or another copy.") from problem
+
+
+def _hint(data: bytes) -> str:
+    start = data[:256].lstrip()[:4]
+    if data[4:12] in (b"ftypheic", b"ftypheix", b"ftypmif1"):
+        return "HEIC is not supported: export it as JPEG."
+    return _HINTS.get(start, "It takes PNG, JPEG, WebP, GIF, BMP, TIFF and AVIF.")
+
+
+def _upright_rgb8(picture: ImageFile.ImageFile, name: str) -> Decoded:
+    width, height = picture.size
+    if width * height > MAX_PIXELS:
+        raise BadImage(
+            f"{name} is {width}×{height} = {width * height / 1e6:.0f} MP; at most {MAX_PIXELS // 10**6} MP.",
+            hint="Send a smaller copy.",
+        )
+    warnings = []
+    if getattr(picture, "is_animated", False):
+        warnings.append(f"{name} has several frames; only the first one is used.")
+    picture.load()
+    recipe = provenance.read(picture)
+    opaque, alpha = _split_alpha(_upright(picture))
+    rgb = _to_srgb(_eight_bit(opaque), picture.info.get("icc_profile"), name, warnings)
+    pixels = np.asarray(rgb)
+    if alpha is not None and np.any(alpha < 255):
+        warnings.append(f"{name} is transparent in places; they count as white.")
+        pixels = _on_white(pixels, alpha)
+    return Decoded(np.ascontiguousarray(pixels), tuple(warnings), recipe)
+
+
+def _upright(picture: Image.Image) -> Image.Image:
+    try:
+        return ImageOps.exif_transpose(picture)
+    except Exception:  # EXIF that cannot be parsed says nothing about which way is up
+        return picture
+
+
+def _split_alpha(picture: Image.Image) -> tuple[Image.Image, npt.NDArray[np.uint8] | None]:
+    if picture.mode in ("P", "PA") or ("transparency" in picture.info and picture.mode in ("1", "L", "RGB")):
+        picture = picture.convert("RGBA")
+    if "A" not in picture.getbands():
+        return picture, None
+    # Greyscale stays greyscale: its colour profile fits nothing else.
+    return picture.convert("L" if picture.mode == "LA" else "RGB"), np.asarray(picture.getchannel("A"))
+
+
+def _eight_bit(picture: Image.Image) -> Image.Image:
+    """Deep greyscale comes as I;16, I or F, which Pillow's convert() would clip rather than scale."""
+    if not (picture.mode.startswith("I") or picture.mode == "F"):
+        return picture
+    values = np.asarray(picture, np.float64)
+    top = 255.0 if picture.mode == "F" and values.max(initial=0) > 1 else 1.0 if picture.mode == "F" else 65535.0
+    return Image.fromarray(np.clip(np.nan_to_num(values) * (255 / top) + 0.5, 0, 255).astype(np.uint8))
+
+
+def _to_srgb(picture: Image.Image, profile: bytes | None, name: str, warnings: list[str]) -> Image.Image:
+    if profile:
+        try:
+            source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+            converted = ImageCms.profileToProfile(picture, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
+            if converted is not None:
+                return converted
+        except (ImageCms.PyCMSError, OSError, ValueError):
+            warnings.append(f"{name} has a colour profile that cannot be used; its colours are taken as sRGB.")
+    return picture.convert("RGB")
+
+
+def _on_white(pixels: Rgb8, alpha: npt.NDArray[np.uint8]) -> Rgb8:
+    opacity = alpha[..., None].astype(np.uint16)
+    return ((pixels * opacity + 255 * (255 - opacity) + 127) // 255).astype(np.uint8)
+
+
+def encode(image: Rgb8, kind: Format = "png", recipe: Mapping[str, Any] | None = None) -> bytes:
+    """recipe: written into the file as provenance; None for a file that tells nothing."""
+    if kind == "png":
+        return png.encode(image, provenance.texts(recipe) if recipe else ())
+    out = io.BytesIO()
+    options: dict[str, Any] = {"xmp": provenance.xmp(recipe).encode()} if recipe else {}
+    if kind == "jpeg":
+        Image.fromarray(image).save(out, "JPEG", quality=95, subsampling=0, **options)
+    else:
+        Image.fromarray(image).save(out, "WEBP", quality=95, method=4, **options)
+    return out.getvalue()
+
+
+def resize(image: Rgb8, width: int, height: int) -> Rgb8:
+    """Lanczos; the picture itself where nothing changes."""
+    if image.shape[:2] == (height, width):
+        return image
+    return np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.LANCZOS))
+
+
+def shrunk(image: Rgb8, longest: int) -> Rgb8:
+    """At most `longest` pixels on the long edge, never enlarged, the shape kept."""
+    height, width = image.shape[:2]
+    scale = longest / max(width, height)
+    return image if scale >= 1 else resize(image, max(1, round(width * scale)), max(1, round(height * scale)))

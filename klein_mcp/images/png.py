@@ -1,0 +1,63 @@
+"""A PNG writer for pictures that are made often and read seldom: one cheap filter, one fast deflate.
+
+Pillow tries five filters a line and compresses at level 6: about half a second at 1024². Subtracting the left neighbour
+and deflating at level 1 gives nearly the same size in a small part of the time.
+"""
+
+import struct
+import zlib
+from collections.abc import Iterable
+from importlib import import_module
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+SIGNATURE = b"\x89PNG\r\n\x1a\n"
+_COLOUR_TYPES = {3: 2, 4: 6}  # channels -> PNG's number for RGB and RGBA
+
+
+def _deflater() -> Any:
+    try:
+        return import_module("isal.isal_zlib")
+    except ImportError:  # no wheel of isal for this platform: zlib's level 1 costs about four times the time
+        return zlib
+
+
+_deflate = _deflater()
+
+
+def encode(image: npt.NDArray[np.uint8], texts: Iterable[tuple[str, str]] = ()) -> bytes:
+    """[height, width, 3 or 4] uint8 -> PNG. texts: (keyword, text) pairs, kept as iTXt."""
+    height, width, channels = image.shape
+    header = struct.pack("!IIBBBBB", width, height, 8, _COLOUR_TYPES[channels], 0, 0, 0)
+    return b"".join(
+        (
+            SIGNATURE,
+            _chunk(b"IHDR", header),
+            _chunk(b"sRGB", b"\0"),
+            *(_chunk(b"iTXt", _itxt(keyword, text)) for keyword, text in texts),
+            _chunk(b"IDAT", _deflate.compress(_sub_filtered(image), 1)),
+            _chunk(b"IEND", b""),
+        )
+    )
+
+
+def _sub_filtered(image: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+    """Each line behind its filter's number (1, Sub): the difference to the pixel on the left, modulo 256."""
+    height, width, channels = image.shape
+    lines = np.empty((height, 1 + width * channels), np.uint8)
+    lines[:, 0] = 1
+    differences = lines[:, 1:].reshape(height, width, channels)
+    differences[:, 0] = image[:, 0]
+    np.subtract(image[:, 1:], image[:, :-1], out=differences[:, 1:])
+    return lines
+
+
+def _chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack("!I", len(data)) + kind + data + struct.pack("!I", zlib.crc32(data, zlib.crc32(kind)))
+
+
+def _itxt(keyword: str, text: str) -> bytes:
+    """Keyword, not compressed, no language, no translated keyword, UTF-8 text."""
+    return keyword.encode("latin-1") + b"\0\0\0\0\0" + text.encode()

@@ -1,0 +1,80 @@
+"""The one small picture in a result: within a budget whatever it shows; several pictures become one labelled sheet."""
+
+import io
+import math
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageDraw, ImageFont
+
+MAX_BYTES = 512_000
+"""Never more: as base64 that is 683 KB, and a message must stay below 1,000,000 bytes (Claude Desktop refuses more)."""
+AIM_BYTES = 300_000
+LONG_EDGE = 1024
+"""About 1,369 tokens to a Claude model at 1024²."""
+QUALITIES = (85, 75, 65, 50)
+LABELS = "ABCD"
+
+Pixels = npt.NDArray[np.uint8]
+"""[height, width, 3 or 4]: RGB, or RGBA where transparency is to be seen."""
+
+
+def preview(image: Pixels, *, longest: int = LONG_EDGE) -> tuple[bytes, str]:
+    """(bytes, MIME): JPEG, or PNG where there is alpha. Quality goes down first, then size, until it fits."""
+    picture = Image.fromarray(image)
+    kind = "PNG" if picture.mode == "RGBA" and picture.getextrema()[3][0] < 255 else "JPEG"  # type: ignore[index]
+    if kind == "JPEG":
+        picture = picture.convert("RGB")
+    data = b""
+    for size in _sizes(picture.size, longest):
+        small = picture if size == picture.size else picture.resize(size, Image.Resampling.LANCZOS)
+        for data in _encodings(small, kind):
+            if len(data) <= AIM_BYTES:
+                return data, f"image/{kind.lower()}"
+        # The aim was missed at every quality: the hard limit decides whether a smaller size must be tried.
+        if len(data) <= MAX_BYTES:
+            break
+    return data, f"image/{kind.lower()}"
+
+
+def _sizes(size: tuple[int, int], longest: int) -> Iterator[tuple[int, int]]:
+    """At most `longest` on the long edge, then three quarters of that, and so on down to one pixel."""
+    scale = min(1.0, longest / max(size))
+    while True:
+        width, height = (max(1, round(edge * scale)) for edge in size)
+        yield width, height
+        if max(width, height) == 1:
+            return
+        scale *= 0.75
+
+
+def _encodings(picture: Image.Image, kind: str) -> Iterator[bytes]:
+    for options in [{"quality": quality} for quality in QUALITIES] if kind == "JPEG" else [{"compress_level": 6}]:
+        out = io.BytesIO()
+        picture.save(out, kind, **options)
+        yield out.getvalue()
+
+
+def contact_sheet(images: Sequence[Pixels]) -> Pixels:
+    """Two columns of equal cells, each picture whole and labelled A, B, C, D in its corner."""
+    columns = 2
+    rows = math.ceil(len(images) / columns)
+    cell = LONG_EDGE // columns
+    shrunk = [Image.fromarray(image) for image in images]
+    for picture in shrunk:
+        picture.thumbnail((cell - 8, cell - 8), Image.Resampling.LANCZOS)
+    width, height = (max(picture.size[axis] for picture in shrunk) + 8 for axis in (0, 1))
+    sheet = Image.new("RGB", (columns * width, rows * height), "white")
+    for index, picture in enumerate(shrunk):
+        left, top = index % columns * width, index // columns * height
+        sheet.paste(picture, (left + (width - picture.width) // 2, top + (height - picture.height) // 2))
+        _label(ImageDraw.Draw(sheet), LABELS[index], left + 4, top + 4)
+    return np.asarray(sheet)
+
+
+def _label(draw: ImageDraw.ImageDraw, text: str, left: int, top: int) -> None:
+    font = ImageFont.load_default(20)
+    box = draw.textbbox((left + 5, top + 2), text, font=font)
+    draw.rectangle((left, top, box[2] + 5, box[3] + 4), fill="black")
+    draw.text((left + 5, top + 2), text, fill="white", font=font)

@@ -1,0 +1,81 @@
+"""How a picture was made, written into its file: the recipe as JSON, and XMP with IPTC's source type."""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+from xml.etree import ElementTree
+from xml.sax.saxutils import quoteattr
+
+from PIL import Image
+
+from klein_mcp import __version__
+
+KEYWORD = "klein-mcp"
+"""The PNG text chunk that holds the recipe."""
+
+NAMESPACE = "https://klein-mcp.invalid/ns/1.0/"
+_XMP_KEYWORD = "XML:com.adobe.xmp"  # PNG's place for XMP; Pillow reads it back as info["xmp"]
+
+_SOURCE_TYPES = "http://cv.iptc.org/newscodes/digitalsourcetype/"
+# IPTC NewsCodes: made by a model alone, or a composite with elements made by a model.
+PAINTED = _SOURCE_TYPES + "trainedAlgorithmicMedia"
+EDITED = _SOURCE_TYPES + "compositeWithTrainedAlgorithmicMedia"
+
+_PACKET = (
+    '<?xpacket begin="\ufeff" id="W5M0MpCehiHzreSzNTczkc9d"?>'
+    '<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#">'
+    '<rdf:Description rdf:about="" xmlns:xmp="http://ns.adobe.com/xap/1.0/"'
+    ' xmlns:Iptc4xmpExt="http://iptc.org/std/Iptc4xmpExt/2008-02-29/" xmlns:klein="{namespace}"'
+    " xmp:CreatorTool={tool} Iptc4xmpExt:DigitalSourceType={source} klein:Recipe={recipe}/>"
+    '</rdf:RDF></x:xmpmeta><?xpacket end="r"?>'
+)
+
+MAX_PACKET = 65_000
+"""JPEG keeps XMP in one segment of at most 65,502 bytes."""
+
+
+def xmp(recipe: Mapping[str, Any]) -> str:
+    """The packet that all three formats carry; the recipe rides in it, so that one reader serves them all."""
+    return _PACKET.format(
+        namespace=NAMESPACE,
+        tool=quoteattr(f"klein-mcp {__version__}"),
+        source=quoteattr(EDITED if recipe.get("parents") else PAINTED),
+        recipe=quoteattr(_json(recipe)),
+    )
+
+
+def texts(recipe: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
+    """The same for PNG, with the recipe once more under a name that any PNG tool shows."""
+    return ((KEYWORD, _json(recipe)), (_XMP_KEYWORD, xmp(recipe)))
+
+
+def read(picture: Image.Image) -> dict[str, Any] | None:
+    """The recipe of a picture that klein-mcp made, else None: strangers' metadata never raises."""
+    text = picture.info.get(KEYWORD)
+    if text is None:
+        text = _recipe_in(picture.info.get("xmp") or picture.info.get(_XMP_KEYWORD))
+    try:
+        recipe = json.loads(text) if isinstance(text, str) else None
+    except (ValueError, RecursionError):
+        return None
+    return recipe if isinstance(recipe, dict) else None
+
+
+def _recipe_in(packet: bytes | str | None) -> str | None:
+    if not packet or len(packet) > MAX_PACKET:
+        return None
+    # A packet of ours has no DTD; one that has is a stranger's, and entities in it could grow without end.
+    if (b"<!" if isinstance(packet, bytes) else "<!") in packet:  # type: ignore[operator]
+        return None
+    try:
+        root = ElementTree.fromstring(packet.strip(b"\0 \n") if isinstance(packet, bytes) else packet.strip("\0 \n"))
+    except (ElementTree.ParseError, ValueError):
+        return None
+    for description in root.iter("{http://www.w3.org/1999/02/22-rdf-syntax-ns#}Description"):
+        if (recipe := description.get(f"{{{NAMESPACE}}}Recipe")) is not None:
+            return recipe
+    return None
+
+
+def _json(recipe: Mapping[str, Any]) -> str:
+    return json.dumps(recipe, ensure_ascii=True, separators=(",", ":"), sort_keys=True)

@@ -1,0 +1,153 @@
+"""One reference string -> pixels: a handle, `last`, a path, an https address, or a data URL; and what is allowed."""
+
+import base64
+import binascii
+import hashlib
+import os
+import re
+import stat
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import unquote_to_bytes
+
+from engine.contract import Rgb8
+from klein_mcp.errors import BadImage, Refused, UnknownImage, shown
+from klein_mcp.images import codec
+from klein_mcp.images.store import ALPHABET, HANDLE_LENGTH, Record, Store
+from klein_mcp.settings import Settings
+
+_LAST = re.compile(r"last(?:~(\d{1,4}))?")
+_HANDLE = re.compile(rf"[{ALPHABET}]{{{HANDLE_LENGTH}}}")
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """A reference that was found: its pixels, and the record under which the library knows them."""
+
+    image: Rgb8
+    record: Record
+    warnings: tuple[str, ...] = ()
+
+
+class Sources:
+    """Opens references for one library under one policy. Blocking: call from a worker thread."""
+
+    def __init__(self, settings: Settings, store: Store) -> None:
+        self._settings = settings
+        self._store = store
+
+    def open(self, reference: str, client: str) -> Opened:
+        """client: whose `last` is meant. Raises RequestError."""
+        reference = reference.strip()
+        if match := _LAST.fullmatch(reference):
+            return self._painted(self._last(client, int(match[1] or 0)))
+        if reference.startswith("klein://images/"):
+            return self._painted(self._store.get(reference.removeprefix("klein://images/").split("/")[0]))
+        if reference[:5].lower() == "data:":
+            return self._keep(_data_url(reference), "the data URL", None, client)
+        if re.match(r"https?://", reference, re.IGNORECASE):
+            return self._keep(self._fetch(reference), shown(reference), reference, client)
+        path = Path(reference.removeprefix("file://")).expanduser()
+        if path.is_absolute():
+            real = self._allowed(path)
+            return self._keep(_read(real), str(path), str(real), client)
+        if _HANDLE.fullmatch(reference):
+            return self._painted(self._store.get(reference))
+        raise UnknownImage(
+            f"{shown(reference)} names no picture.",
+            hint="Give a handle such as k7f3q2, last, last~1, or an absolute path; list_images shows the handles.",
+        )
+
+    def keep(self, data: bytes, name: str, client: str) -> Opened:
+        """A file that a client sent by itself. Raises BadImage."""
+        return self._keep(data, name, None, client)
+
+    def _painted(self, record: Record) -> Opened:
+        return Opened(codec.decode(self._store.read(record), record.handle).image, record)
+
+    def _last(self, client: str, back: int) -> Record:
+        record = self._store.latest(client, back)
+        if record is None:
+            which = "last" if back == 0 else f"last~{back}"
+            raise UnknownImage(
+                f"There is no {which}: this client has not painted {'anything' if back == 0 else 'so many'} yet.",
+                hint="Paint one, or name a handle; list_images shows them.",
+            )
+        return record
+
+    def _keep(self, data: bytes, name: str, source: str | None, client: str) -> Opened:
+        """What was opened becomes a picture of the library, so that lineage can name it and replay can find it."""
+        decoded = codec.decode(data, name)
+        pixels = fingerprint(decoded.image)
+        record = self._store.by_pixels(pixels)
+        if record is None:
+            recipe = decoded.recipe or {}
+            ancestor = self._store.find(str(recipe.get("image", "")))
+            height, width = decoded.image.shape[:2]
+            record = self._store.put(
+                codec.encode(decoded.image),
+                handle=self._store.new_handle(),
+                pixels=pixels,
+                size=(width, height),
+                client=client,
+                tool="open",
+                recipe={"made": recipe} if recipe else {},
+                parents=[ancestor.handle] if ancestor else [],
+                source=source,
+            )
+        return Opened(decoded.image, record, decoded.warnings)
+
+    def _allowed(self, path: Path) -> Path:
+        roots = self._settings.read_roots or (Path.home(), Path(tempfile.gettempdir()))
+        try:
+            real = path.resolve(strict=True)
+        except OSError:
+            # The same words whether it is missing or lies behind a folder we may not look into.
+            raise UnknownImage(f"There is no file {path} that can be read.", hint="Check the path.") from None
+        if not any(real.is_relative_to(root.resolve()) for root in roots):
+            raise Refused(
+                f"{path} is outside the folders that may be read ({', '.join(map(str, roots))}).",
+                hint="The user can allow more with KLEIN_READ_ROOTS.",
+            )
+        return real
+
+    def _fetch(self, url: str) -> bytes:
+        if not self._settings.allow_urls:
+            raise Refused(
+                "Pictures from the web are off.", hint="Save the picture as a file, or set KLEIN_ALLOW_URLS=1."
+            )
+        from klein_mcp.images import fetch
+
+        return fetch.get(url, limit=codec.MAX_BYTES)
+
+
+def fingerprint(image: Rgb8) -> str:
+    """A hash of size and values: equal for equal pictures, whatever file they came in."""
+    return hashlib.blake2b(b"%d %d " % image.shape[:2] + image.tobytes(), digest_size=16).hexdigest()
+
+
+def _read(path: Path) -> bytes:
+    try:
+        # A fifo or a device would block or never end; O_NONBLOCK lets open() return so that we can look.
+        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    except OSError as problem:
+        raise UnknownImage(f"{path} cannot be read: {problem.strerror}.") from None
+    with os.fdopen(descriptor, "rb") as file:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise BadImage(f"{path} is not a file.")
+        return file.read(codec.MAX_BYTES + 1)
+
+
+def _data_url(url: str) -> bytes:
+    head, comma, body = url[5:].partition(",")
+    if not comma:
+        raise BadImage("The data URL has no comma, so no data.", hint="data:image/png;base64,…")
+    if len(body) > codec.MAX_BYTES * 4 // 3 + 4:
+        raise BadImage(f"The data URL is over {codec.MAX_BYTES // 2**20} MiB.", hint="Give a path instead.")
+    if not head.lower().endswith(";base64"):
+        return unquote_to_bytes(body)
+    try:
+        return base64.b64decode(body, validate=True)
+    except (binascii.Error, ValueError):
+        raise BadImage("The data URL is no valid base64; it may have been cut.", hint="Give a path instead.") from None

@@ -1,0 +1,357 @@
+"""The picture library: handles, records and lineage in SQLite; the pictures themselves in files named by content.
+
+A picture is there from the moment its row is committed. Its file is written first, into a folder of this process's own,
+and moved to its place after the commit; whoever dies between leaves either a file without a row, which the next start
+deletes, or a row whose file still lies in that folder, which the next start moves.
+"""
+
+import hashlib
+import json
+import os
+import secrets
+import shutil
+import sqlite3
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from klein_mcp.errors import RequestError, UnknownImage, did_you_mean, shown
+
+ALPHABET = "23456789abcdefghjkmnpqrstvwxyz"  # no 0/o, 1/i/l, u: a handle is read aloud and typed
+HANDLE_LENGTH = 6
+
+MIGRATIONS = (
+    # 1: the first library
+    """
+    CREATE TABLE pictures (
+        number INTEGER PRIMARY KEY AUTOINCREMENT,
+        handle TEXT NOT NULL UNIQUE,
+        file TEXT NOT NULL,
+        pixels TEXT NOT NULL,
+        width INTEGER NOT NULL,
+        height INTEGER NOT NULL,
+        bytes INTEGER NOT NULL,
+        created REAL NOT NULL,
+        client TEXT NOT NULL,
+        tool TEXT NOT NULL,
+        source TEXT,
+        prompt TEXT,
+        recipe TEXT NOT NULL,
+        deleted REAL
+    );
+    CREATE INDEX pictures_by_file ON pictures (file);
+    CREATE INDEX pictures_by_pixels ON pictures (pixels);
+    CREATE INDEX pictures_by_client ON pictures (client, number);
+    CREATE TABLE parents (
+        child TEXT NOT NULL REFERENCES pictures (handle),
+        position INTEGER NOT NULL,
+        parent TEXT NOT NULL,
+        PRIMARY KEY (child, position)
+    ) WITHOUT ROWID;
+    CREATE INDEX parents_by_parent ON parents (parent);
+    """,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One picture of the library.
+
+    file: SHA-256 of the file's bytes, and its name. pixels: a hash of size and RGB8 values, whatever the file.
+    tool: what made it; source: the path or address it was opened from, where it was.
+    recipe: seed (text), model, fingerprint, steps, guidance, region and whatever else it takes to paint it again.
+    """
+
+    handle: str
+    file: str
+    pixels: str
+    width: int
+    height: int
+    bytes: int
+    created: float
+    client: str
+    tool: str
+    source: str | None
+    prompt: str | None
+    recipe: Mapping[str, Any] = field(default_factory=dict)
+    parents: tuple[str, ...] = ()
+    deleted: float | None = None
+
+
+_COLUMNS = ", ".join(item.name for item in fields(Record) if item.name != "parents")
+
+
+class Store:
+    """One open library; any number of processes may have it open. Methods may be called from any thread."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._files = folder / "files"
+        self._incoming = folder / "incoming"
+        self._lock = threading.RLock()
+        self._incoming.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self._files.mkdir(exist_ok=True)
+        self._mine: Path | None = None
+        self._claim: FileLock | None = None
+        # One process at a time opens, recovers and claims a folder: short work, and no race to think through.
+        self._door = FileLock(folder / "open.lock", timeout=30, thread_local=False)
+        with self._door:
+            self._database = _open(folder / "library.sqlite3")
+        self.recover()
+
+    def close(self) -> None:
+        with self._lock:
+            self._database.close()
+            if self._claim is not None and self._mine is not None:
+                shutil.rmtree(self._mine, ignore_errors=True)
+                Path(self._claim.lock_file).unlink(missing_ok=True)
+                self._claim.release()
+                self._claim = self._mine = None
+
+    # -- saving --------------------------------------------------------------------------------------------------
+
+    def new_handle(self) -> str:
+        """Never one that was ever given out, deleted pictures included."""
+        while True:
+            handle = secrets.choice(ALPHABET[8:]) + "".join(secrets.choice(ALPHABET) for _ in range(HANDLE_LENGTH - 1))
+            if self._row("SELECT 1 FROM pictures WHERE handle = ?", handle) is None:
+                return handle
+
+    def put(
+        self,
+        data: bytes,
+        *,
+        handle: str,
+        pixels: str,
+        size: tuple[int, int],
+        client: str,
+        tool: str,
+        recipe: Mapping[str, Any],
+        parents: Sequence[str] = (),
+        source: str | None = None,
+        prompt: str | None = None,
+    ) -> Record:
+        """Keep the PNG `data` under `handle`; when this returns it survives the machine going down."""
+        name = hashlib.sha256(data).hexdigest()
+        record = Record(
+            handle, name, pixels, *size, len(data), time.time(), client, tool, source, prompt, recipe, tuple(parents)
+        )
+        with self._lock:
+            landed = self._land(name, data)
+            with self._database:
+                self._insert(record)
+            self._move(landed)
+        return record
+
+    def _insert(self, record: Record) -> None:
+        values = {item.name: getattr(record, item.name) for item in fields(Record) if item.name != "parents"}
+        values["recipe"] = json.dumps(dict(record.recipe), separators=(",", ":"))
+        marks = ", ".join(f":{name}" for name in values)
+        self._database.execute(f"INSERT INTO pictures ({', '.join(values)}) VALUES ({marks})", values)
+        self._database.executemany(
+            "INSERT INTO parents (child, position, parent) VALUES (?, ?, ?)",
+            [(record.handle, position, parent) for position, parent in enumerate(record.parents)],
+        )
+
+    def _land(self, name: str, data: bytes) -> Path:
+        """The file in this process's own folder, on the disk."""
+        folder = self._own_folder()
+        path = folder / f"{name}.png"
+        with open(path, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        _sync_folder(folder)
+        return path
+
+    def _own_folder(self) -> Path:
+        if self._mine is None:
+            name = secrets.token_hex(8)
+            with self._door:
+                claim = FileLock(self._incoming / f"{name}.lock", thread_local=False)
+                claim.acquire(timeout=0)
+                self._claim, self._mine = claim, self._incoming / name
+                self._mine.mkdir()
+        return self._mine
+
+    def _move(self, landed: Path) -> None:
+        place = self._place(landed.stem)
+        place.parent.mkdir(exist_ok=True)
+        os.replace(landed, place)
+        _sync_folder(place.parent)
+
+    def _place(self, name: str) -> Path:
+        return self._files / name[:2] / f"{name}.png"
+
+    def recover(self) -> None:
+        """Bring home or delete what processes left behind that died while saving or deleting."""
+        with self._lock, self._door:
+            for lock in self._incoming.glob("*.lock"):
+                claim = FileLock(lock)
+                try:
+                    claim.acquire(timeout=0)
+                except Timeout:
+                    continue  # its process is alive
+                for landed in (lock.parent / lock.stem).glob("*"):
+                    known = self._row("SELECT 1 FROM pictures WHERE file = ? AND deleted IS NULL", landed.stem)
+                    self._move(landed) if known else landed.unlink()
+                shutil.rmtree(lock.parent / lock.stem, ignore_errors=True)
+                lock.unlink()
+                claim.release()
+            self._remove_files_of_deleted()
+
+    # -- deleting ------------------------------------------------------------------------------------------------
+
+    def delete(self, handles: Sequence[str]) -> None:
+        """The records stay, so that no handle is given out twice and lineage keeps its names; the files go."""
+        with self._lock:
+            with self._database:
+                self._database.executemany(
+                    "UPDATE pictures SET deleted = ? WHERE handle = ? AND deleted IS NULL",
+                    [(time.time(), handle) for handle in handles],
+                )
+            self._remove_files_of_deleted()
+
+    def _remove_files_of_deleted(self) -> None:
+        """An emptied `file` says that it is done; whoever dies before that leaves it to the next recovery."""
+        with _exclusively(self._database):
+            for (name,) in self._rows("SELECT DISTINCT file FROM pictures WHERE deleted IS NOT NULL AND file != ''"):
+                if self._row("SELECT 1 FROM pictures WHERE file = ? AND deleted IS NULL", name) is None:
+                    self._place(name).unlink(missing_ok=True)
+                self._database.execute("UPDATE pictures SET file = '' WHERE file = ? AND deleted IS NOT NULL", (name,))
+
+    # -- finding -------------------------------------------------------------------------------------------------
+
+    def get(self, handle: str) -> Record:
+        """Raises UnknownImage, for a deleted picture too."""
+        record = self.find(handle)
+        if record is None:
+            known = [row[0] for row in self._rows("SELECT handle FROM pictures WHERE deleted IS NULL")]
+            raise UnknownImage(
+                f"There is no picture {shown(handle)}. {did_you_mean(handle, known)}", hint="list_images shows all."
+            )
+        if record.deleted is not None:
+            day = time.strftime("%Y-%m-%d", time.gmtime(record.deleted))
+            raise UnknownImage(f"The picture {handle} was deleted on {day}.", hint="list_images shows what is there.")
+        return record
+
+    def find(self, handle: str) -> Record | None:
+        """The record of any handle ever given out."""
+        row = self._row(f"SELECT {_COLUMNS} FROM pictures WHERE handle = ?", handle)
+        return None if row is None else self._record(row)
+
+    def by_pixels(self, pixels: str) -> Record | None:
+        """The first picture of exactly these pixels: the painted one, where a copy of it was opened later."""
+        row = self._row(
+            f"SELECT {_COLUMNS} FROM pictures WHERE pixels = ? AND deleted IS NULL ORDER BY number LIMIT 1", pixels
+        )
+        return None if row is None else self._record(row)
+
+    def latest(self, client: str, back: int) -> Record | None:
+        """What `client` painted last, or `back` paintings before that."""
+        row = self._row(
+            f"SELECT {_COLUMNS} FROM pictures WHERE client = ? AND tool != 'open' AND deleted IS NULL"
+            " ORDER BY number DESC LIMIT 1 OFFSET ?",
+            client,
+            back,
+        )
+        return None if row is None else self._record(row)
+
+    def search(self, text: str = "", *, limit: int, before: int | None = None) -> tuple[list[Record], int | None]:
+        """Newest first, those whose prompt, source or handle contains `text`; and where the next page begins."""
+        pattern = "%" + text.replace("\\", "\\\\").replace("%", "\\%").replace("_", "\\_") + "%"
+        rows = self._rows(
+            f"SELECT {_COLUMNS}, number FROM pictures WHERE deleted IS NULL AND number < ?"
+            " AND (coalesce(prompt, '') LIKE ? ESCAPE '\\' OR coalesce(source, '') LIKE ? ESCAPE '\\' OR handle = ?)"
+            " ORDER BY number DESC LIMIT ?",
+            before if before is not None else 2**62,
+            pattern,
+            pattern,
+            text,
+            limit + 1,
+        )
+        page = rows[:limit]
+        return [self._record(row[:-1]) for row in page], page[-1][-1] if len(rows) > limit else None
+
+    def handles(self, prefix: str, limit: int) -> list[str]:
+        """Newest first, for completions."""
+        rows = self._rows(
+            "SELECT handle FROM pictures WHERE deleted IS NULL AND substr(handle, 1, ?) = ? ORDER BY number DESC LIMIT ?",
+            len(prefix),
+            prefix,
+            limit,
+        )
+        return [row[0] for row in rows]
+
+    def path(self, record: Record) -> Path:
+        """Where its file lies. Raises UnknownImage if somebody took it away."""
+        place = self._place(record.file)
+        if not place.exists():
+            # Committed by a process that has not moved it yet, or died before it could.
+            self.recover()
+            for path in (place, *self._incoming.glob(f"*/{place.name}")):
+                if path.exists():
+                    return path
+            raise UnknownImage(f"The file of {record.handle} is gone: {place}.", hint="Restore it, or paint it again.")
+        return place
+
+    def read(self, record: Record) -> bytes:
+        return self.path(record).read_bytes()
+
+    def _record(self, row: tuple[Any, ...]) -> Record:
+        values = dict(zip(_COLUMNS.split(", "), row, strict=True))
+        values["recipe"] = json.loads(values["recipe"])
+        parents = self._rows("SELECT parent FROM parents WHERE child = ? ORDER BY position", values["handle"])
+        return Record(**values, parents=tuple(parent for (parent,) in parents))
+
+    def _row(self, query: str, *values: Any) -> tuple[Any, ...] | None:
+        with self._lock:
+            return self._database.execute(query, values).fetchone()
+
+    def _rows(self, query: str, *values: Any) -> list[tuple[Any, ...]]:
+        with self._lock:
+            return self._database.execute(query, values).fetchall()
+
+
+def _open(path: Path) -> sqlite3.Connection:
+    database = sqlite3.connect(path, timeout=30, check_same_thread=False)
+    database.execute("PRAGMA journal_mode = WAL")
+    database.execute("PRAGMA synchronous = FULL")
+    (version,) = database.execute("PRAGMA user_version").fetchone()
+    if version > len(MIGRATIONS):
+        database.close()
+        raise RequestError(
+            f"The library at {path.parent} was written by a newer klein-mcp (its version {version};"
+            f" this one knows {len(MIGRATIONS)}).",
+            hint="Update klein-mcp, or set KLEIN_HOME to another folder.",
+        )
+    for number, script in enumerate(MIGRATIONS[version:], version + 1):
+        with _exclusively(database):
+            for statement in filter(str.strip, script.split(";")):
+                database.execute(statement)
+            database.execute(f"PRAGMA user_version = {number}")
+    return database
+
+
+@contextmanager
+def _exclusively(database: sqlite3.Connection) -> Iterator[None]:
+    """One transaction that holds the library's write lock from its beginning."""
+    database.execute("BEGIN IMMEDIATE")
+    with database:
+        yield
+
+
+def _sync_folder(folder: Path) -> None:
+    """A new name is on the disk only once its folder is. Windows has no such call."""
+    if os.name == "posix":
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
