@@ -1,0 +1,200 @@
+"""The command line. Without a command it is the MCP server over stdio."""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from klein_mcp import __version__
+from klein_mcp.settings import Settings, SettingsError
+
+Command = Callable[[Settings, argparse.Namespace], int]
+
+INTRODUCTION = """\
+klein-mcp {version} is an MCP server: a program (Claude, VS Code, Cursor, an agent of yours) starts it and talks to it
+over stdin and stdout. Nothing is to be typed here; add it to such a program:
+
+  claude mcp add klein -- klein-mcp                 Claude Code
+  codex mcp add klein -- klein-mcp                  Codex
+  {{"mcpServers": {{"klein": {{"command": "{command}"}}}}}}
+
+Or try it: `klein-mcp demo`, `klein-mcp paint "a red apple"`, `klein-mcp --help`. Ctrl-D ends it.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """0 done, 1 failed with one line on stderr, 2 wrong usage, 130 interrupted."""
+    words = sys.argv[1:] if argv is None else list(argv)
+    try:
+        # A client that starts us waits for the first answer: no parser for the common case.
+        arguments = _parser().parse_args(words) if words else argparse.Namespace(command=_stdio)
+        return arguments.command(Settings.load(), arguments)
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        return 1
+    except (SettingsError, OSError) as problem:
+        return _failed(problem)
+    except Exception as problem:
+        if _is_for_people(problem):
+            return _failed(problem)
+        raise
+
+
+def _is_for_people(problem: Exception) -> bool:
+    from engine.contract import EngineError
+    from klein_mcp.errors import RequestError
+
+    return isinstance(problem, EngineError | RequestError)
+
+
+def _failed(problem: Exception) -> int:
+    print("klein-mcp:", " ".join(str(problem).split()), file=sys.stderr)
+    return 1
+
+
+def _stdio(settings: Settings, arguments: argparse.Namespace) -> int:
+    if sys.stdin.isatty():
+        print(INTRODUCTION.format(version=__version__, command=sys.argv[0]), file=sys.stderr)
+    from klein_mcp.transports import stdio
+
+    return stdio.run(settings)
+
+
+def _serve(settings: Settings, arguments: argparse.Namespace) -> int:
+    from klein_mcp.transports import http
+
+    return http.run(settings, http.Options.of(arguments))
+
+
+def _demo(settings: Settings, arguments: argparse.Namespace) -> int:
+    from klein_mcp import demo
+
+    return demo.run(arguments.out, as_json=arguments.json)
+
+
+def _paint(settings: Settings, arguments: argparse.Namespace) -> int:
+    from klein_mcp import paint
+
+    order = paint.Order(
+        prompt=arguments.prompt,
+        references=tuple(arguments.ref),
+        model=arguments.model or settings.model,
+        seed=arguments.seed,
+        size=arguments.size,
+        steps=arguments.steps,
+        guidance=arguments.guidance,
+        out=arguments.out,
+    )
+    changes: dict[str, Any] = {"device": arguments.device, "dtype": arguments.dtype, "loras": tuple(arguments.lora)}
+    settings = replace(settings, **{name: value for name, value in changes.items() if value})
+    return paint.run(settings, order, as_json=arguments.json)
+
+
+def _status(settings: Settings, arguments: argparse.Namespace) -> int:
+    state = _ask_daemon(settings, "status")
+    print(json.dumps(state) if arguments.json else _in_words(state))
+    return 0
+
+
+def _stop(settings: Settings, arguments: argparse.Namespace) -> int:
+    stopped = _ask_daemon(settings, "stop")
+    print(json.dumps({"stopped": stopped}) if arguments.json else "stopped" if stopped else "no engine was running")
+    return 0
+
+
+def _ask_daemon(settings: Settings, question: str) -> Any:
+    import anyio
+
+    from klein_mcp.backends.daemon import DaemonBackend
+
+    async def ask() -> Any:
+        backend = DaemonBackend(settings)
+        try:
+            return await getattr(backend, question)()
+        finally:
+            await backend.aclose()
+
+    return anyio.run(ask)
+
+
+def _in_words(state: dict[str, Any], indent: str = "") -> str:
+    """Nested facts as indented `name: value` lines."""
+    lines = []
+    for name, value in state.items():
+        if isinstance(value, dict):
+            lines += [f"{indent}{name}:", _in_words(value, indent + "  ")] if value else []
+        elif isinstance(value, list) and value and isinstance(value[0], dict):
+            lines += [f"{indent}{name}:", *(f"{indent}  " + _in_one_line(item) for item in value)]
+        else:
+            lines.append(f"{indent}{name}: {_in_one_line(value)}")
+    return "\n".join(lines)
+
+
+def _in_one_line(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {_in_one_line(item)}" for name, item in value.items() if item not in (None, ""))
+    if isinstance(value, list):
+        return ", ".join(map(_in_one_line, value)) or "none"
+    if value is None or isinstance(value, bool):
+        return {True: "yes", False: "no", None: "unknown"}[value]
+    return str(round(value, 2)) if isinstance(value, float) else str(value)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="klein-mcp",
+        description="An MCP server for FLUX.2 [klein]. Without a command it serves MCP over stdin and stdout.",
+    )
+    parser.add_argument("--version", action="version", version=f"klein-mcp {__version__}")
+    parser.set_defaults(command=_stdio)
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND")
+
+    def add(name: str, run: Command, help: str, *, json: bool = True) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, help=help, description=help)
+        command.set_defaults(command=run)
+        if json:
+            command.add_argument("--json", action="store_true", help="print JSON for a script")
+        return command
+
+    serve = add("serve", _serve, "the MCP server over HTTP: /mcp, and /sse for older clients", json=False)
+    serve.add_argument("--host", default="127.0.0.1", help="address to listen on; any but loopback needs a token")
+    serve.add_argument("--port", type=_port, default=8765)
+    serve.add_argument("--token-file", type=Path, metavar="F", help="file with the token that clients must send")
+    serve.add_argument("--allowed-host", action="append", default=[], metavar="H", help="name clients reach it by")
+
+    demo = add("demo", _demo, "drive the real server through generate, edit and compose, and keep the pictures")
+    demo.add_argument("--out", type=Path, default=Path("klein-demo"), metavar="DIR", help="default: ./klein-demo")
+
+    paint = add("paint", _paint, "one picture in this process, without the daemon")
+    paint.add_argument("prompt")
+    paint.add_argument("--ref", type=Path, action="append", default=[], metavar="IMG", help="a reference; repeatable")
+    paint.add_argument("--model", metavar="M", help="a variant, a folder or a file; default: auto")
+    paint.add_argument("--seed", type=int, metavar="N", help="default: a random one, which is printed")
+    paint.add_argument("--size", type=_size, metavar="WxH", help="default: what diffusers would choose")
+    paint.add_argument("--steps", type=int, metavar="N")
+    paint.add_argument("--guidance", type=float, metavar="G")
+    paint.add_argument("--device", metavar="D", help="cpu, cuda or mps")
+    paint.add_argument("--dtype", choices=("float32", "bfloat16"))
+    paint.add_argument("--lora", action="append", default=[], metavar="L[:scale]", help="repeatable")
+    paint.add_argument("-o", dest="out", type=Path, metavar="PATH", help="default: ./klein-<seed>.png")
+
+    add("status", _status, "what the engine of this user holds and does")
+    add("stop", _stop, "end the engine of this user now")
+    return parser
+
+
+def _size(text: str) -> tuple[int, int]:
+    width, _, height = text.lower().replace("×", "x").partition("x")
+    if not (width.isdecimal() and height.isdecimal()):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size like 1024x768")
+    return int(width), int(height)
+
+
+def _port(text: str) -> int:
+    if not text.isdecimal() or not 0 <= int(text) <= 65535:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a port, 0 to 65535")
+    return int(text)

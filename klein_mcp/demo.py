@@ -1,0 +1,87 @@
+"""Drives the real server as a client would: two pictures, an edit and a composition, kept in a folder."""
+
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import AsyncIterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import anyio
+
+from klein_mcp.errors import RequestError
+
+if TYPE_CHECKING:
+    from mcp.client import Client
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """seconds: as the client saw it, from the request to the picture in its hands."""
+
+    tool: str
+    prompt: str
+    seconds: float
+    path: str
+    model: str
+    warnings: tuple[str, ...]
+
+
+def run(out: Path, *, as_json: bool = False) -> int:
+    """Raises RequestError when a call fails, OSError when a picture cannot be kept."""
+    out.mkdir(parents=True, exist_ok=True)
+    anyio.run(_show, out, as_json)
+    return 0
+
+
+async def _show(out: Path, as_json: bool) -> None:
+    calls = []
+    async for call in _calls(out):
+        calls.append(asdict(call))
+        if not as_json:
+            print(f"{call.tool:<20}{call.seconds:7.2f} s  {call.path}  “{call.prompt}”", flush=True)
+    if as_json:
+        print(json.dumps(calls))
+        return
+    for warning in dict.fromkeys(warning for call in calls for warning in call["warnings"]):
+        print(f"note: {warning}")
+    print(f"painted by {calls[-1]['model']}; the first call started the engine")
+
+
+async def _calls(out: Path) -> AsyncIterator[Call]:
+    from mcp.client import Client
+    from mcp.client.stdio import StdioServerParameters
+
+    server = StdioServerParameters(command=sys.executable, args=["-m", "klein_mcp"], env=dict(os.environ))
+    async with Client(server) as client:
+        apple, call = await _paint(client, out / "1-apple.png", "generate_image", "an apple on a yellow background")
+        yield call
+        rocket, call = await _paint(client, out / "2-rocket.png", "generate_image", "a rocket on an orange background")
+        yield call
+        _, call = await _paint(client, out / "3-edit.png", "edit_image", "make the background green", image=apple)
+        yield call
+        prompt = "the apple from image 1 to the left of the rocket from image 2 on a blue background"
+        _, call = await _paint(client, out / "4-compose.png", "compose_references", prompt, images=[apple, rocket])
+        yield call
+
+
+async def _paint(client: "Client", path: Path, tool: str, prompt: str, **more: Any) -> tuple[str, Call]:
+    """The picture's handle and what there is to tell about the call."""
+    started = time.perf_counter()
+    facts = await _facts(client, tool, {"prompt": prompt, "seed": 7, **more})
+    while "job" in facts:
+        facts = await _facts(client, "wait_for_job", {"job": facts["job"]})
+    seconds = time.perf_counter() - started
+    shutil.copyfile(facts["path"], path)
+    return facts["image"], Call(tool, prompt, seconds, str(path), facts["model"], tuple(facts["warnings"]))
+
+
+async def _facts(client: "Client", tool: str, arguments: dict[str, Any]) -> dict[str, Any]:
+    result = await client.call_tool(tool, arguments)
+    text = next((block.text for block in result.content if block.type == "text"), "")
+    if result.is_error:
+        raise RequestError(f"{tool} failed: {text}")
+    return json.loads(text)

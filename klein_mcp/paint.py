@@ -1,0 +1,130 @@
+"""One picture in this process, without a daemon: what `klein-mcp paint` does."""
+
+import json
+import secrets
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from engine.contract import Event, InvalidJob, Job, Loading, Painting, Stage, Step
+from klein_mcp.errors import RequestError
+from klein_mcp.settings import Settings
+
+KINDS = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp"}
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """What was typed. seed: None for a random one. out: None for ./klein-<seed>.png."""
+
+    prompt: str
+    references: tuple[Path, ...] = ()
+    model: str = "auto"
+    seed: int | None = None
+    size: tuple[int, int] | None = None
+    steps: int | None = None
+    guidance: float | None = None
+    out: Path | None = None
+
+
+def run(settings: Settings, order: Order, *, as_json: bool = False) -> int:
+    """Raises EngineError, RequestError, OSError."""
+    from engine.klein import Engine
+    from klein_mcp.images import codec
+
+    seed = secrets.randbelow(2**32) if order.seed is None else order.seed
+    out = order.out or Path(f"klein-{seed}.png")
+    if out.suffix.lower() not in KINDS:
+        raise RequestError(f"{out.name} does not end in {', '.join(KINDS)}.", hint="Name the file accordingly.")
+    width, height = order.size or (None, None)
+    job = Job(
+        prompt=_prompt(order.prompt),
+        references=tuple(codec.decode(path.read_bytes(), str(path)).image for path in order.references),
+        width=width,
+        height=height,
+        seed=seed,
+        model=order.model,
+        steps=order.steps,
+        guidance=order.guidance,
+    )
+    engine = Engine(
+        models=settings.models,
+        device=None if settings.device == "auto" else settings.device,
+        dtype=None if settings.dtype == "auto" else settings.dtype,
+        loras=settings.loras,
+        threads=settings.threads or None,
+    )
+    painting = _last(_tell(event) for event in engine.run(job))
+    recipe = _recipe(order, painting)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_bytes(codec.encode(painting.image, KINDS[out.suffix.lower()], recipe))  # type: ignore[arg-type]
+    for warning in painting.warnings:
+        print(f"klein-mcp: {warning}", file=sys.stderr)
+    print(json.dumps(_facts(out, painting)) if as_json else _sentence(out, painting))
+    return 0
+
+
+def _prompt(text: str) -> str:
+    if not text.strip():
+        raise InvalidJob("The prompt is empty.", hint="Say what to paint.")
+    return text
+
+
+def _last(events: Any) -> Painting:
+    painting = None
+    for event in events:
+        painting = event
+    assert isinstance(painting, Painting)
+    return painting
+
+
+def _tell(event: Event) -> Event:
+    """A line of progress that overwrites itself, where a person looks on."""
+    if sys.stderr.isatty():
+        match event:
+            case Loading(model, fraction):
+                said = f"loading {model} {fraction:.0%}"
+            case Stage(name):
+                said = name
+            case Step(done, total):
+                said = f"step {done}/{total}"
+            case _:
+                said = ""
+        print(f"\r\x1b[K{said}", end="", file=sys.stderr, flush=True)
+    return event
+
+
+def _recipe(order: Order, painting: Painting) -> dict[str, Any]:
+    return {
+        "prompt": order.prompt,
+        "seed": str(painting.seed),
+        "model": painting.model,
+        "fingerprint": painting.fingerprint,
+        "steps": painting.steps,
+        "guidance": painting.guidance,
+        "width": painting.image.shape[1],
+        "height": painting.image.shape[0],
+        "parents": [str(path) for path in order.references],
+    }
+
+
+def _facts(out: Path, painting: Painting) -> dict[str, Any]:
+    height, width = painting.image.shape[:2]
+    return {
+        "path": str(out.resolve()),
+        "width": width,
+        "height": height,
+        "seed": str(painting.seed),
+        "model": painting.model,
+        "steps": painting.steps,
+        "guidance": painting.guidance,
+        "ms": {name: round(value) for name, value in painting.ms.items()},
+        "warnings": list(painting.warnings),
+    }
+
+
+def _sentence(out: Path, painting: Painting) -> str:
+    height, width = painting.image.shape[:2]
+    seconds = sum(painting.ms.values()) / 1000
+    return f"{out}  {width}×{height}  seed {painting.seed}  {painting.model}  {seconds:.1f} s"
