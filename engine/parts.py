@@ -15,7 +15,7 @@ from engine.device import Placement
 from engine.layouts import Table, bfl_name, diffusers_autoencoder, diffusers_transformer, plain
 from engine.model.autoencoder import Autoencoder, AutoencoderShape
 from engine.model.text_encoder import TextEncoder
-from engine.model.transformer import Transformer, TransformerShape
+from engine.model.transformer import KLEIN_THETA, Transformer, TransformerShape
 from engine.weights import Shape, Tensors, fill
 
 Net = TypeVar("Net", bound=nn.Module)
@@ -92,7 +92,7 @@ def _transformer_shape(shapes: dict[str, Shape], config: dict[str, Any], what: s
     axes = tuple(config.get("axes_dims_rope", (shape.head_dim // 4,) * 4))
     if sum(axes) != shape.head_dim:
         raise BadWeights(f"The {what} turns {sum(axes)} channels of a head that has {shape.head_dim}.")
-    theta = float(config.get("rope_theta", TransformerShape.theta))  # type: ignore[arg-type]
+    theta = float(config.get("rope_theta", KLEIN_THETA))
     return replace(shape, axes=axes, theta=theta)
 
 

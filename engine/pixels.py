@@ -86,6 +86,9 @@ class Frame:
     def of(cls, width: int, height: int, area: int) -> "Frame":
         """The frame for width × height on a canvas of at most `area` pixels."""
         scale = min(1.0, math.sqrt(area / (width * height)))
+        if max(width, height) < MIN_SIDE:
+            # An icon fills the smallest canvas instead of sitting in its corner.
+            scale = MIN_SIDE / max(width, height)
         # Rounding up to whole tokens may overshoot the area; each turn takes the overshoot back.
         while True:
             inner_width, inner_height = max(1, round(width * scale)), max(1, round(height * scale))

@@ -30,12 +30,15 @@ def unpack(tokens: Tensor, height: int) -> Tensor:
 
 def text_positions(length: int) -> Tensor:
     """[length, 4] int64: (0, 0, 0, i)."""
-    return torch.cartesian_prod(torch.zeros(1), torch.zeros(1), torch.zeros(1), torch.arange(length)).long()
+    positions = torch.zeros(length, 4, dtype=torch.long)
+    positions[:, 3] = torch.arange(length)
+    return positions
 
 
 def grid_positions(height: int, width: int, time: int = 0) -> Tensor:
     """[height·width, 4] int64: (time, row, column, 0), row by row; height and width in tokens."""
-    return torch.cartesian_prod(torch.tensor([time]), torch.arange(height), torch.arange(width), torch.zeros(1)).long()
+    axes = (torch.tensor([time]), torch.arange(height), torch.arange(width), torch.tensor([0]))
+    return torch.cartesian_prod(*axes)
 
 
 def reference_time(index: int) -> int:

@@ -25,6 +25,9 @@ from engine.model.layers import (
     timestep_embedding,
 )
 
+KLEIN_THETA = 2000.0
+"""Base of the rotary frequencies. Source: diffusers Flux2Transformer2DModel config `rope_theta`."""
+
 KV = tuple[Tensor, Tensor]
 """One block's keys (normed and rotated) and values of the references: each [b, tokens, heads, head_dim]."""
 
@@ -42,7 +45,7 @@ class TransformerShape:
     channels: int = 128
     time_channels: int = 256
     axes: tuple[int, ...] = (32, 32, 32, 32)
-    theta: float = 2000.0
+    theta: float = KLEIN_THETA
 
 
 @dataclass(frozen=True, slots=True)

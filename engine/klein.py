@@ -1,0 +1,390 @@
+"""class Klein: one loaded model, and the recipe from a job to a picture. class Engine: whatever models are asked for."""
+
+import time
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from engine import parts
+from engine.contract import BadWeights, CacheUse, Event, InvalidJob, Job, Loading, OutOfMemory, Painting, Stage, Step
+from engine.device import Placement
+from engine.find import Checkpoint, Shelf
+from engine.memory import fitting
+from engine.model.autoencoder import Autoencoder
+from engine.model.layers import Rope
+from engine.model.text_encoder import TextEncoder, Tokenizer
+from engine.model.transformer import KV, Modulations, Transformer
+from engine.pixels import GRID, Frame, fit_reference, to_rgb8, to_tensor
+from engine.references import Memory, content_hash
+from engine.sampler import Velocity, denoise, guided
+from engine.schedule import sigmas
+from engine.tokens import grid_positions, pack, reference_time, text_positions, unpack
+from engine.variants import EMBEDDED, VARIANTS, Variant
+
+MAX_STEPS = 200
+"""More than any published klein was made for (base: 50); beyond it a typing error is likelier than a wish."""
+MAX_SEED = 2**63 - 1
+
+
+class Klein:
+    """One model in memory."""
+
+    def __init__(
+        self,
+        variant: Variant,
+        transformer: Transformer,
+        autoencoder: Autoencoder,
+        text_encoder: TextEncoder,
+        tokenizer: Tokenizer,
+        placement: Placement,
+        fingerprint: str = "",
+        memory: Memory | None = None,
+    ) -> None:
+        self.variant = variant
+        self.transformer = transformer
+        self.autoencoder = autoencoder
+        self.text_encoder = text_encoder
+        self.tokenizer = tokenizer
+        self.placement = placement
+        self.fingerprint = fingerprint
+        self.memory = memory if memory is not None else Memory(0)
+        self._rope = lru_cache(maxsize=16)(self._make_rope)
+        self._modulations = lru_cache(maxsize=256)(self._make_modulations)
+
+    @classmethod
+    def load(
+        cls, checkpoint: Checkpoint, placement: Placement, memory: Memory | None = None
+    ) -> Generator[Loading, None, "Klein"]:
+        """Read a model onto the device, telling how far it is; the generator's return value is the model.
+
+        Raises BadWeights.
+        """
+        variant = checkpoint.variant
+        transformer = parts.transformer(checkpoint.transformer)
+        text_encoder = parts.text_encoder(checkpoint.text_encoder, variant.text_layers)
+        autoencoder = parts.autoencoder(checkpoint.vae)
+        _match(transformer.module, text_encoder.module, autoencoder.module)
+        total = sum(part.bytes for part in (transformer, text_encoder, autoencoder)) or 1
+        done = 0
+        yield Loading(variant.name, 0.0)
+        # In the order of use, so that a first prompt could be read before the transformer is there.
+        for part in (text_encoder, transformer, autoencoder):
+            for count in part.fill(placement):
+                done += count
+                yield Loading(variant.name, min(1.0, done / total))
+            part.module.eval().requires_grad_(False)
+        text_encoder.module.finish(placement.device)
+        return cls(
+            variant,
+            transformer.module,
+            autoencoder.module,
+            text_encoder.module,
+            Tokenizer(checkpoint.tokenizer, variant.text_length),
+            placement,
+            "-".join(part.tensors.fingerprint()[:16] for part in (transformer, text_encoder, autoencoder)),
+            memory,
+        )
+
+    @torch.inference_mode()
+    def run(self, job: Job) -> Iterator[Event]:
+        """Paint `job`; the last event is the Painting. Closing the iterator stops the work and frees its memory.
+
+        Raises InvalidJob before anything is computed.
+        """
+        variant, clock, warnings = self.variant, _Clock(self.placement), []
+        steps, guidance = self._plan(job, warnings)
+        frame, references = self._frame(job, warnings)
+
+        # 1. The prompt, as states the transformer reads; a guided model also reads an empty one.
+        yield Stage("prompt")
+        with clock("prompt"):
+            text, prompt_known = self._read(job.prompt, warnings)
+            no_text = self._read("", [])[0] if guidance > 1 else None
+
+        # 2. The references, as tokens that take part in every step, or as keys and values kept for all of them.
+        known: CacheUse = "none"
+        seen: Tensor | None = None
+        kept: Sequence[KV] | None = None
+        if references:
+            yield Stage("references")
+            with clock("references"):
+                if variant.kv:
+                    kept, hit = self._keep(references)
+                else:
+                    seen, hit = self._see(references)
+                known = "hit" if hit else "miss"
+
+        # 3. Noise, drawn on the CPU whatever the device, so that a seed means the same picture everywhere.
+        rows, columns = frame.canvas_height // GRID, frame.canvas_width // GRID
+        generator = torch.Generator().manual_seed(job.seed)
+        noise = torch.randn((1, self.transformer.shape.channels, rows, columns), generator=generator)
+        x = pack(noise).to(self.placement.device, self.placement.dtype)
+
+        # 4. From noise to latent, one Euler step at a time.
+        yield Stage("denoise")
+        sizes = tuple((image.shape[0] // GRID, image.shape[1] // GRID) for image in references)
+        rope = self._rope(rows, columns, () if variant.kv else sizes)
+        velocity = self._velocity(text, rope, seen, kept)
+        if no_text is not None:
+            velocity = guided(velocity, self._velocity(no_text, rope, seen, kept), guidance)
+        levels = sigmas(steps, rows * columns)
+        stepping = denoise(velocity, x, levels)
+        for i in range(steps):
+            with clock("denoise"):
+                x = next(stepping)
+            yield Step(i + 1, steps)
+
+        # 5. From latent to picture.
+        yield Stage("decode")
+        with clock("decode"):
+            picture = to_rgb8(self.autoencoder.decode(unpack(x, rows)))
+        yield Painting(
+            image=frame.lift(picture),
+            seed=job.seed,
+            model=variant.name,
+            fingerprint=self.fingerprint,
+            steps=steps,
+            guidance=guidance,
+            ms=clock.ms,
+            cache={"prompt": "hit" if prompt_known else "miss", "references": known},
+            warnings=tuple(warnings),
+        )
+
+    def _plan(self, job: Job, warnings: list[str]) -> tuple[int, float]:
+        """Steps and guidance, after checking what can be checked before any work."""
+        variant = self.variant
+        if len(job.references) > variant.max_references:
+            raise InvalidJob(
+                f"{len(job.references)} references; {variant.name} takes at most {variant.max_references}.",
+                hint="Compose in two rounds.",
+            )
+        if not 0 <= job.seed <= MAX_SEED:
+            raise InvalidJob(f"seed is {job.seed}; it must lie in 0 … 2^63-1.")
+        steps = variant.steps if job.steps is None else job.steps
+        if not 1 <= steps <= MAX_STEPS:
+            raise InvalidJob(f"steps is {steps}; it must lie in 1 … {MAX_STEPS}.")
+        guidance = variant.guidance if job.guidance is None else job.guidance
+        if guidance > 1 and variant.distilled:
+            warnings.append(f"guidance {guidance:g} is ignored: {variant.name} is distilled and needs none")
+            guidance = 1.0
+        return steps, guidance
+
+    def _frame(self, job: Job, warnings: list[str]) -> tuple[Frame, list[Any]]:
+        """The canvas, and the references as the model sees them."""
+        variant = self.variant
+        area = variant.max_size**2
+        references = list(job.references)
+        if job.align:
+            if not references:
+                raise InvalidJob("align needs a reference to be aligned with.")
+            height, width = references[0].shape[:2]
+            frame = Frame.of(width, height, area)
+            seen = [frame.lay(references[0])]
+        else:
+            seen, frame = [], None
+        seen += [fit_reference(image, variant.reference_size**2) for image in references[len(seen) :]]
+        if frame is None:
+            height, width = seen[0].shape[:2] if seen else (variant.native_size, variant.native_size)
+            width, height = job.width or width, job.height or height
+            if min(width, height) < GRID:
+                raise InvalidJob(f"The size is {width}×{height}; each side needs at least {GRID} pixels.")
+            frame = Frame.of(width, height, area)
+        if (frame.inner_width, frame.inner_height) != (frame.width, frame.height):
+            warnings.append(
+                f"painted at {frame.inner_width}×{frame.inner_height}, the size {variant.name} was made for, "
+                f"and resampled to {frame.width}×{frame.height}"
+            )
+        return frame, seen
+
+    def _read(self, prompt: str, warnings: list[str]) -> tuple[Tensor, bool]:
+        """Prompt states after the transformer's own projection: [1, text_length, hidden]."""
+        tokens = self.tokenizer(prompt)
+        if tokens.cut:
+            warnings.append(
+                f"the prompt is {tokens.cut} tokens longer than the {self.variant.text_length} {self.variant.name} "
+                "reads; its end was cut"
+            )
+
+        def read() -> list[Tensor]:
+            ids, mask = tokens.ids.to(self.placement.device), tokens.mask.to(self.placement.device)
+            return [self.transformer.txt_in(self.text_encoder(ids, mask))]
+
+        (states,), hit = self.memory.get_or((self.fingerprint, "prompt", prompt), read)
+        return states, hit
+
+    def _latents(self, image: Any, key: str) -> tuple[Tensor, bool]:
+        """A reference's latent tokens, [1, tokens, channels]."""
+
+        def encode() -> list[Tensor]:
+            return [pack(self.autoencoder.encode(to_tensor(image).to(self.placement.device, self.placement.dtype)))]
+
+        (tokens,), hit = self.memory.get_or((self.fingerprint, "latent", key), encode)
+        return tokens, hit
+
+    def _see(self, images: list[Any]) -> tuple[Tensor, bool]:
+        """All references as tokens of the hidden width, one after the other."""
+        found = [self._latents(image, content_hash(image)) for image in images]
+        return self.transformer.img_in(torch.cat([tokens for tokens, _ in found], dim=1)), all(hit for _, hit in found)
+
+    def _keep(self, images: list[Any]) -> tuple[list[KV], bool]:
+        """Keys and values of the ordered references: swapped or alone, they would be others."""
+        keys = tuple(content_hash(image) for image in images)
+
+        def prefill() -> list[Tensor]:
+            tokens = torch.cat([self._latents(image, key)[0] for image, key in zip(images, keys, strict=True)], dim=1)
+            sizes = tuple((image.shape[0] // GRID, image.shape[1] // GRID) for image in images)
+            kept = self.transformer.prefill(self.transformer.img_in(tokens), self._reference_rope(sizes))
+            return [tensor for kv in kept for tensor in kv]
+
+        flat, hit = self.memory.get_or((self.fingerprint, "kv", keys), prefill)
+        return list(zip(flat[::2], flat[1::2], strict=True)), hit
+
+    def _velocity(self, text: Tensor, rope: Rope, seen: Tensor | None, kept: Sequence[KV] | None) -> Velocity:
+        return lambda x, sigma: self.transformer(x, text, self._modulations(sigma), rope, seen, kept)
+
+    def _make_modulations(self, sigma: float) -> Modulations:
+        # Rounded to the model's dtype in units of 1000, as in training and in diffusers; Euler keeps the exact sigma.
+        thousandths = torch.tensor([1000.0 * sigma]).to(self.placement.dtype)
+        return self.transformer.modulations((thousandths / 1000).to(self.placement.device))
+
+    def _make_rope(self, rows: int, columns: int, references: tuple[tuple[int, int], ...]) -> Rope:
+        text, canvas = text_positions(self.variant.text_length), grid_positions(rows, columns)
+        return self.transformer.rope(torch.cat([text, canvas, *_reference_positions(references)]))
+
+    def _reference_rope(self, references: tuple[tuple[int, int], ...]) -> Rope:
+        return self.transformer.rope(torch.cat(_reference_positions(references)))
+
+
+def _reference_positions(sizes: tuple[tuple[int, int], ...]) -> list[Tensor]:
+    return [grid_positions(h, w, reference_time(i)) for i, (h, w) in enumerate(sizes)]
+
+
+def _match(transformer: Transformer, text_encoder: TextEncoder, autoencoder: Autoencoder) -> None:
+    """Refuse parts of different models."""
+    if text_encoder.width != transformer.shape.context:
+        raise BadWeights(
+            f"The text encoder gives {text_encoder.width} numbers a token, the transformer reads "
+            f"{transformer.shape.context}: they belong to different models.",
+            hint="klein 4B goes with Qwen3-4B, klein 9B with Qwen3-8B.",
+        )
+    if 4 * autoencoder.shape.latent != transformer.shape.channels:
+        raise BadWeights(
+            f"The autoencoder has {4 * autoencoder.shape.latent} channels, the transformer "
+            f"{transformer.shape.channels}: they belong to different models."
+        )
+
+
+class _Clock:
+    """Milliseconds of wall time by stage."""
+
+    def __init__(self, placement: Placement) -> None:
+        self.ms: dict[str, float] = {}
+        self._placement = placement
+
+    @contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self._placement.sync()
+        self.ms[stage] = round(self.ms.get(stage, 0.0) + 1000 * (time.perf_counter() - start), 1)
+
+
+class Engine:
+    """Whatever models are asked for, each loaded when it is first needed; one in memory at a time."""
+
+    def __init__(
+        self,
+        models: Sequence[Path] = (),
+        device: str | None = None,
+        dtype: str | None = None,
+        threads: int | None = None,
+        hub: Path | None = None,
+        remember: int = 1 << 30,
+    ) -> None:
+        """models, hub: where to look for them. remember: bytes kept between jobs for prompts and references."""
+        self.shelf = Shelf(tuple(models), hub)
+        self.placement = Placement.choose(device, dtype)
+        self.memory = Memory(remember)
+        self._klein: Klein | None = None
+        self._name = ""
+        if threads:
+            torch.set_num_threads(threads)
+
+    def run(self, job: Job, variant: str | None = None) -> Iterator[Event]:
+        """Paint `job` with the model it names, loading that first if need be. Raises EngineError.
+
+        variant: what the user says a single file is, where it cannot tell itself.
+        """
+        klein, ms = yield from self._load(job.model, variant)
+        for event in self._paint(klein, job):
+            yield replace(event, ms={"load": ms, **event.ms}) if isinstance(event, Painting) else event
+
+    def _paint(self, klein: Klein, job: Job) -> Iterator[Event]:
+        """Paint; if the device runs full, forget what is remembered and try once more."""
+        try:
+            yield from klein.run(job)
+        except torch.OutOfMemoryError:
+            self.memory.clear()
+            self.placement.empty_cache()
+        else:
+            return
+        try:
+            yield from klein.run(job)
+        except torch.OutOfMemoryError:
+            self.placement.empty_cache()
+            free = self.placement.free_bytes() / 1e9
+            raise OutOfMemory(
+                f"The {self.placement.device.type} has {free:.1f} GB left, too little for this picture.",
+                hint="Ask for a smaller size or fewer references.",
+            ) from None
+
+    def _load(self, model: str, variant: str | None) -> Generator[Loading, None, tuple[Klein, float]]:
+        name = self.best() if model == "auto" else model
+        if self._klein is not None and self._name == name:
+            return self._klein, 0.0
+        checkpoint = self.shelf.find(name, variant)
+        self.release()
+        start = time.perf_counter()
+        self._klein = yield from Klein.load(checkpoint, self.placement, self.memory)
+        self._name = name
+        return self._klein, round(1000 * (time.perf_counter() - start), 1)
+
+    def best(self) -> str:
+        """The best installed model that fits this machine's memory, else the embedded one."""
+        return fitting(self.shelf.installed(), self.placement.free_bytes() + self._held()) or EMBEDDED
+
+    def _held(self) -> int:
+        if self._klein is None:
+            return 0
+        nets = (self._klein.transformer, self._klein.autoencoder, self._klein.text_encoder)
+        return sum(tensor.nbytes for net in nets for tensor in (*net.parameters(), *net.buffers()))
+
+    def release(self) -> None:
+        """Give the weights' memory back; the next job loads again."""
+        self._klein = None
+        self._name = ""
+        self.memory.clear()
+        self.placement.empty_cache()
+
+    def status(self) -> dict[str, Any]:
+        """What is installed, loaded and remembered."""
+        installed = self.shelf.installed()
+        return {
+            "device": str(self.placement.device),
+            "dtype": str(self.placement.dtype).removeprefix("torch."),
+            "threads": torch.get_num_threads(),
+            "loaded": self._name or None,
+            "weights_bytes": self._held(),
+            "free_bytes": self.placement.free_bytes(),
+            "remembered": {"bytes": self.memory.held, "hits": self.memory.hits, "misses": self.memory.misses},
+            "models": [
+                {"name": name, "licence": row.licence, "path": str(installed[name]) if name in installed else None}
+                for name, row in VARIANTS.items()
+            ],
+        }
