@@ -5,11 +5,14 @@ import secrets
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from engine.contract import Event, InvalidJob, Job, Loading, Painting, Stage, Step
 from klein_mcp.errors import RequestError
 from klein_mcp.settings import Settings
+
+if TYPE_CHECKING:
+    from engine.klein import Engine
 
 KINDS = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp"}
 
@@ -30,7 +33,6 @@ class Order:
 
 def run(settings: Settings, order: Order, *, as_json: bool = False) -> int:
     """Raises EngineError, RequestError, OSError."""
-    from engine.klein import Engine
     from klein_mcp.images import codec
 
     seed = secrets.randbelow(2**32) if order.seed is None else order.seed
@@ -48,14 +50,7 @@ def run(settings: Settings, order: Order, *, as_json: bool = False) -> int:
         steps=order.steps,
         guidance=order.guidance,
     )
-    engine = Engine(
-        models=settings.models,
-        device=None if settings.device == "auto" else settings.device,
-        dtype=None if settings.dtype == "auto" else settings.dtype,
-        loras=settings.loras,
-        threads=settings.threads or None,
-    )
-    painting = _last(_tell(event) for event in engine.run(job))
+    painting = _last(_tell(event) for event in engine(settings).run(job))
     recipe = _recipe(order, painting)
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_bytes(codec.encode(painting.image, KINDS[out.suffix.lower()], recipe))  # type: ignore[arg-type]
@@ -63,6 +58,15 @@ def run(settings: Settings, order: Order, *, as_json: bool = False) -> int:
         print(f"klein-mcp: {warning}", file=sys.stderr)
     print(json.dumps(_facts(out, painting)) if as_json else _sentence(out, painting))
     return 0
+
+
+def engine(settings: Settings) -> "Engine":
+    """The engine as the settings want it; what they leave open is the engine's to choose."""
+    from engine.klein import Engine
+
+    names = ("models", "device", "dtype", "loras", "threads")
+    options = {name: getattr(settings, name) for name in names}
+    return Engine(**{name: value for name, value in options.items() if value and value != "auto"})
 
 
 def _prompt(text: str) -> str:

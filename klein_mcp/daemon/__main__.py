@@ -20,6 +20,7 @@ from klein_mcp.daemon import address as addresses
 from klein_mcp.daemon.address import HOST, Address, Build
 from klein_mcp.daemon.app import Daemon
 from klein_mcp.daemon.queue import Painter, Queue
+from klein_mcp.paint import engine
 from klein_mcp.settings import Settings, SettingsError
 
 log = logging.getLogger("klein_mcp.daemon")
@@ -27,20 +28,7 @@ log = logging.getLogger("klein_mcp.daemon")
 Make = Callable[[Settings], Painter]
 
 
-def klein(settings: Settings) -> Painter:
-    """The engine itself. Only here, and in `paint`, does torch come in."""
-    from engine.klein import Engine
-
-    return Engine(
-        models=settings.models,
-        device=None if settings.device == "auto" else settings.device,
-        dtype=None if settings.dtype == "auto" else settings.dtype,
-        loras=settings.loras,
-        threads=settings.threads or None,
-    )
-
-
-def main(make: Make = klein) -> int:
+def main(make: Make = engine) -> int:
     faulthandler.enable()
     try:
         settings = Settings.load()

@@ -10,7 +10,7 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from engine.contract import Busy, EngineError, EngineFailed, Event, Job, Loading, OutOfMemory, Painting, Queued
+from engine.contract import Busy, EngineError, EngineFailed, Event, Job, Loading, Painting, Queued
 
 log = logging.getLogger(__name__)
 
@@ -152,12 +152,7 @@ class Queue:
     def _paint(self, ticket: Ticket) -> Painting | EngineError | None:
         """The picture or what went wrong; None if it was cancelled."""
         try:
-            try:
-                return self._drive(ticket)
-            except OutOfMemory as problem:
-                log.warning("out of memory, trying once more with nothing else in memory: %s", problem)
-                self._ready().release()
-                return self._drive(ticket)
+            return self._drive(ticket)
         except EngineError as problem:
             return problem
         except Exception as problem:

@@ -1,7 +1,6 @@
 """A real daemon process around a painter that needs no model: `python -m tests.klein_mcp.fake_daemon`.
 
-The prompt says what the painter does: `steps=8 pause=0.05 crash=3 memory=2 fail`; with crash=3 the process dies after
-step 3, with memory=2 there is no room until the weights have been released twice.
+The prompt says what the painter does: `steps=8 pause=0.05 crash=3 fail`; with crash=3 the process dies after step 3.
 """
 
 import os
@@ -13,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from engine.contract import Event, InvalidJob, Job, Loading, OutOfMemory, Painting, Stage, Step
+from engine.contract import Event, InvalidJob, Job, Loading, Painting, Stage, Step
 
 COMMAND = (sys.executable, "-m", "tests.klein_mcp.fake_daemon")
 
@@ -33,8 +32,6 @@ class FakePainter:
                 yield Loading("fake", part / 2)
             self.loaded = True
         yield Stage("prompt")
-        if int(orders.get("memory", 0)) > self.released:
-            raise OutOfMemory("No room.", hint="Paint smaller.")
         if job.references:
             yield Stage("references")
         yield Stage("denoise")
