@@ -49,6 +49,8 @@ class Job(_ByValue):
         model sees it, without references the model's native size. Multiples of 16 unless `align` is set.
     align: the first reference and the canvas are one frame, so that an edit keeps every pixel in its place:
         both are scaled and padded alike, and the picture comes back at exactly the reference's size.
+    aspect: (width, height) of which only the ratio counts: a picture of this shape at the model's native area,
+        where no size is given. Only the engine knows what "auto" will be, and so what is native.
     seed: 0 … 2**63 - 1; the same job with the same seed gives the same picture.
     model: a variant's name, a diffusers folder, a single file, or "auto".
     steps, guidance: None for what the variant was made for.
@@ -59,6 +61,7 @@ class Job(_ByValue):
     width: int | None = None
     height: int | None = None
     align: bool = False
+    aspect: tuple[int, int] | None = None
     seed: int = 0
     model: str = "auto"
     steps: int | None = None
