@@ -14,6 +14,9 @@ from engine.contract import Busy, EngineError, EngineFailed, Event, Job, Loading
 
 log = logging.getLogger(__name__)
 
+REMEMBERED = 256
+"""Clients whose last turn is remembered; one that was served longer ago counts as new."""
+
 Tell = Callable[[Event | EngineError], None]
 """Where a ticket's events go. Called from any thread; must return at once and not raise."""
 
@@ -46,7 +49,9 @@ class Queue:
         self._size = size
         self._keep_alive = keep_alive
         self._change = threading.Condition()
-        self._waiting: dict[str, deque[Ticket]] = {}  # clients in the order of their turns
+        self._waiting: dict[str, deque[Ticket]] = {}  # by client
+        self._turns: dict[str, int] = {}  # when each client was last served, the latest at the end
+        self._turn = itertools.count(1)
         self._running: Ticket | None = None
         self._closed = False
         self._idle_since = time.monotonic()
@@ -135,11 +140,15 @@ class Queue:
                     self._rest()
             if self._closed:
                 return None
-            client = next(iter(self._waiting))
-            line = self._waiting.pop(client)
+            client = self._round()[0]
+            line = self._waiting[client]
             self._running = line.popleft()
-            if line:
-                self._waiting[client] = line  # to the end of the round
+            if not line:
+                del self._waiting[client]
+            self._turns.pop(client, None)
+            self._turns[client] = next(self._turn)
+            if len(self._turns) > REMEMBERED:
+                del self._turns[next(iter(self._turns))]
             self._tell_positions()
             return self._running
 
@@ -167,11 +176,16 @@ class Queue:
         if not self._painter:
             ticket.tell(Loading(ticket.job.model, 0.0))
         with closing(self._ready().run(ticket.job)) as events:  # type: ignore[type-var]
+            percent = None
             for event in events:
                 if ticket.cancelled:
                     return None
                 if isinstance(event, Painting):
                     return event
+                if isinstance(event, Loading):
+                    # The engine pauses after each of some hundred tensors; a hundred frames are enough.
+                    if percent == (percent := int(100 * event.fraction)):
+                        continue
                 ticket.tell(event)
         raise EngineFailed("The engine ended without a picture.")
 
@@ -179,6 +193,13 @@ class Queue:
         if not self._painter:
             self._painter = self._make_painter()
         return self._painter
+
+    def _round(self) -> list[str]:
+        """Clients that wait, whoever was served longest ago first, new ones before all.
+
+        Not the order of arrival: a client that sends one job at a time is always the last to arrive.
+        """
+        return sorted(self._waiting, key=lambda client: self._turns.get(client, 0))
 
     def _count(self) -> int:
         return sum(map(len, self._waiting.values()))
@@ -192,7 +213,7 @@ class Queue:
 
     def _in_turn(self) -> Iterator[Ticket]:
         """Waiting tickets in the order in which they will be painted if nobody comes or leaves."""
-        rounds = itertools.zip_longest(*self._waiting.values())
+        rounds = itertools.zip_longest(*(self._waiting[client] for client in self._round()))
         return (ticket for turn in rounds for ticket in turn if ticket)
 
 
