@@ -176,18 +176,20 @@ class Queue:
         if not self._painter:
             ticket.tell(Loading(ticket.job.model, 0.0))
         with closing(self._ready().run(ticket.job)) as events:  # type: ignore[type-var]
-            percent = None
+            percent = painting = None
             for event in events:
                 if ticket.cancelled:
                     return None
                 if isinstance(event, Painting):
-                    return event
-                if isinstance(event, Loading):
-                    # The engine pauses after each of some hundred tensors; a hundred frames are enough.
-                    if percent == (percent := int(100 * event.fraction)):
-                        continue
+                    painting = event
+                    continue
+                # The engine pauses after each of some hundred tensors; a hundred frames are enough.
+                if isinstance(event, Loading) and percent == (percent := int(100 * event.fraction)):
+                    continue
                 ticket.tell(event)
-        raise EngineFailed("The engine ended without a picture.")
+        if not painting:
+            raise EngineFailed("The engine ended without a picture.")
+        return painting
 
     def _ready(self) -> Painter:
         if not self._painter:
