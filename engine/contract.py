@@ -70,9 +70,10 @@ class Job(_ByValue):
 
 @dataclass(frozen=True, slots=True)
 class Queued:
-    """Waiting; `position` jobs are ahead of this one."""
+    """Waiting; `position` jobs are ahead of this one, and its picture is about `seconds` away, where that is known."""
 
     position: int
+    seconds: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
