@@ -31,8 +31,8 @@ class Backend(Protocol):
         """How far an order is that was handed over; answers when it is done, or after a second or so.
 
         {"state": "queued" | "painting" | "done" | "failed", "progress": 0 … 1, "message", "eta_s": float | None,
-        "made": as given to `keep`, "pictures": [{"handle", "seed", "model", "fingerprint", "steps", "guidance", "cache",
-        "changed", "save_ms"}, …], "warnings": […], "ms": {…}, "error": {"message", "hint"} if it failed}
+        "made": as given to `keep`, "pictures": [{"handle", "seed", "model", "fingerprint", "steps", "guidance",
+        "cache", "changed", "save_ms"}, …], "warnings": […], "ms": {…}, "error": {"message", "hint"} if it failed}
         Raises UnknownJob, EngineError.
         """
         ...
