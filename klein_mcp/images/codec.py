@@ -41,18 +41,20 @@ class Decoded:
     recipe: dict[str, Any] | None
 
 
-def decode(data: bytes, name: str) -> Decoded:
-    """name: what the caller called it, for messages. Raises BadImage."""
+def decode(data: bytes, name: str, backdrop: int = 255) -> Decoded:
+    """name: what the caller called it, for messages. backdrop: the grey behind what is transparent. Raises BadImage."""
     if not data:
         raise BadImage(f"{name} is empty (0 bytes).")
     if len(data) > MAX_BYTES:
-        raise BadImage(f"{name} has {len(data) / 2**20:.0f} MiB; at most {MAX_BYTES // 2**20}.", hint="Send a smaller copy.")
+        raise BadImage(
+            f"{name} has {len(data) / 2**20:.0f} MiB; at most {MAX_BYTES // 2**20}.", hint="Send a smaller copy."
+        )
     try:
         with python_warnings.catch_warnings():
             # Pillow warns about bombs (we check the size ourselves) and about odd metadata.
             python_warnings.simplefilter("ignore")
             with Image.open(io.BytesIO(data), formats=READABLE) as picture:
-                return _upright_rgb8(picture, name)
+                return _upright_rgb8(picture, name, backdrop)
     except BadImage:
         raise
     except UnidentifiedImageError:
@@ -69,7 +71,7 @@ def _hint(data: bytes) -> str:
     return _HINTS.get(start, "It takes PNG, JPEG, WebP, GIF, BMP, TIFF and AVIF.")
 
 
-def _upright_rgb8(picture: ImageFile.ImageFile, name: str) -> Decoded:
+def _upright_rgb8(picture: ImageFile.ImageFile, name: str, backdrop: int) -> Decoded:
     width, height = picture.size
     if width * height > MAX_PIXELS:
         raise BadImage(
@@ -85,8 +87,9 @@ def _upright_rgb8(picture: ImageFile.ImageFile, name: str) -> Decoded:
     rgb = _to_srgb(_eight_bit(opaque), picture.info.get("icc_profile"), name, warnings)
     pixels = np.asarray(rgb)
     if alpha is not None and np.any(alpha < 255):
-        warnings.append(f"{name} is transparent in places; they count as white.")
-        pixels = _on_white(pixels, alpha)
+        colour = "white" if backdrop else "black"
+        warnings.append(f"{name} is transparent in places; they count as {colour}.")
+        pixels = _flattened(pixels, alpha, backdrop)
     return Decoded(np.ascontiguousarray(pixels), tuple(warnings), recipe)
 
 
@@ -127,9 +130,9 @@ def _to_srgb(picture: Image.Image, profile: bytes | None, name: str, warnings: l
     return picture.convert("RGB")
 
 
-def _on_white(pixels: Rgb8, alpha: npt.NDArray[np.uint8]) -> Rgb8:
+def _flattened(pixels: Rgb8, alpha: npt.NDArray[np.uint8], backdrop: int) -> Rgb8:
     opacity = alpha[..., None].astype(np.uint16)
-    return ((pixels * opacity + 255 * (255 - opacity) + 127) // 255).astype(np.uint8)
+    return ((pixels * opacity + backdrop * (255 - opacity) + 127) // 255).astype(np.uint8)
 
 
 def encode(image: Rgb8, kind: Format = "png", recipe: Mapping[str, Any] | None = None) -> bytes:
@@ -152,8 +155,8 @@ def resize(image: Rgb8, width: int, height: int) -> Rgb8:
     return np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.LANCZOS))
 
 
-def shrunk(image: Rgb8, longest: int) -> Rgb8:
-    """At most `longest` pixels on the long edge, never enlarged, the shape kept."""
+def fitted(image: Rgb8, longest: int) -> Rgb8:
+    """`longest` pixels on the long edge, the shape kept."""
     height, width = image.shape[:2]
     scale = longest / max(width, height)
-    return image if scale >= 1 else resize(image, max(1, round(width * scale)), max(1, round(height * scale)))
+    return resize(image, max(1, round(width * scale)), max(1, round(height * scale)))

@@ -37,21 +37,24 @@ class Sources:
         self._settings = settings
         self._store = store
 
-    def open(self, reference: str, client: str) -> Opened:
-        """client: whose `last` is meant. Raises RequestError."""
+    def open(self, reference: str, client: str, *, backdrop: int = 255) -> Opened:
+        """client: whose `last` is meant. backdrop: the grey that shows where a file is transparent.
+
+        Raises RequestError.
+        """
         reference = reference.strip()
         if match := _LAST.fullmatch(reference):
             return self._painted(self._last(client, int(match[1] or 0)))
         if reference.startswith("klein://images/"):
             return self._painted(self._store.get(reference.removeprefix("klein://images/").split("/")[0]))
         if reference[:5].lower() == "data:":
-            return self._keep(_data_url(reference), "the data URL", None, client)
+            return self._keep(_data_url(reference), "the data URL", None, client, backdrop)
         if re.match(r"https?://", reference, re.IGNORECASE):
-            return self._keep(self._fetch(reference), shown(reference), reference, client)
+            return self._keep(self._fetch(reference), shown(reference), reference, client, backdrop)
         path = Path(reference.removeprefix("file://")).expanduser()
         if path.is_absolute():
             real = self._allowed(path)
-            return self._keep(_read(real), str(path), str(real), client)
+            return self._keep(_read(real), str(path), str(real), client, backdrop)
         if _HANDLE.fullmatch(reference):
             return self._painted(self._store.get(reference))
         raise UnknownImage(
@@ -61,7 +64,7 @@ class Sources:
 
     def keep(self, data: bytes, name: str, client: str) -> Opened:
         """A file that a client sent by itself. Raises BadImage."""
-        return self._keep(data, name, None, client)
+        return self._keep(data, name, None, client, 255)
 
     def _painted(self, record: Record) -> Opened:
         return Opened(codec.decode(self._store.read(record), record.handle).image, record)
@@ -76,9 +79,9 @@ class Sources:
             )
         return record
 
-    def _keep(self, data: bytes, name: str, source: str | None, client: str) -> Opened:
+    def _keep(self, data: bytes, name: str, source: str | None, client: str, backdrop: int) -> Opened:
         """What was opened becomes a picture of the library, so that lineage can name it and replay can find it."""
-        decoded = codec.decode(data, name)
+        decoded = codec.decode(data, name, backdrop)
         pixels = fingerprint(decoded.image)
         record = self._store.by_pixels(pixels)
         if record is None:
@@ -129,8 +132,8 @@ def fingerprint(image: Rgb8) -> str:
 
 def _read(path: Path) -> bytes:
     try:
-        # A fifo or a device would block or never end; O_NONBLOCK lets open() return so that we can look.
-        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+        # A fifo would block: O_NONBLOCK lets open() return so that we can look. A link put there since is not followed.
+        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOFOLLOW", 0))
     except OSError as problem:
         raise UnknownImage(f"{path} cannot be read: {problem.strerror}.") from None
     with os.fdopen(descriptor, "rb") as file:

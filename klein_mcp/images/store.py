@@ -282,7 +282,8 @@ class Store:
     def handles(self, prefix: str, limit: int) -> list[str]:
         """Newest first, for completions."""
         rows = self._rows(
-            "SELECT handle FROM pictures WHERE deleted IS NULL AND substr(handle, 1, ?) = ? ORDER BY number DESC LIMIT ?",
+            "SELECT handle FROM pictures WHERE deleted IS NULL AND substr(handle, 1, ?) = ?"
+            " ORDER BY number DESC LIMIT ?",
             len(prefix),
             prefix,
             limit,

@@ -1,0 +1,16 @@
+"""TOOLS: what a client may call, in the order in which a model reads it."""
+
+from klein_mcp.tools import (
+    compose_references,
+    edit_image,
+    engine_status,
+    generate_image,
+    list_images,
+    view_image,
+)
+from klein_mcp.tools.tool import Tool
+
+TOOLS: dict[str, Tool] = {
+    module.TOOL.name: module.TOOL
+    for module in (generate_image, edit_image, compose_references, view_image, list_images, engine_status)
+}

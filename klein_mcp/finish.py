@@ -1,0 +1,70 @@
+"""From a painting to a picture of the library: put back into its original, recorded with its parents, saved."""
+
+import time
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from engine.contract import Painting, Rgb8
+from klein_mcp.images import codec, region, source
+from klein_mcp.images.store import Record, Store
+from klein_mcp.order import Order
+
+
+@dataclass(frozen=True, slots=True)
+class Made:
+    """A picture in the library, still at hand.
+
+    changed: the share of pixels that differ from the picture that was edited; None where none was.
+    """
+
+    image: Rgb8
+    record: Record
+    painting: Painting
+    changed: float | None
+    save_ms: float
+
+
+def finish(
+    store: Store,
+    order: Order,
+    painting: Painting,
+    parents: tuple[Record, ...],
+    *,
+    client: str,
+    original: "Rgb8 | None" = None,
+    patch: region.Patch | None = None,
+) -> Made:
+    """order: with handles for references. original, patch: of an edit that keeps its size. Blocking."""
+    started = time.perf_counter()
+    image, changed = painting.image, None
+    if original is not None and patch is not None:
+        image = patch.paste(image, original)
+        changed = round(float(np.mean(np.any(image != original, axis=2))), 4)
+    handle = store.new_handle()
+    height, width = image.shape[:2]
+    recipe = {
+        "image": handle,
+        "order": replace(order, count=1, seed=painting.seed).to_json(),
+        "seed": str(painting.seed),
+        "model": painting.model,
+        "fingerprint": painting.fingerprint,
+        "steps": painting.steps,
+        "guidance": painting.guidance,
+        "width": width,
+        "height": height,
+        "parents": [parent.handle for parent in parents],
+        "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+    record = store.put(
+        codec.encode(image, "png", recipe),
+        handle=handle,
+        pixels=source.fingerprint(image),
+        size=(width, height),
+        client=client,
+        tool=order.tool,
+        recipe=recipe,
+        parents=recipe["parents"],
+        prompt=order.prompt,
+    )
+    return Made(image, record, painting, changed, 1000 * (time.perf_counter() - started))

@@ -1,0 +1,131 @@
+"""Changing a part and nothing else: where an edit may paint, what the model sees of it, and how it is put back."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from engine.contract import Rgb8
+from klein_mcp.errors import RequestError
+from klein_mcp.images import codec
+
+SEAM = 16
+"""Pixels inside the mask over which old turns into new."""
+
+WORK_AREA = 4_000_000
+"""Pixels: the most that is sent to the engine; what is larger is worked on at this size."""
+
+# A region smaller than this share of the picture is shown to the model enlarged, with as much again around it.
+_SMALL = 0.25
+_LEAST_SURROUNDINGS = 32
+
+Mask = npt.NDArray[np.bool_]
+Box = tuple[int, int, int, int]
+"""left, top, right, bottom: pixels, right and bottom not included."""
+
+
+@dataclass(frozen=True, slots=True)
+class Patch:
+    """The part of a picture that the model works on, and where in it it may leave a trace.
+
+    box: the part, in pixels of the picture. mask: [height, width] of the whole picture; None where all may change.
+    """
+
+    box: Box
+    mask: Mask | None
+
+    def cut(self, image: Rgb8) -> Rgb8:
+        """What the model gets to see."""
+        left, top, right, bottom = self.box
+        part = np.ascontiguousarray(image[top:bottom, left:right])
+        height, width = part.shape[:2]
+        scale = (WORK_AREA / (width * height)) ** 0.5
+        return part if scale >= 1 else codec.resize(part, max(1, int(width * scale)), max(1, int(height * scale)))
+
+    def paste(self, painted: Rgb8, image: Rgb8) -> Rgb8:
+        """The picture with the painted part in it; every byte outside the mask is the picture's own."""
+        left, top, right, bottom = self.box
+        part = codec.resize(painted, right - left, bottom - top)
+        if self.mask is None:
+            return part
+        opacity = _seam(self.mask)[top:bottom, left:right, None]
+        result = image.copy()
+        old = image[top:bottom, left:right].astype(np.float32)
+        # With opacity 0 this is the old value exactly: float32 holds every uint8.
+        result[top:bottom, left:right] = (old + opacity * (part.astype(np.float32) - old) + 0.5).astype(np.uint8)
+        return result
+
+
+def patch(image: Rgb8, region: Sequence[int] | None, mask: "Rgb8 | None") -> Patch:
+    """region: x, y, width, height. mask: white where it may change. Both: where they meet. Raises RequestError."""
+    height, width = image.shape[:2]
+    if region is None and mask is None:
+        return Patch((0, 0, width, height), None)
+    may = np.ones((height, width), bool)
+    if mask is not None:
+        may &= _white(mask, width, height)
+    if region is not None:
+        may &= _inside(region, width, height)
+    if not may.any():
+        raise RequestError(
+            "Region and mask do not meet." if region is not None else "The mask is black everywhere.",
+            hint="White in the mask is what may change.",
+        )
+    rows, columns = np.flatnonzero(may.any(1)), np.flatnonzero(may.any(0))
+    box = (int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1)
+    return Patch(_surroundings(box, width, height), may)
+
+
+def check(region: Sequence[int], width: int, height: int) -> Box:
+    """Raises RequestError for a region that is not wholly inside a picture of this size."""
+    x, y, wide, high = region
+    if x < 0 or y < 0 or wide < 1 or high < 1 or x + wide > width or y + high > height:
+        raise RequestError(
+            f"region {list(region)} does not fit: the picture is {width}×{height}.",
+            hint="region is [x, y, width, height] in pixels, x + width and y + height within the picture.",
+        )
+    return x, y, x + wide, y + high
+
+
+def _inside(region: Sequence[int], width: int, height: int) -> Mask:
+    left, top, right, bottom = check(region, width, height)
+    inside = np.zeros((height, width), bool)
+    inside[top:bottom, left:right] = True
+    return inside
+
+
+def _white(mask: Rgb8, width: int, height: int) -> Mask:
+    if mask.shape[:2] != (height, width):
+        raise RequestError(
+            f"The mask is {mask.shape[1]}×{mask.shape[0]} but the picture is {width}×{height}.",
+            hint="Send a mask of the picture's own size.",
+        )
+    return mask.mean(axis=2) > 127
+
+
+def _surroundings(box: Box, width: int, height: int) -> Box:
+    """The whole picture; for a small region, the region with as much again on each side."""
+    left, top, right, bottom = box
+    if (right - left) * (bottom - top) >= _SMALL * width * height and width * height <= WORK_AREA:
+        return 0, 0, width, height
+    across = max(right - left, _LEAST_SURROUNDINGS) // 2
+    along = max(bottom - top, _LEAST_SURROUNDINGS) // 2
+    return max(0, left - across), max(0, top - along), min(width, right + across), min(height, bottom + along)
+
+
+def _seam(mask: Mask) -> npt.NDArray[np.float32]:
+    """0 outside; inside, rising over SEAM pixels from the mask's edge. The picture's own edge is none."""
+    depth = np.zeros(mask.shape, np.float32)
+    left = mask.copy()
+    for _ in range(SEAM):
+        depth += left
+        left = _eroded(left)
+        if not left.any():
+            break
+    return depth / max(1.0, depth.max())
+
+
+def _eroded(mask: Mask) -> Mask:
+    padded = np.pad(mask, 1, mode="edge")
+    return mask & padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:]

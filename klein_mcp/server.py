@@ -1,0 +1,112 @@
+"""The MCP server of every door: our tools, in our own words when something is wrong."""
+
+import hashlib
+import logging
+import os
+import secrets
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
+import anyio
+from mcp.server.mcpserver import Context, MCPServer
+from mcp_types import CallToolResult, TextContent
+from mcp_types import Tool as Listed
+
+from engine.contract import Busy, EngineError
+from klein_mcp import __version__
+from klein_mcp.call import Call
+from klein_mcp.errors import RequestError, did_you_mean, one_line, shown
+from klein_mcp.service import Service
+from klein_mcp.tools import TOOLS
+
+log = logging.getLogger(__name__)
+
+INSTRUCTIONS = (
+    "Pictures by FLUX.2 [klein], on this machine. generate_image paints from words, edit_image changes a picture, "
+    "compose_references joins several. Each result names a handle: use it (or last) as the image of the next call, "
+    "and save_image to put the full picture into the user's project. Same seed and words, same picture."
+)
+
+Link = Callable[[Any], Callable[[str], str] | None]
+"""From an HTTP request to what makes download addresses for its sender; None for a sender that shares our disk."""
+
+
+class KleinServer(MCPServer):
+    """MCPServer with tools of our own: the SDK's ignore unknown arguments and word errors for people."""
+
+    def __init__(self, service: Service, link: Link | None) -> None:
+        self.service = service
+        self._link = link
+        self._door = f"door-{os.getpid()}-{secrets.token_hex(4)}"
+        super().__init__(
+            "klein-mcp",
+            title="klein-mcp",
+            instructions=INSTRUCTIONS,
+            version=__version__,
+            log_level=service.settings.log_level.upper(),  # type: ignore[arg-type]
+        )
+
+    async def list_tools(self) -> list[Listed]:
+        return [tool.listed() for tool in TOOLS.values()] + await super().list_tools()
+
+    async def call_tool(self, name: str, arguments: dict[str, Any], context: Context[Any, Any] | None = None) -> Any:
+        if self._tool_manager.get_tool(name) is not None:
+            return await super().call_tool(name, arguments, context)
+        try:
+            tool = TOOLS.get(name)
+            if tool is None:
+                known = [*TOOLS, *(tool.name for tool in self._tool_manager.list_tools())]
+                raise RequestError(
+                    f"There is no tool {shown(name)}. {did_you_mean(name, known)} There are {', '.join(known)}."
+                )
+            return await tool.run(self.service, self._caller(context), tool.parse(arguments))
+        except RequestError as problem:
+            return _failed(str(problem))
+        except Busy as problem:
+            return _failed(f"{problem} Try again in {problem.retry_after:.0f} s.")
+        except EngineError as problem:
+            return _failed(str(problem))
+        except Exception as problem:
+            log.exception("%s failed", name)
+            kind = type(problem).__name__
+            return _failed(f"{name} failed inside klein-mcp ({kind}); its log on stderr says where. Other calls work.")
+
+    async def serve(self, read: Any, write: Any) -> None:
+        """One client over a pair of streams."""
+        await self._lowlevel_server.run(read, write, self._lowlevel_server.create_initialization_options())
+
+    def _caller(self, context: Context[Any, Any] | None) -> Call:
+        if context is None or context._request_context is None:
+            return Call(self._door)
+        session, request = context.session, context.request_context.request
+        params = session.client_params
+
+        async def tell(done: float, total: float, message: str) -> None:
+            with suppress(anyio.BrokenResourceError, anyio.ClosedResourceError):
+                await context.report_progress(done, total, message)
+
+        return Call(
+            client=self._door if request is None else _http_client(request),
+            name=params.client_info.name if params else "",
+            tell=tell,
+            link=self._link(request) if self._link and request is not None else None,
+        )
+
+
+def _http_client(request: Any) -> str:
+    """One legacy session, else one token: what `last` belongs to."""
+    session = request.headers.get("mcp-session-id") or request.query_params.get("session_id")
+    if session:
+        return f"session-{session}"
+    token = request.headers.get("authorization", "")
+    return f"token-{hashlib.sha256(token.encode()).hexdigest()[:16]}"
+
+
+def _failed(message: str) -> CallToolResult:
+    return CallToolResult(content=[TextContent(type="text", text=one_line(message))], is_error=True)
+
+
+def create_server(service: Service, *, link: Link | None = None) -> KleinServer:
+    """One server per door; it opens nothing until the first call."""
+    return KleinServer(service, link)

@@ -1,0 +1,51 @@
+"""compose_references: several pictures and words in, a new picture made of them out."""
+
+from mcp_types import CallToolResult
+
+from klein_mcp.call import Call
+from klein_mcp.order import Order, rounded
+from klein_mcp.service import Service
+from klein_mcp.tools import fields
+from klein_mcp.tools.painting import paint
+from klein_mcp.tools.tool import Tool
+
+
+class ComposeReferences(fields.Arguments):
+    images: fields.Images
+    prompt: fields.ComposePrompt
+    aspect_ratio: fields.Aspect | None = None
+    width: fields.Width | None = None
+    height: fields.Height | None = None
+    count: fields.Count = 1
+    seed: fields.Seed | None = None
+    model: fields.Model | None = None
+    show: fields.Show | None = None
+
+
+async def run(service: Service, call: Call, asked: ComposeReferences) -> CallToolResult:
+    warnings: list[str] = []
+    width, height = rounded(asked.width, asked.height, warnings)
+    order = Order(
+        tool=TOOL.name,
+        prompt=asked.prompt,
+        images=tuple(asked.images),
+        width=width,
+        height=height,
+        aspect=fields.shape(asked.aspect_ratio, width, warnings),
+        count=asked.count,
+        seed=service.seed(asked.seed, asked.count),
+        model=service.model(asked.model),
+    )
+    return await paint(service, call, order, asked.show, warnings)
+
+
+TOOL = Tool(
+    name="compose_references",
+    title="Compose from references",
+    description=(
+        'Paint a new picture from several: put "image 1" beside "image 2", or take a subject from one and a style '
+        "from another. Without a size it takes the first reference's."
+    ),
+    arguments=ComposeReferences,
+    run=run,
+)

@@ -1,0 +1,68 @@
+"""An order at work: its references opened, its jobs for the engine, its paintings put away. Blocking."""
+
+from dataclasses import dataclass, replace
+
+from engine.contract import Job, Painting, Rgb8
+from klein_mcp.finish import Made, finish
+from klein_mcp.images import region
+from klein_mcp.images.region import Patch
+from klein_mcp.images.source import Sources
+from klein_mcp.images.store import Record, Store
+from klein_mcp.order import Order
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """order: with a handle for every reference. original, patch: of an edit that keeps its size."""
+
+    order: Order
+    references: tuple[Rgb8, ...]
+    parents: tuple[Record, ...]
+    warnings: tuple[str, ...]
+    original: "Rgb8 | None" = None
+    patch: Patch | None = None
+
+    @classmethod
+    def open(cls, order: Order, sources: Sources, client: str) -> "Work":
+        """Raises RequestError."""
+        images = [sources.open(reference, client) for reference in order.images]
+        masks = [sources.open(order.mask, client, backdrop=0)] if order.mask else []
+        opened = [*images, *masks]
+        work = cls(
+            replace(
+                order,
+                images=tuple(one.record.handle for one in images),
+                mask=masks[0].record.handle if masks else None,
+            ),
+            tuple(one.image for one in images),
+            tuple(one.record for one in opened),
+            tuple(warning for one in opened for warning in one.warnings),
+        )
+        if not order.keep_size:
+            return work
+        original = work.references[0]
+        patch = region.patch(original, order.region, masks[0].image if masks else None)
+        return replace(work, references=(patch.cut(original),), original=original, patch=patch)
+
+    def jobs(self) -> list[Job]:
+        """One per picture: the same job with seeds that count up."""
+        order = self.order
+        return [
+            Job(
+                prompt=order.prompt,
+                references=self.references,
+                width=order.width,
+                height=order.height,
+                align=order.keep_size,
+                aspect=order.aspect,
+                seed=order.seed + k,
+                model=order.model,
+            )
+            for k in range(order.count)
+        ]
+
+    def finish(self, store: Store, painting: Painting, client: str) -> Made:
+        """The picture in the library."""
+        return finish(
+            store, self.order, painting, self.parents, client=client, original=self.original, patch=self.patch
+        )

@@ -1,0 +1,54 @@
+"""What most tests start from: settings in a folder of their own, a fake painter, a client connected in memory."""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mcp import Client
+
+from klein_mcp.server import create_server
+from klein_mcp.service import Service
+from klein_mcp.settings import Settings
+from tests.fakes import FakePainter
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Settings:
+    return Settings(home=tmp_path / "home", read_roots=(tmp_path,))
+
+
+@pytest.fixture
+def painter() -> FakePainter:
+    return FakePainter()
+
+
+@pytest.fixture
+def service(settings: Settings, painter: FakePainter) -> Any:
+    service = Service(settings, painter)
+    yield service
+    service.close()
+
+
+@pytest.fixture
+def connect(service: Service) -> Any:
+    """connect(mode="legacy", …): a client of a new door to the same service."""
+
+    @asynccontextmanager
+    async def connect(**options: Any) -> AsyncIterator[Client]:
+        async with Client(create_server(service), **options) as client:
+            yield client
+
+    return connect
+
+
+@pytest.fixture
+async def client(connect: Any) -> AsyncIterator[Client]:
+    async with connect() as client:
+        yield client
