@@ -14,7 +14,7 @@ from mcp_types import CallToolResult, TextContent
 from mcp_types import Tool as Listed
 
 from engine.contract import Busy, EngineError
-from klein_mcp import __version__
+from klein_mcp import __version__, prompts
 from klein_mcp.call import Call
 from klein_mcp.errors import RequestError, did_you_mean, one_line, shown
 from klein_mcp.service import Service
@@ -109,4 +109,6 @@ def _failed(message: str) -> CallToolResult:
 
 def create_server(service: Service, *, link: Link | None = None) -> KleinServer:
     """One server per door; it opens nothing until the first call."""
-    return KleinServer(service, link)
+    server = KleinServer(service, link)
+    prompts.register(server, lambda typed: service.store.handles(typed, 20))
+    return server

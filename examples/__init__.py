@@ -1,0 +1,1 @@
+"""What a user starts from: client configurations, and programs that drive klein-mcp. The tests run all of it."""

@@ -1,0 +1,190 @@
+"""How each MCP client is told to start klein-mcp: one command, every client's own spelling, and the way back.
+
+    python -m examples.configurations                       write examples/clients/
+    python -m examples.configurations /opt/klein/bin/klein-mcp   print them all for a command of your own
+"""
+
+import base64
+import json
+import re
+import shlex
+import sys
+import tomllib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qs, quote, unquote, urlsplit
+
+import yaml
+
+NAME = "klein"
+"""Under which the tools appear; with it the longest is klein_compose_references, far below the 60 that Cursor allows."""
+FOLDER = Path(__file__).parent / "clients"
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """What a client runs."""
+
+    command: str
+    args: tuple[str, ...] = ()
+    env: Mapping[str, str] = field(default_factory=dict)
+
+    def said(self) -> dict[str, Any]:
+        """As most clients spell it; an empty environment is left out."""
+        return {"command": self.command, "args": [*self.args], **({"env": dict(self.env)} if self.env else {})}
+
+    @classmethod
+    def heard(cls, said: Mapping[str, Any]) -> "Launch":
+        return cls(said["command"], tuple(said.get("args", ())), said.get("env", {}))
+
+
+LAUNCH = Launch("uvx", ("klein-mcp",))
+
+
+@dataclass(frozen=True, slots=True)
+class Client:
+    """write(launch) is what belongs into `file`, or after `$ ` in a terminal; read(text) is the launch in it.
+
+    where: the place a user puts it.
+    """
+
+    title: str
+    file: str
+    where: str
+    write: Callable[[Launch], str]
+    read: Callable[[str], Launch]
+
+
+def _json(*path: str, **more: Any) -> tuple[Callable[[Launch], str], Callable[[str], Launch]]:
+    """Writer and reader of a JSON file that keeps the launch at `path`, with `more` beside it."""
+
+    def write(launch: Launch) -> str:
+        value: Any = {**more, **launch.said()}
+        for key in reversed((*path, NAME)):
+            value = {key: value}
+        return json.dumps(value, indent=2) + "\n"
+
+    def read(text: str) -> Launch:
+        value = json.loads(text)
+        for key in (*path, NAME):
+            value = value[key]
+        return Launch.heard(value)
+
+    return write, read
+
+
+def _codex(launch: Launch) -> str:
+    lines = [f"[mcp_servers.{NAME}]", f"command = {json.dumps(launch.command)}", f"args = {json.dumps([*launch.args])}"]
+    lines += ["startup_timeout_sec = 60", "tool_timeout_sec = 120"]
+    lines += [f"env = {{ {', '.join(f'{key} = {json.dumps(value)}' for key, value in launch.env.items())} }}"] * bool(
+        launch.env
+    )
+    return "\n".join(lines) + "\n"
+
+
+def _read_codex(text: str) -> Launch:
+    return Launch.heard(tomllib.loads(text)["mcp_servers"][NAME])
+
+
+def _goose(launch: Launch) -> str:
+    extension = {
+        "name": NAME,
+        "type": "stdio",
+        "enabled": True,
+        "cmd": launch.command,
+        "args": [*launch.args],
+        "envs": dict(launch.env),
+        "timeout": 300,
+    }
+    return yaml.safe_dump({"extensions": {NAME: extension}}, sort_keys=False)
+
+
+def _read_goose(text: str) -> Launch:
+    said = yaml.safe_load(text)["extensions"][NAME]
+    return Launch(said["cmd"], tuple(said["args"]), said["envs"])
+
+
+CLIENTS = (
+    Client(
+        "Claude Desktop",
+        "claude_desktop_config.json",
+        "Settings → Developer → Edit Config",
+        *_json("mcpServers"),
+    ),
+    Client("Claude Code", ".mcp.json", "`.mcp.json` in the project", *_json("mcpServers", type="stdio")),
+    Client("VS Code", "vscode-mcp.json", "`.vscode/mcp.json` in the project", *_json("servers", type="stdio")),
+    Client("Cursor", "cursor-mcp.json", "`~/.cursor/mcp.json`", *_json("mcpServers")),
+    Client("Codex", "codex-config.toml", "`~/.codex/config.toml`", _codex, _read_codex),
+    Client("Gemini CLI", "gemini-settings.json", "`~/.gemini/settings.json`", *_json("mcpServers", timeout=120_000)),
+    Client("Goose", "goose-config.yaml", "`~/.config/goose/config.yaml`", _goose, _read_goose),
+    Client("Zed", "zed-settings.json", "`zed: open settings`", *_json("context_servers")),
+    Client("LM Studio", "lmstudio-mcp.json", "Program → Install → Edit mcp.json", *_json("mcpServers")),
+)
+
+
+def _terminal(*program: str) -> tuple[Callable[[Launch], str], Callable[[str], Launch]]:
+    """Writer and reader of `program … klein -- command arguments`."""
+
+    def write(launch: Launch) -> str:
+        given = [part for key, value in launch.env.items() for part in ("-e", f"{key}={value}")]
+        return shlex.join([*program, NAME, *given, "--", launch.command, *launch.args])
+
+    def read(text: str) -> Launch:
+        words = shlex.split(text)
+        at = words.index("--")
+        env = dict(re.findall(r"-e (\w+)=(\S+)", " ".join(words[:at])))
+        return Launch(words[at + 1], tuple(words[at + 2 :]), env)
+
+    return write, read
+
+
+COMMANDS = {"Claude Code": _terminal("claude", "mcp", "add"), "Codex": _terminal("codex", "mcp", "add")}
+"""Clients that can also be told in a terminal."""
+
+
+def vscode_link(launch: Launch) -> str:
+    """VS Code's install link, behind https because GitHub shows no others."""
+    asked = quote(json.dumps({"name": NAME, **launch.said()}, separators=(",", ":")), safe="")
+    return "https://vscode.dev/redirect?url=" + quote(f"vscode:mcp/install?{asked}", safe="")
+
+
+def read_vscode_link(link: str) -> Launch:
+    """The launch behind an install link."""
+    (inner,) = parse_qs(urlsplit(link).query)["url"]
+    return Launch.heard(json.loads(unquote(inner.removeprefix("vscode:mcp/install?"))))
+
+
+def cursor_link(launch: Launch) -> str:
+    """Cursor's install link; cursor.com hands it on to cursor://anysphere.cursor-deeplink/mcp/install."""
+    asked = base64.b64encode(json.dumps(launch.said(), separators=(",", ":")).encode()).decode()
+    return f"https://cursor.com/en/install-mcp?name={NAME}&config={quote(asked, safe='')}"
+
+
+def read_cursor_link(link: str) -> Launch:
+    """The launch behind an install link."""
+    (asked,) = parse_qs(urlsplit(link).query)["config"]
+    return Launch.heard(json.loads(base64.b64decode(asked)))
+
+
+def files(launch: Launch = LAUNCH) -> dict[Path, str]:
+    """What examples/clients/ holds."""
+    return {FOLDER / client.file: client.write(launch) for client in CLIENTS}
+
+
+def main(words: list[str]) -> None:
+    """Write the folder, or print everything for the command that was given."""
+    if not words:
+        for path, text in files().items():
+            path.write_text(text, encoding="utf-8")
+        return
+    launch = Launch(words[0], tuple(words[1:]))
+    for client in CLIENTS:
+        print(f"{client.title}: {client.where}\n{client.write(launch)}")
+    for title, (write, _) in COMMANDS.items():
+        print(f"{title}, in a terminal:\n{write(launch)}\n")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
