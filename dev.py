@@ -22,7 +22,7 @@ BIN = HOME / ("Scripts" if os.name == "nt" else "bin")
 
 
 def installed(extra: str) -> None:
-    """Make the environment hold klein-mcp with `extra`, at the versions of constraints.txt; nothing to do if it does."""
+    """Make the environment hold klein-mcp with `extra`, at the versions of constraints.txt, unless it does."""
     wanted = hashlib.sha256()
     for name in ("pyproject.toml", "constraints.txt"):
         wanted.update((ROOT / name).read_bytes())

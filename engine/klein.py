@@ -1,4 +1,4 @@
-"""class Klein: one loaded model, and the recipe from a job to a picture. class Engine: whatever models are asked for."""
+"""Klein: one loaded model, and the recipe from a job to a picture. Engine: whatever models are asked for."""
 
 import time
 from collections.abc import Generator, Iterator, Sequence

@@ -171,5 +171,3 @@ def _config(folder: Path) -> dict[str, Any]:
         raise BadWeights(f"{folder} has no config.json.", hint="Download it again.") from None
     except ValueError as error:
         raise BadWeights(f"{folder / 'config.json'} is not JSON: {error}.", hint="Download it again.") from None
-
-

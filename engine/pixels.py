@@ -21,7 +21,7 @@ MAX_ASPECT = 8
 
 def to_tensor(image: Rgb8) -> Tensor:
     """[h, w, 3] uint8 -> [1, 3, h, w] fp32 in [-1, 1]."""
-    return rearrange(torch.from_numpy(np.ascontiguousarray(image)), "h w c -> 1 c h w").float() / 255.0 * 2.0 - 1.0
+    return rearrange(torch.from_numpy(np.array(image)), "h w c -> 1 c h w").float() / 255.0 * 2.0 - 1.0
 
 
 def to_rgb8(picture: Tensor) -> Rgb8:
@@ -56,9 +56,7 @@ def fit_reference(image: Rgb8, area: int) -> Rgb8:
     if min(width, height) < MIN_SIDE:
         raise InvalidJob(f"A reference of {width}×{height} is too small; each side needs {MIN_SIDE} pixels.")
     if max(width, height) > MAX_ASPECT * min(width, height):
-        raise InvalidJob(
-            f"A reference of {width}×{height} is too long; at most {MAX_ASPECT}:1.", hint="Crop it first."
-        )
+        raise InvalidJob(f"A reference of {width}×{height} is too long; at most {MAX_ASPECT}:1.", hint="Crop it first.")
     if width * height > area:
         scale = math.sqrt(area / (width * height))
         image = resize(image, int(width * scale), int(height * scale))

@@ -14,7 +14,7 @@ Remembered = tuple[Tensor, ...]
 
 def content_hash(image: Rgb8) -> str:
     """Tells pictures apart by their pixels and size."""
-    digest = hashlib.sha256(np.ascontiguousarray(image))
+    digest = hashlib.sha256(np.ascontiguousarray(image).data)
     digest.update(str(image.shape).encode())
     return digest.hexdigest()
 

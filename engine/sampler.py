@@ -1,6 +1,7 @@
 """Euler's method along the flow, from noise to picture: yields after each step."""
 
 from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
 
 from torch import Tensor
 
@@ -15,7 +16,7 @@ def euler(x: Tensor, velocity: Tensor, sigma: float, sigma_next: float) -> Tenso
 
 def denoise(velocity: Velocity, x: Tensor, sigmas: Sequence[float]) -> Iterator[Tensor]:
     """x after each step; `sigmas` falls from 1.0 to 0.0."""
-    for sigma, sigma_next in zip(sigmas[:-1], sigmas[1:], strict=True):
+    for sigma, sigma_next in pairwise(sigmas):
         x = euler(x, velocity(x, sigma), sigma, sigma_next)
         yield x
 

@@ -1,4 +1,4 @@
-"""VARIANTS: one frozen row per model of the family. Whatever differs between two kleins is said here and nowhere else."""
+"""VARIANTS: one frozen row per model. Whatever differs between two kleins is said here and nowhere else."""
 
 from dataclasses import dataclass
 

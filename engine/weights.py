@@ -145,9 +145,7 @@ def _rows(tensor: Tensor, place: Place) -> Tensor:
     return tensor if place.parts == 1 else tensor.tensor_split(place.parts)[place.part]
 
 
-def _verify(
-    ours: dict[str, Tensor], tensors: Tensors, table: Table, what: str, ignore: Callable[[str], bool]
-) -> None:
+def _verify(ours: dict[str, Tensor], tensors: Tensors, table: Table, what: str, ignore: Callable[[str], bool]) -> None:
     for their, place in table.items():
         if their not in tensors.shapes:
             raise BadWeights(f"The {what} lacks the tensor {their}.", hint="Download it again.")

@@ -65,11 +65,11 @@ class TextEncoder(nn.Module):
         self.width = len(layers) * whole.hidden_size
         self.config = Qwen3Config(**config)
         self.config.num_hidden_layers = max(layers)
-        self.config.layer_types = whole.layer_types[: max(layers)]
+        self.config.layer_types = (whole.layer_types or [])[: max(layers)]
         self.model = Qwen3Model(self.config)
         # transformers gives the last layer's state after the final norm; a state further down has none.
         if max(layers) < whole.num_hidden_layers:
-            self.model.norm = nn.Identity()
+            self.model.register_module("norm", nn.Identity())
 
     def finish(self, device: torch.device) -> None:
         """After loading onto `device`: build what is computed, not stored."""

@@ -228,8 +228,7 @@ class Transformer(nn.Module):
         mods = self.modulations(torch.zeros(references.shape[0], dtype=references.dtype, device=references.device))
         kept = []
         for block in [*self.double_blocks, *self.single_blocks]:
+            assert isinstance(block, DoubleBlock | SingleBlock)
             references, kv = block.keep(references, mods, rope)
             kept.append(kv)
         return kept
-
-

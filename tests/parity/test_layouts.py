@@ -1,0 +1,252 @@
+"""Other layouts of the same weights paint the same picture, and the parameter list is the published one."""
+
+import json
+import math
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from engine import parts
+from engine.contract import BadWeights, ModelNotFound, Rgb8
+from engine.device import Placement
+from engine.klein import Engine
+from engine.layouts import diffusers_transformer
+from engine.model.transformer import Transformer, TransformerShape
+from tests import toys
+from tests.parity.conftest import CASES, agreement, paint
+
+COMPOSE = "compose, three references"
+
+
+def bfl_transformer(folder: Path) -> dict[str, Tensor]:
+    """BFL's single file from a diffusers folder, written out by hand: the loader's own table would prove nothing."""
+    theirs = load_file(folder / "transformer" / "diffusion_pytorch_model.safetensors")
+    count = {kind: 1 + max(int(n) for n in re.findall(rf"(?m)^{kind}\.(\d+)\.", "\n".join(theirs)))
+             for kind in ("transformer_blocks", "single_transformer_blocks")}  # fmt: skip
+    scale, shift = theirs["norm_out.linear.weight"].chunk(2)
+    out = {
+        "img_in.weight": theirs["x_embedder.weight"],
+        "txt_in.weight": theirs["context_embedder.weight"],
+        "time_in.in_layer.weight": theirs["time_guidance_embed.timestep_embedder.linear_1.weight"],
+        "time_in.out_layer.weight": theirs["time_guidance_embed.timestep_embedder.linear_2.weight"],
+        "final_layer.adaLN_modulation.1.weight": torch.cat([shift, scale]),
+        "final_layer.linear.weight": theirs["proj_out.weight"],
+    }
+    for stream in ("double_stream_modulation_img", "double_stream_modulation_txt", "single_stream_modulation"):
+        out[f"{stream}.lin.weight"] = theirs[f"{stream}.linear.weight"]
+    for i in range(count["transformer_blocks"]):
+        a, b = f"transformer_blocks.{i}", f"double_blocks.{i}"
+        for here, q, k, v, proj, norm, mlp in (
+            ("img", "to_q", "to_k", "to_v", "to_out.0", "norm_", "ff"),
+            ("txt", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out", "norm_added_", "ff_context"),
+        ):
+            out[f"{b}.{here}_attn.qkv.weight"] = torch.cat([theirs[f"{a}.attn.{x}.weight"] for x in (q, k, v)])
+            out[f"{b}.{here}_attn.proj.weight"] = theirs[f"{a}.attn.{proj}.weight"]
+            out[f"{b}.{here}_attn.norm.query_norm.scale"] = theirs[f"{a}.attn.{norm}q.weight"]
+            out[f"{b}.{here}_attn.norm.key_norm.scale"] = theirs[f"{a}.attn.{norm}k.weight"]
+            out[f"{b}.{here}_mlp.0.weight"] = theirs[f"{a}.{mlp}.linear_in.weight"]
+            out[f"{b}.{here}_mlp.2.weight"] = theirs[f"{a}.{mlp}.linear_out.weight"]
+    for i in range(count["single_transformer_blocks"]):
+        a, b = f"single_transformer_blocks.{i}", f"single_blocks.{i}"
+        out[f"{b}.linear1.weight"] = theirs[f"{a}.attn.to_qkv_mlp_proj.weight"]
+        out[f"{b}.linear2.weight"] = theirs[f"{a}.attn.to_out.weight"]
+        out[f"{b}.norm.query_norm.scale"] = theirs[f"{a}.attn.norm_q.weight"]
+        out[f"{b}.norm.key_norm.scale"] = theirs[f"{a}.attn.norm_k.weight"]
+    return {name: tensor.contiguous() for name, tensor in out.items()}
+
+
+def bfl_autoencoder(folder: Path, levels: int = 4) -> dict[str, Tensor]:
+    """BFL's autoencoder file from a diffusers `vae/`, by the mapping of the facts."""
+    spellings = [
+        (r"encoder\.down_blocks\.(\d+)\.resnets\.(\d+)", r"encoder.down.\1.block.\2"),
+        (r"encoder\.down_blocks\.(\d+)\.downsamplers\.0", r"encoder.down.\1.downsample"),
+        (r"decoder\.up_blocks\.(\d+)\.resnets\.(\d+)", lambda m: f"decoder.up.{levels - 1 - int(m[1])}.block.{m[2]}"),
+        (r"decoder\.up_blocks\.(\d+)\.upsamplers\.0", lambda m: f"decoder.up.{levels - 1 - int(m[1])}.upsample"),
+        (r"mid_block\.resnets\.(\d)", lambda m: f"mid.block_{int(m[1]) + 1}"),
+        (r"mid_block\.attentions\.0\.group_norm", "mid.attn_1.norm"),
+        (r"mid_block\.attentions\.0\.to_([qkv])\b", r"mid.attn_1.\1"),
+        (r"mid_block\.attentions\.0\.to_out\.0", "mid.attn_1.proj_out"),
+        (r"conv_shortcut", "nin_shortcut"),
+        (r"conv_norm_out", "norm_out"),
+        (r"^quant_conv", "encoder.quant_conv"),
+        (r"^post_quant_conv", "decoder.post_quant_conv"),
+    ]
+    out = {}
+    for name, tensor in load_file(folder / "vae" / "diffusion_pytorch_model.safetensors").items():
+        for pattern, new in spellings:
+            name = re.sub(pattern, new, name)
+        if re.search(r"attn_1\.(q|k|v|proj_out)\.weight", name):
+            tensor = tensor[:, :, None, None]
+        out[name] = tensor.contiguous()
+    return out
+
+
+def single_file(folder: Path, home: Path, prefix: str = "", name: str = "flux-2-klein-4b.safetensors") -> Path:
+    """A folder with BFL's two single files, and the encoder and tokenizer beside them."""
+    home.mkdir()
+    for part in ("text_encoder", "tokenizer"):
+        shutil.copytree(folder / part, home / part)
+    tensors = {prefix + key: tensor for key, tensor in bfl_transformer(folder).items()}
+    save_file(tensors, home / name)
+    save_file(bfl_autoencoder(folder), home / "flux2-vae.safetensors")
+    return home / name
+
+
+@pytest.fixture(scope="module")
+def whole(toy: Callable[[str], Path], engine: Engine) -> Rgb8:
+    """What the folder paints; a file of the same weights must paint it to the last bit."""
+    return paint(engine, CASES[COMPOSE].job(toy("distilled"))).image
+
+
+def test_the_single_file_paints_the_folders_picture(toy: Callable[[str], Path], whole: Rgb8, tmp_path: Path) -> None:
+    file = single_file(toy("distilled"), tmp_path / "bfl")
+    engine = Engine(device="cpu", dtype="float32", remember=0)
+    assert agreement(paint(engine, CASES[COMPOSE].job(file)).image, whole) == (1.0, 0)
+
+
+def test_a_repacked_file_with_a_prefix_paints_the_same(toy: Callable[[str], Path], whole: Rgb8, tmp_path: Path) -> None:
+    file = single_file(toy("distilled"), tmp_path / "comfy", "model.diffusion_model.")
+    engine = Engine(device="cpu", dtype="float32", remember=0)
+    assert agreement(paint(engine, CASES[COMPOSE].job(file)).image, whole) == (1.0, 0)
+
+
+def test_a_sharded_folder_paints_the_same(toy: Callable[[str], Path], whole: Rgb8, tmp_path: Path):
+    folder = tmp_path / "sharded"
+    shutil.copytree(toy("distilled"), folder)
+    for part in ("transformer", "text_encoder"):
+        _shard(folder / part)
+    engine = Engine(device="cpu", dtype="float32", remember=0)
+    assert agreement(paint(engine, CASES[COMPOSE].job(folder)).image, whole) == (1.0, 0)
+    next((folder / "transformer").glob("*00002*")).unlink()
+    with pytest.raises(BadWeights, match=r"lacks .*00002.*index"):
+        paint(Engine(device="cpu", dtype="float32"), CASES[COMPOSE].job(folder))
+
+
+def _shard(folder: Path) -> None:
+    (whole,) = folder.glob("*.safetensors")
+    tensors = load_file(whole)
+    names = sorted(tensors)
+    halves = names[: len(names) // 2], names[len(names) // 2 :]
+    weight_map = {}
+    for i, half in enumerate(halves, 1):
+        shard = f"{whole.stem}-{i:05d}-of-00002.safetensors"
+        save_file({name: tensors[name] for name in half}, folder / shard)
+        weight_map |= dict.fromkeys(half, shard)
+    whole.unlink()
+    (folder / f"{whole.name}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+
+@pytest.mark.parametrize(
+    ("shape", "tensors", "parameters"),
+    [
+        (TransformerShape(3072, 128, 7680, 5, 20, 9216), 169, 3_875_544_576),
+        (TransformerShape(4096, 128, 12288, 8, 24, 12288), 233, 9_078_581_248),
+    ],
+    ids=["4B", "9B"],
+)
+def test_the_parameters_are_the_published_ones(shape: TransformerShape, tensors: int, parameters: int) -> None:
+    with torch.device("meta"):
+        ours = dict(Transformer(shape).named_parameters())
+    table = diffusers_transformer(max(shape.double_blocks, shape.single_blocks))
+    there = {name: place for name, place in table.items() if place.name in ours}
+    assert len(there) == tensors
+    assert sum(math.prod(p.shape) for p in ours.values()) == parameters
+    assert {place.name for place in there.values()} == ours.keys()
+
+
+def test_the_real_autoencoder_has_the_published_parameters() -> None:
+    from engine.layouts import diffusers_autoencoder
+    from engine.model.autoencoder import Autoencoder, AutoencoderShape
+
+    with torch.device("meta"):
+        net = Autoencoder(AutoencoderShape())
+    names = net.state_dict().keys()
+    there = [name for name, place in diffusers_autoencoder(4, 3).items() if place.name in names]
+    assert len(there) == 250  # 251 published, one of them num_batches_tracked, which nothing reads
+    assert sum(p.numel() for p in net.parameters()) == 84_046_115
+
+
+def edit_tensors(file: Path, change: Callable[[dict[str, Tensor]], object]) -> None:
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file)
+
+
+CHANGES = {
+    "missing": (
+        lambda tensors: tensors.pop("transformer_blocks.1.attn.to_k.weight"),
+        r"lacks the tensor transformer_blocks\.1\.attn\.to_k",
+    ),
+    "extra": (
+        lambda tensors: tensors.update({"surprise.weight": torch.zeros(3)}),
+        r"does not know: surprise\.weight",
+    ),
+    "misshapen": (
+        lambda tensors: tensors.update({"proj_out.weight": torch.zeros(128, 95)}),
+        r"proj_out\.weight is \(128, 95\); expected \(128, 96\)",
+    ),
+    "guidance": (
+        lambda tensors: tensors.update({"guidance_in.in_layer.weight": torch.zeros(3)}),
+        r"FLUX\.2 \[dev\]",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", CHANGES)
+def test_a_wrong_tensor_is_named(kind: str, toy: Callable[[str], Path], tmp_path: Path) -> None:
+    change, says = CHANGES[kind]
+    folder = tmp_path / "broken"
+    shutil.copytree(toy("distilled"), folder)
+    edit_tensors(folder / "transformer" / "diffusion_pytorch_model.safetensors", change)
+    with pytest.raises(BadWeights, match=says):
+        paint(Engine(device="cpu", dtype="float32"), CASES[COMPOSE].job(folder))
+
+
+def test_a_file_cut_short_is_refused_with_its_name(toy: Callable[[str], Path], tmp_path: Path) -> None:
+    folder = tmp_path / "cut"
+    shutil.copytree(toy("distilled"), folder)
+    file = folder / "vae" / "diffusion_pytorch_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1000])
+    with pytest.raises(BadWeights, match=r"diffusion_pytorch_model\.safetensors .* not a whole safetensors file"):
+        paint(Engine(device="cpu", dtype="float32"), CASES[COMPOSE].job(folder))
+
+
+def test_the_wrong_text_encoder_is_refused_by_width(toy: Callable[[str], Path], tmp_path: Path) -> None:
+    folder = tmp_path / "mixed"
+    toys.save(folder, joint_attention_dim=192)
+    with pytest.raises(BadWeights, match="gives 96 numbers a token, the transformer reads 192"):
+        paint(Engine(device="cpu", dtype="float32"), CASES[COMPOSE].job(folder))
+
+
+def test_a_model_that_is_not_installed_says_how_to_get_it(tmp_path: Path) -> None:
+    job = CASES["text to image"].job(tmp_path)
+    for model, says in (
+        ("klein-4b", "klein-mcp pull klein-4b"),
+        ("klein-4d", "Did you mean klein-4b"),
+        (str(tmp_path / "nowhere"), "No model at"),
+        (str(tmp_path), "model_index.json"),
+    ):
+        with pytest.raises((ModelNotFound, BadWeights), match=re.escape(says)):
+            paint(Engine(device="cpu", dtype="float32"), job.__class__(job.prompt, model=model))
+
+
+def test_shapes_are_read_from_the_files(toy: Callable[[str], Path]) -> None:
+    shape = parts.transformer(toy("distilled") / "transformer").module.shape
+    assert shape == TransformerShape(96, 32, 96, 2, 2, 288, axes=(8, 8, 8, 8), theta=2000.0)
+
+
+def test_the_text_encoder_stops_at_the_last_layer_that_is_read(toy: Callable[[str], Path]) -> None:
+    part = parts.text_encoder(toy("distilled") / "text_encoder", (9, 18, 27))
+    assert len(part.module.model.layers) == 27
+    assert not any(
+        name.startswith(("model.layers.27", "model.layers.28", "lm_head", "model.norm")) for name in part.table
+    )
+    assert all(p.dtype == torch.float32 for p in part.module.parameters())
+    list(part.fill(Placement(torch.device("cpu"), torch.float32)))
+    assert not any(p.is_meta for p in part.module.parameters())
