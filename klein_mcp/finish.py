@@ -1,7 +1,9 @@
 """From a painting to a picture of the library: put back into its original, recorded with its parents, saved."""
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -23,6 +25,30 @@ class Made:
     painting: Painting
     changed: float | None
     save_ms: float
+
+    def to_json(self) -> dict[str, Any]:
+        """Without the pixels, which the library has."""
+        painting = self.painting
+        return {
+            "handle": self.record.handle,
+            "seed": str(painting.seed),
+            "model": painting.model,
+            "fingerprint": painting.fingerprint,
+            "steps": painting.steps,
+            "guidance": painting.guidance,
+            "cache": dict(painting.cache),
+            "changed": self.changed,
+            "save_ms": self.save_ms,
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any], store: Store) -> "Made":
+        """Raises UnknownImage if it was deleted since."""
+        record = store.get(data["handle"])
+        image = codec.decode(store.read(record), record.handle).image
+        names = ("model", "fingerprint", "steps", "guidance", "cache")
+        painting = Painting(image=image, seed=int(data["seed"]), **{name: data[name] for name in names})
+        return cls(image, record, painting, data["changed"], data["save_ms"])
 
 
 def finish(

@@ -39,6 +39,11 @@ class Progress:
             share = 0.0
         await self._report(self._finished + share)
 
+    async def share(self, share: float, message: str) -> None:
+        """For work that somebody else follows: 0 … 1 of all pictures."""
+        self._message = message
+        await self._report(share * self._pictures)
+
     @asynccontextmanager
     async def heartbeat(self) -> AsyncIterator[None]:
         """Says the latest again while nothing happens."""

@@ -6,6 +6,7 @@ No structuredContent: several clients drop the picture where there is any.
 import base64
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from mcp_types import Annotations, CallToolResult, ContentBlock, ImageContent, ResourceLink, TextContent
@@ -14,7 +15,7 @@ from klein_mcp.call import Call
 from klein_mcp.images.store import Record, Store
 
 if TYPE_CHECKING:
-    from klein_mcp.service import Outcome
+    from klein_mcp.outcome import HandedOver, Outcome
 
 SHOW = ("inline", "link", "none")
 MIME = "image/png"
@@ -47,6 +48,11 @@ def painted(outcome: "Outcome", store: Store, show: str, call: Call) -> CallTool
     if show != "none":
         blocks += [link(made.record) for made in outcome.made]
     return CallToolResult(content=blocks)
+
+
+def promise(handed: "HandedOver") -> TextContent:
+    """Of a picture that will be in the library, whoever still waits for it."""
+    return text({**asdict(handed), "next": f'wait_for_job with job "{handed.job}"'})
 
 
 def place(store: Store, record: Record, call: Call) -> dict[str, str]:

@@ -3,23 +3,25 @@
 What is heavy to import (numpy, Pillow) comes in with the first picture, so that a door answers at once.
 """
 
+import math
 import secrets
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import cached_property
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import anyio.to_thread
 
 from engine.contract import EngineFailed, Job, Painting, Queued
 from engine.variants import EMBEDDED
-from klein_mcp.backends import Backend
+from klein_mcp.backends import Backend, UnknownJob
 from klein_mcp.call import Call
-from klein_mcp.errors import RequestError
+from klein_mcp.errors import RequestError, shown
 from klein_mcp.images.store import Store
 from klein_mcp.order import MAX_SEED, Order
+from klein_mcp.outcome import HandedOver, Outcome, outcome_of
 from klein_mcp.progress import Progress
 from klein_mcp.settings import Settings
 
@@ -30,15 +32,6 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 DEMO = "demo model; klein-mcp pull klein-4b for the real one"
-
-
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """What a call brought: pictures, what to know about them, and milliseconds by stage."""
-
-    made: tuple["Made", ...]
-    warnings: tuple[str, ...]
-    ms: dict[str, float]
 
 
 class Service:
@@ -70,45 +63,97 @@ class Service:
         return await _in_thread(lambda: self.sources.open(reference, call.client))
 
     async def paint(self, order: Order, call: Call) -> Outcome:
-        """Raises RequestError or EngineError. Cancelling the task cancels the job."""
+        """However long it takes. Raises RequestError or EngineError. Cancelling the task cancels the job."""
+        outcome = await self.paint_within(math.inf, order, call)
+        assert isinstance(outcome, Outcome)
+        return outcome
+
+    async def paint_within(self, seconds: float, order: Order, call: Call) -> Outcome | HandedOver:
+        """As paint; what is not done after `seconds` goes on in the engine's process, for `wait` to ask after."""
         from klein_mcp.work import Work
 
-        clock = _Clock()
+        clock, deadline = _Clock(), time.monotonic() + seconds
+        made: list[Made] = []
         progress = Progress(call.tell, order.count)
+
+        async def hand_over() -> HandedOver:
+            rest = replace(work.order, seed=work.order.seed + len(made), count=work.order.count - len(made))
+            told = {"pictures": [one.to_json() for one in made], "warnings": list(work.warnings), "ms": clock.ms()}
+            job = await self.backend.keep(rest.to_json(), client=call.client, made=told)
+            return HandedOver.of(job, await self.backend.kept(job))
+
         async with progress.heartbeat():
             work = await _in_thread(lambda: Work.open(order, self.sources, call.client))
-            made: list[Made] = []
             for job in work.jobs():
-                painting = await self._run(job, call, progress, clock)
+                painting = await self._run(job, call, progress, clock, deadline, hand_over)
+                if isinstance(painting, HandedOver):
+                    return painting
                 made.append(await _in_thread(lambda p=painting: work.finish(self.store, p, call.client)))
                 clock.add({**painting.ms, "save": made[-1].save_ms})
-        for picture in made:
-            await call.painted(f"klein://images/{picture.record.handle}")
-        told = [warning for picture in made for warning in picture.painting.warnings]
-        warnings = dict.fromkeys((*work.warnings, *told, *self._demo(order, made[0].painting, call)))
         ms = clock.ms()
         self.estimate = (ms["total"] - ms["queue"] - ms["load"]) / 1000 / order.count
-        return Outcome(tuple(made), tuple(warnings), ms)
+        told = [warning for one in made for warning in one.painting.warnings]
+        return await self._announced(Outcome(tuple(made), (*work.warnings, *told), ms), order.model, call)
 
-    async def _run(self, job: Job, call: Call, progress: Progress, clock: "_Clock") -> Painting:
-        waiting = time.perf_counter()
-        queued = True
+    async def wait_within(self, seconds: float, job: str, call: Call) -> Outcome | HandedOver:
+        """Ask after what was handed over. Raises RequestError or EngineError."""
+        deadline = time.monotonic() + seconds
+        progress = Progress(call.tell, 1)
+        async with progress.heartbeat():
+            while True:
+                state = await self._kept(job)
+                if state["state"] == "done":
+                    outcome = await _in_thread(lambda state=state: outcome_of(state, self.store))
+                    return await self._announced(outcome, "auto", call)
+                await progress.share(state["progress"], state["message"])
+                if time.monotonic() > deadline:
+                    return HandedOver.of(job, state)
+
+    async def _kept(self, job: str) -> dict[str, Any]:
+        try:
+            state = await self.backend.kept(job)
+        except UnknownJob:
+            raise RequestError(
+                f"There is no job {shown(job)}.", hint="Jobs are remembered for a day; list_images shows the pictures."
+            ) from None
+        if state["state"] == "failed":
+            raise RequestError(state["error"]["message"], hint=state["error"]["hint"])
+        return state
+
+    async def _run(
+        self,
+        job: Job,
+        call: Call,
+        progress: Progress,
+        clock: "_Clock",
+        deadline: float,
+        hand_over: Callable[[], Awaitable[HandedOver]],
+    ) -> Painting | HandedOver:
+        waiting: float | None = time.perf_counter()
         # Closing the iterator is how a job is cancelled, so it must close when this task is.
         async with aclosing(self.backend.run(job, client=call.client)) as events:  # type: ignore[type-var]
             async for event in events:
-                if queued and not isinstance(event, Queued):
-                    queued = False
+                if waiting is not None and not isinstance(event, Queued):
                     clock.add({"queue": 1000 * (time.perf_counter() - waiting)})
+                    waiting = None
                 await progress.event(event)
                 if isinstance(event, Painting):
                     return event
+                if time.monotonic() > deadline:
+                    return await hand_over()
         raise EngineFailed(
             "The engine ended without a picture.", hint="Try again; `klein-mcp doctor` looks for causes."
         )
 
-    def _demo(self, order: Order, painting: Painting, call: Call) -> Sequence[str]:
+    async def _announced(self, outcome: Outcome, asked: str, call: Call) -> Outcome:
+        for one in outcome.made:
+            await call.painted(f"klein://images/{one.record.handle}")
+        demo = self._demo(asked, outcome.made[0].painting, call)
+        return replace(outcome, warnings=tuple(dict.fromkeys((*outcome.warnings, *demo))))
+
+    def _demo(self, asked: str, painting: Painting, call: Call) -> Sequence[str]:
         """Said once per client: the model that was taken because there is no other is a demo."""
-        if order.model != "auto" or painting.model != EMBEDDED or call.client in self._demo_told:
+        if asked != "auto" or painting.model != EMBEDDED or call.client in self._demo_told:
             return ()
         self._demo_told.add(call.client)
         return (DEMO,)

@@ -1,6 +1,6 @@
 """What most tests start from: settings in a folder of their own, a fake painter, a client connected in memory."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,8 @@ from klein_mcp.server import create_server
 from klein_mcp.service import Service
 from klein_mcp.settings import Settings
 from tests.fakes import FakePainter
+from tests.living import Living
+from tests.living import living as living_in
 
 
 @pytest.fixture
@@ -52,3 +54,10 @@ def connect(service: Service) -> Any:
 async def client(connect: Any) -> AsyncIterator[Client]:
     async with connect() as client:
         yield client
+
+
+@pytest.fixture(scope="session")
+def living(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Living]:
+    """The real program on the embedded model; one engine for all tests that ask for it."""
+    with living_in(tmp_path_factory.mktemp("living")) as place:
+        yield place

@@ -10,7 +10,10 @@ import numpy as np
 from engine.contract import EngineError, Event, InvalidJob, Job, Loading, Painting, Queued, Rgb8, Stage, Step
 from engine.variants import VARIANTS
 from klein_mcp.backends import UnknownJob
+from klein_mcp.call import Call
 from klein_mcp.images.codec import resize
+from klein_mcp.order import Order
+from klein_mcp.service import Service
 
 STEPS = 4
 
@@ -46,7 +49,7 @@ def size(job: Job) -> tuple[int, int]:
 class FakePainter:
     """A Backend. jobs: what it was given; cancelled: how many of them were hung up on.
 
-    before: called with each job before it is painted; may sleep, or raise an EngineError.
+    service: what finishes the orders that were handed over, once a test sets it.
     """
 
     def __init__(self, model: str = "nano") -> None:
@@ -58,6 +61,8 @@ class FakePainter:
         self.events_before: list[Event] = []
         self.error: EngineError | None = None
         self.paint: Callable[[Job], Rgb8] = painted
+        self.kept_orders: dict[str, tuple[Order, str, Any]] = {}
+        self.service: Service | None = None
 
     async def run(self, job: Job, *, client: str) -> AsyncGenerator[Event]:
         self.jobs.append(job)
@@ -95,10 +100,23 @@ class FakePainter:
         )
 
     async def keep(self, order: Mapping[str, Any], *, client: str, made: Mapping[str, Any] | None = None) -> str:
-        raise EngineError("The fake painter keeps nothing.")
+        job = f"j{len(self.kept_orders)}"
+        self.kept_orders[job] = (Order.from_json(order), client, made)
+        return job
 
     async def kept(self, job: str) -> dict[str, Any]:
-        raise UnknownJob(job)
+        if job not in self.kept_orders:
+            raise UnknownJob(job)
+        state = {"progress": 0.5, "message": "step 2 of 4", "eta_s": 3.0}
+        if self.service is None:
+            await anyio.sleep(0.05)
+            return {"state": "painting", **state}
+        order, client, made = self.kept_orders[job]
+        self.seconds_per_step = 0.0
+        outcome = await self.service.paint(order, Call(client))
+        pictures = [picture.to_json() for picture in outcome.made]
+        told = {"pictures": pictures, "warnings": list(outcome.warnings), "ms": outcome.ms}
+        return {"state": "done", **state, "made": made, **told}
 
     async def status(self) -> dict[str, Any]:
         return {"running": True, "queue": {"waiting": 0}}

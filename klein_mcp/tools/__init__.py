@@ -7,10 +7,19 @@ from klein_mcp.tools import (
     generate_image,
     list_images,
     view_image,
+    wait_for_job,
 )
 from klein_mcp.tools.tool import Tool
 
 TOOLS: dict[str, Tool] = {
     module.TOOL.name: module.TOOL
-    for module in (generate_image, edit_image, compose_references, view_image, list_images, engine_status)
+    for module in (
+        generate_image,
+        edit_image,
+        compose_references,
+        view_image,
+        list_images,
+        wait_for_job,
+        engine_status,
+    )
 }

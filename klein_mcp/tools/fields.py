@@ -115,6 +115,7 @@ Show = Annotated[
 ]
 
 
+JobHandle = Annotated[str, Field(min_length=1, max_length=64, description='The "job" of the result before.')]
 ViewSize = Annotated[int, Field(ge=64, le=1568, description="Long edge of what you see, in pixels.")]
 Limit = Annotated[int, Field(ge=1, le=100, description="Entries on a page.")]
 Search = Annotated[str, Field(max_length=200, description="Words in the prompt, or part of a path.")]
