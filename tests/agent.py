@@ -1,0 +1,61 @@
+"""A scripted agent: reads tool calls out of a prompt's Markdown and makes them, knowing nothing else about the prompt."""
+
+import json
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+from mcp.client import Client
+
+_BLOCK = re.compile(r"```json\n(.*?)```", re.DOTALL)
+_PLACE = re.compile(r"<(\w+)(?:\.([A-D]))?>")
+
+
+def steps(markdown: str) -> list[dict[str, Any]]:
+    """The tool calls in the order in which they are written."""
+    return [json.loads(block) for block in _BLOCK.findall(markdown)]
+
+
+@dataclass
+class Agent:
+    """calls: (tool, arguments, facts) of each call made."""
+
+    client: Client
+    calls: list[tuple[str, dict[str, Any], dict[str, Any]]] = field(default_factory=list)
+    _named: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    async def follow(self, markdown: str) -> list[str]:
+        """Make every call; the paths of the pictures that were saved."""
+        saved = []
+        for step in steps(markdown):
+            facts = await self.call(step["tool"], self._filled(step["arguments"]))
+            if "as" in step:
+                self._named[step["as"]] = facts
+            if step["tool"] == "save_image":
+                saved.append(facts["path"])
+        return saved
+
+    async def call(self, tool: str, arguments: dict[str, Any]) -> dict[str, Any]:
+        result = await self.client.call_tool(tool, arguments)
+        text = result.content[0].text  # type: ignore[union-attr]
+        assert not result.is_error, f"{tool} {arguments}: {text}"
+        facts = json.loads(text)
+        while "job" in facts:
+            facts = await self.call("wait_for_job", {"job": facts["job"]})
+        self.calls.append((tool, arguments, facts))
+        return facts
+
+    def _filled(self, value: Any) -> Any:
+        """With the handles of earlier results where a step says <name> or <name.B>."""
+        if isinstance(value, dict):
+            return {key: self._filled(item) for key, item in value.items()}
+        if isinstance(value, list):
+            return [self._filled(item) for item in value]
+        place = _PLACE.fullmatch(value) if isinstance(value, str) else None
+        return self._handle(*place.groups()) if place else value
+
+    def _handle(self, name: str, label: str | None) -> str:
+        facts = self._named[name]
+        if label is None:
+            return facts["image"]
+        return next(one["image"] for one in facts["images"] if one["label"] == label)

@@ -1,0 +1,251 @@
+"""Each prompt, followed by an agent on the embedded model through the real server, ends with saved pictures."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import anyio
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from mcp.client import Client
+from mcp.shared.exceptions import MCPError
+from mcp_types import PromptReference
+from PIL import Image
+
+from klein_mcp import prompts
+from klein_mcp.prompts import IMAGES, Recipe
+from klein_mcp.tools import TOOLS
+from tests.agent import Agent, steps
+from tests.living import Living
+
+RECIPES = {recipe.name: recipe for recipe in prompts.recipes()}
+ASKED_FOR = {
+    "product_shot",
+    "icon_set",
+    "ui_mockup_assets",
+    "game_sprites",
+    "storyboard",
+    "consistent_character",
+    "style_transfer",
+    "restyle_photo",
+    "logo_exploration",
+    "before_after_review",
+    "iterate",
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One prompt followed to its end."""
+
+    arguments: Mapping[str, str]
+    text: str
+    calls: list[tuple[str, dict[str, Any], dict[str, Any]]]
+    saved: list[Path]
+
+
+@pytest.fixture(scope="module")
+def runs(living: Living, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run | BaseException]:
+    """Every prompt, in one session with one real server: what the completions offer first is what the user chose."""
+    folder = tmp_path_factory.mktemp("prompts")
+    done: dict[str, Run | BaseException] = {}
+
+    async def choose(client: Client, name: str) -> dict[str, str]:
+        chosen = {}
+        for argument in next(one for one in (await client.list_prompts()).prompts if one.name == name).arguments or ():
+            if argument.required:
+                reference = PromptReference(type="ref/prompt", name=name)
+                offered = await client.complete(reference, {"name": argument.name, "value": ""})
+                chosen[argument.name] = offered.completion.values[0]
+        return chosen
+
+    async def follow_all() -> None:
+        async with Client(living.stdio(KLEIN_WRITE_ROOTS=str(folder))) as client:
+            for seed, noun in ((5, "an apple"), (6, "a house")):
+                await Agent(client).call(
+                    "generate_image", {"prompt": f"{noun} on a white background", "seed": seed, "show": "none"}
+                )
+            for name in RECIPES:
+                chosen = {**await choose(client, name), "folder": str(folder / name)}
+                got = await client.get_prompt(name, chosen)
+                text = got.messages[0].content.text  # type: ignore[union-attr]
+                agent = Agent(client)
+                try:
+                    saved = [Path(path) for path in await agent.follow(text)]
+                    done[name] = Run(chosen, text, agent.calls, saved)
+                except (AssertionError, KeyError, MCPError) as problem:
+                    done[name] = problem
+
+    anyio.run(follow_all)
+    return done
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_prompt_followed_to_the_letter_ends_with_saved_pictures(runs: dict[str, Any], name: str) -> None:
+    run = runs[name]
+    if isinstance(run, BaseException):
+        raise run
+    asked = [arguments for tool, arguments, _ in run.calls if tool == "save_image"]
+    assert len(run.saved) == len(asked) >= 2
+    for path, arguments in zip(run.saved, asked, strict=True):
+        assert path.is_relative_to(run.arguments["folder"])
+        with Image.open(path) as picture:
+            assert max(picture.size) <= arguments.get("max_size", 2048)
+            assert np.asarray(picture.convert("RGB")).std() > 5, "a flat picture shows nothing"
+
+
+def test_a_background_asked_for_in_a_prompt_is_in_the_saved_picture(runs: dict[str, Any]) -> None:
+    """What the embedded model does reliably, seen from the far end of the road."""
+    run = runs["new_background"]
+    assert run.arguments["backgrounds"] == "a green background; a blue background"
+    strongest = []
+    for path in run.saved:
+        with Image.open(path) as picture:
+            pixels = np.asarray(picture.convert("RGB"))
+        corners = [pixels[y, x] for y in (2, -3) for x in (2, -3)]
+        strongest.append(int(np.argmax(np.mean(corners, axis=0))))
+    assert strongest == [1, 2], "green and blue, by the strongest channel in the corners"
+
+
+def test_edits_of_a_prompt_have_the_picture_before_as_their_parent(runs: dict[str, Any]) -> None:
+    made = {tool: (arguments, facts) for tool, arguments, facts in runs["iterate"].calls}
+    arguments, facts = made["edit_image"]
+    assert facts["parents"] == [arguments["image"]]
+
+
+def test_there_are_the_prompts_that_were_promised_and_one_per_file() -> None:
+    files = {path.stem for path in Path(prompts.__file__).parents[1].joinpath("prompts").glob("[!_]*.md")}
+    assert set(RECIPES) == files
+    assert set(RECIPES) >= ASKED_FOR
+
+
+def chosen(recipe: Recipe, *, optional: bool = False) -> dict[str, str]:
+    """The first completion of each required argument, and of each optional one too."""
+    return {
+        name: "k7f3q2" if argument.complete == IMAGES else argument.complete[0]
+        for name, argument in recipe.arguments.items()
+        if argument.complete and (optional or argument.default is None)
+    }
+
+
+@pytest.mark.parametrize("optional", [False, True])
+@pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
+def test_every_call_of_a_prompt_is_one_that_the_tool_accepts(recipe: Recipe, optional: bool) -> None:
+    named: set[str] = set()
+    for step in steps(recipe.render(chosen(recipe, optional=optional))):
+        assert set(step) <= {"tool", "as", "arguments"}
+        TOOLS[step["tool"]].parse(step["arguments"])
+        used = {word.strip("<>").split(".")[0] for word in _words(step["arguments"]) if word.startswith("<")}
+        assert used <= named, "a result is used before it is there"
+        named.add(step.get("as", ""))
+
+
+def _words(value: Any) -> list[str]:
+    if isinstance(value, dict | list):
+        return [word for item in (value.values() if isinstance(value, dict) else value) for word in _words(item)]
+    return [value] if isinstance(value, str) else []
+
+
+@pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
+def test_every_argument_can_be_completed_or_has_a_default(recipe: Recipe) -> None:
+    for argument in recipe.arguments.values():
+        assert argument.complete or argument.default is not None
+        assert len(argument.description) <= 120
+    assert "folder" in recipe.arguments
+    assert len(recipe.title) <= 40
+    assert len(recipe.description) <= 160
+
+
+@given(st.text(min_size=1, max_size=200).filter(str.strip))
+def test_whatever_is_typed_each_block_stays_one_tool_call_and_says_it(typed: str) -> None:
+    recipe = RECIPES["logo_exploration"]
+    calls = steps(recipe.render({"name": typed, "idea": "a star"}))
+    lockup = next(call for call in calls if call.get("as") == "lockup")
+    assert " ".join(typed.split()) in lockup["arguments"]["prompt"]
+    assert len(calls) == 8
+
+
+def test_what_looks_like_a_template_is_left_as_it_was_typed() -> None:
+    text = RECIPES["iterate"].render({"idea": 'a "{{ 7 * 7 }}" {% raw %} <drafts>'})
+    assert 'a "{{ 7 * 7 }}" {% raw %} <drafts>' in text
+    assert "49" not in text
+
+
+def test_a_list_may_be_split_by_commas_semicolons_or_lines() -> None:
+    for typed in ("house, tree", "house; tree", "house\ntree", " house ;; tree; "):
+        calls = steps(RECIPES["icon_set"].render({"subjects": typed}))
+        assert [call["arguments"]["path"] for call in calls if call["tool"] == "save_image"] == [
+            "pictures/icons/house.png",
+            "pictures/icons/tree.png",
+        ]
+
+
+@pytest.mark.anyio
+async def test_completions_offer_what_fits_and_the_library_s_pictures(client: Client) -> None:
+    async def offered(prompt: str, argument: str, typed: str) -> list[str]:
+        reference = PromptReference(type="ref/prompt", name=prompt)
+        return list((await client.complete(reference, {"name": argument, "value": typed})).completion.values)
+
+    assert await offered("product_shot", "product", "red") == ["a red apple"]
+    assert await offered("product_shot", "product", "submarine") == []
+    assert await offered("restyle_photo", "photo", "") == []
+    handles = [(await Agent(client).call("generate_image", {"prompt": "a cat"}))["image"] for _ in range(2)]
+    assert await offered("restyle_photo", "photo", "") == handles[::-1]
+    assert await offered("restyle_photo", "photo", handles[0][:5]) == handles[:1]
+    assert await offered("no_such_prompt", "photo", "") == []
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize(
+    ("name", "arguments", "said"),
+    [
+        ("icon_set", {}, "subjects is missing: what the icons show, separated by commas."),
+        ("icon_set", {"subject": "x"}, 'icon_set has no argument "subject". Did you mean subjects?'),
+        ("icon_set", {"subjects": ","}, "subjects has 0 entries; 1 to 12 are possible."),
+        ("iterate", {"idea": "x" * 2001}, "idea has 2001 characters; at most 2000."),
+        (
+            "before_after_review",
+            {"image": "last", "change": "x", "region": "here"},
+            'region is "here"; it must look like 0, 0, 64, 64.',
+        ),
+    ],
+)
+async def test_a_prompt_asked_for_wrongly_says_what_is_wrong(
+    client: Client, name: str, arguments: dict[str, str], said: str
+) -> None:
+    with pytest.raises(MCPError) as problem:
+        await client.get_prompt(name, arguments)
+    assert problem.value.error.message.startswith(said)
+    assert "\n" not in problem.value.error.message
+
+
+@pytest.mark.anyio
+async def test_what_an_agent_reads_once_fits_every_client(client: Client) -> None:
+    """Claude Code cuts instructions and descriptions at 2 KB; claude.ai drops tools with schemas over 16 KB."""
+    tools = (await client.list_tools()).tools
+    said = [tool.model_dump(mode="json", by_alias=True, exclude_none=True) for tool in tools]
+    assert len(json.dumps(said, separators=(",", ":"))) <= 10_000
+    for tool in said:
+        assert 40 <= len(tool["description"].encode()) < 2000
+        assert len(json.dumps(tool["inputSchema"])) < 16_000
+    assert client.instructions is not None
+    assert len(client.instructions.encode()) < 2000
+
+
+@pytest.mark.anyio
+async def test_the_guide_can_be_read_and_names_all_that_the_embedded_model_knows(client: Client) -> None:
+    from engine.nano import words
+
+    listed = {str(resource.uri): resource for resource in (await client.list_resources()).resources}
+    assert listed["klein://guide"].mime_type == "text/markdown"
+    (content,) = (await client.read_resource("klein://guide")).contents
+    guide = content.text  # type: ignore[union-attr]
+    for word in (*words.NOUNS, *words.SHAPES, *words.COLOURS, *words.SCENES):
+        assert word in guide
+    for tool in ("generate_image", "edit_image", "compose_references", "view_image", "save_image", "list_images"):
+        assert tool in guide
+    assert len(guide.encode()) < 8000
