@@ -1,11 +1,13 @@
 """Paints in the daemon: finds or starts it, posts the job, passes its events on."""
 
 import logging
-from collections.abc import AsyncGenerator, Sequence
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from contextlib import aclosing, suppress
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
-from engine.contract import EngineError, EngineFailed, Event, Job, Loading, Painting
+from engine.contract import EngineError, EngineFailed, Event, InvalidJob, Job, Loading, Painting
+from klein_mcp.backends import UnknownJob
 from klein_mcp.backends.launch import DAEMON, Launcher, authorization
 from klein_mcp.daemon.address import Address, Build
 from klein_mcp.settings import Settings
@@ -50,6 +52,20 @@ class DaemonBackend:
             "The engine crashed twice on this picture.", hint="Try a smaller size; see `klein-mcp doctor`."
         )
 
+    async def keep(self, order: Mapping[str, Any], *, client: str, made: Mapping[str, Any] | None = None) -> str:
+        """As Backend.keep."""
+        answer = await self._ask("POST", "/keep", json={"order": order, "client": client, "made": made})
+        if answer.status_code != 200:
+            raise EngineFailed(f"The engine did not take the order: {answer.text[:200]}")
+        return answer.json()["job"]
+
+    async def kept(self, job: str) -> dict[str, Any]:
+        """As Backend.kept."""
+        answer = await self._ask("GET", f"/kept/{quote(job, safe='')}")
+        if answer.status_code == 404:
+            raise UnknownJob(job)
+        return answer.json()
+
     async def status(self) -> dict[str, Any]:
         """{"running": False} where no daemon is; never starts one."""
         import httpx2
@@ -76,6 +92,25 @@ class DaemonBackend:
             return False
         return True
 
+    async def _ask(self, method: str, path: str, **content: Any) -> "httpx2.Response":
+        """A question to whichever daemon runs, one that is being replaced too; without one, to a new one."""
+        import httpx2
+
+        for _ in range(2):
+            hello = await self._launcher().find()
+            address = hello.address if hello else await self._started()
+            with suppress(httpx2.TransportError):
+                return await self._client().request(
+                    method, address.url + path, headers=authorization(address), timeout=30, **content
+                )
+        raise EngineFailed("The engine went away twice.", hint="Try again, or see `klein-mcp doctor`.")
+
+    async def _started(self) -> Address:
+        async with aclosing(self._launcher().ready()) as waiting:
+            *_, address = [address async for address in waiting]
+        assert address
+        return address
+
     async def aclose(self) -> None:
         if self._http:
             await self._http.aclose()
@@ -88,11 +123,15 @@ class DaemonBackend:
         from klein_mcp.daemon import wire
 
         headers = {**authorization(address), "x-klein-client": client}
-        # Silent for half a minute means dead: the daemon tells the latest event again every few seconds.
+        # Silent for half a minute means dead: the daemon tells the latest event again every second.
         timeout = httpx2.Timeout(30, connect=5)
         try:
+            content = wire.encode(job)
+        except wire.BadFrame as problem:
+            raise InvalidJob(f"The references are too large together: {problem}", hint="Send smaller ones.") from None
+        try:
             async with self._client().stream(
-                "POST", f"{address.url}/run", content=wire.encode(job), headers=headers, timeout=timeout
+                "POST", f"{address.url}/run", content=content, headers=headers, timeout=timeout
             ) as response:
                 if response.status_code == 503:
                     raise _Lost

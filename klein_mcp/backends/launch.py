@@ -87,7 +87,7 @@ class Launcher:
             return True
         if hello.build.newer_than(self._build):
             raise EngineFailed(
-                f"The engine of klein-mcp {hello.build.version} runs, newer than this server ({self._build.version}).",
+                f"The engine that runs is newer ({hello.build.version}) than this server ({self._build.version}).",
                 hint="Restart this MCP server, or run `klein-mcp stop`.",
             )
         return False

@@ -5,13 +5,16 @@ import contextlib
 import faulthandler
 import logging
 import logging.handlers
+import math
 import os
 import socket
 import sys
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import uvicorn
 from filelock import FileLock, Timeout
@@ -19,9 +22,15 @@ from filelock import FileLock, Timeout
 from klein_mcp.daemon import address as addresses
 from klein_mcp.daemon.address import HOST, Address, Build
 from klein_mcp.daemon.app import Daemon
+from klein_mcp.daemon.history import History
+from klein_mcp.daemon.kept import Kept
+from klein_mcp.daemon.local import LocalBackend
 from klein_mcp.daemon.queue import Painter, Queue
 from klein_mcp.paint import engine
 from klein_mcp.settings import Settings, SettingsError
+
+if TYPE_CHECKING:
+    from klein_mcp.service import Service
 
 log = logging.getLogger("klein_mcp.daemon")
 
@@ -53,14 +62,16 @@ async def _serve(settings: Settings, make: Make) -> None:
     listener = _bind()
     address = Address(listener.getsockname()[1], os.getpid(), addresses.new_token())
     build = Build.read()
-    queue = Queue(lambda: make(settings), size=settings.queue_size, keep_alive=settings.keep_alive)
+    history = History(settings.home / "history.json")
+    queue = Queue(lambda: make(settings), size=settings.queue_size, keep_alive=settings.keep_alive, history=history)
+    kept = Kept(settings.home / "jobs", lambda: _service(settings, queue))
     about = {
         "version": build.version,
         "pid": address.pid,
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "log": str(settings.home / "daemon.log"),
     }
-    daemon = Daemon(queue, address, build, about=about)
+    daemon = Daemon(queue, kept, address, build, about=about)
     server = uvicorn.Server(
         uvicorn.Config(daemon.app(), log_config=None, access_log=False, lifespan="off", timeout_graceful_shutdown=2)
     )
@@ -71,18 +82,27 @@ async def _serve(settings: Settings, make: Make) -> None:
             await asyncio.sleep(0.01)
         addresses.write(settings.home, address)
         worker.start()
+        kept.resume()
         log.info("listening on port %d, pid %d", address.port, address.pid)
         await _until_it_should_end(daemon, server, settings.exit_after)
     finally:
         # First the address goes, so that a door that looks now starts another; then the jobs are told.
         with contextlib.suppress(OSError):
             addresses.remove(settings.home, address)
+        await kept.aclose()
         queue.close()
         server.should_exit = True
         await serving
         if worker.is_alive():
             await asyncio.to_thread(worker.join, 30)
     log.info("ended")
+
+
+def _service(settings: Settings, queue: Queue) -> "Service":
+    """The road that every picture takes, for orders that were handed over; they are not handed over again."""
+    from klein_mcp.service import Service
+
+    return Service(replace(settings, wait_budget=math.inf), LocalBackend(queue, kept=True))  # type: ignore[arg-type]
 
 
 def _bind() -> socket.socket:
@@ -99,7 +119,7 @@ async def _until_it_should_end(daemon: Daemon, server: uvicorn.Server, exit_afte
             await asyncio.wait_for(daemon.leaving.wait(), 0.2)
         if daemon.leaving.is_set():
             return
-        idle = daemon.queue.idle_seconds
+        idle = daemon.idle_seconds
         # At least a second, or a daemon would be gone before the job for which it was started arrives.
         if idle > max(exit_after, 1.0) or (daemon.draining and idle > 0):
             return

@@ -1,9 +1,10 @@
-"""The daemon's HTTP face, for the doors of one user: hello, status, run, drain, stop."""
+"""The daemon's HTTP face, for the doors of one user: hello, status, run, keep, kept, drain, stop."""
 
 import asyncio
-import contextlib
 import hmac
+import json
 from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import aclosing
 from dataclasses import asdict
 from typing import Any
 
@@ -12,31 +13,33 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from engine.contract import EngineError, Event, Job, Painting
+from engine.contract import EngineError, Job
+from klein_mcp.backends import UnknownJob
 from klein_mcp.daemon import wire
 from klein_mcp.daemon.address import Address, Build
+from klein_mcp.daemon.kept import Kept
+from klein_mcp.daemon.local import LocalBackend
 from klein_mcp.daemon.queue import Queue
-
-HEARTBEAT = 4.0
-"""Seconds after which the latest event is told again: clients give up on a call that is silent for long."""
 
 Endpoint = Callable[[Request], Awaitable[Response]]
 
 
 class Daemon:
-    """State that outlives a request: the queue, who we are, and whether we are leaving."""
+    """State that outlives a request: the queue, the orders handed over, who we are, and whether we are leaving."""
 
-    def __init__(self, queue: Queue, address: Address, build: Build, *, about: dict[str, Any]) -> None:
+    def __init__(self, queue: Queue, kept: Kept, address: Address, build: Build, *, about: dict[str, Any]) -> None:
         self.queue = queue
+        self.kept = kept
         self.address = address
         self.build = build
         self.about = about
         self.draining = False
         self.leaving = asyncio.Event()
+        self._backend = LocalBackend(queue)
 
-    def drain(self) -> None:
-        """Finish what is queued, take nothing more, then leave."""
-        self.draining = True
+    @property
+    def idle_seconds(self) -> float:
+        return 0.0 if self.kept.busy else self.queue.idle_seconds
 
     def app(self) -> Starlette:
         return Starlette(
@@ -44,6 +47,8 @@ class Daemon:
                 Route("/hello", self._hello),
                 Route("/status", self._let_in(self._status)),
                 Route("/run", self._let_in(self._run), methods=["POST"]),
+                Route("/keep", self._let_in(self._keep), methods=["POST"]),
+                Route("/kept/{job}", self._let_in(self._kept)),
                 Route("/drain", self._let_in(self._drain), methods=["POST"]),
                 Route("/stop", self._let_in(self._stop), methods=["POST"]),
             ]
@@ -67,7 +72,8 @@ class Daemon:
         return JSONResponse({**self.about, "draining": self.draining, **self.queue.status()})
 
     async def _drain(self, request: Request) -> Response:
-        self.drain()
+        """Finish what is queued, take nothing more, then leave."""
+        self.draining = True
         return JSONResponse({"draining": True})
 
     async def _stop(self, request: Request) -> Response:
@@ -85,26 +91,29 @@ class Daemon:
         if not isinstance(job, Job):
             return JSONResponse({"error": "Only a Job can be run."}, 400)
         client = request.headers.get("x-klein-client", "")
-        return StreamingResponse(self._events(job, client), media_type="application/octet-stream")
+        return StreamingResponse(self._frames(job, client), media_type="application/octet-stream")
 
-    async def _events(self, job: Job, client: str) -> AsyncIterator[bytes]:
-        """Frames until the picture or an error; hanging up closes this generator and so cancels the job."""
-        loop, told = asyncio.get_running_loop(), asyncio.Queue[Event | EngineError]()
-
-        def tell(event: Event | EngineError) -> None:
-            loop.call_soon_threadsafe(told.put_nowait, event)
-
+    async def _frames(self, job: Job, client: str) -> AsyncIterator[bytes]:
+        """Until the picture or an error; hanging up closes this generator and so cancels the job."""
         try:
-            ticket = self.queue.put(job, client, tell)
+            async with aclosing(self._backend.run(job, client=client)) as events:
+                async for event in events:
+                    yield wire.encode(event)
         except EngineError as problem:
             yield wire.encode(problem)
-            return
+
+    async def _keep(self, request: Request) -> Response:
         try:
-            latest = None
-            while not isinstance(latest, Painting | EngineError):
-                with contextlib.suppress(TimeoutError):
-                    latest = await asyncio.wait_for(told.get(), HEARTBEAT)
-                if latest is not None:
-                    yield wire.encode(latest)
-        finally:
-            self.queue.cancel(ticket)
+            asked = json.loads(await request.body())
+            job = await self.kept.take(asked["order"], client=asked["client"], made=asked["made"])
+        except (ValueError, KeyError, TypeError) as problem:
+            return JSONResponse({"error": f"Not an order: {problem}"}, 400)
+        except OSError as problem:
+            return JSONResponse({"error": f"The order cannot be written down: {problem}"}, 507)
+        return JSONResponse({"job": job})
+
+    async def _kept(self, request: Request) -> Response:
+        try:
+            return JSONResponse(await self.kept.state(request.path_params["job"]))
+        except UnknownJob:
+            return JSONResponse({"error": "There is no such job."}, 404)

@@ -7,10 +7,11 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from engine.contract import Busy, EngineError, EngineFailed, Event, Job, Loading, Painting, Queued
+from klein_mcp.daemon.history import History
 
 log = logging.getLogger(__name__)
 
@@ -37,13 +38,19 @@ class Ticket:
     client: str
     tell: Tell
     cancelled: bool = False
-    position: int | None = field(default=None, repr=False)
+    latest: Event | None = None
+
+    def say(self, event: Event) -> None:
+        self.latest = event
+        self.tell(event)
 
 
 class Queue:
     """Takes jobs from any thread; `work` is the body of the thread that paints them."""
 
-    def __init__(self, make_painter: Callable[[], Painter], *, size: int, keep_alive: float) -> None:
+    def __init__(
+        self, make_painter: Callable[[], Painter], *, size: int, keep_alive: float, history: History | None = None
+    ) -> None:
         self._make_painter = make_painter
         self._painter: Painter | None = None
         self._size = size
@@ -54,32 +61,51 @@ class Queue:
         self._turn = itertools.count(1)
         self._running: Ticket | None = None
         self._closed = False
+        self._resting = True  # nothing is loaded that could be released
         self._idle_since = time.monotonic()
-        self._seconds = 5.0  # of the latest job; before the first, a guess for `retry_after`
+        self._history = history or History()
+        self._began = 0.0
         self._done = self._failed = 0
 
-    def put(self, job: Job, client: str, tell: Tell) -> Ticket:
-        """Raises Busy when the queue is full, EngineFailed when it is closed."""
+    def put(self, job: Job, client: str, tell: Tell, *, promised: bool = False) -> Ticket:
+        """promised: its client has been told to come back for it, so it finds a place whatever waits.
+
+        Raises Busy when the queue is full, EngineFailed when it is closed.
+        """
         ticket = Ticket(job, client, tell)
         with self._change:
             if self._closed:
                 raise _stopped()
             waiting = self._count()
-            if waiting >= self._size:
-                retry = max(1.0, round(self._seconds * (waiting + 1) / 2, 1))
+            if waiting >= self._size and not promised:
                 raise Busy(
                     f"The queue is full: {waiting} pictures are waiting, at most {self._size} may.",
-                    hint=f"Try again in {retry:.0f} s.",
-                    retry_after=retry,
+                    retry_after=self._seconds_until_a_place(),
                 )
             self._waiting.setdefault(client, deque()).append(ticket)
             self._tell_positions()
             self._change.notify_all()
         return ticket
 
-    def cancel(self, ticket: Ticket) -> None:
-        """A waiting job leaves; a running one is put down at its next yield. Cancelling twice does nothing."""
+    def adopt(self, job: Job, client: str, tell: Tell) -> Ticket | None:
+        """Take the same job of the same client over, if it waits or is being painted: from now on `tell` is told."""
         with self._change:
+            for ticket in self._tickets():
+                if ticket.client == client and ticket.job == job and not ticket.cancelled:
+                    ticket.tell = tell
+                    if ticket.latest is not None:
+                        tell(ticket.latest)
+                    return ticket
+        return None
+
+    def cancel(self, ticket: Ticket, tell: Tell) -> None:
+        """A waiting job leaves; a running one is put down at its next yield. Once is enough, twice does no harm.
+
+        tell: who cancels; a job that was adopted by another goes on.
+        """
+        with self._change:
+            if ticket.tell is not tell:
+                return
             ticket.cancelled = True
             line = self._waiting.get(ticket.client, ())
             if ticket in line:
@@ -92,7 +118,7 @@ class Queue:
         """Take no more jobs; whoever waits is told so, and the job under the brush is put down."""
         with self._change:
             self._closed = True
-            tickets = [*itertools.chain(*self._waiting.values()), *([self._running] if self._running else [])]
+            tickets = self._tickets()
             self._waiting.clear()
             for ticket in tickets:
                 ticket.cancelled = True
@@ -122,27 +148,30 @@ class Queue:
     def work(self) -> None:
         """Paint until closed."""
         while ticket := self._next():
-            started = time.monotonic()
             outcome = self._paint(ticket)
             with self._change:
                 self._running = None
                 self._idle_since = time.monotonic()
+                if isinstance(outcome, Painting):
+                    self._done += 1
+                    seconds = self._idle_since - self._began - outcome.ms.get("load", 0.0) / 1000
+                    self._history.note(ticket.job, outcome, seconds)
+                elif isinstance(outcome, EngineError):
+                    self._failed += 1
                 if outcome is not None and not ticket.cancelled:
-                    self._done += isinstance(outcome, Painting)
-                    self._failed += isinstance(outcome, EngineError)
-                    self._seconds = self._idle_since - started
                     ticket.tell(outcome)
 
     def _next(self) -> Ticket | None:
         with self._change:
             while not self._waiting and not self._closed:
-                if not self._change.wait(self._keep_alive if self._painter else None):
+                if not self._change.wait(None if self._resting else self._keep_alive):
                     self._rest()
             if self._closed:
                 return None
+            self._resting = False
             client = self._round()[0]
             line = self._waiting[client]
-            self._running = line.popleft()
+            self._running, self._began = line.popleft(), time.monotonic()
             if not line:
                 del self._waiting[client]
             self._turns.pop(client, None)
@@ -157,6 +186,7 @@ class Queue:
         if self._painter and not self._waiting and not self._closed:
             log.info("idle for %.0f s: releasing the weights", self._keep_alive)
             self._painter.release()
+        self._resting = True
 
     def _paint(self, ticket: Ticket) -> Painting | EngineError | None:
         """The picture or what went wrong; None if it was cancelled."""
@@ -174,7 +204,7 @@ class Queue:
 
     def _drive(self, ticket: Ticket) -> Painting | None:
         if not self._painter:
-            ticket.tell(Loading(ticket.job.model, 0.0))
+            ticket.say(Loading(ticket.job.model, 0.0))
         with closing(self._ready().run(ticket.job)) as events:  # type: ignore[type-var]
             percent = painting = None
             for event in events:
@@ -186,7 +216,7 @@ class Queue:
                 # The engine pauses after each of some hundred tensors; a hundred frames are enough.
                 if isinstance(event, Loading) and percent == (percent := int(100 * event.fraction)):
                     continue
-                ticket.tell(event)
+                ticket.say(event)
         if not painting:
             raise EngineFailed("The engine ended without a picture.")
         return painting
@@ -206,17 +236,36 @@ class Queue:
     def _count(self) -> int:
         return sum(map(len, self._waiting.values()))
 
+    def _tickets(self) -> list[Ticket]:
+        return [*itertools.chain(*self._waiting.values()), *([self._running] if self._running else [])]
+
     def _tell_positions(self) -> None:
         ahead = 1 if self._running else 0
+        seconds = self._seconds_left()
         for position, ticket in enumerate(self._in_turn(), ahead):
-            if ticket.position != position:
-                ticket.position = position
-                ticket.tell(Queued(position))
+            seconds = _sum(seconds, self._history.seconds(ticket.job))
+            if not isinstance(ticket.latest, Queued) or ticket.latest.position != position:
+                ticket.say(Queued(position, seconds))
+
+    def _seconds_left(self) -> float | None:
+        """For the picture under the brush."""
+        if not self._running:
+            return 0.0
+        whole = self._history.seconds(self._running.job)
+        return None if whole is None else max(0.0, whole - (time.monotonic() - self._began))
+
+    def _seconds_until_a_place(self) -> float:
+        # Where nothing has been measured yet, a guess that makes nobody hammer at the door.
+        return max(1.0, round(self._seconds_left() or 5.0, 1))
 
     def _in_turn(self) -> Iterator[Ticket]:
         """Waiting tickets in the order in which they will be painted if nobody comes or leaves."""
         rounds = itertools.zip_longest(*(self._waiting[client] for client in self._round()))
         return (ticket for turn in rounds for ticket in turn if ticket)
+
+
+def _sum(one: float | None, other: float | None) -> float | None:
+    return None if one is None or other is None else one + other
 
 
 def _stopped() -> EngineFailed:

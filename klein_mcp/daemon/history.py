@@ -1,0 +1,71 @@
+"""How long pictures took on this machine, and so how long the next one may take."""
+
+import contextlib
+import json
+import os
+from math import log
+from pathlib import Path
+
+from engine.contract import Job, Painting
+
+KEPT = 32
+"""Measurements per model; older ones say less about the machine as it is now."""
+
+_MEGAPIXEL = 1024 * 1024
+_SIZES = (512, 768, 1024, 1536, 2048)
+
+
+class History:
+    """Seconds by model and pixels, in a small file that survives the process."""
+
+    def __init__(self, path: Path | None = None) -> None:
+        self._path = path
+        self._seconds: dict[str, list[tuple[float, float]]] = {}
+        self._native: dict[str, int] = {}  # pixels of a picture of which nobody said how large
+        if path:
+            with contextlib.suppress(OSError, ValueError, TypeError, AttributeError):
+                content = json.loads(path.read_text()).items()
+                self._seconds = {model: [(float(p), float(s)) for p, s in seen] for model, seen in content}
+
+    def note(self, job: Job, painting: Painting, seconds: float) -> None:
+        height, width = painting.image.shape[:2]
+        for model in {job.model, painting.model}:  # the job may have said "auto"
+            if not job.width and not job.references:
+                self._native[model] = width * height
+            seen = self._seconds.setdefault(model, [])
+            seen.append((width * height + _references(job), seconds))
+            del seen[:-KEPT]
+        if self._path:
+            with contextlib.suppress(OSError):  # a full disk costs us an estimate, not the picture
+                beside = self._path.with_suffix(f".{os.getpid()}")
+                beside.write_text(json.dumps(self._seconds))
+                beside.replace(self._path)
+
+    def seconds(self, job: Job) -> float | None:
+        """None for a model that has not painted here yet."""
+        if job.width and job.height:
+            canvas = job.width * job.height
+        elif job.references:
+            canvas = job.references[0].shape[0] * job.references[0].shape[1]
+        else:
+            canvas = self._native.get(job.model, _MEGAPIXEL)
+        return self._near(job.model, canvas + _references(job))
+
+    def table(self, model: str) -> dict[str, float]:
+        """Seconds for a picture without references, by size."""
+        sizes = {f"{side}x{side}": self._near(model, side * side) for side in _SIZES}
+        return {size: round(seconds, 1) for size, seconds in sizes.items() if seconds is not None}
+
+    def _near(self, model: str, asked: float) -> float | None:
+        """The latest of the measurements nearest in size, scaled to the size that is asked about."""
+        seen = self._seconds.get(model)
+        if not seen:
+            return None
+        # Rounded, so that about the same size counts as equally near and the later one wins.
+        known, seconds = min(reversed(seen), key=lambda one: round(abs(log(one[0] / asked)), 1))
+        return seconds * asked / known
+
+
+def _references(job: Job) -> int:
+    """Pixels of references that the model reads: no more than a megapixel of each."""
+    return sum(min(image.shape[0] * image.shape[1], _MEGAPIXEL) for image in job.references)

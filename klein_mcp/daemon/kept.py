@@ -1,0 +1,177 @@
+"""Orders that were handed over because painting them outlasts a call: painted to their end, whoever still waits.
+
+Each is a small file, so that it outlives this process too: a promise made to an agent is kept by the next daemon.
+"""
+
+import asyncio
+import contextlib
+import json
+import logging
+import os
+import secrets
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from engine.contract import EngineError
+from klein_mcp.backends import UnknownJob
+
+if TYPE_CHECKING:
+    from klein_mcp.service import Outcome, Service
+
+log = logging.getLogger(__name__)
+
+ANSWER = 1.0
+"""Seconds after which somebody who asks for a job gets its state though it is not done."""
+
+REMEMBERED = 24 * 3600.0
+"""Seconds for which a finished job can be asked after; its pictures stay in the library."""
+
+ATTEMPTS = 2
+"""Daemons that may die over one order."""
+
+_OVER = ("done", "failed")
+
+
+class Kept:
+    """make_service: a Service on this process's queue; made with the first order, as it opens the library."""
+
+    def __init__(self, folder: Path, make_service: Callable[[], "Service"]) -> None:
+        self._folder = folder
+        self._make_service = make_service
+        self._service: Service | None = None
+        self._jobs: dict[str, dict[str, Any]] = {}
+        self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._changed = asyncio.Condition()
+
+    @property
+    def busy(self) -> bool:
+        return bool(self._tasks)
+
+    def resume(self) -> None:
+        """Go on with what the daemon before us did not finish; forget what was finished long ago."""
+        for path in self._folder.glob("*.json"):
+            try:
+                job = json.loads(path.read_text())
+                if job["state"] in _OVER:
+                    if time.time() - job["since"] > REMEMBERED:
+                        path.unlink()
+                    else:
+                        self._jobs[path.stem] = job
+                else:
+                    self._start(path.stem, job)
+            except (OSError, ValueError, KeyError, TypeError):
+                log.warning("%s is no job of ours", path)
+
+    async def take(self, order: Mapping[str, Any], *, client: str, made: Mapping[str, Any] | None) -> str:
+        """Promise `order`. Returns its handle once the job that may be under the brush for it is ours.
+
+        Raises OSError if the promise cannot be written down, and ValueError, TypeError or KeyError for no order.
+        """
+        from klein_mcp.order import Order
+
+        Order.from_json(order)
+        name = "j" + secrets.token_hex(6)
+        self._start(name, {"order": dict(order), "client": client, "made": made, "attempts": 0, "since": time.time()})
+        await self._until(lambda: self._jobs[name].get("begun") or name not in self._tasks, 5.0)
+        return name
+
+    async def state(self, name: str) -> dict[str, Any]:
+        """As Backend.kept. Raises UnknownJob."""
+        if name not in self._jobs:
+            raise UnknownJob(name)
+        await self._until(lambda: self._jobs[name]["state"] in _OVER, ANSWER)
+        job = self._jobs[name]
+        hidden = ("order", "client", "attempts", "since", "begun")
+        return {key: value for key, value in job.items() if key not in hidden}
+
+    async def aclose(self) -> None:
+        """Put everything down; the next daemon resumes it."""
+        for task in self._tasks.values():
+            task.cancel()
+        await asyncio.gather(*self._tasks.values(), return_exceptions=True)
+        if self._service:
+            self._service.close()
+
+    def _start(self, name: str, job: dict[str, Any]) -> None:
+        job.update(state="queued", progress=0.0, message="waiting", eta_s=None, attempts=job["attempts"] + 1)
+        job.pop("begun", None)
+        self._jobs[name] = job
+        self._write(name)
+        self._tasks[name] = asyncio.create_task(self._paint(name))
+
+    async def _paint(self, name: str) -> None:
+        job = self._jobs[name]
+        try:
+            if job["attempts"] > ATTEMPTS:
+                raise EngineError(
+                    f"The engine crashed {ATTEMPTS} times on this picture.",
+                    hint="Try a smaller size, or another model.",
+                )
+            outcome = await self._run(name)
+            job.update(state="done", progress=1.0, message="done", eta_s=0.0, **_told(outcome))
+        except asyncio.CancelledError:
+            job["attempts"] -= 1  # put down, not crashed
+            raise
+        except Exception as problem:
+            from klein_mcp.errors import RequestError
+
+            if not isinstance(problem, EngineError | RequestError):
+                log.exception("an order that was handed over failed")
+            job.update(state="failed", error={"message": str(problem) or type(problem).__name__, "hint": ""})
+        finally:
+            self._tasks.pop(name, None)
+            with contextlib.suppress(OSError):
+                self._write(name)
+            await self._tell()
+
+    async def _run(self, name: str) -> "Outcome":
+        from klein_mcp.call import Call
+        from klein_mcp.order import Order
+
+        if not self._service:
+            self._service = self._make_service()
+        job, started = self._jobs[name], time.monotonic()
+
+        async def tell(done: float, total: float, message: str) -> None:
+            share = done / total
+            gone = time.monotonic() - started
+            job.update(state="painting", progress=round(share, 3), message=message, begun=True)
+            job["eta_s"] = round(gone * (1 - share) / share, 1) if share > 0.1 else None
+            await self._tell()
+
+        return await self._service.paint(Order.from_json(job["order"]), Call(client=job["client"], tell=tell))
+
+    async def _tell(self) -> None:
+        async with self._changed:
+            self._changed.notify_all()
+
+    async def _until(self, condition: Callable[[], Any], seconds: float) -> None:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds), self._changed:
+                await self._changed.wait_for(condition)
+
+    def _write(self, name: str) -> None:
+        self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        beside = self._folder / f"{name}.{os.getpid()}"
+        beside.write_text(json.dumps(self._jobs[name]))
+        beside.replace(self._folder / f"{name}.json")
+
+
+def _told(outcome: "Outcome") -> dict[str, Any]:
+    pictures = [
+        {
+            "handle": made.record.handle,
+            "seed": str(made.painting.seed),
+            "model": made.painting.model,
+            "fingerprint": made.painting.fingerprint,
+            "steps": made.painting.steps,
+            "guidance": made.painting.guidance,
+            "cache": dict(made.painting.cache),
+            "changed": made.changed,
+            "save_ms": made.save_ms,
+        }
+        for made in outcome.made
+    ]
+    return {"pictures": pictures, "warnings": list(outcome.warnings), "ms": dict(outcome.ms)}
