@@ -32,7 +32,7 @@ class Agent:
             if "as" in step:
                 self._named[step["as"]] = facts
             if step["tool"] == "save_image":
-                saved.append(facts["path"])
+                saved.append(facts["saved"])
         return saved
 
     async def call(self, tool: str, arguments: dict[str, Any]) -> dict[str, Any]:

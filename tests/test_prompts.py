@@ -90,7 +90,7 @@ def test_a_prompt_followed_to_the_letter_ends_with_saved_pictures(runs: dict[str
     if isinstance(run, BaseException):
         raise run
     asked = [arguments for tool, arguments, _ in run.calls if tool == "save_image"]
-    assert len(run.saved) == len(asked) >= 2
+    assert len(run.saved) == len(asked) >= 1
     for path, arguments in zip(run.saved, asked, strict=True):
         assert path.is_relative_to(run.arguments["folder"])
         with Image.open(path) as picture:

@@ -1,0 +1,53 @@
+"""A client of the HTTP server: progress while it paints, the exact picture fetched as a resource.
+
+    klein-mcp serve --port 8765 &
+    python examples/http_client.py [URL] [FOLDER] [--token-file FILE]
+
+The server may stand on the machine with the GPU and the client elsewhere; then start it with --token-file and
+--allowed-host, and give the same token here.
+"""
+
+import argparse
+import base64
+import json
+from pathlib import Path
+
+import anyio
+import httpx2
+from mcp.client import Client
+from mcp.client.streamable_http import streamable_http_client
+
+
+async def tell(done: float, total: float | None, message: str | None) -> None:
+    """Progress of a call, as the server reports it."""
+    print(f"  {done / (total or 100):4.0%}  {message or ''}")
+
+
+async def main(url: str, folder: Path, token: str | None) -> None:
+    """Paint one picture and keep the exact one."""
+    folder.mkdir(parents=True, exist_ok=True)
+    headers = {"Authorization": f"Bearer {token}"} if token else {}
+    async with (
+        httpx2.AsyncClient(headers=headers, timeout=60) as http,
+        Client(streamable_http_client(url, http_client=http)) as client,
+    ):
+        result = await client.call_tool(
+            "generate_image", {"prompt": "a rocket on an orange background", "seed": 7}, progress_callback=tell
+        )
+        text = result.content[0].text  # type: ignore[union-attr]
+        if result.is_error:
+            raise RuntimeError(text)
+        facts = json.loads(text)
+        picture = (await client.read_resource(facts["uri"])).contents[0]
+        path = folder / f"{facts['image']}.png"
+        path.write_bytes(base64.b64decode(picture.blob))  # type: ignore[union-attr]
+        print(f"{path}  seed {facts['seed']}  {facts['model']}  {facts['ms']['total']} ms")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser()
+    parser.add_argument("url", nargs="?", default="http://127.0.0.1:8765/mcp")
+    parser.add_argument("folder", nargs="?", type=Path, default=Path("klein-example"))
+    parser.add_argument("--token-file", type=Path)
+    given = parser.parse_args()
+    anyio.run(main, given.url, given.folder, given.token_file.read_text().strip() if given.token_file else None)

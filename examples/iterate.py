@@ -1,0 +1,76 @@
+"""A scripted agent's loop over stdio: drafts, a look at them, one change at a time, the result saved.
+
+    python examples/iterate.py [FOLDER]
+
+Where a language model would look at the pictures, this script measures them: it wants a clean background. Everything
+else is what an agent does: handles from one call go into the next, and the seed stays.
+"""
+
+import base64
+import io
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import anyio
+from mcp.client import Client
+from mcp.client.stdio import StdioServerParameters
+from PIL import Image, ImageStat
+
+CHANGES = ("make the background blue", "add a yellow star in the top right corner")
+
+
+def server(folder: Path) -> StdioServerParameters:
+    """How to start klein-mcp, allowed to save into `folder`; where it is installed, `command="klein-mcp"` does."""
+    environment = {**os.environ, "KLEIN_WRITE_ROOTS": str(folder)}
+    return StdioServerParameters(command=sys.executable, args=["-m", "klein_mcp"], env=environment)
+
+
+async def call(client: Client, tool: str, **arguments: Any) -> tuple[dict[str, Any], Image.Image | None]:
+    """The facts of a result, and its preview as the model would see it."""
+    result = await client.call_tool(tool, arguments)
+    text = result.content[0].text  # type: ignore[union-attr]
+    if result.is_error:
+        raise RuntimeError(f"{tool}: {text}")
+    facts = json.loads(text)
+    if "job" in facts:  # a slow machine: the picture is still being painted
+        return await call(client, "wait_for_job", job=facts["job"])
+    seen = [block for block in result.content if block.type == "image"]
+    return facts, Image.open(io.BytesIO(base64.b64decode(seen[0].data))) if seen else None
+
+
+def unrest(picture: Image.Image) -> float:
+    """How much the outermost pixels differ from each other; 0 for a background of one colour."""
+    width, height = picture.size
+    frame = picture.convert("RGB")
+    edges = [frame.crop(box) for box in ((0, 0, width, 4), (0, height - 4, width, height), (0, 0, 4, height))]
+    return sum(sum(ImageStat.Stat(edge).stddev) for edge in edges)
+
+
+async def main(folder: Path) -> None:
+    """Draft, look, change, save."""
+    folder = folder.resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    async with Client(server(folder)) as client:
+        drafts, sheet = await call(client, "generate_image", prompt="a cat on a green background", count=4, seed=1)
+        print(f"4 drafts on a sheet of {sheet.size if sheet else 'no preview'}, painted by {drafts['model']}")
+
+        looks = [(await call(client, "view_image", image=draft["image"]))[1] for draft in drafts["images"]]
+        scores = [unrest(look) for look in looks if look]
+        best = drafts["images"][scores.index(min(scores))]
+        print(f"kept draft {best['label']}, seed {best['seed']}")
+
+        picture = best["image"]
+        for change in CHANGES:
+            edited, _ = await call(client, "edit_image", image=picture, prompt=change, seed=best["seed"])
+            print(f"{change}: {picture} → {edited['image']} in {edited['ms']['total']} ms")
+            picture = edited["image"]
+
+        saved, _ = await call(client, "save_image", image=picture, path=str(folder / "iterated.png"))
+        print(f"saved {saved['saved']}")
+
+
+if __name__ == "__main__":
+    anyio.run(main, Path(sys.argv[1] if len(sys.argv) > 1 else "klein-example"))
