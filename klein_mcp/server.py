@@ -6,15 +6,29 @@ import os
 import secrets
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
+from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
 import anyio
+import anyio.to_thread
+from mcp.server.lowlevel.server import NotificationOptions
 from mcp.server.mcpserver import Context, MCPServer
-from mcp_types import CallToolResult, TextContent
+from mcp.shared.exceptions import MCPError
+from mcp_types import (
+    CallToolResult,
+    Resource,
+    ResourceTemplate,
+    SubscribeRequestParams,
+    TextContent,
+    UnsubscribeRequestParams,
+)
 from mcp_types import Tool as Listed
 
 from engine.contract import Busy, EngineError
-from klein_mcp import __version__, prompts
+from klein_mcp import __version__, prompts, resources
 from klein_mcp.call import Call
 from klein_mcp.errors import RequestError, did_you_mean, one_line, shown
 from klein_mcp.service import Service
@@ -27,6 +41,10 @@ INSTRUCTIONS = (
     "compose_references joins several. Each result names a handle: use it (or last) as the image of the next call, "
     "and save_image to put the full picture into the user's project. Same seed and words, same picture."
 )
+
+
+ROOTS_WAIT = 3.0
+"""Seconds for a client to name its folders; some say that they can and never answer."""
 
 Link = Callable[[Any], Callable[[str], str] | None]
 """From an HTTP request to what makes download addresses for its sender; None for a sender that shares our disk."""
@@ -45,6 +63,15 @@ class KleinServer(MCPServer):
             instructions=INSTRUCTIONS,
             version=__version__,
             log_level=service.settings.log_level.upper(),  # type: ignore[arg-type]
+        )
+        self._listeners = resources.Listeners(self._subscriptions)
+        self.middleware.append(self._listeners.remember)
+        # MCPServer has no door for these two of the legacy era, nor for saying that its list of resources changes.
+        low = self._lowlevel_server
+        low.add_request_handler("resources/subscribe", SubscribeRequestParams, self._listeners.subscribe)
+        low.add_request_handler("resources/unsubscribe", UnsubscribeRequestParams, self._listeners.unsubscribe)
+        low.create_initialization_options = partial(  # type: ignore[method-assign]
+            low.create_initialization_options, NotificationOptions(resources_changed=True)
         )
 
     async def list_tools(self) -> list[Listed]:
@@ -72,6 +99,17 @@ class KleinServer(MCPServer):
             kind = type(problem).__name__
             return _failed(f"{name} failed inside klein-mcp ({kind}); its log on stderr says where. Other calls work.")
 
+    async def list_resources(self) -> list[Resource]:
+        return await super().list_resources() + await anyio.to_thread.run_sync(resources.listed, self.service)
+
+    async def list_resource_templates(self) -> list[ResourceTemplate]:
+        return await super().list_resource_templates() + resources.templates()
+
+    async def read_resource(self, uri: Any, context: Context[Any, Any] | None = None) -> Any:
+        if str(uri) == resources.ALL or str(uri).startswith(f"{resources.ALL}/"):
+            return await resources.read(self.service, str(uri), self._caller(context))
+        return await super().read_resource(uri, context)
+
     async def serve(self, read: Any, write: Any) -> None:
         """One client over a pair of streams."""
         await self._lowlevel_server.run(read, write, self._lowlevel_server.create_initialization_options())
@@ -90,8 +128,24 @@ class KleinServer(MCPServer):
             client=self._door if request is None else _http_client(request),
             name=params.client_info.name if params else "",
             tell=tell,
+            roots=lambda: _roots(session),
+            painted=self._listeners.painted,
             link=self._link(request) if self._link and request is not None else None,
         )
+
+
+async def _roots(session: Any) -> tuple[Path, ...] | None:
+    """The folders the client works in; None where it has none, says nothing, or takes too long."""
+    offered = session.client_capabilities
+    if not session.can_send_request or offered is None or offered.roots is None:
+        return None
+    with anyio.move_on_after(ROOTS_WAIT), suppress(MCPError):
+        roots = (await session.list_roots()).roots
+        paths = [
+            Path(url2pathname(urlsplit(str(root.uri)).path)) for root in roots if str(root.uri).startswith("file:")
+        ]
+        return tuple(path for path in paths if path.is_absolute()) or None
+    return None
 
 
 def _http_client(request: Any) -> str:

@@ -20,7 +20,9 @@ Pixels = npt.NDArray[np.uint8]
 """[height, width, 3 or 4]: RGB, or RGBA where transparency is to be seen."""
 
 
-def preview(image: Pixels, *, longest: int = LONG_EDGE) -> tuple[bytes, str]:
+def preview(
+    image: Pixels, *, longest: int = LONG_EDGE, aim: int = AIM_BYTES, most: int = MAX_BYTES
+) -> tuple[bytes, str]:
     """(bytes, MIME): JPEG, or PNG where there is alpha. Quality goes down first, then size, until it fits."""
     picture = Image.fromarray(image)
     kind = "PNG" if picture.mode == "RGBA" and picture.getextrema()[3][0] < 255 else "JPEG"  # type: ignore[index]
@@ -30,10 +32,10 @@ def preview(image: Pixels, *, longest: int = LONG_EDGE) -> tuple[bytes, str]:
     for size in _sizes(picture.size, longest):
         small = picture if size == picture.size else picture.resize(size, Image.Resampling.LANCZOS)
         for data in _encodings(small, kind):
-            if len(data) <= AIM_BYTES:
+            if len(data) <= aim:
                 return data, f"image/{kind.lower()}"
         # The aim was missed at every quality: the hard limit decides whether a smaller size must be tried.
-        if len(data) <= MAX_BYTES:
+        if len(data) <= most:
             break
     return data, f"image/{kind.lower()}"
 

@@ -55,7 +55,7 @@ def read(picture: Image.Image) -> dict[str, Any] | None:
     if text is None:
         text = _recipe_in(picture.info.get("xmp") or picture.info.get(_XMP_KEYWORD))
     try:
-        recipe = json.loads(text) if isinstance(text, str) else None
+        recipe = json.loads(text) if isinstance(text, str) and len(text) <= MAX_PACKET else None
     except (ValueError, RecursionError):
         return None
     return recipe if isinstance(recipe, dict) else None

@@ -83,6 +83,11 @@ class Record:
     parents: tuple[str, ...] = ()
     deleted: float | None = None
 
+    @property
+    def provenance(self) -> Mapping[str, Any] | None:
+        """What a file of it says about how it was made; None for a picture that came from elsewhere."""
+        return self.recipe.get("made") if self.tool == "open" else self.recipe
+
 
 _COLUMNS = ", ".join(item.name for item in fields(Record) if item.name != "parents")
 
@@ -278,6 +283,11 @@ class Store:
         )
         page = rows[:limit]
         return [self._record(row[:-1]) for row in page], page[-1][-1] if len(rows) > limit else None
+
+    def everything(self) -> list[Record]:
+        """All that is not deleted, oldest first."""
+        rows = self._rows(f"SELECT {_COLUMNS} FROM pictures WHERE deleted IS NULL ORDER BY number")
+        return [self._record(row) for row in rows]
 
     def handles(self, prefix: str, limit: int) -> list[str]:
         """Newest first, for completions."""

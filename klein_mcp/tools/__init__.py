@@ -6,6 +6,7 @@ from klein_mcp.tools import (
     engine_status,
     generate_image,
     list_images,
+    save_image,
     view_image,
     wait_for_job,
 )
@@ -19,6 +20,7 @@ TOOLS: dict[str, Tool] = {
         compose_references,
         view_image,
         list_images,
+        save_image,
         wait_for_job,
         engine_status,
     )

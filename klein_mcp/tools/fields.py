@@ -116,6 +116,15 @@ Show = Annotated[
 
 
 JobHandle = Annotated[str, Field(min_length=1, max_length=64, description='The "job" of the result before.')]
+SavePath = Annotated[
+    str,
+    StringConstraints(strip_whitespace=True, min_length=1, max_length=2000),
+    Field(description="File or folder: absolute, or from the project's folder."),
+]
+SaveFormat = Annotated[Literal["png", "jpeg", "webp"], Field(description="Default: by the path, else png.")]
+SaveSize = Annotated[int, Field(ge=16, le=8192, description="Shrink to this long edge.")]
+Strip = Annotated[bool, Field(description="Leave out how it was made.")]
+Overwrite = Annotated[bool, Field(description="Replace a file that exists.")]
 ViewSize = Annotated[int, Field(ge=64, le=1568, description="Long edge of what you see, in pixels.")]
 Limit = Annotated[int, Field(ge=1, le=100, description="Entries on a page.")]
 Search = Annotated[str, Field(max_length=200, description="Words in the prompt, or part of a path.")]

@@ -1,0 +1,151 @@
+"""A picture from the web: https only, from public addresses only, at every redirect, within size and time.
+
+The name is resolved here, each address is checked, and the connection goes to the checked address itself: a name that
+resolves to another address the second time finds nobody who asks a second time.
+"""
+
+import contextlib
+import http.client
+import ipaddress
+import socket
+import ssl
+import threading
+import time
+from collections.abc import Callable, Sequence
+from urllib.parse import SplitResult, quote, urljoin, urlsplit
+
+from klein_mcp.errors import BadImage, Refused, one_line, shown
+
+REDIRECTS = 5
+SECONDS = 20.0
+_CHUNK = 64 * 1024
+_SAFE = "/%:@!$&'()*+,;=~?"
+
+Resolve = Callable[[str, int], Sequence[str]]
+"""Host and port -> addresses."""
+
+
+def get(
+    url: str,
+    *,
+    limit: int,
+    resolve: Resolve | None = None,
+    allowed: Callable[[str], bool] | None = None,
+    context: ssl.SSLContext | None = None,
+) -> bytes:
+    """limit: bytes. The rest is for tests: a resolver, what counts as public, whom to trust. Raises RequestError."""
+    deadline = time.monotonic() + SECONDS
+    for _ in range(REDIRECTS + 1):
+        parts = _parsed(url)
+        address = _public_address(parts, resolve or _resolve, allowed or is_public)
+        try:
+            answer = _ask(parts, address, context or ssl.create_default_context(), deadline, limit)
+        except (OSError, http.client.HTTPException) as problem:
+            reason = one_line(str(problem) or type(problem).__name__, 120)
+            raise BadImage(f"{shown(url)} cannot be fetched: {reason}.", hint="Try a file instead.") from None
+        if isinstance(answer, bytes):
+            return answer
+        url = urljoin(url, answer)
+    raise BadImage(f"{shown(url)} redirects more than {REDIRECTS} times.")
+
+
+def is_public(address: str) -> bool:
+    """Whether a stranger's picture may come from here: nothing of this machine, its networks, or its cloud."""
+    ip = ipaddress.ip_address(address.partition("%")[0])
+    if isinstance(ip, ipaddress.IPv6Address):
+        # Addresses that are IPv4 ones in disguise are judged by what they hide.
+        hidden = ip.ipv4_mapped or ip.sixtofour or (ip.teredo[1] if ip.teredo else None) or _nat64(ip)
+        if hidden is not None:
+            return is_public(str(hidden))
+        if ip.is_site_local:
+            return False
+    return ip.is_global and not ip.is_multicast
+
+
+def _nat64(ip: ipaddress.IPv6Address) -> ipaddress.IPv4Address | None:
+    in_nat64 = ip in ipaddress.IPv6Network("64:ff9b::/96")
+    return ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF) if in_nat64 else None
+
+
+def _parsed(url: str) -> SplitResult:
+    try:
+        parts = urlsplit(url)
+        port = parts.port
+    except ValueError:
+        raise BadImage(f"{shown(url)} is no valid address.") from None
+    if parts.scheme.lower() != "https":
+        raise Refused(f"{shown(url)} is not https.", hint="Use the https address, or a file.")
+    if not parts.hostname or parts.username is not None or port == 0:
+        raise BadImage(f"{shown(url)} is no valid address.")
+    return parts
+
+
+def _public_address(parts: SplitResult, resolve: Resolve, allowed: Callable[[str], bool]) -> str:
+    host, port = parts.hostname or "", parts.port or 443
+    try:
+        addresses = list(resolve(host, port))
+    except (OSError, UnicodeError):
+        raise BadImage(f"The host {shown(host)} is not known.", hint="Check the address.") from None
+    # All of them: a name that leads inside with only one of its addresses is a trick, not a picture host.
+    if not addresses or not all(map(allowed, addresses)):
+        raise Refused(f"The host {shown(host)} is not on the public internet.", hint="Save the picture as a file.")
+    return addresses[0]
+
+
+def _resolve(host: str, port: int) -> list[str]:
+    return [str(found[4][0]) for found in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
+
+
+def _ask(parts: SplitResult, address: str, context: ssl.SSLContext, deadline: float, limit: int) -> bytes | str:
+    """The body, or where it redirects to. Raises RequestError, OSError, HTTPException."""
+    left = deadline - time.monotonic()
+    connection = _Pinned(parts.hostname or "", address, parts.port or 443, context, max(left, 0.001))
+    # A host that sends a byte now and then would outlive every timeout of a single read.
+    cutter = threading.Timer(left, connection.cut)
+    cutter.daemon = True
+    cutter.start()
+    try:
+        path = quote(parts.path or "/", safe=_SAFE) + (f"?{quote(parts.query, safe=_SAFE)}" if parts.query else "")
+        # identity: a compressed answer would be a bomb that no limit on its bytes can see.
+        connection.request("GET", path, headers={"Accept": "image/*", "Accept-Encoding": "identity"})
+        response = connection.getresponse()
+        if response.status in (301, 302, 303, 307, 308) and (where := response.getheader("Location")):
+            return where
+        if response.status != 200:
+            raise BadImage(f"The host {shown(parts.hostname)} answered {response.status}.", hint="Check the address.")
+        return _body(response, limit)
+    except (OSError, http.client.HTTPException):
+        if time.monotonic() >= deadline:
+            raise BadImage(f"The picture took longer than {SECONDS:.0f} s.", hint="Save it as a file first.") from None
+        raise
+    finally:
+        cutter.cancel()
+        connection.close()
+
+
+def _body(response: http.client.HTTPResponse, limit: int) -> bytes:
+    body = bytearray()
+    while len(body) <= limit and (chunk := response.read(_CHUNK)):
+        body += chunk
+    if len(body) > limit:
+        raise BadImage(f"The picture is larger than {limit // 2**20} MiB.", hint="Use a smaller copy.")
+    if response.length:
+        raise BadImage("The picture was cut short on its way.", hint="Try again.")
+    return bytes(body)
+
+
+class _Pinned(http.client.HTTPSConnection):
+    """Connects to the address that was checked, and still asks for the certificate of the name."""
+
+    def __init__(self, host: str, address: str, port: int, context: ssl.SSLContext, timeout: float) -> None:
+        super().__init__(host, port, timeout=timeout, context=context)
+        self._address = address
+        self._tls = context
+
+    def connect(self) -> None:
+        self.sock = socket.create_connection((self._address, self.port), self.timeout)
+        self.sock = self._tls.wrap_socket(self.sock, server_hostname=self.host)
+
+    def cut(self) -> None:
+        with contextlib.suppress(OSError, AttributeError):
+            self.sock.shutdown(socket.SHUT_RDWR)

@@ -1,0 +1,107 @@
+"""Painting a picture's whole history again: every edit that led to it, on its own base or on another."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from engine.variants import VARIANTS
+from klein_mcp.call import Call
+from klein_mcp.errors import RequestError
+from klein_mcp.images.store import Record, Store
+from klein_mcp.order import Order
+from klein_mcp.service import Service
+
+if TYPE_CHECKING:
+    from klein_mcp.finish import Made
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What is to be painted again, oldest first. base: the picture at the root, following first parents."""
+
+    steps: tuple[Record, ...]
+    base: Record
+
+
+def plan(store: Store, handle: str, *, onto: bool) -> Plan:
+    """onto: the base will be another, so only what came from it is painted again. Raises RequestError."""
+    picture = store.get(handle)
+    ancestors = _ancestors(store, picture)
+    base = picture
+    while base.parents:
+        base = ancestors[base.parents[0]]
+    if onto and base is picture:
+        raise RequestError(f"{handle} was not made from another picture.", hint="Leave out --onto.")
+    painted = [record for record in ancestors.values() if record.tool != "open"]
+    if onto:
+        painted = [record for record in painted if record is not base and base.handle in _line(ancestors, record)]
+    if not painted:
+        raise RequestError(f"{handle} was opened from a file, not painted.", hint="Name a painted picture.")
+    return Plan(tuple(sorted(painted, key=lambda record: record.created)), base)
+
+
+async def replay(
+    service: Service, handle: str, call: Call, *, onto: str | None = None, seed: int | None = None
+) -> list["Made"]:
+    """onto: a reference to paint on instead of the base. seed: for every step, instead of its own.
+
+    Raises RequestError or EngineError.
+    """
+    chain = plan(service.store, handle, onto=onto is not None)
+    again: dict[str, str] = {}
+    if onto is not None:
+        again[chain.base.handle] = (await service.open(onto, call)).record.handle
+    made: list[Made] = []
+    for record in chain.steps:
+        outcome = await service.paint(_order(record, again, seed), call)
+        made.append(outcome.made[0])
+        again[record.handle] = outcome.made[0].record.handle
+    return made
+
+
+def _order(record: Record, again: dict[str, str], seed: int | None) -> Order:
+    try:
+        order = Order.from_json(record.recipe["order"])
+    except (KeyError, TypeError, ValueError):
+        raise RequestError(f"{record.handle} has no recipe that can be painted again.") from None
+    return replace(
+        order,
+        images=tuple(again.get(image, image) for image in order.images),
+        mask=again.get(order.mask, order.mask) if order.mask else None,
+        seed=order.seed if seed is None else seed,
+        # What auto became then: by now it may be another model.
+        model=record.recipe["model"] if record.recipe["model"] in VARIANTS else order.model,
+    )
+
+
+def _ancestors(store: Store, picture: Record) -> dict[str, Record]:
+    """By handle, the picture itself included; deleted ones too, as their recipes are kept."""
+    found = {picture.handle: picture}
+    waiting = list(picture.parents)
+    while waiting:
+        handle = waiting.pop()
+        record = found[handle] if handle in found else store.find(handle)
+        if record is None:
+            raise RequestError(f"{handle}, from which {picture.handle} was made, is not in this library.")
+        if handle not in found:
+            found[handle] = record
+            waiting += record.parents
+    return found
+
+
+def _line(ancestors: dict[str, Record], record: Record) -> set[str]:
+    """All that `record` was made from."""
+    line: set[str] = set()
+    waiting: list[str] = list(record.parents)
+    while waiting:
+        handle = waiting.pop()
+        if handle not in line:
+            line.add(handle)
+            waiting += ancestors[handle].parents
+    return line
+
+
+def changed_weights(before: Iterable[Record], after: Iterable["Made"]) -> list[str]:
+    """Steps that were painted with other weights than the first time, so that their pixels may differ."""
+    pairs = zip(before, after, strict=True)
+    return [old.handle for old, new in pairs if old.recipe.get("fingerprint") != new.painting.fingerprint]
