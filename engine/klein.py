@@ -20,7 +20,7 @@ from engine.model.autoencoder import Autoencoder
 from engine.model.layers import Rope
 from engine.model.text_encoder import TextEncoder, Tokenizer
 from engine.model.transformer import KV, Modulations, Transformer
-from engine.pixels import GRID, Frame, fit_reference, to_rgb8, to_tensor
+from engine.pixels import GRID, Frame, fit_reference, shaped, to_rgb8, to_tensor
 from engine.references import Memory, content_hash
 from engine.sampler import Velocity, denoise, guided
 from engine.schedule import sigmas
@@ -190,8 +190,7 @@ class Klein:
             seen, frame = [], None
         seen += [fit_reference(image, variant.reference_size**2) for image in references[len(seen) :]]
         if frame is None:
-            height, width = seen[0].shape[:2] if seen else (variant.native_size, variant.native_size)
-            width, height = job.width or width, job.height or height
+            width, height = _size(job, seen, variant)
             if min(width, height) < GRID:
                 raise InvalidJob(f"The size is {width}×{height}; each side needs at least {GRID} pixels.")
             frame = Frame.of(width, height, area)
@@ -259,6 +258,16 @@ class Klein:
 
     def _reference_rope(self, references: tuple[tuple[int, int], ...]) -> Rope:
         return self.transformer.rope(torch.cat(_reference_positions(references)))
+
+
+def _size(job: Job, seen: list[Any], variant: Variant) -> tuple[int, int]:
+    """Width and height of the picture: as asked, or of the shape asked, or the first reference's, or native."""
+    if job.width and job.height:
+        return job.width, job.height
+    if job.aspect is not None:
+        return shaped(job.aspect, variant.native_size**2)
+    height, width = seen[0].shape[:2] if seen else (variant.native_size, variant.native_size)
+    return job.width or width, job.height or height
 
 
 def _reference_positions(sizes: tuple[tuple[int, int], ...]) -> list[Tensor]:

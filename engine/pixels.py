@@ -40,6 +40,24 @@ def ceil_grid(side: int) -> int:
     return -(-side // GRID) * GRID
 
 
+def shaped(aspect: tuple[int, int], area: int) -> tuple[int, int]:
+    """Width and height in multiples of 16 that come nearest to a shape and to an area, and never above the area.
+
+    Raises InvalidJob beyond 8:1.
+    """
+    ratio = aspect[0] / aspect[1]
+    if not 1 / MAX_ASPECT <= ratio <= MAX_ASPECT:
+        raise InvalidJob(f"The shape {aspect[0]}:{aspect[1]} is too long; at most {MAX_ASPECT}:1.")
+
+    def miss(size: tuple[int, int]) -> float:
+        width, height = size
+        return abs(math.log(width / height / ratio)) + abs(math.log(width * height / area)) / 2
+
+    heights = range(GRID, int(math.sqrt(area / ratio)) + 2 * GRID, GRID)
+    widths = ((round(height * ratio / GRID) * GRID, height) for height in heights)
+    return min((size for size in widths if 0 < size[0] * size[1] <= area), key=miss)
+
+
 def resize(image: Rgb8, width: int, height: int) -> Rgb8:
     """Lanczos to exactly width × height."""
     if image.shape[:2] == (height, width):
