@@ -125,7 +125,7 @@ class KleinServer(MCPServer):
                 await context.report_progress(done, total, message)
 
         return Call(
-            client=self._door if request is None else _http_client(request),
+            client=self._door if request is None else http_client(request),
             name=params.client_info.name if params else "",
             tell=tell,
             roots=lambda: _roots(session),
@@ -148,7 +148,7 @@ async def _roots(session: Any) -> tuple[Path, ...] | None:
     return None
 
 
-def _http_client(request: Any) -> str:
+def http_client(request: Any) -> str:
     """One legacy session, else one token: what `last` belongs to."""
     session = request.headers.get("mcp-session-id") or request.query_params.get("session_id")
     if session:
