@@ -54,8 +54,12 @@ def shaped(aspect: tuple[int, int], area: int) -> tuple[int, int]:
         return abs(math.log(width / height / ratio)) + abs(math.log(width * height / area)) / 2
 
     heights = range(GRID, int(math.sqrt(area / ratio)) + 2 * GRID, GRID)
-    widths = ((round(height * ratio / GRID) * GRID, height) for height in heights)
-    return min((size for size in widths if 0 < size[0] * size[1] <= area), key=miss)
+    sizes = (
+        (width, height)
+        for height in heights
+        for width in (floor_grid(int(height * ratio)), ceil_grid(int(height * ratio)))
+    )
+    return min((size for size in sizes if 0 < size[0] * size[1] <= area), key=miss)
 
 
 def resize(image: Rgb8, width: int, height: int) -> Rgb8:
