@@ -1,4 +1,4 @@
-"""Pictures over plain HTTP: signed, expiring download links, and the upload that turns a client's file into a handle."""
+"""Pictures over plain HTTP: signed, expiring download links, and the upload that gives a client's file a handle."""
 
 import hashlib
 import hmac
