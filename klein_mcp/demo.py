@@ -32,9 +32,25 @@ class Call:
 
 def run(out: Path, *, as_json: bool = False) -> int:
     """Raises RequestError when a call fails, OSError when a picture cannot be kept."""
+    from mcp.shared.exceptions import MCPError
+
     out.mkdir(parents=True, exist_ok=True)
-    anyio.run(_show, out, as_json)
+    try:
+        anyio.run(_show, out, as_json)
+    except Exception as problem:
+        match _innermost(problem):
+            case MCPError() as lost:
+                raise RequestError(
+                    f"The server went away: {lost}.", hint="`klein-mcp doctor` looks for causes."
+                ) from None
+            case inner:
+                raise inner from None
     return 0
+
+
+def _innermost(problem: BaseException) -> BaseException:
+    """The client's task groups wrap whatever goes wrong inside them, each once more."""
+    return _innermost(problem.exceptions[0]) if isinstance(problem, BaseExceptionGroup) else problem
 
 
 async def _show(out: Path, as_json: bool) -> None:
