@@ -1,0 +1,83 @@
+"""Batches to learn from: scenes drawn, painted and encoded ahead, each met a few times with fresh noise."""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from engine.nano.model import GRID, Nano
+from engine.nano.paint import CANVAS, Painter
+from engine.nano.prompts import Example, Speaker, practice
+from engine.nano.scenes import MAX_THINGS, Scene
+
+OBJECT_WEIGHT = 4.0
+"""How much more a token counts that shows an object, or that an edit must repaint: backgrounds are learned first and
+fill most of a picture, outlines last."""
+
+
+def paint_scenes(painter: Painter, scenes: Sequence[Scene]) -> Tensor:
+    """[scenes, 3, side, side] in [-1, 1]."""
+    device = painter.sprites.device
+    kinds, sizes, centres = [], [], []
+    for scene in scenes:
+        missing = MAX_THINGS - len(scene.things)
+        kinds.append([*(thing.kind for thing in scene.things), *[-1] * missing])
+        sizes.append([*(thing.size for thing in scene.things), *[0] * missing])
+        centres.append([*(thing.centre for thing in scene.things), *[(0, 0)] * missing])
+    grounds = [scene.background for scene in scenes]
+    return painter(*(torch.tensor(x, device=device) for x in (grounds, kinds, sizes, centres)))
+
+
+def token_weights(example: Example) -> Tensor:
+    """[tokens], mean 1: what the loss looks at."""
+    weights = torch.ones(GRID, GRID)
+    cell = CANVAS // GRID
+    for left, top, right, bottom in (*(thing.box for thing in example.target.things), *example.touched):
+        weights[max(top, 0) // cell : -(-bottom // cell), max(left, 0) // cell : -(-right // cell)] = OBJECT_WEIGHT
+    return (weights / weights.mean()).flatten()
+
+
+@dataclass
+class Item:
+    """One encoded example: latents of the target [tokens, channels] and references [pictures, tokens, channels]."""
+
+    prompt: str
+    target: Tensor
+    references: Tensor
+    weights: Tensor
+
+
+class Supply:
+    """Items of each task. reuse: how often one is met before it is replaced, on average; capacity: how many wait."""
+
+    def __init__(self, nano: Nano, seed: int, reuse: int, capacity: int = 1024) -> None:
+        self.nano = nano
+        self.painter = Painter().to(nano.device)
+        self.speaker = Speaker(seed)
+        self.random = random.Random(seed)
+        self.reuse = reuse
+        self.capacity = capacity
+        self.waiting: dict[tuple[str, int], list[Item]] = {}
+
+    def _fresh(self, task: str, pictures: int, count: int) -> list[Item]:
+        examples = [practice(self.speaker, task, pictures) for _ in range(count)]
+        scenes = [scene for example in examples for scene in (example.target, *example.references)]
+        latents = self.nano.encode(paint_scenes(self.painter, scenes)).unflatten(0, (count, 1 + pictures))
+        return [
+            Item(example.prompt, latent[0], latent[1:], token_weights(example).to(latent.device))
+            for example, latent in zip(examples, latents, strict=True)
+        ]
+
+    def take(self, task: str, pictures: int, count: int) -> list[Item]:
+        """A batch of one task, all with the same number of references."""
+        waiting = self.waiting.setdefault((task, pictures), [])
+        # While little waits, everything is fresh: the first batches must not see the same few pictures over and over.
+        short = len(waiting) < self.capacity // 8
+        for item in self._fresh(task, pictures, count if short else -(-count // self.reuse)):
+            if len(waiting) < self.capacity:
+                waiting.append(item)
+            else:
+                waiting[self.random.randrange(self.capacity)] = item
+        return self.random.sample(waiting, count)

@@ -1,0 +1,227 @@
+"""Teach nano: `python -m engine.nano.train STAGE RUN`, on a CPU or a GPU, resumable, warm from the committed weights.
+
+Stages: `vae` (pictures to latents), `generate` (mostly text to image), `all` (generate, edit, compose), `cool` (as
+`all`, with the learning rate falling to nothing), `decoder` (sharpen the way back to pixels; latents stay).
+A run is a folder: `state.pt` to go on from, `weights/` in diffusers format, `log.jsonl`. Stopping a run at any time
+loses at most the minutes since its last save. `export RUN TO` copies the averaged weights.
+"""
+
+import argparse
+import copy
+import json
+import math
+import os
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from engine.nano.folder import WEIGHTS, save_autoencoder, save_text_encoder, save_transformer
+from engine.nano.model import STEPS, TEXT_LENGTH, Nano
+from engine.nano.supply import Item, Supply
+from engine.nano.train_vae import train_vae
+from engine.schedule import sigmas
+
+OWN_LEVELS = sigmas(STEPS, 64)[:-1]
+"""The four noise levels nano paints with."""
+OWN_SHARE = 0.7
+"""Of training, on exactly those levels; the rest spread over all, for other step counts."""
+SHORT_TEXT = 32
+"""Holds every practised prompt. Most batches are padded to this alone: pads cost as much as words do."""
+EMA = 0.998
+BETAS = (0.9, 0.98)
+WARM_UP = 100
+"""Steps over which the learning rate rises after every start: Adam's averages may be cold."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """shares: of batches, by (task, references). long_text: share of batches at the full text length."""
+
+    shares: dict[tuple[str, int], float]
+    rate: float
+    long_text: float = 0.25
+    cooling: bool = False
+
+
+_ALL = {("generate", 0): 0.50, ("edit", 1): 0.30, ("compose", 2): 0.16, ("compose", 3): 0.04}
+STAGES = {
+    "generate": Stage({("generate", 0): 0.80, ("edit", 1): 0.12, ("compose", 2): 0.08}, 1.5e-3),
+    "all": Stage(_ALL, 1.5e-3),
+    "cool": Stage(_ALL, 1.5e-3, long_text=0.6, cooling=True),
+}
+
+
+def draw_levels(count: int, levels: int, generator: torch.Generator) -> Tensor:
+    """[count · levels] noise levels: different ones for the `levels` looks at the same example."""
+    own = torch.tensor(OWN_LEVELS)
+    order = torch.rand(count, len(own), generator=generator).argsort(dim=1)[:, :levels]
+    # Logit-normal pushed by a shift of 3, as flow models of this family are trained; 12 % pure noise.
+    spread = torch.sigmoid(torch.randn(count, levels, generator=generator) + math.log(3.0))
+    spread = torch.where(torch.rand(count, levels, generator=generator) < 0.12, torch.ones(()), spread)
+    chosen = torch.rand(count, levels, generator=generator) < OWN_SHARE
+    return torch.where(chosen, own[order], spread).flatten()
+
+
+def velocity_loss(nano: Nano, items: list[Item], levels: int, length: int, generator: torch.Generator) -> Tensor:
+    """Weighted squared error of the velocity, one number an example and level: [b · levels]."""
+    device = nano.device
+    target = torch.stack([item.target for item in items]).repeat_interleave(levels, 0)
+    weights = torch.stack([item.weights for item in items]).repeat_interleave(levels, 0)
+    references = torch.stack([item.references for item in items])
+    if references.shape[1]:
+        # What nano painted itself is a little off; references that are too make it sharpen them, not copy the fault.
+        blur = 0.25 * torch.rand(references.shape[0], 1, 1, 1, generator=generator)
+        references = references + (blur * torch.randn(references.shape, generator=generator)).to(device)
+    sigma = draw_levels(len(items), levels, generator).to(device)
+    noise = torch.randn(target.shape, generator=generator).to(device)
+    noisy = (1 - sigma)[:, None, None] * target + sigma[:, None, None] * noise
+    states = nano.read(nano.tokenize([item.prompt for item in items], length))
+    velocity = nano.velocity(noisy, sigma, states, references if references.shape[1] else None)
+    return ((velocity - (noise - target)).pow(2).mean(-1) * weights).mean(-1)
+
+
+class Run:
+    """A folder of training: what is trained, its average, the optimiser, and how far it is."""
+
+    def __init__(self, folder: Path, start: Path, device: str) -> None:
+        self.folder = folder
+        weights = folder / "weights"
+        if not weights.exists():
+            shutil.copytree(start, weights)
+        self.nano = Nano(weights).to(device)
+        self.nano.autoencoder.requires_grad_(False)
+        self.average = copy.deepcopy(self._learned())
+        self.optimiser = torch.optim.AdamW(self._learned().parameters(), betas=BETAS, weight_decay=0.0)
+        self.step = 0
+        self.samples = 0
+        self.seconds = 0.0
+        if (folder / "state.pt").exists():
+            self._resume()
+
+    def _learned(self) -> torch.nn.ModuleList:
+        return torch.nn.ModuleList([self.nano.transformer, self.nano.text_encoder])
+
+    def _resume(self) -> None:
+        state = torch.load(self.folder / "state.pt", map_location=self.nano.device)
+        self._learned().load_state_dict(state["learned"])
+        self.average.load_state_dict(state["average"])
+        self.optimiser.load_state_dict(state["optimiser"])
+        self.step, self.samples, self.seconds = state["step"], state["samples"], state["seconds"]
+
+    def save(self) -> None:
+        """Everything to go on from, and the average as a diffusers folder; each file is whole or the one before."""
+        state = {
+            "learned": self._learned().state_dict(),
+            "average": self.average.state_dict(),
+            "optimiser": self.optimiser.state_dict(),
+            "step": self.step,
+            "samples": self.samples,
+            "seconds": self.seconds,
+        }
+        torch.save(state, self.folder / "state.pt.new")
+        os.replace(self.folder / "state.pt.new", self.folder / "state.pt")
+        export(self, self.folder / "weights")
+
+    def follow(self) -> None:
+        """Move the average a little towards the newest weights; quicker while there are few."""
+        keep = min(EMA, (self.step + 1) / (self.step + 50))
+        with torch.no_grad():
+            for mean, new in zip(self.average.parameters(), self._learned().parameters(), strict=True):
+                mean.lerp_(new, 1 - keep)
+
+
+def export(run: Run, folder: Path) -> None:
+    """The averaged weights, in 16 bit, into a folder that holds the configs."""
+    transformer, text_encoder = run.average
+    save_transformer(transformer, folder)  # type: ignore[arg-type]
+    save_text_encoder(text_encoder, folder)  # type: ignore[arg-type]
+    save_autoencoder(run.nano.autoencoder, folder)
+
+
+def train(run: Run, stage: Stage, minutes: float, batch: int, levels: int, reuse: int, save_minutes: float) -> None:
+    """Until the minutes are over; 0 means until it is stopped."""
+    seed = time.time_ns() % 2**31
+    supply = Supply(run.nano, seed, reuse)
+    generator = torch.Generator().manual_seed(seed)
+    start = last_save = last_tell = time.monotonic()
+    began, told = run.step, run.samples
+    losses: dict[str, list[float]] = {}
+    while True:
+        now = time.monotonic()
+        done = (now - start) / (60 * minutes) if minutes else 0.0
+        if done >= 1.0:
+            break
+        rise = min(1.0, (run.step - began + 1) / WARM_UP)
+        for group in run.optimiser.param_groups:
+            group["lr"] = stage.rate * rise * (1.0 - done if stage.cooling else 1.0)
+        (task, pictures), *_ = supply.random.choices(tuple(stage.shares), tuple(stage.shares.values()))
+        length = TEXT_LENGTH if supply.random.random() < stage.long_text else SHORT_TEXT
+        loss = velocity_loss(run.nano, supply.take(task, pictures, batch), levels, length, generator)
+        run.optimiser.zero_grad(set_to_none=True)
+        loss.mean().backward()
+        torch.nn.utils.clip_grad_norm_(run.optimiser.param_groups[0]["params"], 1.0)
+        run.optimiser.step()
+        run.step += 1
+        run.samples += loss.numel()
+        run.follow()
+        losses.setdefault(f"{task}{pictures or ''}", []).append(loss.detach().mean().item())
+        # The first minute tells whether the machine is worth its time; after that, now and then.
+        if time.monotonic() - last_tell > (20 if now - start < 60 else 120):
+            told, last_tell, losses = _tell(run, told, last_tell, losses)
+        if time.monotonic() - last_save > 60 * save_minutes:
+            run.seconds += time.monotonic() - last_save
+            last_save = time.monotonic()
+            run.save()
+    run.seconds += time.monotonic() - last_save
+    run.save()
+
+
+def _tell(run: Run, told: int, since: float, losses: dict[str, list[float]]) -> tuple[int, float, dict]:
+    now = time.monotonic()
+    line = {
+        "step": run.step,
+        "samples": run.samples,
+        "per_second": round((run.samples - told) / (now - since), 1),
+        "minutes": round(run.seconds / 60, 1),
+        **{name: round(sum(values) / len(values), 4) for name, values in losses.items()},
+    }
+    print(json.dumps(line), flush=True)
+    with (run.folder / "log.jsonl").open("a") as log:
+        log.write(json.dumps(line) + "\n")
+    return run.samples, now, {}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("stage", choices=(*STAGES, "vae", "decoder", "export"))
+    parser.add_argument("run", type=Path)
+    parser.add_argument("to", type=Path, nargs="?", help="export: the folder to fill")
+    parser.add_argument("--start", type=Path, default=WEIGHTS, help="weights a new run begins with")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--minutes", type=float, default=0.0, help="0: until stopped")
+    parser.add_argument("--batch", type=int, help="examples a step (CPU 12, CUDA 384)")
+    parser.add_argument("--levels", type=int, default=2, help="noise levels an example")
+    parser.add_argument("--save-minutes", type=float, default=2.0)
+    args = parser.parse_args()
+    on_gpu = args.device.startswith("cuda")
+    if not on_gpu:
+        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    args.run.mkdir(parents=True, exist_ok=True)
+    run = Run(args.run, args.start, args.device)
+    if args.stage == "export":
+        shutil.copytree(args.run / "weights", args.to, dirs_exist_ok=True)
+    elif args.stage in ("vae", "decoder"):
+        train_vae(run.nano.autoencoder, args.stage == "decoder", args.minutes, args.device)
+        run.save()
+    else:
+        # Encoding costs a CPU a third of a step, a GPU next to nothing.
+        train(run, STAGES[args.stage], args.minutes, args.batch or (384 if on_gpu else 12), args.levels,
+              1 if on_gpu else 3, args.save_minutes)  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
