@@ -72,7 +72,7 @@ class Argument:
         if len(text) > MAX_VALUE:
             raise ValueError(f"{self.name} has {len(text)} characters; at most {MAX_VALUE}.")
         if self.pattern and text != self.default and not re.fullmatch(self.pattern, text):
-            raise ValueError(f"{self.name} is {shown(text)}; it must be {self.description.lower()}.")
+            raise ValueError(f"{self.name} is {shown(text)}; it must look like {self.complete[0]}.")
         if not self.many:
             return one_line(text, MAX_VALUE)
         items = [one_line(item, MAX_VALUE) for item in re.split("[;\n]" if re.search("[;\n]", text) else ",", text)]

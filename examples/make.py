@@ -1,0 +1,298 @@
+"""Writes what is made from code or by the program: configurations, manifests, README's tables, the guide's words, pictures.
+
+    python -m examples.make             everything but the pictures
+    python -m examples.make pictures    also the pictures, by `klein-mcp demo` on the embedded model, and the icon
+
+A made part of a Markdown file lies between `<!-- made: NAME -->` and `<!-- end -->`; tests/test_readme.py compares.
+"""
+
+import argparse
+import html
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from engine.nano import words
+from engine.variants import EMBEDDED, VARIANTS, Variant
+from examples import configurations as clients
+from klein_mcp import __version__, cli, prompts, settings
+from klein_mcp.images.provenance import read
+from klein_mcp.tools import TOOLS
+
+ROOT = Path(__file__).resolve().parents[1]
+README = ROOT / "README.md"
+GUIDE = ROOT / "klein_mcp" / "guide.md"
+PICTURES = ROOT / "examples" / "pictures"
+BUNDLE = ROOT / "packaging" / "mcpb"
+ICON = BUNDLE / "icon.png"
+SPEED = ROOT / "engine" / "SPEED.md"
+
+REPOSITORY = "klein-mcp/klein-mcp"
+"""Owner and name; every address in the project that names the repository is this one."""
+
+
+def table(*rows: tuple[str, ...]) -> str:
+    """A Markdown table; the first row is its head."""
+    head, *body = [f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in rows]
+    return "\n".join((head, "|" + " --- |" * len(rows[0]), *body))
+
+
+def pictures() -> str:
+    """The demo's pictures with what made them, from what is written in the files."""
+    cells = []
+    for path in sorted(PICTURES.glob("*.png")):
+        with Image.open(path) as picture:
+            order = (read(picture) or {})["order"]
+        says = html.escape(order["prompt"])
+        caption = f"`{order['tool']}`<br>“{says}”<br>seed {order['seed']}"
+        cells.append((f'<img src="{path.relative_to(ROOT).as_posix()}" width="192" alt="{says}">', caption))
+    return table(tuple(image for image, _ in cells), tuple(caption for _, caption in cells))
+
+
+def links() -> str:
+    """One click each."""
+    launch = clients.LAUNCH
+    return (
+        f"[**Install in VS Code**]({clients.vscode_link(launch)}) · [**Install in Cursor**]({clients.cursor_link(launch)})"
+    )
+
+
+def configurations() -> str:
+    """One block per client that can be opened."""
+    return "\n".join(map(_configuration, clients.CLIENTS))
+
+
+def _configuration(client: clients.Client) -> str:
+    terminal = ""
+    if client.title in clients.COMMANDS:
+        write, _ = clients.COMMANDS[client.title]
+        terminal = f"```sh\n{write(clients.LAUNCH)}\n```\n\nor in "
+    where = f"{terminal}{client.where}:" if terminal else f"In {client.where}:"
+    kind = client.file.rsplit(".", 1)[1]
+    block = f"```{kind}\n{client.write(clients.LAUNCH).rstrip()}\n```"
+    return f"<details><summary><b>{client.title}</b></summary>\n\n{where}\n\n{block}\n\n</details>"
+
+
+def tools() -> str:
+    """From tools/list."""
+    rows = []
+    for tool in TOOLS.values():
+        schema = tool.schema()
+        required = schema.get("required", ())
+        named = [f"**`{name}`**" if name in required else f"`{name}`" for name in schema.get("properties", {})]
+        rows.append((f"`{tool.name}`", tool.description, ", ".join(named) or "none"))
+    return table(("Tool", "What it does", "Arguments (**required**)"), *rows)
+
+
+def recipes() -> str:
+    """From prompts/."""
+    rows = [(f"[`{one.name}`](prompts/{one.name}.md)", one.description) for one in prompts.recipes()]
+    return table(("Prompt", "What it does"), *rows)
+
+
+def models() -> str:
+    """From VARIANTS."""
+    return table(
+        ("Model", "What it is", "Licence", "Steps", "Size", "References", "Memory", "Get it"),
+        *map(_model, VARIANTS.values()),
+    )
+
+
+def _model(row: Variant) -> tuple[str, ...]:
+    get = "is in the package" if row.name == EMBEDDED else f"`klein-mcp pull {row.name}`"
+    return (
+        f"`{row.name}`",
+        row.title,
+        row.licence + (", gated" if row.gated else ""),
+        str(row.steps),
+        f"{row.native_size}²",
+        f"up to {row.max_references}",
+        f"{row.memory_gb:g} GB",
+        get,
+    )
+
+
+def variables() -> str:
+    """From Settings."""
+    rows = [(f"`{name}`", f"`{default}`" if default else "", meaning) for name, default, meaning in settings.table()]
+    return table(("Variable", "Default", "Meaning"), *rows)
+
+
+def commands() -> str:
+    """From the command line's parser."""
+    (subparsers,) = (action for action in cli._parser()._actions if isinstance(action, argparse._SubParsersAction))
+    rows = [(f"`klein-mcp {action.dest}`", action.help or "") for action in subparsers._choices_actions]
+    return table(("Command", "What it does"), ("`klein-mcp`", "the MCP server over stdio"), *rows)
+
+
+def speed() -> str:
+    """The baselines of engine/SPEED.md."""
+    found = re.search(r"<!-- baselines -->\n(.*?)\n<!-- end -->", SPEED.read_text(encoding="utf-8"), re.DOTALL)
+    if found is None:
+        raise SystemExit(f"{SPEED} has no table between <!-- baselines --> and <!-- end -->.")
+    return found[1].strip()
+
+
+def vocabulary() -> str:
+    """From the embedded model's own lists."""
+    return "\n".join(
+        f"- {kind}: {', '.join(sorted(known) if kind == 'things' else known)}"
+        for kind, known in (
+            ("things", words.NOUNS),
+            ("shapes, each in every colour", words.SHAPES),
+            ("colours, of shapes and backgrounds", words.COLOURS),
+            ("painted backgrounds", words.SCENES),
+        )
+    )
+
+
+PARTS: dict[Path, dict[str, Callable[[], str]]] = {
+    README: {
+        "pictures": pictures,
+        "links": links,
+        "configurations": configurations,
+        "tools": tools,
+        "prompts": recipes,
+        "models": models,
+        "speed": speed,
+        "settings": variables,
+        "commands": commands,
+    },
+    GUIDE: {"words": vocabulary},
+}
+
+
+NAMESPACE = f"io.github.{REPOSITORY}"
+"""The name in the MCP registry; proven there by the mcp-name line of README.md."""
+DESCRIPTION = "Paint, edit and compose pictures with FLUX.2 [klein] on your own machine; one engine for all agents."
+SHOWN_SETTINGS = ("model", "write_roots", "allow_urls")
+"""What the registry and the desktop bundle ask a user about; the other settings have good defaults."""
+
+
+def registry() -> dict[str, Any]:
+    """server.json, for the MCP registry."""
+    meanings = {name: meaning for name, _, meaning in settings.table()}
+    variables = [settings.variable(name) for name in SHOWN_SETTINGS]
+    return {
+        "$schema": "https://static.modelcontextprotocol.io/schemas/2025-12-11/server.schema.json",
+        "name": NAMESPACE,
+        "title": "klein-mcp",
+        "description": DESCRIPTION,
+        "repository": {"url": f"https://github.com/{REPOSITORY}", "source": "github"},
+        "version": __version__,
+        "packages": [
+            {
+                "registryType": "pypi",
+                "identifier": "klein-mcp",
+                "version": __version__,
+                "runtimeHint": clients.LAUNCH.command,
+                "transport": {"type": "stdio"},
+                "environmentVariables": [{"name": name, "description": meanings[name]} for name in variables],
+            }
+        ],
+    }
+
+
+def bundle() -> dict[str, Any]:
+    """manifest.json of the desktop bundle: uv installs the package when the user clicks."""
+    return {
+        "manifest_version": "0.4",
+        "name": "klein-mcp",
+        "display_name": "klein-mcp",
+        "version": __version__,
+        "description": DESCRIPTION,
+        "author": {"name": "klein-mcp maintainers"},
+        "repository": {"type": "git", "url": f"https://github.com/{REPOSITORY}"},
+        "license": "Apache-2.0",
+        "icon": ICON.name,
+        "server": {
+            "type": "uv",
+            "entry_point": "server.py",
+            "mcp_config": {
+                "command": "uv",
+                "args": ["run", "--directory", "${__dirname}", "server.py"],
+                "env": {"KLEIN_MODEL": "${user_config.model}", "KLEIN_WRITE_ROOTS": "${user_config.folder}"},
+            },
+        },
+        "user_config": {
+            "folder": {
+                "type": "directory",
+                "title": "Folder for saved pictures",
+                "description": "save_image may write here and below, and nowhere else.",
+                "default": "${HOME}/Pictures",
+            },
+            "model": {
+                "type": "string",
+                "title": "Model",
+                "description": f"auto, or one of {', '.join(VARIANTS)}.",
+                "default": "auto",
+            },
+        },
+        "tools": [{"name": tool.name, "description": tool.description} for tool in TOOLS.values()],
+        "prompts_generated": True,
+        "compatibility": {"platforms": ["darwin", "linux", "win32"], "runtimes": {"python": ">=3.11"}},
+    }
+
+
+def project_of_bundle() -> str:
+    """pyproject.toml of the desktop bundle."""
+    return (
+        "[project]\n"
+        'name = "klein-mcp-bundle"\n'
+        f'version = "{__version__}"\n'
+        'requires-python = ">=3.11"\n'
+        f'dependencies = ["klein-mcp=={__version__}"]\n'
+    )
+
+
+def files() -> dict[Path, str]:
+    """Every file that is made as a whole."""
+    return {
+        **clients.files(),
+        ROOT / "server.json": json.dumps(registry(), indent=2, ensure_ascii=False) + "\n",
+        BUNDLE / "manifest.json": json.dumps(bundle(), indent=2, ensure_ascii=False) + "\n",
+        BUNDLE / "pyproject.toml": project_of_bundle(),
+    }
+
+
+def made(path: Path) -> str:
+    """The text of a Markdown file with each made part as it should be."""
+    text = path.read_text(encoding="utf-8")
+    for name, make in PARTS[path].items():
+        part = re.compile(rf"(<!-- made: {name} -->\n).*?(<!-- end -->)", re.DOTALL)
+        text, found = part.subn(lambda match, make=make: f"{match[1]}{make()}\n{match[2]}", text)
+        if found != 1:
+            raise SystemExit(f"{path} has {found} parts named {name}; one is needed.")
+    return text
+
+
+def paint() -> None:
+    """The pictures of README and the icon, anew."""
+    subprocess.run(
+        [sys.executable, "-m", "klein_mcp", "demo", "--out", str(PICTURES)],
+        check=True,
+        env={**os.environ, "KLEIN_MODEL": EMBEDDED},
+    )
+    with Image.open(sorted(PICTURES.glob("*.png"))[0]) as first:
+        first.convert("RGB").resize((256, 256), Image.Resampling.LANCZOS).save(ICON, optimize=True)
+
+
+def main(asked: list[str]) -> None:
+    """Write everything that is made."""
+    if "pictures" in asked:
+        paint()
+    for path, text in files().items():
+        path.write_text(text, encoding="utf-8")
+    for path in PARTS:
+        path.write_text(made(path), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,7 @@
+"""What Claude Desktop runs: uv makes the environment of the pyproject.toml beside it, then starts this."""
+
+import sys
+
+from klein_mcp.cli import main
+
+sys.exit(main([]))
