@@ -1,0 +1,179 @@
+"""Every result: one JSON line, one preview, one link for the user; and never more than a message may hold."""
+
+import base64
+import json
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from mcp import Client
+from mcp_types import Implementation
+
+from engine.contract import Job, Rgb8
+from klein_mcp.clients import CLIENTS, how_to_show
+from klein_mcp.service import DEMO
+from tests.fakes import FakePainter
+from tests.pictures import noise, pixels, scene
+from tests.talk import call, kinds, line, preview
+
+pytestmark = pytest.mark.anyio
+
+MESSAGE = 1_000_000
+"""Bytes: Claude Desktop refuses a larger result."""
+
+
+async def test_the_line_says_all_that_a_blind_client_needs(client: Client):
+    told = line(await client.call_tool("generate_image", {"prompt": "a dot", "seed": 7}))
+    assert set(told) == {
+        *("image", "uri", "path", "width", "height", "seed", "model", "steps", "parents", "ms", "cache", "warnings")
+    }
+    assert set(told["ms"]) == {*("queue", "load", "prompt", "references", "denoise", "decode", "save", "total")}
+    assert told["uri"] == f"klein://images/{told['image']}"
+    assert (told["seed"], told["model"], told["steps"], told["parents"]) == ("7", "nano", 4, [])
+    assert told["cache"] == {"prompt": "miss", "references": "none"}
+
+
+async def test_the_path_leads_to_the_exact_picture(client: Client, painter: FakePainter):
+    told = await call(client, "generate_image", prompt="a dot", seed=7)
+    with open(told["path"], "rb") as file:
+        assert (pixels(file.read()) == painter.paint(painter.jobs[0])).all()
+
+
+async def test_text_comes_first_then_one_preview_then_a_link_for_the_user(client: Client):
+    result = await client.call_tool("generate_image", {"prompt": "a dot"})
+    assert kinds(result) == ["text", "image", "resource_link"]
+    assert result.structured_content is None
+    link = result.content[2].model_dump(mode="json", by_alias=True, exclude_none=True)
+    told = line(result)
+    assert link["uri"] == told["uri"]
+    assert (link["mimeType"], link["annotations"]["audience"]) == ("image/png", ["user"])
+
+
+async def test_several_pictures_come_as_one_labelled_sheet(client: Client, painter: FakePainter):
+    painter.paint = lambda job: scene(128, 128)
+    result = await client.call_tool("generate_image", {"prompt": "a dot", "count": 4, "seed": 10})
+    assert kinds(result) == ["text", "image", *["resource_link"] * 4]
+    told = line(result)
+    assert [one["label"] for one in told["images"]] == ["A", "B", "C", "D"]
+    assert [one["seed"] for one in told["images"]] == ["10", "11", "12", "13"]
+    assert len({one["image"] for one in told["images"]}) == 4
+    sheet = preview(result)
+    assert sheet.shape == (272, 272, 3)  # two by two, a margin of 4 around each
+    cells = [sheet[:136, :136], sheet[:136, 136:], sheet[136:, :136], sheet[136:, 136:]]
+    corners = [cell[4:34, 4:34] for cell in cells]
+    # Equal pictures, so what differs in the corners is the letter, white on black.
+    assert len({corner.tobytes() for corner in corners}) == 4
+    assert all((corner < 40).any() and (corner > 215).any() for corner in corners)
+
+
+async def test_a_picture_of_a_count_equals_the_one_painted_alone(client: Client):
+    told = await call(client, "generate_image", prompt="a dot", count=3, seed=10)
+    alone = await call(client, "generate_image", prompt="a dot", seed=12)
+    with open(told["images"][2]["path"], "rb") as one, open(alone["path"], "rb") as other:
+        assert (pixels(one.read()) == pixels(other.read())).all()
+
+
+@pytest.mark.parametrize(
+    ("show", "expected"),
+    [
+        ("inline", ["text", "image", "resource_link"]),
+        ("link", ["text", "resource_link"]),
+        ("none", ["text"]),
+    ],
+)
+async def test_show_decides_what_comes_with_the_line(client: Client, show: str, expected: list[str]):
+    assert kinds(await client.call_tool("generate_image", {"prompt": "a dot", "show": show})) == expected
+
+
+async def test_the_call_wins_over_the_setting_and_the_setting_over_the_client(service: Any, connect: Any):
+    lost = Implementation(name="zed", version="1")  # drops pictures
+    async with connect(client_info=lost) as client:
+        assert kinds(await client.call_tool("generate_image", {"prompt": "a dot"})) == ["text", "resource_link"]
+        service.settings = replace(service.settings, show="none")
+        assert kinds(await client.call_tool("generate_image", {"prompt": "a dot"})) == ["text"]
+        shown = await client.call_tool("generate_image", {"prompt": "a dot", "show": "inline"})
+        assert kinds(shown) == ["text", "image", "resource_link"]
+
+
+@pytest.mark.parametrize("mode", ["legacy", "auto"])
+@pytest.mark.parametrize("row", CLIENTS, ids=lambda row: row.name)
+async def test_each_known_client_gets_what_it_can_show(connect: Any, row: Any, mode: str):
+    async with connect(mode=mode, client_info=Implementation(name=row.name, version="1")) as client:
+        shown = kinds(await client.call_tool("generate_image", {"prompt": "a dot"}))
+    assert ("image" in shown) == (row.show == "inline")
+
+
+def test_the_table_of_clients_names_its_sources_and_what_nobody_verified():
+    assert all(row.source for row in CLIENTS)
+    assert [row.name for row in CLIENTS if row.verified] == ["mcp"]
+
+
+def test_an_unknown_client_gets_a_preview_and_a_longer_name_is_recognised():
+    assert how_to_show("somebody-new") == "inline"
+    assert how_to_show("Zed Preview 1.2") == "link"
+
+
+@pytest.mark.parametrize("count", [1, 4])
+async def test_the_worst_picture_stays_within_a_message(client: Client, painter: FakePainter, count: int):
+    def worst(job: Job) -> Rgb8:
+        return noise(2048, 2048, job.seed)
+
+    painter.paint = worst
+    arguments = {"prompt": "noise", "width": 2048, "height": 2048, "count": count, "seed": 1}
+    result = await client.call_tool("generate_image", arguments)
+    assert kinds(result)[1] == "image"
+    size = len(json.dumps(result.model_dump(mode="json", by_alias=True, exclude_none=True)))
+    assert size < MESSAGE
+    handle = line(result)["image"] if count == 1 else line(result)["images"][0]["image"]
+    again = await client.call_tool("view_image", {"image": handle, "max_size": 1568})
+    assert len(json.dumps(again.model_dump(mode="json", by_alias=True, exclude_none=True))) < MESSAGE
+
+
+async def test_the_demo_model_is_named_once_per_client(client: Client):
+    first = await call(client, "generate_image", prompt="a dot")
+    second = await call(client, "generate_image", prompt="a dot")
+    assert (DEMO in first["warnings"], DEMO in second["warnings"]) == (True, False)
+
+
+async def test_the_demo_model_is_no_surprise_to_whoever_asked_for_it(client: Client):
+    told = await call(client, "generate_image", prompt="a dot", model="nano")
+    assert DEMO not in told["warnings"]
+
+
+async def test_view_image_shows_a_small_region_enlarged(client: Client, painter: FakePainter):
+    painter.paint = lambda job: scene(128, 128)
+    await call(client, "generate_image", prompt="a dot")
+    result = await client.call_tool("view_image", {"image": "last", "region": [96, 0, 32, 16], "max_size": 640})
+    assert preview(result).shape == (320, 640, 3)
+    assert line(result)["region"] == [96, 0, 32, 16]
+    right, left = preview(result)[:, -64:, 0].mean(), preview(result)[:, :64, 0].mean()
+    assert right > left > 180  # red grows to the right, and this is the right quarter
+
+
+async def test_view_image_never_changes_what_last_is(client: Client):
+    first = await call(client, "generate_image", prompt="one")
+    second = await call(client, "generate_image", prompt="two")
+    await call(client, "view_image", image=first["image"])
+    assert (await call(client, "view_image", image="last"))["image"] == second["image"]
+
+
+async def test_list_images_is_text_with_parents_newest_first_and_pages(client: Client):
+    first = await call(client, "generate_image", prompt="a red dot")
+    second = await call(client, "edit_image", image="last", prompt="make it blue")
+    page = await call(client, "list_images", limit=1)
+    assert [one["image"] for one in page["images"]] == [second["image"]]
+    assert page["images"][0]["parents"] == [first["image"]]
+    rest = await call(client, "list_images", cursor=page["next"])
+    assert [one["image"] for one in rest["images"]] == [first["image"]]
+    assert rest["next"] is None
+    found = await call(client, "list_images", search="RED")
+    assert [one["image"] for one in found["images"]] == [first["image"]]
+    assert (await call(client, "list_images", search="%"))["images"] == []
+
+
+async def test_a_preview_is_a_jpeg_of_at_most_1024(client: Client):
+    result = await client.call_tool("generate_image", {"prompt": "x", "width": 2048, "height": 1024})
+    (block,) = (block for block in result.content if block.type == "image")
+    assert block.mime_type == "image/jpeg"
+    assert base64.b64decode(block.data)[:2] == b"\xff\xd8"
+    assert max(preview(result).shape) == 1024

@@ -1,0 +1,190 @@
+"""From a call to a picture: sizes, progress, cancel, whose turn and whose `last` it is, and jobs that are handed over."""
+
+from dataclasses import replace
+from typing import Any
+
+import anyio
+import pytest
+from mcp import Client
+
+from engine.contract import Loading, Queued
+from klein_mcp import progress as progress_module
+from klein_mcp.service import Service
+from tests.fakes import FakePainter
+from tests.pictures import file, scene
+from tests.talk import call, complaint, line, refused
+
+pytestmark = pytest.mark.anyio
+
+
+async def test_a_size_off_the_grid_is_rounded_and_said(client: Client, painter: FakePainter):
+    told = await call(client, "generate_image", prompt="x", width=250, height=200)
+    assert (told["width"], told["height"]) == (256, 192)
+    assert any("250×200 was rounded to 256×192" in warning for warning in told["warnings"])
+
+
+async def test_a_shape_is_passed_on_and_a_size_overrules_it(client: Client, painter: FakePainter):
+    await call(client, "generate_image", prompt="x", aspect_ratio="16:9")
+    told = await call(client, "generate_image", prompt="x", aspect_ratio="16:9", width=64, height=64)
+    assert [job.aspect for job in painter.jobs] == [(16, 9), None]
+    assert any("aspect_ratio was ignored" in warning for warning in told["warnings"])
+
+
+async def test_edit_keeps_the_size_of_its_input_when_none_is_given(client: Client, painter: FakePainter, tmp_path: Any):
+    path = tmp_path / "odd.png"
+    path.write_bytes(file(scene(199, 83)))
+    told = await call(client, "edit_image", image=str(path), prompt="x")
+    assert (told["width"], told["height"]) == (199, 83)
+    assert painter.jobs[0].align
+
+
+async def test_edit_takes_a_size_when_told(client: Client, painter: FakePainter):
+    await call(client, "generate_image", prompt="x")
+    told = await call(client, "edit_image", image="last", prompt="x", width=256, height=128)
+    assert (told["width"], told["height"]) == (256, 128)
+    assert not painter.jobs[1].align
+
+
+async def test_a_picture_over_four_megapixels_is_worked_on_smaller_and_comes_back_whole(
+    client: Client, painter: FakePainter, tmp_path: Any
+):
+    path = tmp_path / "large.png"
+    path.write_bytes(file(scene(3000, 2001)))
+    told = await call(client, "edit_image", image=str(path), prompt="x")
+    height, width = painter.jobs[0].references[0].shape[:2]
+    assert width * height <= 4_000_000
+    assert width / height == pytest.approx(3000 / 2001, rel=0.01)
+    assert (told["width"], told["height"]) == (3000, 2001)
+
+
+async def test_compose_sends_every_reference_in_order(client: Client, painter: FakePainter):
+    first = await call(client, "generate_image", prompt="one", width=64, height=64)
+    second = await call(client, "generate_image", prompt="two", width=96, height=64)
+    told = await call(client, "compose_references", images=[second["image"], "last~1"], prompt="image 1 on image 2")
+    assert [reference.shape[1] for reference in painter.jobs[2].references] == [96, 64]
+    assert told["parents"] == [second["image"], first["image"]]
+
+
+async def test_last_belongs_to_a_client(connect: Any):
+    async with connect() as one, connect() as other:
+        mine = await call(one, "generate_image", prompt="mine")
+        await refused(other, "view_image", image="last")
+        theirs = await call(other, "generate_image", prompt="theirs")
+        assert (await call(one, "view_image", image="last"))["image"] == mine["image"]
+        assert (await call(other, "view_image", image="last"))["image"] == theirs["image"]
+        # A handle is anybody's.
+        assert (await call(other, "view_image", image=mine["image"]))["image"] == mine["image"]
+
+
+async def test_last_counts_back_and_a_result_names_what_it_was(client: Client):
+    handles = [(await call(client, "generate_image", prompt=str(n)))["image"] for n in range(3)]
+    told = await call(client, "edit_image", image="last~2", prompt="x")
+    assert told["parents"] == [handles[0]]
+
+
+async def test_each_door_takes_its_own_turn_in_the_queue(connect: Any, painter: FakePainter):
+    async with connect() as one, connect() as other:
+        for client in (one, one, other):
+            await call(client, "generate_image", prompt="x")
+    assert painter.clients[0] == painter.clients[1] != painter.clients[2]
+
+
+@pytest.mark.parametrize("mode", ["legacy", "auto"])
+async def test_progress_rises_with_every_step_and_names_it(connect: Any, painter: FakePainter, mode: str):
+    painter.events_before = [Queued(2), Queued(1), Queued(0), Loading("nano", 0.5), Loading("nano", 0.5)]
+    told: list[tuple[float, float, str]] = []
+
+    async def hear(done: float, total: float | None, message: str | None) -> None:
+        told.append((done, total or 0, message or ""))
+
+    async with connect(mode=mode) as client:
+        arguments = {"prompt": "x", "count": 2}
+        await client.call_tool("generate_image", arguments, progress_callback=hear)
+        await anyio.sleep(0.05)
+    values = [done for done, _, _ in told]
+    assert values == sorted(set(values))
+    assert values[-1] <= told[-1][1] == 200
+    words = " | ".join(message for _, _, message in told)
+    for expected in ("2 ahead in the queue", "loading nano 50%", *(f"step {n} of 4" for n in (1, 2, 3, 4))):
+        assert f"picture 1 of 2: {expected}" in words
+        assert expected in words.split("picture 2 of 2", 1)[1]
+
+
+async def test_a_silent_engine_is_no_silent_call(client: Client, painter: FakePainter, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(progress_module, "HEARTBEAT", 0.05)
+    painter.seconds_per_step = 0.15
+    told: list[float] = []
+
+    async def hear(done: float, total: float | None, message: str | None) -> None:
+        told.append(done)
+
+    await client.call_tool("generate_image", {"prompt": "x"}, progress_callback=hear)
+    assert told == sorted(set(told))
+    assert len(told) >= 9 + 6  # nine events, and at least six beats in 0.6 s
+
+
+@pytest.mark.parametrize("mode", ["legacy", "auto"])
+async def test_a_cancelled_call_hangs_up_on_the_engine(connect: Any, painter: FakePainter, mode: str):
+    painter.seconds_per_step = 30
+    async with connect(mode=mode) as client:
+        with anyio.move_on_after(0.3):
+            await client.call_tool("generate_image", {"prompt": "x"})
+        with anyio.fail_after(2):
+            while not painter.cancelled:
+                await anyio.sleep(0.01)
+        painter.seconds_per_step = 0
+        await call(client, "generate_image", prompt="x")
+
+
+async def test_two_calls_of_one_client_run_side_by_side(client: Client, painter: FakePainter):
+    painter.seconds_per_step = 0.1
+    with anyio.fail_after(5):
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(lambda: call(client, "generate_image", prompt="slow"))
+            await anyio.sleep(0.1)
+            await call(client, "list_images")  # while the other one is being painted
+            assert len(painter.jobs) == 1
+
+
+async def test_a_call_that_outlasts_the_budget_returns_a_job_that_can_be_waited_for(
+    client: Client, painter: FakePainter, service: Service
+):
+    service.settings = replace(service.settings, wait_budget=0.15)
+    painter.seconds_per_step = 0.1
+    promised = await call(client, "generate_image", prompt="slow", seed=5, width=100, height=64)
+    assert (promised["job"], promised["state"], promised["progress"], promised["eta_s"]) == ("j0", "painting", 0.5, 3.0)
+    assert any("rounded" in warning for warning in promised["warnings"])
+    assert "wait_for_job" in promised["next"]
+    waiting = await call(client, "wait_for_job", job="j0")
+    assert (waiting["job"], waiting["state"]) == ("j0", "painting")
+    painter.service = service
+    done = await client.call_tool("wait_for_job", {"job": "j0"})
+    assert line(done)["seed"] == "5"
+    assert [block.type for block in done.content] == ["text", "image", "resource_link"]
+    # It is this client's picture, as if it had waited.
+    assert (await call(client, "view_image", image="last"))["image"] == line(done)["image"]
+
+
+async def test_of_several_pictures_those_that_were_finished_in_time_are_kept(
+    client: Client, painter: FakePainter, service: Service
+):
+    service.settings = replace(service.settings, wait_budget=0.55)
+    painter.seconds_per_step = 0.1
+    promised = await call(client, "generate_image", prompt="slow", seed=5, count=3)
+    (order, _, made) = painter.kept_orders[promised["job"]]
+    assert (order.seed, order.count, len(made["pictures"])) == (6, 2, 1)
+    painter.service = service
+    done = await call(client, "wait_for_job", job=promised["job"])
+    assert [one["seed"] for one in done["images"]] == ["5", "6", "7"]
+
+
+async def test_an_unknown_job_is_an_error_that_says_where_pictures_are(client: Client):
+    assert "list_images" in await refused(client, "wait_for_job", job="j999")
+
+
+async def test_a_job_that_failed_says_why(client: Client, painter: FakePainter):
+    async def failed(job: str) -> dict[str, Any]:
+        return {"state": "failed", "error": {"message": "The device is full.", "hint": "Ask for less."}}
+
+    painter.kept = failed  # type: ignore[method-assign]
+    assert complaint(await client.call_tool("wait_for_job", {"job": "j0"})) == "The device is full. Ask for less."

@@ -1,0 +1,74 @@
+"""Settings come from the environment and config.toml; what is wrong with them is said in one line."""
+
+from dataclasses import FrozenInstanceError, fields
+from pathlib import Path
+
+import pytest
+
+from klein_mcp.settings import Settings, SettingsError, default_home, table
+
+
+def load(home: Path, **environ: str) -> Settings:
+    return Settings.load({"KLEIN_HOME": str(home), **environ})
+
+
+def test_without_a_word_everything_is_at_its_default():
+    assert Settings.load({}) == Settings(home=default_home())
+
+
+def test_the_environment_wins_over_the_file_and_the_file_over_the_default(tmp_path: Path):
+    (tmp_path / "config.toml").write_text('model = "klein-4b"\nqueue_size = 5\nallow_urls = true\n')
+    settings = load(tmp_path, KLEIN_QUEUE_SIZE="7")
+    assert (settings.model, settings.queue_size, settings.allow_urls) == ("klein-4b", 7, True)
+
+
+def test_a_list_may_be_written_as_one_in_the_file(tmp_path: Path):
+    (tmp_path / "config.toml").write_text('read_roots = ["/a", "/b"]\nloras = ["/x.safetensors:0.5"]\n')
+    settings = load(tmp_path)
+    assert settings.read_roots == (Path("/a"), Path("/b"))
+    assert settings.loras == ("/x.safetensors:0.5",)
+
+
+def test_path_lists_are_separated_as_the_platform_does(tmp_path: Path):
+    assert load(tmp_path, KLEIN_WRITE_ROOTS="/a:/b").write_roots == (Path("/a"), Path("/b"))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "allowed"),
+    [
+        ("KLEIN_QUEUE_SIZE", "many", "jobs, 1 to 100000"),
+        ("KLEIN_WAIT_BUDGET", "-1", "seconds, 0 to 3600"),
+        ("KLEIN_WAIT_BUDGET", "nan", "seconds, 0 to 3600"),
+        ("KLEIN_SHOW", "big", "one of inline, link, none"),
+        ("KLEIN_ALLOW_URLS", "maybe", "1 or 0"),
+        ("KLEIN_READ_ROOTS", "pictures", "an absolute path"),
+    ],
+)
+def test_a_bad_value_is_named_with_what_is_allowed(tmp_path: Path, name: str, value: str, allowed: str):
+    with pytest.raises(SettingsError, match=allowed) as caught:
+        load(tmp_path, **{name: value})
+    assert name in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_unknown_key_in_the_file_is_an_error_with_the_nearest_one(tmp_path: Path):
+    (tmp_path / "config.toml").write_text("queue_siez = 3\n")
+    with pytest.raises(SettingsError, match=r"Did you mean queue_size\?"):
+        load(tmp_path)
+
+
+def test_a_file_that_is_no_toml_is_named(tmp_path: Path):
+    (tmp_path / "config.toml").write_text("model = \n")
+    with pytest.raises(SettingsError, match=r"config\.toml cannot be read"):
+        load(tmp_path)
+
+
+def test_nobody_can_change_settings_once_they_are_read(tmp_path: Path):
+    with pytest.raises(FrozenInstanceError):
+        load(tmp_path).model = "other"  # type: ignore[misc]
+
+
+def test_the_table_has_a_line_for_every_setting():
+    rows = list(table())
+    assert [name for name, _, _ in rows] == [f"KLEIN_{field.name.upper()}" for field in fields(Settings)]
+    assert all(meaning.endswith(".") for _, _, meaning in rows)
