@@ -67,7 +67,12 @@ def _stdio(settings: Settings, arguments: argparse.Namespace) -> int:
 def _serve(settings: Settings, arguments: argparse.Namespace) -> int:
     from klein_mcp.transports import http
 
-    return http.run(settings, http.Options.of(arguments))
+    try:
+        options = http.Options.of(arguments)
+    except ValueError as problem:
+        print("klein-mcp serve:", problem, file=sys.stderr)
+        return 2
+    return http.run(settings, options)
 
 
 def _demo(settings: Settings, arguments: argparse.Namespace) -> int:
