@@ -117,20 +117,54 @@ class SingleBlock(nn.Module):
 
     def forward(self, x: Tensor, mods: Modulations, rope: Rope, kept: KV | None = None) -> Tensor:
         """The stream after the block."""
-        return self._block(x, mods, rope, kept)[0]
+        shift, scale, opening = mods.single
+        q, k, v, mlp = self.linear1(modulate(x, shift, scale)).split(self.widths, dim=-1)
+        mixed = attend(self._query(q, rope), *_keys(*self._key(k, v, rope), kept))
+        return x + opening * self.linear2(torch.cat((mixed, gate(mlp)), dim=-1))
+
+    def last(self, x: Tensor, mods: Modulations, rope: Rope, kept: KV | None, read: slice) -> Tensor:
+        """Only the tokens `read` of the stream after the block: of the others, only keys and values are needed."""
+        if not self._splits:
+            return self(x, mods, rope, kept)[:, read]
+        shift, scale, opening = mods.single
+        n = modulate(x, shift, scale)
+        k, v = self._rows(n, 1, 3).chunk(2, dim=-1)
+        q, mlp = self._rows(n[:, read], 0, 1), self._rows(n[:, read], 3, 4)
+        there = (rope[0][read], rope[1][read])
+        mixed = attend(self._query(q, there), *_keys(*self._key(k, v, rope), kept))
+        return x[:, read] + opening * self.linear2(torch.cat((mixed, gate(mlp)), dim=-1))
 
     def keep(self, references: Tensor, mods: Modulations, rope: Rope) -> tuple[Tensor, KV]:
         """As DoubleBlock.keep."""
-        return self._block(references, mods, rope, None)
-
-    def _block(self, x: Tensor, mods: Modulations, rope: Rope, kept: KV | None) -> tuple[Tensor, KV]:
         shift, scale, opening = mods.single
-        q, k, v, mlp = self.linear1(modulate(x, shift, scale)).split(self.widths, dim=-1)
-        q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in (q, k, v))
-        q, k = self.norm(q, k)
-        k = rotate(k, rope)
-        mixed = attend(rotate(q, rope), *_keys(k, v, kept))
-        return x + opening * self.linear2(torch.cat((mixed, gate(mlp)), dim=-1)), (k, v)
+        q, k, v, mlp = self.linear1(modulate(references, shift, scale)).split(self.widths, dim=-1)
+        k, v = self._key(k, v, rope)
+        mixed = attend(self._query(q, rope), k, v)
+        return references + opening * self.linear2(torch.cat((mixed, gate(mlp)), dim=-1)), (k, v)
+
+    def keep_last(self, references: Tensor, mods: Modulations, rope: Rope) -> KV:
+        """What later steps read of the last block: nothing comes after it, so its stream is not needed."""
+        if not self._splits:
+            return self.keep(references, mods, rope)[1]
+        shift, scale, _ = mods.single
+        k, v = self._rows(modulate(references, shift, scale), 1, 3).chunk(2, dim=-1)
+        return self._key(k, v, rope)
+
+    @property
+    def _splits(self) -> bool:
+        """Whether some rows of the matrix can be used alone; a quantised one only multiplies as a whole."""
+        return type(self.linear1) is nn.Linear
+
+    def _rows(self, n: Tensor, first: int, end: int) -> Tensor:
+        """Parts first … end - 1 of [q | k | v | mlp]."""
+        return F.linear(n, self.linear1.weight[sum(self.widths[:first]) : sum(self.widths[:end])])
+
+    def _query(self, q: Tensor, rope: Rope) -> Tensor:
+        return rotate(self.norm.query_norm(q.unflatten(-1, (-1, self.head_dim))), rope)
+
+    def _key(self, k: Tensor, v: Tensor, rope: Rope) -> KV:
+        k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in (k, v))
+        return rotate(self.norm.key_norm(k), rope), v
 
 
 class TimeEmbedder(nn.Module):
@@ -214,10 +248,11 @@ class Transformer(nn.Module):
         for block in self.double_blocks:
             text, image = block(text, image, mods, rope, next(each))
         x = torch.cat((text, image), dim=1)
-        for block in self.single_blocks:
+        *blocks, last = self.single_blocks
+        for block in blocks:
             x = block(x, mods, rope, next(each))
-        first = text.shape[1]
-        return self.final_layer(x[:, first : first + canvas.shape[1]], mods)
+        read = slice(text.shape[1], text.shape[1] + canvas.shape[1])
+        return self.final_layer(last.last(x, mods, rope, next(each), read), mods)  # type: ignore[operator]
 
     def prefill(self, references: Tensor, rope: Rope) -> list[KV]:
         """Keys and values of the references in every block, for KV klein: they see only each other, at timestep 0.
@@ -226,9 +261,11 @@ class Transformer(nn.Module):
         references: [b, tokens, hidden] after `img_in`; rope covers them alone.
         """
         mods = self.modulations(torch.zeros(references.shape[0], dtype=references.dtype, device=references.device))
-        kept = []
-        for block in [*self.double_blocks, *self.single_blocks]:
+        kept: list[KV] = []
+        *blocks, last = [*self.double_blocks, *self.single_blocks]
+        for block in blocks:
             assert isinstance(block, DoubleBlock | SingleBlock)
             references, kv = block.keep(references, mods, rope)
             kept.append(kv)
-        return kept
+        assert isinstance(last, SingleBlock)
+        return [*kept, last.keep_last(references, mods, rope)]
