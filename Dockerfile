@@ -41,7 +41,7 @@ ENV KLEIN_HOME=/data \
     HF_HOME=/data/hub
 VOLUME /data
 WORKDIR /data
-USER klein
+USER 10001
 EXPOSE 8765
 ENTRYPOINT ["klein-mcp"]
 CMD ["serve", "--host", "0.0.0.0", "--port", "8765", "--token-file", "/run/secrets/klein-token", "--allowed-host", "localhost", "--allowed-host", "127.0.0.1"]

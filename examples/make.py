@@ -281,7 +281,8 @@ def paint() -> None:
         env={**os.environ, "KLEIN_MODEL": EMBEDDED},
     )
     with Image.open(sorted(PICTURES.glob("*.png"))[0]) as first:
-        first.convert("RGB").resize((256, 256), Image.Resampling.LANCZOS).save(ICON, optimize=True)
+        icon = first.convert("RGB").resize((512, 512), Image.Resampling.LANCZOS)
+        icon.quantize(64).save(ICON, optimize=True)
 
 
 def main(asked: list[str]) -> None:

@@ -1,0 +1,167 @@
+"""Each example, run as a user would; each client's configuration, read back as that client would."""
+
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from examples import configurations as clients
+from examples.configurations import Launch
+from tests.living import Living
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+LAUNCHES = [
+    clients.LAUNCH,
+    Launch("/home/me/my tools/klein-mcp"),
+    Launch(r"C:\Users\me\.venv\Scripts\klein-mcp.exe", ("--x", 'a "b"'), {"KLEIN_MODEL": "klein-4b"}),
+]
+
+
+@pytest.mark.parametrize("launch", LAUNCHES, ids=["uvx", "a path with a space", "Windows with an environment"])
+@pytest.mark.parametrize("client", clients.CLIENTS, ids=lambda client: client.title)
+def test_a_client_s_configuration_says_the_command_it_was_made_for(client: clients.Client, launch: Launch) -> None:
+    assert client.read(client.write(launch)) == launch
+
+
+@pytest.mark.parametrize("launch", LAUNCHES, ids=["uvx", "a path with a space", "Windows with an environment"])
+def test_links_and_terminal_commands_say_it_too(launch: Launch) -> None:
+    assert clients.read_vscode_link(clients.vscode_link(launch)) == launch
+    assert clients.read_cursor_link(clients.cursor_link(launch)) == launch
+    for write, read in clients.COMMANDS.values():
+        assert read(write(launch)) == launch
+
+
+def test_the_configurations_in_the_folder_all_start_the_same_command() -> None:
+    read = {client.title: client.read((clients.FOLDER / client.file).read_text()) for client in clients.CLIENTS}
+    assert set(read) == {
+        "Claude Desktop",
+        "Claude Code",
+        "VS Code",
+        "Cursor",
+        "Codex",
+        "Gemini CLI",
+        "Goose",
+        "Zed",
+        "LM Studio",
+    }
+    assert set(map(repr, read.values())) == {repr(clients.LAUNCH)}
+    assert {path.name for path in clients.FOLDER.iterdir()} == {client.file for client in clients.CLIENTS}
+
+
+def test_the_links_have_the_form_their_programs_expect() -> None:
+    assert clients.vscode_link(clients.LAUNCH).startswith("https://vscode.dev/redirect?url=vscode%3Amcp%2Finstall%3F%257B")
+    assert re.fullmatch(
+        r"https://cursor\.com/en/install-mcp\?name=klein&config=[\w%]+", clients.cursor_link(clients.LAUNCH)
+    )
+
+
+def test_the_configurations_can_be_printed_for_a_command_of_one_s_own(living: Living) -> None:
+    ran = living.run("-m", "examples.configurations", "/opt/klein/bin/klein-mcp", cwd=EXAMPLES.parent)
+    assert ran.returncode == 0
+    for client in clients.CLIENTS:
+        assert f"{client.title}: {client.where}" in ran.stdout
+    assert "claude mcp add klein -- /opt/klein/bin/klein-mcp" in ran.stdout
+    assert "uvx" not in ran.stdout
+
+
+def test_the_command_of_the_configurations_is_a_program_of_the_package() -> None:
+    import tomllib
+
+    project = tomllib.loads((EXAMPLES.parent / "pyproject.toml").read_text())["project"]
+    assert clients.LAUNCH == Launch("uvx", (project["name"],))
+    assert project["name"] in project["scripts"], "uvx runs the program of the package's own name"
+
+
+def pictures(folder: Path) -> dict[str, tuple[int, int]]:
+    """Every picture of a folder, opened."""
+    found = {}
+    for path in sorted(folder.glob("*.png")):
+        with Image.open(path) as picture:
+            picture.load()
+            found[path.name] = picture.size
+    return found
+
+
+def test_iterate_keeps_the_calmest_draft_and_saves_the_edited_one(living: Living, tmp_path: Path) -> None:
+    ran = living.run(str(EXAMPLES / "iterate.py"), str(tmp_path / "out"))
+    assert ran.returncode == 0, ran.stderr
+    assert re.search(r"kept draft [A-D], seed [1-4]\n", ran.stdout)
+    assert pictures(tmp_path / "out") == {"iterated.png": (128, 128)}
+    with Image.open(tmp_path / "out" / "iterated.png") as picture:
+        red, _, blue = picture.convert("RGB").getpixel((3, 64))  # type: ignore[misc]
+    assert blue > red + 40, "the last background asked for is blue"
+
+
+def test_the_library_paints_edits_and_composes_and_paints_what_the_server_does(living: Living, tmp_path: Path) -> None:
+    """Same words, same seed: the demo's first picture and the library's are one."""
+    ran = living.run(str(EXAMPLES / "library.py"), str(tmp_path))
+    assert ran.returncode == 0, ran.stderr
+    assert pictures(tmp_path) == dict.fromkeys(("apple.png", "both.png", "green.png"), (128, 128))
+    assert living.run("-m", "klein_mcp", "demo", "--out", str(tmp_path / "demo")).returncode == 0
+    with Image.open(tmp_path / "apple.png") as ours, Image.open(tmp_path / "demo" / "1-apple.png") as theirs:
+        assert ours.convert("RGB").tobytes() == theirs.convert("RGB").tobytes()
+
+
+def test_timing_prints_a_row_of_the_speed_table(living: Living) -> None:
+    ran = living.run(str(EXAMPLES / "timing.py"), "--calls", "2", "--model", "nano")
+    assert ran.returncode == 0, ran.stderr
+    assert re.fullmatch(r"\| nano, 128×128 \|( \d+ ms \|){3} \d+\.\d s \|\n", ran.stdout)
+
+
+def test_http_client_is_told_the_progress_and_fetches_the_exact_picture(living: Living, tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    serve = [sys.executable, "-m", "klein_mcp", "serve", "--port", str(port)]
+    with subprocess.Popen(serve, env=living.environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as server:
+        try:
+            _wait_for(port, server)
+            url = f"http://127.0.0.1:{port}/mcp"
+            ran = living.run(str(EXAMPLES / "http_client.py"), url, str(tmp_path))
+        finally:
+            server.terminate()
+    assert ran.returncode == 0, ran.stderr
+    assert "step 4 of 4" in ran.stdout
+    (size,) = pictures(tmp_path).values()
+    assert size == (128, 128)
+
+
+def _wait_for(port: int, server: subprocess.Popen[bytes]) -> None:
+    for _ in range(300):
+        assert server.poll() is None, server.stderr.read() if server.stderr else ""
+        try:
+            socket.create_connection(("127.0.0.1", port), 1).close()
+        except OSError:
+            time.sleep(0.1)
+        else:
+            return
+    raise AssertionError("the server did not listen within 30 seconds")
+
+
+@pytest.mark.conformance
+def test_the_typescript_example_compiles_and_saves_a_picture(living: Living, tmp_path: Path) -> None:
+    npm = shutil.which("npm") or pytest.skip("npm is not installed")
+    folder = tmp_path / "typescript"
+    shutil.copytree(EXAMPLES / "typescript", folder, ignore=shutil.ignore_patterns("node_modules", "build"))
+    subprocess.run([npm, "install", "--silent", "--no-audit", "--no-fund"], cwd=folder, check=True, timeout=300)
+    start = [npm, "start", "--silent", "--", str(tmp_path / "out"), sys.executable, "-m", "klein_mcp"]
+    ran = subprocess.run(
+        start, cwd=folder, env=living.environment(**{"PATH": os.environ["PATH"]}), capture_output=True, text=True
+    )
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    assert "8 tools: generate_image, edit_image" in ran.stdout
+    assert pictures(tmp_path / "out") == {"together.png": (128, 128)}
+
+
+def test_the_typescript_example_names_released_versions_only() -> None:
+    package = json.loads((EXAMPLES / "typescript" / "package.json").read_text())
+    for version in {**package["dependencies"], **package["devDependencies"]}.values():
+        assert re.fullmatch(r"\d+\.\d+\.\d+", version)
