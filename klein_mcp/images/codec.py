@@ -19,13 +19,16 @@ MAX_BYTES = 64 * 2**20
 MAX_PIXELS = 64_000_000
 """The largest picture of an ordinary phone is 50 MP; decoded, 64 MP are 192 MB."""
 
-READABLE = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
+# Pillow's own guard is for all of a process and says nothing of use; ours looks before anything is decoded.
+Image.MAX_IMAGE_PIXELS = None
+
+READABLE = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
 Format = Literal["png", "jpeg", "webp"]
 MIME: Mapping[str, str] = {"png": "image/png", "jpeg": "image/jpeg", "webp": "image/webp"}
 
 _HINTS = {
     b"<svg": "SVG is a drawing, not pixels: export it as PNG.",
-    b"<?xml": "SVG is a drawing, not pixels: export it as PNG.",
+    b"<?xm": "SVG is a drawing, not pixels: export it as PNG.",
     b"%PDF": "Export the page as PNG.",
     b"<!DO": "It is a web page: use the address of the picture itself.",
     b"<htm": "It is a web page: use the address of the picture itself.",
@@ -51,7 +54,7 @@ def decode(data: bytes, name: str, backdrop: int = 255) -> Decoded:
         )
     try:
         with python_warnings.catch_warnings():
-            # Pillow warns about bombs (we check the size ourselves) and about odd metadata.
+            # Pillow warns about odd metadata.
             python_warnings.simplefilter("ignore")
             with Image.open(io.BytesIO(data), formats=READABLE) as picture:
                 return _upright_rgb8(picture, name, backdrop)
@@ -79,7 +82,8 @@ def _upright_rgb8(picture: ImageFile.ImageFile, name: str, backdrop: int) -> Dec
             hint="Send a smaller copy.",
         )
     warnings = []
-    if getattr(picture, "is_animated", False):
+    # A phone's JPEG often has a thumbnail or a depth map as its second picture (MPO): nothing is lost without it.
+    if getattr(picture, "is_animated", False) and picture.format != "MPO":
         warnings.append(f"{name} has several frames; only the first one is used.")
     picture.load()
     recipe = provenance.read(picture)
@@ -103,7 +107,7 @@ def _upright(picture: Image.Image) -> Image.Image:
 def _split_alpha(picture: Image.Image) -> tuple[Image.Image, npt.NDArray[np.uint8] | None]:
     if picture.mode in ("P", "PA") or ("transparency" in picture.info and picture.mode in ("1", "L", "RGB")):
         picture = picture.convert("RGBA")
-    if "A" not in picture.getbands():
+    if picture.mode not in ("RGBA", "LA"):
         return picture, None
     # Greyscale stays greyscale: its colour profile fits nothing else.
     return picture.convert("L" if picture.mode == "LA" else "RGB"), np.asarray(picture.getchannel("A"))

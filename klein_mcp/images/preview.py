@@ -28,27 +28,18 @@ def preview(
     kind = "PNG" if picture.mode == "RGBA" and picture.getextrema()[3][0] < 255 else "JPEG"  # type: ignore[index]
     if kind == "JPEG":
         picture = picture.convert("RGB")
-    data = b""
-    for size in _sizes(picture.size, longest):
-        small = picture if size == picture.size else picture.resize(size, Image.Resampling.LANCZOS)
+    scale = min(1.0, longest / max(picture.size))
+    while True:
+        width, height = (max(1, round(edge * scale)) for edge in picture.size)
+        small = picture if scale == 1 else picture.resize((width, height), Image.Resampling.LANCZOS)
+        data = b""
         for data in _encodings(small, kind):
             if len(data) <= aim:
                 return data, f"image/{kind.lower()}"
         # The aim was missed at every quality: the hard limit decides whether a smaller size must be tried.
-        if len(data) <= most:
-            break
-    return data, f"image/{kind.lower()}"
-
-
-def _sizes(size: tuple[int, int], longest: int) -> Iterator[tuple[int, int]]:
-    """At most `longest` on the long edge, then three quarters of that, and so on down to one pixel."""
-    scale = min(1.0, longest / max(size))
-    while True:
-        width, height = (max(1, round(edge * scale)) for edge in size)
-        yield width, height
-        if max(width, height) == 1:
-            return
-        scale *= 0.75
+        if len(data) <= most or max(width, height) == 1:
+            return data, f"image/{kind.lower()}"
+        scale *= min(0.75, (most / len(data)) ** 0.5)
 
 
 def _encodings(picture: Image.Image, kind: str) -> Iterator[bytes]:
