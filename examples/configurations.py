@@ -1,7 +1,7 @@
 """How each MCP client is told to start klein-mcp: one command, every client's own spelling, and the way back.
 
-    python -m examples.configurations                       write examples/clients/
-    python -m examples.configurations /opt/klein/bin/klein-mcp   print them all for a command of your own
+python -m examples.configurations                       write examples/clients/
+python -m examples.configurations /opt/klein/bin/klein-mcp   print them all for a command of your own
 """
 
 import base64
@@ -19,7 +19,7 @@ from urllib.parse import parse_qs, quote, unquote, urlsplit
 import yaml
 
 NAME = "klein"
-"""Under which the tools appear; with it the longest is klein_compose_references, far below the 60 that Cursor allows."""
+"""Under which the tools appear; klein_compose_references is the longest, far below the 60 that Cursor allows."""
 FOLDER = Path(__file__).parent / "clients"
 
 

@@ -1,4 +1,4 @@
-"""Writes what is made from code or by the program: configurations, manifests, README's tables, the guide's words, pictures.
+"""Writes what is made from code: configurations, manifests, README's tables, the guide's words; and the pictures.
 
     python -m examples.make             everything but the pictures
     python -m examples.make pictures    also the pictures, by `klein-mcp demo` on the embedded model, and the icon
@@ -58,10 +58,8 @@ def pictures() -> str:
 
 def links() -> str:
     """One click each."""
-    launch = clients.LAUNCH
-    return (
-        f"[**Install in VS Code**]({clients.vscode_link(launch)}) · [**Install in Cursor**]({clients.cursor_link(launch)})"
-    )
+    made = {"VS Code": clients.vscode_link(clients.LAUNCH), "Cursor": clients.cursor_link(clients.LAUNCH)}
+    return " · ".join(f"[**Install in {client}**]({link})" for client, link in made.items())
 
 
 def configurations() -> str:

@@ -36,7 +36,9 @@ async def call(client: Client, tool: str, **arguments: Any) -> tuple[dict[str, A
 async def main(calls: int, model: str) -> None:
     """Warm up, measure, print."""
     async with Client(SERVER) as client:
-        apple, cold = await call(client, "generate_image", prompt="an apple on a yellow background", seed=7, model=model)
+        apple, cold = await call(
+            client, "generate_image", prompt="an apple on a yellow background", seed=7, model=model
+        )
         rocket, _ = await call(client, "generate_image", prompt="a rocket on an orange background", seed=7, model=model)
         pair = "the apple from image 1 to the left of the rocket from image 2 on a blue background"
         kinds: tuple[tuple[str, dict[str, Any]], ...] = (

@@ -1,7 +1,7 @@
 """The Markdown of prompts/ as MCP prompts with completions, and klein://guide.
 
-A file is front matter in TOML between two lines of +++, then a Jinja template. What the user gave is put into the text as
-it is, and into ```json blocks escaped, so that each block stays one tool call whatever was typed.
+A file is front matter in TOML between two lines of +++, then a Jinja template. What the user gave is put into the text
+as it is, and into ```json blocks escaped, so that each block stays one tool call whatever was typed.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""A scripted agent: reads tool calls out of a prompt's Markdown and makes them, knowing nothing else about the prompt."""
+"""A scripted agent: reads tool calls out of a prompt's Markdown and makes them, knowing nothing else of it."""
 
 import json
 import re

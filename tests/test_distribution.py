@@ -1,4 +1,4 @@
-"""What is published: wheel, sdist, registry entry, desktop bundle, container. Each made, checked and, where it can, run."""
+"""What is published: wheel, sdist, registry entry, desktop bundle, container. Each made, checked, run if it can be."""
 
 import ast
 import json

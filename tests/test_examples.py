@@ -57,7 +57,9 @@ def test_the_configurations_in_the_folder_all_start_the_same_command() -> None:
 
 
 def test_the_links_have_the_form_their_programs_expect() -> None:
-    assert clients.vscode_link(clients.LAUNCH).startswith("https://vscode.dev/redirect?url=vscode%3Amcp%2Finstall%3F%257B")
+    assert clients.vscode_link(clients.LAUNCH).startswith(
+        "https://vscode.dev/redirect?url=vscode%3Amcp%2Finstall%3F%257B"
+    )
     assert re.fullmatch(
         r"https://cursor\.com/en/install-mcp\?name=klein&config=[\w%]+", clients.cursor_link(clients.LAUNCH)
     )
@@ -76,7 +78,7 @@ def test_the_command_of_the_configurations_is_a_program_of_the_package() -> None
     import tomllib
 
     project = tomllib.loads((EXAMPLES.parent / "pyproject.toml").read_text())["project"]
-    assert clients.LAUNCH == Launch("uvx", (project["name"],))
+    assert Launch("uvx", (project["name"],)) == clients.LAUNCH
     assert project["name"] in project["scripts"], "uvx runs the program of the package's own name"
 
 
@@ -154,7 +156,7 @@ def test_the_typescript_example_compiles_and_saves_a_picture(living: Living, tmp
     subprocess.run([npm, "install", "--silent", "--no-audit", "--no-fund"], cwd=folder, check=True, timeout=300)
     start = [npm, "start", "--silent", "--", str(tmp_path / "out"), sys.executable, "-m", "klein_mcp"]
     ran = subprocess.run(
-        start, cwd=folder, env=living.environment(**{"PATH": os.environ["PATH"]}), capture_output=True, text=True
+        start, cwd=folder, env=living.environment(PATH=os.environ["PATH"]), capture_output=True, text=True
     )
     assert ran.returncode == 0, ran.stdout + ran.stderr
     assert "8 tools: generate_image, edit_image" in ran.stdout

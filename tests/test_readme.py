@@ -1,0 +1,173 @@
+"""The README cannot lie: its tables are made from code, its pictures by the program, its commands run here."""
+
+import json
+import re
+import shlex
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from examples import configurations, make
+from klein_mcp import cli, settings
+from klein_mcp.images.provenance import read
+from tests.living import Living
+
+ROOT = Path(__file__).parents[1]
+README = make.README.read_text(encoding="utf-8")
+UNTESTED = ("needs a GPU", "needs Docker")
+"""What a command's comment says when no test can run it."""
+
+
+@pytest.mark.parametrize("path", make.PARTS, ids=lambda path: path.name)
+def test_each_table_is_as_the_code_makes_it(path: Path) -> None:
+    """If not: python -m examples.make."""
+    assert path.read_text(encoding="utf-8") == make.made(path)
+
+
+def blocks(kind: str) -> list[str]:
+    return re.findall(rf"^```{kind}\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+
+
+def commands() -> list[str]:
+    """Every line of every ```sh block."""
+    return [line for block in blocks("sh") for line in block.splitlines() if line.strip()]
+
+
+def test_the_two_commands_come_first_and_are_what_the_check_runs() -> None:
+    first, second, *_ = (command.split("#")[0].strip() for command in commands())
+    assert (first, second) == ("python3 dev.py demo", "python3 dev.py test")
+    check = (ROOT / ".ci" / "run").read_text()
+    assert re.search(r"^python3 dev\.py demo\b", check, re.MULTILINE)
+    assert re.search(r"^python3 dev\.py test$", check, re.MULTILINE)
+
+
+def test_the_pictures_come_before_everything_else() -> None:
+    assert README.index("<img") < README.index("##")
+    shown = re.findall(r'<img src="([^"]+)"', README)
+    assert len(shown) == 4
+    assert sum((ROOT / path).stat().st_size for path in shown) < 300_000
+
+
+@pytest.fixture(scope="module")
+def checkout(living: Living, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder to run README's commands in, from the first to the last."""
+    folder = tmp_path_factory.mktemp("checkout")
+    (folder / "examples").symlink_to(ROOT / "examples")
+    (folder / "token.txt").write_text("a-token-of-at-least-thirty-two-characters")
+    return folder
+
+
+def test_every_command_works_or_says_what_it_needs(living: Living, checkout: Path) -> None:
+    """In the order of the README, in one folder, as somebody would who tries them all."""
+    elsewhere = {"python3 dev.py demo", "python3 dev.py test"}  # by .ci/run, on a bare checkout
+    elsewhere |= {write(configurations.LAUNCH) for write, _ in configurations.COMMANDS.values()}  # test_examples.py
+    servers = []
+    try:
+        for line in commands():
+            command = line.split(" #")[0].strip()
+            if command in elsewhere or any(need in line for need in UNTESTED):
+                continue
+            words = _translated(living, command, checkout)
+            if "serve" in words:
+                servers.append(_serving(living, words, checkout))
+            else:
+                ran = living.run(*words, cwd=checkout)
+                assert ran.returncode == 0, f"{command}: {ran.stderr or ran.stdout}"
+    finally:
+        for server in servers:
+            server.terminate()
+            server.wait(30)
+    assert (checkout / "apple.png").exists()
+    assert list((checkout / "pictures").glob("*.png"))
+
+
+def _translated(living: Living, command: str, checkout: Path) -> list[str]:
+    """As arguments of this Python: the project is installed here, and not under the user's names for it."""
+    command = command.removeprefix("python3 dev.py run ").replace("$PWD", str(checkout))
+    program, *words = shlex.split(command)
+    if "HANDLE" in words:
+        listed = json.loads(living.run("-m", "klein_mcp", "list", "--json").stdout)
+        words = [listed[0]["image"] if word == "HANDLE" else word for word in words]
+    return {"klein-mcp": ["-m", "klein_mcp"], "python": []}[program] + words
+
+
+def _serving(living: Living, words: list[str], folder: Path) -> "subprocess.Popen[bytes]":
+    server = subprocess.Popen(
+        [sys.executable, *words],
+        cwd=folder,
+        env=living.environment(),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    port = int(words[words.index("--port") + 1])
+    for _ in range(300):
+        assert server.poll() is None, f"{words} ended with {server.returncode}"
+        try:
+            socket.create_connection(("127.0.0.1", port), 1).close()
+        except OSError:
+            time.sleep(0.1)
+        else:
+            return server
+    raise AssertionError(f"{words} did not listen within 30 seconds")
+
+
+def test_the_pictures_are_those_that_the_command_beside_them_paints(living: Living, tmp_path: Path) -> None:
+    """If the embedded model has changed: python -m examples.make pictures."""
+    assert "`python3 dev.py demo --out pictures`" in README
+    painted = living.run("-m", "klein_mcp", "demo", "--out", str(tmp_path))
+    assert painted.returncode == 0, painted.stderr
+    shown = sorted(make.PICTURES.glob("*.png"))
+    assert [path.name for path in shown] == sorted(path.name for path in tmp_path.glob("*.png"))
+    for path in shown:
+        with Image.open(path) as ours, Image.open(tmp_path / path.name) as fresh:
+            before, after = read(ours) or {}, read(fresh) or {}
+            assert before["fingerprint"] == after["fingerprint"], "other weights: python -m examples.make pictures"
+            difference = np.abs(np.asarray(ours.convert("RGB"), int) - np.asarray(fresh.convert("RGB"), int))
+        # Another CPU may round otherwise: one step of 255 in a few pixels; here it is 0.
+        assert difference.mean() < 0.5
+
+
+def test_every_file_that_is_linked_is_there() -> None:
+    targets = re.findall(r"\]\(([^)#]+)\)", README) + re.findall(r'src="([^"]+)"', README)
+    for target in targets:
+        if not target.startswith("https://"):
+            assert (ROOT / target).exists(), target
+
+
+def test_every_setting_command_and_client_it_speaks_of_exists() -> None:
+    known = {name for name, _, _ in settings.table()}
+    assert set(re.findall(r"\bKLEIN_[A-Z_]*[A-Z]\b", README)) <= known
+    subcommands = set(re.findall(r"`klein-mcp (\w+)", README)) | {
+        line.split()[1] for line in commands() if line.startswith("klein-mcp ")
+    }
+    (parsers,) = (action for action in cli._parser()._actions if action.dest == "command" or action.choices)
+    assert subcommands <= set(parsers.choices or ())
+    for client in configurations.CLIENTS:
+        assert f"<b>{client.title}</b>" in README
+
+
+def test_every_configuration_in_it_starts_the_same_command() -> None:
+    links = dict(re.findall(r"\[\*\*Install in (VS Code|Cursor)\*\*\]\(([^)]+)\)", README))
+    assert configurations.read_vscode_link(links["VS Code"]) == configurations.LAUNCH
+    assert configurations.read_cursor_link(links["Cursor"]) == configurations.LAUNCH
+    shown = re.findall(r"<summary><b>([^<]+)</b></summary>.*?```(?:json|toml|yaml)\n(.*?)```", README, re.DOTALL)
+    readers = {client.title: client.read for client in configurations.CLIENTS}
+    assert [title for title, _ in shown] == list(readers)
+    for title, text in shown:
+        assert readers[title](text) == configurations.LAUNCH
+    for title, (write, read_back) in configurations.COMMANDS.items():
+        assert read_back(write(configurations.LAUNCH)) == configurations.LAUNCH, title
+
+
+def test_every_address_of_the_repository_is_the_one_constant() -> None:
+    for path in ("README.md", "server.json", "packaging/mcpb/manifest.json", "Dockerfile", "pyproject.toml"):
+        for name in re.findall(r"github\.com/([\w-]+/[\w-]+)", (ROOT / path).read_text()):
+            if "klein" in name and not name.startswith("black-forest-labs"):
+                assert name == make.REPOSITORY
