@@ -18,9 +18,9 @@ from mcp.client import Client
 from mcp.client.streamable_http import streamable_http_client
 
 
-async def tell(done: float, total: float | None, message: str | None) -> None:
+async def tell(progress: float, total: float | None, message: str | None) -> None:
     """Progress of a call, as the server reports it."""
-    print(f"  {done / (total or 100):4.0%}  {message or ''}")
+    print(f"  {progress / (total or 100):4.0%}  {message or ''}")
 
 
 async def main(url: str, folder: Path, token: str | None) -> None:

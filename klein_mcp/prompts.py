@@ -171,7 +171,8 @@ class _Listed(Prompt):
 
     async def render(self, arguments: dict[str, Any] | None, context: Any) -> list[Any]:
         try:
-            return [UserMessage(await anyio.to_thread.run_sync(self.fn, arguments or {}))]
+            text: Any = await anyio.to_thread.run_sync(self.fn, arguments or {})
+            return [UserMessage(text)]
         except ValueError as problem:
             raise MCPError(code=INVALID_PARAMS, message=str(problem)) from None
 
