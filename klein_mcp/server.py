@@ -4,6 +4,7 @@ import hashlib
 import logging
 import os
 import secrets
+import sqlite3
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
@@ -94,6 +95,10 @@ class KleinServer(MCPServer):
             return _failed(f"{problem} Try again in {problem.retry_after:.0f} s.")
         except EngineError as problem:
             return _failed(str(problem))
+        except (OSError, sqlite3.Error) as problem:
+            log.exception("%s failed", name)
+            home = self.service.settings.home
+            return _failed(f"{name} met a problem with the disk: {problem}. Space and permissions of {home} matter.")
         except Exception as problem:
             log.exception("%s failed", name)
             kind = type(problem).__name__

@@ -5,11 +5,11 @@ What is heavy to import (numpy, Pillow) comes in with the first picture, so that
 
 import math
 import secrets
+import threading
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import replace
-from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import anyio.to_thread
@@ -43,20 +43,26 @@ class Service:
         self.estimate: float | None = None
         """Seconds from call to picture, as they were lately; None before the first."""
         self._demo_told: set[str] = set()
+        self._store: Store | None = None
+        self._opening = threading.Lock()
 
-    @cached_property
+    @property
     def store(self) -> Store:
-        return Store(self.settings.library)
+        """Opened by the first call that needs it, which may be two at once."""
+        with self._opening:
+            if self._store is None:
+                self._store = Store(self.settings.library)
+            return self._store
 
-    @cached_property
+    @property
     def sources(self) -> "Sources":
         from klein_mcp.images.source import Sources
 
         return Sources(self.settings, self.store)
 
     def close(self) -> None:
-        if "store" in self.__dict__:
-            self.store.close()
+        if self._store is not None:
+            self._store.close()
 
     async def open(self, reference: str, call: Call) -> "Opened":
         """Raises RequestError."""

@@ -103,7 +103,10 @@ def _rendered(store: Store, record: Record, wish: Wish, kind: codec.Format) -> t
 
 def _write(target: Path, data: bytes, overwrite: bool) -> None:
     """First beside its place under another name, then there at once. Raises FileExistsError."""
-    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except FileExistsError:
+        raise OSError("a file is where its folder should be") from None
     if target.parent.resolve() != target.parent:
         raise OSError("the folder was replaced by a link meanwhile")
     if not overwrite and os.path.lexists(target):

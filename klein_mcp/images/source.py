@@ -105,7 +105,7 @@ class Sources:
         roots = self._settings.read_roots or (Path.home(), Path(tempfile.gettempdir()))
         try:
             real = path.resolve(strict=True)
-        except OSError:
+        except (OSError, RuntimeError, ValueError):  # not there, a loop of links, a name no file can have
             # The same words whether it is missing or lies behind a folder we may not look into.
             raise UnknownImage(f"There is no file {path} that can be read.", hint="Check the path.") from None
         if not any(real.is_relative_to(root.resolve()) for root in roots):
@@ -136,9 +136,10 @@ def _read(path: Path) -> bytes:
         descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOFOLLOW", 0))
     except OSError as problem:
         raise UnknownImage(f"{path} cannot be read: {problem.strerror}.") from None
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise BadImage(f"{path} is not a file.")
     with os.fdopen(descriptor, "rb") as file:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise BadImage(f"{path} is not a file.")
         return file.read(codec.MAX_BYTES + 1)
 
 

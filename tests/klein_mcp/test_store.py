@@ -184,8 +184,8 @@ def test_death_between_file_and_row_or_row_and_place_is_mended_by_the_next_start
 
     dying = Store(tmp_path)
     name = "_insert" if moment == "landed" else "_move"
-    with monkeypatch.context() as patched, pytest.raises(Death):
-        patched.setattr(dying, name, die)
+    monkeypatch.setattr(dying, name, die)
+    with pytest.raises(Death):
         put(dying, b"unlucky")
     assert dying._claim is not None
     dying._claim.release()  # as the system does for the dead

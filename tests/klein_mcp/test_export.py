@@ -1,0 +1,284 @@
+"""save_image writes the full picture where it may, whole or not at all, and tells how it was made unless told not to."""
+
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+from xml.etree import ElementTree
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from mcp import Client
+from mcp_types import ListRootsResult, Root
+from PIL import Image
+from pydantic import FileUrl
+
+from klein_mcp.errors import RequestError
+from klein_mcp.images import provenance
+from klein_mcp.images.export import Wish, resolve
+from klein_mcp.service import Service
+from tests.fakes import FakePainter
+from tests.pictures import file, pixels, scene
+from tests.talk import call, refused
+
+IPTC = "http://cv.iptc.org/newscodes/digitalsourcetype/"
+
+
+@pytest.fixture
+def project(tmp_path: Path, service: Service) -> Path:
+    folder = tmp_path / "project"
+    folder.mkdir()
+    service.settings = replace(service.settings, write_roots=(folder,))
+    return folder
+
+
+async def painted(client: Client, **more: Any) -> dict[str, Any]:
+    return await call(client, "generate_image", prompt="a dot — “quoted” <&> 熊", seed=5, **more)
+
+
+pytestmark = pytest.mark.anyio
+
+
+async def test_a_png_is_the_librarys_own_bytes(client: Client, project: Path):
+    told = await painted(client)
+    saved = await call(client, "save_image", image="last", path=str(project / "deep" / "er" / "hero.png"))
+    assert saved["saved"] == str(project / "deep" / "er" / "hero.png")
+    assert Path(saved["saved"]).read_bytes() == Path(told["path"]).read_bytes()
+    assert (saved["image"], saved["format"], saved["width"], saved["height"]) == (told["image"], "png", 128, 128)
+
+
+@pytest.mark.parametrize("name", ["hero.png", "hero.jpg", "hero.jpeg", "hero.webp"])
+async def test_every_format_tells_how_it_was_made(client: Client, project: Path, name: str):
+    told = await painted(client)
+    await call(client, "save_image", image="last", path=str(project / name))
+    with Image.open(project / name) as picture:
+        recipe = provenance.read(picture)
+        packet = picture.info.get("xmp") or picture.info.get("XML:com.adobe.xmp")
+    assert recipe is not None
+    assert (recipe["image"], recipe["seed"], recipe["model"]) == (told["image"], "5", "nano")
+    assert recipe["order"]["prompt"] == "a dot — “quoted” <&> 熊"
+    root = ElementTree.fromstring(packet.strip(b"\0 ") if isinstance(packet, bytes) else packet)
+    (described,) = root.iter("{http://www.w3.org/1999/02/22-rdf-syntax-ns#}Description")
+    kind = described.get("{http://iptc.org/std/Iptc4xmpExt/2008-02-29/}DigitalSourceType")
+    assert kind == IPTC + "trainedAlgorithmicMedia"
+
+
+async def test_an_edit_is_called_a_composite(client: Client, project: Path):
+    await painted(client)
+    await call(client, "edit_image", image="last", prompt="x")
+    await call(client, "save_image", image="last", path=str(project / "edit.webp"))
+    with Image.open(project / "edit.webp") as picture:
+        assert (IPTC + "compositeWithTrainedAlgorithmicMedia").encode() in picture.info["xmp"]
+
+
+@pytest.mark.parametrize("name", ["hero.png", "hero.jpg", "hero.webp"])
+async def test_strip_metadata_leaves_nothing_but_pixels(client: Client, project: Path, name: str):
+    await painted(client)
+    await call(client, "save_image", image="last", path=str(project / name), strip_metadata=True)
+    data = (project / name).read_bytes()
+    for trace in (b"klein", b"xmp", b"a dot", b"trainedAlgorithmicMedia"):
+        assert trace not in data
+
+
+async def test_a_photo_is_not_called_a_painting(client: Client, project: Path, tmp_path: Path):
+    (tmp_path / "photo.png").write_bytes(file(scene(64, 48)))
+    await call(client, "save_image", image=str(tmp_path / "photo.png"), path=str(project / "copy.png"))
+    assert b"klein" not in (project / "copy.png").read_bytes()
+
+
+@pytest.mark.parametrize("name", ["hero.png", "hero.jpg", "hero.webp"])
+async def test_a_saved_picture_opened_again_finds_its_ancestors(
+    client: Client, project: Path, tmp_path: Path, name: str
+):
+    told = await painted(client)
+    await call(client, "save_image", image="last", path=str(project / name))
+    again = await call(client, "view_image", image=str(project / name))
+    if name.endswith("png"):
+        assert again["image"] == told["image"]
+    else:
+        assert again["parents"] == [told["image"]]
+
+
+async def test_a_smaller_copy_keeps_its_shape_and_nothing_is_enlarged(client: Client, project: Path):
+    await painted(client, width=256, height=128)
+    small = await call(client, "save_image", image="last", path="small.png", max_size=64)
+    assert (small["width"], small["height"]) == (64, 32)
+    large = await call(client, "save_image", image="last", path="large.png", max_size=4096)
+    assert (large["width"], large["height"]) == (256, 128)
+
+
+async def test_a_jpeg_is_close_to_the_picture(client: Client, project: Path, painter: FakePainter):
+    painter.paint = lambda job: scene(128, 128)
+    await painted(client)
+    await call(client, "save_image", image="last", path="hero.jpg")
+    error = abs(pixels((project / "hero.jpg").read_bytes()).astype(int) - scene(128, 128).astype(int))
+    assert error.max() <= 6
+
+
+async def test_nothing_is_overwritten_unless_told(client: Client, project: Path):
+    (project / "hero.png").write_text("mine")
+    await painted(client)
+    said = await refused(client, "save_image", image="last", path=str(project / "hero.png"))
+    assert "exists. Choose another name, or say overwrite: true" in said
+    assert (project / "hero.png").read_text() == "mine"
+    await call(client, "save_image", image="last", path=str(project / "hero.png"), overwrite=True)
+    assert (project / "hero.png").read_bytes().startswith(b"\x89PNG")
+    assert [path.name for path in project.iterdir()] == ["hero.png"]
+
+
+async def test_a_failed_write_leaves_nothing_behind(client: Client, project: Path, monkeypatch: pytest.MonkeyPatch):
+    await painted(client)
+
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    (project / "hero.png").write_text("mine")
+    monkeypatch.setattr("klein_mcp.images.export.os.fsync", full)
+    said = await refused(client, "save_image", image="last", path=str(project / "hero.png"), overwrite=True)
+    assert "No space left on device" in said
+    assert (project / "hero.png").read_text() == "mine"
+    assert [path.name for path in project.iterdir()] == ["hero.png"]
+
+
+async def test_a_folder_gets_a_file_named_by_the_handle(client: Client, project: Path):
+    told = await painted(client)
+    saved = await call(client, "save_image", image="last", path=str(project), format="webp")
+    assert saved["saved"] == str(project / f"{told['image']}.webp")
+
+
+async def test_a_relative_path_counts_from_the_project(client: Client, project: Path):
+    await painted(client)
+    assert (await call(client, "save_image", image="last", path="art/hero"))["saved"] == str(project / "art/hero.png")
+
+
+@pytest.mark.parametrize(
+    ("path", "said"),
+    [
+        ("/etc/hero.png", "outside the folders that may be written"),
+        ("../hero.png", "goes up with '..'"),
+        ("art/../../hero.png", "goes up with '..'"),
+        ("out/hero.png", "outside the folders that may be written"),
+        ("hero.exe", "it can be .png, .jpg, .jpeg, .webp"),
+        ("hero.pgn", "Did you mean .png?"),
+        ("he\nro.png", "control characters"),
+        ("he\0ro.png", "control characters"),
+        ("x" * 300 + ".png", "ame too long"),
+        ("mine.txt/hero.png", "cannot be written"),
+    ],
+)
+async def test_a_path_that_may_not_be_written_is_refused(client: Client, project: Path, path: str, said: str):
+    (project / "out").symlink_to(project.parent)
+    (project / "mine.txt").write_text("mine")
+    await painted(client)
+    assert said in await refused(client, "save_image", image="last", path=path)
+    assert not (project.parent / "hero.png").exists()
+
+
+async def test_format_and_name_must_agree(client: Client, project: Path):
+    await painted(client)
+    said = await refused(client, "save_image", image="last", path="hero.png", format="jpeg")
+    assert "hero.png says png, format says jpeg" in said
+
+
+async def test_a_link_in_place_of_the_file_is_replaced_never_followed(client: Client, project: Path):
+    (project.parent / "secret.png").write_text("secret")
+    (project / "hero.png").symlink_to(project.parent / "secret.png")
+    await painted(client)
+    await refused(client, "save_image", image="last", path="hero.png")
+    await call(client, "save_image", image="last", path="hero.png", overwrite=True)
+    assert (project.parent / "secret.png").read_text() == "secret"
+    assert not (project / "hero.png").is_symlink()
+
+
+def offering(*folders: Path) -> Any:
+    async def roots(context: Any) -> ListRootsResult:
+        return ListRootsResult(roots=[Root(uri=FileUrl("file://" + quote(str(folder)))) for folder in folders])
+
+    return roots
+
+
+async def test_without_a_setting_the_clients_folders_are_the_bounds(connect: Any, tmp_path: Path):
+    folder = tmp_path / "their project"
+    folder.mkdir()
+    async with connect(mode="legacy", list_roots_callback=offering(folder)) as client:
+        await painted(client)
+        assert (await call(client, "save_image", image="last", path="a.png"))["saved"] == str(folder / "a.png")
+        await refused(client, "save_image", image="last", path=str(tmp_path / "b.png"))
+
+
+async def test_a_setting_is_a_hard_bound_whatever_the_client_offers(connect: Any, project: Path, tmp_path: Path):
+    async with connect(mode="legacy", list_roots_callback=offering(tmp_path)) as client:
+        await painted(client)
+        await refused(client, "save_image", image="last", path=str(tmp_path / "b.png"))
+
+
+async def test_without_any_folder_it_says_the_line_that_allows_one(
+    client: Client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir("/")
+    await painted(client)
+    said = await refused(client, "save_image", image="last", path=str(tmp_path / "a.png"))
+    assert "KLEIN_WRITE_ROOTS=/path/to/project" in said
+
+
+async def test_a_project_folder_inside_the_home_is_allowed_by_itself_but_not_the_home(
+    client: Client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "project").mkdir()
+    await painted(client)
+    monkeypatch.chdir(tmp_path)
+    await refused(client, "save_image", image="last", path=str(tmp_path / "project" / "a.png"))
+    monkeypatch.chdir(tmp_path / "project")
+    await call(client, "save_image", image="last", path=str(tmp_path / "project" / "a.png"))
+    await refused(client, "save_image", image="last", path=str(tmp_path / "a.png"))
+
+
+NAMES = st.text(max_size=12) | st.sampled_from(["..", ".", "~", "/", "a", "out", "in", "C:", "a.png", " ", "\\..\\"])
+
+
+@settings(max_examples=300, deadline=None)
+@given(parts=st.lists(NAMES, min_size=1, max_size=6), leading=st.booleans(), form=st.sampled_from([None, "jpeg"]))
+def test_whatever_path_is_asked_for_it_lies_inside_or_is_refused(
+    parts: list[str], leading: bool, form: Any, tmp_path_factory: pytest.TempPathFactory
+):
+    base = tmp_path_factory.getbasetemp() / "walls"
+    root = base / "root"
+    if not root.exists():
+        (root / "in").mkdir(parents=True)
+        (root / "out").symlink_to(base)
+        (root / "a").symlink_to(root / "in")
+    path = ("/" if leading else "") + "/".join(parts)
+    try:
+        target, _ = resolve(Wish(path or "x", form), "k7f3q2", (root,))
+    except RequestError as problem:
+        assert "\n" not in str(problem)  # noqa: PT017
+        return
+    real = Path(os.path.realpath(target.parent)) / target.name
+    assert real.is_relative_to(root)
+    assert target.suffix in (".png", ".jpg", ".jpeg", ".webp") or target.suffix.lower() in (".png", ".jpg", ".webp")
+
+
+def test_a_packet_of_a_stranger_is_read_without_harm():
+    bomb = '<?xpacket?><!DOCTYPE lolz [<!ENTITY a "aaaaaaaaaa">]><x:xmpmeta xmlns:x="adobe:ns:meta/">&a;</x:xmpmeta>'
+    for packet in (bomb, "<x:xmpmeta", "\0" * 100, "<a>" * 20_000, b"\xff\xfe<"):
+        picture = Image.new("RGB", (4, 4))
+        picture.info["xmp"] = packet
+        assert provenance.read(picture) is None
+    for text in ("[1]", "{", json.dumps("x"), "[" * 10_000):
+        picture = Image.new("RGB", (4, 4))
+        picture.info["klein-mcp"] = text
+        assert provenance.read(picture) is None
+
+
+def test_the_longest_prompt_fits_into_a_jpeg(tmp_path: Path):
+    from klein_mcp.images import codec
+    from klein_mcp.tools.fields import MAX_PROMPT
+
+    recipe = {"image": "k7f3q2", "order": {"prompt": "🐻" * MAX_PROMPT}, "parents": []}
+    data = codec.encode(scene(16, 16), "jpeg", recipe)
+    assert codec.decode(data, "it").recipe == recipe

@@ -1,0 +1,200 @@
+"""An edit of a part leaves every byte outside it as it was, and says how much it changed."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from mcp import Client
+
+from klein_mcp.images.region import SEAM, WORK_AREA, patch
+from tests.fakes import FakePainter
+from tests.pictures import file, noise, pixels, scene
+from tests.talk import call, refused
+
+WHITE = 255
+
+
+def mask_of(width: int, height: int, box: tuple[int, int, int, int]) -> Any:
+    left, top, right, bottom = box
+    mask = np.zeros((height, width, 3), np.uint8)
+    mask[top:bottom, left:right] = WHITE
+    return mask
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    width=st.integers(1, 300),
+    height=st.integers(1, 300),
+    spot=st.tuples(*[st.floats(0, 1)] * 4),
+    blobs=st.integers(0, 4),
+    seed=st.integers(0, 99),
+)
+def test_outside_every_byte_is_the_pictures_own(
+    width: int, height: int, spot: tuple[float, float, float, float], blobs: int, seed: int
+):
+    image = noise(width, height, seed)
+    x, y = int(spot[0] * (width - 1)), int(spot[1] * (height - 1))
+    region = (x, y, 1 + int(spot[2] * (width - x - 1)), 1 + int(spot[3] * (height - y - 1)))
+    mask = None
+    if blobs:
+        mask = np.zeros_like(image)
+        random = np.random.default_rng(seed)
+        for _ in range(blobs):
+            left, top = random.integers(0, width), random.integers(0, height)
+            mask[top : top + random.integers(1, 80), left : left + random.integers(1, 80)] = WHITE
+        mask[y, x] = WHITE  # so that they meet
+    part = patch(image, region, mask)
+    seen = part.cut(image)
+    result = part.paste(noise(seen.shape[1], seen.shape[0], seed + 1), image)
+    may = np.zeros((height, width), bool)
+    may[y : y + region[3], x : x + region[2]] = True
+    if mask is not None:
+        may &= mask[..., 0] > 127
+    assert result.shape == image.shape
+    assert (result[~may] == image[~may]).all()
+
+
+def test_the_seam_lies_inside_and_is_no_wider_than_it_may_be():
+    black, white = np.zeros((200, 200, 3), np.uint8), np.full((200, 200, 3), WHITE, np.uint8)
+    part = patch(black, (50, 50, 100, 100), None)
+    seen = part.cut(black)
+    result = part.paste(white[: seen.shape[0], : seen.shape[1]], black)
+    line = result[100, :, 0].astype(int)
+    assert (line[:50] == 0).all()
+    assert (line[150:] == 0).all()
+    assert (line[50 + SEAM - 1 : 150 - SEAM + 1] == WHITE).all()
+    rising = line[50 : 50 + SEAM]
+    assert (np.diff(rising) > 0).all()
+    assert rising[0] > 0
+
+
+def test_a_region_at_the_edge_of_the_picture_has_no_seam_there():
+    black, white = np.zeros((100, 100, 3), np.uint8), np.full((100, 100, 3), WHITE, np.uint8)
+    part = patch(black, (0, 0, 60, 100), None)
+    result = part.paste(white[: part.cut(black).shape[0], : part.cut(black).shape[1]], black)
+    assert (result[:, 0] == WHITE).all()
+
+
+def test_a_mask_thinner_than_two_seams_still_reaches_full_strength():
+    black, white = np.zeros((100, 100, 3), np.uint8), np.full((100, 100, 3), WHITE, np.uint8)
+    part = patch(black, (40, 40, 7, 7), None)
+    seen = part.cut(black)
+    assert part.paste(white[: seen.shape[0], : seen.shape[1]], black).max() == WHITE
+
+
+def test_of_a_large_region_the_model_sees_the_whole_picture_of_a_small_one_its_surroundings():
+    image = scene(800, 600)
+    assert patch(image, (100, 100, 500, 400), None).cut(image).shape == (600, 800, 3)
+    small = patch(image, (400, 300, 100, 60), None)
+    assert small.box == (350, 270, 550, 390)
+    assert (small.cut(image) == image[270:390, 350:550]).all()
+    tiny = patch(image, (0, 0, 4, 4), None)
+    assert tiny.box == (0, 0, 20, 20)
+
+
+def test_of_a_huge_picture_the_model_sees_no_more_than_it_can_work_on():
+    image = scene(3000, 3000)
+    seen = patch(image, (0, 0, 2900, 2900), None).cut(image)
+    assert seen.shape[0] * seen.shape[1] <= WORK_AREA
+
+
+pytestmark = pytest.mark.anyio
+
+
+@pytest.fixture
+def photo(tmp_path: Path) -> str:
+    path = tmp_path / "photo.png"
+    path.write_bytes(file(scene(320, 200)))
+    return str(path)
+
+
+@pytest.fixture
+def mask(tmp_path: Path) -> str:
+    path = tmp_path / "mask.png"
+    path.write_bytes(file(mask_of(320, 200, (40, 40, 120, 120))))
+    return str(path)
+
+
+def result_of(told: dict[str, Any]) -> Any:
+    return pixels(Path(told["path"]).read_bytes())
+
+
+async def test_a_region_changes_only_itself_and_the_line_says_how_much(client: Client, photo: str):
+    told = await call(client, "edit_image", image=photo, prompt="a dot", region=[100, 50, 80, 60])
+    result, image = result_of(told), scene(320, 200)
+    different = np.any(result != image, axis=2)
+    assert not different[:, :100].any()
+    assert not different[:, 180:].any()
+    assert not different[:50].any()
+    assert not different[110:].any()
+    assert told["changed"] == round(float(different.mean()), 4)
+    assert 0.05 < told["changed"] <= 80 * 60 / (320 * 200)
+
+
+async def test_a_mask_changes_only_what_is_white(client: Client, photo: str, mask: str):
+    told = await call(client, "edit_image", image=photo, prompt="a dot", mask=mask)
+    different = np.any(result_of(told) != scene(320, 200), axis=2)
+    assert different[60:100, 60:100].mean() > 0.9
+    different[40:120, 40:120] = False
+    assert not different.any()
+
+
+async def test_region_and_mask_together_mean_where_they_meet(client: Client, photo: str, mask: str):
+    told = await call(client, "edit_image", image=photo, prompt="a dot", mask=mask, region=[80, 0, 240, 200])
+    different = np.any(result_of(told) != scene(320, 200), axis=2)
+    assert different[60:100, 90:110].any()
+    different[40:120, 80:120] = False
+    assert not different.any()
+
+
+async def test_a_mask_is_a_parent_too(client: Client, photo: str, mask: str):
+    told = await call(client, "edit_image", image=photo, prompt="a dot", mask=mask)
+    masked = await call(client, "view_image", image=mask)
+    assert told["parents"][1] == masked["image"]
+
+
+async def test_in_a_transparent_mask_only_what_is_painted_white_may_change(client: Client, photo: str, tmp_path: Path):
+    see_through = np.dstack([mask_of(320, 200, (40, 40, 80, 80)), mask_of(320, 200, (40, 40, 80, 80))[..., 0]])
+    path = tmp_path / "see-through.png"
+    path.write_bytes(file(see_through))
+    told = await call(client, "edit_image", image=photo, prompt="a dot", mask=str(path))
+    assert told["changed"] <= 40 * 40 / (320 * 200)
+
+
+@pytest.mark.parametrize(
+    ("box", "size", "said"),
+    [
+        ((0, 0, 0, 0), (320, 200), "The mask is black everywhere"),
+        ((0, 0, 10, 10), (100, 100), "The mask is 100×100 but the picture is 320×200"),
+        ((0, 0, 10, 10), (320, 200), "Region and mask do not meet"),
+    ],
+)
+async def test_a_mask_that_cannot_be_honoured_is_an_error(
+    client: Client, painter: FakePainter, photo: str, tmp_path: Path, box: Any, size: tuple[int, int], said: str
+):
+    path = tmp_path / "mask.png"
+    path.write_bytes(file(mask_of(*size, box)))
+    region = {"region": [200, 100, 50, 50]} if "Region" in said else {}
+    assert said in await refused(client, "edit_image", image=photo, prompt="x", mask=str(path), **region)
+    assert painter.jobs == []
+
+
+async def test_region_and_size_exclude_each_other(client: Client, photo: str):
+    said = await refused(client, "edit_image", image=photo, prompt="x", region=[0, 0, 9, 9], width=64, height=64)
+    assert "Leave out width and height" in said
+
+
+async def test_the_rest_of_a_picture_over_four_megapixels_stays_as_it_was(client: Client, tmp_path: Path):
+    image = noise(2600, 1700)
+    path = tmp_path / "large.png"
+    path.write_bytes(file(image, compress_level=1))
+    told = await call(client, "edit_image", image=str(path), prompt="x", region=[100, 100, 2300, 1400])
+    result = result_of(told)
+    assert result.shape == image.shape
+    different = np.any(result != image, axis=2)
+    assert different[400:1200, 400:2000].mean() > 0.9
+    different[100:1500, 100:2400] = False
+    assert not different.any()
