@@ -12,7 +12,19 @@ import torch
 from torch import Tensor
 
 from engine import parts
-from engine.contract import BadWeights, CacheUse, Event, InvalidJob, Job, Loading, OutOfMemory, Painting, Stage, Step
+from engine.contract import (
+    BadWeights,
+    CacheUse,
+    Event,
+    InvalidJob,
+    Job,
+    Loading,
+    OutOfMemory,
+    Painting,
+    Rgb8,
+    Stage,
+    Step,
+)
 from engine.device import Placement
 from engine.find import Checkpoint, Shelf
 from engine.memory import fitting
@@ -156,6 +168,15 @@ class Klein:
             warnings=tuple(warnings),
         )
 
+    @torch.inference_mode()
+    def foresee(self, image: Rgb8) -> None:
+        """Do now what an edit of `image` will need, so that it starts warm."""
+        seen = Frame.of(image.shape[1], image.shape[0], self.variant.max_size**2).lay(image)
+        if self.variant.kv:
+            self._keep([seen])
+        else:
+            self._latents(seen, content_hash(seen))
+
     def _plan(self, job: Job, warnings: list[str]) -> tuple[int, float]:
         """Steps and guidance, after checking what can be checked before any work."""
         variant = self.variant
@@ -175,7 +196,7 @@ class Klein:
             guidance = 1.0
         return steps, guidance
 
-    def _frame(self, job: Job, warnings: list[str]) -> tuple[Frame, list[Any]]:
+    def _frame(self, job: Job, warnings: list[str]) -> tuple[Frame, list[Rgb8]]:
         """The canvas, and the references as the model sees them."""
         variant = self.variant
         area = variant.max_size**2
@@ -217,7 +238,7 @@ class Klein:
         (states,), hit = self.memory.get_or((self.fingerprint, "prompt", prompt), read)
         return states, hit
 
-    def _latents(self, image: Any, key: str) -> tuple[Tensor, bool]:
+    def _latents(self, image: Rgb8, key: str) -> tuple[Tensor, bool]:
         """A reference's latent tokens, [1, tokens, channels]."""
 
         def encode() -> list[Tensor]:
@@ -226,12 +247,12 @@ class Klein:
         (tokens,), hit = self.memory.get_or((self.fingerprint, "latent", key), encode)
         return tokens, hit
 
-    def _see(self, images: list[Any]) -> tuple[Tensor, bool]:
+    def _see(self, images: list[Rgb8]) -> tuple[Tensor, bool]:
         """All references as tokens of the hidden width, one after the other."""
         found = [self._latents(image, content_hash(image)) for image in images]
         return self.transformer.img_in(torch.cat([tokens for tokens, _ in found], dim=1)), all(hit for _, hit in found)
 
-    def _keep(self, images: list[Any]) -> tuple[list[KV], bool]:
+    def _keep(self, images: list[Rgb8]) -> tuple[list[KV], bool]:
         """Keys and values of the ordered references: swapped or alone, they would be others."""
         keys = tuple(content_hash(image) for image in images)
 
@@ -260,7 +281,7 @@ class Klein:
         return self.transformer.rope(torch.cat(_reference_positions(references)))
 
 
-def _size(job: Job, seen: list[Any], variant: Variant) -> tuple[int, int]:
+def _size(job: Job, seen: list[Rgb8], variant: Variant) -> tuple[int, int]:
     """Width and height of the picture: as asked, or of the shape asked, or the first reference's, or native."""
     if job.width and job.height:
         return job.width, job.height
@@ -315,11 +336,16 @@ class Engine:
         threads: int | None = None,
         hub: Path | None = None,
         remember: int = 1 << 30,
+        spill: int = 4 << 30,
     ) -> None:
-        """models, hub: where to look for them. remember: bytes kept between jobs for prompts and references."""
+        """models, hub: where to look for them.
+
+        remember, spill: bytes kept between jobs for prompts and references, on the device and in the host's memory.
+        """
         self.shelf = Shelf(tuple(models), hub)
         self.placement = Placement.choose(device, dtype)
-        self.memory = Memory(remember)
+        self.memory = Memory(remember, spill)
+        self._foreseen: Rgb8 | None = None
         self._klein: Klein | None = None
         self._name = ""
         if threads:
@@ -331,8 +357,25 @@ class Engine:
         variant: what the user says a single file is, where it cannot tell itself.
         """
         klein, ms = yield from self._load(job.model, variant)
+        self._foreseen = None
         for event in self._paint(klein, job):
-            yield replace(event, ms={"load": ms, **event.ms}) if isinstance(event, Painting) else event
+            if isinstance(event, Painting):
+                self._foreseen = event.image
+                event = replace(event, ms={"load": ms, **event.ms})
+            yield event
+
+    def foresee(self) -> bool:
+        """In idle time: prepare for an edit of the picture just painted. False if there was nothing to do."""
+        image, self._foreseen = self._foreseen, None
+        if image is None or self._klein is None:
+            return False
+        try:
+            self._klein.foresee(image)
+        except torch.OutOfMemoryError:
+            # Nobody asked for it; the next job will do this work itself.
+            self.memory.clear()
+            self.placement.empty_cache()
+        return True
 
     def _paint(self, klein: Klein, job: Job) -> Iterator[Event]:
         """Paint; if the device runs full, forget what is remembered and try once more."""
@@ -378,6 +421,7 @@ class Engine:
         """Give the weights' memory back; the next job loads again."""
         self._klein = None
         self._name = ""
+        self._foreseen = None
         self.memory.clear()
         self.placement.empty_cache()
 
@@ -391,7 +435,7 @@ class Engine:
             "loaded": self._name or None,
             "weights_bytes": self._held(),
             "free_bytes": self.placement.free_bytes(),
-            "remembered": {"bytes": self.memory.held, "hits": self.memory.hits, "misses": self.memory.misses},
+            "remembered": self.memory.counts(),
             "models": [
                 {"name": name, "licence": row.licence, "path": str(installed[name]) if name in installed else None}
                 for name, row in VARIANTS.items()

@@ -3,8 +3,10 @@
 import hashlib
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable
+from dataclasses import dataclass
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from engine.contract import Rgb8
@@ -19,39 +21,67 @@ def content_hash(image: Rgb8) -> str:
     return digest.hexdigest()
 
 
-class Memory:
-    """Least recently used first to go, within a budget of bytes. One engine, one thread."""
+@dataclass(slots=True)
+class _Shelf:
+    """Entries in the order of their last use, within a budget of bytes."""
 
-    def __init__(self, budget: int) -> None:
-        """budget: bytes that may be kept; what is larger by itself is not kept at all."""
-        self.budget = budget
-        self.held = 0
+    budget: int
+    held: int
+    entries: OrderedDict[Hashable, Remembered]
+
+    def take(self, key: Hashable) -> Remembered | None:
+        """Out of the shelf."""
+        entry = self.entries.pop(key, None)
+        if entry is not None:
+            self.held -= _bytes(entry)
+        return entry
+
+    def lay(self, key: Hashable, entry: Remembered) -> list[tuple[Hashable, Remembered]]:
+        """Onto the shelf as the latest; returns what had to leave, which may be the entry itself."""
+        self.take(key)
+        self.entries[key] = entry
+        self.held += _bytes(entry)
+        left = []
+        while self.held > self.budget:
+            oldest = next(iter(self.entries))
+            left.append((oldest, self.entries[oldest]))
+            self.take(oldest)
+        return left
+
+
+class Memory:
+    """Least recently used first to go: from the device to the host's memory, from there for good.
+
+    For one engine in one thread; the counts may be read from any.
+    """
+
+    def __init__(self, budget: int, spill: int = 0) -> None:
+        """budget, spill: bytes that may be kept on the device and in the host's memory."""
+        self._near = _Shelf(budget, 0, OrderedDict())
+        self._far = _Shelf(spill, 0, OrderedDict())
+        self._home: dict[Hashable, torch.device] = {}
         self.hits = 0
         self.misses = 0
-        self._kept: OrderedDict[Hashable, Remembered] = OrderedDict()
 
     def get(self, key: Hashable) -> Remembered | None:
-        """What was put under `key`, if it is still there."""
-        kept = self._kept.get(key)
-        if kept is None:
+        """What was put under `key`, if it is still there; brought back to its device if it was spilled."""
+        entry = self._near.take(key)
+        if entry is None and (spilled := self._far.take(key)) is not None:
+            entry = tuple(tensor.to(self._home[key]) for tensor in spilled)
+        if entry is None:
             self.misses += 1
             return None
         self.hits += 1
-        self._kept.move_to_end(key)
-        return kept
+        return self.put(key, entry)
 
     def put(self, key: Hashable, tensors: Iterable[Tensor]) -> Remembered:
-        """Keep `tensors`, forgetting the oldest if need be."""
+        """Keep `tensors`, spilling and forgetting the oldest if need be."""
         tensors = tuple(tensors)
-        size = _bytes(tensors)
-        if size > self.budget:
-            return tensors
-        if (old := self._kept.pop(key, None)) is not None:
-            self.held -= _bytes(old)
-        while self.held + size > self.budget:
-            self.held -= _bytes(self._kept.popitem(last=False)[1])
-        self._kept[key] = tensors
-        self.held += size
+        self._home[key] = tensors[0].device
+        self._far.take(key)
+        for old, entry in self._near.lay(key, tensors):
+            for gone, _ in self._far.lay(old, tuple(tensor.cpu() for tensor in entry)):
+                del self._home[gone]
         return tensors
 
     def get_or(self, key: Hashable, make: Callable[[], Iterable[Tensor]]) -> tuple[Remembered, bool]:
@@ -62,11 +92,26 @@ class Memory:
 
     def clear(self) -> None:
         """Forget everything."""
-        self._kept.clear()
-        self.held = 0
+        for shelf in (self._near, self._far):
+            shelf.entries.clear()
+            shelf.held = 0
+        self._home.clear()
+
+    def __contains__(self, key: Hashable) -> bool:
+        return key in self._near.entries or key in self._far.entries
 
     def __len__(self) -> int:
-        return len(self._kept)
+        return len(self._home)
+
+    def counts(self) -> dict[str, int]:
+        """Entries, bytes on the device, bytes spilled, hits and misses."""
+        return {
+            "entries": len(self),
+            "bytes": self._near.held,
+            "spilled_bytes": self._far.held,
+            "hits": self.hits,
+            "misses": self.misses,
+        }
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:

@@ -28,6 +28,7 @@ class Painter(Protocol):
     def run(self, job: Job) -> Iterator[Event]: ...
     def status(self) -> dict[str, Any]: ...
     def release(self) -> None: ...
+    def foresee(self) -> bool: ...
 
 
 @dataclass(eq=False, slots=True)
@@ -160,6 +161,7 @@ class Queue:
                     self._failed += 1
                 if outcome is not None and not ticket.cancelled:
                     ticket.tell(outcome)
+            self._foresee()
 
     def _next(self) -> Ticket | None:
         with self._change:
@@ -180,6 +182,15 @@ class Queue:
                 del self._turns[next(iter(self._turns))]
             self._tell_positions()
             return self._running
+
+    def _foresee(self) -> None:
+        """While nobody waits: the engine may do ahead what the next job is likely to need."""
+        try:
+            while self._painter and not self._waiting and not self._closed and self._painter.foresee():
+                pass
+        except Exception:
+            # Nobody asked for it, so nobody is told; the job that needs it will meet the problem itself.
+            log.exception("the engine broke off while it prepared for the next job")
 
     def _rest(self) -> None:
         """Nobody came for a while: the weights leave memory."""

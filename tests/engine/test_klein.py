@@ -139,7 +139,7 @@ def test_closing_stops_within_a_step_and_frees_what_the_job_held(engine: Engine)
             break
     assert _live_tensors() > before
     running.close()  # type: ignore[attr-defined]
-    assert _live_tensors() == before
+    assert _live_tensors() <= before
     assert paint(engine, DOG).steps == 4, "the next job works"
 
 

@@ -48,6 +48,9 @@ class FakePainter:
     def status(self) -> dict[str, Any]:
         return {"models": ["fake"], "loaded": self.loaded, "released": self.released}
 
+    def foresee(self) -> bool:
+        return False
+
     def release(self) -> None:
         self.loaded = False
         self.released += 1

@@ -43,6 +43,9 @@ class Painter:
     def status(self) -> dict[str, Any]:
         return {"began": len(self.began)}
 
+    def foresee(self) -> bool:
+        return False
+
     def release(self) -> None:
         self.released.set()
 

@@ -1,0 +1,122 @@
+"""What is remembered: within its budgets, back where it was, and without a trace in the picture."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from engine.contract import Job, Painting, Rgb8
+from engine.klein import Engine
+from engine.references import Memory, content_hash
+from tests import toys
+
+
+def tensor(count: int, value: float = 0.0) -> torch.Tensor:
+    return torch.full((count,), float(value))
+
+
+def picture(width: int, height: int, seed: int = 0) -> Rgb8:
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+def paint(engine: Engine, job: Job) -> Painting:
+    *_, painting = engine.run(job)
+    assert isinstance(painting, Painting)
+    return painting
+
+
+def test_the_oldest_leaves_for_the_host_and_from_there_for_good() -> None:
+    memory = Memory(budget=80, spill=40)
+    for name in "abc":
+        memory.put(name, [tensor(10, ord(name))])  # 40 bytes each
+    assert memory.counts() == {"entries": 3, "bytes": 80, "spilled_bytes": 40, "hits": 0, "misses": 0}
+    assert torch.equal(memory.get("a")[0], tensor(10, ord("a")))  # type: ignore[index]
+    memory.put("d", [tensor(10)])
+    assert "b" not in memory, "least recently used: a was used since"
+    assert all(name in memory for name in "acd")
+    assert memory.get("b") is None
+    assert (memory.hits, memory.misses) == (1, 1)
+
+
+def test_what_is_too_large_for_the_device_waits_in_the_host() -> None:
+    memory = Memory(budget=10, spill=100)
+    memory.put("large", [tensor(20)])
+    assert memory.counts()["spilled_bytes"] == 80
+    assert memory.get("large") is not None
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_budgets_hold_under_a_thousand_random_jobs(seed: int) -> None:
+    memory, rng = Memory(budget=400, spill=700), np.random.default_rng(seed)
+    for job in range(1000):
+        key, count = int(rng.integers(40)), int(rng.integers(1, 64))
+        (kept,), _ = memory.get_or(key, lambda count=count, key=key: [tensor(count, key)])
+        assert (kept == key).all(), "another key's tensors"
+        counts = memory.counts()
+        assert counts["bytes"] <= 400
+        assert counts["spilled_bytes"] <= 700
+        assert counts["hits"] + counts["misses"] == job + 1
+    assert memory.hits > 50
+
+
+def test_pictures_are_told_apart_by_pixels_and_by_size() -> None:
+    image = picture(32, 16)
+    other = image.copy()
+    other[3, 5, 1] ^= 1
+    assert content_hash(image) == content_hash(image.copy())
+    assert len({content_hash(image), content_hash(other), content_hash(image.reshape(32, 16, 3))}) == 3
+
+
+@pytest.fixture(scope="module")
+def kv_toy(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(toys.save(tmp_path_factory.mktemp("toy") / "kv", kv=True))
+
+
+# One reference's keys and values in the toy: 4 blocks · 2 · 20 tokens · 96 channels · 4 bytes = 61,440.
+@pytest.mark.parametrize(
+    ("remember", "spill"),
+    [(0, 0), (1 << 30, 0), (0, 1 << 30), (200_000, 150_000)],
+    ids=["off", "on", "spilled", "tight"],
+)
+def test_remembering_paints_what_a_cold_engine_paints(kv_toy: str, remember: int, spill: int) -> None:
+    rng = np.random.default_rng(5)
+    engine = Engine(device="cpu", remember=remember, spill=spill)
+    pool = [picture(64, 80, seed) for seed in range(4)]
+    wanted: dict[tuple, Rgb8] = {}
+    for _ in range(40):
+        chosen = tuple(rng.integers(0, 4, rng.integers(1, 3)))
+        prompt = "ab"[rng.integers(2)]
+        job = Job(prompt, model=kv_toy, references=tuple(pool[i] for i in chosen), width=64, height=64, steps=1)
+        painted = paint(engine, job).image
+        if (prompt, chosen) not in wanted:
+            cold = Engine(device="cpu", remember=0, spill=0)
+            wanted[prompt, chosen] = paint(cold, job).image
+        assert np.array_equal(painted, wanted[prompt, chosen])
+        counts = engine.status()["remembered"]
+        assert counts["bytes"] <= remember
+        assert counts["spilled_bytes"] <= spill
+    if remember or spill:
+        assert counts["hits"] >= 20
+
+
+def test_an_edit_of_the_picture_just_painted_starts_warm(kv_toy: str) -> None:
+    engine = Engine(device="cpu")
+    painted = paint(engine, Job("a", model=kv_toy, width=70, height=90)).image
+    assert engine.foresee() is True
+    assert engine.foresee() is False, "done once"
+    edit = Job("b", model=kv_toy, references=(painted,), align=True)
+    warm = paint(engine, edit)
+    assert warm.cache["references"] == "hit"
+    assert np.array_equal(warm.image, paint(Engine(device="cpu", remember=0), edit).image)
+
+
+def test_another_model_misses(kv_toy: str, tmp_path: Path) -> None:
+    engine = Engine(device="cpu")
+    other = str(toys.save(tmp_path / "other", kv=True, seed=1))
+    job = Job("a", model=kv_toy, references=(picture(64, 80),), width=64, height=64)
+    first = paint(engine, job)
+    second = paint(engine, replace(job, model=other))
+    assert (second.cache["prompt"], second.cache["references"]) == ("miss", "miss")
+    assert first.fingerprint != second.fingerprint
