@@ -34,6 +34,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("klein_mcp.daemon")
 
+LOST = 5.0
+"""Idle seconds after which a daemon whose address was taken away leaves: its data folder was deleted."""
+
 Make = Callable[[Settings], Painter]
 
 
@@ -84,7 +87,7 @@ async def _serve(settings: Settings, make: Make) -> None:
         worker.start()
         kept.resume()
         log.info("listening on port %d, pid %d", address.port, address.pid)
-        await _until_it_should_end(daemon, server, settings.exit_after)
+        await _until_it_should_end(daemon, server, settings)
     finally:
         # First the address goes, so that a door that looks now starts another; then the jobs are told.
         with contextlib.suppress(OSError):
@@ -113,15 +116,18 @@ def _bind() -> socket.socket:
     return listener
 
 
-async def _until_it_should_end(daemon: Daemon, server: uvicorn.Server, exit_after: float) -> None:
+async def _until_it_should_end(daemon: Daemon, server: uvicorn.Server, settings: Settings) -> None:
     while not server.should_exit:
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(daemon.leaving.wait(), 0.2)
+            await asyncio.wait_for(daemon.leaving.wait(), 0.3)
         if daemon.leaving.is_set():
             return
         idle = daemon.idle_seconds
         # At least a second, or a daemon would be gone before the job for which it was started arrives.
-        if idle > max(exit_after, 1.0) or (daemon.draining and idle > 0):
+        if idle > max(settings.exit_after, 1.0) or (daemon.draining and idle > 0):
+            return
+        if idle > LOST and addresses.read(settings.home) != daemon.address:
+            log.warning("the address file is gone, so no door can find this process any more")
             return
 
 

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import shutil
 import signal
 import socket
 import stat
@@ -231,6 +232,14 @@ async def test_idle_weights_leave_and_later_the_process(tmp_path, monkeypatch):
         assert daemons(tmp_path) != [first]
         await door.stop()
         await gone(tmp_path)
+
+
+async def test_a_daemon_whose_data_folder_was_deleted_leaves(tmp_path):
+    home = tmp_path / "home"
+    async with a_door(home) as door:
+        await paint(door)
+        shutil.rmtree(home)
+        await until(lambda: not daemons(home), 15)
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"port": "x"}', b'{"port": 1, "pid": 1, "token": "t"}'])
