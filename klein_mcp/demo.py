@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import anyio
 
 from klein_mcp.errors import RequestError
+from klein_mcp.terminal import Bar
 
 if TYPE_CHECKING:
     from mcp.client import Client
@@ -87,16 +88,20 @@ async def _calls(out: Path) -> AsyncIterator[Call]:
 async def _paint(client: "Client", path: Path, tool: str, prompt: str, **more: Any) -> tuple[str, Call]:
     """The picture's handle and what there is to tell about the call."""
     started = time.perf_counter()
-    facts = await _facts(client, tool, {"prompt": prompt, "seed": 7, **more})
-    while "job" in facts:
-        facts = await _facts(client, "wait_for_job", {"job": facts["job"]})
+    with Bar(tool) as bar:
+        facts = await _facts(client, bar, tool, {"prompt": prompt, "seed": 7, **more})
+        while "job" in facts:
+            facts = await _facts(client, bar, "wait_for_job", {"job": facts["job"]})
     seconds = time.perf_counter() - started
     shutil.copyfile(facts["path"], path)
     return facts["image"], Call(tool, prompt, seconds, str(path), facts["model"], tuple(facts["warnings"]))
 
 
-async def _facts(client: "Client", tool: str, arguments: dict[str, Any]) -> dict[str, Any]:
-    result = await client.call_tool(tool, arguments)
+async def _facts(client: "Client", bar: Bar, tool: str, arguments: dict[str, Any]) -> dict[str, Any]:
+    async def tell(progress: float, total: float | None, message: str | None) -> None:
+        bar.tell(progress / (total or 100.0), f"{tool}: {message}" if message else tool)
+
+    result = await client.call_tool(tool, arguments, progress_callback=tell)
     text = next((block.text for block in result.content if block.type == "text"), "")
     if result.is_error:
         raise RequestError(f"{tool} failed: {text}")

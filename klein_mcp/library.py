@@ -11,6 +11,7 @@ from typing import Any
 from klein_mcp.errors import RequestError, one_line
 from klein_mcp.images.store import Record, Store
 from klein_mcp.settings import Settings
+from klein_mcp.terminal import Bar
 
 _SECONDS = {"h": 3600.0, "d": 86400.0, "w": 604800.0, "m": 30 * 86400.0, "y": 365 * 86400.0}
 _BYTES = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
@@ -131,7 +132,12 @@ def replay(
         service = Service(settings, backend)
         try:
             steps = plan(service.store, handle, onto=onto is not None).steps
-            made = await paint_again(service, handle, Call("replay"), onto=onto, seed=seed)
+            with Bar("starting the engine") as bar:
+
+                async def tell(done: float, total: float, words: str) -> None:
+                    bar.tell(done / total, words)
+
+                made = await paint_again(service, handle, Call("replay", tell=tell), onto=onto, seed=seed)
             told = [_told(service.store, one.record) for one in made]
             others = changed_weights(steps, made)
         finally:

@@ -8,9 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from engine.contract import Event, InvalidJob, Job, Loading, Painting, Stage, Step
+from engine.contract import Event, InvalidJob, Job, Painting
 from klein_mcp.errors import RequestError
+from klein_mcp.progress import read
 from klein_mcp.settings import Settings
+from klein_mcp.terminal import Bar
 
 if TYPE_CHECKING:
     from engine.klein import Engine
@@ -51,7 +53,8 @@ def run(settings: Settings, order: Order, *, as_json: bool = False) -> int:
         steps=order.steps,
         guidance=order.guidance,
     )
-    painting = _last(_tell(event) for event in engine(settings).run(job))
+    with Bar("starting the engine") as bar:
+        painting = _last(_told(event, bar) for event in engine(settings).run(job))
     recipe = _recipe(order, painting)
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_bytes(codec.encode(painting.image, KINDS[out.suffix.lower()], recipe))  # type: ignore[arg-type]
@@ -79,28 +82,17 @@ def _prompt(text: str) -> str:
     return text
 
 
+def _told(event: Event, bar: Bar) -> Event:
+    bar.tell(*read(event))
+    return event
+
+
 def _last(events: Any) -> Painting:
     painting = None
     for event in events:
         painting = event
     assert isinstance(painting, Painting)
     return painting
-
-
-def _tell(event: Event) -> Event:
-    """A line of progress that overwrites itself, where a person looks on."""
-    if sys.stderr.isatty():
-        match event:
-            case Loading(model, fraction):
-                said = f"loading {model} {fraction:.0%}"
-            case Stage(name):
-                said = name
-            case Step(done, total):
-                said = f"step {done}/{total}"
-            case _:
-                said = ""
-        print(f"\r\x1b[K{said}", end="", file=sys.stderr, flush=True)
-    return event
 
 
 def _recipe(order: Order, painting: Painting) -> dict[str, Any]:

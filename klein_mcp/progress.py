@@ -33,7 +33,7 @@ class Progress:
         self._told = time.monotonic()
 
     async def event(self, event: Event) -> None:
-        share, self._message = _read(event)
+        share, self._message = read(event)
         if isinstance(event, Painting):
             self._finished += 1
             share = 0.0
@@ -75,7 +75,8 @@ class Progress:
         await self._tell(round(100 * self._value, 4), 100 * ceiling, counted + self._message)
 
 
-def _read(event: Event) -> tuple[float, str]:
+def read(event: Event) -> tuple[float, str]:
+    """How much of one picture is done when this is said, 0 … 1, and what to say."""
     match event:
         case Queued(position):
             return 0.0, f"{position} ahead in the queue" if position else "next in the queue"

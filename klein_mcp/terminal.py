@@ -1,0 +1,47 @@
+"""A bar on stderr while something long is done; where no person looks on, nothing."""
+
+import sys
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+
+class Bar:
+    """`with Bar("loading") as bar: bar.tell(0.4, "step 2 of 4")`; gone from the screen when it is over.
+
+    stdout stays what a script would want, and rich keeps to NO_COLOR and to terminals that can do nothing.
+    """
+
+    def __init__(self, words: str) -> None:
+        self._words = words
+        self._progress: Progress | None = None
+
+    def __enter__(self) -> Self:
+        if sys.stderr.isatty():
+            from rich.console import Console
+            from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+            self._progress = Progress(
+                SpinnerColumn(),
+                BarColumn(bar_width=24),
+                TimeElapsedColumn(),
+                TextColumn("{task.description}", markup=False),
+                console=Console(stderr=True),
+                transient=True,
+            )
+            self._progress.start()
+            self._task = self._progress.add_task(self._words, total=None)
+        return self
+
+    def tell(self, fraction: float, words: str) -> None:
+        """fraction: 0 … 1 of the whole."""
+        if self._progress is not None:
+            self._progress.update(self._task, completed=fraction, total=1.0, description=words)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, problem: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._progress is not None:
+            self._progress.stop()
