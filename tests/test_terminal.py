@@ -1,0 +1,115 @@
+"""What a person sees in a terminal, and what a script sees where there is none."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.living import Living
+
+pty = pytest.importorskip("pty", reason="this system has no pseudo-terminals")
+
+
+def in_terminal(living: Living, *words: str, cwd: Path, typed: bytes = b"", **more: str) -> tuple[int, str, str]:
+    """Exit code, what a terminal on stderr and stdin showed, and stdout, which goes into a pipe."""
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "klein_mcp", *words],
+        cwd=cwd,
+        env=living.environment(TERM="xterm", COLUMNS="120", **more),
+        stdin=theirs,
+        stdout=subprocess.PIPE,
+        stderr=theirs,
+    )
+    os.close(theirs)
+    shown = b""
+    while True:
+        try:
+            chunk = os.read(ours, 65536)
+        except OSError:  # Linux says so when the other end is closed
+            chunk = b""
+        if not chunk:
+            break
+        shown += chunk
+        if typed and b"Ctrl-D" in shown:
+            os.write(ours, typed)
+            typed = b""
+    os.close(ours)
+    out = process.stdout.read().decode() if process.stdout else ""
+    return process.wait(60), shown.decode(errors="replace"), out
+
+
+def test_paint_shows_a_bar_on_a_terminal_and_leaves_stdout_to_the_result(living: Living, tmp_path: Path) -> None:
+    code, shown, out = in_terminal(
+        living, "paint", "a red circle", "--seed", "1", "--json", "-o", "a.png", cwd=tmp_path
+    )
+    assert code == 0, shown
+    assert "loading nano" in shown
+    assert "━" in shown
+    assert json.loads(out)["seed"] == "1"
+
+
+def test_demo_says_what_it_waits_for_and_keeps_to_no_color(living: Living, tmp_path: Path) -> None:
+    code, shown, out = in_terminal(living, "demo", "--out", "pictures", cwd=tmp_path, NO_COLOR="1")
+    assert code == 0, shown
+    assert "generate_image: " in shown
+    assert "\x1b[32m" not in shown
+    assert "\x1b[91m" not in shown
+    assert "\x1b" not in out
+    assert out.count(" s  pictures/") == 4
+
+
+def test_without_a_terminal_there_are_no_bars_and_no_escapes(living: Living, tmp_path: Path) -> None:
+    ran = living.run("-m", "klein_mcp", "demo", "--out", "pictures", cwd=tmp_path)
+    assert ran.returncode == 0
+    assert "\x1b" not in ran.stdout + ran.stderr
+    assert ran.stderr == ""
+
+
+def test_the_server_typed_by_hand_says_what_it_is_and_how_to_add_it(living: Living, tmp_path: Path) -> None:
+    code, shown, out = in_terminal(living, cwd=tmp_path, typed=b"\x04")
+    assert code == 0
+    assert "is an MCP server" in shown
+    assert "claude mcp add klein" in shown
+    assert out == ""
+
+
+def test_started_by_a_client_it_says_nothing_of_the_kind(living: Living) -> None:
+    ran = living.run("-m", "klein_mcp")
+    assert (ran.returncode, ran.stdout, ran.stderr) == (0, "", "")
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        (["paint"], 2, "the following arguments are required: PROMPT"),
+        (["pain"], 2, "invalid choice: 'pain'"),
+        (["paint", " "], 1, "The prompt is empty."),
+        (["paint", "a cat", "--size", "big"], 2, "'big' is not a size like 1024x768"),
+        (["paint", "a cat", "-o", "cat.gif"], 1, "does not end in .png"),
+    ],
+)
+def test_exit_codes_are_as_the_readme_says(
+    living: Living, tmp_path: Path, words: list[str], code: int, said: str
+) -> None:
+    ran = living.run("-m", "klein_mcp", *words, cwd=tmp_path)
+    assert ran.returncode == code
+    assert said.lower() in ran.stderr.lower()
+    assert ran.stdout == ""
+    if code == 1:
+        assert ran.stderr.count("\n") == 1
+
+
+def test_interrupted_it_ends_with_130(living: Living, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "klein_mcp", "paint", "a cat", "--steps", "200", "-o", str(tmp_path / "cat.png")]
+    process = subprocess.Popen(command, env=living.environment(), stderr=subprocess.PIPE, stdout=subprocess.PIPE)
+    time.sleep(2)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == 130
+    assert b"Traceback" not in (process.stderr.read() if process.stderr else b"")
+    assert not (tmp_path / "cat.png").exists()
