@@ -51,7 +51,8 @@ class Nano(nn.Module):
 
     def tokenize(self, prompts: list[str], length: int = TEXT_LENGTH) -> Prompts:
         """Content, end mark, padding; a prompt that is too long loses its own end, never the mark."""
-        end, pad = self.tokenizer.token_to_id(END), self.tokenizer.token_to_id(PAD)
+        vocabulary = self.tokenizer.get_vocab()
+        end, pad = vocabulary[END], vocabulary[PAD]
         ids = torch.full((len(prompts), length), pad)
         mask = torch.zeros_like(ids)
         for i, encoding in enumerate(self.tokenizer.encode_batch(prompts, add_special_tokens=False)):
@@ -120,6 +121,5 @@ class Nano(nn.Module):
         def velocity(x: Tensor, sigma: float) -> Tensor:
             return self.velocity(x, torch.full((x.shape[0],), sigma, device=x.device), states, tokens)
 
-        for x in denoise(velocity, x, sigmas(steps, GRID * GRID)):  # noqa: B007, the last one is the picture
-            pass
-        return self.decode(x)
+        *_, latents = denoise(velocity, x, sigmas(steps, GRID * GRID))
+        return self.decode(latents)

@@ -1,11 +1,13 @@
-"""An encoder that is computed, not learned: the 32 principal components of each 8 × 8 patch, through klein's layers.
+"""An encoder that is computed, not learned: the main components of each 8 × 8 patch, through klein's layers.
 
 Every residual branch is silent, so what is left is linear: three strided convolutions, each keeping the main components
 of 2 × 2 cells of the level above, and an output layer whose norm and SiLU are made straight. Latents are then local
 and linear in the pixels: an object's latents do not depend on what else is in the picture, so that the transformer
-learns it once. Measured on scenes of the world: 33 dB is what these components hold; a learned encoder and decoder of
-this size reached 28.7 dB together in 23 minutes on one core.
+learns it once. Measured on scenes of the world: 20 components hold 31.1 dB when decoded linearly, 32 hold 33.4 dB; an
+encoder and decoder of this size learned together reached 28.7 dB in 23 minutes on one core.
 """
+
+from typing import Any
 
 import torch
 from einops import rearrange
@@ -17,7 +19,7 @@ from engine.tokens import patchify
 STEADY = 200.0
 """A constant channel so large that the norm's variance is the same for every picture (to 0.3 %)."""
 
-SOFT_WHITENING = 0.5
+SOFT_WHITENING = 0.75
 """Exponent on the components' variances where latents are normalised: 1 would make a hair's detail count as much as a
 patch's colour, 0 would drown outlines in noise."""
 
@@ -27,6 +29,11 @@ def _components(rows: Tensor, count: int) -> tuple[Tensor, Tensor]:
     mean = rows.mean(dim=0)
     _, vectors = torch.linalg.eigh((rows - mean).T @ (rows - mean))
     return mean, vectors[:, -count:].flip(1).T
+
+
+def _parts(level: Any) -> tuple[Any, Any]:
+    """A level's first residual block and, but for the last level, its strided convolution."""
+    return level["block"][0], level["downsample"].conv if "downsample" in level else None
 
 
 def _silence(module: nn.Module) -> None:
@@ -50,11 +57,10 @@ def fit_encoder(autoencoder: Autoencoder, pictures: Tensor) -> None:
     encoder.conv_in.weight[:3, :, 1, 1] = torch.eye(3)
     cells = pictures
     for level, width in enumerate(shape.encoder[:-1]):
-        parts = encoder.down[level]
-        _straight(parts["block"][0], cells.shape[1])
+        block, down = _parts(encoder.down[level])
+        _straight(block, cells.shape[1])
         patches = rearrange(cells, "b c (h y) (w x) -> (b h w) (c y x)", y=2, x=2)
         mean, kept = _components(patches, width)
-        down = parts["downsample"].conv
         _zero(down)
         # Padded at the right and bottom, so that the 3 × 3 kernel's first two rows and columns are the cell itself.
         down.weight[:, : cells.shape[1], :2, :2] = rearrange(kept, "k (c y x) -> k c y x", y=2, x=2)
@@ -71,21 +77,22 @@ def _straight(block: ResnetBlock, channels: int) -> None:
 
 
 def _output(autoencoder: Autoencoder, cells: Tensor) -> None:
-    """Through the last norm and SiLU undistorted.
+    """Through the last norm and SiLU undistorted: SiLU(x) - SiLU(-x) = x, so every component goes through as a pair.
 
-    SiLU(x) - SiLU(-x) = x, so all components but the last go through as pairs; the last, and smallest, goes through
-    alone and so small that SiLU is straight there; one channel is the constant.
+    One channel is the constant.
     """
     encoder, latent = autoencoder.encoder, autoencoder.shape.latent
     width = autoencoder.shape.encoder[-1]
-    fan = encoder.down[-1]["block"][0].nin_shortcut
+    if 2 * latent >= width:
+        raise ValueError(f"{latent} latents need more than {2 * latent} channels in the last level, not {width}.")
+    cells = cells[:, :latent]
+    block, _ = _parts(encoder.down[-1])
+    fan = block.nin_shortcut
     _zero(fan)
-    pairs = latent - 1
-    fan.weight[:pairs, :pairs, 0, 0] = torch.eye(pairs)
-    fan.weight[pairs : 2 * pairs, :pairs, 0, 0] = -torch.eye(pairs)
-    fan.weight[2 * pairs, pairs, 0, 0] = 1.0
+    fan.weight[:latent, :latent, 0, 0] = torch.eye(latent)
+    fan.weight[latent : 2 * latent, :latent, 0, 0] = -torch.eye(latent)
     fan.bias[-1] = STEADY
-    energy = (2 * cells[:, :pairs].pow(2).sum(1) + cells[:, pairs].pow(2)).mean()
+    energy = 2 * cells.pow(2).sum(1).mean()
     mean = STEADY / width
     deviation = ((STEADY**2 + energy) / width - mean**2).sqrt()
     encoder.norm_out.weight.fill_(1.0)
@@ -94,14 +101,13 @@ def _output(autoencoder: Autoencoder, cells: Tensor) -> None:
     encoder.norm_out.weight[-1] = encoder.norm_out.bias[-1] = 0.0
     _zero(encoder.conv_out)
     middle = encoder.conv_out.weight[:, :, 1, 1]
-    middle[:pairs, :pairs] = deviation * torch.eye(pairs)
-    middle[:pairs, pairs : 2 * pairs] = -deviation * torch.eye(pairs)
-    middle[pairs, 2 * pairs] = 2 * deviation
+    middle[:latent, :latent] = deviation * torch.eye(latent)
+    middle[:latent, latent : 2 * latent] = -deviation * torch.eye(latent)
     _zero(encoder.quant_conv)
     encoder.quant_conv.weight[:, :, 0, 0] = torch.eye(2 * latent)
     tokens = patchify(cells)
+    variance = tokens.var(dim=(0, 2, 3))
     autoencoder.bn.running_mean.copy_(tokens.mean(dim=(0, 2, 3)))
-    softened = tokens.var(dim=(0, 2, 3)) ** SOFT_WHITENING
+    softened = variance**SOFT_WHITENING
     # Normalised latents get variance 1 on average, the noise's own.
-    scale = (tokens.var(dim=(0, 2, 3)) / softened).mean()
-    autoencoder.bn.running_var.copy_(softened * scale)
+    autoencoder.bn.running_var.copy_(softened * (variance / softened).mean())

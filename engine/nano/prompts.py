@@ -69,8 +69,8 @@ GOALS: dict[Slot, tuple[str, ...]] = {
     MIDDLE: ("to the middle", "to the center"),
 }
 
-_FLAT = ("on a {} background", "on {}", "against a {} background", "with a {} background", "in front of a {} background",
-         "on a plain {} background")  # fmt: skip
+_FLAT = ("on a {} background", "on {}", "against a {} background", "with a {} background",
+         "in front of a {} background", "on a plain {} background")  # fmt: skip
 _SETTINGS = {
     "grass": ("on the grass", "in a meadow", "on a grass field", "in the field"),
     "desert": ("in the desert", "in a desert", "on the sand"),
@@ -200,7 +200,7 @@ class Speaker:
         if made is None:
             return None
         sentence, target = made
-        return Example(kind, self.finish(sentence), target, (scene,), _touched(scene, target))
+        return Example(kind, self.finish(sentence), target, (scene,), touched(scene, target))
 
     def _background(self, scene: Scene) -> tuple[str, Scene] | None:
         background = self.world.background()
@@ -314,10 +314,7 @@ class Speaker:
         first: Slot = (-1, 0) if self.world.chance(0.7) else (0, -1)
         things = (Thing(chosen[0], NORMAL, first), Thing(chosen[1], NORMAL, (-first[0], -first[1])))
         content = self.pick(_BESIDE[first]).format(a=names[0], b=names[1])
-        if own < 0:
-            setting = self.setting(ground)
-        else:
-            setting = self.pick(_BORROWED).format(own + 1)
+        setting = self.setting(ground) if own < 0 else self.pick(_BORROWED).format(own + 1)
         return Example("compose", self.finish(f"{content} {setting}"), Scene(ground, things), references)
 
 
@@ -332,7 +329,7 @@ EDITS = {"background": 0.22, "replace": 0.22, "remove": 0.14, "add": 0.14, "move
 """Kinds of edit and how often each is practised."""
 
 
-def _touched(before: Scene, after: Scene) -> tuple[tuple[int, int, int, int], ...]:
+def touched(before: Scene, after: Scene) -> tuple[tuple[int, int, int, int], ...]:
     """Boxes of the things that are not the same in both; a new background touches everything else."""
     return tuple(thing.box for thing in {*before.things} ^ {*after.things})
 

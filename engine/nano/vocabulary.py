@@ -42,10 +42,9 @@ def extend(folder: Path) -> int:
             first, second, *rest = tokens
             merges.append([first, second])
             if first + second not in vocabulary:
-                whole = not rest and inside is not None
-                parents = [inside] if whole else [vocabulary[first], vocabulary[second]]
+                pieces = [vocabulary[first], vocabulary[second]]
                 vocabulary[first + second] = old + len(ancestors)
-                ancestors.append(parents)
+                ancestors.append(pieces if rest or inside is None else [inside])
             tokens = [first + second, *rest]
     path.write_text(json.dumps(settings, ensure_ascii=False))
     _grow(folder, old, ancestors)
@@ -58,7 +57,7 @@ def _grow(folder: Path, old: int, ancestors: list[list[int]]) -> None:
     tensors = load_file(path)
     rows = list(tensors["model.embed_tokens.weight"][:old].float())
     for parents in ancestors:
-        rows.append(torch.stack([rows[i] for i in parents]).mean(0))  # noqa: PERF401, later rows build on earlier ones
+        rows.append(torch.stack([rows[i] for i in parents]).mean(0))
     tensors["model.embed_tokens.weight"] = torch.stack(rows).half()
     save_file(tensors, path, metadata={"format": "pt"})
     config_path = folder / "text_encoder" / "config.json"

@@ -1,0 +1,264 @@
+"""How far nano obeys: `python -m engine.nano.evaluate` paints the held-out list, scores it and prints the table.
+
+Wordings and combinations of the list were never trained on; `held_out.jsonl` fixes them, with their seeds, so that two
+sets of weights answer the same questions. `--write` draws the list anew, which makes older figures incomparable.
+"""
+
+import argparse
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+
+from engine.nano.folder import WEIGHTS
+from engine.nano.model import Nano
+from engine.nano.paint import BACKGROUNDS
+from engine.nano.prompts import EDITS, Example, Speaker, touched, unseen
+from engine.nano.scenes import Scene, Thing
+from engine.nano.score import (
+    Picture,
+    background_right,
+    composed,
+    draw,
+    edit_done,
+    look,
+    place_right,
+    places_right,
+    rest_kept,
+    untouched,
+)
+from engine.nano.sprites import KINDS
+
+LIST = Path(__file__).with_name("held_out.jsonl")
+ROWS = 300
+"""Questions of each kind."""
+CHAINS = 30
+CHAIN_LENGTH = 10
+BATCH = 20
+
+Question = tuple[str, int, Example]
+"""(part of the list, seed, what is asked). A chain is CHAIN_LENGTH questions of one seed, each on the last answer."""
+
+
+def _pack(scene: Scene) -> list:
+    return [BACKGROUNDS[scene.background], *([thing.name, thing.size, *thing.slot] for thing in scene.things)]
+
+
+def _unpack(packed: list) -> Scene:
+    ground, *things = packed
+    return Scene(
+        BACKGROUNDS.index(ground), tuple(Thing(KINDS.index(name), size, (x, y)) for name, size, x, y in things)
+    )
+
+
+def questions(path: Path = LIST) -> Iterator[Question]:
+    """The list, in order."""
+    for line in path.read_text().splitlines():
+        part, seed, task, prompt, target, *references = json.loads(line)
+        scenes = tuple(_unpack(reference) for reference in references)
+        scene = _unpack(target)
+        boxes = touched(scenes[0], scene) if task in EDITS else ()
+        yield part, seed, Example(task, prompt, scene, scenes, boxes)
+
+
+def draw_questions() -> Iterator[Question]:
+    """A new list."""
+    speaker = Speaker("held out")
+    world = speaker.world
+    makes: dict[str, Callable[[Speaker], Example | None]] = {
+        "one": lambda speaker: speaker.generate(world.single),
+        "two": lambda speaker: speaker.generate(world.pair),
+        "edit": lambda speaker: speaker.edit(),
+        "compose": lambda speaker: speaker.compose(),
+    }
+    for part, make in makes.items():
+        for seed in range(ROWS):
+            yield part, seed, unseen(speaker, make)
+    for seed in range(CHAINS):
+        yield from (("chain", seed, example) for example in _chain(speaker))
+
+
+def _chain(speaker: Speaker) -> list[Example]:
+    """Ten edits in a row that leave the background and the first thing alone."""
+    while True:
+        scene = first = speaker.world.pair()
+        chain: list[Example] = []
+        for _ in range(100):
+            example = speaker.edit(speaker.pick([kind for kind in EDITS if kind != "background"]), scene)
+            if example and first.things[0] in example.target.things:
+                chain.append(example)
+                scene = example.target
+            if len(chain) == CHAIN_LENGTH:
+                return chain
+
+
+def write_questions(path: Path = LIST) -> None:
+    lines = (
+        [part, seed, example.task, example.prompt, _pack(example.target), *map(_pack, example.references)]
+        for part, seed, example in draw_questions()
+    )
+    path.write_text("".join(json.dumps(line, separators=(",", ":")) + "\n" for line in lines))
+
+
+def _pictures(tensor: torch.Tensor) -> list[Picture]:
+    return list(((tensor + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy())
+
+
+def _tensor(pictures: list[Picture]) -> torch.Tensor:
+    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def answers(nano: Nano, asked: list[Question], steps: int) -> list[Picture]:
+    """What nano paints for questions that stand alone, in batches of equally many references."""
+    order = sorted(range(len(asked)), key=lambda i: len(asked[i][2].references))
+    painted: dict[int, Picture] = {}
+    while order:
+        count = len(asked[order[0]][2].references)
+        batch = [i for i in order[:BATCH] if len(asked[i][2].references) == count]
+        order = order[len(batch) :]
+        references = None
+        if count:
+            drawn = [_tensor(draw(*asked[i][2].references)) for i in batch]
+            references = torch.stack(drawn).to(nano.device)
+        prompts, seeds = [asked[i][2].prompt for i in batch], [asked[i][1] for i in batch]
+        painted.update(zip(batch, _pictures(nano.paint(prompts, seeds, references, steps)), strict=True))
+    return [painted[i] for i in range(len(asked))]
+
+
+def chained(nano: Nano, asked: list[Question], steps: int) -> list[tuple[list[Example], Picture]]:
+    """Each chain, and the picture after its last edit: every edit is of the picture painted before."""
+    chains: dict[int, list[Example]] = {}
+    for _, seed, example in asked:
+        chains.setdefault(seed, []).append(example)
+    seeds = list(chains)
+    pictures = [draw(chains[seed][0].references[0])[0] for seed in seeds]
+    for step in range(CHAIN_LENGTH):
+        prompts = [chains[seed][step].prompt for seed in seeds]
+        references = _tensor(pictures)[:, None].to(nano.device)
+        pictures = _pictures(nano.paint(prompts, [seed * CHAIN_LENGTH + step for seed in seeds], references, steps))
+    return list(zip(chains.values(), pictures, strict=True))
+
+
+@dataclass
+class Table:
+    """Measure -> (value, of how many)."""
+
+    rows: dict[str, tuple[float, int]]
+
+    def add(self, name: str, values: list[float] | list[bool]) -> None:
+        if values:
+            self.rows[name] = (float(np.mean(values)), len(values))
+
+    def __str__(self) -> str:
+        lines = []
+        for name, (value, count) in self.rows.items():
+            shown = f"{value:.2f}" if name.endswith("of 255)") else f"{100 * value:.1f} %"
+            lines.append(f"| {name} | {shown} | {count} |")
+        return "\n".join(["| measure | value | n |", "|---|---|---|", *lines])
+
+
+def evaluate(nano: Nano, asked: list[Question], steps: int = 4) -> tuple[Table, list[tuple[Question, Picture, bool]]]:
+    """The table, and every picture painted for it with whether it is right as a whole."""
+    table = Table({})
+    parts = {part: [q for q in asked if q[0] == part] for part in ("one", "two", "edit", "compose", "chain")}
+    alone = [q for part in ("one", "two", "edit", "compose") for q in parts[part]]
+    painted = dict(zip(map(id, alone), answers(nano, alone, steps), strict=True))
+    shown: list[tuple[Question, Picture, bool]] = []
+
+    def each(part: str) -> list[tuple[Question, Picture]]:
+        return [(q, painted[id(q)]) for q in parts[part]]
+
+    generated = [*each("one"), *each("two")]
+    grounds = [background_right(picture, q[2].target) for q, picture in generated]
+    table.add("background right", grounds)
+    colours: list[bool] = []
+    found: dict[str, list[bool]] = {"one": [], "two": []}
+    for (q, picture), ground in zip(generated, grounds, strict=True):
+        scene = q[2].target
+        whole = ground
+        for i, thing in enumerate(scene.things):
+            finding = look(picture, scene, i)
+            right = finding.right(thing)
+            found[q[0]].append(right)
+            whole &= right
+            if thing.colour is not None:
+                colours.append(finding.colour == thing.colour)
+        shown.append((q, picture, whole))
+    table.add("object there, one asked for", found["one"])
+    table.add("object there, each of two", found["two"])
+    places = [place_right(picture, q[2].target) for q, picture in each("one")]
+    places += [places_right(picture, q[2].target) for q, picture in each("two")]
+    table.add("position right", places)
+    table.add("colour of a shape right", colours)
+
+    done = {id(q): edit_done(picture, q[2]) for q, picture in each("edit")}
+    table.add("edit done", list(done.values()))
+    for kind in EDITS:
+        table.add(f"edit done: {kind}", [done[id(q)] for q in parts["edit"] if q[2].task == kind])
+    table.add("edit keeps the rest (of 255)", [rest_kept(picture, q[2]) for q, picture in each("edit")])
+    shown += [(q, picture, done[id(q)]) for q, picture in each("edit")]
+
+    together = {id(q): composed(picture, q[2].target) for q, picture in each("compose")}
+    table.add("compose: every object there", list(together.values()))
+    table.add("compose: background right", [background_right(picture, q[2].target) for q, picture in each("compose")])
+    shown += [(q, picture, together[id(q)]) for q, picture in each("compose")]
+
+    if parts["chain"]:
+        drift = []
+        for chain, picture in chained(nano, parts["chain"], steps):
+            same = untouched(tuple(box for example in chain for box in example.touched))
+            (original,) = draw(chain[0].references[0])
+            drift.append(float(np.abs(original[same].astype(int) - picture[same]).mean()))
+        table.add("ten edits in a row: untouched part (of 255)", drift)
+    return table, shown
+
+
+def montage(shown: list[tuple[Question, Picture, bool]], path: Path, columns: int = 8) -> None:
+    """References, prompt and answer, the verdict in the prompt's colour: green for right, red for wrong."""
+    cell, text = 132, 34
+    rows: list[list[tuple[Picture, str, str]]] = [[]]
+    for (_, _, example), picture, right in shown:
+        group = [(reference, "", "black") for reference in draw(*example.references)] if example.references else []
+        group.append((picture, example.prompt, "darkgreen" if right else "red"))
+        if len(rows[-1]) + len(group) > columns:
+            rows.append([])
+        rows[-1] += group
+    sheet = Image.new("RGB", (columns * cell, len(rows) * (cell + text)), "white")
+    pen = ImageDraw.Draw(sheet)
+    for y, row in enumerate(rows):
+        for x, (picture, prompt, colour) in enumerate(row):
+            sheet.paste(Image.fromarray(picture), (x * cell, y * (cell + text)))
+            lines = [prompt[i : i + 21] for i in range(0, len(prompt), 21)]
+            pen.multiline_text((x * cell, y * (cell + text) + 128), "\n".join(lines[:3]), fill=colour, spacing=0)
+    sheet.save(path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--weights", type=Path, default=WEIGHTS)
+    parser.add_argument("--montage", type=Path, default=Path("nano.png"))
+    parser.add_argument("--every", type=int, default=1, help="of the list, every n-th question; chains stay whole")
+    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--write", action="store_true", help="draw the held-out list anew")
+    args = parser.parse_args()
+    if args.write:
+        write_questions()
+    if not args.device.startswith("cuda"):
+        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    asked = [q for q in questions() if q[1] % args.every == 0]
+    start = time.monotonic()
+    table, shown = evaluate(Nano(args.weights).to(args.device), asked, args.steps)
+    print(table)
+    print(f"{time.monotonic() - start:.0f} s")
+    montage(shown[:: max(1, len(shown) // 60)], args.montage)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,265 @@
+"""Is it there? Judges a picture by its pixels alone, against the scene that was asked for.
+
+An object counts when the nearest of all sprites to what is painted round its place is the right one, nearer than a
+plain blob of its size and colour too, and its outline overlaps the sprite's by at least 0.6.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import torch
+
+from engine.nano.paint import CANVAS, Painter, backgrounds
+from engine.nano.prompts import Example
+from engine.nano.scenes import SLOTS, Scene, Thing, changed, without
+from engine.nano.sprites import KINDS, SIZES, atlas
+from engine.nano.supply import paint_scenes
+from engine.nano.words import COLOURS
+
+Picture = np.ndarray
+"""[side, side, 3] uint8."""
+
+OUTLINE = 0.6
+"""Least overlap (intersection over union) of the painted outline with the right one."""
+VISIBLE = 40
+"""Of 255, in the channel where it is largest: what differs from the background by more belongs to an object."""
+NEAR = 24
+"""Of 255: a background may be this far off on average; the two nearest flat ones differ by more than twice that."""
+GONE = 20
+"""Of 255: where a thing was taken away, the picture may be this far on average from what lies behind it."""
+_SEARCH = range(-6, 7, 2)
+"""Pixels an object may be away from its place, in each direction."""
+_MARGIN = 8
+
+
+@lru_cache(maxsize=1)
+def _painter() -> Painter:
+    return Painter()
+
+
+def draw(*scenes: Scene) -> list[Picture]:
+    """The scenes as they ought to look."""
+    pictures = paint_scenes(_painter(), scenes)
+    return list(((pictures + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy())
+
+
+@lru_cache(maxsize=1)
+def _grounds() -> np.ndarray:
+    return backgrounds().astype(np.float32)
+
+
+def _free(things: tuple[Thing, ...], margin: int = 4) -> np.ndarray:
+    """Where no box of the things is: [side, side] bool."""
+    free = np.ones((CANVAS, CANVAS), bool)
+    for thing in things:
+        free[_window(thing, margin)] = False
+    return free
+
+
+def _window(thing: Thing, margin: int) -> tuple[slice, slice]:
+    left, top, right, bottom = thing.box
+    return slice(max(0, top - margin), bottom + margin), slice(max(0, left - margin), right + margin)
+
+
+def background_right(picture: Picture, scene: Scene) -> bool:
+    """Whether the free part of the picture is nearest to the right background, and near."""
+    free = _free(scene.things)
+    distances = np.abs(_grounds()[:, free] - picture[free]).mean(axis=(1, 2))
+    return bool(distances.argmin() == scene.background and distances.min() < NEAR)
+
+
+@lru_cache(maxsize=len(SIZES))
+def _candidates(size: int) -> torch.Tensor:
+    """[2 · kinds, side, side, 4] premultiplied, 0 … 255: all sprites, then a blob of each."""
+    sprites = atlas()[SIZES[size]].astype(np.float32)
+    return torch.from_numpy(np.concatenate((sprites, np.stack([_blob(sprite) for sprite in sprites]))))
+
+
+def _blob(sprite: np.ndarray) -> np.ndarray:
+    """An ellipse of the sprite's place, extent and mean colour."""
+    alpha = sprite[..., 3] / 255
+    y, x = np.mgrid[0 : sprite.shape[0], 0 : sprite.shape[1]]
+    points = np.stack((x, y)).reshape(2, -1)
+    weights = alpha.reshape(-1) / alpha.sum()
+    offsets = points - (points @ weights)[:, None]
+    covariance = (offsets * weights) @ offsets.T + 1e-3 * np.eye(2)
+    distance = np.einsum("in,ij,jn->n", offsets, np.linalg.inv(covariance), offsets).reshape(alpha.shape)
+    # A filled ellipse reaches two deviations out.
+    cover = np.clip((4 - distance) * 2, 0, 1)[..., None]
+    colour = sprite[..., :3].sum(axis=(0, 1)) / alpha.sum()
+    return np.concatenate((cover * colour, cover * 255), axis=-1).astype(np.float32)
+
+
+def _round_already(kind: int) -> bool:
+    """A circle is its own blob."""
+    return KINDS[kind].endswith("circle")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What was found at a thing's place. overlap: of the outlines. nearest: the sprite's kind, or None for a blob."""
+
+    overlap: float
+    nearest: int | None
+    colour: int
+
+    def right(self, thing: Thing) -> bool:
+        return self.nearest == thing.kind and self.overlap >= OUTLINE
+
+
+def look(picture: Picture, scene: Scene, index: int) -> Finding:
+    """What stands where the scene's thing should be; the rest of the scene is taken as asked for."""
+    thing = scene.things[index]
+    (under,) = draw(without(scene, index))
+    around = _neighbourhood(picture, under)
+    candidates = _candidates(thing.size)
+    dx, dy = min(
+        ((dx, dy) for dx in _SEARCH for dy in _SEARCH),
+        key=lambda shift: _distances(around, thing, candidates[thing.kind][None], shift[0], shift[1]).item(),
+    )
+    # Every rival may shift a little too, lest it lose only for standing two pixels aside.
+    shifts = [(dx + i, dy + j) for i in (-2, 0, 2) for j in (-2, 0, 2)]
+    distances = torch.stack([_distances(around, thing, candidates, x, y) for x, y in shifts])
+    best = distances.min(dim=0).values
+    if _round_already(thing.kind):
+        best[len(KINDS) + thing.kind] = torch.inf
+    nearest = int(best.argmin())
+    return Finding(
+        _overlap(around, thing, dx, dy),
+        nearest if nearest < len(KINDS) else None,
+        _colour(around[0], thing, dx, dy),
+    )
+
+
+Neighbourhood = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+"""The picture, what should be behind the thing, and 1 where the picture is: padded by _MARGIN, 0 … 255."""
+
+
+def _neighbourhood(picture: Picture, under: Picture) -> Neighbourhood:
+    """The search may reach over the edge of the picture; what is there belongs to nothing."""
+    pad = ((_MARGIN, _MARGIN), (_MARGIN, _MARGIN), (0, 0))
+    seen, behind = (torch.from_numpy(np.pad(image, pad, mode="edge")).float() for image in (picture, under))
+    inside = torch.zeros(CANVAS + 2 * _MARGIN, CANVAS + 2 * _MARGIN, 1)
+    inside[_MARGIN:-_MARGIN, _MARGIN:-_MARGIN] = 1
+    return seen, behind, inside
+
+
+def _cut(image: torch.Tensor, thing: Thing, dx: int, dy: int) -> torch.Tensor:
+    left, top = thing.box[0] + _MARGIN + dx, thing.box[1] + _MARGIN + dy
+    return image[top : top + thing.side, left : left + thing.side]
+
+
+def _distances(
+    seen: torch.Tensor,
+    behind: torch.Tensor,
+    inside: torch.Tensor,
+    thing: Thing,
+    sprites: torch.Tensor,
+    dx: int,
+    dy: int,
+) -> torch.Tensor:
+    """Mean squared difference between what is seen and each sprite laid over what is behind: [sprites]."""
+    seen, behind, inside = (_cut(image, thing, dx, dy)[::2, ::2] for image in (seen, behind, inside))
+    sprites = sprites[:, ::2, ::2]
+    expected = behind * (1 - sprites[..., 3:] / 255) + sprites[..., :3]
+    return ((seen - expected).pow(2) * inside).mean(dim=(1, 2, 3))
+
+
+def _overlap(neighbourhood: Neighbourhood, thing: Thing, dx: int, dy: int) -> float:
+    """Of what stands out from the background in the picture and in the truth, over the whole neighbourhood."""
+    seen, behind, inside = neighbourhood
+    sprite = _candidates(thing.size)[thing.kind]
+    truth = behind.clone()
+    here = _cut(truth, thing, dx, dy)
+    here.mul_(1 - sprite[..., 3:] / 255).add_(sprite[..., :3])
+    left, top, right, bottom = thing.box
+    area = slice(top, bottom + 2 * _MARGIN), slice(left, right + 2 * _MARGIN)
+    ours, theirs = ((((image - behind).abs() * inside).amax(dim=-1) > VISIBLE)[area] for image in (seen, truth))
+    union = (ours | theirs).sum().item()
+    return (ours & theirs).sum().item() / union if union else 0.0
+
+
+def _colour(seen: torch.Tensor, thing: Thing, dx: int, dy: int) -> int:
+    """The known colour nearest to what the sprite's inside shows."""
+    solid = _candidates(thing.size)[thing.kind][..., 3] > 250
+    mean = _cut(seen, thing, dx, dy)[solid].mean(dim=0)
+    return int((torch.tensor(list(COLOURS.values())) - mean).pow(2).sum(dim=1).argmin())
+
+
+def place_right(picture: Picture, scene: Scene) -> bool:
+    """For one object: whether what stands out is centred on the right one of the nine places."""
+    (thing,) = scene.things
+    mask = np.abs(picture.astype(int) - _grounds()[scene.background]).max(axis=-1) > VISIBLE
+    if mask.sum() < 0.1 * thing.side**2:
+        return False
+    y, x = np.nonzero(mask)
+    truth = np.abs(draw(scene)[0].astype(int) - _grounds()[scene.background]).max(axis=-1) > VISIBLE
+    true_y, true_x = np.nonzero(truth)
+    # Sprites are seldom centred in their box: the truth's own centre says by how much.
+    off_x, off_y = true_x.mean() - thing.centre[0], true_y.mean() - thing.centre[1]
+
+    def distance(slot: tuple[int, int]) -> float:
+        centre = changed(scene, 0, slot=slot).things[0].centre
+        return np.hypot(x.mean() - off_x - centre[0], y.mean() - off_y - centre[1])
+
+    return min(SLOTS, key=distance) == thing.slot
+
+
+def places_right(picture: Picture, scene: Scene) -> bool:
+    """For two objects of one size: whether each looks more like itself where it should be than like the other."""
+    first, second = scene.things
+    swapped = Scene(scene.background, (_put(first, second), _put(second, first)))
+    right, wrong = draw(scene, swapped)
+    free = ~_free(scene.things, 0)
+    seen = picture[free].astype(int)
+    return bool(np.abs(seen - right[free]).mean() < np.abs(seen - wrong[free]).mean())
+
+
+def _put(thing: Thing, where: Thing) -> Thing:
+    return Thing(thing.kind, thing.size, where.slot)
+
+
+def edit_done(picture: Picture, example: Example) -> bool:
+    """Whether the asked change is there."""
+    target, (source,) = example.target, example.references
+    if example.task == "background":
+        return background_right(picture, target)
+    changes = [i for i, thing in enumerate(target.things) if thing not in source.things]
+    if not all(look(picture, target, i).right(target.things[i]) for i in changes):
+        return False
+    old, new = draw(source, target)
+    for thing in (thing for thing in source.things if thing not in target.things):
+        window = _window(thing, 0)
+        left_over = np.abs(old[window].astype(int) - new[window]).max(axis=-1) > VISIBLE
+        for other in target.things:
+            if other not in source.things:
+                left_over &= _free((other,), 0)[window]
+        error = np.abs(picture[window].astype(int) - new[window]).mean(axis=-1)
+        if left_over.any() and error[left_over].mean() > GONE:
+            return False
+    return True
+
+
+def rest_kept(picture: Picture, example: Example) -> float:
+    """Mean absolute difference, of 255, outside what the edit may repaint; behind a new background, of the things."""
+    (truth,) = draw(example.target)
+    if example.task == "background":
+        empty = draw(Scene(example.target.background))[0].astype(int)
+        kept = np.abs(truth - empty).max(axis=-1) > VISIBLE
+    else:
+        kept = untouched(example.touched)
+    return float(np.abs(picture[kept].astype(int) - truth[kept]).mean()) if kept.any() else 0.0
+
+
+def untouched(boxes: tuple[tuple[int, int, int, int], ...]) -> np.ndarray:
+    """Outside all the boxes: [side, side] bool."""
+    free = np.ones((CANVAS, CANVAS), bool)
+    for left, top, right, bottom in boxes:
+        free[max(0, top - 2) : bottom + 2, max(0, left - 2) : right + 2] = False
+    return free
+
+
+def composed(picture: Picture, scene: Scene) -> bool:
+    """Whether every object is there, each where it should be."""
+    return all(look(picture, scene, i).right(thing) for i, thing in enumerate(scene.things))
