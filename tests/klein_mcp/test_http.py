@@ -1,0 +1,245 @@
+"""Who is let in over HTTP, what strangers hear, and what becomes of malformed requests."""
+
+import asyncio
+import json
+import socket
+import stat
+from argparse import Namespace
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import httpx2
+import pytest
+import uvicorn
+from mcp import Client
+from mcp.client.streamable_http import streamable_http_client
+
+from klein_mcp.errors import RequestError
+from klein_mcp.server import create_server
+from klein_mcp.service import Service
+from klein_mcp.transports import http, pictures
+from tests.living import Living
+from tests.pictures import file, scene
+from tests.talk import call
+
+pytestmark = pytest.mark.anyio
+
+TOKEN = "a-token-of-our-own-making"
+PATHS = ("/mcp", "/sse", "/messages/", "/upload", "/images/abc.png", "/nothing")
+
+
+@asynccontextmanager
+async def serving(service: Service, **options: Any) -> AsyncIterator[str]:
+    """The application on a real port: its address."""
+    links = pictures.Links()
+    app = http.application(create_server(service, link=links.of), service, links, **options)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        server = uvicorn.Server(uvicorn.Config(app, log_config=None, timeout_graceful_shutdown=1))
+        task = asyncio.create_task(server.serve([listener]))
+        while not server.started:
+            await asyncio.sleep(0.01)
+        try:
+            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        finally:
+            server.should_exit = True
+            await task
+
+
+@pytest.fixture
+async def url(service: Service) -> AsyncIterator[str]:
+    async with serving(service) as url:
+        yield url
+
+
+@pytest.fixture
+async def guarded(service: Service) -> AsyncIterator[str]:
+    async with serving(service, token=TOKEN, hosts=["pictures.example.org"]) as url:
+        yield url
+
+
+def bearer(token: str = TOKEN) -> dict[str, str]:
+    return {"authorization": f"Bearer {token}"}
+
+
+async def get(url: str, path: str, **headers: str) -> httpx2.Response:
+    async with httpx2.AsyncClient() as client, client.stream("GET", url + path, headers=headers) as response:
+        if response.status_code != 200:  # a stream of events that was let in has no end
+            await response.aread()
+        return response
+
+
+@asynccontextmanager
+async def connected(url: str, headers: dict[str, str]) -> AsyncIterator[Client]:
+    async with (
+        httpx2.AsyncClient(headers=headers) as http_client,
+        Client(streamable_http_client(f"{url}/mcp", http_client=http_client)) as client,
+    ):
+        yield client
+
+
+def initialize(**more: Any) -> dict[str, Any]:
+    params = {"protocolVersion": "2025-11-25", "capabilities": {}, "clientInfo": {"name": "t", "version": "1"}}
+    return {"jsonrpc": "2.0", "id": 1, "method": "initialize", "params": params, **more}
+
+
+ACCEPT = {"accept": "application/json, text/event-stream", "content-type": "application/json"}
+
+
+async def post(url: str, body: bytes, path: str = "/mcp", **headers: str) -> httpx2.Response:
+    async with httpx2.AsyncClient() as client:
+        return await client.post(url + path, content=body, headers={**ACCEPT, **headers})
+
+
+async def test_health_is_told_to_anybody_and_says_nothing_else(guarded):
+    answer = await get(guarded, "/healthz", host="any.name")
+    assert answer.status_code == 200
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize(
+    "host", ["evil.example", "evil.example:80", "127.0.0.1.evil.example", "localhost.evil.example:1"]
+)
+async def test_a_forged_host_is_refused_on_every_path(url, path, host):
+    assert (await get(url, path, host=host)).status_code == 421
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("origin", ["http://evil.example", "https://localhost.evil.example", "null", "file://"])
+async def test_a_page_of_another_site_is_refused_on_every_path(url, path, origin):
+    assert (await get(url, path, origin=origin)).status_code == 403
+
+
+async def test_a_page_of_our_own_is_let_in(url):
+    assert (await post(url, json.dumps(initialize()).encode(), origin="http://localhost:3000")).status_code == 200
+
+
+@pytest.mark.parametrize("path", [path for path in PATHS if not path.startswith("/images")])
+@pytest.mark.parametrize("headers", [{}, bearer("wrong"), bearer(""), bearer(TOKEN + "x"), {"authorization": TOKEN}])
+async def test_without_the_token_nobody_comes_in(guarded, path, headers):
+    headers = {name: value.strip() for name, value in headers.items()}
+    answer = await get(guarded, path, **headers)
+    assert answer.status_code == 401
+    assert answer.headers["www-authenticate"] == "Bearer"
+    assert answer.json() == {"error": "Wrong or missing token."}
+
+
+async def test_with_the_token_a_client_paints(guarded):
+    async with connected(guarded, bearer()) as client:
+        assert (await call(client, "generate_image", prompt="a cat"))["width"] == 128
+
+
+async def test_the_names_that_were_allowed_are_let_in_with_and_without_a_port(guarded):
+    body = json.dumps(initialize()).encode()
+    for host in ("pictures.example.org", "pictures.example.org:443"):
+        assert (await post(guarded, body, host=host, **bearer())).status_code == 200
+
+
+async def test_a_sender_from_elsewhere_gets_a_signed_link_that_works_without_the_token(service):
+    # Through a proxy, as which the test itself acts: `forwarded` says so.
+    async with serving(service, token=TOKEN) as url:
+        async with connected(url, {**bearer(), "forwarded": "for=192.0.2.7"}) as client:
+            facts = await call(client, "generate_image", prompt="a cat")
+        assert "path" not in facts
+        async with httpx2.AsyncClient() as stranger:
+            assert (await stranger.get(facts["url"])).content.startswith(b"\x89PNG")
+            spoiled = [
+                facts["url"][:-1] + "0",
+                facts["url"][:-1] + "1",
+                facts["url"].split("?")[0],
+                facts["url"].replace("until=", "until=9"),
+            ]
+            answers = [(await stranger.get(address)).status_code for address in spoiled]
+            assert answers.count(403) >= 3  # one of the last digits may be the right one
+
+
+async def test_an_upload_becomes_a_handle_and_needs_the_token(guarded):
+    data = file(scene(80, 64))
+    assert (await post(guarded, data, "/upload")).status_code == 401
+    answer = await post(guarded, data, "/upload", **bearer())
+    assert answer.status_code == 200
+    async with connected(guarded, bearer()) as client:
+        facts = await call(client, "edit_image", image=answer.json()["image"], prompt="make it green")
+    assert (facts["width"], facts["height"]) == (80, 64)
+    assert (await post(guarded, b"no picture", "/upload", **bearer())).status_code == 400
+
+
+BROKEN = [
+    b"",
+    b"{",
+    b"[]",
+    b"null",
+    b"\xff\xfe\x00",
+    b"[" * 100_000,
+    b'{"jsonrpc": "2.0"}',
+    b'{"jsonrpc": "1.0", "id": 1, "method": "ping"}',
+    b'{"jsonrpc": "2.0", "id": {}, "method": "ping"}',
+    b'{"jsonrpc": "2.0", "id": 1, "method": 7}',
+]
+
+
+@pytest.mark.parametrize("body", BROKEN, ids=range(len(BROKEN)))
+async def test_malformed_json_rpc_is_refused_and_the_next_request_is_answered(url, body):
+    answer = await post(url, body)
+    assert 400 <= answer.status_code < 500
+    assert "Traceback" not in answer.text
+    assert (await post(url, json.dumps(initialize()).encode())).status_code == 200
+
+
+async def test_an_oversized_body_is_refused_whether_or_not_it_says_its_length(url):
+    huge = json.dumps(initialize(padding="x" * 5_000_000)).encode()
+    assert (await post(url, huge)).status_code == 413
+
+    async def chunks() -> AsyncIterator[bytes]:
+        for start in range(0, len(huge), 2**16):
+            yield huge[start : start + 2**16]
+
+    async with httpx2.AsyncClient() as client:
+        assert (await client.post(f"{url}/mcp", content=chunks(), headers=ACCEPT)).status_code == 413
+
+
+def test_any_address_but_loopback_needs_a_name_or_nothing_is_served(living: Living):
+    done = living.run("-m", "klein_mcp", "serve", "--host", "0.0.0.0")
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert "--allowed-host" in done.stderr
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.1", "127.0.0.2", "", "gpu.example.org"])
+def test_only_what_is_known_to_be_loopback_counts_as_such(host):
+    with pytest.raises(ValueError, match="allowed-host"):
+        http.Options.of(Namespace(host=host, port=1, token_file=None, allowed_host=[]))
+
+
+@pytest.mark.parametrize("token", ["", "short", "two words that are long enough", "ünïcödé-and-long-enough"])
+def test_a_token_that_protects_nobody_is_refused(settings, tmp_path, token):
+    (tmp_path / "token").write_text(token, encoding="utf-8")
+    with pytest.raises(RequestError, match="at least 16"):
+        http._token(settings, http.Options(token_file=tmp_path / "token"))
+
+
+def test_a_missing_token_file_is_one_line(living: Living, tmp_path):
+    done = living.run("-m", "klein_mcp", "serve", "--token-file", str(tmp_path / "nothing"))
+    assert done.returncode == 1
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_port_taken_by_something_else_is_one_line(living: Living):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        done = living.run("-m", "klein_mcp", "serve", "--port", str(port))
+    assert done.returncode == 1
+    assert done.stderr.count("\n") == 1
+    assert f"port {port}" in done.stderr
+
+
+def test_a_token_that_we_make_is_kept_and_for_its_owner_alone(settings, capsys):
+    options = http.Options(host="0.0.0.0", allowed_hosts=("a.example",))
+    token = http._token(settings, options)
+    assert token
+    assert http._token(settings, options) == token
+    path = settings.home / "http-token"
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    said = capsys.readouterr().err
+    assert str(path) in said
+    assert token not in said
