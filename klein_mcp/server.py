@@ -41,9 +41,10 @@ INSTRUCTIONS = (
     "Pictures by FLUX.2 [klein], on this machine. generate_image paints from words, edit_image changes a picture, "
     "compose_references joins several. Each result names a handle: use it (or last) as the image of the next call. "
     "Handles stay valid, so go back to an earlier picture rather than mend a bad one. Same seed and words, same "
-    "picture; count paints drafts to choose from. save_image puts the full picture into the user's project; "
-    "otherwise tell the user the path. If a result holds a job, call wait_for_job. Prompts: plain sentences, subject first, then light; "
-    "say what is there, not what is not. Where the model is nano, a demo, keep to a few of its words: klein://guide."
+    "picture; count paints drafts to choose from. save_image puts the full picture into the user's project; otherwise "
+    "tell the user the path. If a result holds a job, call wait_for_job. Prompts: plain sentences, subject first, "
+    "then light; say what is there, not what is not. Where the model is nano, a demo, keep to a few of its words: "
+    "klein://guide."
 )
 
 
