@@ -54,7 +54,7 @@ def is_public(address: str) -> bool:
     ip = ipaddress.ip_address(address.partition("%")[0])
     if isinstance(ip, ipaddress.IPv6Address):
         # Addresses that are IPv4 ones in disguise are judged by what they hide.
-        hidden = ip.ipv4_mapped or ip.sixtofour or (ip.teredo[1] if ip.teredo else None) or _nat64(ip)
+        hidden = ip.ipv4_mapped or ip.sixtofour or (ip.teredo[1] if ip.teredo else None) or _embedded(ip)
         if hidden is not None:
             return is_public(str(hidden))
         if ip.is_site_local:
@@ -62,9 +62,11 @@ def is_public(address: str) -> bool:
     return ip.is_global and not ip.is_multicast
 
 
-def _nat64(ip: ipaddress.IPv6Address) -> ipaddress.IPv4Address | None:
-    in_nat64 = ip in ipaddress.IPv6Network("64:ff9b::/96")
-    return ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF) if in_nat64 else None
+def _embedded(ip: ipaddress.IPv6Address) -> ipaddress.IPv4Address | None:
+    """NAT64, and the old "compatible" form."""
+    networks = ("64:ff9b::/96", "::/96")
+    inside = any(ip in ipaddress.IPv6Network(network) for network in networks)
+    return ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF) if inside else None
 
 
 def _parsed(url: str) -> SplitResult:
@@ -113,7 +115,10 @@ def _ask(parts: SplitResult, address: str, context: ssl.SSLContext, deadline: fl
             return where
         if response.status != 200:
             raise BadImage(f"The host {shown(parts.hostname)} answered {response.status}.", hint="Check the address.")
-        return _body(response, limit)
+        body = _body(response, limit)
+        if time.monotonic() >= deadline:
+            raise TimeoutError  # cut off, which without a length looks like the end
+        return body
     except (OSError, http.client.HTTPException):
         if time.monotonic() >= deadline:
             raise BadImage(f"The picture took longer than {SECONDS:.0f} s.", hint="Save it as a file first.") from None
@@ -141,11 +146,14 @@ class _Pinned(http.client.HTTPSConnection):
         super().__init__(host, port, timeout=timeout, context=context)
         self._address = address
         self._tls = context
+        self._wire: socket.socket | None = None
 
     def connect(self) -> None:
-        self.sock = socket.create_connection((self._address, self.port), self.timeout)
-        self.sock = self._tls.wrap_socket(self.sock, server_hostname=self.host)
+        self._wire = socket.create_connection((self._address, self.port), self.timeout)
+        self._wire = self.sock = self._tls.wrap_socket(self._wire, server_hostname=self.host)
 
     def cut(self) -> None:
-        with contextlib.suppress(OSError, AttributeError):
-            self.sock.shutdown(socket.SHUT_RDWR)
+        """From another thread. `sock` may be gone by then: the library leaves it to the response."""
+        if self._wire is not None:
+            with contextlib.suppress(OSError):
+                self._wire.shutdown(socket.SHUT_RDWR)

@@ -1,4 +1,4 @@
-"""save_image writes the full picture where it may, whole or not at all, and tells how it was made unless told not to."""
+"""save_image writes the full picture whole or not at all, and tells how it was made unless told not to."""
 
 import json
 import os
@@ -60,6 +60,7 @@ async def test_every_format_tells_how_it_was_made(client: Client, project: Path,
     assert recipe is not None
     assert (recipe["image"], recipe["seed"], recipe["model"]) == (told["image"], "5", "nano")
     assert recipe["order"]["prompt"] == "a dot — “quoted” <&> 熊"
+    assert packet
     root = ElementTree.fromstring(packet.strip(b"\0 ") if isinstance(packet, bytes) else packet)
     (described,) = root.iter("{http://www.w3.org/1999/02/22-rdf-syntax-ns#}Description")
     kind = described.get("{http://iptc.org/std/Iptc4xmpExt/2008-02-29/}DigitalSourceType")
