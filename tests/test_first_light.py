@@ -1,0 +1,145 @@
+"""The main job, as a user's client has it: a real server, a real engine, the embedded model, pictures one can check."""
+
+import json
+import struct
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from mcp.client import Client
+from PIL import Image
+
+from engine.find import NANO
+from tests.living import Living
+from tests.pictures import file, noise
+from tests.talk import call, refused
+
+pytestmark = pytest.mark.anyio
+
+# The world's colours; source: engine/nano/README.md.
+YELLOW, ORANGE, GREEN, BLUE = (250, 220, 50), (245, 140, 30), (50, 170, 70), (45, 90, 220)
+
+
+def background(path: Path) -> np.ndarray:
+    """The colour of the four corners, where no demo puts anything."""
+    pixels = np.asarray(Image.open(path).convert("RGB")).astype(int)
+    corners = [pixels[y : y + 12, x : x + 12] for y in (4, -16) for x in (4, -16)]
+    return np.median(np.concatenate([corner.reshape(-1, 3) for corner in corners]), axis=0)
+
+
+def test_the_demos_pictures_have_the_backgrounds_that_were_asked_for(living: Living, tmp_path: Path) -> None:
+    shown = living.run("-m", "klein_mcp", "demo", "--json", "--out", str(tmp_path))
+    assert shown.returncode == 0, shown.stderr
+    calls = json.loads(shown.stdout)
+    assert [entry["tool"] for entry in calls] == [
+        "generate_image", "generate_image", "edit_image", "compose_references",
+    ]  # fmt: skip
+    assert all(entry["seconds"] > 0 for entry in calls)
+    for entry, colour in zip(calls, (YELLOW, ORANGE, GREEN, BLUE), strict=True):
+        # Observed: at most 6 off in any channel; the nearest two of the world's colours are 50 apart.
+        assert np.abs(background(Path(entry["path"])) - colour).max() < 25, entry
+
+
+def test_the_demos_pictures_have_an_object_in_the_middle(living: Living, tmp_path: Path) -> None:
+    living.run("-m", "klein_mcp", "demo", "--out", str(tmp_path))
+    for path in sorted(tmp_path.glob("*.png")):
+        pixels = np.asarray(Image.open(path).convert("RGB")).astype(int)
+        other = (np.abs(pixels - background(path)).max(axis=-1) > 60).mean()
+        assert 0.05 < other < 0.6, f"{path.name}: {other:.2f} of it is not background"
+
+
+def claims(width: int, height: int) -> bytes:
+    """A PNG of a hundred bytes whose header claims any size."""
+
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(b"\0")) + chunk(b"IEND", b"")
+
+
+@pytest.fixture
+def shelf(tmp_path: Path) -> Path:
+    """Files nobody should have to paint from."""
+    picture = file(noise(128, 128))
+    (tmp_path / "good.png").write_bytes(picture)
+    (tmp_path / "cut.png").write_bytes(picture[: len(picture) // 2])
+    (tmp_path / "empty.png").write_bytes(b"")
+    (tmp_path / "huge.png").write_bytes(claims(50_000, 50_000))
+    (tmp_path / "text.png").write_text("not a picture")
+    broken = tmp_path / "broken"
+    for source in NANO.rglob("*"):
+        target = broken / source.relative_to(NANO)
+        if source.is_file():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            data = source.read_bytes()
+            target.write_bytes(data[:-999] if source.name == "diffusion_pytorch_model.safetensors" else data)
+    return tmp_path
+
+
+BAD: list[tuple[str, dict[str, Any], str]] = [
+    ("generate_image", {"prompt": ""}, "prompt"),
+    ("generate_image", {"prompt": "a " * 200_000}, "prompt"),
+    ("generate_image", {"prompt": "a cat", "width": 4000, "height": 64}, "2048"),
+    ("generate_image", {"prompt": "a cat", "width": 10, "height": 64}, "64"),
+    ("generate_image", {"prompt": "a cat", "width": 128}, "height"),
+    ("generate_image", {"prompt": "a cat", "count": 9}, "4"),
+    ("generate_image", {"prompt": "a cat", "colour": "red"}, "colour"),
+    ("generate_image", {"prompt": "a cat", "model": "klein-9b"}, "klein-mcp pull klein-9b"),
+    ("generate_image", {"prompt": "a cat", "model": "klien-4b"}, "klein-4b"),
+    ("edit_image", {"prompt": "a cat", "image": "zzzzzz"}, "list_images"),
+    ("edit_image", {"prompt": "a cat", "image": "{shelf}/cut.png"}, "cut.png"),
+    ("edit_image", {"prompt": "a cat", "image": "{shelf}/empty.png"}, "empty"),
+    ("edit_image", {"prompt": "a cat", "image": "{shelf}/huge.png"}, "50000×50000"),
+    ("edit_image", {"prompt": "a cat", "image": "{shelf}/text.png"}, "not"),
+    ("edit_image", {"prompt": "a cat", "image": "{shelf}/nowhere.png"}, "nowhere.png"),
+    ("compose_references", {"prompt": "a cat", "images": ["{shelf}/good.png"] * 12}, "1 to 4"),
+    ("compose_references", {"prompt": "a cat", "images": []}, "images"),
+]
+
+
+def _on(shelf: Path, value: Any) -> Any:
+    if isinstance(value, list):
+        return [_on(shelf, each) for each in value]
+    return value.replace("{shelf}", str(shelf)) if isinstance(value, str) else value
+
+
+async def test_bad_input_gets_one_line_and_the_next_call_works(living: Living, shelf: Path) -> None:
+    async with Client(living.stdio()) as client:
+        for tool, arguments, says in BAD:
+            said = await refused(client, tool, **{key: _on(shelf, value) for key, value in arguments.items()})
+            assert says in said, f"{tool} {str(arguments)[:80]}: {said}"
+        after = await call(client, "generate_image", prompt="a cat in the snow", seed=1)
+        assert Path(after["path"]).is_file()
+        assert await call(client, "edit_image", image=str(shelf / "good.png"), prompt="make the background red")
+
+
+async def test_weights_cut_short_are_named_and_the_engine_lives_on(living: Living, shelf: Path) -> None:
+    async with Client(living.stdio(KLEIN_MODEL=str(shelf / "broken"))) as client:
+        said = await refused(client, "generate_image", prompt="a cat")
+        assert "diffusion_pytorch_model.safetensors" in said
+        assert "Download it again" in said
+        assert await call(client, "generate_image", prompt="a cat", model="nano")
+
+
+async def test_sizes_off_16_are_rounded_and_said(living: Living) -> None:
+    async with Client(living.stdio()) as client:
+        facts = await call(client, "generate_image", prompt="a cat in the snow", width=100, height=70, seed=1)
+        assert (facts["width"], facts["height"]) == (96, 64)
+        assert any("16" in warning for warning in facts["warnings"])
+
+
+async def test_progress_reaches_the_client_for_every_step(living: Living) -> None:
+    told: list[tuple[float, str]] = []
+
+    async def hear(progress: float, total: float | None, message: str | None) -> None:
+        told.append((progress, message or ""))
+
+    async with Client(living.stdio()) as client:
+        await client.call_tool("generate_image", {"prompt": "a dog on yellow", "seed": 2}, progress_callback=hear)
+    values = [progress for progress, _ in told]
+    assert values == sorted(set(values)), "strictly increasing"
+    for step in range(1, 5):
+        assert any(f"{step}/4" in message or f"{step} of 4" in message for _, message in told), told
