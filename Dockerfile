@@ -3,7 +3,8 @@
 #   docker build -t klein-mcp .                                    CPU
 #   docker build -t klein-mcp --build-arg TORCH=cu130 \
 #     --build-arg BASE=nvidia/cuda:13.0.1-base-ubuntu24.04 .       CUDA
-#   docker run -p 127.0.0.1:8765:8765 -v klein:/data -v "$PWD/token.txt:/run/secrets/klein-token:ro" klein-mcp
+#   docker run -p 127.0.0.1:8765:8765 -v klein:/data --name klein klein-mcp
+#   docker exec klein cat /data/http-token                         what clients must send
 #
 # TORCH is a backend as uv names it: cpu, cu130, rocm6.4 … PyTorch brings its own CUDA libraries, so the smallest CUDA
 # base is enough; Python comes with uv, so any base with glibc will do.
@@ -44,4 +45,6 @@ WORKDIR /data
 USER 10001
 EXPOSE 8765
 ENTRYPOINT ["klein-mcp"]
-CMD ["serve", "--host", "0.0.0.0", "--port", "8765", "--token-file", "/run/secrets/klein-token", "--allowed-host", "localhost", "--allowed-host", "127.0.0.1"]
+# Inside the container all addresses; whoever publishes the port decides who reaches it, and the token who comes in.
+CMD ["serve", "--host", "0.0.0.0", "--port", "8765", "--allowed-host", "localhost"]
+HEALTHCHECK --start-period=30s CMD ["/opt/klein/bin/python", "-c", "import urllib.request as u; u.urlopen('http://127.0.0.1:8765/healthz', timeout=3)"]

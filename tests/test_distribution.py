@@ -243,10 +243,11 @@ def test_the_container_copies_what_is_there_and_the_server_takes_its_command() -
     for package in ("engine", "klein_mcp", "prompts", "pyproject.toml", "constraints.txt"):
         assert f"!{package}" in ignored
     from klein_mcp import cli
+    from klein_mcp.transports import http
 
     command = json.loads(dict(_instructions())["CMD"])
     parsed = cli._parser().parse_args(command)
-    assert (parsed.host, parsed.port, str(parsed.token_file)) == ("0.0.0.0", 8765, "/run/secrets/klein-token")
+    assert http.Options.of(parsed) == http.Options("0.0.0.0", 8765, None, ("localhost",))
 
 
 @pytest.mark.conformance

@@ -118,19 +118,24 @@ def test_timing_prints_a_row_of_the_speed_table(living: Living) -> None:
     assert re.fullmatch(r"\| nano, 128×128 \|( \d+ ms \|){3} \d+\.\d s \|\n", ran.stdout)
 
 
-def test_http_client_is_told_the_progress_and_fetches_the_exact_picture(living: Living, tmp_path: Path) -> None:
+def test_http_client_shows_its_token_hears_the_progress_and_fetches_the_picture(living: Living, tmp_path: Path) -> None:
+    token = tmp_path / "token"
+    token.write_text("a-word-that-is-long-enough-to-be-a-token\n")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    serve = [sys.executable, "-m", "klein_mcp", "serve", "--port", str(port)]
+    serve = [sys.executable, "-m", "klein_mcp", "serve", "--port", str(port), "--token-file", str(token)]
     with subprocess.Popen(serve, env=living.environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as server:
         try:
             _wait_for(port, server)
             url = f"http://127.0.0.1:{port}/mcp"
-            ran = living.run(str(EXAMPLES / "http_client.py"), url, str(tmp_path))
+            stranger = living.run(str(EXAMPLES / "http_client.py"), url, str(tmp_path))
+            ran = living.run(str(EXAMPLES / "http_client.py"), url, str(tmp_path), "--token-file", str(token))
         finally:
             server.terminate()
     assert ran.returncode == 0, ran.stderr
+    assert stranger.returncode == 1
+    assert "401" in stranger.stderr
     assert "step 4 of 4" in ran.stdout
     (size,) = pictures(tmp_path).values()
     assert size == (128, 128)

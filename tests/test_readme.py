@@ -59,7 +59,6 @@ def checkout(living: Living, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder to run README's commands in, from the first to the last."""
     folder = tmp_path_factory.mktemp("checkout")
     (folder / "examples").symlink_to(ROOT / "examples")
-    (folder / "token.txt").write_text("a-token-of-at-least-thirty-two-characters")
     return folder
 
 
