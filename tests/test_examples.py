@@ -135,7 +135,7 @@ def test_http_client_shows_its_token_hears_the_progress_and_fetches_the_picture(
             server.terminate()
     assert ran.returncode == 0, ran.stderr
     assert stranger.returncode == 1
-    assert "401" in stranger.stderr
+    assert "Server returned an error response" in stranger.stderr
     assert "step 4 of 4" in ran.stdout
     (size,) = pictures(tmp_path).values()
     assert size == (128, 128)
