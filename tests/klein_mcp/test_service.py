@@ -1,4 +1,4 @@
-"""From a call to a picture: sizes, progress, cancel, whose turn and whose `last` it is, and jobs that are handed over."""
+"""From a call to a picture: sizes, progress, cancel, whose turn and whose `last` it is, jobs that are handed over."""
 
 from dataclasses import replace
 from typing import Any
@@ -94,8 +94,8 @@ async def test_progress_rises_with_every_step_and_names_it(connect: Any, painter
     painter.events_before = [Queued(2), Queued(1), Queued(0), Loading("nano", 0.5), Loading("nano", 0.5)]
     told: list[tuple[float, float, str]] = []
 
-    async def hear(done: float, total: float | None, message: str | None) -> None:
-        told.append((done, total or 0, message or ""))
+    async def hear(progress: float, total: float | None, message: str | None) -> None:
+        told.append((progress, total or 0, message or ""))
 
     async with connect(mode=mode) as client:
         arguments = {"prompt": "x", "count": 2}
@@ -115,8 +115,8 @@ async def test_a_silent_engine_is_no_silent_call(client: Client, painter: FakePa
     painter.seconds_per_step = 0.15
     told: list[float] = []
 
-    async def hear(done: float, total: float | None, message: str | None) -> None:
-        told.append(done)
+    async def hear(progress: float, total: float | None, message: str | None) -> None:
+        told.append(progress)
 
     await client.call_tool("generate_image", {"prompt": "x"}, progress_callback=hear)
     assert told == sorted(set(told))
