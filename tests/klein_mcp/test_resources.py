@@ -1,0 +1,133 @@
+"""Pictures as resources: listed, read within a message's limit, completed, and announced in both eras."""
+
+import base64
+import json
+import warnings
+from typing import Any
+
+import anyio
+import pytest
+from mcp import Client
+from mcp.shared.exceptions import MCPError
+from mcp_types import ResourceTemplateReference
+
+from engine.contract import Job, Rgb8
+from klein_mcp.service import Service
+from tests.fakes import FakePainter
+from tests.pictures import noise, pixels
+from tests.talk import call, refused
+
+pytestmark = pytest.mark.anyio
+
+ALL = "klein://images"
+
+
+async def read(client: Client, uri: str) -> Any:
+    return (await client.read_resource(uri)).contents
+
+
+async def test_each_picture_is_listed_and_read_exactly(client: Client, painter: FakePainter):
+    told = await call(client, "generate_image", prompt="a red dot")
+    listed = {resource.uri: resource for resource in (await client.list_resources()).resources}
+    assert listed[told["uri"]].title == "a red dot"
+    (content,) = await read(client, told["uri"])
+    assert content.mime_type == "image/png"
+    assert (pixels(base64.b64decode(content.blob)) == painter.paint(painter.jobs[0])).all()
+
+
+async def test_preview_and_recipe_are_resources_of_their_own(client: Client):
+    first = await call(client, "generate_image", prompt="a dot", seed=7)
+    told = await call(client, "edit_image", image="last", prompt="blue", seed=8)
+    (content,) = await read(client, f"{told['uri']}/preview")
+    assert (content.mime_type, base64.b64decode(content.blob)[:2]) == ("image/jpeg", b"\xff\xd8")
+    (content,) = await read(client, f"{told['uri']}/recipe")
+    recipe = json.loads(content.text)
+    assert (recipe["seed"], recipe["parents"], recipe["order"]["prompt"]) == ("8", [first["image"]], "blue")
+    (content,) = await read(client, ALL)
+    assert [one["image"] for one in json.loads(content.text)] == [told["image"], first["image"]]
+
+
+async def test_the_templates_name_what_can_be_read(client: Client):
+    templates = {template.uri_template for template in (await client.list_resource_templates()).resource_templates}
+    assert templates >= {f"{ALL}/{{handle}}", f"{ALL}/{{handle}}/preview", f"{ALL}/{{handle}}/recipe"}
+
+
+async def test_a_picture_too_large_for_a_message_comes_smaller_with_the_way_to_the_exact_one(
+    client: Client, painter: FakePainter
+):
+    def worst(job: Job) -> Rgb8:
+        return noise(2048, 2048)
+
+    painter.paint = worst
+    told = await call(client, "generate_image", prompt="noise", width=2048, height=2048)
+    result = await client.read_resource(told["uri"])
+    assert len(result.model_dump_json(by_alias=True)) < 1_000_000
+    smaller, exact = result.contents
+    assert smaller.mime_type == "image/jpeg"
+    assert json.loads(exact.text)["path"] == told["path"]  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("path", ["zzzzzz", "zzzzzz/preview", "", "../secret", "{handle}"])
+async def test_what_is_no_resource_is_a_protocol_error_that_names_it(client: Client, path: str):
+    with pytest.raises(MCPError) as caught:
+        await client.read_resource(f"{ALL}/{path}")
+    assert caught.value.error.code == -32602
+
+
+async def test_handles_are_completed_newest_first(client: Client):
+    handles = [(await call(client, "generate_image", prompt=str(n)))["image"] for n in range(3)]
+    reference = ResourceTemplateReference(type="ref/resource", uri=f"{ALL}/{{handle}}")
+    found = await client.complete(reference, {"name": "handle", "value": ""})
+    assert found.completion.values == handles[::-1]
+    found = await client.complete(reference, {"name": "handle", "value": handles[1][:4]})
+    assert handles[1] in found.completion.values
+    assert all(value.startswith(handles[1][:4]) for value in found.completion.values)
+
+
+async def test_a_legacy_client_hears_of_a_new_picture(connect: Any):
+    heard: list[Any] = []
+
+    async def hear(message: Any) -> None:
+        heard.append(message)
+
+    async with connect(mode="legacy", message_handler=hear) as client:
+        assert client.server_capabilities.resources.list_changed
+        assert client.server_capabilities.resources.subscribe
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            await client.subscribe_resource(ALL)
+        await call(client, "generate_image", prompt="a dot")
+        await anyio.sleep(0.1)
+        assert [type(one).__name__ for one in heard] == [
+            "ResourceListChangedNotification",
+            "ResourceUpdatedNotification",
+        ]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            await client.unsubscribe_resource(ALL)
+        heard.clear()
+        await call(client, "generate_image", prompt="a dot")
+        await anyio.sleep(0.1)
+        assert [type(one).__name__ for one in heard] == ["ResourceListChangedNotification"]
+
+
+async def test_a_modern_client_hears_of_a_new_picture(connect: Any):
+    async with connect() as client:
+        assert client.server_capabilities.resources.list_changed
+        heard: list[str] = []
+        async with client.listen(resources_list_changed=True, resource_subscriptions=[ALL]) as events:
+            await call(client, "generate_image", prompt="a dot")
+            with anyio.move_on_after(2):
+                async for event in events:
+                    heard.append(type(event).__name__)
+                    if len(heard) == 2:
+                        break
+    assert heard == ["ResourcesListChanged", "ResourceUpdated"]
+
+
+async def test_a_deleted_picture_says_when(client: Client, service: Service):
+    told = await call(client, "generate_image", prompt="a dot")
+    service.store.delete([told["image"]])
+    assert "was deleted on" in await refused(client, "view_image", image=told["image"])
+    with pytest.raises(MCPError, match="was deleted on"):
+        await client.read_resource(told["uri"])
