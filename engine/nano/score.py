@@ -28,8 +28,8 @@ NEAR = 24
 """Of 255: a background may be this far off on average; the two nearest flat ones differ by more than twice that."""
 GONE = 20
 """Of 255: where a thing was taken away, the picture may be this far on average from what lies behind it."""
-_SEARCH = range(-6, 7, 2)
-"""Pixels an object may be away from its place, in each direction."""
+_REACH = range(-8, 9, 2)
+"""Pixels around an object's place that are searched in each direction; the object itself may be 6 away."""
 _MARGIN = 8
 
 
@@ -76,6 +76,23 @@ def _candidates(size: int) -> torch.Tensor:
     return torch.from_numpy(np.concatenate((sprites, np.stack([_blob(sprite) for sprite in sprites]))))
 
 
+@dataclass(frozen=True)
+class _Rivals:
+    """All candidates of a size as rows, on every second pixel: what tells them apart is larger than that.
+
+    cover: 0 … 1, thrice. colour: premultiplied. Each [candidates, pixels · 3].
+    """
+
+    cover: torch.Tensor
+    colour: torch.Tensor
+
+
+@lru_cache(maxsize=len(SIZES))
+def _rivals(size: int) -> _Rivals:
+    half = _candidates(size)[:, ::2, ::2]
+    return _Rivals((half[..., 3:] / 255).expand(-1, -1, -1, 3).flatten(1), half[..., :3].flatten(1))
+
+
 def _blob(sprite: np.ndarray) -> np.ndarray:
     """An ellipse of the sprite's place, extent and mean colour."""
     alpha = sprite[..., 3] / 255
@@ -113,18 +130,15 @@ def look(picture: Picture, scene: Scene, index: int) -> Finding:
     thing = scene.things[index]
     (under,) = draw(without(scene, index))
     around = _neighbourhood(picture, under)
-    candidates = _candidates(thing.size)
-    dx, dy = min(
-        ((dx, dy) for dx in _SEARCH for dy in _SEARCH),
-        key=lambda shift: _distances(around, thing, candidates[thing.kind][None], shift[0], shift[1]).item(),
-    )
-    # Every rival may shift a little too, lest it lose only for standing two pixels aside.
-    shifts = [(dx + i, dy + j) for i in (-2, 0, 2) for j in (-2, 0, 2)]
-    distances = torch.stack([_distances(around, thing, candidates, x, y) for x, y in shifts])
-    best = distances.min(dim=0).values
+    distances = _distances(around, thing)
+    inner = distances[thing.kind].reshape(len(_REACH), len(_REACH))[1:-1, 1:-1]
+    y, x = divmod(int(inner.argmin()), inner.shape[1])
+    # Every rival may shift by two pixels more, lest it lose only for standing aside.
+    best = distances.unflatten(1, (len(_REACH), len(_REACH)))[:, y : y + 3, x : x + 3].amin(dim=(1, 2))
     if _round_already(thing.kind):
         best[len(KINDS) + thing.kind] = torch.inf
     nearest = int(best.argmin())
+    dx, dy = _REACH[x + 1], _REACH[y + 1]
     return Finding(
         _overlap(around, thing, dx, dy),
         nearest if nearest < len(KINDS) else None,
@@ -150,20 +164,22 @@ def _cut(image: torch.Tensor, thing: Thing, dx: int, dy: int) -> torch.Tensor:
     return image[top : top + thing.side, left : left + thing.side]
 
 
-def _distances(
-    seen: torch.Tensor,
-    behind: torch.Tensor,
-    inside: torch.Tensor,
-    thing: Thing,
-    sprites: torch.Tensor,
-    dx: int,
-    dy: int,
-) -> torch.Tensor:
-    """Mean squared difference between what is seen and each sprite laid over what is behind: [sprites]."""
-    seen, behind, inside = (_cut(image, thing, dx, dy)[::2, ::2] for image in (seen, behind, inside))
-    sprites = sprites[:, ::2, ::2]
-    expected = behind * (1 - sprites[..., 3:] / 255) + sprites[..., :3]
-    return ((seen - expected).pow(2) * inside).mean(dim=(1, 2, 3))
+def _distances(neighbourhood: Neighbourhood, thing: Thing) -> torch.Tensor:
+    """Squared difference between what is seen and each sprite laid over what is behind: [candidates, shifts].
+
+    (seen - (behind · (1 - cover) + colour))², multiplied out, so that all shifts of all sprites are a few products.
+    """
+    shifts = [(dx, dy) for dy in _REACH for dx in _REACH]
+    seen, behind, inside = (
+        torch.stack([_cut(image, thing, dx, dy)[::2, ::2].expand(-1, -1, 3).flatten() for dx, dy in shifts], dim=1)
+        for image in neighbourhood
+    )
+    behind = behind * inside
+    missing = seen * inside - behind
+    rivals = _rivals(thing.size)
+    squares = rivals.cover.square() @ behind.square() + rivals.colour.square() @ inside + missing.square().sum(0)
+    products = rivals.cover @ (missing * behind) - rivals.colour @ missing - (rivals.cover * rivals.colour) @ behind
+    return squares + 2 * products
 
 
 def _overlap(neighbourhood: Neighbourhood, thing: Thing, dx: int, dy: int) -> float:

@@ -13,7 +13,7 @@ import math
 import os
 import shutil
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -31,8 +31,8 @@ OWN_SHARE = 0.7
 """Of training, on exactly those levels; the rest spread over all, for other step counts."""
 SHORT_TEXT = 32
 """Holds every practised prompt. Most batches are padded to this alone: pads cost as much as words do."""
-EMA = 0.998
-BETAS = (0.9, 0.98)
+EMA = 0.999
+BETAS = (0.9, 0.99)
 WARM_UP = 100
 """Steps over which the learning rate rises after every start: Adam's averages may be cold."""
 
@@ -49,9 +49,9 @@ class Stage:
 
 _ALL = {("generate", 0): 0.50, ("edit", 1): 0.30, ("compose", 2): 0.16, ("compose", 3): 0.04}
 STAGES = {
-    "generate": Stage({("generate", 0): 0.80, ("edit", 1): 0.12, ("compose", 2): 0.08}, 1.5e-3),
-    "all": Stage(_ALL, 1.5e-3),
-    "cool": Stage(_ALL, 1.5e-3, long_text=0.6, cooling=True),
+    "generate": Stage({("generate", 0): 0.80, ("edit", 1): 0.12, ("compose", 2): 0.08}, 1e-3),
+    "all": Stage(_ALL, 1e-3),
+    "cool": Stage(_ALL, 1e-3, long_text=0.6, cooling=True),
 }
 
 
@@ -203,8 +203,9 @@ def main() -> None:
     parser.add_argument("--start", type=Path, default=WEIGHTS, help="weights a new run begins with")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--minutes", type=float, default=0.0, help="0: until stopped")
-    parser.add_argument("--batch", type=int, help="examples a step (CPU 12, CUDA 384)")
+    parser.add_argument("--batch", type=int, help="examples a step (CPU 5, CUDA 384)")
     parser.add_argument("--levels", type=int, default=2, help="noise levels an example")
+    parser.add_argument("--rate", type=float, help="learning rate, instead of the stage's")
     parser.add_argument("--save-minutes", type=float, default=2.0)
     args = parser.parse_args()
     on_gpu = args.device.startswith("cuda")
@@ -219,7 +220,9 @@ def main() -> None:
         run.save()
     else:
         # Encoding costs a CPU a third of a step, a GPU next to nothing.
-        train(run, STAGES[args.stage], args.minutes, args.batch or (384 if on_gpu else 12), args.levels,
+        stage = STAGES[args.stage]
+        stage = replace(stage, rate=args.rate or stage.rate)
+        train(run, stage, args.minutes, args.batch or (384 if on_gpu else 5), args.levels,
               1 if on_gpu else 3, args.save_minutes)  # fmt: skip
 
 
