@@ -20,7 +20,7 @@ from tests.living import Living
 
 ROOT = Path(__file__).parents[1]
 README = make.README.read_text(encoding="utf-8")
-UNTESTED = ("needs a GPU", "needs Docker")
+UNTESTED = ("needs a GPU", "needs Docker", "downloads some gigabytes")
 """What a command's comment says when no test can run it."""
 
 
