@@ -111,6 +111,36 @@ def _stop(settings: Settings, arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _list(settings: Settings, arguments: argparse.Namespace) -> int:
+    from klein_mcp import library
+
+    return library.show(settings, search=arguments.search, limit=arguments.limit, as_json=arguments.json)
+
+
+def _info(settings: Settings, arguments: argparse.Namespace) -> int:
+    from klein_mcp import library
+
+    return library.info(settings, arguments.what, as_json=arguments.json)
+
+
+def _replay(settings: Settings, arguments: argparse.Namespace) -> int:
+    from klein_mcp import library
+
+    return library.replay(settings, arguments.handle, onto=arguments.onto, seed=arguments.seed, as_json=arguments.json)
+
+
+def _prune(settings: Settings, arguments: argparse.Namespace) -> int:
+    from klein_mcp import library
+
+    return library.prune(
+        settings,
+        older_than=arguments.older_than,
+        max_size=arguments.max_size,
+        yes=arguments.yes,
+        as_json=arguments.json,
+    )
+
+
 def _ask_daemon(settings: Settings, question: str) -> Any:
     import anyio
 
@@ -187,6 +217,25 @@ def _parser() -> argparse.ArgumentParser:
     paint.add_argument("--lora", action="append", default=[], metavar="L[:scale]", help="repeatable")
     paint.add_argument("-o", dest="out", type=Path, metavar="PATH", help="default: ./klein-<seed>.png")
 
+    listing = add("list", _list, "the pictures of the library, newest first")
+    listing.add_argument("--search", default="", metavar="WORDS", help="in the prompt, or part of a path")
+    listing.add_argument("--limit", type=int, default=20, metavar="N", help="default: 20")
+
+    info = add("info", _info, "how a picture was made, and from what")
+    info.add_argument("what", metavar="FILE or HANDLE")
+
+    replay = add("replay", _replay, "paint a picture again, with all that it came from")
+    replay.add_argument("handle", metavar="HANDLE")
+    replay.add_argument("--onto", metavar="IMG", help="another picture at the root of its history: a file or a handle")
+    replay.add_argument("--seed", type=int, metavar="N", help="another seed; default: each picture's own")
+
+    prune = add("prune", _prune, "delete old pictures, after asking")
+    prune.add_argument("--older-than", type=_age, metavar="AGE", help="such as 12h, 30d, 6m")
+    prune.add_argument(
+        "--max-size", type=_bytes, metavar="SIZE", help="what may stay, such as 5GB; the oldest go first"
+    )
+    prune.add_argument("--yes", action="store_true", help="do not ask")
+
     add("status", _status, "what the engine of this user holds and does")
     add("stop", _stop, "end the engine of this user now")
     return parser
@@ -203,3 +252,21 @@ def _port(text: str) -> int:
     if not text.isdecimal() or not 0 <= int(text) <= 65535:
         raise argparse.ArgumentTypeError(f"{text!r} is not a port, 0 to 65535")
     return int(text)
+
+
+def _age(text: str) -> float:
+    from klein_mcp import library
+
+    try:
+        return library.age(text)
+    except ValueError as problem:
+        raise argparse.ArgumentTypeError(str(problem)) from None
+
+
+def _bytes(text: str) -> int:
+    from klein_mcp import library
+
+    try:
+        return library.size(text)
+    except ValueError as problem:
+        raise argparse.ArgumentTypeError(str(problem)) from None
