@@ -122,8 +122,8 @@ def plain(names: Iterable[str]) -> Table:
     return {name: Place(name) for name in names}
 
 
-_PREFIXES = ("model.diffusion_model.", "diffusion_model.", "model.")
-"""What ComfyUI and others put in front of BFL's names."""
+_PREFIXES = ("model.diffusion_model.", "diffusion_model.", "model.", "transformer.")
+"""What ComfyUI and others put in front of the transformer's names."""
 
 _SPELLINGS = ((re.compile(r"(query_norm|key_norm)\.weight$"), r"\1.scale"),)
 """Spellings found in repacked BFL files, and ours."""
@@ -138,3 +138,9 @@ def bfl_name(name: str) -> str:
     for spelling, ours in _SPELLINGS:
         name = spelling.sub(ours, name)
     return name
+
+
+def encoder_name(name: str) -> str:
+    """A Qwen3 tensor's name as transformers writes it, whatever a repacker put in front or left out."""
+    name = re.sub(r"^(?:text_encoders?\.)?(?:qwen3_\w+\.)?(?:transformer\.)?", "", name)
+    return f"model.{name}" if name.startswith(("layers.", "embed_tokens.", "norm.")) else name

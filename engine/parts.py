@@ -3,75 +3,125 @@
 import json
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import torch
 from torch import nn
 
+from engine import quant
 from engine.contract import BadWeights
 from engine.device import Placement
-from engine.layouts import Table, bfl_name, diffusers_autoencoder, diffusers_transformer, plain
+from engine.headers import Header, Shape, kind
+from engine.layouts import Table, bfl_name, diffusers_autoencoder, diffusers_transformer, encoder_name, plain
 from engine.model.autoencoder import Autoencoder, AutoencoderShape
 from engine.model.text_encoder import TextEncoder
 from engine.model.transformer import KLEIN_THETA, Transformer, TransformerShape
-from engine.weights import Shape, Tensors, fill
+from engine.weights import Home, Tensors, fill
 
 Net = TypeVar("Net", bound=nn.Module)
 
 _MOST_BLOCKS = 64
 """More blocks of a kind than any FLUX.2 has (dev: 48)."""
 
+_CPU = torch.device("cpu")
+
 
 @dataclass(frozen=True, slots=True)
 class Part(Generic[Net]):
-    """A network on the meta device, and what will fill it."""
+    """A network on the meta device, and what will fill it. layers: names of the linear layers in its blocks."""
 
     what: str
     module: Net
     tensors: Tensors
     table: Table
     unneeded: re.Pattern[str]
+    layers: tuple[str, ...] = field(default=())
 
     @property
     def bytes(self) -> int:
         """What will be read, in bytes on disk."""
-        return sum(self.tensors.bytes.get(name, 0) for name in self.table)
+        return sum(self.tensors.bytes(name) for name in self.table)
 
-    def fill(self, placement: Placement) -> Iterator[int]:
-        """Read the weights onto the device; yields bytes as they are read."""
+    def fill(self, placement: Placement, home: Home | None = None) -> Iterator[int]:
+        """Read the weights into their places; yields bytes as they are read."""
         ignore = self.unneeded.fullmatch
         yield from fill(
-            self.module, self.tensors, self.table, placement, what=self.what, ignore=lambda name: bool(ignore(name))
+            self.module,
+            self.tensors,
+            self.table,
+            placement,
+            what=self.what,
+            ignore=lambda name: bool(ignore(name)),
+            home=home,
         )
 
 
 _NOTHING = re.compile(r"(?!)")
 
 
-def transformer(path: Path) -> Part[Transformer]:
-    """The velocity field in a diffusers `transformer/` folder or in BFL's single file."""
+def _open(path: Path, part: str, what: str, rename: Any = str) -> Tensors:
+    """The tensors of a file or a folder. Raises BadWeights for a file that is something else."""
+    if not path.is_file():
+        return Tensors.folder(path, rename)
+    if (found := kind(Header.read(path))) not in (part, ""):
+        raise BadWeights(f"{path.name} is {_a(found)}, not a klein {what}.")
+    return Tensors.open([path], rename)
+
+
+def _a(kind: str) -> str:
+    if kind == "LoRA":
+        return "a LoRA, which changes a model and is none (give it with --lora)"
+    return kind if kind.startswith(("a ", "an ")) else f"{'an' if kind[0] in 'aeiou' else 'a'} {kind}"
+
+
+def _all_there(tensors: Tensors, what: str) -> None:
+    if tensors.absent:
+        shard = min(tensors.absent.values())
+        raise BadWeights(f"The {what} lacks {shard}, which its index names.", hint="Download it again.")
+
+
+def transformer(path: Path, wanted: str | None = None, device: torch.device = _CPU) -> Part[Transformer]:
+    """The velocity field in a diffusers `transformer/` folder or in BFL's single file.
+
+    wanted: the format its blocks shall have on `device`, None for the file's own.
+    """
     what = f"transformer {path.name}" if path.is_file() else "transformer"
-    config: dict[str, Any] = {}
-    if path.is_file():
-        tensors = Tensors.open([path], rename=bfl_name)
-        table = plain(tensors.shapes)
-    else:
-        config = _config(path)
-        tensors = Tensors.folder(path)
-        table = diffusers_transformer(_MOST_BLOCKS)
-    if config.get("guidance_embeds") or "guidance_in.in_layer.weight" in tensors.shapes:
+    config = {} if path.is_file() else _config(path)
+    tensors = _open(path, "transformer", "transformer", bfl_name)
+    _all_there(tensors, what)
+    # Content tells the layout, not the name: some single files carry diffusers' names, some folders BFL's.
+    theirs = "x_embedder.weight" in tensors.shapes
+    table = diffusers_transformer(_MOST_BLOCKS) if theirs else plain(tensors.shapes)
+    if config.get("guidance_embeds") or any("guidance_in." in name for name in tensors.shapes):
         raise BadWeights(f"The {what} has a guidance embedding: that is FLUX.2 [dev], not klein.")
-    shapes = _ours(tensors, table)
-    shape = _transformer_shape(shapes, config, what)
+    shape = _transformer_shape(_ours(tensors, table), config, what)
     with torch.device("meta"):
         module = Transformer(shape)
-    if path.is_file():
-        table = plain(name for name, _ in module.named_parameters())
-    else:
+    if theirs:
         table = _restrict(diffusers_transformer(max(shape.double_blocks, shape.single_blocks)), module)
-    return Part(what, module, tensors, table, _NOTHING)
+    else:
+        table = plain(name for name, _ in module.named_parameters())
+    layers = _quantise(module, r"(?:double|single)_blocks\..*", tensors, table, wanted, device)
+    return Part(what, module, tensors, table, _NOTHING, layers)
+
+
+def _quantise(
+    module: nn.Module, blocks: str, tensors: Tensors, table: Table, wanted: str | None, device: torch.device
+) -> tuple[str, ...]:
+    """Put layers of another format where the file has them or `wanted` says so; the names of all block layers."""
+    stored = {place.name: tensors.quantised.get(their) for their, place in table.items()}
+    linears = {name: layer for name, layer in module.named_modules() if isinstance(layer, nn.Linear)}
+    found = tuple(name for name in linears if re.fullmatch(blocks, name))
+    for name in found:
+        layer, held = linears[name], stored.get(f"{name}.weight")
+        kind = quant.target(held, wanted, device)
+        if layer.bias is None and kind is not None and quant.fits(kind, layer):
+            full_precision = held is not None and held.full_precision
+            with torch.device("meta"):
+                module.set_submodule(name, quant.make(kind, layer, device, full_precision=full_precision))
+    return found
 
 
 def _transformer_shape(shapes: dict[str, Shape], config: dict[str, Any], what: str) -> TransformerShape:
@@ -97,23 +147,23 @@ def _transformer_shape(shapes: dict[str, Shape], config: dict[str, Any], what: s
 
 
 def autoencoder(path: Path) -> Part[Autoencoder]:
-    """The autoencoder in a diffusers `vae/` folder or in BFL's single file."""
+    """The autoencoder in a diffusers `vae/` folder or in BFL's single file, with the full or the small decoder."""
     what = f"autoencoder {path.name}" if path.is_file() else "autoencoder"
-    config: dict[str, Any] = {}
-    if path.is_file():
-        tensors = Tensors.open([path])
-        table = plain(tensors.shapes)
-    else:
-        config = _config(path)
-        tensors = Tensors.folder(path)
+    config = {} if path.is_file() else _config(path)
+    tensors = _open(path, "autoencoder", "autoencoder")
+    _all_there(tensors, what)
+    theirs = any(name.startswith("encoder.down_blocks.") for name in tensors.shapes)
+    if theirs:
         levels = _count(tensors.shapes, r"encoder\.down_blocks\.(\d+)\..*")
         layers = _count(tensors.shapes, r"decoder\.up_blocks\.0\.resnets\.(\d+)\..*")
         table = diffusers_autoencoder(levels, layers)
+    else:
+        table = plain(tensors.shapes)
     shapes = _ours(tensors, table)
     shape = _autoencoder_shape(shapes, config.get("norm_num_groups", AutoencoderShape().groups), what)
     with torch.device("meta"):
         module = Autoencoder(shape)
-    table = plain(module.state_dict()) if path.is_file() else _restrict(table, module)
+    table = _restrict(table, module) if theirs else plain(module.state_dict())
     return Part(what, module, tensors, table, re.compile(r"bn\.num_batches_tracked"))
 
 
@@ -132,21 +182,53 @@ def _autoencoder_shape(shapes: dict[str, Shape], groups: int, what: str) -> Auto
         raise BadWeights(f"The {what} is not a FLUX.2 autoencoder: it has no {missing.args[0]}.") from None
 
 
-def text_encoder(path: Path, layers: tuple[int, ...]) -> Part[TextEncoder]:
-    """Qwen3 in a transformers folder, cut after the last of `layers`."""
-    config = _config(path)
+def text_encoder(path: Path, layers: tuple[int, ...], device: torch.device = _CPU) -> Part[TextEncoder]:
+    """Qwen3 in a transformers folder or a single file, cut after the last of `layers`."""
+    what = f"text encoder {path.name}" if path.is_file() else "text encoder"
+    tensors = _open(path, "text encoder", "text encoder", encoder_name)
+    config = _qwen3(tensors.shapes, what) if path.is_file() else _config(path)
     if config.get("model_type") != "qwen3":
-        raise BadWeights(f"The text encoder is {config.get('model_type')!r}; klein reads with qwen3.")
+        raise BadWeights(f"The {what} is {config.get('model_type')!r}; klein reads with qwen3.")
     if max(layers) > config["num_hidden_layers"]:
-        raise BadWeights(f"The text encoder has {config['num_hidden_layers']} layers; layer {max(layers)} is read.")
-    tensors = Tensors.folder(path)
+        raise BadWeights(f"The {what} has {config['num_hidden_layers']} layers; layer {max(layers)} is read.")
     with torch.device("meta"):
         module = TextEncoder(config, layers)
     needed = plain(name for name, _ in module.named_parameters())
-    # The layers above the cut, the final norm above them, and the language model's head: never read.
-    above = "|".join(str(i) for i in range(max(layers), config["num_hidden_layers"])) or "(?!)"
-    unneeded = re.compile(rf"lm_head\..*|model\.norm\..*|model\.layers\.(?:{above})\..*")
-    return Part("text encoder", module, tensors, needed, unneeded)
+    inside = _quantise(module, r"model\.layers\..*", tensors, needed, None, device)
+    return Part(what, module, tensors, needed, _unneeded(max(layers)), inside)
+
+
+def _unneeded(read: int) -> re.Pattern[str]:
+    """The layers above the cut, the final norm above them, and the language model's head: never read."""
+    above = "|".join(str(i) for i in range(read, _MOST_LAYERS))
+    return re.compile(rf"lm_head\..*|model\.norm\..*|model\.layers\.(?:{above})\..*")
+
+
+_MOST_LAYERS = 100
+"""More than any Qwen3 has."""
+
+
+def _qwen3(shapes: dict[str, Shape], what: str) -> dict[str, Any]:
+    """The config that a single file leaves out. What no shape tells is alike in every Qwen3."""
+    first = "model.layers.0"
+    try:
+        vocabulary, hidden = shapes["model.embed_tokens.weight"]
+        head_dim = shapes[f"{first}.self_attn.q_norm.weight"][0]
+        return {
+            "model_type": "qwen3",
+            "vocab_size": vocabulary,
+            "hidden_size": hidden,
+            "intermediate_size": shapes[f"{first}.mlp.gate_proj.weight"][0],
+            "num_hidden_layers": _count(shapes, r"model\.layers\.(\d+)\..*"),
+            "num_attention_heads": shapes[f"{first}.self_attn.q_proj.weight"][0] // head_dim,
+            "num_key_value_heads": shapes[f"{first}.self_attn.k_proj.weight"][0] // head_dim,
+            "head_dim": head_dim,
+            "rms_norm_eps": 1e-6,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
+            "max_position_embeddings": 40960,
+        }
+    except KeyError as missing:
+        raise BadWeights(f"The {what} is not Qwen3: it has no {missing.args[0]}.") from None
 
 
 def _ours(tensors: Tensors, table: Table) -> dict[str, Shape]:
@@ -169,5 +251,7 @@ def _config(folder: Path) -> dict[str, Any]:
         return json.loads((folder / "config.json").read_text())
     except FileNotFoundError:
         raise BadWeights(f"{folder} has no config.json.", hint="Download it again.") from None
+    except PermissionError:
+        raise BadWeights(f"{folder / 'config.json'} may not be read by this user.", hint="Run: chmod u+r it.") from None
     except ValueError as error:
         raise BadWeights(f"{folder / 'config.json'} is not JSON: {error}.", hint="Download it again.") from None

@@ -1,0 +1,102 @@
+"""nvfp4: two weights a byte, one fp8 scale for sixteen of them, one fp32 scale a layer; widened layer by layer.
+
+Layout of BFL's files: `weight` U8 [out, in/2], the element of even index in the high nibble; `weight_scale` F8_E4M3
+[out, in/16], lying in cuBLAS's 128 × 4 blocks whatever its shape reads; `weight_scale_2` F32 [].
+W = value · weight_scale · weight_scale_2. Source: comfy-kitchen; sglang found the same two traps.
+"""
+
+import itertools
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+"""Of the low three bits of a nibble; the fourth is the sign."""
+
+GROUP = 16
+"""Weights that share a scale."""
+
+_ROWS = 1024
+"""Rows that are widened at once; a multiple of the 128 rows of a block of scales."""
+
+
+def unpack(codes: Tensor, dtype: torch.dtype) -> Tensor:
+    """[rows, in/2] bytes -> [rows, in] values."""
+    table = torch.tensor([*VALUES, *(-value for value in VALUES)], dtype=dtype, device=codes.device)
+    # One look-up gives both values of a byte: 256 pairs, high nibble first.
+    pairs = torch.stack([table.repeat_interleave(16), table.repeat(16)], dim=-1)
+    return F.embedding(codes.int(), pairs).flatten(-2)
+
+
+def linear_order(scales: Tensor) -> Tensor:
+    """Scales [out, groups] from cuBLAS's order into reading order; out a multiple of 128, groups of 4."""
+    rows, groups = scales.shape
+    blocks = scales.reshape(rows // 128, groups // 4, 32, 4, 4)
+    return rearrange(blocks, "R C low high c -> (R high low) (C c)")
+
+
+def blocked_order(scales: Tensor) -> Tensor:
+    """The reverse of `linear_order`."""
+    blocks = rearrange(scales, "(R high low) (C c) -> R C low high c", high=4, low=32, c=4)
+    return blocks.reshape(scales.shape)
+
+
+def encode(weight: Tensor) -> dict[str, Tensor]:
+    """[out, in] in the layout of the published files, each weight rounded to the nearest value."""
+    whole = (weight.abs().amax().float() / (448.0 * VALUES[-1])).clamp_min(torch.finfo(torch.float32).tiny)
+    groups = weight.float().unflatten(-1, (-1, GROUP))
+    scales = (groups.abs().amax(-1) / VALUES[-1] / whole).clamp(max=448.0).to(torch.float8_e4m3fn)
+    steps = groups / (scales.float() * whole).clamp_min(torch.finfo(torch.float32).tiny)[..., None]
+    middles = torch.tensor([(a + b) / 2 for a, b in itertools.pairwise(VALUES)], device=weight.device)
+    nibbles = torch.bucketize(steps.abs(), middles) + 8 * (steps < 0)
+    high, low = nibbles.flatten(-2).to(torch.uint8).unflatten(-1, (-1, 2)).unbind(-1)
+    packed = {"weight": high << 4 | low, "weight_scale": _bytes_moved(scales, blocked_order), "weight_scale_2": whole}
+    return {name: tensor.contiguous() for name, tensor in packed.items()}
+
+
+def decode(stored: dict[str, Tensor], dtype: torch.dtype) -> Tensor:
+    """[out, in] in `dtype`."""
+    codes, scales = stored["weight"], stored["weight_scale"]
+    out = torch.empty(codes.shape[0], 2 * codes.shape[1], dtype=dtype, device=codes.device)
+    for into, rows, blocks in zip(out.split(_ROWS), codes.split(_ROWS), scales.split(_ROWS), strict=True):
+        into.copy_(_widen(rows, blocks, stored["weight_scale_2"]))
+    return out
+
+
+def _widen(codes: Tensor, scales: Tensor, whole: Tensor) -> Tensor:
+    steps = _bytes_moved(scales, linear_order).float() * whole.float()
+    return (unpack(codes, torch.float32).unflatten(-1, (-1, GROUP)) * steps[..., None]).flatten(-2)
+
+
+def _bytes_moved(scales: Tensor, order: Callable[[Tensor], Tensor]) -> Tensor:
+    """Reordered as bytes: devices copy uint8 where they cannot copy fp8."""
+    return order(scales.view(torch.uint8)).contiguous().view(torch.float8_e4m3fn)
+
+
+class Nvfp4Linear(nn.Module):
+    """A linear layer without bias whose weights stay in nvfp4 and are widened for the moment of use."""
+
+    kind = "nvfp4"
+    weight: Tensor
+    weight_scale: Tensor
+    weight_scale_2: Tensor
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.register_buffer("weight", torch.empty(out_features, in_features // 2, dtype=torch.uint8))
+        scales = torch.empty(out_features, in_features // GROUP, dtype=torch.float8_e4m3fn)
+        self.register_buffer("weight_scale", scales)
+        self.register_buffer("weight_scale_2", torch.empty((), dtype=torch.float32))
+
+    def take(self, stored: dict[str, Tensor]) -> None:
+        """Hold what `encode` gave or a file held."""
+        self.weight, self.weight_scale = stored["weight"], stored["weight_scale"]
+        self.weight_scale_2 = stored["weight_scale_2"].float().reshape(())
+
+    def forward(self, x: Tensor) -> Tensor:
+        stored = {"weight": self.weight, "weight_scale": self.weight_scale, "weight_scale_2": self.weight_scale_2}
+        return F.linear(x, decode(stored, x.dtype))
