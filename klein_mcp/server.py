@@ -124,7 +124,7 @@ class KleinServer(MCPServer):
         await self._lowlevel_server.run(read, write, self._lowlevel_server.create_initialization_options())
 
     def _caller(self, context: Context[Any, Any] | None) -> Call:
-        if context is None or context._request_context is None:
+        if context is None:
             return Call(self._door)
         session, request = context.session, context.request_context.request
         params = session.client_params

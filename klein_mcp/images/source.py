@@ -21,6 +21,9 @@ _LAST = re.compile(r"last(?:~(\d{1,4}))?")
 _HANDLE = re.compile(rf"[{ALPHABET}]{{{HANDLE_LENGTH}}}")
 
 
+_READ = os.O_RDONLY | sum(getattr(os, flag, 0) for flag in ("O_NONBLOCK", "O_NOFOLLOW", "O_BINARY"))
+
+
 @dataclass(frozen=True, slots=True)
 class Opened:
     """A reference that was found: its pixels, and the record under which the library knows them."""
@@ -108,7 +111,8 @@ class Sources:
         except (OSError, RuntimeError, ValueError):  # not there, a loop of links, a name no file can have
             # The same words whether it is missing or lies behind a folder we may not look into.
             raise UnknownImage(f"There is no file {path} that can be read.", hint="Check the path.") from None
-        if not any(real.is_relative_to(root.resolve()) for root in roots):
+        # Our own results name paths in the library, whose pictures any caller may open by handle.
+        if not any(real.is_relative_to(root.resolve()) for root in (*roots, self._store.files)):
             raise Refused(
                 f"{path} is outside the folders that may be read ({', '.join(map(str, roots))}).",
                 hint="The user can allow more with KLEIN_READ_ROOTS.",
@@ -133,7 +137,7 @@ def fingerprint(image: Rgb8) -> str:
 def _read(path: Path) -> bytes:
     try:
         # A fifo would block: O_NONBLOCK lets open() return so that we can look. A link put there since is not followed.
-        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOFOLLOW", 0))
+        descriptor = os.open(path, _READ)
     except OSError as problem:
         raise UnknownImage(f"{path} cannot be read: {problem.strerror}.") from None
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):

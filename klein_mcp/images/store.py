@@ -97,11 +97,11 @@ class Store:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._files = folder / "files"
+        self.files = folder / "files"
         self._incoming = folder / "incoming"
         self._lock = threading.RLock()
         self._incoming.mkdir(parents=True, exist_ok=True, mode=0o700)
-        self._files.mkdir(exist_ok=True)
+        self.files.mkdir(exist_ok=True)
         self._mine: Path | None = None
         self._claim: FileLock | None = None
         # One process at a time opens, recovers and claims a folder: short work, and no race to think through.
@@ -192,7 +192,7 @@ class Store:
         _sync_folder(place.parent)
 
     def _place(self, name: str) -> Path:
-        return self._files / name[:2] / f"{name}.png"
+        return self.files / name[:2] / f"{name}.png"
 
     def recover(self) -> None:
         """Bring home or delete what processes left behind that died while saving or deleting."""
@@ -237,9 +237,9 @@ class Store:
         """Raises UnknownImage, for a deleted picture too."""
         record = self.find(handle)
         if record is None:
-            known = [row[0] for row in self._rows("SELECT handle FROM pictures WHERE deleted IS NULL")]
             raise UnknownImage(
-                f"There is no picture {shown(handle)}. {did_you_mean(handle, known)}", hint="list_images shows all."
+                f"There is no picture {shown(handle)}. {did_you_mean(handle, self.handles('', 1000))}",
+                hint="list_images shows all.",
             )
         if record.deleted is not None:
             day = time.strftime("%Y-%m-%d", time.gmtime(record.deleted))

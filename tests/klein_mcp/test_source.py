@@ -76,6 +76,15 @@ async def test_outside_the_roots_nothing_is_opened(client: Client, tmp_path: Pat
     assert "KLEIN_READ_ROOTS" in said
 
 
+async def test_a_path_from_a_result_can_be_opened_wherever_the_library_lies(
+    client: Client, service: Service, tmp_path: Path
+):
+    service.settings = replace(service.settings, read_roots=(tmp_path / "elsewhere",))
+    told = await call(client, "generate_image", prompt="a dot")
+    assert (await call(client, "view_image", image=told["path"]))["image"] == told["image"]
+    await refused(client, "view_image", image=str(service.settings.library / "library.sqlite3"))
+
+
 async def test_a_link_that_leads_out_of_the_roots_is_not_followed(
     client: Client, service: Service, photo: Path, tmp_path: Path
 ):
