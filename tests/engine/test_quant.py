@@ -1,0 +1,243 @@
+"""Published quantised layouts load layer by layer as close to the original as their format allows."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from engine import parts, quant
+from engine.contract import BadWeights
+from engine.device import Placement
+from engine.model.transformer import Transformer
+from engine.quant import QuantLinear, fp8, nvfp4
+from engine.quant.fp8 import Fp8Linear
+from engine.quant.nvfp4 import Nvfp4Linear
+from tests.engine import published
+
+CPU = Placement(torch.device("cpu"), torch.float32)
+ALLOWED = {"fp8": 0.04, "nvfp4": 0.15}
+"""Relative error of a layer's outputs and weights. Observed here: fp8 0.026, nvfp4 0.10."""
+
+
+def load(path: Path, wanted: str | None = None, placement: Placement = CPU) -> Transformer:
+    part = parts.transformer(path, wanted, placement.device)
+    list(part.fill(placement))
+    return part.module
+
+
+def weight(module: nn.Module, layer: str) -> Tensor:
+    """What a layer means, read off its answers to unit vectors: the way it will be used."""
+    linear = module.get_submodule(layer)
+    return linear(torch.eye(linear.in_features)).T  # type: ignore[arg-type]
+
+
+def error(ours: Tensor, theirs: Tensor) -> float:
+    return float((ours - theirs.float()).norm() / theirs.float().norm())
+
+
+def layers(tensors: dict[str, Tensor]) -> list[str]:
+    return [name.removesuffix(".weight") for name in tensors if published.BLOCK_LINEAR.fullmatch(name)]
+
+
+@pytest.fixture(params=["fp8", "nvfp4"])
+def kind(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture
+def file(kind: str, bfl: dict[str, Tensor], tmp_path: Path) -> Path:
+    tensors, metadata = published.quantised(bfl, kind)
+    return published.write(tensors, tmp_path / f"flux-2-klein-4b-{kind}.safetensors", metadata)
+
+
+def test_every_layer_is_the_original_within_its_format(kind: str, file: Path, bfl: dict[str, Tensor]) -> None:
+    module = load(file)
+    assert len(layers(bfl)) == 2 * 8 + 2 * 2
+    for layer in layers(bfl):
+        linear = module.get_submodule(layer)
+        assert isinstance(linear, QuantLinear)
+        assert linear.kind == kind
+        assert error(weight(module, layer), bfl[f"{layer}.weight"]) <= ALLOWED[kind], layer
+    for name, tensor in bfl.items():
+        if not published.BLOCK_LINEAR.fullmatch(name):
+            assert torch.equal(module.state_dict()[name], tensor.bfloat16().float()), name
+
+
+def test_layers_that_a_file_leaves_in_bf16_stay_so(kind: str, bfl: dict[str, Tensor], tmp_path: Path) -> None:
+    tensors, metadata = published.quantised(bfl, kind, keep=r"double_blocks\.1\.img_attn\.proj")
+    module = load(published.write(tensors, tmp_path / "some.safetensors", metadata))
+    kept = module.get_submodule("double_blocks.1.img_attn.proj")
+    assert isinstance(kept, nn.Linear)
+    assert torch.equal(kept.weight, bfl["double_blocks.1.img_attn.proj.weight"].bfloat16().float())
+    assert isinstance(module.get_submodule("double_blocks.0.img_attn.proj"), QuantLinear)
+
+
+def test_the_header_needs_to_say_nothing_where_the_tensors_do(kind: str, bfl: dict[str, Tensor], tmp_path: Path):
+    tensors, _ = published.quantised(bfl, kind)
+    module = load(published.write(tensors, tmp_path / "silent.safetensors"))
+    for layer in layers(bfl):
+        assert error(weight(module, layer), bfl[f"{layer}.weight"]) <= ALLOWED[kind]
+
+
+def test_an_input_scale_that_is_missing_does_no_harm(kind: str, bfl: dict[str, Tensor], tmp_path: Path) -> None:
+    tensors, metadata = published.quantised(bfl, kind)
+    some = {name: tensor for name, tensor in tensors.items() if not name.endswith("input_scale")}
+    module = load(published.write(some, tmp_path / "half.safetensors", metadata))
+    for layer in layers(bfl):
+        assert error(weight(module, layer), bfl[f"{layer}.weight"]) <= ALLOWED[kind]
+
+
+@pytest.mark.parametrize("wrong", ["nibbles", "scales"])
+def test_a_wrong_nibble_or_scales_out_of_order_would_show(
+    wrong: str, bfl: dict[str, Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if wrong == "nibbles":
+        unpack = nvfp4.unpack
+        swapped = lambda codes, dtype: unpack(codes, dtype).unflatten(-1, (-1, 2)).flip(-1).flatten(-2)  # noqa: E731
+        monkeypatch.setattr(nvfp4, "unpack", swapped)
+    else:
+        monkeypatch.setattr(nvfp4, "linear_order", lambda scales: scales)
+    # Groups of very different size, as in trained weights: equal ones would not tell one scale from another.
+    torch.manual_seed(0)
+    loud = {n: t * torch.rand(t.shape[0], 1).mul(4).exp() if published.BLOCK_LINEAR.fullmatch(n) else t
+            for n, t in bfl.items()}  # fmt: skip
+    tensors, metadata = published.quantised(loud, "nvfp4")
+    module = load(published.write(tensors, tmp_path / "wrong.safetensors", metadata))
+    worst = [error(weight(module, layer), loud[f"{layer}.weight"]) for layer in layers(bfl)]
+    assert min(worst) > 2 * ALLOWED["nvfp4"]
+
+
+def test_our_own_packing_is_the_published_one(bfl: dict[str, Tensor]) -> None:
+    weight = bfl["single_blocks.0.linear1.weight"]
+    ours, theirs = nvfp4.encode(weight), published.nvfp4(weight)
+    assert torch.equal(ours["weight_scale"].view(torch.uint8), theirs["weight_scale"].view(torch.uint8))
+    # A value half-way between two codes may go either way.
+    assert (ours["weight"] == theirs["weight"]).float().mean() > 0.999
+    assert torch.equal(nvfp4.blocked_order(nvfp4.linear_order(ours["weight_scale"].view(torch.uint8))),
+                       ours["weight_scale"].view(torch.uint8))  # fmt: skip
+    ours, theirs = fp8.encode(weight), published.fp8(weight)
+    assert torch.equal(ours["weight"].view(torch.uint8), theirs["weight"].view(torch.uint8))
+    assert torch.equal(ours["weight_scale"], theirs["weight_scale"])
+
+
+def test_any_file_can_be_quantised_while_it_loads(kind: str, folder: Path, bfl: dict[str, Tensor]) -> None:
+    module = load(folder / "transformer", kind)
+    for layer in layers(bfl):
+        linear = module.get_submodule(layer)
+        assert isinstance(linear, QuantLinear)
+        assert linear.kind == kind
+        assert error(weight(module, layer), bfl[f"{layer}.weight"]) <= ALLOWED[kind]
+    assert isinstance(module.img_in, nn.Linear)
+
+
+def test_four_bits_can_become_eight_while_they_load(bfl: dict[str, Tensor], tmp_path: Path) -> None:
+    tensors, metadata = published.quantised(bfl, "nvfp4")
+    module = load(published.write(tensors, tmp_path / "f.safetensors", metadata), "fp8")
+    for layer in layers(bfl):
+        assert isinstance(module.get_submodule(layer), Fp8Linear)
+        assert error(weight(module, layer), bfl[f"{layer}.weight"]) <= ALLOWED["nvfp4"]
+
+
+def test_a_native_layer_multiplies_what_a_widened_one_does(bfl: dict[str, Tensor]) -> None:
+    """The same call that runs on the GPU; the CPU has it too, only slowly."""
+    torch.manual_seed(1)
+    original = bfl["single_blocks.1.linear2.weight"]
+    x = torch.randn(2, 32, original.shape[1], dtype=torch.bfloat16)
+    for input_scale in (None, torch.tensor(4.5 / 448)):
+        layer = Fp8Linear(original.shape[1], original.shape[0], native=True)
+        layer.take(fp8.encode(original) | ({} if input_scale is None else {"input_scale": input_scale}))
+        native = layer(x)
+        layer.native = False
+        assert native.dtype == torch.bfloat16
+        assert native.shape == (2, 32, original.shape[0])
+        assert error(native.float(), layer(x)) <= ALLOWED["fp8"]
+        assert error(native.float(), x.float() @ original.T) <= 2 * ALLOWED["fp8"]
+
+
+def test_comfyuis_markers_are_read(kind: str, bfl: dict[str, Tensor], tmp_path: Path) -> None:
+    tensors, metadata = published.quantised(bfl, kind)
+    said = json.loads(metadata["_quantization_metadata"])["layers"]
+    for layer, entry in said.items():
+        text = json.dumps(entry | {"full_precision_matrix_mult": True}).encode()
+        tensors[f"{layer}.comfy_quant"] = torch.tensor(list(text), dtype=torch.uint8)
+    prefixed = {f"model.diffusion_model.{name}": tensor for name, tensor in tensors.items()}
+    module = load(published.write(prefixed, tmp_path / "comfy.safetensors"))
+    for layer in layers(bfl):
+        assert error(weight(module, layer), bfl[f"{layer}.weight"]) <= ALLOWED[kind]
+        assert not getattr(module.get_submodule(layer), "native", False)
+
+
+def test_comfyuis_older_markers_are_read(bfl: dict[str, Tensor], tmp_path: Path) -> None:
+    tensors, _ = published.quantised(bfl, "fp8")
+    older = {
+        name.replace("weight_scale", "scale_weight").replace("input_scale", "scale_input"): tensor
+        for name, tensor in tensors.items()
+    }
+    older["scaled_fp8"] = torch.zeros(2, dtype=torch.float8_e4m3fn)
+    module = load(published.write(older, tmp_path / "older.safetensors"))
+    for layer in layers(bfl):
+        assert error(weight(module, layer), bfl[f"{layer}.weight"]) <= ALLOWED["fp8"]
+
+
+def test_a_raw_cast_to_fp8_is_taken_at_its_word(bfl: dict[str, Tensor], tmp_path: Path) -> None:
+    raw = {name: tensor.to(torch.float8_e4m3fn) for name, tensor in bfl.items()}
+    module = load(published.write(raw, tmp_path / "raw.safetensors"))
+    for layer in layers(bfl):
+        assert torch.equal(weight(module, layer), raw[f"{layer}.weight"].float())
+    assert torch.equal(module.img_in.weight, raw["img_in.weight"].float())
+    norm = "single_blocks.0.norm.query_norm.scale"
+    assert torch.equal(module.state_dict()[norm], raw[norm].float())
+
+
+def test_other_formats_are_refused_by_name(bfl: dict[str, Tensor], tmp_path: Path) -> None:
+    tensors, metadata = published.quantised(bfl, "fp8")
+    said = metadata["_quantization_metadata"].replace("float8_e4m3fn", "int8_tensorwise")
+    file = published.write(tensors, tmp_path / "int8.safetensors", {"_quantization_metadata": said})
+    with pytest.raises(BadWeights, match=r"quantised as int8_tensorwise, which is not read; read are float8_e4m3fn"):
+        load(file)
+    packed = {n: t for n, t in published.quantised(bfl, "nvfp4")[0].items() if "scale" not in n}
+    with pytest.raises(BadWeights, match="packed in a format that is not read"):
+        load(published.write(packed, tmp_path / "packed.safetensors"))
+
+
+def test_metal_gets_everything_widened_because_it_knows_no_fp8(kind: str, file: Path) -> None:
+    """A faked device: what is decided for it, not what it computes."""
+    part = parts.transformer(file, None, torch.device("mps"))
+    assert not any(isinstance(layer, QuantLinear) for layer in part.module.modules())
+    assert quant.target(None, "fp8", torch.device("mps")) is None
+    list(part.fill(CPU))
+    assert not any(parameter.is_meta for parameter in part.module.parameters())
+
+
+def test_fp8_is_native_from_ada_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda = torch.device("cuda")
+    for capability, native in (((8, 0), False), ((8, 6), False), ((8, 9), True), ((9, 0), True), ((12, 0), True)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, c=capability: c)
+        assert fp8.is_native(cuda) is native
+        linear = nn.Linear(128, 128, bias=False, device="meta")
+        with torch.device("meta"):
+            assert quant.make("fp8", linear, cuda).native is native  # type: ignore[union-attr]
+            assert quant.make("fp8", linear, cuda, full_precision=True).native is False  # type: ignore[union-attr]
+    assert not fp8.is_native(torch.device("cpu"))
+
+
+def test_a_quantised_layer_takes_the_memory_of_its_codes(bfl: dict[str, Tensor]) -> None:
+    weight = bfl["single_blocks.0.linear1.weight"].bfloat16()
+    eight, four = Fp8Linear(128, weight.shape[0]), Nvfp4Linear(128, weight.shape[0])
+    eight.take(fp8.encode(weight))
+    four.take(nvfp4.encode(weight))
+    sizes = [sum(b.nbytes for b in layer.buffers()) for layer in (eight, four)]
+    assert sizes == [weight.numel() + 4, weight.numel() // 2 + weight.numel() // 16 + 4]
+
+
+def test_a_quantised_checkpoint_is_told_apart_by_its_fingerprint(bfl: dict[str, Tensor], tmp_path: Path) -> None:
+    prints = set()
+    for kind in ("fp8", "nvfp4"):
+        tensors, metadata = published.quantised(bfl, kind)
+        prints.add(parts.transformer(published.write(tensors, tmp_path / kind, metadata)).tensors.fingerprint())
+    save_file(bfl, tmp_path / "bf16")
+    prints.add(parts.transformer(tmp_path / "bf16").tensors.fingerprint())
+    assert len(prints) == 3
