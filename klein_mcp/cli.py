@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -17,9 +18,9 @@ INTRODUCTION = """\
 klein-mcp {version} is an MCP server: a program (Claude, VS Code, Cursor, an agent of yours) starts it and talks to it
 over stdin and stdout. Nothing is to be typed here; add it to such a program:
 
-  claude mcp add klein -- klein-mcp                 Claude Code
-  codex mcp add klein -- klein-mcp                  Codex
-  {{"mcpServers": {{"klein": {{"command": "{command}"}}}}}}
+  claude mcp add klein -- {command}
+  codex mcp add klein -- {command}
+  {configuration}
 
 Or try it: `klein-mcp demo`, `klein-mcp paint "a red apple"`, `klein-mcp --help`. Ctrl-D ends it.
 """
@@ -58,10 +59,19 @@ def _failed(problem: Exception) -> int:
 
 def _stdio(settings: Settings, arguments: argparse.Namespace) -> int:
     if sys.stdin.isatty():
-        print(INTRODUCTION.format(version=__version__, command=sys.argv[0]), file=sys.stderr)
+        print(_introduction(), file=sys.stderr)
     from klein_mcp.transports import stdio
 
     return stdio.run(settings)
+
+
+def _introduction() -> str:
+    # By its whole path: a client does not see the PATH of this terminal.
+    called = Path(sys.argv[0]).absolute()
+    command = [str(called)] if called.stem == "klein-mcp" else [sys.executable, "-m", "klein_mcp"]
+    launch = {"command": command[0], "args": command[1:]}
+    configuration = json.dumps({"mcpServers": {"klein": launch}})
+    return INTRODUCTION.format(version=__version__, command=shlex.join(command), configuration=configuration)
 
 
 def _serve(settings: Settings, arguments: argparse.Namespace) -> int:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -10,8 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from examples import configurations
 from tests.living import Living
 
+clients = {client.title: client.read for client in configurations.CLIENTS}
 pty = pytest.importorskip("pty", reason="this system has no pseudo-terminals")
 
 
@@ -75,7 +78,11 @@ def test_the_server_typed_by_hand_says_what_it_is_and_how_to_add_it(living: Livi
     code, shown, out = in_terminal(living, cwd=tmp_path, typed=b"\x04")
     assert code == 0
     assert "is an MCP server" in shown
-    assert "claude mcp add klein" in shown
+    (line,) = re.findall(r"claude mcp add .*", shown)
+    told = configurations.COMMANDS["Claude Code"][1](line)
+    assert (told.command, *told.args) == (sys.executable, "-m", "klein_mcp"), "as it was started, by its whole path"
+    (line,) = re.findall(r'\{"mcpServers".*', shown)
+    assert clients["Claude Desktop"](line) == told
     assert out == ""
 
 
