@@ -66,9 +66,9 @@ def _stdio(settings: Settings, arguments: argparse.Namespace) -> int:
 
 
 def _introduction() -> str:
-    # By its whole path: a client does not see the PATH of this terminal.
-    called = Path(sys.argv[0]).absolute()
-    command = [str(called)] if called.stem == "klein-mcp" else [sys.executable, "-m", "klein_mcp"]
+    from klein_mcp.terminal import program
+
+    command = program()
     launch = {"command": command[0], "args": command[1:]}
     configuration = json.dumps({"mcpServers": {"klein": launch}})
     return INTRODUCTION.format(version=__version__, command=shlex.join(command), configuration=configuration)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import shutil
 import sys
 import time
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import anyio
 
 from klein_mcp.errors import RequestError
-from klein_mcp.terminal import Bar
+from klein_mcp.terminal import Bar, program
 
 if TYPE_CHECKING:
     from mcp.client import Client
@@ -66,6 +67,8 @@ async def _show(out: Path, as_json: bool) -> None:
     for warning in dict.fromkeys(warning for call in calls for warning in call["warnings"]):
         print(f"note: {warning}")
     print(f"painted by {calls[-1]['model']}; the first call started the engine")
+    # By its whole path: in a checkout it is not on PATH.
+    print(f"next: {shlex.join(program())}, typed alone, says how to add it to a client")
 
 
 async def _calls(out: Path) -> AsyncIterator[Call]:

@@ -1,11 +1,18 @@
-"""A bar on stderr while something long is done; where no person looks on, nothing."""
+"""For whoever sits at a terminal: a bar on stderr while something long is done, and the name to call us by."""
 
 import sys
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 if TYPE_CHECKING:
     from rich.progress import Progress
+
+
+def program() -> list[str]:
+    """How this program was started, by its whole path: what a client needs that does not see this terminal's PATH."""
+    called = Path(sys.argv[0]).absolute()
+    return [str(called)] if called.stem == "klein-mcp" else [sys.executable, "-m", "klein_mcp"]
 
 
 class Bar:
