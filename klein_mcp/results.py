@@ -17,7 +17,6 @@ from klein_mcp.images.store import Record, Store
 if TYPE_CHECKING:
     from klein_mcp.outcome import HandedOver, Outcome
 
-SHOW = ("inline", "link", "none")
 MIME = "image/png"
 
 

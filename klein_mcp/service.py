@@ -82,9 +82,12 @@ class Service:
         made: list[Made] = []
         progress = Progress(call.tell, order.count)
 
+        def warnings() -> list[str]:
+            return [*work.warnings, *(warning for one in made for warning in one.painting.warnings)]
+
         async def hand_over() -> HandedOver:
             rest = replace(work.order, seed=work.order.seed + len(made), count=work.order.count - len(made))
-            told = {"pictures": [one.to_json() for one in made], "warnings": list(work.warnings), "ms": clock.ms()}
+            told = {"pictures": [one.to_json() for one in made], "warnings": warnings(), "ms": clock.ms()}
             job = await self.backend.keep(rest.to_json(), client=call.client, made=told)
             return HandedOver.of(job, await self.backend.kept(job))
 
@@ -98,8 +101,7 @@ class Service:
                 clock.add({**painting.ms, "save": made[-1].save_ms})
         ms = clock.ms()
         self.estimate = (ms["total"] - ms["queue"] - ms["load"]) / 1000 / order.count
-        told = [warning for one in made for warning in one.painting.warnings]
-        return await self._announced(Outcome(tuple(made), (*work.warnings, *told), ms), order.model, call)
+        return await self._announced(Outcome(tuple(made), tuple(warnings()), ms), order.model, call)
 
     async def wait_within(self, seconds: float, job: str, call: Call) -> Outcome | HandedOver:
         """Ask after what was handed over. Raises RequestError or EngineError."""

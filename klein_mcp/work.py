@@ -3,12 +3,15 @@
 from dataclasses import dataclass, replace
 
 from engine.contract import Job, Painting, Rgb8
+from klein_mcp.errors import RequestError
 from klein_mcp.finish import Made, finish
 from klein_mcp.images import region
 from klein_mcp.images.region import Patch
 from klein_mcp.images.source import Sources
 from klein_mcp.images.store import Record, Store
 from klein_mcp.order import Order
+
+WHITE = 255
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +30,11 @@ class Work:
         """Raises RequestError."""
         images = [sources.open(reference, client) for reference in order.images]
         masks = [sources.open(order.mask, client, backdrop=0)] if order.mask else []
+        if masks and masks[0].record.recipe.get("flattened_on") == WHITE:
+            raise RequestError(
+                f"The mask {order.mask} was transparent when it was opened as a picture, and is white there now.",
+                hint="Give the mask's own file as mask.",
+            )
         opened = [*images, *masks]
         work = cls(
             replace(

@@ -37,11 +37,12 @@ _HINTS = {
 
 @dataclass(frozen=True, slots=True)
 class Decoded:
-    """recipe: what the file says about how it was made, if klein-mcp made it."""
+    """recipe: what the file says about how it was made, if klein-mcp made it. flattened: it had been transparent."""
 
     image: Rgb8
     warnings: tuple[str, ...]
     recipe: dict[str, Any] | None
+    flattened: bool
 
 
 def decode(data: bytes, name: str, backdrop: int = 255) -> Decoded:
@@ -90,11 +91,12 @@ def _upright_rgb8(picture: ImageFile.ImageFile, name: str, backdrop: int) -> Dec
     opaque, alpha = _split_alpha(_upright(picture))
     rgb = _to_srgb(_eight_bit(opaque), picture.info.get("icc_profile"), name, warnings)
     pixels = np.asarray(rgb)
-    if alpha is not None and np.any(alpha < 255):
+    flattened = alpha is not None and bool(np.any(alpha < 255))
+    if alpha is not None and flattened:
         colour = "white" if backdrop else "black"
         warnings.append(f"{name} is transparent in places; they count as {colour}.")
         pixels = _flattened(pixels, alpha, backdrop)
-    return Decoded(np.ascontiguousarray(pixels), tuple(warnings), recipe)
+    return Decoded(np.ascontiguousarray(pixels), tuple(warnings), recipe, flattened)
 
 
 def _upright(picture: Image.Image) -> Image.Image:

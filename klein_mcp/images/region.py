@@ -49,7 +49,7 @@ class Patch:
         part = codec.resize(painted, right - left, bottom - top)
         if self.mask is None:
             return part
-        opacity = _seam(self.mask)[top:bottom, left:right, None]
+        opacity = _seam(self.mask[top:bottom, left:right])[..., None]
         result = image.copy()
         old = image[top:bottom, left:right].astype(np.float32)
         # With opacity 0 this is the old value exactly: float32 holds every uint8.
@@ -115,7 +115,10 @@ def _surroundings(box: Box, width: int, height: int) -> Box:
 
 
 def _seam(mask: Mask) -> npt.NDArray[np.float32]:
-    """0 outside; inside, rising over SEAM pixels from the mask's edge. The picture's own edge is none."""
+    """0 outside; inside, rising over SEAM pixels from the mask's edge. The picture's own edge is none.
+
+    mask: of a patch, which reaches beyond the white on every side where there is more picture.
+    """
     depth = np.zeros(mask.shape, np.float32)
     left = mask.copy()
     for _ in range(SEAM):

@@ -9,7 +9,8 @@ import stat
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import unquote_to_bytes
+from urllib.parse import unquote_to_bytes, urlsplit
+from urllib.request import url2pathname
 
 from engine.contract import Rgb8
 from klein_mcp.errors import BadImage, Refused, UnknownImage, shown
@@ -19,8 +20,6 @@ from klein_mcp.settings import Settings
 
 _LAST = re.compile(r"last(?:~(\d{1,4}))?")
 _HANDLE = re.compile(rf"[{ALPHABET}]{{{HANDLE_LENGTH}}}")
-
-
 _READ = os.O_RDONLY | sum(getattr(os, flag, 0) for flag in ("O_NONBLOCK", "O_NOFOLLOW", "O_BINARY"))
 
 
@@ -54,7 +53,9 @@ class Sources:
             return self._keep(_data_url(reference), "the data URL", None, client, backdrop)
         if re.match(r"https?://", reference, re.IGNORECASE):
             return self._keep(self._fetch(reference), shown(reference), reference, client, backdrop)
-        path = Path(reference.removeprefix("file://")).expanduser()
+        if reference.startswith("file://"):
+            reference = url2pathname(urlsplit(reference).path)
+        path = Path(reference).expanduser()
         if path.is_absolute():
             real = self._allowed(path)
             return self._keep(_read(real), str(path), str(real), client, backdrop)
@@ -91,6 +92,7 @@ class Sources:
             recipe = decoded.recipe or {}
             ancestor = self._store.find(str(recipe.get("image", "")))
             height, width = decoded.image.shape[:2]
+            flattened = {"flattened_on": backdrop} if decoded.flattened else {}
             record = self._store.put(
                 codec.encode(decoded.image),
                 handle=self._store.new_handle(),
@@ -98,7 +100,7 @@ class Sources:
                 size=(width, height),
                 client=client,
                 tool="open",
-                recipe={"made": recipe} if recipe else {},
+                recipe={**flattened, **({"made": recipe} if recipe else {})},
                 parents=[ancestor.handle] if ancestor else [],
                 source=source,
             )
@@ -107,12 +109,12 @@ class Sources:
     def _allowed(self, path: Path) -> Path:
         roots = self._settings.read_roots or (Path.home(), Path(tempfile.gettempdir()))
         try:
-            real = path.resolve(strict=True)
-        except (OSError, RuntimeError, ValueError):  # not there, a loop of links, a name no file can have
-            # The same words whether it is missing or lies behind a folder we may not look into.
-            raise UnknownImage(f"There is no file {path} that can be read.", hint="Check the path.") from None
-        # Our own results name paths in the library, whose pictures any caller may open by handle.
-        if not any(real.is_relative_to(root.resolve()) for root in (*roots, self._store.files)):
+            real = path.resolve()
+            # Our own results name paths in the library, whose pictures any caller may open by handle.
+            inside = any(real.is_relative_to(root.resolve()) for root in (*roots, self._store.files))
+        except (OSError, RuntimeError, ValueError):  # a loop of links, a name no file can have
+            raise UnknownImage(f"There is no file {shown(str(path))} that can be read.", hint="Check it.") from None
+        if not inside:  # said before anybody looks whether it exists
             raise Refused(
                 f"{path} is outside the folders that may be read ({', '.join(map(str, roots))}).",
                 hint="The user can allow more with KLEIN_READ_ROOTS.",
@@ -138,8 +140,10 @@ def _read(path: Path) -> bytes:
     try:
         # A fifo would block: O_NONBLOCK lets open() return so that we can look. A link put there since is not followed.
         descriptor = os.open(path, _READ)
+    except FileNotFoundError:
+        raise UnknownImage(f"There is no file {path} that can be read.", hint="Check the path.") from None
     except OSError as problem:
-        raise UnknownImage(f"{path} cannot be read: {problem.strerror}.") from None
+        raise UnknownImage(f"{path} cannot be read: {problem.strerror}.", hint="Check the path.") from None
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise BadImage(f"{path} is not a file.")

@@ -164,6 +164,14 @@ async def test_in_a_transparent_mask_only_what_is_painted_white_may_change(clien
     assert told["changed"] <= 40 * 40 / (320 * 200)
 
 
+async def test_a_mask_that_lost_its_transparency_is_an_error(client: Client, photo: str, tmp_path: Path):
+    path = tmp_path / "see-through.png"
+    path.write_bytes(file(np.dstack([mask_of(320, 200, (0, 0, 9, 9)), mask_of(320, 200, (0, 0, 9, 9))[..., 0]])))
+    seen = await call(client, "view_image", image=str(path))
+    said = await refused(client, "edit_image", image=photo, prompt="x", mask=seen["image"])
+    assert "Give the mask's own file" in said
+
+
 @pytest.mark.parametrize(
     ("box", "size", "said"),
     [

@@ -5,6 +5,7 @@ import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import pytest
 from mcp import Client
@@ -64,8 +65,15 @@ async def test_a_bad_data_url_is_refused(client: Client, url: str, said: str):
     assert said in await refused(client, "view_image", image=url)
 
 
+async def test_whether_a_file_outside_exists_is_not_told(client: Client):
+    there = await refused(client, "view_image", image="/etc/hostname")
+    missing = await refused(client, "view_image", image="/etc/no-such-file")
+    assert there.replace("hostname", "no-such-file") == missing
+
+
 async def test_file_addresses_and_resource_addresses_are_understood(client: Client, photo: Path):
-    told = await call(client, "view_image", image=f"file://{photo}")
+    spaced = photo.rename(photo.with_name("my photo.png"))
+    told = await call(client, "view_image", image=f"file://{quote(str(spaced))}")
     assert (await call(client, "view_image", image=told["uri"]))["image"] == told["image"]
     assert (await call(client, "view_image", image=f"{told['uri']}/preview"))["image"] == told["image"]
 
@@ -110,7 +118,7 @@ async def test_what_is_no_file_is_refused_at_once(client: Client, tmp_path: Path
         ("loop.png", "There is no file"),
         ("missing.png", "There is no file"),
         ("photo.png/inside.png", "There is no file"),
-        ("x" * 300, "There is no file"),
+        ("x" * 300, "cannot be read: File name too long"),
     ):
         assert said in await refused(client, "view_image", image=str(tmp_path / name))
 

@@ -2,10 +2,12 @@
 
 import os
 import random
+import shutil
 import signal
 import sqlite3
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -261,6 +263,7 @@ class Library(RuleBasedStateMachine):
     def teardown(self) -> None:
         if hasattr(self, "store"):
             self.store.close()
+            shutil.rmtree(self.folder)
 
 
 TestLibrary = Library.TestCase
@@ -268,8 +271,6 @@ TestLibrary.settings = settings(max_examples=15, stateful_step_count=15, deadlin
 
 
 def _fresh() -> Path:
-    import tempfile
-
     return Path(tempfile.mkdtemp(prefix="klein-store-"))
 
 
