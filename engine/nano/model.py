@@ -115,7 +115,8 @@ class Nano(nn.Module):
         tokens = None
         if references is not None:
             tokens = self.encode(references.flatten(0, 1)).unflatten(0, references.shape[:2])
-        noise = [torch.randn(1, 128, GRID, GRID, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+        shape = (1, self.transformer.shape.channels, GRID, GRID)
+        noise = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
         x = pack(torch.cat(noise)).to(self.device)
 
         def velocity(x: Tensor, sigma: float) -> Tensor:

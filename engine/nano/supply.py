@@ -1,6 +1,5 @@
-"""Batches to learn from: scenes drawn, painted and encoded ahead, each met a few times with fresh noise."""
+"""Batches to learn from: scenes drawn, painted and encoded on the device that learns."""
 
-import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -9,8 +8,10 @@ from torch import Tensor
 
 from engine.nano.model import GRID, Nano
 from engine.nano.paint import CANVAS, Painter
+from engine.nano.principal import as_one_convolution
 from engine.nano.prompts import Example, Speaker, practice
 from engine.nano.scenes import MAX_THINGS, Scene
+from engine.tokens import pack, patchify
 
 OBJECT_WEIGHT = 4.0
 """How much more a token counts that shows an object, or that an edit must repaint: backgrounds are learned first and
@@ -50,34 +51,24 @@ class Item:
 
 
 class Supply:
-    """Items of each task. reuse: how often one is met before it is replaced, on average; capacity: how many wait."""
+    """Items of each task, never twice the same."""
 
-    def __init__(self, nano: Nano, seed: int, reuse: int, capacity: int = 1024) -> None:
+    def __init__(self, nano: Nano, seed: int) -> None:
         self.nano = nano
         self.painter = Painter().to(nano.device)
         self.speaker = Speaker(seed)
-        self.random = random.Random(seed)
-        self.reuse = reuse
-        self.capacity = capacity
-        self.waiting: dict[tuple[str, int], list[Item]] = {}
+        self.patches = as_one_convolution(nano.autoencoder)
 
-    def _fresh(self, task: str, pictures: int, count: int) -> list[Item]:
+    @torch.no_grad()
+    def _encode(self, pictures: Tensor) -> Tensor:
+        return pack(self.nano.autoencoder.bn.normalise(patchify(self.patches(pictures))))
+
+    def take(self, task: str, pictures: int, count: int) -> list[Item]:
+        """A batch of one task, all with the same number of references."""
         examples = [practice(self.speaker, task, pictures) for _ in range(count)]
         scenes = [scene for example in examples for scene in (example.target, *example.references)]
-        latents = self.nano.encode(paint_scenes(self.painter, scenes)).unflatten(0, (count, 1 + pictures))
+        latents = self._encode(paint_scenes(self.painter, scenes)).unflatten(0, (count, 1 + pictures))
         return [
             Item(example.prompt, latent[0], latent[1:], token_weights(example).to(latent.device))
             for example, latent in zip(examples, latents, strict=True)
         ]
-
-    def take(self, task: str, pictures: int, count: int) -> list[Item]:
-        """A batch of one task, all with the same number of references."""
-        waiting = self.waiting.setdefault((task, pictures), [])
-        # While little waits, everything is fresh: the first batches must not see the same few pictures over and over.
-        short = len(waiting) < self.capacity // 8
-        for item in self._fresh(task, pictures, count if short else -(-count // self.reuse)):
-            if len(waiting) < self.capacity:
-                waiting.append(item)
-            else:
-                waiting[self.random.randrange(self.capacity)] = item
-        return self.random.sample(waiting, count)

@@ -1,7 +1,8 @@
 """Teach nano: `python -m engine.nano.train STAGE RUN`, on a CPU or a GPU, resumable, warm from the committed weights.
 
-Stages: `vae` (pictures to latents), `generate` (mostly text to image), `all` (generate, edit, compose), `cool` (as
-`all`, with the learning rate falling to nothing), `decoder` (sharpen the way back to pixels; latents stay).
+Stages: `encoder` (compute it: seconds; the latents change, so only before all else), `decoder` (from latents back to
+pictures; the latents stay), `generate` (mostly text to image), `all` (generate, edit, compose), `cool` (as `all`, with
+the learning rate falling to nothing).
 A run is a folder: `state.pt` to go on from, `weights/` in diffusers format, `log.jsonl`. Stopping a run at any time
 loses at most the minutes since its last save. `export RUN TO` copies the averaged weights.
 """
@@ -22,7 +23,7 @@ from torch import Tensor
 from engine.nano.folder import WEIGHTS, save_autoencoder, save_text_encoder, save_transformer
 from engine.nano.model import STEPS, TEXT_LENGTH, Nano
 from engine.nano.supply import Item, Supply
-from engine.nano.train_vae import train_vae
+from engine.nano.train_decoder import fit, train_decoder
 from engine.schedule import sigmas
 
 OWN_LEVELS = sigmas(STEPS, 64)[:-1]
@@ -142,10 +143,10 @@ def export(run: Run, folder: Path) -> None:
     save_autoencoder(run.nano.autoencoder, folder)
 
 
-def train(run: Run, stage: Stage, minutes: float, batch: int, levels: int, reuse: int, save_minutes: float) -> None:
+def train(run: Run, stage: Stage, minutes: float, batch: int, levels: int, save_minutes: float) -> None:
     """Until the minutes are over; 0 means until it is stopped."""
     seed = time.time_ns() % 2**31
-    supply = Supply(run.nano, seed, reuse)
+    supply = Supply(run.nano, seed)
     generator = torch.Generator().manual_seed(seed)
     start = last_save = last_tell = time.monotonic()
     began, told = run.step, run.samples
@@ -158,8 +159,8 @@ def train(run: Run, stage: Stage, minutes: float, batch: int, levels: int, reuse
         rise = min(1.0, (run.step - began + 1) / WARM_UP)
         for group in run.optimiser.param_groups:
             group["lr"] = stage.rate * rise * (1.0 - done if stage.cooling else 1.0)
-        (task, pictures), *_ = supply.random.choices(tuple(stage.shares), tuple(stage.shares.values()))
-        length = TEXT_LENGTH if supply.random.random() < stage.long_text else SHORT_TEXT
+        (task, pictures), *_ = supply.speaker.random.choices(tuple(stage.shares), tuple(stage.shares.values()))
+        length = TEXT_LENGTH if supply.speaker.random.random() < stage.long_text else SHORT_TEXT
         loss = velocity_loss(run.nano, supply.take(task, pictures, batch), levels, length, generator)
         run.optimiser.zero_grad(set_to_none=True)
         loss.mean().backward()
@@ -197,7 +198,7 @@ def _tell(run: Run, told: int, since: float, losses: dict[str, list[float]]) -> 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stage", choices=(*STAGES, "vae", "decoder", "export"))
+    parser.add_argument("stage", choices=("encoder", "decoder", *STAGES, "export"))
     parser.add_argument("run", type=Path)
     parser.add_argument("to", type=Path, nargs="?", help="export: the folder to fill")
     parser.add_argument("--start", type=Path, default=WEIGHTS, help="weights a new run begins with")
@@ -215,15 +216,19 @@ def main() -> None:
     run = Run(args.run, args.start, args.device)
     if args.stage == "export":
         shutil.copytree(args.run / "weights", args.to, dirs_exist_ok=True)
-    elif args.stage in ("vae", "decoder"):
-        train_vae(run.nano.autoencoder, args.stage == "decoder", args.minutes, args.device)
+    elif args.stage == "encoder":
+        fit(run.nano.autoencoder, args.device)
+        run.save()
+    elif args.stage == "decoder":
+        weights = args.run / "weights"
+        train_decoder(
+            run.nano.autoencoder, args.minutes, args.device, lambda average: save_autoencoder(average, weights)
+        )
         run.save()
     else:
-        # Encoding costs a CPU a third of a step, a GPU next to nothing.
         stage = STAGES[args.stage]
         stage = replace(stage, rate=args.rate or stage.rate)
-        train(run, stage, args.minutes, args.batch or (384 if on_gpu else 5), args.levels,
-              1 if on_gpu else 3, args.save_minutes)  # fmt: skip
+        train(run, stage, args.minutes, args.batch or (384 if on_gpu else 5), args.levels, args.save_minutes)
 
 
 if __name__ == "__main__":

@@ -1,21 +1,23 @@
-"""Teach the autoencoder: pictures in, the same pictures out, through latents that bear a little noise."""
+"""Teach the decoder: from the computed encoder's latents, with a little noise on them, back to the pictures."""
 
 import copy
 import math
 import time
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from engine.model.autoencoder import Autoencoder
 from engine.nano.paint import BACKGROUNDS, CANVAS, Painter
+from engine.nano.principal import as_one_convolution, fit_encoder
 from engine.nano.sprites import KINDS, SIZES
 from engine.nano.words import NOUNS
-from engine.tokens import patchify
+from engine.tokens import unpatchify
 
 RATE = 2e-3
-LATENT_NOISE = 0.08
-"""Added to the latents, so that what the transformer gets slightly wrong still decodes well."""
+LATENT_NOISE = 0.1
+"""Added to the normalised latents, so that what the transformer gets slightly wrong still decodes well."""
 EMA = 0.998
 
 
@@ -46,53 +48,53 @@ def psnr(picture: Tensor, decoded: Tensor) -> float:
     return (-10 * torch.log10(error)).mean().item()
 
 
-def train_vae(autoencoder: Autoencoder, decoder_only: bool, minutes: float, device: str) -> None:
-    """In place; ends with the average of the weights and fresh latent statistics.
+def train_decoder(autoencoder: Autoencoder, minutes: float, device: str, save: Callable[[Autoencoder], None]) -> None:
+    """In place, ending with the average of the weights; `save` gets that average every minute.
 
-    decoder_only: the latents stay what they are, so that a trained transformer goes on fitting.
+    The latents stay what they are, so that a trained transformer goes on fitting.
     """
     generator = torch.Generator().manual_seed(time.time_ns() % 2**31)
     painter = Painter().to(device)
     batch = 256 if device.startswith("cuda") else 4
     held = crowded(painter, 24, 2, torch.Generator().manual_seed(1))
-    autoencoder.requires_grad_(True)
-    learned = autoencoder.decoder if decoder_only else autoencoder
+    autoencoder.requires_grad_(False)
+    encode = as_one_convolution(autoencoder)
+    decoder = autoencoder.decoder.requires_grad_(True)
     average = copy.deepcopy(autoencoder)
-    optimiser = torch.optim.AdamW(learned.parameters(), lr=RATE, betas=(0.9, 0.98), weight_decay=0.0)
+    optimiser = torch.optim.AdamW(decoder.parameters(), lr=RATE, betas=(0.9, 0.98), weight_decay=0.0)
+    # Noise in proportion to each channel's spread: that is how the transformer errs.
+    deviation = unpatchify((autoencoder.bn.running_var.sqrt() * LATENT_NOISE)[None, :, None, None])[..., :1, :1]
     start = told = time.monotonic()
     step = 0
     while (done := (time.monotonic() - start) / (60 * minutes)) < 1:
-        rate = RATE * (0.5 if decoder_only else 1.0) * min(1.0, (step + 1) / 100)
+        rate = RATE * min(1.0, (step + 1) / 100)
         optimiser.param_groups[0]["lr"] = rate * (0.02 + 0.49 * (1 + math.cos(math.pi * done)))
-        half = batch // 2
-        picture = torch.cat([crowded(painter, half, things, generator) for things in (2, 4)])
-        with torch.set_grad_enabled(not decoder_only):
-            mean = autoencoder.encoder(picture)
-        latent = mean + LATENT_NOISE * torch.randn(mean.shape, generator=generator).to(device)
-        loss = reconstruction_loss(picture, autoencoder.decoder(latent)) + 5e-4 * mean.pow(2).mean()
+        picture = torch.cat([crowded(painter, batch // 2, things, generator) for things in (2, 4)])
+        with torch.no_grad():
+            latent = encode(picture)
+            latent += deviation * torch.randn(latent.shape, generator=generator).to(device)
+        loss = reconstruction_loss(picture, decoder(latent))
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(learned.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(decoder.parameters(), 1.0)
         optimiser.step()
         step += 1
         keep = min(EMA, (step + 1) / (step + 20))
         with torch.no_grad():
-            for old, new in zip(average.parameters(), autoencoder.parameters(), strict=True):
+            for old, new in zip(average.decoder.parameters(), decoder.parameters(), strict=True):
                 old.lerp_(new, 1 - keep)
         if time.monotonic() - told > 60:
             told = time.monotonic()
             with torch.no_grad():
-                print(f"step {step}, {done:.0%}: held-out {psnr(held, average.decode(average.encode(held))):.2f} dB",
-                      flush=True)  # fmt: skip
-    autoencoder.load_state_dict(average.state_dict())
-    autoencoder.requires_grad_(False)
-    if not decoder_only:
-        measure_latents(autoencoder, torch.cat([crowded(painter, 32, 2, generator) for _ in range(8)]))
+                decibels = psnr(held, average.decode(average.encode(held)))
+            print(f"step {step}, {done:.0%}: held-out {decibels:.2f} dB", flush=True)
+            save(average)
+    decoder.load_state_dict(average.decoder.state_dict())
+    decoder.requires_grad_(False)
 
 
-@torch.no_grad()
-def measure_latents(autoencoder: Autoencoder, pictures: Tensor) -> None:
-    """Mean and variance of each latent channel, by which latents are normalised."""
-    latents = torch.cat([patchify(autoencoder.encoder(part)) for part in pictures.split(32)])
-    autoencoder.bn.running_mean.copy_(latents.mean(dim=(0, 2, 3)))
-    autoencoder.bn.running_var.copy_(latents.var(dim=(0, 2, 3)))
+def fit(autoencoder: Autoencoder, device: str) -> None:
+    """Compute the encoder and the latents' statistics from pictures of the world's objects."""
+    generator = torch.Generator().manual_seed(0)
+    painter = Painter().to(device)
+    fit_encoder(autoencoder, torch.cat([crowded(painter, 32, 2, generator) for _ in range(16)]))
