@@ -1,5 +1,6 @@
 """Which device and number format to paint with: the one place that names them."""
 
+import os
 from dataclasses import dataclass
 
 import torch
@@ -45,6 +46,70 @@ class Placement:
         elif self.device.type == "mps":
             torch.mps.empty_cache()
 
+    def total_bytes(self) -> int:
+        """Memory of the device, whoever uses it."""
+        if self.device.type == "cuda":
+            return torch.cuda.mem_get_info(self.device)[1]
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 1 << 62
+
+
+def has_own_memory(device: torch.device) -> bool:
+    """Whether it computes in a memory of its own, so that weights can sleep in the host's."""
+    return device.type == "cuda"
+
+
+def multiplies_fp8(device: torch.device) -> bool:
+    """NVIDIA from compute capability 8.9 on (Ada, Hopper, Blackwell)."""
+    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 9)
+
+
+def stores_fp8(device: torch.device) -> bool:
+    """Metal knows no fp8 at all."""
+    return device.type != "mps"
+
+
+def host_memory(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Uninitialised memory of the host from which `device` can be filled: pinned where it copies by itself."""
+    return torch.empty(shape, dtype=dtype, pin_memory=device.type == "cuda")
+
+
+Mark = torch.Event | None
+"""A point in a device's work; None where the work is done when the call returns."""
+
+
+class Courier:
+    """Carries bytes to a device beside its computation; without streams, at once."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def mark(self) -> Mark:
+        """Where the computation will stand after what is asked of it now."""
+        return torch.cuda.current_stream(self._device).record_event() if self._stream is not None else None
+
+    def carry(self, target: torch.Tensor, source: torch.Tensor, after: Mark) -> Mark:
+        """Copy once `after` is reached; the mark that is returned is reached with it."""
+        if self._stream is None:
+            target.copy_(source)
+            return None
+        if after is not None:
+            self._stream.wait_event(after)
+        with torch.cuda.stream(self._stream):
+            target.copy_(source, non_blocking=True)
+        return self._stream.record_event()
+
+    def wait(self, mark: Mark) -> None:
+        """Let the computation wait for `mark`."""
+        if mark is not None:
+            torch.cuda.current_stream(self._device).wait_event(mark)
+
+    @staticmethod
+    def settle(mark: Mark) -> None:
+        """Wait here for `mark`."""
+        if mark is not None:
+            mark.synchronize()
+
 
 def _device(asked: str | None) -> str:
     there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
@@ -76,6 +141,4 @@ def _free_host_bytes() -> int:
                     return int(line.split()[1]) * 1024
     except OSError:
         pass
-    import os
-
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 1 << 62

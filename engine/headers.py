@@ -48,8 +48,7 @@ class Header:
     def read(cls, file: Path) -> "Header":
         """Raises BadWeights, with the reason, for anything but whole safetensors."""
         try:
-            status = file.stat()
-            return _read(file, status.st_size, status.st_mtime_ns)
+            return _read(file, file.stat().st_size)
         except PermissionError:
             raise BadWeights(
                 f"{file} may not be read by this user.", hint="Change its permissions (chmod u+r) or its owner."
@@ -58,8 +57,7 @@ class Header:
             raise BadWeights(f"{file} cannot be read: {problem.strerror}.", hint="Download it again.") from None
 
 
-@lru_cache(maxsize=256)
-def _read(file: Path, size: int, changed: int) -> Header:
+def _read(file: Path, size: int) -> Header:
     with file.open("rb") as stream:
         start = stream.read(8)
         if stranger := _by_magic(start):
@@ -110,7 +108,7 @@ def _by_magic(start: bytes) -> str:
 # What only one architecture has. First match wins; a key is part of a name, without what repackers put in front.
 _SIGNS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("LoRA", (".lora_A.", ".lora_B.", ".lora_down.", ".lora_up.", ".lokr_w", ".hada_w")),
-    ("transformer", ("double_stream_modulation_img.lin",)),
+    ("transformer", ("double_stream_modulation_img.lin",)),  # both layouts: `.lin.` and `.linear.`
     ("text encoder", ("layers.0.self_attn.q_norm.weight",)),
     ("autoencoder", ("decoder.post_quant_conv.weight", "post_quant_conv.weight")),
     ("an SDXL or SD checkpoint", ("model.diffusion_model.input_blocks.", "down_blocks.0.attentions.", "conditioner.")),
@@ -131,6 +129,24 @@ def kind(header: Header) -> str:
     return found
 
 
-def is_lora(header: Header) -> bool:
-    """Whether it changes a model instead of being one."""
-    return kind(header) == "LoRA"
+def kind_of(file: Path) -> str:
+    """`kind` of a file; "" for one that cannot be read. Remembered until the file changes."""
+    try:
+        status = file.stat()
+        return _kind_of(file, status.st_size, status.st_mtime_ns)
+    except OSError:
+        return ""
+
+
+@lru_cache(maxsize=4096)
+def _kind_of(file: Path, size: int, changed: int) -> str:
+    try:
+        return kind(Header.read(file))
+    except BadWeights:
+        return ""
+
+
+def storage(header: Header) -> str:
+    """How the weights of a transformer are stored: bf16 (or any full format), fp8, nvfp4."""
+    formats = {entry.format for entry in header.entries.values() if len(entry.shape) == 2}
+    return "nvfp4" if "U8" in formats else "fp8" if formats & {"F8_E4M3", "F8_E5M2"} else "bf16"

@@ -6,6 +6,20 @@ APACHE = "Apache-2.0"
 NON_COMMERCIAL = "FLUX Non-Commercial"
 
 
+FULL, FP8, NVFP4 = "bf16", "fp8", "nvfp4"
+
+
+@dataclass(frozen=True, slots=True)
+class File:
+    """One published single file. bytes: exact where it is known, else 0. sha256: its first characters, where known."""
+
+    repo: str
+    name: str
+    format: str = FULL
+    bytes: int = 0
+    sha256: str = ""
+
+
 @dataclass(frozen=True, slots=True)
 class Variant:
     """What a model was made for.
@@ -16,6 +30,7 @@ class Variant:
     max_size: the square side whose area is the most it paints by itself; larger pictures are resampled from it.
     reference_size: the square side whose area a reference is shrunk to if it is larger.
     text_length, text_layers: tokens the prompt is padded to; the Qwen3 layers whose states are stacked.
+    hidden: the transformer's width, which tells a 4B from a 9B. files: the published single files.
     memory_gb: weights that are read, in bf16, plus about 2 GB of working memory at 1024 x 1024.
     Source of the rows: the model cards and diffusers' pipelines; sizes by the published files.
     """
@@ -35,6 +50,8 @@ class Variant:
     text_length: int = 512
     text_layers: tuple[int, ...] = (9, 18, 27)
     memory_gb: float = 0.0
+    hidden: int = 0
+    files: tuple[File, ...] = ()
 
     @property
     def distilled(self) -> bool:
@@ -42,9 +59,10 @@ class Variant:
         return self.guidance <= 1.0
 
 
-_BASE = {"steps": 50, "guidance": 4.0}
-_GATED = {"licence": NON_COMMERCIAL, "gated": True, "memory_gb": 31.0}
 _REPO = "black-forest-labs/FLUX.2-"
+_BASE = {"steps": 50, "guidance": 4.0}
+_4B = {"licence": APACHE, "memory_gb": 15.5, "hidden": 3072}
+_9B = {"licence": NON_COMMERCIAL, "gated": True, "memory_gb": 31.0, "hidden": 4096}
 
 VARIANTS: dict[str, Variant] = {
     row.name: row
@@ -61,13 +79,72 @@ VARIANTS: dict[str, Variant] = {
             text_layers=(1, 2, 3),
             memory_gb=0.1,
         ),
-        Variant("klein-4b", "FLUX.2 [klein] 4B", APACHE, _REPO + "klein-4B", memory_gb=15.5),
-        Variant("klein-base-4b", "FLUX.2 [klein] base 4B", APACHE, _REPO + "klein-base-4B", memory_gb=15.5, **_BASE),
-        Variant("klein-9b", "FLUX.2 [klein] 9B", repo=_REPO + "klein-9B", **_GATED),
-        Variant("klein-base-9b", "FLUX.2 [klein] base 9B", repo=_REPO + "klein-base-9B", **_GATED, **_BASE),
-        Variant("klein-9b-kv", "FLUX.2 [klein] 9B KV", repo=_REPO + "klein-9b-kv", kv=True, **_GATED),
+        Variant(
+            name="klein-4b",
+            title="FLUX.2 [klein] 4B",
+            repo=_REPO + "klein-4B",
+            files=(
+                File(_REPO + "klein-4B", "flux-2-klein-4b.safetensors", FULL, 7_751_105_712, "ec3d4e73"),
+                File(_REPO + "klein-4b-fp8", "flux-2-klein-4b-fp8.safetensors", FP8, 4_070_624_520, "97ed34fe"),
+                File(_REPO + "klein-4b-nvfp4", "flux-2-klein-4b-nvfp4.safetensors", NVFP4, 2_460_413_488, "d8c5007b"),
+            ),
+            **_4B,
+        ),
+        Variant(
+            name="klein-base-4b",
+            title="FLUX.2 [klein] base 4B",
+            repo=_REPO + "klein-base-4B",
+            files=(
+                File(_REPO + "klein-base-4B", "flux-2-klein-base-4b.safetensors", FULL, 7_751_105_712, "9c5fed22"),
+                File(
+                    _REPO + "klein-base-4b-fp8", "flux-2-klein-base-4b-fp8.safetensors", FP8, 4_089_498_488, "44bab3a8"
+                ),
+                File(_REPO + "klein-base-4b-nvfp4", "flux-2-klein-base-4b-nvfp4.safetensors", NVFP4),
+            ),
+            **_4B,
+            **_BASE,
+        ),
+        Variant(
+            name="klein-9b",
+            title="FLUX.2 [klein] 9B",
+            repo=_REPO + "klein-9B",
+            files=(
+                File(_REPO + "klein-9B", "flux-2-klein-9b.safetensors", FULL, 18_157_185_168, "0975d6b7"),
+                File(_REPO + "klein-9b-fp8", "flux-2-klein-9b-fp8.safetensors", FP8, 9_433_061_528, "865ba09f"),
+                File(_REPO + "klein-9b-nvfp4", "flux-2-klein-9b-nvfp4.safetensors", NVFP4),
+            ),
+            **_9B,
+        ),
+        Variant(
+            name="klein-base-9b",
+            title="FLUX.2 [klein] base 9B",
+            repo=_REPO + "klein-base-9B",
+            files=(
+                File(_REPO + "klein-base-9B", "flux-2-klein-base-9b.safetensors", FULL, 18_157_185_168, "4a54fad7"),
+                File(
+                    _REPO + "klein-base-9b-fp8", "flux-2-klein-base-9b-fp8.safetensors", FP8, 9_567_278_472, "a9f5028c"
+                ),
+                File(_REPO + "klein-base-9b-nvfp4", "flux-2-klein-base-9b-nvfp4.safetensors", NVFP4),
+            ),
+            **_9B,
+            **_BASE,
+        ),
+        Variant(
+            name="klein-9b-kv",
+            title="FLUX.2 [klein] 9B KV",
+            repo=_REPO + "klein-9b-kv",
+            kv=True,
+            files=(
+                File(_REPO + "klein-9b-kv", "flux-2-klein-9b-kv.safetensors", FULL, 18_157_185_168, "cbf07a8a"),
+                File(_REPO + "klein-9b-kv-fp8", "flux-2-klein-9b-kv-fp8.safetensors", FP8, sha256="33f7da56"),
+            ),
+            **_9B,
+        ),
     )
 }
 
 EMBEDDED = "nano"
 """The variant that is inside the package."""
+
+SMALL_DECODER = File(_REPO + "small-decoder", "full_encoder_small_decoder.safetensors")
+"""A distilled autoencoder for every klein: 1.4 times as fast and small as the full one. Apache-2.0."""

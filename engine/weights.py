@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from engine import quant
 from engine.contract import BadWeights
-from engine.device import Placement
+from engine.device import Courier, Mark, Placement, has_own_memory, host_memory
 from engine.headers import Entry, Header, Shape
 from engine.layouts import Place, Table
 from engine.quant import QuantLinear, Stored
@@ -113,7 +113,8 @@ class Reader:
         self._device = device
         self._open: dict[Path, FileIO] = {}
         self._closing = ExitStack()
-        self._stage: list[tuple[Tensor, torch.cuda.Event | None]] = []
+        self._courier = Courier(device)
+        self._stage: list[tuple[Tensor, Mark]] = []
 
     def __enter__(self) -> "Reader":
         return self
@@ -148,24 +149,20 @@ class Reader:
     def _through_stage(self, file: Path, at: int, count: int, dtype: torch.dtype, target: Tensor) -> None:
         """By way of a small buffer, because the target is on a device or in another format."""
         if not self._stage:
-            pinned = self._device.type == "cuda"
-            self._stage = [(torch.empty(_STAGE, dtype=torch.uint8, pin_memory=pinned), None) for _ in range(1 + pinned)]
-        # The other buffer may still be on its way to the device: this one was sent before it.
+            # Two where the device copies by itself: one is read into while the other is on its way.
+            buffers = 2 if has_own_memory(self._device) else 1
+            self._stage = [(host_memory((_STAGE,), torch.uint8, self._device), None) for _ in range(buffers)]
         buffer, sent = self._stage.pop(0)
-        if sent is not None:
-            sent.synchronize()
+        self._courier.settle(sent)
         self._fill(file, at, buffer[:count])
         target.copy_(buffer[:count].view(dtype), non_blocking=True)
-        if target.device.type == "cuda":
-            sent = torch.cuda.Event()
-            sent.record()
-        self._stage.append((buffer, sent))
+        self._stage.append((buffer, self._courier.mark()))
 
     def _fill(self, file: Path, at: int, target: Tensor) -> None:
         stream = self._open.get(file)
         if stream is None:
             stream = self._open[file] = self._closing.enter_context(file.open("rb", buffering=0))
-        view = memoryview(target.view(torch.uint8).numpy())
+        view = memoryview(target.view(torch.uint8).numpy())  # type: ignore[arg-type]
         stream.seek(at)
         while view.nbytes:
             count = stream.readinto(view)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from engine.contract import BadWeights, InvalidJob
+from engine.device import multiplies_fp8, stores_fp8
 from engine.headers import Entry, Shape
 from engine.quant import fp8, nvfp4
 from engine.quant.fp8 import Fp8Linear
@@ -114,15 +115,15 @@ def target(stored: Stored | None, wanted: str | None, device: torch.device) -> s
 
     wanted: what was asked for with --quant; without it a layer stays as its file holds it.
     """
-    if device.type == "mps":
-        # Metal knows no fp8 at all: everything is widened as it is read.
+    if not stores_fp8(device):
+        # Everything is widened as it is read.
         return None
     if wanted is not None:
         return wanted
     if stored is None:
         return None
     # Widening four bits at every step costs more than it saves where fp8 is multiplied as it is.
-    return "fp8" if stored.kind == "nvfp4" and fp8.is_native(device) else stored.kind
+    return "fp8" if stored.kind == "nvfp4" and multiplies_fp8(device) else stored.kind
 
 
 def fits(kind: str, layer: nn.Linear) -> bool:
@@ -134,5 +135,5 @@ def make(kind: str, layer: nn.Linear, device: torch.device, *, full_precision: b
     """A layer of that format in place of `layer`."""
     if kind == "nvfp4":
         return Nvfp4Linear(layer.in_features, layer.out_features)
-    native = fp8.is_native(device) and not full_precision
+    native = multiplies_fp8(device) and not full_precision
     return Fp8Linear(layer.in_features, layer.out_features, native=native)

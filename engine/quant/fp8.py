@@ -44,11 +44,6 @@ def _by_rows(codes: Tensor, scale: Tensor) -> tuple[tuple[Tensor, ...], tuple[Te
     return codes.split(_ROWS), scale.expand(codes.shape[0], 1).split(_ROWS)
 
 
-def is_native(device: torch.device) -> bool:
-    """Whether the device multiplies fp8: NVIDIA from compute capability 8.9 (Ada, Hopper, Blackwell)."""
-    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 9)
-
-
 class Fp8Linear(nn.Module):
     """A linear layer without bias whose weights stay in fp8.
 

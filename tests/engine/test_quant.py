@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from engine import parts, quant
 from engine.contract import BadWeights
-from engine.device import Placement
+from engine.device import Placement, multiplies_fp8
 from engine.model.transformer import Transformer
 from engine.quant import QuantLinear, fp8, nvfp4
 from engine.quant.fp8 import Fp8Linear
@@ -216,12 +216,12 @@ def test_fp8_is_native_from_ada_on(monkeypatch: pytest.MonkeyPatch) -> None:
     cuda = torch.device("cuda")
     for capability, native in (((8, 0), False), ((8, 6), False), ((8, 9), True), ((9, 0), True), ((12, 0), True)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, c=capability: c)
-        assert fp8.is_native(cuda) is native
+        assert multiplies_fp8(cuda) is native
         linear = nn.Linear(128, 128, bias=False, device="meta")
         with torch.device("meta"):
             assert quant.make("fp8", linear, cuda).native is native  # type: ignore[union-attr]
             assert quant.make("fp8", linear, cuda, full_precision=True).native is False  # type: ignore[union-attr]
-    assert not fp8.is_native(torch.device("cpu"))
+    assert not multiplies_fp8(torch.device("cpu"))
 
 
 def test_a_quantised_layer_takes_the_memory_of_its_codes(bfl: dict[str, Tensor]) -> None:
