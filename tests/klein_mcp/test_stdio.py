@@ -243,6 +243,24 @@ def test_pictures_are_found_again_by_words_handle_resource_and_last(studio: Stud
     assert json.loads(content.text)["parents"] == [told["image"]]
 
 
+@pytest.mark.anyio
+@pytest.mark.parametrize("mode", ["legacy", "auto"])
+async def test_a_client_hears_of_a_new_picture(studio: Studio, mode: str):
+    heard: list[str] = []
+
+    async def hear(message: Any) -> None:
+        heard.append(type(message).__name__)
+
+    async with Client(studio.living.stdio(), mode=mode, message_handler=hear) as client:
+        if mode == "legacy":
+            await client.call_tool("generate_image", {"prompt": "a red circle"})
+        else:
+            async with client.listen(resources_list_changed=True) as events:
+                await client.call_tool("generate_image", {"prompt": "a red circle"})
+                heard.append(type(await anext(events)).__name__)
+    assert ("ResourceListChangedNotification" if mode == "legacy" else "ResourcesListChanged") in heard
+
+
 def test_saved_pictures_keep_their_history_in_every_format(studio: Studio):
     told = studio.call("generate_image", prompt="a red circle", seed=8)
     for name in ("out/hero.png", "out/hero.jpg", "out/hero.webp"):
