@@ -65,6 +65,7 @@ def checkout(living: Living, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_every_command_works_or_says_what_it_needs(living: Living, checkout: Path) -> None:
     """In the order of the README, in one folder, as somebody would who tries them all."""
     elsewhere = {"python3 dev.py demo", "python3 dev.py test"}  # by .ci/run, on a bare checkout
+    elsewhere |= {f"python examples/{name}.py pictures" for name in ("library", "iterate")}  # test_examples.py
     elsewhere |= {write(configurations.LAUNCH) for write, _ in configurations.COMMANDS.values()}  # test_examples.py
     servers = []
     try:
