@@ -10,53 +10,20 @@ import json
 import os
 import secrets
 import shutil
-import sqlite3
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
-from klein_mcp.errors import RequestError, UnknownImage, did_you_mean, shown
+from klein_mcp.errors import UnknownImage, did_you_mean, shown
+from klein_mcp.images.schema import exclusively, open_database
 
 ALPHABET = "23456789abcdefghjkmnpqrstvwxyz"  # no 0/o, 1/i/l, u: a handle is read aloud and typed
 HANDLE_LENGTH = 6
-
-MIGRATIONS = (
-    # 1: the first library
-    """
-    CREATE TABLE pictures (
-        number INTEGER PRIMARY KEY AUTOINCREMENT,
-        handle TEXT NOT NULL UNIQUE,
-        file TEXT NOT NULL,
-        pixels TEXT NOT NULL,
-        width INTEGER NOT NULL,
-        height INTEGER NOT NULL,
-        bytes INTEGER NOT NULL,
-        created REAL NOT NULL,
-        client TEXT NOT NULL,
-        tool TEXT NOT NULL,
-        source TEXT,
-        prompt TEXT,
-        recipe TEXT NOT NULL,
-        deleted REAL
-    );
-    CREATE INDEX pictures_by_file ON pictures (file);
-    CREATE INDEX pictures_by_pixels ON pictures (pixels);
-    CREATE INDEX pictures_by_client ON pictures (client, number);
-    CREATE TABLE parents (
-        child TEXT NOT NULL REFERENCES pictures (handle),
-        position INTEGER NOT NULL,
-        parent TEXT NOT NULL,
-        PRIMARY KEY (child, position)
-    ) WITHOUT ROWID;
-    CREATE INDEX parents_by_parent ON parents (parent);
-    """,
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +74,7 @@ class Store:
         # One process at a time opens, recovers and claims a folder: short work, and no race to think through.
         self._door = FileLock(folder / "open.lock", timeout=30, thread_local=False)
         with self._door:
-            self._database = _open(folder / "library.sqlite3")
+            self._database = open_database(folder / "library.sqlite3")
         self.recover()
 
     def close(self) -> None:
@@ -225,7 +192,7 @@ class Store:
 
     def _remove_files_of_deleted(self) -> None:
         """An emptied `file` says that it is done; whoever dies before that leaves it to the next recovery."""
-        with _exclusively(self._database):
+        with exclusively(self._database):
             for (name,) in self._rows("SELECT DISTINCT file FROM pictures WHERE deleted IS NOT NULL AND file != ''"):
                 if self._row("SELECT 1 FROM pictures WHERE file = ? AND deleted IS NULL", name) is None:
                     self._place(name).unlink(missing_ok=True)
@@ -328,34 +295,6 @@ class Store:
     def _rows(self, query: str, *values: Any) -> list[tuple[Any, ...]]:
         with self._lock:
             return self._database.execute(query, values).fetchall()
-
-
-def _open(path: Path) -> sqlite3.Connection:
-    database = sqlite3.connect(path, timeout=30, check_same_thread=False)
-    database.execute("PRAGMA journal_mode = WAL")
-    database.execute("PRAGMA synchronous = FULL")
-    (version,) = database.execute("PRAGMA user_version").fetchone()
-    if version > len(MIGRATIONS):
-        database.close()
-        raise RequestError(
-            f"The library at {path.parent} was written by a newer klein-mcp (its version {version};"
-            f" this one knows {len(MIGRATIONS)}).",
-            hint="Update klein-mcp, or set KLEIN_HOME to another folder.",
-        )
-    for number, script in enumerate(MIGRATIONS[version:], version + 1):
-        with _exclusively(database):
-            for statement in filter(str.strip, script.split(";")):
-                database.execute(statement)
-            database.execute(f"PRAGMA user_version = {number}")
-    return database
-
-
-@contextmanager
-def _exclusively(database: sqlite3.Connection) -> Iterator[None]:
-    """One transaction that holds the library's write lock from its beginning."""
-    database.execute("BEGIN IMMEDIATE")
-    with database:
-        yield
 
 
 def _sync_folder(folder: Path) -> None:

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from klein_mcp.errors import RequestError, UnknownImage
+from klein_mcp.images import schema
 from klein_mcp.images import store as module
 from klein_mcp.images.store import Record, Store
 
@@ -144,7 +145,7 @@ def test_an_older_library_is_brought_up_to_date_with_all_its_pictures(tmp_path: 
     record = put(old)
     old.close()
     added = "ALTER TABLE pictures ADD COLUMN stars INTEGER; UPDATE pictures SET stars = 5;"
-    monkeypatch.setattr(module, "MIGRATIONS", (*module.MIGRATIONS, added))
+    monkeypatch.setattr(schema, "MIGRATIONS", (*schema.MIGRATIONS, added))
     new = Store(tmp_path)
     assert new.get(record.handle) == record
     assert new._row("SELECT stars FROM pictures") == (5,)
@@ -158,7 +159,7 @@ def test_an_upgrade_that_fails_leaves_the_library_as_it_was(tmp_path: Path, monk
     record = put(old)
     old.close()
     with monkeypatch.context() as patched:
-        patched.setattr(module, "MIGRATIONS", (*module.MIGRATIONS, "CREATE TABLE more (x); CREATE TABLE more (x);"))
+        patched.setattr(schema, "MIGRATIONS", (*schema.MIGRATIONS, "CREATE TABLE more (x); CREATE TABLE more (x);"))
         with pytest.raises(sqlite3.OperationalError):
             Store(tmp_path)
     old = Store(tmp_path)
@@ -169,7 +170,7 @@ def test_an_upgrade_that_fails_leaves_the_library_as_it_was(tmp_path: Path, monk
 def test_a_newer_library_is_not_touched(tmp_path: Path):
     Store(tmp_path).close()
     with sqlite3.connect(tmp_path / "library.sqlite3") as database:
-        database.execute(f"PRAGMA user_version = {len(module.MIGRATIONS) + 1}")
+        database.execute(f"PRAGMA user_version = {len(schema.MIGRATIONS) + 1}")
     with pytest.raises(RequestError, match="written by a newer klein-mcp"):
         Store(tmp_path)
 
