@@ -1,0 +1,48 @@
+"""What many doors cost: one process with torch in it, and doors that stay small."""
+
+from contextlib import AsyncExitStack
+from pathlib import Path
+
+import anyio
+import pytest
+
+from tests.klein_mcp.doors import through
+from tests.living import living
+from tests.soak.test_soak import resident
+from tests.talk import call
+
+pytestmark = pytest.mark.anyio
+
+MOST = 120_000
+"""kB: a door with numpy and Pillow in it has about 95 MB."""
+
+
+def of(home: Path) -> dict[int, bool]:
+    """Processes of this home: whether each has torch in it."""
+    found = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            if f"KLEIN_HOME={home}".encode() in (folder / "environ").read_bytes().split(b"\0"):
+                found[int(folder.name)] = "libtorch" in (folder / "maps").read_text()
+        except OSError:
+            continue
+    return found
+
+
+async def test_eight_doors_share_one_torch_and_each_stays_small(tmp_path: Path):
+    with living(tmp_path / "home") as place:
+        async with AsyncExitStack() as stack:
+            clients = [await stack.enter_async_context(through("stdio", place, "")) for _ in range(8)]
+
+            async def work(number: int) -> None:
+                await call(clients[number], "generate_image", prompt="a cat on red", seed=number)
+                await call(clients[number], "edit_image", image="last", prompt="make it green", seed=number)
+
+            async with anyio.create_task_group() as tasks:
+                for number in range(8):
+                    tasks.start_soon(work, number)
+            found = of(place.home)
+            assert list(found.values()).count(True) == 1
+            doors = {pid: resident(pid) for pid, torch in found.items() if not torch}
+        assert len(doors) == 8
+        assert max(doors.values()) < MOST, doors
