@@ -98,7 +98,7 @@ def recipes() -> str:
 def models() -> str:
     """From VARIANTS."""
     return table(
-        ("Model", "What it is", "Licence", "Steps", "Size", "References", "Memory", "Get it"),
+        ("Model", "What it is", "Licence", "Steps", "Size", "References", "Memory", "Single files", "Get it"),
         *map(_model, VARIANTS.values()),
     )
 
@@ -113,6 +113,7 @@ def _model(row: Variant) -> tuple[str, ...]:
         f"{row.native_size}²",
         f"up to {row.max_references}",
         f"{row.memory_gb:g} GB",
+        ", ".join(f"{file.format} {file.bytes / 1e9:.1f} GB" if file.bytes else file.format for file in row.files),
         get,
     )
 
