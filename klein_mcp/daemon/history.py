@@ -23,9 +23,11 @@ class History:
         self._seconds: dict[str, list[tuple[float, float]]] = {}
         self._native: dict[str, int] = {}  # pixels of a picture of which nobody said how large
         if path:
-            with contextlib.suppress(OSError, ValueError, TypeError, AttributeError):
-                content = json.loads(path.read_text()).items()
-                self._seconds = {model: [(float(p), float(s)) for p, s in seen] for model, seen in content}
+            with contextlib.suppress(OSError, ValueError, TypeError, AttributeError, KeyError):
+                content = json.loads(path.read_text())
+                seconds = {model: [(float(p), float(s)) for p, s in seen] for model, seen in content["seconds"].items()}
+                native = {model: int(pixels) for model, pixels in content["native"].items()}
+                self._seconds, self._native = seconds, native
 
     def note(self, job: Job, painting: Painting, seconds: float) -> None:
         height, width = painting.image.shape[:2]
@@ -38,7 +40,7 @@ class History:
         if self._path:
             with contextlib.suppress(OSError):  # a full disk costs us an estimate, not the picture
                 beside = self._path.with_suffix(f".{os.getpid()}")
-                beside.write_text(json.dumps(self._seconds))
+                beside.write_text(json.dumps({"seconds": self._seconds, "native": self._native}))
                 beside.replace(self._path)
 
     def seconds(self, job: Job) -> float | None:
@@ -51,10 +53,13 @@ class History:
             canvas = self._native.get(job.model, _MEGAPIXEL)
         return self._near(job.model, canvas + _references(job))
 
-    def table(self, model: str) -> dict[str, float]:
-        """Seconds for a picture without references, by size."""
-        sizes = {f"{side}x{side}": self._near(model, side * side) for side in _SIZES}
-        return {size: round(seconds, 1) for size, seconds in sizes.items() if seconds is not None}
+    def tables(self) -> dict[str, dict[str, float]]:
+        """By model that has painted here: seconds for a picture without references, by size."""
+        return {
+            model: {f"{side}x{side}": round(self._near(model, side * side) or 0.0, 1) for side in _SIZES}
+            for model in self._seconds
+            if model != "auto"
+        }
 
     def _near(self, model: str, asked: float) -> float | None:
         """The latest of the measurements nearest in size, scaled to the size that is asked about."""

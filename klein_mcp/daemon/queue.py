@@ -144,7 +144,8 @@ class Queue:
                 "failed": self._failed,
             }
             painter = self._painter
-        return {"queue": state, **({"engine": painter.status()} if painter else {})}
+        state = {"queue": state, "seconds": self._history.tables()}
+        return {**state, **({"engine": painter.status()} if painter else {})}
 
     def work(self) -> None:
         """Paint until closed."""
