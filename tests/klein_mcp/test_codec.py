@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from PIL import Image, ImageCms
@@ -220,6 +220,7 @@ def test_huge_exif_does_no_harm():
     assert off_by(decoded(huge_exif()).image, SCENE) < 60
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=400), st.sampled_from(["PNG", "JPEG", "GIF", "WEBP", "TIFF", "BMP"]), st.integers(0, 300))
 def test_garbage_in_any_file_is_read_or_refused_and_nothing_else(garbage: bytes, kind: str, at: int):
     whole = file(scene(16, 12), kind)
@@ -230,6 +231,7 @@ def test_garbage_in_any_file_is_read_or_refused_and_nothing_else(garbage: bytes,
 # -- the PNG writer ----------------------------------------------------------------------------------------------
 
 
+@settings(deadline=None)
 @given(arrays.arrays(np.uint8, st.tuples(st.integers(1, 40), st.integers(1, 40), st.sampled_from([3, 4]))))
 def test_a_png_of_ours_is_read_by_pillow_pixel_for_pixel(image: Any):
     with Image.open(io.BytesIO(png.encode(image))) as picture:

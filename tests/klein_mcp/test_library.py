@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from hypothesis import given
+from hypothesis import settings as examples
 from hypothesis import strategies as st
 from mcp import Client
 
@@ -171,6 +172,7 @@ async def test_prune_tells_a_script_what_is_gone(
     assert len(shown(capsys)["deleted"]) == 5
 
 
+@examples(deadline=None)
 @given(
     st.lists(st.tuples(st.floats(0, 100), st.integers(1, 50)), max_size=20),
     st.none() | st.floats(0, 100),
