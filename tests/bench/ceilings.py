@@ -1,0 +1,53 @@
+"""What this machine can do at most: its matrix products and its memory, measured, not read off a data sheet."""
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from engine.device import Placement
+
+MATRIX = 8192
+COPY = 4 << 30
+"""Bytes; far more than any cache."""
+ROUNDS = 20
+
+
+@dataclass(frozen=True, slots=True)
+class Ceilings:
+    """A second: flops, of matrix products in the model's number format; bandwidth, bytes read plus written."""
+
+    flops: float
+    bandwidth: float
+
+    def seconds(self, flop: float, bytes_: float) -> float:
+        """The least time for so much work: arithmetic and memory at their best, at once."""
+        return max(flop / self.flops, bytes_ / self.bandwidth)
+
+
+def measure(placement: Placement, *, matrix: int = MATRIX, copy: int = COPY, rounds: int = ROUNDS) -> Ceilings:
+    """Medians of sustained runs: a burst of one millisecond is not a rate that seconds of painting can have."""
+    where = {"device": placement.device, "dtype": placement.dtype}
+    a, b = torch.randn(matrix, matrix, **where), torch.randn(matrix, matrix, **where)
+    product = torch.empty_like(a)
+    source = torch.randn(copy // placement.dtype.itemsize, **where)
+    target = torch.empty_like(source)
+    return Ceilings(
+        flops=2 * matrix**3 / _seconds(lambda: torch.mm(a, b, out=product), placement, rounds),
+        bandwidth=2 * source.nbytes / _seconds(lambda: target.copy_(source), placement, rounds),
+    )
+
+
+def _seconds(do: Callable[[], object], placement: Placement, rounds: int) -> float:
+    times = []
+    for _ in range(3 + rounds):
+        placement.sync()
+        start = time.perf_counter()
+        # Several at a time, so that the way to the device and back does not count.
+        for _ in range(4):
+            do()
+        placement.sync()
+        times.append((time.perf_counter() - start) / 4)
+    return statistics.median(times[3:])

@@ -1,0 +1,61 @@
+"""How far bf16 strays from fp32, ours beside diffusers', on the same random weights of few layers and full width."""
+
+from dataclasses import dataclass
+from itertools import islice
+
+import numpy as np
+import torch
+
+from engine.contract import Rgb8
+from engine.device import Placement
+from tests.bench.giants import Giant, cast, diffusers, finite, grown, ours
+from tests.bench.paint import engine_side, pipeline_side
+from tests.bench.scenarios import EDIT, asks
+
+SAME = 2
+"""Levels of 255 by which two right implementations may differ in fp32: 1 by rounding, observed; 1 to spare."""
+LOW = torch.bfloat16
+
+
+@dataclass(frozen=True, slots=True)
+class Drift:
+    """Root mean square error in levels of 255 against diffusers in fp32; same: the largest difference in fp32."""
+
+    ours: float
+    theirs: float
+    same: int
+
+    @property
+    def ratio(self) -> float:
+        return self.ours / self.theirs
+
+
+@torch.inference_mode()
+def measure(giant: Giant, device: torch.device, pictures: int = 3) -> Drift:
+    """Errors over a few pictures. Raises AssertionError where the two sides do not compute the same in fp32."""
+    cut = giant.cut()
+    exact, low = Placement(device, torch.float32), Placement(device, LOW)
+    # TF32 would make the oracle as rough as what it judges.
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        nets = grown(cut, exact)
+        klein = ours(nets, cut, exact, remember=0)
+        mine, oracle = engine_side(klein), pipeline_side(diffusers(nets, cut, exact), cut)
+        wanted = [oracle.paint(ask) for ask in islice(asks(EDIT, cut), pictures)]
+        with finite(klein):
+            found = [mine.paint(ask) for ask in islice(asks(EDIT, cut), pictures)]
+    same = max(int(np.abs(_levels(a) - _levels(b)).max()) for a, b in zip(wanted, found, strict=True))
+    assert same <= SAME, f"in fp32 the pictures differ by {same} levels: the two sides do not compute the same"
+    nets = cast(nets, cut, low)
+    sides = (engine_side(ours(nets, cut, low, remember=0)), pipeline_side(diffusers(nets, cut, low), cut))
+    errors = [
+        [_error(side.paint(ask), right) for ask, right in zip(asks(EDIT, cut), wanted, strict=False)] for side in sides
+    ]
+    return Drift(*(float(np.sqrt(np.mean(np.square(error)))) for error in errors), same=same)
+
+
+def _levels(picture: Rgb8) -> np.ndarray:
+    return np.asarray(picture).astype(np.float64)
+
+
+def _error(picture: Rgb8, right: Rgb8) -> float:
+    return float(np.sqrt(np.mean((_levels(picture) - _levels(right)) ** 2)))

@@ -1,0 +1,93 @@
+"""The GPU benchmark runs to its end without a GPU, and counts the work as paper and pencil do."""
+
+import json
+import math
+from dataclasses import asdict
+
+import pytest
+
+from tests.bench import gpu
+from tests.bench.ceilings import Ceilings
+from tests.bench.floors import Counts
+from tests.bench.giants import GIANTS
+from tests.bench.report import Report
+from tests.bench.scenarios import SCENARIOS, TARGETS
+
+
+@pytest.fixture(scope="module")
+def report() -> Report:
+    return gpu.main(gpu.Settings.smoke(compiling=True))
+
+
+@pytest.fixture(scope="module")
+def counts() -> Counts:
+    return Counts(GIANTS["4B"])
+
+
+def test_the_smoke_run_fills_every_row_with_finite_numbers(report: Report) -> None:
+    assert [line.name for line in report.lines] == [scenario.name for scenario in SCENARIOS]
+    for line in report.lines:
+        assert {"ours", "eager"} <= line.ms.keys()
+        assert all(math.isfinite(ratio) and ratio > 0 for ratio in line.ratios.values())
+    assert any("compiled" in line.ms for line in report.lines)
+    assert all(math.isfinite(single.ratio) and single.ratio > 0 for single in report.singles())
+
+
+def test_the_table_says_what_was_found(report: Report) -> None:
+    table = report.markdown()
+    for row in (*report.lines, *report.singles()):
+        assert row.markdown() in table
+    cells = {line.count("|") for line in table.splitlines() if line.startswith("|")}
+    assert cells == {11, 7, 5}  # the three tables, and no broken row
+
+
+def test_everything_measured_can_be_kept_as_json(report: Report) -> None:
+    kept = json.loads(json.dumps(asdict(report)))
+    samples = kept["laps"][SCENARIOS[0].name]["ours"]
+    assert len(samples["wall"]) == len(samples["device"]) == 2
+
+
+def test_every_target_is_of_a_scenario_that_is_run() -> None:
+    names = {scenario.name for scenario in SCENARIOS}
+    assert all(targets.keys() <= names for targets in TARGETS.values())
+
+
+@pytest.mark.parametrize(("references", "whole"), [(0, 34.8e12), (1, 76.7e12)])
+def test_the_counted_step_of_the_4b_is_the_one_in_closed_form(counts: Counts, references: int, whole: float) -> None:
+    """whole: of a step at 1024² that computes every token to the end. Source: the closed form below, by hand; the same
+    as FlopCounterMode on diffusers 0.42.1's module gives, less what diffusers computes of the timestep.
+    """
+    width, blocks, text, canvas = 3072, 5 + 20, 512, 4096
+    seen = references * 4096
+    tokens = text + canvas + seen
+    # One token meets 4 width² of attention and 3 · 3 width² of gated MLP in a block of either kind.
+    block = 2 * tokens * 13 * width**2 + 4 * tokens**2 * width
+    # In the last block, what is not canvas needs keys and values only: 2 of the 13 width², and no attention.
+    idle = (text + seen) * (2 * 11 * width**2 + 4 * tokens * width)
+    ends = 2 * 2 * canvas * 128 * width
+    counted = counts.step(canvas, seen, False)
+    assert counted.flop == blocks * block - idle + ends
+    assert blocks * block == pytest.approx(whole, rel=2e-3)
+    # 25 blocks in bf16; what goes in and out of the width is some megabytes.
+    assert counted.bytes == pytest.approx(2 * (5 * 2 + 20) * 13 * width**2, rel=1e-3)
+
+
+def test_kept_references_cost_their_reading_and_their_attention(counts: Counts) -> None:
+    tokens, seen = 512 + 4096, 4096
+    alone, beside = counts.step(4096, 0, False), counts.step(4096, seen, True)
+    rows = 24 * tokens + 4096  # of the last block only the canvas asks
+    assert beside.flop - alone.flop == 4 * rows * seen * 3072
+    assert beside.bytes - alone.bytes == 25 * 2 * seen * 3072 * 2
+
+
+def test_the_floor_falls_as_more_is_known(report: Report) -> None:
+    floor = {line.name: line.floor for line in report.lines}
+    assert floor["new seed only"] < floor["text-to-image, new prompt"] < floor["edit, one new reference"]
+    assert floor["edit again, known reference, new prompt"] < floor["edit, one new reference"]
+    assert floor["KV: compose, four known references, new prompt"] < floor["compose, four new references"]
+
+
+def test_the_floor_is_the_slower_of_arithmetic_and_memory() -> None:
+    machine = Ceilings(flops=100.0, bandwidth=10.0)
+    assert machine.seconds(flop=200.0, bytes_=10.0) == 2.0
+    assert machine.seconds(flop=100.0, bytes_=30.0) == 3.0
