@@ -7,6 +7,7 @@ import stat
 from argparse import Namespace
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from itertools import product
 from typing import Any
 
 import httpx2
@@ -96,32 +97,35 @@ async def test_health_is_told_to_anybody_and_says_nothing_else(guarded):
     assert answer.status_code == 200
 
 
-@pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize(
-    "host", ["evil.example", "evil.example:80", "127.0.0.1.evil.example", "localhost.evil.example:1"]
-)
-async def test_a_forged_host_is_refused_on_every_path(url, path, host):
-    assert (await get(url, path, host=host)).status_code == 421
+HOSTS = ("evil.example", "evil.example:80", "127.0.0.1.evil.example", "localhost.evil.example:1")
+ORIGINS = ("http://evil.example", "https://localhost.evil.example", "null", "file://")
 
 
-@pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("origin", ["http://evil.example", "https://localhost.evil.example", "null", "file://"])
-async def test_a_page_of_another_site_is_refused_on_every_path(url, path, origin):
-    assert (await get(url, path, origin=origin)).status_code == 403
+async def test_a_forged_host_is_refused_on_every_path(url):
+    for path, host in product(PATHS, HOSTS):
+        assert (await get(url, path, host=host)).status_code == 421, (path, host)
+
+
+async def test_a_page_of_another_site_is_refused_on_every_path(url):
+    for path, origin in product(PATHS, ORIGINS):
+        assert (await get(url, path, origin=origin)).status_code == 403, (path, origin)
 
 
 async def test_a_page_of_our_own_is_let_in(url):
     assert (await post(url, json.dumps(initialize()).encode(), origin="http://localhost:3000")).status_code == 200
 
 
-@pytest.mark.parametrize("path", [path for path in PATHS if not path.startswith("/images")])
-@pytest.mark.parametrize("headers", [{}, bearer("wrong"), bearer(""), bearer(TOKEN + "x"), {"authorization": TOKEN}])
-async def test_without_the_token_nobody_comes_in(guarded, path, headers):
-    headers = {name: value.strip() for name, value in headers.items()}
-    answer = await get(guarded, path, **headers)
-    assert answer.status_code == 401
-    assert answer.headers["www-authenticate"] == "Bearer"
-    assert answer.json() == {"error": "Wrong or missing token."}
+WRONG = ({}, bearer("wrong"), {"authorization": "Bearer"}, bearer(TOKEN + "x"), {"authorization": TOKEN})
+
+
+async def test_without_the_token_nobody_comes_in(guarded):
+    for path, headers in product(PATHS, WRONG):
+        if path.startswith("/images/"):
+            continue  # there the signature counts
+        answer = await get(guarded, path, **headers)
+        assert answer.status_code == 401, (path, headers)
+        assert answer.headers["www-authenticate"] == "Bearer"
+        assert answer.json() == {"error": "Wrong or missing token."}
 
 
 async def test_with_the_token_a_client_paints(guarded):
