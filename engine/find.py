@@ -296,7 +296,14 @@ def _by_name(name: str) -> Variant | None:
 
 
 def _spells(name: str, variant: str) -> bool:
-    plain = name.lower().replace("_", "-").replace(".", "-").removeprefix("flux-2-").removesuffix("-safetensors")
+    plain = (
+        name.lower()
+        .replace("_", "-")
+        .replace(".", "-")
+        .replace("flux2-", "flux-2-")
+        .removeprefix("flux-2-")
+        .removesuffix("-safetensors")
+    )
     return plain == variant or plain.startswith(tuple(f"{variant}-{quant}" for quant in (FP8, NVFP4, FULL)))
 
 

@@ -107,7 +107,7 @@ def _by_magic(start: bytes) -> str:
 
 # What only one architecture has. First match wins; a key is part of a name, without what repackers put in front.
 _SIGNS: tuple[tuple[str, tuple[str, ...]], ...] = (
-    ("LoRA", (".lora_A.", ".lora_B.", ".lora_down.", ".lora_up.", ".lokr_w", ".hada_w")),
+    ("LoRA", (".lora_A.", ".lora_B.", ".lora_down.", ".lora_up.", ".lora.down.", ".lokr_w", ".hada_w")),
     ("transformer", ("double_stream_modulation_img.lin",)),  # both layouts: `.lin.` and `.linear.`
     ("text encoder", ("layers.0.self_attn.q_norm.weight",)),
     ("autoencoder", ("decoder.post_quant_conv.weight", "post_quant_conv.weight")),
@@ -122,6 +122,8 @@ PARTS = ("transformer", "autoencoder", "text encoder")
 def kind(header: Header) -> str:
     """A part of klein, "LoRA", or what else the tensors' names tell; "" for nothing we know."""
     names = header.entries.keys()
+    if any(name.endswith((".diff", ".diff_b", ".lora_A", ".lora_B")) for name in names):
+        return "LoRA"
     found = next((kind for kind, signs in _SIGNS if any(sign in name for sign in signs for name in names)), "")
     # SD's autoencoders have the same names; only FLUX.2's keeps its latents' statistics.
     if found == "autoencoder" and "bn.running_mean" not in names:

@@ -1,0 +1,290 @@
+"""LoRAs of every producer change the same rows by the same amount, as diffusers does where it reads them."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import Flux2KleinPipeline
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from engine import lora, parts
+from engine.contract import BadWeights, InvalidJob, ModelNotFound
+from engine.device import Placement
+from engine.lora import Beside, Lora
+from engine.model.transformer import Transformer
+from tests.engine import published
+
+CPU = Placement(torch.device("cpu"), torch.float32)
+RANK = 4
+H = 128
+
+# Our layer -> (rows, columns), of the toy.
+LAYERS = {
+    "double_blocks.0.img_attn.qkv": (3 * H, H),
+    "double_blocks.1.txt_attn.qkv": (3 * H, H),
+    "double_blocks.1.img_attn.proj": (H, H),
+    "double_blocks.0.img_mlp.0": (6 * H, H),
+    "double_blocks.0.txt_mlp.2": (H, 3 * H),
+    "single_blocks.1.linear1": (9 * H, H),
+    "single_blocks.0.linear2": (H, 4 * H),
+}
+DIFFUSERS = {
+    "double_blocks.1.img_attn.proj": "transformer_blocks.1.attn.to_out.0",
+    "double_blocks.0.img_mlp.0": "transformer_blocks.0.ff.linear_in",
+    "double_blocks.0.txt_mlp.2": "transformer_blocks.0.ff_context.linear_out",
+    "single_blocks.1.linear1": "single_transformer_blocks.1.attn.to_qkv_mlp_proj",
+    "single_blocks.0.linear2": "single_transformer_blocks.0.attn.to_out",
+}
+
+
+def factors(rows: int, columns: int, seed: int) -> tuple[Tensor, Tensor]:
+    """(up, down), large enough to show."""
+    generator = torch.Generator().manual_seed(seed)
+    return tuple(torch.randn(s, generator=generator) * 0.3 for s in ((rows, RANK), (RANK, columns)))  # type: ignore[return-value]
+
+
+def bfl_fused() -> dict[str, Tensor]:
+    """As ai-toolkit writes them."""
+    out = {}
+    for i, (layer, (rows, columns)) in enumerate(LAYERS.items()):
+        up, down = factors(rows, columns, i)
+        out |= {f"diffusion_model.{layer}.lora_A.weight": down, f"diffusion_model.{layer}.lora_B.weight": up}
+    return out
+
+
+def kohya(alpha: float = 2.0) -> dict[str, Tensor]:
+    out = {}
+    for i, (layer, (rows, columns)) in enumerate(LAYERS.items()):
+        up, down = factors(rows, columns, i)
+        name = f"lora_unet_{layer.replace('.', '_')}"
+        out |= {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up, f"{name}.alpha": torch.tensor(alpha)}
+    return out
+
+
+def peft() -> dict[str, Tensor]:
+    """As diffusers saves them: q, k and v each on its own."""
+    out = {}
+    for i, (layer, (rows, columns)) in enumerate(LAYERS.items()):
+        up, down = factors(rows, columns, i)
+        if layer.endswith("qkv"):
+            block = f"transformer_blocks.{layer.split('.')[1]}.attn"
+            names = ("to_q", "to_k", "to_v") if "img" in layer else ("add_q_proj", "add_k_proj", "add_v_proj")
+            for name, part in zip(names, up.chunk(3), strict=True):
+                out |= {
+                    f"transformer.{block}.{name}.lora_A.weight": down.clone(),
+                    f"transformer.{block}.{name}.lora_B.weight": part.contiguous(),
+                }
+        else:
+            out |= {
+                f"transformer.{DIFFUSERS[layer]}.lora_A.weight": down,
+                f"transformer.{DIFFUSERS[layer]}.lora_B.weight": up,
+            }
+    return out
+
+
+FORMS = {"peft": peft, "kohya": kohya, "BFL, fused": bfl_fused}
+
+
+def write(tensors: dict[str, Tensor], file: Path) -> Path:
+    save_file(tensors, file)
+    return file
+
+
+def load(path: Path, wanted: str | None = None) -> Transformer:
+    part = parts.transformer(path, wanted)
+    list(part.fill(CPU))
+    return part.module
+
+
+def changed(folder: Path, *loras: Lora, wanted: str | None = None) -> Transformer:
+    module = load(folder / "transformer", wanted)
+    lora.apply(module, [change for one in loras for change in lora.read(one, module)])
+    return module
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("scale", [1.0, 0.6])
+def test_weights_are_those_of_diffusers(form: str, scale: float, folder: Path, tmp_path: Path) -> None:
+    file = write(FORMS[form](), tmp_path / "style.safetensors")
+    pipe = Flux2KleinPipeline.from_pretrained(folder)
+    pipe.load_lora_weights(tmp_path, weight_name=file.name, adapter_name="style")
+    pipe.set_adapters("style", scale)
+    pipe.fuse_lora()
+    pipe.unload_lora_weights()
+    pipe.transformer.save_pretrained(tmp_path / "fused" / "transformer")
+    theirs = published.bfl_transformer(tmp_path / "fused")
+    ours = changed(folder, Lora(file, scale)).state_dict()
+    before = load(folder / "transformer").state_dict()
+    for name, weight in theirs.items():
+        torch.testing.assert_close(ours[name], weight, rtol=1e-5, atol=1e-6)
+        touched = name.removesuffix(".weight") in LAYERS
+        assert torch.equal(weight, before[name]) != touched, name
+
+
+def test_all_spellings_mean_the_same_rows(folder: Path, tmp_path: Path) -> None:
+    """One change to q of an image stream and one to a whole linear2, as each producer spells them."""
+    up, down = factors(H, H, 1)
+    up2, down2 = factors(H, 4 * H, 2)
+    q = torch.cat([up, torch.zeros(2 * H, RANK)])
+    fused, split = ("double_blocks.0.img_attn.qkv", q), ("transformer_blocks.0.attn.to_q", up)
+    one, other = "single_blocks.0.linear2", "single_transformer_blocks.0.attn.to_out"
+    forms = [
+        ("diffusion_model.{}.lora_A.weight", "diffusion_model.{}.lora_B.weight", fused, one),
+        ("base_model.model.{}.lora_A.weight", "base_model.model.{}.lora_B.weight", fused, one),
+        ("{}.lora_A.default.weight", "{}.lora_B.default.weight", fused, one),
+        ("transformer.{}.lora_A.weight", "transformer.{}.lora_B.weight", split, other),
+        ("{}.lora_down.weight", "{}.lora_up.weight", split, other),
+        ("lora_unet_{}.lora_down.weight", "lora_unet_{}.lora_up.weight", fused, one),
+        ("lora_transformer_{}.lora_down.weight", "lora_transformer_{}.lora_up.weight", split, other),
+        ("lycoris_{}.lora_down.weight", "lycoris_{}.lora_up.weight", split, other),
+        ("diffusion_model.{}.lora_A.weight", "diffusion_model.{}.lora_B.weight",
+         ("double_blocks.0.img_attn_qkv", q), one),
+        ("{}.lora_A.weight", "{}.lora_B.weight", ("sformer_blocks.0.attn.to_q", up), other),
+    ]  # fmt: skip
+    want = None
+    for i, (a, b, (first, first_up), second) in enumerate(forms):
+        flat = "lora_" in a.split("{")[0] or "lycoris" in a
+        names = [name.replace(".", "_") if flat else name for name in (first, second)]
+        tensors = {a.format(names[0]): down, b.format(names[0]): first_up, a.format(names[1]): down2,
+                   b.format(names[1]): up2}  # fmt: skip
+        file = write({key: value.clone() for key, value in tensors.items()}, tmp_path / f"{i}.safetensors")
+        ours = changed(folder, Lora(file)).state_dict()
+        want = want or ours
+        assert all(torch.equal(ours[name], want[name]) for name in want), a
+    before = load(folder / "transformer").state_dict()["double_blocks.0.img_attn.qkv.weight"]
+    assert want is not None
+    delta = want["double_blocks.0.img_attn.qkv.weight"] - before
+    torch.testing.assert_close(delta[:H], up @ down, rtol=1e-4, atol=1e-5)
+    assert not delta[H:].any()
+
+
+def test_the_final_layers_halves_change_places_on_the_way(folder: Path, tmp_path: Path) -> None:
+    up, down = factors(2 * H, H, 3)
+    theirs = write(
+        {"transformer.norm_out.linear.lora_A.weight": down, "transformer.norm_out.linear.lora_B.weight": up},
+        tmp_path / "theirs.safetensors",
+    )
+    scale, shift = up.chunk(2)
+    name = "diffusion_model.final_layer.adaLN_modulation.1"
+    ours = write(
+        {f"{name}.lora_A.weight": down.clone(), f"{name}.lora_B.weight": torch.cat([shift, scale])},
+        tmp_path / "ours.safetensors",
+    )
+    one, other = (changed(folder, Lora(file)).state_dict() for file in (theirs, ours))
+    assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+def test_a_split_single_block_is_not_split_in_thirds(folder: Path, tmp_path: Path) -> None:
+    up, down = factors(6 * H, H, 4)
+    name = "transformer.single_transformer_blocks.1.proj_mlp"
+    file = write({f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": up}, tmp_path / "mlp.safetensors")
+    before, after = (m.state_dict()["single_blocks.1.linear1.weight"]
+                     for m in (load(folder / "transformer"), changed(folder, Lora(file))))  # fmt: skip
+    assert torch.equal(after[: 3 * H], before[: 3 * H])
+    torch.testing.assert_close(after[3 * H :], before[3 * H :] + up @ down, rtol=1e-4, atol=1e-5)
+
+
+def test_lokr_is_a_kronecker_product(folder: Path, tmp_path: Path) -> None:
+    torch.manual_seed(5)
+    w1, a, b = torch.randn(4, 4), torch.randn(32, 2), torch.randn(2, 32)
+    key = "lycoris_transformer_blocks_1_attn_to_k"
+    whole = {f"{key}.lokr_w1": w1, f"{key}.lokr_w2": a @ b, f"{key}.alpha": torch.tensor(99.0)}
+    parts_of = {f"{key}.lokr_w1": w1, f"{key}.lokr_w2_a": a, f"{key}.lokr_w2_b": b, f"{key}.alpha": torch.tensor(1.0)}
+    before = load(folder / "transformer").state_dict()["double_blocks.1.img_attn.qkv.weight"]
+    for tensors, scale in ((whole, 1.0), (parts_of, 0.5)):
+        file = write({n: t.contiguous() for n, t in tensors.items()}, tmp_path / "lokr.safetensors")
+        after = changed(folder, Lora(file)).state_dict()["double_blocks.1.img_attn.qkv.weight"]
+        want = before.clone()
+        want[H : 2 * H] += scale * torch.kron(w1, a @ b)
+        torch.testing.assert_close(after, want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["fp8", "nvfp4"])
+def test_quantised_layers_keep_their_codes_and_are_changed_beside(kind: str, folder: Path, tmp_path: Path) -> None:
+    file = write(bfl_fused(), tmp_path / "style.safetensors")
+    plain, quantised = load(folder / "transformer", kind), changed(folder, Lora(file, 0.5), wanted=kind)
+    for i, (layer, (rows, columns)) in enumerate(LAYERS.items()):
+        beside = quantised.get_submodule(layer)
+        assert isinstance(beside, Beside)
+        assert torch.equal(
+            beside.layer.weight.view(torch.uint8),
+            plain.get_submodule(layer).weight.view(torch.uint8),  # type: ignore[operator]
+        )
+        x = torch.randn(2, 5, columns)
+        up, down = factors(rows, columns, i)
+        want = plain.get_submodule(layer)(x) + 0.5 * x @ (up @ down).T
+        torch.testing.assert_close(beside(x), want, rtol=1e-4, atol=1e-4)
+
+
+def test_a_whole_matrix_goes_through_the_codes_of_a_quantised_layer(folder: Path, tmp_path: Path) -> None:
+    delta = torch.randn(H, H) * 0.1
+    name = "diffusion_model.double_blocks.0.img_attn.proj"
+    file = write({f"{name}.diff": delta}, tmp_path / "diff.safetensors")
+    want = load(folder / "transformer").state_dict()["double_blocks.0.img_attn.proj.weight"] + delta
+    got = changed(folder, Lora(file), wanted="fp8").get_submodule("double_blocks.0.img_attn.proj")
+    weight = got(torch.eye(H)).T
+    assert float((weight - want).norm() / want.norm()) < 0.05
+
+
+def test_several_loras_add_up_and_are_rounded_once(folder: Path, tmp_path: Path) -> None:
+    one = Lora(write(bfl_fused(), tmp_path / "a.safetensors"), 0.5)
+    both = changed(folder, one, Lora(one.path, 0.25)).state_dict()
+    whole = changed(folder, Lora(one.path, 0.75)).state_dict()
+    for name in both:
+        torch.testing.assert_close(both[name], whole[name], rtol=1e-5, atol=1e-6)
+
+
+def test_another_base_is_refused_with_both_shapes(folder: Path, tmp_path: Path) -> None:
+    up, down = factors(12288, 4096, 0)
+    name = "diffusion_model.double_blocks.0.img_attn.qkv"
+    file = write({f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": up}, tmp_path / "nine.safetensors")
+    with pytest.raises(BadWeights, match=r"nine\.safetensors was made for another base.*12288×4096.*384×128.*4B LoRAs"):
+        changed(folder, Lora(file))
+
+
+@pytest.mark.parametrize(
+    ("key", "says"),
+    [
+        ("transformer.transformer_blocks.7.attn.to_q.lora_A.weight", r"changes transformer\.transformer_blocks\.7"),
+        ("lora_te_model_layers_0_self_attn_q_proj.lora_down.weight", "changes the text encoder"),
+        ("diffusion_model.double_blocks.0.img_attn.qkv.lora_A.weight", "lacks half of"),
+        ("diffusion_model.double_blocks.0.img_attn.qkv.hada_w1_a", "uses hada_w1_a"),
+        ("img_in.weight", "something unknown, not a LoRA"),
+    ],
+)
+def test_what_is_not_read_is_named(key: str, says: str, folder: Path, tmp_path: Path) -> None:
+    file = write({key: torch.zeros(RANK, H)}, tmp_path / "odd.safetensors")
+    with pytest.raises(BadWeights, match=says):
+        changed(folder, Lora(file))
+
+
+def test_a_model_given_as_a_lora_is_refused(folder: Path, bfl: dict[str, Tensor], tmp_path: Path) -> None:
+    file = write(bfl, tmp_path / "model.safetensors")
+    with pytest.raises(BadWeights, match=r"model\.safetensors is transformer, not a LoRA"):
+        changed(folder, Lora(file))
+
+
+def test_a_lora_is_found_by_path_or_name_with_a_scale(tmp_path: Path) -> None:
+    file = tmp_path / "models" / "loras" / "style" / "ink.safetensors"
+    file.parent.mkdir(parents=True)
+    save_file({"x": torch.zeros(1)}, file)
+    assert lora.find(f"{file}:0.8", []) == Lora(file, 0.8)
+    assert lora.find("ink:-0.5", [tmp_path]) == Lora(file, -0.5)
+    assert lora.find("ink.safetensors", [tmp_path]) == Lora(file, 1.0)
+    with pytest.raises(ModelNotFound, match="No LoRA 'oil'; there are ink"):
+        lora.find("oil", [tmp_path])
+    with pytest.raises(ModelNotFound, match="No LoRA at"):
+        lora.find("/nowhere/x.safetensors:1", [])
+    with pytest.raises(InvalidJob, match="scale of LoRA 'ink:strong' is 'strong'"):
+        lora.find("ink:strong", [tmp_path])
+
+
+def test_the_fingerprint_follows_content_and_scale(tmp_path: Path) -> None:
+    tensors = bfl_fused()
+    a = Lora(write(tensors, tmp_path / "a.safetensors"))
+    tensors[next(iter(tensors))] *= 1.01
+    b = Lora(write(tensors, tmp_path / "b.safetensors"))
+    prints = {a.fingerprint(), b.fingerprint(), Lora(a.path, 0.9).fingerprint()}
+    assert len(prints) == 3
+    assert load_file(a.path).keys() == load_file(b.path).keys()
