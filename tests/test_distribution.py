@@ -89,7 +89,7 @@ def test_the_wheel_in_an_environment_without_the_checkout_runs_the_demo(built: P
             env=place.environment(),
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=300,
         )
         assert ran.returncode == 0, ran.stderr
         assert {call["tool"] for call in json.loads(ran.stdout)} == {

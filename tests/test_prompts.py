@@ -10,7 +10,7 @@ from typing import Any
 import anyio
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from mcp.client import Client
 from mcp.shared.exceptions import MCPError
@@ -162,6 +162,7 @@ def test_every_argument_can_be_completed_or_has_a_default(recipe: Recipe) -> Non
     assert len(recipe.description) <= 160
 
 
+@settings(deadline=None)
 @given(st.text(min_size=1, max_size=200).filter(str.strip))
 def test_whatever_is_typed_each_block_stays_one_tool_call_and_says_it(typed: str) -> None:
     recipe = RECIPES["logo_exploration"]
