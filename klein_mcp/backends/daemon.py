@@ -123,8 +123,8 @@ class DaemonBackend:
         from klein_mcp.daemon import wire
 
         headers = {**authorization(address), "x-klein-client": client}
-        # Silent for half a minute means dead: the daemon tells the latest event again every second.
-        timeout = httpx2.Timeout(30, connect=5)
+        # Silent for a minute means dead: the daemon tells the latest event again every second.
+        timeout = httpx2.Timeout(60, connect=5)
         try:
             content = wire.encode(job)
         except wire.BadFrame as problem:

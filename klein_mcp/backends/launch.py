@@ -6,6 +6,7 @@ import secrets
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ import anyio
 import klein_mcp
 from engine.contract import EngineFailed
 from klein_mcp.daemon import address as addresses
-from klein_mcp.daemon.address import Address, Build
+from klein_mcp.daemon.address import ENGINE_LOCK, Address, Build
 from klein_mcp.settings import Settings
 
 if TYPE_CHECKING:
@@ -68,14 +69,24 @@ class Launcher:
 
         Raises EngineFailed if it does not start, or is newer than this door.
         """
+        heard = time.monotonic()
         while True:
             hello = await self.find()
             if hello and not hello.draining and self._same(hello):
                 yield hello.address
                 return
-            if hello and not hello.draining:
-                await self._ask_to_leave(hello)
-            elif not hello:
+            if hello:
+                heard = time.monotonic()
+                if not hello.draining:
+                    await self._ask_to_leave(hello)
+            elif self._alive():
+                # Too busy to answer, or on its way out: a second one would only wait for it, too.
+                if time.monotonic() - heard > START_TIMEOUT:
+                    raise EngineFailed(
+                        f"The engine has not answered for {START_TIMEOUT:.0f} s.",
+                        hint="End its process, and try again.",
+                    )
+            else:
                 async with aclosing(self._start_if_nobody_does()) as starting:
                     async for _ in starting:
                         yield None
@@ -90,6 +101,21 @@ class Launcher:
                 f"The engine that runs is newer ({hello.build.version}) than this server ({self._build.version}).",
                 hint="Restart this MCP server, or run `klein-mcp stop`.",
             )
+        return False
+
+    def _alive(self) -> bool:
+        """Whether some process holds the engine's lock, which every daemon does for life."""
+        from filelock import FileLock, Timeout
+
+        path = self._settings.home / ENGINE_LOCK
+        try:
+            if path.exists():
+                with FileLock(path, timeout=0):
+                    pass
+        except Timeout:
+            return True
+        except OSError:
+            pass  # not ours to write: said when we try to start one
         return False
 
     async def _ask_to_leave(self, hello: Hello) -> None:

@@ -7,11 +7,12 @@ import logging
 import logging.handlers
 import math
 import os
+import signal
 import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,7 +21,7 @@ import uvicorn
 from filelock import FileLock, Timeout
 
 from klein_mcp.daemon import address as addresses
-from klein_mcp.daemon.address import HOST, Address, Build
+from klein_mcp.daemon.address import ENGINE_LOCK, HOST, Address, Build
 from klein_mcp.daemon.app import Daemon
 from klein_mcp.daemon.history import History
 from klein_mcp.daemon.kept import Kept
@@ -58,7 +59,7 @@ def _alone(home: Path) -> FileLock:
     """Held for life: one engine per data folder, however it was started. The operating system frees it on any death."""
     home.mkdir(mode=0o700, parents=True, exist_ok=True)
     # A replaced daemon needs a moment to unload before its successor may load.
-    return FileLock(home / "engine.lock", timeout=30)
+    return FileLock(home / ENGINE_LOCK, timeout=30)
 
 
 async def _serve(settings: Settings, make: Make) -> None:
@@ -75,9 +76,12 @@ async def _serve(settings: Settings, make: Make) -> None:
         "log": str(settings.home / "daemon.log"),
     }
     daemon = Daemon(queue, kept, address, build, about=about)
-    server = uvicorn.Server(
+    server = _Server(
         uvicorn.Config(daemon.app(), log_config=None, access_log=False, lifespan="off", timeout_graceful_shutdown=2)
     )
+    if os.name == "posix":
+        for number in (signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().add_signal_handler(number, daemon.leaving.set)
     worker = threading.Thread(target=queue.work, name="painter", daemon=True)
     serving = asyncio.create_task(server.serve([listener]))
     try:
@@ -99,6 +103,14 @@ async def _serve(settings: Settings, make: Make) -> None:
         if worker.is_alive():
             await asyncio.to_thread(worker.join, 30)
     log.info("ended")
+
+
+class _Server(uvicorn.Server):
+    """Leaves signals to us: uvicorn raises them again once it has ended, before the address is taken down."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
 
 
 def _service(settings: Settings, queue: Queue) -> "Service":

@@ -12,6 +12,9 @@ import klein_mcp
 
 HOST = "127.0.0.1"
 
+ENGINE_LOCK = "engine.lock"
+"""In the data folder; held by the daemon for life."""
+
 
 @dataclass(frozen=True, slots=True)
 class Address:

@@ -17,8 +17,10 @@ from typing import Any
 
 import httpx2
 import pytest
+from filelock import FileLock
 
 from engine.contract import EngineFailed, InvalidJob, Job, Loading, Painting, Queued, Stage, Step
+from klein_mcp.backends import launch
 from klein_mcp.backends.daemon import DaemonBackend
 from klein_mcp.daemon import address as addresses
 from klein_mcp.settings import Settings
@@ -311,6 +313,42 @@ async def test_eight_doors_that_start_at_once_share_one_daemon(tmp_path):
         await doors[0].stop()
         [await door.aclose() for door in doors]
         await gone(home)
+
+
+async def test_a_daemon_that_lives_but_does_not_answer_is_waited_for_and_not_doubled(tmp_path):
+    with FileLock(tmp_path / addresses.ENGINE_LOCK):
+        async with a_door(tmp_path) as door:
+            painting = asyncio.create_task(paint(door))
+            await asyncio.sleep(1.0)
+            assert not daemons(tmp_path)
+            assert not painting.done()
+            painting.cancel()
+            await asyncio.gather(painting, return_exceptions=True)
+    async with a_door(tmp_path) as door:
+        assert isinstance((await paint(door))[-1], Painting)
+        await door.stop()
+        await gone(tmp_path)
+
+
+async def test_a_daemon_that_never_answers_is_one_clear_error(tmp_path, monkeypatch):
+    monkeypatch.setattr(launch, "START_TIMEOUT", 0.5)
+    with FileLock(tmp_path / addresses.ENGINE_LOCK):
+        async with a_door(tmp_path) as door:
+            with pytest.raises(EngineFailed, match="has not answered"):
+                await paint(door)
+
+
+def test_the_log_rotates_and_is_bounded(tmp_path):
+    script = (
+        "import logging, sys; from pathlib import Path; from klein_mcp.daemon.__main__ import _log_to\n"
+        "_log_to(Path(sys.argv[1]), 'info')\n"
+        "for n in range(40_000): logging.getLogger('klein_mcp').info('%06d %s', n, 'x' * 100)"
+    )
+    subprocess.run([sys.executable, "-c", script, str(tmp_path / "daemon.log")], check=True, timeout=60)
+    logs = sorted(tmp_path.iterdir())
+    assert [log.name for log in logs] == ["daemon.log", "daemon.log.1", "daemon.log.2"]
+    assert sum(log.stat().st_size for log in logs) <= 3 * 2**20
+    assert "039999" in logs[0].read_text()
 
 
 async def test_status_of_no_daemon_starts_none(tmp_path):
