@@ -7,6 +7,7 @@ import hmac
 import logging
 import os
 import secrets
+import signal
 import socket
 import sys
 from argparse import Namespace
@@ -80,6 +81,8 @@ def run(settings: Settings, options: Options) -> int:
     config = uvicorn.Config(
         app, log_config=None, access_log=False, timeout_graceful_shutdown=GRACE, server_header=False
     )
+    # uvicorn raises the signal once more when it is done; by default that would end us before the library is closed.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
         uvicorn.Server(config).run([listener])
     finally:

@@ -14,10 +14,17 @@ DOORS = ("stdio", "stdio legacy", "http", "http legacy", "sse")
 
 
 @contextmanager
-def serving(living: Living, *arguments: str) -> Iterator[str]:
+def serving(living: Living) -> Iterator[str]:
     """`klein-mcp serve` on a free port: its address, without a path."""
+    with serving_process(living) as (url, _):
+        yield url
+
+
+@contextmanager
+def serving_process(living: Living) -> Iterator[tuple[str, subprocess.Popen[str]]]:
+    """The same with its process."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "klein_mcp", "serve", "--port", "0", *arguments],
+        [sys.executable, "-m", "klein_mcp", "serve", "--port", "0"],
         env=living.environment(),
         stdin=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
@@ -29,7 +36,7 @@ def serving(living: Living, *arguments: str) -> Iterator[str]:
         while said and " serves http://" not in said:
             said = process.stderr.readline()
         assert said, f"serve ended with {process.wait(10)}"
-        yield said.split()[-1].removesuffix("/mcp")
+        yield said.split()[-1].removesuffix("/mcp"), process
     finally:
         process.terminate()
         process.wait(10)

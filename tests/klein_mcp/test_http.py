@@ -2,8 +2,10 @@
 
 import asyncio
 import json
+import signal
 import socket
 import stat
+import time
 from argparse import Namespace
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -20,6 +22,7 @@ from klein_mcp.errors import RequestError
 from klein_mcp.server import create_server
 from klein_mcp.service import Service
 from klein_mcp.transports import http, pictures
+from tests.klein_mcp.doors import serving_process
 from tests.living import Living
 from tests.pictures import file, scene
 from tests.talk import call
@@ -235,6 +238,18 @@ def test_a_port_taken_by_something_else_is_one_line(living: Living):
     assert done.returncode == 1
     assert done.stderr.count("\n") == 1
     assert f"port {port}" in done.stderr
+
+
+async def test_a_signal_ends_it_though_clients_hold_streams_open(living: Living):
+    with serving_process(living) as (url, process):
+        async with httpx2.AsyncClient() as client, client.stream("GET", f"{url}/sse") as stream:
+            assert stream.status_code == 200
+            process.terminate()
+            started = time.monotonic()
+            while process.poll() is None:
+                assert time.monotonic() - started < 5
+                await asyncio.sleep(0.05)
+    assert process.returncode == 128 + signal.SIGTERM
 
 
 def test_a_token_that_we_make_is_kept_and_for_its_owner_alone(settings, capsys):
