@@ -8,7 +8,7 @@ import torch
 
 from engine.contract import Rgb8
 from engine.device import Placement
-from tests.bench.giants import Giant, cast, diffusers, finite, grown, ours
+from tests.bench.giants import Giant, Nets, cast, diffusers, finite, grown, ours
 from tests.bench.paint import engine_side, pipeline_side
 from tests.bench.scenarios import EDIT, asks
 
@@ -38,19 +38,26 @@ def measure(giant: Giant, device: torch.device, pictures: int = 3) -> Drift:
     # TF32 would make the oracle as rough as what it judges.
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         nets = grown(cut, exact)
-        klein = ours(nets, cut, exact, remember=0)
-        mine, oracle = engine_side(klein), pipeline_side(diffusers(nets, cut, exact), cut)
-        wanted = [oracle.paint(ask) for ask in islice(asks(EDIT, cut), pictures)]
-        with finite(klein):
-            found = [mine.paint(ask) for ask in islice(asks(EDIT, cut), pictures)]
-    same = max(int(np.abs(_levels(a) - _levels(b)).max()) for a, b in zip(wanted, found, strict=True))
-    assert same <= SAME, f"in fp32 the pictures differ by {same} levels: the two sides do not compute the same"
+        wanted, same = _agreed(nets, cut, exact, pictures)
+        _, same_kv = _agreed(nets, cut, exact, 1, kv=True)
     nets = cast(nets, cut, low)
     sides = (engine_side(ours(nets, cut, low, remember=0)), pipeline_side(diffusers(nets, cut, low), cut))
     errors = [
         [_error(side.paint(ask), right) for ask, right in zip(asks(EDIT, cut), wanted, strict=False)] for side in sides
     ]
-    return Drift(*(float(np.sqrt(np.mean(np.square(error)))) for error in errors), same=same)
+    return Drift(*(float(np.sqrt(np.mean(np.square(error)))) for error in errors), same=max(same, same_kv))
+
+
+def _agreed(nets: Nets, cut: Giant, exact: Placement, count: int, *, kv: bool = False) -> tuple[list[Rgb8], int]:
+    """diffusers' pictures, after comparing ours with them; and the largest difference, in levels."""
+    klein = ours(nets, cut, exact, kv=kv, remember=0)
+    mine, oracle = engine_side(klein), pipeline_side(diffusers(nets, cut, exact, kv=kv), cut)
+    wanted = [oracle.paint(ask) for ask in islice(asks(EDIT, cut), count)]
+    with finite(klein):
+        found = [mine.paint(ask) for ask in islice(asks(EDIT, cut), count)]
+    same = max(int(np.abs(_levels(a) - _levels(b)).max()) for a, b in zip(wanted, found, strict=True))
+    assert same <= SAME, f"in fp32 the pictures differ by {same} levels: the two sides do not compute the same"
+    return wanted, same
 
 
 def _levels(picture: Rgb8) -> np.ndarray:

@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 
@@ -12,6 +13,8 @@ from tests.bench.floors import Counts
 from tests.bench.giants import GIANTS
 from tests.bench.report import Report
 from tests.bench.scenarios import SCENARIOS, TARGETS
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +53,17 @@ def test_everything_measured_can_be_kept_as_json(report: Report) -> None:
 def test_every_target_is_of_a_scenario_that_is_run() -> None:
     names = {scenario.name for scenario in SCENARIOS}
     assert all(targets.keys() <= names for targets in TARGETS.values())
+
+
+def test_the_log_names_every_target() -> None:
+    log = (ROOT / "engine" / "SPEED.md").read_text()
+    for model, targets in TARGETS.items():
+        table = log.partition(f"| klein {model} |")[2].partition("\n\n")[0]
+        for name, target in targets.items():
+            wanted = (
+                "—" if ratio is None else f"{ratio:.2f}" for ratio in (target.floor, target.eager, target.compiled)
+            )
+            assert f"| {name} | {' | '.join(wanted)} |" in table
 
 
 @pytest.mark.parametrize(("references", "whole"), [(0, 34.8e12), (1, 76.7e12)])
