@@ -28,6 +28,8 @@ from engine.schedule import sigmas
 
 OWN_LEVELS = sigmas(STEPS, 64)[:-1]
 """The four noise levels nano paints with."""
+OWN_WEIGHTS = (1.0, 1.0, 1.5, 2.5)
+"""How often each is practised: the last step alone decides what is seen, the ones before only where it starts."""
 OWN_SHARE = 0.7
 """Of training, on exactly those levels; the rest spread over all, for other step counts."""
 SHORT_TEXT = 32
@@ -59,7 +61,9 @@ STAGES = {
 def draw_levels(count: int, levels: int, generator: torch.Generator) -> Tensor:
     """[count · levels] noise levels: different ones for the `levels` looks at the same example."""
     own = torch.tensor(OWN_LEVELS)
-    order = torch.rand(count, len(own), generator=generator).argsort(dim=1)[:, :levels]
+    # Weighted draws without replacement: the largest of uniform^(1/weight).
+    keys = torch.rand(count, len(own), generator=generator) ** (1 / torch.tensor(OWN_WEIGHTS))
+    order = keys.topk(levels, dim=1).indices
     # Logit-normal pushed by a shift of 3, as flow models of this family are trained; 12 % pure noise.
     spread = torch.sigmoid(torch.randn(count, levels, generator=generator) + math.log(3.0))
     spread = torch.where(torch.rand(count, levels, generator=generator) < 0.12, torch.ones(()), spread)

@@ -154,7 +154,18 @@ def _painter():
 
 def test_no_file_of_the_engine_but_training_and_evaluation_knows_the_scenes():
     """The pictures come from the network alone."""
-    makers = {"scenes", "prompts", "paint", "sprites", "supply", "score", "evaluate", "train", "train_decoder", "principal"}
+    makers = {
+        "scenes",
+        "prompts",
+        "paint",
+        "sprites",
+        "supply",
+        "score",
+        "evaluate",
+        "train",
+        "train_decoder",
+        "principal",
+    }
     for path in ENGINE.rglob("*.py"):
         if path.parent == ENGINE / "nano" and path.stem in makers:
             continue
