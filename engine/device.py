@@ -46,6 +46,21 @@ class Placement:
         elif self.device.type == "mps":
             torch.mps.empty_cache()
 
+    @property
+    def label(self) -> str:
+        """What a person calls the memory it computes in."""
+        return "GPU" if self.device.type == "cuda" else "memory"
+
+    def idle_bytes(self) -> int:
+        """Memory that torch keeps for later: taken, but at hand."""
+        if self.device.type == "cuda":
+            return torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
+        return 0
+
+    def host_bytes(self) -> int | None:
+        """Memory of the host that is free for what sleeps there; None where the device computes in it."""
+        return _free_host_bytes() if has_own_memory(self.device) else None
+
     def total_bytes(self) -> int:
         """Memory of the device, whoever uses it."""
         if self.device.type == "cuda":

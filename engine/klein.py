@@ -11,9 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine import parts
+from engine import lora
 from engine.contract import (
-    BadWeights,
     CacheUse,
     Event,
     InvalidJob,
@@ -27,7 +26,8 @@ from engine.contract import (
 )
 from engine.device import Placement
 from engine.find import Checkpoint, Shelf
-from engine.memory import fitting
+from engine.load import Options, held_bytes, load, room, work_of
+from engine.memory import fitting, gb
 from engine.model.autoencoder import Autoencoder
 from engine.model.layers import Rope
 from engine.model.text_encoder import TextEncoder, Tokenizer
@@ -57,8 +57,11 @@ class Klein:
         placement: Placement,
         fingerprint: str = "",
         memory: Memory | None = None,
+        lives: str = "",
     ) -> None:
+        """lives: where its weights are, in a person's words."""
         self.variant = variant
+        self.lives = lives
         self.transformer = transformer
         self.autoencoder = autoencoder
         self.text_encoder = text_encoder
@@ -71,36 +74,23 @@ class Klein:
 
     @classmethod
     def load(
-        cls, checkpoint: Checkpoint, placement: Placement, memory: Memory | None = None
+        cls, checkpoint: Checkpoint, placement: Placement, memory: Memory | None = None, options: Options | None = None
     ) -> Generator[Loading, None, "Klein"]:
         """Read a model onto the device, telling how far it is; the generator's return value is the model.
 
-        Raises BadWeights.
+        Raises BadWeights, or OutOfMemory before much is read.
         """
-        variant = checkpoint.variant
-        transformer = parts.transformer(checkpoint.transformer)
-        text_encoder = parts.text_encoder(checkpoint.text_encoder, variant.text_layers)
-        autoencoder = parts.autoencoder(checkpoint.vae)
-        _match(transformer.module, text_encoder.module, autoencoder.module)
-        total = sum(part.bytes for part in (transformer, text_encoder, autoencoder)) or 1
-        done = 0
-        yield Loading(variant.name, 0.0)
-        # In the order of use, so that a first prompt could be read before the transformer is there.
-        for part in (text_encoder, transformer, autoencoder):
-            for count in part.fill(placement):
-                done += count
-                yield Loading(variant.name, min(1.0, done / total))
-            part.module.eval().requires_grad_(False)
-        text_encoder.module.finish(placement.device)
+        networks = yield from load(checkpoint, placement, options or Options())
         return cls(
-            variant,
-            transformer.module,
-            autoencoder.module,
-            text_encoder.module,
-            Tokenizer(checkpoint.tokenizer, variant.text_length),
+            checkpoint.variant,
+            networks.transformer,
+            networks.autoencoder,
+            networks.text_encoder,
+            Tokenizer(checkpoint.tokenizer, checkpoint.variant.text_length),
             placement,
-            "-".join(part.tensors.fingerprint()[:16] for part in (transformer, text_encoder, autoencoder)),
+            networks.fingerprint,
             memory,
+            networks.says,
         )
 
     @torch.inference_mode()
@@ -112,6 +102,7 @@ class Klein:
         variant, clock, warnings = self.variant, _Clock(self.placement), []
         steps, guidance = self._plan(job, warnings)
         frame, references = self._frame(job, warnings)
+        self._fits(frame, references)
 
         # 1. The prompt, as states the transformer reads; a guided model also reads an empty one.
         yield Stage("prompt")
@@ -222,6 +213,26 @@ class Klein:
             )
         return frame, seen
 
+    def _fits(self, frame: Frame, references: list[Rgb8]) -> None:
+        """Refuse early what the memory that is free now cannot hold. Raises OutOfMemory."""
+        pixels = frame.canvas_width * frame.canvas_height
+        seen = sum(image.shape[0] * image.shape[1] for image in references)
+        shapes = (self.variant, self.transformer, self.autoencoder, self.placement.dtype)
+        work = work_of(*shapes, pixels=pixels, references=seen)
+        there = room(self.placement)
+        # What is remembered can be forgotten for it.
+        free = there.free + self.memory.counts()["bytes"]
+        if work.bytes <= free:
+            return
+        sides = (side for side in (1024, 768, 512, 256) if side**2 < pixels)
+        fitting = (side for side in sides if work_of(*shapes, pixels=side**2, references=seen).bytes <= free)
+        side = next(fitting, None)
+        raise OutOfMemory(
+            f"{frame.canvas_width}×{frame.canvas_height} with {len(references)} references takes {gb(work.bytes)} "
+            f"besides the weights; {gb(free)} of the {there.device} are free.",
+            hint=f"{side}×{side} would fit." if side else "Use fewer references, or end what else uses the device.",
+        )
+
     def _read(self, prompt: str, warnings: list[str]) -> tuple[Tensor, bool]:
         """Prompt states after the transformer's own projection: [1, text_length, hidden]."""
         tokens = self.tokenizer(prompt)
@@ -295,21 +306,6 @@ def _reference_positions(sizes: tuple[tuple[int, int], ...]) -> list[Tensor]:
     return [grid_positions(h, w, reference_time(i)) for i, (h, w) in enumerate(sizes)]
 
 
-def _match(transformer: Transformer, text_encoder: TextEncoder, autoencoder: Autoencoder) -> None:
-    """Refuse parts of different models."""
-    if text_encoder.width != transformer.shape.context:
-        raise BadWeights(
-            f"The text encoder gives {text_encoder.width} numbers a token, the transformer reads "
-            f"{transformer.shape.context}: they belong to different models.",
-            hint="klein 4B goes with Qwen3-4B, klein 9B with Qwen3-8B.",
-        )
-    if 4 * autoencoder.shape.latent != transformer.shape.channels:
-        raise BadWeights(
-            f"The autoencoder has {4 * autoencoder.shape.latent} channels, the transformer "
-            f"{transformer.shape.channels}: they belong to different models."
-        )
-
-
 class _Clock:
     """Milliseconds of wall time by stage."""
 
@@ -337,26 +333,34 @@ class Engine:
         hub: Path | None = None,
         remember: int = 1 << 30,
         spill: int = 4 << 30,
+        variant: str | None = None,
+        quant: str | None = None,
+        loras: Sequence[str] = (),
+        memory: float | None = None,
+        decoder: str = "full",
     ) -> None:
         """models, hub: where to look for them.
 
+        variant: what the user says a single file is, where it cannot tell itself. quant: fp8 or nvfp4 for the
+        transformer's blocks, None for what the files hold. loras: name or path, each with an optional :scale.
+        memory: GB of the device that may be used, None for all that is free. decoder: full or small.
+
         remember, spill: bytes kept between jobs for prompts and references, on the device and in the host's memory.
         """
-        self.shelf = Shelf(tuple(models), hub)
+        self.shelf = Shelf(tuple(models), hub, small_decoder=decoder == "small")
         self.placement = Placement.choose(device, dtype)
         self.memory = Memory(remember, spill)
         self._foreseen: Rgb8 | None = None
         self._klein: Klein | None = None
         self._name = ""
+        self._variant, self._quant, self._loras = variant, quant, tuple(loras)
+        self._limit = None if memory is None else round(memory * 1e9)
         if threads:
             torch.set_num_threads(threads)
 
-    def run(self, job: Job, variant: str | None = None) -> Iterator[Event]:
-        """Paint `job` with the model it names, loading that first if need be. Raises EngineError.
-
-        variant: what the user says a single file is, where it cannot tell itself.
-        """
-        klein, ms = yield from self._load(job.model, variant)
+    def run(self, job: Job) -> Iterator[Event]:
+        """Paint `job` with the model it names, loading that first if need be. Raises EngineError."""
+        klein, ms = yield from self._load(job.model)
         self._foreseen = None
         for event in self._paint(klein, job):
             if isinstance(event, Painting):
@@ -396,14 +400,16 @@ class Engine:
                 hint="Ask for a smaller size or fewer references.",
             ) from None
 
-    def _load(self, model: str, variant: str | None) -> Generator[Loading, None, tuple[Klein, float]]:
+    def _load(self, model: str) -> Generator[Loading, None, tuple[Klein, float]]:
         name = self.best() if model == "auto" else model
         if self._klein is not None and self._name == name:
             return self._klein, 0.0
-        checkpoint = self.shelf.find(name, variant)
+        checkpoint = self.shelf.find(name, self._variant, self._quant)
+        loras = tuple(lora.find(text, self.shelf.paths) for text in self._loras)
         self.release()
         start = time.perf_counter()
-        self._klein = yield from Klein.load(checkpoint, self.placement, self.memory)
+        options = Options(self._quant, loras, self._limit)
+        self._klein = yield from Klein.load(checkpoint, self.placement, self.memory, options)
         self._name = name
         return self._klein, round(1000 * (time.perf_counter() - start), 1)
 
@@ -415,7 +421,7 @@ class Engine:
         if self._klein is None:
             return 0
         nets = (self._klein.transformer, self._klein.autoencoder, self._klein.text_encoder)
-        return sum(tensor.nbytes for net in nets for tensor in (*net.parameters(), *net.buffers()))
+        return held_bytes(nets, self.placement.device)
 
     def release(self) -> None:
         """Give the weights' memory back; the next job loads again."""
@@ -433,6 +439,7 @@ class Engine:
             "dtype": str(self.placement.dtype).removeprefix("torch."),
             "threads": torch.get_num_threads(),
             "loaded": self._name or None,
+            "weights": self._klein.lives if self._klein else None,
             "weights_bytes": self._held(),
             "free_bytes": self.placement.free_bytes(),
             "remembered": self.memory.counts(),

@@ -108,7 +108,7 @@ def changed(folder: Path, *loras: Lora, wanted: str | None = None) -> Transforme
 def test_weights_are_those_of_diffusers(form: str, scale: float, folder: Path, tmp_path: Path) -> None:
     file = write(FORMS[form](), tmp_path / "style.safetensors")
     pipe = Flux2KleinPipeline.from_pretrained(folder)
-    pipe.load_lora_weights(tmp_path, weight_name=file.name, adapter_name="style")
+    pipe.load_lora_weights(str(tmp_path), weight_name=file.name, adapter_name="style")
     pipe.set_adapters("style", scale)
     pipe.fuse_lora()
     pipe.unload_lora_weights()

@@ -1,0 +1,237 @@
+"""From a checkpoint to networks that are ready: plan where the weights live, read them, change them by LoRAs."""
+
+import hashlib
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from engine import lora, memory, parts, quant
+from engine.contract import BadWeights, Loading
+from engine.conveyor import Conveyor, SleepingEmbedding, stream
+from engine.device import Placement, has_own_memory, host_memory
+from engine.find import Checkpoint
+from engine.headers import Shape
+from engine.lora import Change, Lora
+from engine.memory import Needs, Plan, Room, Work
+from engine.model.autoencoder import Autoencoder
+from engine.model.text_encoder import TextEncoder
+from engine.model.transformer import Transformer
+from engine.parts import Part
+from engine.pixels import GRID
+from engine.quant import QuantLinear
+from engine.variants import Variant
+from engine.weights import slots
+
+_EMBEDDING = "model.embed_tokens"
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """How to load. quant: format of the blocks, None for the file's. limit: bytes of the device that may be used."""
+
+    quant: str | None = None
+    loras: tuple[Lora, ...] = ()
+    limit: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Networks:
+    """A model in memory. fingerprint: tells its weights from any others that paint differently."""
+
+    transformer: Transformer
+    autoencoder: Autoencoder
+    text_encoder: TextEncoder
+    fingerprint: str
+    plan: Plan
+    says: str
+
+
+def load(checkpoint: Checkpoint, placement: Placement, options: Options) -> Generator[Loading, None, Networks]:
+    """Read a model, telling how far it is. Raises BadWeights, InvalidJob, or OutOfMemory before much is read."""
+    quant.check(options.quant)
+    variant, device = checkpoint.variant, placement.device
+    transformer = parts.transformer(checkpoint.transformer, options.quant, device)
+    text_encoder = parts.text_encoder(checkpoint.text_encoder, variant.text_layers, device)
+    autoencoder = parts.autoencoder(checkpoint.vae)
+    _match(transformer.module, text_encoder.module, autoencoder.module)
+    changes = [change for one in options.loras for change in lora.read(one, transformer.module)]
+
+    needs = _needs(variant, transformer, text_encoder, autoencoder, changes, placement.dtype)
+    work = work_of(variant, transformer.module, autoencoder.module, placement.dtype)
+    found = memory.plan(
+        needs, room(placement, options.limit), work, _alternatives(needs, transformer, options, placement)
+    )
+
+    total = sum(part.bytes for part in (transformer, text_encoder, autoencoder)) or 1
+    done = 0
+    yield Loading(variant.name, 0.0)
+    asleep = _asleep(transformer, text_encoder, found)
+    # In the order of use, so that a first prompt could be read before the transformer is there.
+    for part in (text_encoder, transformer, autoencoder):
+        for count in part.fill(placement, _home(device, asleep.get(part.what, frozenset()))):
+            done += count
+            yield Loading(variant.name, min(1.0, done / total))
+        part.module.eval().requires_grad_(False)
+    text_encoder.module.finish(device)
+    lora.apply(transformer.module, changes)
+    if any(asleep.values()):
+        _let_sleep(transformer, text_encoder, asleep, device)
+    return Networks(
+        transformer=transformer.module,
+        autoencoder=autoencoder.module,
+        text_encoder=text_encoder.module,
+        fingerprint=_fingerprint((transformer, text_encoder, autoencoder), options),
+        plan=found,
+        says=found.says(needs),
+    )
+
+
+def room(placement: Placement, limit: int | None = None) -> Room:
+    """What is free now."""
+    free = placement.free_bytes() + placement.idle_bytes()
+    return Room(
+        device=placement.label,
+        free=free if limit is None else min(free, limit),
+        total=placement.total_bytes(),
+        host=placement.host_bytes(),
+    )
+
+
+def work_of(
+    variant: Variant,
+    transformer: Transformer,
+    autoencoder: Autoencoder,
+    dtype: torch.dtype,
+    *,
+    pixels: int | None = None,
+    references: int | None = None,
+) -> Work:
+    """Memory for one picture. pixels: of the canvas, else the native size. references: their pixels, else one such."""
+    pixels = pixels or variant.native_size**2
+    beside = (pixels if references is None else references) // GRID**2
+    shape = transformer.shape
+    needed = memory.working(
+        hidden=shape.hidden,
+        tokens=variant.text_length + pixels // GRID**2 + beside,
+        pixels=pixels,
+        decoder=autoencoder.shape.decoder[min(1, len(autoencoder.shape.decoder) - 1)],
+        itemsize=dtype.itemsize,
+        blocks=shape.double_blocks + shape.single_blocks if variant.kv else 0,
+        references=beside,
+    )
+    return Work(round(pixels**0.5), needed)
+
+
+def _needs(
+    variant: Variant,
+    transformer: Part[Transformer],
+    text_encoder: Part[TextEncoder],
+    autoencoder: Part[Autoencoder],
+    changes: Sequence[Change],
+    dtype: torch.dtype,
+) -> Needs:
+    sizes = [_sizes(part.module, dtype) for part in (transformer, text_encoder, autoencoder)]
+    blocks = tuple(sizes[0].pop(layer) for layer in transformer.layers)
+    encoder = tuple(sizes[1].pop(layer) for layer in text_encoder.layers)
+    embedding = sizes[1].pop(_EMBEDDING)
+    beside = sum(
+        dtype.itemsize * (change.up.numel() + change.down.numel())
+        for change in changes
+        if change.down is not None and isinstance(transformer.module.get_submodule(change.rows.layer), QuantLinear)
+    )
+    rest = beside + sum(size for part in sizes for size in part.values())
+    return Needs(variant.name, blocks, encoder, embedding, rest)
+
+
+def _sizes(module: nn.Module, dtype: torch.dtype) -> dict[str, int]:
+    """Bytes of each submodule that holds tensors of its own."""
+    found: dict[str, int] = {}
+    for name, shape in slots(module).items():
+        owner = name.rpartition(".")[0]
+        layer = module.get_submodule(owner)
+        size = (
+            sum(buffer.nbytes for buffer in layer.buffers())
+            if isinstance(layer, QuantLinear)
+            else dtype.itemsize * torch.Size(shape).numel()
+        )
+        found[owner] = found.get(owner, 0) + size
+    return found
+
+
+def _alternatives(
+    needs: Needs, transformer: Part[Transformer], options: Options, placement: Placement
+) -> list[tuple[str, Needs]]:
+    """What loading in fewer bits would take."""
+    if (
+        options.quant is not None
+        or transformer.tensors.quantised
+        or quant.target(None, "fp8", placement.device) is None
+    ):
+        return []
+    values = [size // placement.dtype.itemsize for size in needs.blocks]
+    fewer = {"fp8": [count + 4 for count in values], "nvfp4": [count // 2 + count // 16 + 4 for count in values]}
+    return [(f"--quant {kind}", replace(needs, blocks=tuple(sizes))) for kind, sizes in fewer.items()]
+
+
+def _asleep(transformer: Part[Any], text_encoder: Part[Any], found: Plan) -> dict[str, frozenset[str]]:
+    """The layers that sleep, by part."""
+    table = (_EMBEDDING,) if found.embedding_asleep else ()
+    return {
+        transformer.what: frozenset(transformer.layers[found.blocks :]),
+        text_encoder.what: frozenset((*text_encoder.layers[found.encoder :], *table)),
+    }
+
+
+def _home(device: torch.device, asleep: frozenset[str]) -> Any:
+    def home(name: str, shape: Shape, dtype: torch.dtype) -> Tensor:
+        layer = name.partition(":")[0].rpartition(".")[0]
+        if layer in asleep:
+            return host_memory(shape, dtype, device)
+        return torch.empty(shape, dtype=dtype, device=device)
+
+    return home
+
+
+def _let_sleep(
+    transformer: Part[Any], text_encoder: Part[Any], asleep: dict[str, frozenset[str]], device: torch.device
+) -> None:
+    conveyor = Conveyor(device)
+    for part in (text_encoder, transformer):
+        names = asleep[part.what]
+        stream(part.module, tuple(name for name in part.layers if name in names), conveyor)
+        if _EMBEDDING in names:
+            table = part.module.get_submodule(_EMBEDDING)
+            part.module.set_submodule(_EMBEDDING, SleepingEmbedding(table, device))
+
+
+def held_bytes(networks: Sequence[nn.Module], device: torch.device) -> int:
+    """Bytes of weights on the device; what sleeps in the host's memory counts only where that is the same."""
+    tensors = (tensor for net in networks for tensor in (*net.parameters(), *net.buffers()))
+    return sum(tensor.nbytes for tensor in tensors if not has_own_memory(device) or tensor.device.type == device.type)
+
+
+def _fingerprint(read: tuple[Part[Any], ...], options: Options) -> str:
+    """By part, 16 letters each; what changes the weights on their way into memory changes the first."""
+    prints = [part.tensors.fingerprint()[:16] for part in read]
+    if options.quant or options.loras:
+        own = ":".join((prints[0], options.quant or "", *(one.fingerprint() for one in options.loras)))
+        prints[0] = hashlib.sha256(own.encode()).hexdigest()[:16]
+    return "-".join(prints)
+
+
+def _match(transformer: Transformer, text_encoder: TextEncoder, autoencoder: Autoencoder) -> None:
+    """Refuse parts of different models."""
+    if text_encoder.width != transformer.shape.context:
+        raise BadWeights(
+            f"The text encoder gives {text_encoder.width} numbers a token, the transformer reads "
+            f"{transformer.shape.context}: they belong to different models.",
+            hint="klein 4B goes with Qwen3-4B, klein 9B with Qwen3-8B.",
+        )
+    if 4 * autoencoder.shape.latent != transformer.shape.channels:
+        raise BadWeights(
+            f"The autoencoder has {4 * autoencoder.shape.latent} channels, the transformer "
+            f"{transformer.shape.channels}: they belong to different models."
+        )
