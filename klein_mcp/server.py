@@ -20,8 +20,10 @@ from mcp.server.mcpserver import Context, MCPServer
 from mcp.shared.exceptions import MCPError
 from mcp_types import (
     CallToolResult,
+    EmptyResult,
     Resource,
     ResourceTemplate,
+    SetLevelRequestParams,
     SubscribeRequestParams,
     TextContent,
     UnsubscribeRequestParams,
@@ -55,6 +57,11 @@ Link = Callable[[Any], Callable[[str], str] | None]
 """From an HTTP request to what makes download addresses for its sender; None for a sender that shares our disk."""
 
 
+async def _set_level(context: Any, params: SetLevelRequestParams) -> EmptyResult:
+    """Any level is fine: what a call has to say is in its result, and the rest goes to stderr."""
+    return EmptyResult()
+
+
 class KleinServer(MCPServer):
     """MCPServer with tools of our own: the SDK's ignore unknown arguments and word errors for people."""
 
@@ -71,10 +78,11 @@ class KleinServer(MCPServer):
         )
         self._listeners = resources.Listeners(self._subscriptions)
         self.middleware.append(self._listeners.remember)
-        # MCPServer has no door for these two of the legacy era, nor for saying that its list of resources changes.
+        # MCPServer has no door for these three of the legacy era, nor for saying that its list of resources changes.
         low = self._lowlevel_server
         low.add_request_handler("resources/subscribe", SubscribeRequestParams, self._listeners.subscribe)
         low.add_request_handler("resources/unsubscribe", UnsubscribeRequestParams, self._listeners.unsubscribe)
+        low.add_request_handler("logging/setLevel", SetLevelRequestParams, _set_level)
         low.create_initialization_options = partial(  # type: ignore[method-assign]
             low.create_initialization_options, NotificationOptions(resources_changed=True)
         )

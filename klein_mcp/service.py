@@ -147,7 +147,8 @@ class Service:
                 await progress.event(event)
                 if isinstance(event, Painting):
                     return event
-                if time.monotonic() > deadline:
+                expected = event.seconds or 0.0 if isinstance(event, Queued) else 0.0
+                if time.monotonic() + expected > deadline:
                     return await hand_over()
         raise EngineFailed(
             "The engine ended without a picture.", hint="Try again; `klein-mcp doctor` looks for causes."

@@ -24,13 +24,11 @@ from mcp_types import (
     ElicitRequest,
     ElicitRequestFormParams,
     EmbeddedResource,
-    EmptyResult,
     ImageContent,
     InputRequest,
     InputRequiredResult,
     ListRootsRequest,
     SamplingMessage,
-    SetLevelRequestParams,
     TextContent,
     TextResourceContents,
 )
@@ -126,11 +124,6 @@ def add(server: MCPServer) -> None:
     _input_required(server)
     _resources(server)
     _prompts(server)
-
-    async def set_level(context: Any, params: SetLevelRequestParams) -> EmptyResult:
-        return EmptyResult()
-
-    server._lowlevel_server.add_request_handler("logging/setLevel", SetLevelRequestParams, set_level)
 
 
 def _contents(server: MCPServer) -> None:

@@ -165,6 +165,16 @@ async def test_a_call_that_outlasts_the_budget_returns_a_job_that_can_be_waited_
     assert (await call(client, "view_image", image="last"))["image"] == line(done)["image"]
 
 
+@pytest.mark.parametrize(("seconds", "handed_over"), [(60.0, True), (1.0, False), (None, False)])
+async def test_a_call_that_is_expected_to_outlast_the_budget_returns_a_job_at_once(
+    client: Client, painter: FakePainter, seconds: float | None, handed_over: bool
+):
+    painter.events_before = [Queued(2, seconds)]
+    with anyio.fail_after(10):  # the budget is 25 s
+        facts = await call(client, "generate_image", prompt="behind others", seed=5)
+    assert ("job" in facts) is handed_over
+
+
 async def test_of_several_pictures_those_that_were_finished_in_time_are_kept(
     client: Client, painter: FakePainter, service: Service
 ):
