@@ -12,7 +12,7 @@ from engine.variants import VARIANTS
 _PREFERENCE = ("klein-9b-kv", "klein-9b", "klein-4b")
 """What `auto` takes first. Base variants are for fine-tuning and slow: only when named."""
 
-RESERVE = 300_000_000
+RESERVE = 500_000_000
 """Bytes of a device that are nobody's: workspaces of its libraries, and what its allocator cuts off."""
 
 SLOTS = 2

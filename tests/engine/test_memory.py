@@ -1,0 +1,214 @@
+"""The memory plan is a pure function; its figures are those of the real models, counted on the meta device."""
+
+from dataclasses import replace
+from functools import lru_cache
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from engine.contract import OutOfMemory
+from engine.load import work_of
+from engine.memory import RESERVE, Needs, Plan, Room, Work, fitting, plan, working
+from engine.model.autoencoder import Autoencoder, AutoencoderShape
+from engine.model.text_encoder import TextEncoder
+from engine.model.transformer import Transformer, TransformerShape
+from engine.variants import VARIANTS
+from tests.engine.peak import Peak
+
+GB = 10**9
+SHAPES = {
+    "4b": (TransformerShape(3072, 128, 7680, 5, 20, 9216), (2560, 9728)),
+    "9b": (TransformerShape(4096, 128, 12288, 8, 24, 12288), (4096, 12288)),
+}
+QWEN3 = {"num_hidden_layers": 36, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128,
+         "vocab_size": 151936}  # fmt: skip
+SMALL = AutoencoderShape(decoder=(96, 192, 384, 384))
+
+
+@lru_cache
+def nets(size: str) -> tuple[Transformer, TextEncoder, Autoencoder]:
+    """The real shapes, without weights."""
+    shape, (hidden, intermediate) = SHAPES[size]
+    with torch.device("meta"):
+        encoder = TextEncoder({**QWEN3, "hidden_size": hidden, "intermediate_size": intermediate}, (9, 18, 27))
+        return Transformer(shape), encoder, Autoencoder(AutoencoderShape())
+
+
+def needs(size: str, kind: str = "bf16") -> Needs:
+    """Of the real models: the blocks in a format, everything else in bf16."""
+    transformer, encoder, autoencoder = nets(size)
+    cost = {"bf16": 2.0, "fp8": 1.0, "nvfp4": 0.5625}[kind]
+    blocks = [layer for name, layer in transformer.named_modules() if isinstance(layer, nn.Linear) and "blocks" in name]
+    inside = [layer for name, layer in encoder.named_modules() if isinstance(layer, nn.Linear)]
+    every = sum(p.numel() for net in (transformer, encoder, autoencoder) for p in net.parameters())
+    counts = [layer.weight.numel() for layer in blocks], [layer.weight.numel() for layer in inside]
+    table = encoder.model.embed_tokens.weight.numel()
+    return Needs(
+        f"klein-{size}",
+        blocks=tuple(round(cost * count) for count in counts[0]),
+        encoder=tuple(2 * count for count in counts[1]),
+        embedding=2 * table,
+        rest=2 * (every - sum(counts[0]) - sum(counts[1]) - table),
+    )
+
+
+def work(size: str = "4b", side: int = 1024) -> Work:
+    transformer, _, autoencoder = nets(size)
+    return work_of(VARIANTS[f"klein-{size}"], transformer, autoencoder, torch.bfloat16, pixels=side**2)
+
+
+def card(gigabytes: float, free: float | None = None, host: float = 64) -> Room:
+    """An NVIDIA card of so many GB, of which 0.7 are CUDA's own."""
+    there = gigabytes - 0.7 if free is None else free
+    return Room("GPU", round(there * GB), round(gigabytes * GB), round(host * GB))
+
+
+def test_the_real_models_need_what_is_published() -> None:
+    four, nine = needs("4b"), needs("9b")
+    assert sum(four.blocks) + 390e6 == pytest.approx(7.751e9, rel=0.01)
+    assert sum(nine.blocks) + 717e6 == pytest.approx(18.157e9, rel=0.01)
+    assert len(four.blocks) == 80
+    assert len(nine.blocks) == 112
+    assert sum(four.encoder) == pytest.approx(5.45e9, rel=0.01)
+    assert sum(nine.encoder) == pytest.approx(10.42e9, rel=0.01)
+    assert four.embedding == pytest.approx(0.778e9, rel=0.01)
+
+
+# (model, format, card GB) -> (block layers that stay, of all; encoder resident?), and the most it may need.
+PLANS = [
+    ("4b", "bf16", 80, (80, True), 15.5),
+    ("4b", "bf16", 20, (80, True), 15.5),
+    ("4b", "bf16", 16, (80, False), 12.5),
+    ("4b", "bf16", 13, (80, False), 12.5),
+    ("4b", "bf16", 12, (80, False), 12.5),
+    ("4b", "bf16", 8, (54, False), 7.4),
+    ("4b", "fp8", 13, (80, True), 12.5),
+    ("4b", "fp8", 8, (80, False), 7.4),
+    ("4b", "nvfp4", 6, (80, False), 5.4),
+    ("9b", "bf16", 32, (112, True), 31.3),
+    ("9b", "bf16", 48, (112, True), 33.0),
+    ("9b", "bf16", 24, (112, False), 24.0),
+    ("9b", "fp8", 24, (112, True), 23.5),
+    ("9b", "fp8", 16, (112, False), 13.5),
+]
+
+
+@pytest.mark.parametrize(("size", "kind", "gigabytes", "stays", "most"), PLANS)
+def test_every_card_gets_its_plan(size: str, kind: str, gigabytes: float, stays: tuple[int, bool], most: float) -> None:
+    wanted = needs(size, kind)
+    found = plan(wanted, card(gigabytes), work(size))
+    assert (found.blocks, found.encoder == len(wanted.encoder)) == stays
+    assert found.embedding_asleep
+    assert found.peak <= min(most * GB, card(gigabytes).free)
+
+
+def test_all_in_memory_takes_no_more_than_the_weights_that_are_used_and_two_gigabytes() -> None:
+    four = needs("4b")
+    found = plan(four, card(80), work())
+    assert found.peak - RESERVE <= four.all - four.embedding + 2.0 * GB
+
+
+@pytest.mark.parametrize("gigabytes", [24, 16, 13, 12, 10, 8, 6, 5])
+def test_no_plan_promises_more_than_there_is(gigabytes: int) -> None:
+    for kind in ("bf16", "fp8", "nvfp4"):
+        for side in (512, 1024, 2048):
+            try:
+                found = plan(needs("4b", kind), card(gigabytes), work(side=side))
+            except OutOfMemory:
+                continue
+            assert found.peak <= card(gigabytes).free
+            assert found.asleep <= card(gigabytes).host  # type: ignore[operator]
+
+
+def test_more_memory_never_streams_more() -> None:
+    four = needs("4b")
+    staying = [plan(four, card(gigabytes), work()).blocks for gigabytes in (6, 7, 8, 9, 10, 11, 12)]
+    assert staying == sorted(staying)
+    assert staying[0] < staying[-1] == 80
+
+
+def test_a_card_that_others_hold_is_told_of_not_crashed_into() -> None:
+    with pytest.raises(OutOfMemory) as told:
+        plan(needs("9b"), card(24, free=1.5), work("9b"))
+    assert str(told.value) == (
+        "klein-9b needs 3.6 GB of the GPU for 1024×1024; 1.5 GB of 24.0 GB are free. Other programs hold 22.5 GB. "
+        "End the other program, or choose another device with KLEIN_DEVICE."
+    )
+
+
+def test_a_refusal_names_the_nearest_thing_that_would_fit() -> None:
+    tight = Room("memory", 12 * GB, 16 * GB)
+    with pytest.raises(OutOfMemory, match=r"needs 16\.\d GB of the memory.*--quant fp8 would fit: it needs 12|nvfp4"):
+        plan(needs("4b"), tight, work(), [(f"--quant {k}", needs("4b", k)) for k in ("fp8", "nvfp4")])
+    with pytest.raises(OutOfMemory, match=r"for 2048×2048.*1024×1024 would fit\."):
+        plan(needs("4b"), card(8, free=6.0), work(side=2048))
+    with pytest.raises(OutOfMemory, match=r"nano\) fits anywhere"):
+        plan(needs("9b"), Room("memory", 1 * GB, 2 * GB), work("9b"))
+
+
+def test_weights_that_sleep_need_room_in_the_host() -> None:
+    with pytest.raises(OutOfMemory, match=r"host's memory is what lacks: 2\.0 GB"):
+        plan(needs("4b"), card(8, host=2), work())
+
+
+def test_where_device_and_host_share_memory_nothing_sleeps() -> None:
+    four = needs("4b")
+    found = plan(four, Room("memory", 32 * GB, 32 * GB), work())
+    assert found == Plan(80, len(four.encoder), False, four.all + work().bytes + RESERVE, 0)
+    assert "all on the device" in found.says(four)
+    assert "5 of 80" in replace(found, blocks=5).says(four)
+
+
+def test_auto_takes_the_best_that_fits_and_never_a_base_model() -> None:
+    everything = list(VARIANTS)
+    assert fitting(everything, 80 * GB) == "klein-9b-kv"
+    assert fitting(everything, 20 * GB) == "klein-4b"
+    assert fitting(everything, 4 * GB) is None
+    assert fitting(["nano", "klein-base-4b"], 80 * GB) is None
+
+
+@pytest.fixture
+def on_meta(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attention as a fused kernel holds it: its output and nothing else."""
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda q, k, v: torch.empty_like(q))
+
+
+def empty(*shape: int) -> Tensor:
+    return torch.empty(shape, dtype=torch.bfloat16, device="meta")
+
+
+@pytest.mark.parametrize("size", SHAPES)
+@pytest.mark.parametrize(("canvas", "references"), [(1024, 0), (4096, 0), (4096, 4096), (16384, 0)])
+def test_the_transformer_holds_no_more_than_is_planned(size: str, canvas: int, references: int, on_meta: None) -> None:
+    shape = replace(SHAPES[size][0], double_blocks=1, single_blocks=1)
+    with torch.device("meta"):
+        net = Transformer(shape).to(torch.bfloat16)
+    tokens = 512 + canvas + references
+    rope = tuple(torch.empty(tokens, 64, device="meta") for _ in range(2))
+    with torch.inference_mode():
+        mods = net.modulations(empty(1))
+        seen = empty(1, references, shape.hidden) if references else None
+        x, text = empty(1, canvas, 128), empty(1, 512, shape.hidden)
+        with Peak() as peak:
+            net(x, text, mods, rope, seen, None)
+    # The slice of linear1 that the last block reads counts as if it were new.
+    held = peak.bytes - net.single_blocks[0].linear1.weight.nbytes  # type: ignore[union-attr]
+    planned = working(hidden=shape.hidden, tokens=tokens, pixels=0, decoder=0, itemsize=2)
+    assert 0.5 * planned < held <= planned
+
+
+@pytest.mark.parametrize("shape", [AutoencoderShape(), SMALL], ids=["full", "small"])
+@pytest.mark.parametrize("side", [512, 1024, 2048])
+def test_the_autoencoder_holds_no_more_than_is_planned(shape: AutoencoderShape, side: int, on_meta: None) -> None:
+    with torch.device("meta"):
+        net = Autoencoder(shape).to(torch.bfloat16)
+    planned = working(hidden=0, tokens=0, pixels=side**2, decoder=shape.decoder[1], itemsize=2)
+    with torch.inference_mode():
+        with Peak() as decoding:
+            net.decode(empty(1, 128, side // 16, side // 16))
+        with Peak() as encoding:
+            net.encode(empty(1, 3, side, side))
+    assert 0.8 * planned < decoding.bytes <= planned
+    assert encoding.bytes <= planned * 512 // (2 * shape.decoder[1])
