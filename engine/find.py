@@ -19,7 +19,7 @@ INDEX = "model_index.json"
 EXTRAS = "klein.json"
 """Beside model_index.json: what a klein that is not one of the published ones was made for."""
 
-_EXTRA_KEYS = {"text_length", "text_layers", "native_size", "max_references"}
+_EXTRA_KEYS = {"text_length", "text_layers", "native_size", "max_references", "words"}
 _DENOISERS = ("Flux2KleinPipeline", "Flux2KleinKVPipeline", "Flux2KleinInpaintPipeline")
 _DEPTH = 3
 """Folders below a given one that are searched: ComfyUI's models/diffusion_models/flux/x.safetensors."""
@@ -243,6 +243,8 @@ def _with_extras(variant: Variant, folder: Path) -> Variant:
         raise BadWeights(f"{folder / EXTRAS} has {min(unknown)!r}; known: {', '.join(sorted(_EXTRA_KEYS))}.")
     if "text_layers" in extras:
         extras["text_layers"] = tuple(extras["text_layers"])
+    if "words" in extras:
+        extras["words"] = frozenset(extras["words"])
     if "native_size" in extras:
         # A small klein was made for one area: it neither paints nor sees more than that.
         extras |= {"max_size": extras["native_size"], "reference_size": min(1024, extras["native_size"])}

@@ -33,7 +33,7 @@ from engine.model.layers import Rope
 from engine.model.text_encoder import TextEncoder, Tokenizer
 from engine.model.transformer import KV, Modulations, Transformer
 from engine.pixels import GRID, Frame, fit_reference, shaped, to_rgb8, to_tensor
-from engine.references import Memory, content_hash
+from engine.references import Memory, budgets, content_hash
 from engine.sampler import Velocity, denoise, guided
 from engine.schedule import sigmas
 from engine.tokens import grid_positions, pack, reference_time, text_positions, unpack
@@ -236,6 +236,8 @@ class Klein:
     def _read(self, prompt: str, warnings: list[str]) -> tuple[Tensor, bool]:
         """Prompt states after the transformer's own projection: [1, text_length, hidden]."""
         tokens = self.tokenizer(prompt)
+        if strange := self.variant.unknown_words(prompt):
+            warnings.append(f"{self.variant.name} was never taught {', '.join(strange)}, and guesses")
         if tokens.cut:
             warnings.append(
                 f"the prompt is {tokens.cut} tokens longer than the {self.variant.text_length} {self.variant.name} "
@@ -331,8 +333,8 @@ class Engine:
         dtype: str | None = None,
         threads: int | None = None,
         hub: Path | None = None,
-        remember: int = 1 << 30,
-        spill: int = 4 << 30,
+        remember: int | None = None,
+        spill: int | None = None,
         variant: str | None = None,
         quant: str | None = None,
         loras: Sequence[str] = (),
@@ -345,11 +347,13 @@ class Engine:
         transformer's blocks, None for what the files hold. loras: name or path, each with an optional :scale.
         memory: GB of the device that may be used, None for all that is free. decoder: full or small.
 
-        remember, spill: bytes kept between jobs for prompts and references, on the device and in the host's memory.
+        remember, spill: bytes kept between jobs for prompts and references, on the device and in the host's memory;
+        None for a share of what is free once the model is loaded.
         """
         self.shelf = Shelf(tuple(models), hub, small_decoder=decoder == "small")
         self.placement = Placement.choose(device, dtype)
-        self.memory = Memory(remember, spill)
+        self.memory = Memory(remember or 0, spill or 0)
+        self._remember, self._spill = remember, spill
         self._foreseen: Rgb8 | None = None
         self._klein: Klein | None = None
         self._name = ""
@@ -383,22 +387,20 @@ class Engine:
 
     def _paint(self, klein: Klein, job: Job) -> Iterator[Event]:
         """Paint; if the device runs full, forget what is remembered and try once more."""
-        try:
-            yield from klein.run(job)
-        except torch.OutOfMemoryError:
+        for _ in range(2):
+            try:
+                yield from klein.run(job)
+                return
+            except torch.OutOfMemoryError:
+                pass
+            # Not before the exception is gone: its traceback holds the tensors of the job that failed.
             self.memory.clear()
             self.placement.empty_cache()
-        else:
-            return
-        try:
-            yield from klein.run(job)
-        except torch.OutOfMemoryError:
-            self.placement.empty_cache()
-            free = self.placement.free_bytes() / 1e9
-            raise OutOfMemory(
-                f"The {self.placement.device.type} has {free:.1f} GB left, too little for this picture.",
-                hint="Ask for a smaller size or fewer references.",
-            ) from None
+        raise OutOfMemory(
+            f"The {self.placement.device.type} has {self.placement.free_bytes() / 1e9:.1f} GB left, "
+            "too little for this picture.",
+            hint="Ask for a smaller size or fewer references.",
+        )
 
     def _load(self, model: str) -> Generator[Loading, None, tuple[Klein, float]]:
         name = self.best() if model == "auto" else model
@@ -410,6 +412,10 @@ class Engine:
         start = time.perf_counter()
         options = Options(self._quant, loras, self._limit)
         self._klein = yield from Klein.load(checkpoint, self.placement, self.memory, options)
+        near, far = budgets(self.placement.free_bytes(), self.placement.host_bytes())
+        self.memory.resize(
+            near if self._remember is None else self._remember, far if self._spill is None else self._spill
+        )
         self._name = name
         return self._klein, round(1000 * (time.perf_counter() - start), 1)
 

@@ -1,5 +1,6 @@
 """VARIANTS: one frozen row per model. Whatever differs between two kleins is said here and nowhere else."""
 
+import re
 from dataclasses import dataclass
 
 APACHE = "Apache-2.0"
@@ -29,6 +30,7 @@ class Variant:
     native_size: the square side, in pixels, that is painted when no size is asked for.
     max_size: the square side whose area is the most it paints by itself; larger pictures are resampled from it.
     reference_size: the square side whose area a reference is shrunk to if it is larger.
+    words: all that its prompts may hold; empty for a model that knows more than could be listed.
     text_length, text_layers: tokens the prompt is padded to; the Qwen3 layers whose states are stacked.
     hidden: the transformer's width, which tells a 4B from a 9B. files: the published single files.
     memory_gb: weights that are read, in bf16, plus about 2 GB of working memory at 1024 x 1024.
@@ -49,9 +51,15 @@ class Variant:
     max_references: int = 4
     text_length: int = 512
     text_layers: tuple[int, ...] = (9, 18, 27)
+    words: frozenset[str] = frozenset()
     memory_gb: float = 0.0
     hidden: int = 0
     files: tuple[File, ...] = ()
+
+    def unknown_words(self, prompt: str) -> list[str]:
+        """Words of the prompt that the model was never taught, in order, each once; none where it knows no end."""
+        said = (word.lower() for word in re.findall(r"[^\W\d_]+", prompt)) if self.words else ()
+        return list(dict.fromkeys(word for word in said if word not in self.words))
 
     @property
     def distilled(self) -> bool:

@@ -120,6 +120,12 @@ def test_a_prompt_longer_than_the_model_reads_is_cut_and_said(engine: Engine) ->
     assert any("its end was cut" in warning for warning in painting.warnings)
 
 
+def test_words_the_model_was_never_taught_are_named(engine: Engine) -> None:
+    painting = paint(engine, replace(DOG, prompt="a dog and a Dragon wearing a fedora"))
+    assert "nano was never taught dragon, wearing, fedora, and guesses" in painting.warnings
+    assert not paint(engine, DOG).warnings
+
+
 def test_an_empty_prompt_paints(engine: Engine) -> None:
     assert paint(engine, replace(DOG, prompt="")).image.shape == (128, 128, 3)
 

@@ -9,7 +9,7 @@ import torch
 
 from engine.contract import Job, Painting, Rgb8
 from engine.klein import Engine
-from engine.references import Memory, content_hash
+from engine.references import Memory, budgets, content_hash
 from tests import toys
 
 
@@ -120,3 +120,27 @@ def test_another_model_misses(kv_toy: str, tmp_path: Path) -> None:
     second = paint(engine, replace(job, model=other))
     assert (second.cache["prompt"], second.cache["references"]) == ("miss", "miss")
     assert first.fingerprint != second.fingerprint
+
+
+@pytest.mark.parametrize(
+    ("free", "host", "expected"),
+    [
+        (60 << 30, 100 << 30, (30 << 30, 25 << 30)),
+        (2 << 30, 8 << 30, (1 << 30, 2 << 30)),
+        (100 << 30, 400 << 30, (32 << 30, 32 << 30)),
+        (20 << 30, None, (5 << 30, 0)),
+    ],
+    ids=["a large card", "a small card", "no end of memory", "no memory of its own"],
+)
+def test_a_share_of_what_is_free_is_remembered_in(free: int, host: int | None, expected: tuple[int, int]) -> None:
+    assert budgets(free, host) == expected
+
+
+def test_smaller_budgets_let_the_oldest_go_first() -> None:
+    memory = Memory(budget=120)
+    for name in "abc":
+        memory.put(name, [tensor(10, ord(name))])
+    memory.resize(80, 0)
+    assert "a" not in memory
+    assert "b" in memory
+    assert "c" in memory
