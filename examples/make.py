@@ -33,6 +33,7 @@ PICTURES = ROOT / "examples" / "pictures"
 BUNDLE = ROOT / "packaging" / "mcpb"
 ICON = BUNDLE / "icon.png"
 SPEED = ROOT / "engine" / "SPEED.md"
+WEIGHTS = ROOT / "engine" / "nano" / "weights"
 
 REPOSITORY = "klein-mcp/klein-mcp"
 """Owner and name; every address in the project that names the repository is this one."""
@@ -140,9 +141,10 @@ def speed() -> str:
 
 
 def vocabulary() -> str:
-    """From the embedded model's own lists."""
+    """The lists of nano's world, as far as the shipped weights were taught them."""
+    taught = set(json.loads((WEIGHTS / "klein.json").read_text(encoding="utf-8"))["words"])
     return "\n".join(
-        f"- {kind}: {', '.join(sorted(known) if kind == 'things' else known)}"
+        f"- {kind}: {', '.join(word for word in (sorted(known) if kind == 'things' else known) if word in taught)}"
         for kind, known in (
             ("things", words.NOUNS),
             ("shapes, each in every colour", words.SHAPES),

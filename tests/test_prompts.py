@@ -243,12 +243,16 @@ async def test_what_an_agent_reads_once_fits_every_client(client: Client) -> Non
 async def test_the_guide_can_be_read_and_names_all_that_the_embedded_model_knows(client: Client) -> None:
     from engine.nano import words
 
+    taught = set(json.loads((Path(words.__file__).parent / "weights" / "klein.json").read_text())["words"])
     listed = {str(resource.uri): resource for resource in (await client.list_resources()).resources}
     assert listed["klein://guide"].mime_type == "text/markdown"
     (content,) = (await client.read_resource("klein://guide")).contents
     guide = content.text  # type: ignore[union-attr]
     said = set(re.findall(r"\w+", guide))
-    assert {*words.NOUNS, *words.SHAPES, *words.COLOURS, *words.SCENES} <= said
+    world = {*words.NOUNS, *words.SHAPES, *words.COLOURS, *words.SCENES}
+    assert world & taught <= said
+    things = re.findall(r"- things: (.*)", guide)[0].split(", ")
+    assert set(things) == {*words.NOUNS} & taught, "nothing is promised that it was not taught"
     assert "paints {0} × {0} pixels".format(VARIANTS[EMBEDDED].native_size) in guide
     for tool in ("generate_image", "edit_image", "compose_references", "view_image", "save_image", "list_images"):
         assert tool in guide
