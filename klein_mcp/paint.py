@@ -71,8 +71,9 @@ def engine(settings: Settings) -> "Engine":
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from engine.klein import Engine
 
-    names = ("models", "device", "dtype", "loras", "threads")
+    names = ("device", "dtype", "quant", "decoder", "memory", "variant", "loras", "threads", "hub")
     options = {name: getattr(settings, name) for name in names}
+    options["models"] = (*settings.models, settings.home / "models")
     return Engine(**{name: value for name, value in options.items() if value and value != "auto"})
 
 

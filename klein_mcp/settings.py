@@ -9,6 +9,7 @@ import tomllib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 
@@ -80,6 +81,14 @@ def default_home() -> Path:
     return user_data_path("klein-mcp", appauthor=False)
 
 
+def default_hub(environ: Mapping[str, str] = MappingProxyType({})) -> Path:
+    """Where huggingface_hub keeps what it downloads, by its own variables."""
+    if cache := environ.get("HF_HUB_CACHE") or environ.get("HUGGINGFACE_HUB_CACHE"):
+        return Path(cache).expanduser()
+    caches = environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(environ.get("HF_HOME") or f"{caches}/huggingface").expanduser() / "hub"
+
+
 @dataclass(frozen=True, slots=True)
 class Settings:
     """Read once, handed down; nobody else looks at the environment."""
@@ -89,10 +98,33 @@ class Settings:
         metadata={"parse": _path, "doc": "Folder of the picture library, the configuration and the engine's address."},
     )
     model: str = _setting("auto", _text, "Model where a call names none: a variant, a folder, a file, or auto.")
-    models: tuple[Path, ...] = _setting((), _paths, "Where models lie besides the home folder: a list of folders.")
+    variant: str = _setting("", _text, "Which klein a single file is, where neither its name nor its hash tells.")
+    models: tuple[Path, ...] = _setting(
+        (), _paths, "Folders and files of models besides the hub's cache, such as ComfyUI's models folder."
+    )
+    hub: Path = field(
+        default_factory=default_hub,
+        metadata={
+            "parse": _path,
+            "doc": "The hub's cache, where pull puts models. Unset: what HF_HOME and the like say.",
+        },
+    )
     device: str = _setting("auto", _text, "Device of the engine: auto, cpu, cuda, cuda:1, mps.")
     dtype: str = _setting(
         "auto", _choice("auto", "float32", "bfloat16"), "Number format of the engine: auto, float32, bfloat16."
+    )
+    quant: str = _setting(
+        "auto",
+        _choice("auto", "fp8", "nvfp4"),
+        "Format of the transformer's weights in memory: fp8 or nvfp4 take half or a quarter; auto: as the files are.",
+    )
+    decoder: str = _setting(
+        "full",
+        _choice("full", "small"),
+        "small takes the distilled decoder, faster and in less memory, if it is there.",
+    )
+    memory: float = _setting(
+        0.0, _number(float, 0, 10_000, "GB"), "GB of the GPU the engine may use; 0: all that is free."
     )
     threads: int = _setting(0, _number(int, 0, 1024, "threads"), "CPU threads of the engine; 0 leaves it to torch.")
     loras: tuple[str, ...] = _setting((), _words, "LoRA files to load, each with an optional :scale, comma-separated.")
@@ -129,7 +161,12 @@ class Settings:
         """Raises SettingsError."""
         home = environ.get("KLEIN_HOME")
         folder = _parse("KLEIN_HOME", home, _path) if home else default_home()
-        values = {**_from_file(folder / "config.toml"), **_from_environ(environ), "home": folder}
+        values = {
+            "hub": default_hub(environ),
+            **_from_file(folder / "config.toml"),
+            **_from_environ(environ),
+            "home": folder,
+        }
         return cls(**values)
 
     @property
@@ -146,8 +183,11 @@ def variable(name: str) -> str:
 def table() -> Iterator[tuple[str, str, str]]:
     """(variable, default, meaning) of each setting, for the README."""
     for item in fields(Settings):
-        default = "the platform's data folder" if item.name == "home" else _shown(item.default)
+        default = _PLACES.get(item.name) or _shown(item.default)
         yield variable(item.name), default, item.metadata["doc"]
+
+
+_PLACES = {"home": "the platform's data folder", "hub": "~/.cache/huggingface/hub"}
 
 
 def _shown(value: Any) -> str:

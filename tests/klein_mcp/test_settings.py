@@ -72,3 +72,11 @@ def test_the_table_has_a_line_for_every_setting():
     rows = list(table())
     assert [name for name, _, _ in rows] == [f"KLEIN_{field.name.upper()}" for field in fields(Settings)]
     assert all(meaning.endswith(".") for _, _, meaning in rows)
+
+
+def test_the_hubs_own_variables_say_where_its_cache_is(tmp_path: Path):
+    assert load(tmp_path).hub == Path("~/.cache/huggingface/hub").expanduser()
+    assert load(tmp_path, XDG_CACHE_HOME="/c").hub == Path("/c/huggingface/hub")
+    assert load(tmp_path, HF_HOME="/h", XDG_CACHE_HOME="/c").hub == Path("/h/hub")
+    assert load(tmp_path, HF_HUB_CACHE="/d", HF_HOME="/h").hub == Path("/d")
+    assert load(tmp_path, KLEIN_HUB="/e", HF_HUB_CACHE="/d").hub == Path("/e")
