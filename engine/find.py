@@ -93,6 +93,10 @@ class Shelf:
             return self._checkpoint(path, row)
         raise _unknown(model, "or give the path of a folder or file.")
 
+    def checkpoint(self, source: Source) -> Checkpoint:
+        """Of an installed model. Raises BadWeights."""
+        return self._checkpoint(source.path, VARIANTS[source.name])
+
     def _source(self, name: str, quant: str | None) -> Path:
         there = self.sources()
         ours = [source for source in there if source.name == name]

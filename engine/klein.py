@@ -14,6 +14,7 @@ from torch import Tensor
 from engine import lora
 from engine.contract import (
     CacheUse,
+    EngineError,
     Event,
     InvalidJob,
     Job,
@@ -25,8 +26,8 @@ from engine.contract import (
     Step,
 )
 from engine.device import Placement
-from engine.find import Checkpoint, Shelf
-from engine.load import Options, held_bytes, load, room, work_of
+from engine.find import Checkpoint, Shelf, Source
+from engine.load import Options, held_bytes, load, prepare, room, work_of
 from engine.memory import fitting, gb
 from engine.model.autoencoder import Autoencoder
 from engine.model.layers import Rope
@@ -454,3 +455,18 @@ class Engine:
                 for name, row in VARIANTS.items()
             ],
         }
+
+    def models(self) -> list[dict[str, Any]]:
+        """Every model that is there, and how it would live in the memory that is free now, or why it cannot."""
+        return [self._model(source) for source in self.shelf.sources()]
+
+    def _model(self, source: Source) -> dict[str, Any]:
+        about: dict[str, Any] = {"name": source.name, "format": source.format, "path": str(source.path)}
+        about["licence"] = VARIANTS[source.name].licence
+        try:
+            checkpoint = self.shelf.checkpoint(source)
+            loras = tuple(lora.find(text, self.shelf.paths) for text in self._loras)
+            ready = prepare(checkpoint, self.placement, Options(self._quant, loras, self._limit))
+        except EngineError as problem:
+            return about | {"bytes": None, "fits": False, "memory": str(problem)}
+        return about | {"bytes": ready.bytes, "fits": True, "memory": ready.plan.says(ready.needs)}

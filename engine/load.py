@@ -39,53 +39,75 @@ class Options:
 
 @dataclass(frozen=True, slots=True)
 class Networks:
-    """A model in memory. fingerprint: tells its weights from any others that paint differently."""
+    """A model in memory. fingerprint: tells its weights from others. says: where they live."""
 
     transformer: Transformer
     autoencoder: Autoencoder
     text_encoder: TextEncoder
     fingerprint: str
-    plan: Plan
     says: str
 
 
-def load(checkpoint: Checkpoint, placement: Placement, options: Options) -> Generator[Loading, None, Networks]:
-    """Read a model, telling how far it is. Raises BadWeights, InvalidJob, or OutOfMemory before much is read."""
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A model whose files are found to fit together and into memory, and of which nothing is read yet."""
+
+    transformer: Part[Transformer]
+    text_encoder: Part[TextEncoder]
+    autoencoder: Part[Autoencoder]
+    changes: tuple[Change, ...]
+    needs: Needs
+    plan: Plan
+
+    @property
+    def parts(self) -> tuple[Part[Any], ...]:
+        """In the order of use, so that a first prompt could be read before the transformer is there."""
+        return self.text_encoder, self.transformer, self.autoencoder
+
+    @property
+    def bytes(self) -> int:
+        """What will be read."""
+        return sum(part.bytes for part in self.parts)
+
+
+def prepare(checkpoint: Checkpoint, placement: Placement, options: Options) -> Prepared:
+    """Look at the files and plan. Raises BadWeights, InvalidJob, or OutOfMemory."""
     quant.check(options.quant)
     variant, device = checkpoint.variant, placement.device
     transformer = parts.transformer(checkpoint.transformer, options.quant, device)
     text_encoder = parts.text_encoder(checkpoint.text_encoder, variant.text_layers, device)
     autoencoder = parts.autoencoder(checkpoint.vae)
     _match(transformer.module, text_encoder.module, autoencoder.module)
-    changes = [change for one in options.loras for change in lora.read(one, transformer.module)]
-
+    changes = tuple(change for one in options.loras for change in lora.read(one, transformer.module))
     needs = _needs(variant, transformer, text_encoder, autoencoder, changes, placement.dtype)
     work = work_of(variant, transformer.module, autoencoder.module, placement.dtype)
-    found = memory.plan(
-        needs, room(placement, options.limit), work, _alternatives(needs, transformer, options, placement)
-    )
+    fewer = _alternatives(needs, transformer, options, placement)
+    found = memory.plan(needs, room(placement, options.limit), work, fewer)
+    return Prepared(transformer, text_encoder, autoencoder, changes, needs, found)
 
-    total = sum(part.bytes for part in (transformer, text_encoder, autoencoder)) or 1
+
+def load(checkpoint: Checkpoint, placement: Placement, options: Options) -> Generator[Loading, None, Networks]:
+    """Read a model, telling how far it is. Raises as `prepare`."""
+    ready = prepare(checkpoint, placement, options)
+    name, device, total = checkpoint.variant.name, placement.device, ready.bytes or 1
     done = 0
-    yield Loading(variant.name, 0.0)
-    asleep = _asleep(transformer, text_encoder, found)
-    # In the order of use, so that a first prompt could be read before the transformer is there.
-    for part in (text_encoder, transformer, autoencoder):
+    yield Loading(name, 0.0)
+    asleep = _asleep(ready)
+    for part in ready.parts:
         for count in part.fill(placement, _home(device, asleep.get(part.what, frozenset()))):
             done += count
-            yield Loading(variant.name, min(1.0, done / total))
+            yield Loading(name, min(1.0, done / total))
         part.module.eval().requires_grad_(False)
-    text_encoder.module.finish(device)
-    lora.apply(transformer.module, changes)
+    ready.text_encoder.module.finish(device)
+    lora.apply(ready.transformer.module, ready.changes)
     if any(asleep.values()):
-        _let_sleep(transformer, text_encoder, asleep, device)
+        _let_sleep(ready, asleep, device)
     return Networks(
-        transformer=transformer.module,
-        autoencoder=autoencoder.module,
-        text_encoder=text_encoder.module,
-        fingerprint=_fingerprint((transformer, text_encoder, autoencoder), options),
-        plan=found,
-        says=found.says(needs),
+        transformer=ready.transformer.module,
+        autoencoder=ready.autoencoder.module,
+        text_encoder=ready.text_encoder.module,
+        fingerprint=_fingerprint((ready.transformer, ready.text_encoder, ready.autoencoder), options),
+        says=ready.plan.says(ready.needs),
     )
 
 
@@ -176,12 +198,13 @@ def _alternatives(
     return [(f"--quant {kind}", replace(needs, blocks=tuple(sizes))) for kind, sizes in fewer.items()]
 
 
-def _asleep(transformer: Part[Any], text_encoder: Part[Any], found: Plan) -> dict[str, frozenset[str]]:
+def _asleep(ready: Prepared) -> dict[str, frozenset[str]]:
     """The layers that sleep, by part."""
-    table = (_EMBEDDING,) if found.embedding_asleep else ()
+    table = (_EMBEDDING,) if ready.plan.embedding_asleep else ()
+    encoder, transformer = ready.text_encoder, ready.transformer
     return {
-        transformer.what: frozenset(transformer.layers[found.blocks :]),
-        text_encoder.what: frozenset((*text_encoder.layers[found.encoder :], *table)),
+        transformer.what: frozenset(transformer.layers[ready.plan.blocks :]),
+        encoder.what: frozenset((*encoder.layers[ready.plan.encoder :], *table)),
     }
 
 
@@ -195,15 +218,14 @@ def _home(device: torch.device, asleep: frozenset[str]) -> Any:
     return home
 
 
-def _let_sleep(
-    transformer: Part[Any], text_encoder: Part[Any], asleep: dict[str, frozenset[str]], device: torch.device
-) -> None:
+def _let_sleep(ready: Prepared, asleep: dict[str, frozenset[str]], device: torch.device) -> None:
     conveyor = Conveyor(device)
-    for part in (text_encoder, transformer):
+    for part in (ready.text_encoder, ready.transformer):
         names = asleep[part.what]
         stream(part.module, tuple(name for name in part.layers if name in names), conveyor)
         if _EMBEDDING in names:
             table = part.module.get_submodule(_EMBEDDING)
+            assert isinstance(table, nn.Embedding)
             part.module.set_submodule(_EMBEDDING, SleepingEmbedding(table, device))
 
 
