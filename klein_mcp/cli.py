@@ -104,7 +104,8 @@ def _paint(settings: Settings, arguments: argparse.Namespace) -> int:
         guidance=arguments.guidance,
         out=arguments.out,
     )
-    changes: dict[str, Any] = {"device": arguments.device, "dtype": arguments.dtype, "loras": tuple(arguments.lora)}
+    changes: dict[str, Any] = {name: getattr(arguments, name) for name in ("device", "dtype", "quant", "variant")}
+    changes["loras"] = tuple(arguments.lora)
     settings = replace(settings, **{name: value for name, value in changes.items() if value})
     return paint.run(settings, order, as_json=arguments.json)
 
@@ -119,6 +120,24 @@ def _stop(settings: Settings, arguments: argparse.Namespace) -> int:
     stopped = _ask_daemon(settings, "stop")
     print(json.dumps({"stopped": stopped}) if arguments.json else "stopped" if stopped else "no engine was running")
     return 0
+
+
+def _pull(settings: Settings, arguments: argparse.Namespace) -> int:
+    from klein_mcp import pull
+
+    return pull.run(settings, arguments)
+
+
+def _models(settings: Settings, arguments: argparse.Namespace) -> int:
+    from klein_mcp import models
+
+    return models.run(settings, arguments)
+
+
+def _doctor(settings: Settings, arguments: argparse.Namespace) -> int:
+    from klein_mcp import doctor
+
+    return doctor.run(settings, arguments)
 
 
 def _list(settings: Settings, arguments: argparse.Namespace) -> int:
@@ -224,6 +243,8 @@ def _parser() -> argparse.ArgumentParser:
     paint.add_argument("--guidance", type=float, metavar="G")
     paint.add_argument("--device", metavar="D", help="cpu, cuda or mps")
     paint.add_argument("--dtype", choices=("float32", "bfloat16"))
+    paint.add_argument("--quant", choices=("fp8", "nvfp4"), help="format of the weights in memory")
+    paint.add_argument("--variant", metavar="V", help="which klein a single file is, where it cannot tell")
     paint.add_argument("--lora", action="append", default=[], metavar="L[:scale]", help="repeatable")
     paint.add_argument("-o", dest="out", type=Path, metavar="PATH", help="default: ./klein-<seed>.png")
 
@@ -245,6 +266,12 @@ def _parser() -> argparse.ArgumentParser:
         "--max-size", type=_bytes, metavar="SIZE", help="what may stay, such as 5GB; the oldest go first"
     )
     prune.add_argument("--yes", action="store_true", help="do not ask")
+
+    pull = add("pull", _pull, "fetch a model from the hub: only the files that are needed, resumable")
+    pull.add_argument("name", metavar="NAME", help="klein-4b, klein-9b, klein-4b-fp8 …; a wrong one lists them all")
+    pull.add_argument("--accept-licence", action="store_true", help="agree to a non-commercial licence without asking")
+    add("models", _models, "what is installed, under which licence, and how it would live in this machine's memory")
+    add("doctor", _doctor, "look at everything painting needs; each line says ok, or what to do")
 
     add("status", _status, "what the engine of this user holds and does")
     add("stop", _stop, "end the engine of this user now")

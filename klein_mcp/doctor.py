@@ -1,0 +1,183 @@
+"""`klein-mcp doctor`: is everything there that painting needs? Each line says ok, or what to do."""
+
+import argparse
+import json
+import os
+import shlex
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from engine.contract import EngineError, Job, Painting
+from engine.variants import EMBEDDED, VARIANTS
+from klein_mcp.settings import Settings
+from klein_mcp.terminal import program
+
+if TYPE_CHECKING:
+    from engine.klein import Engine
+
+OLDEST_PYTHON = (3, 11)
+ROOM = 5 * 10**9
+"""Bytes of disk under which pictures and a download get into each other's way."""
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """What was looked at, what was found, and what to do about it; `todo` is empty where nothing is."""
+
+    what: str
+    found: str
+    todo: str = ""
+
+
+def run(settings: Settings, arguments: argparse.Namespace) -> int:
+    """0 if nothing is to be done, else 1."""
+    findings = []
+    for finding in look(settings):
+        findings.append(finding)
+        if not arguments.json:
+            mark = "todo" if finding.todo else "ok  "
+            print(
+                f"{mark}  {finding.what}: {finding.found}" + (f" → {finding.todo}" if finding.todo else ""), flush=True
+            )
+    if arguments.json:
+        print(json.dumps([{"what": f.what, "ok": not f.todo, "found": f.found, "todo": f.todo} for f in findings]))
+    return 1 if any(finding.todo for finding in findings) else 0
+
+
+def look(settings: Settings) -> Iterator[Finding]:
+    """Cheap things first; each as soon as it is known."""
+    yield _python()
+    yield _torch()
+    yield _disk(settings)
+    yield _clients(Path.home())
+    yield _daemon(settings)
+    try:
+        from klein_mcp.paint import engine
+
+        made = engine(settings)
+    except (EngineError, ImportError, OSError) as problem:
+        yield Finding("engine", "cannot be made", str(problem))
+        return
+    yield _device(made)
+    yield from _models(made)
+    yield _painting(made)
+
+
+def _python() -> Finding:
+    found = ".".join(map(str, sys.version_info[:3]))
+    old = sys.version_info[:2] < OLDEST_PYTHON
+    return Finding("Python", found, "Install Python 3.11 or newer." if old else "")
+
+
+def _torch() -> Finding:
+    try:
+        return Finding("torch", version("torch"))
+    except PackageNotFoundError:
+        return Finding("torch", "not installed", "Install klein-mcp again; torch comes with it.")
+
+
+def _disk(settings: Settings) -> Finding:
+    said = []
+    for place in dict.fromkeys((settings.home, settings.hub)):
+        there = next(folder for folder in (place, *place.parents) if folder.exists())
+        if not os.access(there, os.W_OK):
+            return Finding("disk", f"{there} cannot be written", "Change its owner, or set KLEIN_HOME and KLEIN_HUB.")
+        free = shutil.disk_usage(there).free
+        said.append(f"{free / 1e9:.0f} GB free for {place}")
+        if free < ROOM:
+            return Finding("disk", said[-1], "Make room: klein-mcp prune deletes old pictures.")
+    return Finding("disk", ", ".join(said))
+
+
+CONFIGURATIONS = {
+    "Claude Code": ".claude.json",
+    "Claude Desktop": "Library/Application Support/Claude/claude_desktop_config.json",
+    "Claude Desktop (Windows)": "AppData/Roaming/Claude/claude_desktop_config.json",
+    "Codex": ".codex/config.toml",
+    "Cursor": ".cursor/mcp.json",
+    "Gemini CLI": ".gemini/settings.json",
+    "Zed": ".config/zed/settings.json",
+    "VS Code": ".config/Code/User/mcp.json",
+    "LM Studio": ".lmstudio/mcp.json",
+}
+"""Clients' files under the home folder. What is configured per project is not looked for."""
+
+
+def _clients(home: Path) -> Finding:
+    there = {name: home / path for name, path in CONFIGURATIONS.items() if (home / path).is_file()}
+    know = [name for name, path in there.items() if "klein" in _text(path)]
+    if know:
+        return Finding("clients", f"{', '.join(know)} start klein-mcp")
+    found = f"none of {', '.join(there)} starts klein-mcp" if there else "no client's configuration found"
+    return Finding("clients", found, f"Add it, for example: claude mcp add klein -- {shlex.join(program())}")
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
+
+
+def _daemon(settings: Settings) -> Finding:
+    import anyio
+
+    from klein_mcp import __version__
+    from klein_mcp.backends.daemon import DaemonBackend
+
+    async def ask() -> dict[str, Any]:
+        backend = DaemonBackend(settings)
+        try:
+            return await backend.status()
+        finally:
+            await backend.aclose()
+
+    try:
+        state = anyio.run(ask)
+    except Exception as problem:
+        return Finding("daemon", f"does not answer ({problem})", f"Run: {shlex.join([*program(), 'stop'])}")
+    if not state.get("pid"):
+        return Finding("daemon", "not running; the first call starts it")
+    if state.get("version") not in (None, __version__):
+        todo = f"Run: {shlex.join([*program(), 'stop'])}; the next call starts the new one."
+        return Finding("daemon", f"runs version {state['version']}, this is {__version__}", todo)
+    return Finding("daemon", f"runs, pid {state['pid']}")
+
+
+def _device(made: "Engine") -> Finding:
+    state = made.status()
+    return Finding("device", f"{state['device']}, {state['dtype']}, {state['free_bytes'] / 1e9:.1f} GB free")
+
+
+def _models(made: "Engine") -> Iterator[Finding]:
+    there = made.models()
+    for model in there:
+        own = model["name"] == EMBEDDED
+        about = model["name"] if own else f"{model['name']} ({model['format']}), {model['licence']}"
+        yield Finding("model", f"{about}: {model['memory']}" if model["fits"] else about, _todo(model))
+    if len(there) == 1:
+        yield Finding("model", "only the embedded demo model is installed", "Run: klein-mcp pull klein-4b")
+
+
+def _todo(model: dict[str, Any]) -> str:
+    return "" if model["fits"] else model["memory"]
+
+
+def _painting(made: "Engine", clock: Callable[[], float] = time.perf_counter) -> Finding:
+    """With the embedded model: whether painting works at all, not how well."""
+    start = clock()
+    size = VARIANTS[EMBEDDED].native_size
+    try:
+        *_, painting = made.run(Job("a red ball", width=size, height=size, model=EMBEDDED))
+    except EngineError as problem:
+        return Finding("test painting", "failed", str(problem))
+    assert isinstance(painting, Painting)
+    if int(painting.image.max()) == int(painting.image.min()):
+        return Finding("test painting", "came out empty", "Install klein-mcp again: its embedded model is damaged.")
+    return Finding("test painting", f"{size}×{size} in {clock() - start:.1f} s, loading included")

@@ -1,0 +1,36 @@
+"""`klein-mcp models`: what is installed, under which licence, how large, and how it would live in this machine."""
+
+import argparse
+import json
+from typing import Any
+
+from engine.variants import EMBEDDED, VARIANTS
+from klein_mcp.paint import engine
+from klein_mcp.settings import Settings
+
+
+def run(settings: Settings, arguments: argparse.Namespace) -> int:
+    """Raises EngineError."""
+    there = engine(settings).models()
+    missing = [row for row in VARIANTS.values() if row.name not in {model["name"] for model in there}]
+    if arguments.json:
+        rows = [{"name": row.name, "licence": row.licence, "gated": row.gated} for row in missing]
+        print(json.dumps({"installed": there, "available": rows}))
+        return 0
+    print("\n\n".join(map(_in_words, there)))
+    if missing:
+        print("\nTo be had with klein-mcp pull NAME:")
+    for row in missing:
+        print(f"  {row.name:14} {row.title}, {row.licence}{', gated' if row.gated else ''}, {_sizes(row.files)}")
+    return 0
+
+
+def _in_words(model: dict[str, Any]) -> str:
+    name = model["name"] if model["name"] == EMBEDDED else f"{model['name']} ({model['format']})"
+    size = "" if model["bytes"] is None else f", {model['bytes'] / 1e9:.1f} GB read"
+    fits = "fits" if model["fits"] else "does not load"
+    return f"{name}: {model['licence']}{size}\n  {model['path']}\n  {fits}: {model['memory']}"
+
+
+def _sizes(files: Any) -> str:
+    return ", ".join(f"{file.format} {file.bytes / 1e9:.1f} GB" if file.bytes else file.format for file in files)
