@@ -65,7 +65,8 @@ def _grow(folder: Path, old: int, ancestors: list[list[int]]) -> None:
     config["vocab_size"] = len(rows)
     config_path.write_text(json.dumps(config, indent=2) + "\n")
     klein_path = folder / "klein.json"
-    klein_path.write_text(json.dumps({**json.loads(klein_path.read_text()), "text_length": TEXT_LENGTH}) + "\n")
+    extras = json.loads(klein_path.read_text()) | {"text_length": TEXT_LENGTH, "words": sorted(KNOWN)}
+    klein_path.write_text(json.dumps(extras) + "\n")
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from engine.nano.folder import WEIGHTS
 from engine.nano.model import LAYERS, TEXT_LENGTH, Nano
 from engine.nano.score import draw
 from engine.nano.train_decoder import psnr
+from engine.nano.words import KNOWN
 
 EVERY = 15
 """Of the held-out list: 20 questions a row, half a minute on one core."""
@@ -54,6 +55,7 @@ def test_its_folder_says_how_it_was_trained():
         "text_layers": list(LAYERS),
         "native_size": 128,
         "max_references": 3,
+        "words": sorted(KNOWN),
     }
     assert json.loads((WEIGHTS / "model_index.json").read_text())["_class_name"] == "Flux2KleinKVPipeline"
 
