@@ -1,0 +1,250 @@
+"""`klein-mcp pull` against a hub on loopback: only what is needed, resumed, checked, and every refusal in one line."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import namedtuple
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from klein_mcp import pull
+from klein_mcp.errors import RequestError
+from klein_mcp.settings import Settings
+from tests.klein_mcp.hub import COMMIT, Hub
+
+FOUR = "black-forest-labs/FLUX.2-klein-4B"
+EIGHT = "black-forest-labs/FLUX.2-klein-4b-fp8"
+NINE = "black-forest-labs/FLUX.2-klein-9B"
+
+
+def noise(size: int, seed: int) -> bytes:
+    return random.Random(seed).randbytes(size)
+
+
+def whole(file: str) -> dict[str, bytes]:
+    """A repository as the published ones are: diffusers folders, the same weights as one file, pictures."""
+    layers = {
+        f"model.layers.{i}.mlp.up_proj.weight": f"model-0000{1 + i // 12}-of-00004.safetensors" for i in range(36)
+    }
+    weight_map = {
+        "model.embed_tokens.weight": "model-00001-of-00004.safetensors",
+        **layers,
+        "model.norm.weight": "model-00003-of-00004.safetensors",
+        "lm_head.weight": "model-00004-of-00004.safetensors",
+    }
+    encoder = {f"text_encoder/{name}": noise(3000, i) for i, name in enumerate(sorted(set(weight_map.values())))}
+    return {
+        "README.md": b"card",
+        "teaser.jpg": noise(999, 3),
+        file: noise(50_000, 4),
+        "model_index.json": b'{"_class_name": "Flux2KleinPipeline"}',
+        "transformer/config.json": b'{"of": "transformer"}',
+        "transformer/diffusion_pytorch_model.safetensors": noise(2_000_000, 5),
+        "vae/config.json": b'{"of": "vae"}',
+        "vae/diffusion_pytorch_model.safetensors": noise(20_000, 6),
+        "text_encoder/config.json": b'{"of": "text"}',
+        "text_encoder/model.safetensors.index.json": json.dumps({"weight_map": weight_map}).encode(),
+        **encoder,
+        "tokenizer/tokenizer.json": b'{"t": 1}',
+        "tokenizer/tokenizer_config.json": b'{"of": "tokenizer"}',
+        "scheduler/scheduler_config.json": b"{}",
+    }
+
+
+@pytest.fixture
+def hub() -> Iterator[Hub]:
+    repos = {
+        FOUR: whole("flux-2-klein-4b.safetensors"),
+        NINE: whole("flux-2-klein-9b.safetensors"),
+        EIGHT: {"README.md": b"card", "flux-2-klein-4b-fp8.safetensors": noise(70_000, 7)},
+        "black-forest-labs/FLUX.2-small-decoder": {
+            "full_encoder_small_decoder.safetensors": noise(9000, 8), "config.json": b"{}",
+        },
+    }  # fmt: skip
+    with Hub(repos, closed={NINE}).serving() as hub:
+        yield hub
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Path:
+    return tmp_path
+
+
+def start(hub: Hub, home: Path, *words: str, **environ: str) -> subprocess.Popen[str]:
+    outside = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING", "KLEIN_"))}
+    inside = {"HF_ENDPOINT": hub.url, "HF_HOME": str(home / "hf"), "KLEIN_HOME": str(home / "klein"), **environ}
+    return subprocess.Popen(
+        [sys.executable, "-m", "klein_mcp", "pull", *words],
+        env=outside | inside, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+def run(hub: Hub, home: Path, *words: str, **environ: str) -> tuple[int, str, str]:
+    process = start(hub, home, *words, **environ)
+    out, err = process.communicate(timeout=60)
+    return process.returncode, out, err
+
+
+def cache(home: Path, repo: str) -> Path:
+    return home / "hf" / "hub" / f"models--{repo.replace('/', '--')}"
+
+
+def there(home: Path, repo: str) -> dict[str, bytes]:
+    folder = cache(home, repo) / "snapshots" / COMMIT
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_only_the_files_that_are_needed_are_fetched(hub: Hub, home: Path) -> None:
+    code, out, err = run(hub, home, "klein-4b", "--json")
+    assert code == 0, err
+    assert "Apache-2.0" in err
+    got = there(home, FOUR)
+    unwanted = ("README", "teaser", "flux", "scheduler")
+    kept = {name: content for name, content in hub.repos[FOUR].items() if not name.startswith(unwanted)}
+    # The last shard holds nothing but the language model's head.
+    del kept["text_encoder/model-00004-of-00004.safetensors"]
+    assert got == kept
+    assert hub.fetched() == kept.keys()
+    assert json.loads(out)["bytes"] == sum(map(len, kept.values()))
+
+
+def test_a_second_pull_fetches_nothing(hub: Hub, home: Path) -> None:
+    assert run(hub, home, "klein-4b")[0] == 0
+    hub.log.clear()
+    assert run(hub, home, "klein-4b")[0] == 0
+    assert not hub.fetched()
+
+
+def test_a_quantised_one_brings_its_companions_and_not_the_large_transformer(hub: Hub, home: Path) -> None:
+    assert run(hub, home, "klein-4b-fp8")[0] == 0
+    assert set(there(home, EIGHT)) == {"flux-2-klein-4b-fp8.safetensors"}
+    assert not [name for name in there(home, FOUR) if name.startswith("transformer")]
+    assert {"vae/config.json", "model_index.json", "tokenizer/tokenizer.json"} <= there(home, FOUR).keys()
+
+
+def test_the_small_decoder_comes_alone(hub: Hub, home: Path) -> None:
+    assert run(hub, home, "small-decoder")[0] == 0
+    assert hub.fetched() == {"full_encoder_small_decoder.safetensors"}
+
+
+def test_a_pull_that_was_cut_goes_on_where_it_stopped(hub: Hub, home: Path) -> None:
+    # The library writes pieces of 10 MB.
+    large = hub.repos[FOUR]["transformer/diffusion_pytorch_model.safetensors"] = noise(24_000_000, 9)
+    hub.slow = 0.005
+    process, partial = start(hub, home, "klein-4b"), []
+    for _ in range(400):
+        partial = [path for path in cache(home, FOUR).rglob("*.klein-incomplete") if path.stat().st_size > 9_000_000]
+        if partial:
+            break
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    (partial,) = partial
+    have = partial.stat().st_size
+    assert 9_000_000 < have < len(large)
+    hub.slow = 0.0
+    hub.log.clear()
+    assert run(hub, home, "klein-4b")[0] == 0
+    resumed = [r for method, path, r in hub.log if method == "GET" and "transformer/diffusion" in path]
+    assert resumed == [f"bytes={have}-"]
+    assert there(home, FOUR)["transformer/diffusion_pytorch_model.safetensors"] == large
+    assert not list(cache(home, FOUR).rglob("*.klein-incomplete"))
+
+
+def test_a_wrong_hash_is_refused_and_the_file_deleted(hub: Hub, home: Path) -> None:
+    name = "vae/diffusion_pytorch_model.safetensors"
+    hub.corrupt.add(name)
+    code, _, err = run(hub, home, "klein-4b")
+    assert code == 1
+    last = err.strip().splitlines()[-1]
+    assert name in last
+    assert "another content than the hub names" in last
+    assert name not in there(home, FOUR)
+    hub.corrupt.clear()
+    assert run(hub, home, "klein-4b")[0] == 0
+    assert there(home, FOUR)[name] == hub.repos[FOUR][name]
+
+
+def test_a_gated_model_gets_the_exact_line_to_run(hub: Hub, home: Path) -> None:
+    code, _, err = run(hub, home, "klein-9b", "--accept-licence")
+    assert code == 1
+    assert err.strip().splitlines()[-1] == (
+        f"klein-mcp: klein-9b is gated: accept its terms at https://huggingface.co/{NINE}, signed in. "
+        "Then run: hf auth login && klein-mcp pull klein-9b"
+    )
+
+
+def test_with_a_token_the_gate_is_open(hub: Hub, home: Path) -> None:
+    hub.token = "hf_test"
+    assert run(hub, home, "klein-9b", "--accept-licence", HF_TOKEN="hf_test")[0] == 0
+    assert "transformer/diffusion_pytorch_model.safetensors" in there(home, NINE)
+
+
+def test_a_non_commercial_licence_has_to_be_agreed_to(hub: Hub, home: Path) -> None:
+    code, _, err = run(hub, home, "klein-9b")
+    assert code == 1
+    assert "FLUX Non-Commercial" in err
+    assert err.strip().splitlines()[-1].endswith("If you do: klein-mcp pull klein-9b --accept-licence")
+    assert not hub.log
+
+
+@pytest.mark.parametrize(("answer", "goes_on"), [("y\n", True), ("\n", False), ("no\n", False)])
+def test_at_a_terminal_it_is_asked(answer: str, goes_on: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    import io
+
+    asked = io.StringIO(answer)
+    asked.isatty = lambda: True  # type: ignore[method-assign]
+    monkeypatch.setattr(sys, "stdin", asked)
+    row = pull.VARIANTS["klein-9b"]
+    if goes_on:
+        pull._agree(row, "klein-9b", False)
+    else:
+        with pytest.raises(RequestError, match="was not agreed to"):
+            pull._agree(row, "klein-9b", False)
+
+
+def test_a_disk_that_is_too_full_is_told_before_anything_is_fetched(hub: Hub, home: Path) -> None:
+    hub.claimed["transformer/diffusion_pytorch_model.safetensors"] = 10**15
+    code, _, err = run(hub, home, "klein-4b")
+    assert code == 1
+    last = err.strip().splitlines()[-1]
+    assert "1000000.0 GB are still to be fetched" in last
+    assert "KLEIN_HUB" in last
+    assert hub.fetched() <= {"text_encoder/model.safetensors.index.json"}
+
+
+def test_what_is_there_already_needs_no_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: usage(100 * 10**9, 98 * 10**9, 2 * 10**9))
+    pull._check_disk(tmp_path / "not" / "there" / "yet", 0)
+    pull._check_disk(tmp_path, 900 * 10**6)
+    with pytest.raises(RequestError, match=r"1\.0 GB are still to be fetched.* has 2\.0 GB"):
+        pull._check_disk(tmp_path, 10**9)
+
+
+def test_a_hub_that_is_not_there_is_one_line(hub: Hub, home: Path) -> None:
+    hub.url = "http://127.0.0.1:9"
+    code, _, err = run(hub, home, "klein-4b")
+    assert code == 1
+    assert err.strip().splitlines()[-1].startswith("klein-mcp: The connection to the hub broke off")
+
+
+def test_a_wrong_name_lists_the_right_ones(hub: Hub, home: Path) -> None:
+    code, _, err = run(hub, home, "klein-4b-fp4")
+    assert code == 1
+    assert "Did you mean klein-4b-" in err
+    assert "klein-9b-kv-fp8" in err
+
+
+def test_everything_that_can_be_pulled_has_a_wish() -> None:
+    for name in pull.names():
+        _, wishes = pull._wishes(name)
+        assert all(wish.repo.startswith("black-forest-labs/FLUX.2-") for wish in wishes)
+    assert Settings(home=Path("/x")).hub.name == "hub"
