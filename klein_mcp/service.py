@@ -85,11 +85,14 @@ class Service:
         def warnings() -> list[str]:
             return [*work.warnings, *(warning for one in made for warning in one.painting.warnings)]
 
-        async def hand_over() -> HandedOver:
+        async def hand_over() -> Outcome | HandedOver:
             rest = replace(work.order, seed=work.order.seed + len(made), count=work.order.count - len(made))
             told = {"pictures": [one.to_json() for one in made], "warnings": warnings(), "ms": clock.ms()}
             job = await self.backend.keep(rest.to_json(), client=call.client, made=told)
-            return HandedOver.of(job, await self.backend.kept(job))
+            state = await self.backend.kept(job)
+            if state["state"] == "done":  # while we asked: nobody needs to wait for it
+                return await _in_thread(lambda: outcome_of(state, self.store))
+            return HandedOver.of(job, state)
 
         async with progress.heartbeat():
             work = await _in_thread(lambda: Work.open(order, self.sources, call.client))
@@ -97,6 +100,8 @@ class Service:
                 painting = await self._run(job, call, progress, clock, deadline, hand_over)
                 if isinstance(painting, HandedOver):
                     return painting
+                if isinstance(painting, Outcome):
+                    return await self._announced(painting, order.model, call)
                 made.append(await _in_thread(lambda p=painting: work.finish(self.store, p, call.client)))
                 clock.add({**painting.ms, "save": made[-1].save_ms})
         ms = clock.ms()
@@ -135,8 +140,8 @@ class Service:
         progress: Progress,
         clock: "_Clock",
         deadline: float,
-        hand_over: Callable[[], Awaitable[HandedOver]],
-    ) -> Painting | HandedOver:
+        hand_over: Callable[[], Awaitable[Outcome | HandedOver]],
+    ) -> Painting | Outcome | HandedOver:
         waiting: float | None = time.perf_counter()
         # Closing the iterator is how a job is cancelled, so it must close when this task is.
         async with aclosing(self.backend.run(job, client=call.client)) as events:  # type: ignore[type-var]

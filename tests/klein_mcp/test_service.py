@@ -165,6 +165,22 @@ async def test_a_call_that_outlasts_the_budget_returns_a_job_that_can_be_waited_
     assert (await call(client, "view_image", image="last"))["image"] == line(done)["image"]
 
 
+async def test_a_job_that_is_done_as_soon_as_it_is_handed_over_is_a_picture(
+    client: Client, painter: FakePainter, service: Service
+):
+    service.settings = replace(service.settings, wait_budget=0.55)
+    painter.seconds_per_step = 0.1
+    painter.service = service
+    told = await client.call_tool(
+        "generate_image", {"prompt": "slow", "seed": 5, "count": 2, "width": 100, "height": 64}
+    )
+    assert len(painter.kept_orders) == 1, "it was handed over"
+    assert [one["seed"] for one in line(told)["images"]] == ["5", "6"]
+    assert "job" not in line(told)
+    assert len([warning for warning in line(told)["warnings"] if "rounded" in warning]) == 1
+    assert (await call(client, "view_image", image="last"))["image"] == line(told)["images"][-1]["image"]
+
+
 @pytest.mark.parametrize(("seconds", "handed_over"), [(60.0, True), (1.0, False), (None, False)])
 async def test_a_call_that_is_expected_to_outlast_the_budget_returns_a_job_at_once(
     client: Client, painter: FakePainter, seconds: float | None, handed_over: bool
