@@ -74,6 +74,8 @@ def _argument_error(tool: str, name: str, problem: Mapping[str, Any], properties
 
 
 _KINDS = {"string": "text", "integer": "a whole number", "number": "a number", "boolean": "true or false"}
+_MANY = {"string": "image references", "integer": "whole numbers"}
+"""What the tools take lists of."""
 
 
 def describe(schema: Mapping[str, Any]) -> str:
@@ -83,7 +85,7 @@ def describe(schema: Mapping[str, Any]) -> str:
     if schema.get("type") == "array":
         low, high = schema.get("minItems", 0), schema.get("maxItems")
         many = f"{low}" if low == high else f"{low} to {high}" if high else f"{low} or more"
-        return f"a list of {many}: {describe(schema.get('items', {}))}"
+        return f"a list of {many} {_MANY.get(schema.get('items', {}).get('type', ''), 'values')}"
     kind = _KINDS.get(schema.get("type", ""), "a value")
     low, high = schema.get("minimum"), schema.get("maximum")
     if low is not None and high is not None:

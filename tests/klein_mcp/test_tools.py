@@ -123,7 +123,7 @@ async def test_too_many_references_are_refused_by_the_limit_of_the_model(client:
     assert "nano takes at most 2" in await refused(client, "compose_references", images=["last"] * 3, prompt="x")
     said = await refused(client, "compose_references", images=["last"] * 5, prompt="x")
     assert "images is" in said
-    assert "a list of 1 to 4" in said
+    assert "it must be a list of 1 to 4 image references." in said
 
 
 async def test_what_the_engine_says_reaches_the_model_word_for_word(client: Client, painter: FakePainter):
