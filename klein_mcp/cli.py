@@ -27,7 +27,7 @@ Or try it: `klein-mcp demo`, `klein-mcp paint "a red apple"`, `klein-mcp --help`
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """0 done, 1 failed with one line on stderr, 2 wrong usage, 130 interrupted."""
+    """0 done, 1 failed with one line on stderr, 2 wrong usage, 130 interrupted, 143 ended by SIGTERM."""
     words = sys.argv[1:] if argv is None else list(argv)
     try:
         # A client that starts us waits for the first answer: no parser for the common case.
@@ -161,6 +161,9 @@ def _replay(settings: Settings, arguments: argparse.Namespace) -> int:
 def _prune(settings: Settings, arguments: argparse.Namespace) -> int:
     from klein_mcp import library
 
+    if arguments.older_than is None and arguments.max_size is None:
+        print("klein-mcp prune: say --older-than 30d, or --max-size 5GB, or both.", file=sys.stderr)
+        return 2
     return library.prune(
         settings,
         older_than=arguments.older_than,
@@ -279,9 +282,13 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _size(text: str) -> tuple[int, int]:
+    from klein_mcp.order import MAX_SIDE, MIN_SIDE
+
     width, _, height = text.lower().replace("×", "x").partition("x")
     if not (width.isdecimal() and height.isdecimal()):
         raise argparse.ArgumentTypeError(f"{text!r} is not a size like 1024x768")
+    if not all(MIN_SIDE <= int(side) <= MAX_SIDE for side in (width, height)):
+        raise argparse.ArgumentTypeError(f"{text!r} has a side that is not {MIN_SIDE} to {MAX_SIDE} pixels")
     return int(width), int(height)
 
 

@@ -4,11 +4,12 @@ import json
 import re
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from klein_mcp.errors import RequestError, one_line
+from klein_mcp.errors import RequestError, UnknownImage, one_line
 from klein_mcp.images.store import Record, Store
 from klein_mcp.settings import Settings
 from klein_mcp.terminal import Bar
@@ -56,7 +57,9 @@ def info(settings: Settings, target: str, *, as_json: bool = False) -> int:
     """`klein-mcp info FILE or HANDLE`: how it was made, and from what."""
     store = Store(settings.library)
     try:
-        told = _of_file(store, Path(target)) if Path(target).expanduser().exists() else _told(store, store.get(target))
+        with in_a_terminal():
+            known = Path(target).expanduser().exists()
+            told = _of_file(store, Path(target)) if known else _told(store, store.get(target))
     finally:
         store.close()
     if as_json:
@@ -77,8 +80,6 @@ def prune(
     ask: Callable[[str], str] = input,
 ) -> int:
     """`klein-mcp prune`: deletes the oldest pictures' files, after asking. older_than: seconds; max_size: bytes."""
-    if older_than is None and max_size is None:
-        raise RequestError("prune needs to know what.", hint="Say --older-than 30d, or --max-size 5GB, or both.")
     store = Store(settings.library)
     try:
         chosen = too_many(store.everything(), older_than=older_than, max_size=max_size, now=time.time())
@@ -153,7 +154,17 @@ def replay(
             print(f"painted with other weights than the first time: {', '.join(others)}", file=sys.stderr)
         return 0
 
-    return anyio.run(work)
+    with in_a_terminal():
+        return anyio.run(work)
+
+
+@contextmanager
+def in_a_terminal() -> Iterator[None]:
+    """Where the tools point to a tool that lists pictures, a person has a command."""
+    try:
+        yield
+    except UnknownImage as problem:
+        raise UnknownImage(problem.message, hint=problem.hint.replace("list_images", "klein-mcp list")) from None
 
 
 def _told(store: Store, record: Record) -> dict[str, Any]:

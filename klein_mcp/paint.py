@@ -45,7 +45,7 @@ def run(settings: Settings, order: Order, *, as_json: bool = False) -> int:
     width, height = order.size or (None, None)
     job = Job(
         prompt=_prompt(order.prompt),
-        references=tuple(codec.decode(path.read_bytes(), str(path)).image for path in order.references),
+        references=tuple(codec.decode(_read(path), str(path)).image for path in order.references),
         width=width,
         height=height,
         seed=seed,
@@ -75,6 +75,15 @@ def engine(settings: Settings) -> "Engine":
     options = {name: getattr(settings, name) for name in names}
     options["models"] = (*settings.models, settings.home / "models")
     return Engine(**{name: value for name, value in options.items() if value and value != "auto"})
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as problem:
+        raise RequestError(
+            f"The reference {path} cannot be read: {problem.strerror}.", hint="Check the path."
+        ) from None
 
 
 def _prompt(text: str) -> str:

@@ -98,7 +98,13 @@ def test_started_by_a_client_it_says_nothing_of_the_kind(living: Living) -> None
         (["pain"], 2, "invalid choice: 'pain'"),
         (["paint", " "], 1, "The prompt is empty."),
         (["paint", "a cat", "--size", "big"], 2, "'big' is not a size like 1024x768"),
+        (["paint", "a cat", "--size", "63x64"], 2, "'63x64' has a side that is not 64 to 2048 pixels"),
+        (["paint", "a cat", "--size", "64x2049"], 2, "'64x2049' has a side that is not 64 to 2048 pixels"),
         (["paint", "a cat", "-o", "cat.gif"], 1, "does not end in .png"),
+        (["paint", "a cat", "--ref", "no.png"], 1, "The reference no.png cannot be read: No such file or directory."),
+        (["info", "zzzzzz"], 1, 'There is no picture "zzzzzz". klein-mcp list shows all.'),
+        (["replay", "zzzzzz"], 1, 'There is no picture "zzzzzz". klein-mcp list shows all.'),
+        (["prune"], 2, "say --older-than 30d"),
     ],
 )
 def test_exit_codes_are_as_the_readme_says(
