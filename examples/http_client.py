@@ -4,12 +4,13 @@
     python examples/http_client.py [URL] [FOLDER] [--token-file FILE]
 
 The server may stand on the machine with the GPU and the client elsewhere; then start it with --token-file and
---allowed-host, and give the same token here.
+--allowed-host, and give the same token here. Without --token-file it makes one: http-token in its data folder.
 """
 
 import argparse
 import base64
 import json
+import sys
 from pathlib import Path
 
 import anyio
@@ -27,21 +28,27 @@ async def main(url: str, folder: Path, token: str | None) -> None:
     """Paint one picture and keep the exact one."""
     folder.mkdir(parents=True, exist_ok=True)
     headers = {"Authorization": f"Bearer {token}"} if token else {}
-    async with (
-        httpx2.AsyncClient(headers=headers, timeout=60) as http,
-        Client(streamable_http_client(url, http_client=http)) as client,
-    ):
-        result = await client.call_tool(
-            "generate_image", {"prompt": "a rocket on an orange background", "seed": 7}, progress_callback=tell
-        )
-        text = result.content[0].text  # type: ignore[union-attr]
-        if result.is_error:
-            raise RuntimeError(text)
-        facts = json.loads(text)
-        picture = (await client.read_resource(facts["uri"])).contents[0]
-        path = folder / f"{facts['image']}.png"
-        path.write_bytes(base64.b64decode(picture.blob))  # type: ignore[union-attr]
-        print(f"{path}  seed {facts['seed']}  {facts['model']}  {facts['ms']['total']} ms")
+    async with httpx2.AsyncClient(headers=headers, timeout=60) as http:
+        # Asked beforehand: the MCP client would only say that there was an error.
+        if (await http.options(url)).status_code == 401:
+            sys.exit(f"{url} refuses {'this token' if token else 'calls without a token'}; give its own: --token-file")
+        async with Client(streamable_http_client(url, http_client=http)) as client:
+            await paint(client, folder)
+
+
+async def paint(client: Client, folder: Path) -> None:
+    """Hear the progress, and fetch the exact picture as a resource."""
+    result = await client.call_tool(
+        "generate_image", {"prompt": "a rocket on an orange background", "seed": 7}, progress_callback=tell
+    )
+    text = result.content[0].text  # type: ignore[union-attr]
+    if result.is_error:
+        raise RuntimeError(text)
+    facts = json.loads(text)
+    picture = (await client.read_resource(facts["uri"])).contents[0]
+    path = folder / f"{facts['image']}.png"
+    path.write_bytes(base64.b64decode(picture.blob))  # type: ignore[union-attr]
+    print(f"{path}  seed {facts['seed']}  {facts['model']}  {facts['ms']['total']} ms")
 
 
 if __name__ == "__main__":
@@ -50,4 +57,8 @@ if __name__ == "__main__":
     parser.add_argument("folder", nargs="?", type=Path, default=Path("klein-example"))
     parser.add_argument("--token-file", type=Path)
     given = parser.parse_args()
-    anyio.run(main, given.url, given.folder, given.token_file.read_text().strip() if given.token_file else None)
+    try:
+        secret = given.token_file.read_text().strip() if given.token_file else None
+    except OSError as problem:
+        sys.exit(f"{given.token_file} cannot be read: {problem.strerror}; copy the server's http-token to there")
+    anyio.run(main, given.url, given.folder, secret)

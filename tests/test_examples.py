@@ -130,12 +130,15 @@ def test_http_client_shows_its_token_hears_the_progress_and_fetches_the_picture(
             _wait_for(port, server)
             url = f"http://127.0.0.1:{port}/mcp"
             stranger = living.run(str(EXAMPLES / "http_client.py"), url, str(tmp_path))
+            wrong = living.run(str(EXAMPLES / "http_client.py"), url, str(tmp_path), "--token-file", "nowhere")
             ran = living.run(str(EXAMPLES / "http_client.py"), url, str(tmp_path), "--token-file", str(token))
         finally:
             server.terminate()
     assert ran.returncode == 0, ran.stderr
-    assert stranger.returncode == 1
-    assert "Server returned an error response" in stranger.stderr
+    assert (stranger.returncode, stranger.stderr.count("\n")) == (1, 1)
+    assert "refuses calls without a token" in stranger.stderr
+    assert (wrong.returncode, wrong.stderr.count("\n")) == (1, 1)
+    assert "nowhere cannot be read: No such file" in wrong.stderr
     assert "step 4 of 4" in ran.stdout
     (size,) = pictures(tmp_path).values()
     assert size == (128, 128)
