@@ -149,7 +149,8 @@ class Settings:
     write_roots: tuple[Path, ...] | None = _setting(
         None,
         _roots,
-        "Folders into which save_image may write. Unset: the client's roots, or the project folder it started in.",
+        "Folders into which save_image may write. Unset: the client's roots, or the project folder it started in, "
+        "if it lies inside your home.",
     )
     allow_urls: bool = _setting(False, _flag, "1 lets a call name a picture by https address (public hosts only).")
     log_level: str = _setting(

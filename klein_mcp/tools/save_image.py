@@ -7,6 +7,7 @@ from mcp_types import CallToolResult
 
 from klein_mcp import results
 from klein_mcp.call import Call
+from klein_mcp.errors import Refused
 from klein_mcp.service import Service
 from klein_mcp.settings import Settings
 from klein_mcp.tools import fields
@@ -41,7 +42,10 @@ async def run(service: Service, call: Call, asked: SaveImage) -> CallToolResult:
 
 
 async def writable(settings: Settings, call: Call) -> tuple[Path, ...]:
-    """What the settings say; else the client's folders; else the project folder we were started in."""
+    """What the settings say; else the client's folders; else the project folder we were started in.
+
+    Raises Refused where that folder is none inside the home: nobody chose it for pictures.
+    """
     if settings.write_roots is not None:
         return settings.write_roots
     if call.link is not None:
@@ -49,7 +53,15 @@ async def writable(settings: Settings, call: Call) -> tuple[Path, ...]:
     if roots := await call.roots():
         return roots
     here, home = Path.cwd().resolve(), Path.home().resolve()
-    return (here,) if here != home and here.is_relative_to(home) else ()
+    if here == home or not here.is_relative_to(home):
+        from klein_mcp.images.export import ALLOW
+
+        raise Refused(
+            f"No folder is open for writing: {here}, in which this server was started, "
+            "is not a folder inside your home.",
+            hint=ALLOW,
+        )
+    return (here,)
 
 
 TOOL = Tool(
