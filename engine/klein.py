@@ -1,12 +1,12 @@
 """Klein: one loaded model, and the recipe from a job to a picture. Engine: whatever models are asked for."""
 
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Generator, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -40,6 +40,8 @@ from engine.schedule import sigmas
 from engine.tokens import grid_positions, pack, reference_time, text_positions, unpack
 from engine.variants import EMBEDDED, VARIANTS, Variant
 
+Thing = TypeVar("Thing")
+
 MAX_STEPS = 200
 """More than any published klein was made for (base: 50); beyond it a typing error is likelier than a wish."""
 MAX_SEED = 2**63 - 1
@@ -70,8 +72,8 @@ class Klein:
         self.placement = placement
         self.fingerprint = fingerprint
         self.memory = memory if memory is not None else Memory(0)
-        self._rope = lru_cache(maxsize=16)(self._make_rope)
-        self._modulations = lru_cache(maxsize=256)(self._make_modulations)
+        self._ropes: _Latest[Rope] = _Latest(16)
+        self._said: _Latest[Modulations] = _Latest(256)
 
     @classmethod
     def load(
@@ -282,10 +284,16 @@ class Klein:
     def _velocity(self, text: Tensor, rope: Rope, seen: Tensor | None, kept: Sequence[KV] | None) -> Velocity:
         return lambda x, sigma: self.transformer(x, text, self._modulations(sigma), rope, seen, kept)
 
+    def _modulations(self, sigma: float) -> Modulations:
+        return self._said.get_or(sigma, lambda: self._make_modulations(sigma))
+
     def _make_modulations(self, sigma: float) -> Modulations:
         # Rounded to the model's dtype in units of 1000, as in training and in diffusers; Euler keeps the exact sigma.
         thousandths = torch.tensor([1000.0 * sigma]).to(self.placement.dtype)
         return self.transformer.modulations((thousandths / 1000).to(self.placement.device))
+
+    def _rope(self, rows: int, columns: int, references: tuple[tuple[int, int], ...]) -> Rope:
+        return self._ropes.get_or((rows, columns, references), lambda: self._make_rope(rows, columns, references))
 
     def _make_rope(self, rows: int, columns: int, references: tuple[tuple[int, int], ...]) -> Rope:
         text, canvas = text_positions(self.variant.text_length), grid_positions(rows, columns)
@@ -307,6 +315,26 @@ def _size(job: Job, seen: list[Rgb8], variant: Variant) -> tuple[int, int]:
 
 def _reference_positions(sizes: tuple[tuple[int, int], ...]) -> list[Tensor]:
     return [grid_positions(h, w, reference_time(i)) for i, (h, w) in enumerate(sizes)]
+
+
+class _Latest(Generic[Thing]):
+    """The last few things made, by key.
+
+    Not functools.lru_cache: around a method it holds the object that holds it, and a released model would stay in
+    memory until Python next looks for circles.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._things: OrderedDict[Hashable, Thing] = OrderedDict()
+
+    def get_or(self, key: Hashable, make: Callable[[], Thing]) -> Thing:
+        if key not in self._things:
+            self._things[key] = make()
+            if len(self._things) > self._most:
+                self._things.popitem(last=False)
+        self._things.move_to_end(key)
+        return self._things[key]
 
 
 class _Clock:
@@ -357,7 +385,7 @@ class Engine:
         self._remember, self._spill = remember, spill
         self._foreseen: Rgb8 | None = None
         self._klein: Klein | None = None
-        self._name = ""
+        self._name = self._chosen = ""
         self._variant, self._quant, self._loras = variant, quant, tuple(loras)
         self._limit = None if memory is None else round(memory * 1e9)
         if threads:
@@ -404,7 +432,7 @@ class Engine:
         )
 
     def _load(self, model: str) -> Generator[Loading, None, tuple[Klein, float]]:
-        name = self.best() if model == "auto" else model
+        name = self._choice() if model == "auto" else model
         if self._klein is not None and self._name == name:
             return self._klein, 0.0
         checkpoint = self.shelf.find(name, self._variant, self._quant)
@@ -420,14 +448,22 @@ class Engine:
         self._name = name
         return self._klein, round(1000 * (time.perf_counter() - start), 1)
 
+    def _choice(self) -> str:
+        # What auto has once chosen stays while it is loaded: memory that it fills itself must not speak against it.
+        if not self._chosen or self._chosen != self._name:
+            self._chosen = self.best()
+        return self._chosen
+
     def best(self) -> str:
         """The best installed model that fits this machine's memory, else the embedded one."""
-        return fitting(self.shelf.installed(), self.placement.free_bytes() + self._held()) or EMBEDDED
+        free = room(self.placement, self._limit).free + self._held() + self.memory.counts()["bytes"]
+        return fitting(self.shelf.installed(), free) or EMBEDDED
 
     def _held(self) -> int:
-        if self._klein is None:
+        klein = self._klein  # another thread may release it while this one asks
+        if klein is None:
             return 0
-        nets = (self._klein.transformer, self._klein.autoencoder, self._klein.text_encoder)
+        nets = (klein.transformer, klein.autoencoder, klein.text_encoder)
         return held_bytes(nets, self.placement.device)
 
     def release(self) -> None:
@@ -440,13 +476,13 @@ class Engine:
 
     def status(self) -> dict[str, Any]:
         """What is installed, loaded and remembered."""
-        installed = self.shelf.installed()
+        installed, klein = self.shelf.installed(), self._klein
         return {
             "device": str(self.placement.device),
             "dtype": str(self.placement.dtype).removeprefix("torch."),
             "threads": torch.get_num_threads(),
             "loaded": self._name or None,
-            "weights": self._klein.lives if self._klein else None,
+            "weights": klein.lives if klein else None,
             "weights_bytes": self._held(),
             "free_bytes": self.placement.free_bytes(),
             "remembered": self.memory.counts(),

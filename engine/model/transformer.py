@@ -29,7 +29,9 @@ KLEIN_THETA = 2000.0
 """Base of the rotary frequencies. Source: diffusers Flux2Transformer2DModel config `rope_theta`."""
 
 KV = tuple[Tensor, Tensor]
-"""One block's keys (normed and rotated) and values of the references: each [b, tokens, heads, head_dim]."""
+"""One block's keys (normed and rotated) and values of the references: each [b, tokens, heads, head_dim].
+
+Of their own storage: a view of the matrix they were cut from would keep four times their size in memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +103,7 @@ class DoubleBlock(nn.Module):
         k = rotate(k, rope)
         references = references + gate_attn * self.img_attn.proj(attend(rotate(q, rope), k, v))
         references = references + gate_mlp * self.img_mlp(modulate(references, shift_mlp, scale_mlp))
-        return references, (k, v)
+        return references, (k, v.contiguous())
 
 
 class SingleBlock(nn.Module):
@@ -140,7 +142,7 @@ class SingleBlock(nn.Module):
         q, k, v, mlp = self.linear1(modulate(references, shift, scale)).split(self.widths, dim=-1)
         k, v = self._key(k, v, rope)
         mixed = attend(self._query(q, rope), k, v)
-        return references + opening * self.linear2(torch.cat((mixed, gate(mlp)), dim=-1)), (k, v)
+        return references + opening * self.linear2(torch.cat((mixed, gate(mlp)), dim=-1)), (k, v.contiguous())
 
     def keep_last(self, references: Tensor, mods: Modulations, rope: Rope) -> KV:
         """What later steps read of the last block: nothing comes after it, so its stream is not needed."""
@@ -148,7 +150,8 @@ class SingleBlock(nn.Module):
             return self.keep(references, mods, rope)[1]
         shift, scale, _ = mods.single
         k, v = self._rows(modulate(references, shift, scale), 1, 3).chunk(2, dim=-1)
-        return self._key(k, v, rope)
+        k, v = self._key(k, v, rope)
+        return k, v.contiguous()
 
     @property
     def _splits(self) -> bool:

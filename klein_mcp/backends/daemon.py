@@ -156,7 +156,9 @@ class DaemonBackend:
             import httpx2
 
             # A proxy has no business between two processes of one machine.
-            self._http = httpx2.AsyncClient(trust_env=False)
+            # As many calls at once as a door has: the queue says when it is full.
+            limits = httpx2.Limits(max_connections=None)
+            self._http = httpx2.AsyncClient(trust_env=False, limits=limits)
         return self._http
 
     def _launcher(self) -> Launcher:

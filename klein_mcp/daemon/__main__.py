@@ -93,6 +93,7 @@ async def _serve(settings: Settings, make: Make) -> None:
         log.info("listening on port %d, pid %d", address.port, address.pid)
         await _until_it_should_end(daemon, server, settings)
     finally:
+        daemon.draining = True
         # First the address goes, so that a door that looks now starts another; then the jobs are told.
         with contextlib.suppress(OSError):
             addresses.remove(settings.home, address)

@@ -69,7 +69,9 @@ class Daemon:
         return JSONResponse({"proof": proof, "draining": self.draining, "build": asdict(self.build)})
 
     async def _status(self, request: Request) -> Response:
-        return JSONResponse({**self.about, "draining": self.draining, **self.queue.status()})
+        # The engine looks into model folders; on a slow disk that must not hold up the progress of every job.
+        state = await asyncio.to_thread(self.queue.status)
+        return JSONResponse({**self.about, "draining": self.draining, **state})
 
     async def _drain(self, request: Request) -> Response:
         """Finish what is queued, take nothing more, then leave."""
@@ -90,6 +92,8 @@ class Daemon:
             return JSONResponse({"error": str(problem)}, 400)
         if not isinstance(job, Job):
             return JSONResponse({"error": "Only a Job can be run."}, 400)
+        if self.draining:  # since the body began to arrive
+            return JSONResponse({"error": "This engine is being replaced."}, 503)
         client = request.headers.get("x-klein-client", "")
         return StreamingResponse(self._frames(job, client), media_type="application/octet-stream")
 

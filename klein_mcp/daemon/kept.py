@@ -160,18 +160,5 @@ class Kept:
 
 
 def _told(outcome: "Outcome") -> dict[str, Any]:
-    pictures = [
-        {
-            "handle": made.record.handle,
-            "seed": str(made.painting.seed),
-            "model": made.painting.model,
-            "fingerprint": made.painting.fingerprint,
-            "steps": made.painting.steps,
-            "guidance": made.painting.guidance,
-            "cache": dict(made.painting.cache),
-            "changed": made.changed,
-            "save_ms": made.save_ms,
-        }
-        for made in outcome.made
-    ]
+    pictures = [made.to_json() for made in outcome.made]
     return {"pictures": pictures, "warnings": list(outcome.warnings), "ms": dict(outcome.ms)}

@@ -162,27 +162,36 @@ class Queue:
                     self._failed += 1
                 if outcome is not None and not ticket.cancelled:
                     ticket.tell(outcome)
+            # Kept while nobody comes, these would keep a job's references and an error's half-loaded weights.
+            del ticket, outcome
             self._foresee()
 
     def _next(self) -> Ticket | None:
-        with self._change:
-            while not self._waiting and not self._closed:
-                if not self._change.wait(None if self._resting else self._keep_alive):
-                    self._rest()
-            if self._closed:
-                return None
-            self._resting = False
-            client = self._round()[0]
-            line = self._waiting[client]
-            self._running, self._began = line.popleft(), time.monotonic()
-            if not line:
-                del self._waiting[client]
-            self._turns.pop(client, None)
-            self._turns[client] = next(self._turn)
-            if len(self._turns) > REMEMBERED:
-                del self._turns[next(iter(self._turns))]
-            self._tell_positions()
-            return self._running
+        while True:
+            with self._change:
+                woken = True
+                while not self._waiting and not self._closed and woken:
+                    woken = self._change.wait(None if self._resting else self._keep_alive)
+                if self._closed:
+                    return None
+                if self._waiting:
+                    return self._take()
+            # Outside the lock: putting tens of gigabytes away takes its time, and only this thread drives the painter.
+            self._rest()
+
+    def _take(self) -> Ticket:
+        self._resting = False
+        client = self._round()[0]
+        line = self._waiting[client]
+        self._running, self._began = line.popleft(), time.monotonic()
+        if not line:
+            del self._waiting[client]
+        self._turns.pop(client, None)
+        self._turns[client] = next(self._turn)
+        if len(self._turns) > REMEMBERED:
+            del self._turns[next(iter(self._turns))]
+        self._tell_positions()
+        return self._running
 
     def _foresee(self) -> None:
         """While nobody waits: the engine may do ahead what the next job is likely to need."""
@@ -195,17 +204,23 @@ class Queue:
 
     def _rest(self) -> None:
         """Nobody came for a while: the weights leave memory."""
-        if self._painter and not self._waiting and not self._closed:
-            log.info("idle for %.0f s: releasing the weights", self._keep_alive)
-            self._painter.release()
         self._resting = True
+        if self._painter:
+            log.info("idle for %.0f s: releasing the weights", self._keep_alive)
+            try:
+                self._painter.release()
+            except Exception:
+                # The thread that paints must outlive it; the next job will load over what is left.
+                log.exception("the weights could not be released")
 
     def _paint(self, ticket: Ticket) -> Painting | EngineError | None:
         """The picture or what went wrong; None if it was cancelled."""
         try:
             return self._drive(ticket)
         except EngineError as problem:
-            return problem
+            # Its traceback and its cause hold the frames it came from, and these whatever they had loaded.
+            problem.__cause__ = problem.__context__ = None
+            return problem.with_traceback(None)
         except Exception as problem:
             log.exception("the engine broke off")
             first_line = (str(problem).splitlines() or [""])[0]

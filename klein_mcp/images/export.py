@@ -38,7 +38,10 @@ class Saved:
 def save(store: Store, record: Record, wish: Wish, roots: Iterable[Path]) -> Saved:
     """roots: folders that may be written into. Raises RequestError. Blocking."""
     target, kind = resolve(wish, record.handle, tuple(roots))
-    data, width, height = _rendered(store, record, wish, kind)
+    try:
+        data, width, height = _rendered(store, record, wish, kind)
+    except ValueError as problem:
+        raise RequestError(f"{kind} cannot hold it: {problem}.", hint="Choose png, or a max_size.") from None
     try:
         _write(target, data, wish.overwrite)
     except FileExistsError:
@@ -55,7 +58,10 @@ def resolve(wish: Wish, handle: str, roots: tuple[Path, ...]) -> tuple[Path, cod
         raise Refused("No folder is open for writing here.", hint=ALLOW)
     if any(ord(letter) < 32 for letter in wish.path):
         raise RequestError("path has control characters in it.")
-    path = Path(wish.path).expanduser()
+    try:
+        path = Path(wish.path).expanduser()
+    except RuntimeError:
+        raise RequestError(f"{wish.path} begins with a user there is not.", hint="Give an absolute path.") from None
     if ".." in PurePath(wish.path).parts:
         raise Refused(f"{wish.path} goes up with '..'.", hint="Give the folder itself.")
     if not path.is_absolute():

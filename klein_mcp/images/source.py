@@ -53,9 +53,12 @@ class Sources:
             return self._keep(_data_url(reference), "the data URL", None, client, backdrop)
         if re.match(r"https?://", reference, re.IGNORECASE):
             return self._keep(self._fetch(reference), shown(reference), reference, client, backdrop)
-        if reference.startswith("file://"):
-            reference = url2pathname(urlsplit(reference).path)
-        path = Path(reference).expanduser()
+        try:
+            if reference.startswith("file://"):
+                reference = url2pathname(urlsplit(reference).path)
+            path = Path(reference).expanduser()
+        except (RuntimeError, ValueError):
+            raise UnknownImage(f"{shown(reference)} names no file.", hint="Give an absolute path.") from None
         if path.is_absolute():
             real = self._allowed(path)
             return self._keep(_read(real), str(path), str(real), client, backdrop)

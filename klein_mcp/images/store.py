@@ -67,8 +67,9 @@ class Store:
         self.files = folder / "files"
         self._incoming = folder / "incoming"
         self._lock = threading.RLock()
-        self._incoming.mkdir(parents=True, exist_ok=True, mode=0o700)
-        self.files.mkdir(exist_ok=True)
+        # One by one: of several made at once, mkdir gives the mode to the last alone. Prompts are nobody else's.
+        for each in (*reversed(folder.parents[:1]), folder, self._incoming, self.files):
+            each.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._mine: Path | None = None
         self._claim: FileLock | None = None
         # One process at a time opens, recovers and claims a folder: short work, and no race to think through.

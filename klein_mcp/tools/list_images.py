@@ -24,7 +24,7 @@ class ListImages(fields.Arguments):
 
 
 async def run(service: Service, call: Call, asked: ListImages) -> CallToolResult:
-    if asked.cursor is not None and not asked.cursor.isdecimal():
+    if asked.cursor is not None and not (asked.cursor.isdecimal() and len(asked.cursor) < 19):
         raise RequestError(f"cursor {asked.cursor!r} is none.", hint='Give the "next" of the page before, or nothing.')
     before = int(asked.cursor) if asked.cursor else None
     page, following = await anyio.to_thread.run_sync(

@@ -126,12 +126,14 @@ class Gate:
         await (refusal or self._app)(scope, receive, send)
 
     async def _refusal(self, request: Request) -> Response | None:
-        if request.url.path == "/healthz":
+        # Not request.url, part of which is what the Host header says it is.
+        path = request.scope["path"]
+        if path == "/healthz":
             return None  # a probe knows neither name nor token, and learns nothing
         if wrong := await self._names.validate_request(request):
             return wrong
         # A download link carries its own signature.
-        if self._token is None or request.url.path.startswith("/images/"):
+        if self._token is None or path.startswith("/images/"):
             return None
         scheme, _, shown = request.headers.get("authorization", "").partition(" ")
         if scheme.lower() == "bearer" and hmac.compare_digest(shown.strip().encode(), self._token.encode()):
@@ -153,24 +155,29 @@ def _security(hosts: Sequence[str]) -> TransportSecuritySettings:
 
 
 def _token(settings: Settings, options: Options) -> str | None:
-    """What clients must send; None on loopback unless a file says otherwise."""
+    """What clients must send; None where only this machine can knock, unless a file says otherwise."""
     if options.token_file:
-        token = options.token_file.read_text(encoding="utf-8").strip()
-        if len(token) < SHORTEST_TOKEN or not token.isascii() or len(token.split()) != 1:
-            raise RequestError(
-                f"{options.token_file} must hold one word of at least {SHORTEST_TOKEN} ASCII characters.",
-                hint="Without --token-file one is made for you.",
-            )
-        return token
-    if options.local:
+        return _read_token(options.token_file, "Without --token-file one is made for you.")
+    # A name to be served under means a reverse proxy, and so strangers, even where we listen on loopback alone.
+    if options.local and not set(options.allowed_hosts) - set(LOOPBACK):
         return None
     path = settings.home / "http-token"
     settings.home.mkdir(mode=0o700, parents=True, exist_ok=True)
     if not path.exists():
-        with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+        # Whole or not at all: an empty file would be a token that everybody has.
+        beside = path.with_name(f"{path.name}.{os.getpid()}")
+        with os.fdopen(os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
             file.write(secrets.token_urlsafe(32) + "\n")
+        beside.replace(path)
     print(f"clients must send the token in {path}", file=sys.stderr)
-    return path.read_text(encoding="utf-8").strip()
+    return _read_token(path, "Delete it, and a new one is made.")
+
+
+def _read_token(path: Path, hint: str) -> str:
+    token = path.read_text(encoding="utf-8").strip()
+    if len(token) < SHORTEST_TOKEN or not token.isascii() or len(token.split()) != 1:
+        raise RequestError(f"{path} must hold one word of at least {SHORTEST_TOKEN} ASCII characters.", hint=hint)
+    return token
 
 
 def _bind(options: Options) -> socket.socket:

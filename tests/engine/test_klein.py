@@ -1,6 +1,7 @@
 """What a job promises, on the embedded model: events, exact sizes, seeds, limits, cancelling, remembering."""
 
 import gc
+import weakref
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -164,6 +165,26 @@ def test_release_gives_the_weights_back_and_the_next_job_loads_again(dog: Rgb8) 
     painting = paint(fresh, DOG)
     assert painting.ms["load"] > 0
     assert np.array_equal(painting.image, dog)
+
+
+def test_a_released_model_leaves_memory_at_once() -> None:
+    fresh = Engine(device="cpu")
+    paint(fresh, DOG)
+    assert fresh._klein is not None
+    weights = weakref.ref(fresh._klein.transformer)
+    gc.disable()
+    try:
+        fresh.release()
+        assert weights() is None, "something holds the model in a circle"
+    finally:
+        gc.enable()
+
+
+def test_what_auto_chose_stays_though_its_own_weights_fill_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    fresh = Engine(device="cpu")
+    assert paint(fresh, replace(DOG, model="auto")).ms["load"] > 0
+    monkeypatch.setattr(fresh, "best", lambda: pytest.fail("asked again while its choice is loaded"))
+    assert paint(fresh, replace(DOG, model="auto")).ms["load"] == 0
 
 
 def test_auto_falls_back_to_the_embedded_model() -> None:

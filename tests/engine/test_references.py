@@ -101,6 +101,14 @@ def test_remembering_paints_what_a_cold_engine_paints(kv_toy: str, remember: int
         assert engine.status()["remembered"]["hits"] >= 20
 
 
+def test_what_is_kept_holds_no_more_memory_than_is_counted(kv_toy: str) -> None:
+    engine = Engine(device="cpu")
+    paint(engine, Job("a", model=kv_toy, references=(picture(64, 80), picture(80, 64, 1)), width=64, height=64))
+    kept = [tensor for entry in engine.memory._near.entries.values() for tensor in entry]
+    assert len(kept) > 8
+    assert all(tensor.untyped_storage().nbytes() == tensor.nbytes for tensor in kept)
+
+
 def test_an_edit_of_the_picture_just_painted_starts_warm(kv_toy: str) -> None:
     engine = Engine(device="cpu")
     painted = paint(engine, Job("a", model=kv_toy, width=70, height=90)).image

@@ -225,6 +225,19 @@ def test_a_token_that_protects_nobody_is_refused(settings, tmp_path, token):
         http._token(settings, http.Options(token_file=tmp_path / "token"))
 
 
+def test_an_empty_token_of_our_own_is_refused_too(settings):
+    settings.home.mkdir(parents=True)
+    (settings.home / "http-token").write_text("")
+    with pytest.raises(RequestError, match="Delete it"):
+        http._token(settings, http.Options(host="0.0.0.0", allowed_hosts=("pics.example.com",)))
+
+
+def test_a_name_to_be_served_under_asks_for_a_token_on_loopback_too(settings):
+    assert http._token(settings, http.Options()) is None
+    assert http._token(settings, http.Options(allowed_hosts=("localhost",))) is None
+    assert http._token(settings, http.Options(allowed_hosts=("pics.example.com",)))
+
+
 def test_a_missing_token_file_is_one_line(living: Living, tmp_path):
     done = living.run("-m", "klein_mcp", "serve", "--token-file", str(tmp_path / "nothing"))
     assert done.returncode == 1

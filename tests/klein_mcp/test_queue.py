@@ -2,6 +2,7 @@
 
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -209,6 +210,53 @@ def test_an_idle_engine_lets_go_of_its_weights_and_paints_again_afterwards():
         assert isinstance(Waiter(queue, "before", "a").end, Painting)
         assert painter.released.wait(10)
         assert isinstance(Waiter(queue, "after", "a").end, Painting)
+
+
+def test_weights_that_cannot_be_released_do_not_end_the_painting():
+    painter = Painter(free=True)
+    asked = threading.Event()
+
+    def release() -> None:
+        asked.set()
+        raise RuntimeError("the device is gone")
+
+    painter.release = release
+    with working(painter, keep_alive=0.05) as queue:
+        assert isinstance(Waiter(queue, "before", "a").end, Painting)
+        assert asked.wait(10)
+        assert isinstance(Waiter(queue, "after", "a").end, Painting)
+
+
+def test_status_is_told_while_weights_are_put_away():
+    painter = Painter(free=True)
+    begun, go_on = threading.Event(), threading.Event()
+
+    def release() -> None:
+        begun.set()
+        go_on.wait(10)
+
+    painter.release = release
+    with working(painter, keep_alive=0.05) as queue:
+        assert isinstance(Waiter(queue, "before", "a").end, Painting)
+        assert begun.wait(10)
+        told = threading.Thread(target=queue.status, daemon=True)
+        told.start()
+        told.join(5)
+        alive = told.is_alive()
+        go_on.set()
+        assert not alive
+
+
+def test_an_idle_engine_keeps_nothing_of_the_last_job():
+    painter = Painter(free=True)
+    reference = np.zeros((8, 8, 3), np.uint8)
+    gone = weakref.ref(reference)
+    with working(painter) as queue:
+        over = threading.Event()
+        queue.put(Job("a", (reference,)), "a", lambda event: over.set() if isinstance(event, Painting) else None)
+        assert over.wait(10)
+        del reference
+        until(lambda: gone() is None, "the reference is still held")
 
 
 def test_closing_tells_everyone_and_takes_nobody_more():
