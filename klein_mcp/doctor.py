@@ -11,15 +11,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from engine.contract import EngineError, Job, Painting
 from engine.variants import EMBEDDED, VARIANTS
 from klein_mcp.settings import Settings
 from klein_mcp.terminal import program
-
-if TYPE_CHECKING:
-    from engine.klein import Engine
 
 OLDEST_PYTHON = (3, 11)
 ROOM = 5 * 10**9
@@ -150,12 +147,12 @@ def _daemon(settings: Settings) -> Finding:
     return Finding("daemon", f"runs, pid {state['pid']}")
 
 
-def _device(made: "Engine") -> Finding:
+def _device(made: Any) -> Finding:
     state = made.status()
     return Finding("device", f"{state['device']}, {state['dtype']}, {state['free_bytes'] / 1e9:.1f} GB free")
 
 
-def _models(made: "Engine") -> Iterator[Finding]:
+def _models(made: Any) -> Iterator[Finding]:
     there = made.models()
     for model in there:
         own = model["name"] == EMBEDDED
@@ -169,7 +166,7 @@ def _todo(model: dict[str, Any]) -> str:
     return "" if model["fits"] else model["memory"]
 
 
-def _painting(made: "Engine", clock: Callable[[], float] = time.perf_counter) -> Finding:
+def _painting(made: Any, clock: Callable[[], float] = time.perf_counter) -> Finding:
     """With the embedded model: whether painting works at all, not how well."""
     start = clock()
     size = VARIANTS[EMBEDDED].native_size

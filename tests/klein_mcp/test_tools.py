@@ -120,7 +120,7 @@ async def test_a_reference_to_nothing_says_how_to_find_something(client: Client,
 
 async def test_too_many_references_are_refused_by_the_limit_of_the_model(client: Client):
     await call(client, "generate_image", prompt="a dot")
-    assert "nano takes at most 2" in await refused(client, "compose_references", images=["last"] * 3, prompt="x")
+    assert "nano takes at most 3" in await refused(client, "compose_references", images=["last"] * 4, prompt="x")
     said = await refused(client, "compose_references", images=["last"] * 5, prompt="x")
     assert "images is" in said
     assert "it must be a list of 1 to 4 image references." in said
