@@ -2,13 +2,14 @@
 
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from engine import load, lora
-from engine.contract import Job, OutOfMemory
+from engine.contract import Job, OutOfMemory, Painting
 from engine.conveyor import Conveyor, SleepingEmbedding, Streamed, stream
 from engine.device import Courier, Placement
 from engine.find import NANO, Shelf
@@ -80,7 +81,7 @@ def test_a_slot_is_not_written_before_its_layer_is_done() -> None:
         def __init__(self) -> None:
             self.events: list[tuple[str, object]] = []
 
-        def mark(self):
+        def mark(self) -> Any:
             self.events.append(("done", len(self.events)))
             return self.events[-1]  # type: ignore[return-value]
 
@@ -146,6 +147,7 @@ def cramped(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
 
 def paint(klein: Klein):
     *_, painting = klein.run(Job("a red ball on a blue table", seed=3))
+    assert isinstance(painting, Painting)
     return painting
 
 

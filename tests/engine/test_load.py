@@ -1,0 +1,395 @@
+"""Loading reads what is needed and nothing else, into its place at once; whatever is not a klein is one line."""
+
+import json
+import os
+import re
+import shutil
+import struct
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from engine import parts
+from engine.contract import BadWeights, EngineError, Job, Painting
+from engine.device import Placement
+from engine.find import NANO, Shelf
+from engine.headers import Header, kind
+from engine.klein import Engine, Klein
+from engine.load import Options
+from engine.lora import Lora
+from engine.weights import Tensors
+from tests.engine import published
+from tests.engine.test_conveyor import last
+from tests.engine.test_lora import bfl_fused, write
+
+CPU = Placement(torch.device("cpu"), torch.float32)
+LAYERS = (9, 18, 27)
+
+
+@contextmanager
+def bytes_read() -> Iterator[list[int]]:
+    """What the operating system says this process read from files, whoever asked for it."""
+
+    def so_far() -> int:
+        return int(re.search(r"rchar: (\d+)", Path("/proc/self/io").read_text())[1])  # type: ignore[index]
+
+    read, start = [0], so_far()
+    yield read
+    read[0] = so_far() - start
+
+
+linux = pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="only Linux counts the bytes a process reads")
+
+
+@linux
+def test_of_the_text_encoder_only_the_layers_that_are_read_are_loaded(folder: Path) -> None:
+    part = parts.text_encoder(folder / "text_encoder", LAYERS)
+    file = folder / "text_encoder" / "model.safetensors"
+    entries = Header.read(file).entries
+    wanted = {name: entry.bytes for name, entry in entries.items() if name.startswith("model.embed_tokens")}
+    wanted |= {
+        n: e.bytes for n, e in entries.items() if (m := re.match(r"model\.layers\.(\d+)\.", n)) and int(m[1]) < 27
+    }
+    with bytes_read() as read:
+        told = sum(part.fill(CPU))
+    assert told == sum(wanted.values()) == part.bytes
+    assert told <= read[0] < told + 20_000
+    # Of the toy's 29 layers two are above the cut, of the real one's 36 nine.
+    assert file.stat().st_size - told > 2 * sum(e.bytes for n, e in entries.items() if n.startswith("model.layers.28."))
+
+
+@linux
+def test_every_byte_of_a_transformer_is_read_once(folder: Path, bfl: dict[str, Tensor], tmp_path: Path) -> None:
+    eight = published.write(published.quantised(bfl, "fp8")[0], tmp_path / "fp8.safetensors")
+    for path, wanted in ((folder / "transformer", None), (folder / "transformer", "fp8"), (eight, None)):
+        part = parts.transformer(path, wanted)
+        with bytes_read() as read:
+            told = sum(part.fill(CPU))
+        assert told == part.bytes <= read[0] < told + 20_000
+
+
+def test_shards_above_the_cut_may_be_missing(folder: Path, tmp_path: Path) -> None:
+    """As `pull` leaves them; a shard below the cut may not."""
+    home = tmp_path / "text_encoder"
+    home.mkdir()
+    shutil.copy(folder / "text_encoder" / "config.json", home)
+    tensors = load_file(folder / "text_encoder" / "model.safetensors")
+    shards: dict[str, dict[str, Tensor]] = {"a": {}, "b": {}, "c": {}}
+    for name, tensor in tensors.items():
+        layer = re.match(r"model\.layers\.(\d+)\.", name)
+        above = (layer and int(layer[1]) >= 27) or name.startswith(("model.norm", "lm_head"))
+        shards["c" if above else "b" if layer and int(layer[1]) > 12 else "a"][name] = tensor
+    for shard, there in shards.items():
+        save_file(there, home / f"model-{shard}.safetensors")
+    names = {name: f"model-{shard}.safetensors" for shard, there in shards.items() for name in there}
+    (home / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
+    (home / "model-c.safetensors").unlink()
+    part = parts.text_encoder(home, LAYERS)
+    list(part.fill(CPU))
+    assert not any(parameter.is_meta for parameter in part.module.parameters())
+    (home / "model-b.safetensors").unlink()
+    with pytest.raises(BadWeights, match=r"text encoder lacks the file model-b\.safetensors, which its index names"):
+        list(parts.text_encoder(home, LAYERS).fill(CPU))
+
+
+@pytest.mark.parametrize("prefix", ["", "text_encoders.qwen3_4b.transformer."])
+@pytest.mark.parametrize("bare", [False, True])
+def test_an_encoder_in_a_single_file_needs_no_config(prefix: str, bare: bool, folder: Path, tmp_path: Path) -> None:
+    whole = load_file(folder / "text_encoder" / "model.safetensors")
+    tensors = {prefix + (name.removeprefix("model.") if bare else name): tensor for name, tensor in whole.items()}
+    file = published.write(tensors, tmp_path / "qwen_3_4b.safetensors")
+    assert kind(Header.read(file)) == "text encoder"
+    one, other = (parts.text_encoder(path, LAYERS) for path in (folder / "text_encoder", file))
+    for part in (one, other):
+        list(part.fill(CPU))
+        part.module.finish(torch.device("cpu"))
+    ids, mask = torch.randint(0, 100, (1, 24)), torch.ones(1, 24, dtype=torch.long)
+    # The toy's rotary base is Qwen3Config's default; every published Qwen3 has a million.
+    assert one.module.config.num_attention_heads == other.module.config.num_attention_heads
+    for a, b in zip(one.module.parameters(), other.module.parameters(), strict=True):
+        assert torch.equal(a, b)
+    assert other.module(ids, mask).shape == one.module(ids, mask).shape
+
+
+def test_a_quantised_encoder_is_read_layer_by_layer(folder: Path, tmp_path: Path) -> None:
+    """ComfyUI's mixed encoders: transformers' names, some layers fp8 with a marker."""
+    whole = load_file(folder / "text_encoder" / "model.safetensors")
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in whole.items():
+        if name.endswith("up_proj.weight"):
+            layer = name.removesuffix(".weight")
+            codes = published.fp8(tensor)
+            tensors |= {f"{layer}.weight": codes["weight"], f"{layer}.weight_scale": codes["weight_scale"]}
+            said = json.dumps({"format": "float8_e4m3fn"}).encode()
+            tensors[f"{layer}.comfy_quant"] = torch.tensor(list(said), dtype=torch.uint8)
+        else:
+            tensors[name] = tensor
+    part = parts.text_encoder(published.write(tensors, tmp_path / "mixed.safetensors"), LAYERS)
+    list(part.fill(CPU))
+    layers = [layer for name, layer in part.module.named_modules() if name.endswith("up_proj")]
+    assert len(layers) == 27
+    for i, layer in enumerate(layers):
+        meant = layer(torch.eye(32)).T
+        want = whole[f"model.layers.{i}.mlp.up_proj.weight"]
+        assert float((meant - want).norm() / want.norm()) < 0.04
+
+
+def test_an_autoencoder_in_fp32_becomes_what_is_painted_in(folder: Path, tmp_path: Path) -> None:
+    file = published.write(published.bfl_autoencoder(folder), tmp_path / "flux2-vae.safetensors")
+    assert kind(Header.read(file)) == "autoencoder"
+    part = parts.autoencoder(file)
+    list(part.fill(Placement(torch.device("cpu"), torch.bfloat16)))
+    assert {tensor.dtype for tensor in part.module.state_dict().values()} == {torch.bfloat16}
+
+
+def test_the_small_decoder_is_read_from_its_shapes(folder: Path, tmp_path: Path) -> None:
+    from diffusers import AutoencoderKLFlux2
+
+    from tests import toys
+
+    narrow = AutoencoderKLFlux2(**toys.AUTOENCODER, decoder_block_out_channels=(32, 32, 32, 32))
+    narrow.save_pretrained(tmp_path / "small" / "vae")
+    part = parts.autoencoder(tmp_path / "small" / "vae")
+    list(part.fill(CPU))
+    assert part.module.shape.encoder == (32, 32, 64, 64)
+    assert part.module.shape.decoder == (32, 32, 32, 32)
+    latent = torch.randn(1, 128, 2, 2)
+    single = published.write(published.bfl_autoencoder(tmp_path / "small"), tmp_path / "small.safetensors")
+    again = parts.autoencoder(single)
+    list(again.fill(CPU))
+    assert torch.equal(part.module.decode(latent), again.module.decode(latent))
+
+
+def test_in_every_dtype_the_weights_are_the_files_rounded(folder: Path, bfl: dict[str, Tensor]) -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        part = parts.transformer(folder / "transformer")
+        list(part.fill(Placement(torch.device("cpu"), dtype)))
+        for name, tensor in part.module.state_dict().items():
+            assert torch.equal(tensor, bfl[name].to(dtype)), name
+
+
+def test_a_lora_and_a_format_change_the_fingerprint(folder: Path, tmp_path: Path) -> None:
+    """What is remembered is kept by it: other weights must never meet old states."""
+    file = write(bfl_fused(), tmp_path / "style.safetensors")
+    checkpoint = Shelf().find(str(folder))
+    options = (Options(), Options("fp8"), Options(loras=(Lora(file),)), Options(loras=(Lora(file, 0.5),)))
+    prints = {last(Klein.load(checkpoint, CPU, None, option)).fingerprint for option in options}
+    assert len(prints) == len(options)
+    assert last(Klein.load(checkpoint, CPU)).fingerprint in prints
+
+
+def test_a_quantised_model_paints_nearly_the_same_picture(folder: Path) -> None:
+    job = Job("a lighthouse of brass", seed=5, width=64, height=64, steps=2)
+    pictures = []
+    for quant in (None, "fp8"):
+        klein = last(Klein.load(Shelf().find(str(folder)), CPU, None, Options(quant)))
+        *_, painting = klein.run(job)
+        assert isinstance(painting, Painting)
+        pictures.append(painting.image.astype(float))
+    difference = abs(pictures[0] - pictures[1]).mean()
+    assert 0 < difference < 25, "fp8 is another rounding, not another picture"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read in Linux's units")
+def test_there_is_never_a_second_copy_of_the_weights(tmp_path: Path) -> None:
+    """The peak of a process that reads 300 MB of bf16 as bf16, and as fp32, above one that reads nothing."""
+    width = 1024
+    tensors = {f"{i}.weight": torch.ones(width * 8, width, dtype=torch.bfloat16) for i in range(18)}
+    file = published.write(tensors, tmp_path / "big.safetensors")
+    size = file.stat().st_size
+    script = """
+import resource, sys, torch
+from pathlib import Path
+from torch import nn
+from engine.device import Placement
+from engine.layouts import plain
+from engine.weights import Tensors, fill
+with torch.device("meta"):
+    net = nn.Sequential(*(nn.Linear(1024, 8192, bias=False) for _ in range(18)))
+tensors = Tensors.open([Path(sys.argv[1])])
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+list(fill(net, tensors, plain(tensors.shapes), Placement(torch.device("cpu"), getattr(torch, sys.argv[2])), what="x"))
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+"""
+    for dtype, times in (("bfloat16", 1), ("float32", 2)):
+        done = subprocess.run(
+            [sys.executable, "-c", script, str(file), dtype], capture_output=True, text=True, check=True
+        )
+        assert int(done.stdout) < times * size + (40 << 20), dtype
+
+
+# What a person may give by mistake -> what they are told.
+
+
+def cut(file: Path) -> Path:
+    file.write_bytes(file.read_bytes()[:-1])
+    return file
+
+
+def header_of_nonsense(file: Path) -> Path:
+    file.write_bytes(struct.pack("<Q", 20) + b"x" * 20 + b"\0" * 100)
+    return file
+
+
+def endless_header(file: Path) -> Path:
+    file.write_bytes(struct.pack("<Q", 1 << 60) + b"{}")
+    return file
+
+
+def overlapping(file: Path) -> Path:
+    said = {
+        name: {"dtype": "F32", "shape": [2], "data_offsets": [begin, begin + 8]} for name, begin in (("a", 0), ("b", 4))
+    }
+    text = json.dumps(said).encode()
+    file.write_bytes(struct.pack("<Q", len(text)) + text + b"\0" * 12)
+    return file
+
+
+def starting(start: bytes) -> Callable[[Path], Path]:
+    def make(file: Path) -> Path:
+        file.write_bytes(start + b"\0" * 1000)
+        return file
+
+    return make
+
+
+def holding(*names: str) -> Callable[[Path], Path]:
+    def make(file: Path) -> Path:
+        save_file({name: torch.zeros(4, 4) for name in names}, file)
+        return file
+
+    return make
+
+
+def not_klein(transformer: dict[str, Tensor]) -> dict[str, tuple[Callable[[Path], Path], str]]:
+    def whole(file: Path) -> Path:
+        return published.write(transformer, file)
+
+    return {
+        "cut short": (lambda file: cut(whole(file)), r"is not a whole safetensors file: .* bytes are named"),
+        "nonsense": (header_of_nonsense, r"is not a whole safetensors file: its header makes no sense"),
+        "endless header": (endless_header, r"is not a whole safetensors file: its header is cut short or is none"),
+        "empty": (lambda file: (file.write_bytes(b""), file)[1], r"\(0 bytes\) is not a whole safetensors file"),
+        "overlapping": (overlapping, r"b does not lie where its header says"),
+        "GGUF": (starting(b"GGUF"), r"is a GGUF file, which is not read yet"),
+        "pickle": (starting(b"PK\x03\x04"), r"is a pickle, which could run code; only safetensors are read"),
+        "old pickle": (starting(b"\x80\x02"), r"is a pickle"),
+        "git-lfs": (starting(b"version https://git-lfs"), r"is a pointer of git-lfs"),
+        "LoRA": (
+            holding("transformer.transformer_blocks.0.attn.to_q.lora_A.weight"),
+            r"is a LoRA, .* \(give it with --lora\), not a klein",
+        ),
+        "SDXL": (
+            holding("model.diffusion_model.input_blocks.0.0.weight", "conditioner.embedders.0.x"),
+            r"is an SDXL or SD checkpoint, not a klein",
+        ),
+        "FLUX.1": (holding("double_blocks.0.img_mod.lin.weight"), r"is a FLUX\.1 model, not a klein"),
+        "autoencoder": (
+            holding("decoder.post_quant_conv.weight", "bn.running_mean"),
+            r"is an autoencoder, not a klein",
+        ),
+        "text encoder": (holding("model.layers.0.self_attn.q_norm.weight"), r"is a text encoder, not a klein"),
+        "unknown": (holding("something.weight"), r"is not a FLUX\.2 \[klein\] transformer: it has no img_in\.weight"),
+    }
+
+
+@pytest.mark.parametrize("what", not_klein({}))
+def test_what_is_no_klein_is_named_in_one_line(what: str, bfl: dict[str, Tensor], folder: Path, tmp_path: Path) -> None:
+    make, says = not_klein(bfl)[what]
+    for part in ("vae", "text_encoder", "tokenizer"):
+        shutil.copytree(folder / part, tmp_path / part)
+    file = make(tmp_path / "flux-2-klein-4b.safetensors")
+    with pytest.raises(BadWeights, match=says) as told:
+        list(Engine(device="cpu", dtype="float32").run(Job("x", model=str(file))))
+    assert "\n" not in str(told.value)
+    assert len(str(told.value)) < 300
+
+
+def test_a_pickle_by_its_name_is_refused_unopened(tmp_path: Path) -> None:
+    file = tmp_path / "flux-2-klein-4b.ckpt"
+    file.write_bytes(b"\x80\x02anything")
+    with pytest.raises(BadWeights, match="is a pickle"):
+        Shelf().find(str(file))
+
+
+def test_the_9b_encoder_with_a_4b_transformer_is_refused(bfl: dict[str, Tensor], folder: Path, tmp_path: Path) -> None:
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    from tests import toys
+
+    home = tmp_path / "mixed"
+    shutil.copytree(folder, home)
+    config: dict[str, Any] = toys.QWEN3 | {"hidden_size": 64}
+    wide = Qwen3ForCausalLM(Qwen3Config(vocab_size=300, **config))
+    wide.save_pretrained(home / "text_encoder")
+    with pytest.raises(
+        BadWeights, match=r"gives 192 numbers a token, the transformer reads 96.*klein 9B with Qwen3-8B"
+    ):
+        list(Engine(device="cpu", dtype="float32").run(Job("x", model=str(home))))
+
+
+def test_a_file_that_may_not_be_read_says_so(bfl: dict[str, Tensor], folder: Path, tmp_path: Path) -> None:
+    for part in ("vae", "text_encoder", "tokenizer"):
+        shutil.copytree(folder / part, tmp_path / part)
+    file = published.write(bfl, tmp_path / "flux-2-klein-4b.safetensors")
+    with forbidden(file, tmp_path), pytest.raises(BadWeights, match=r"may not be read by this user\. Change its perm"):
+        Shelf().find(str(file))
+
+
+@contextmanager
+def forbidden(file: Path, home: Path) -> Iterator[None]:
+    """Without the right to read it; root, who has every right, steps down for a moment."""
+    above = [folder for folder in file.parents if folder.is_relative_to("/tmp") and folder != Path("/tmp")]
+    modes = {path: path.stat().st_mode for path in (*above, file)}
+    user = os.geteuid()
+    for folder in above:
+        folder.chmod(0o755)
+    file.chmod(0)
+    if user == 0:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(user)
+        for path, mode in modes.items():
+            path.chmod(mode)
+
+
+def test_an_error_while_loading_leaves_no_half_a_model(folder: Path, tmp_path: Path) -> None:
+    home = tmp_path / "torn"
+    shutil.copytree(folder, home)
+    engine = Engine(device="cpu", dtype="float32", remember=0)
+    for _ in engine.run(Job("x", model=str(NANO), width=64, height=64, steps=1)):
+        pass
+    cut(home / "vae" / "diffusion_pytorch_model.safetensors")
+    with pytest.raises(EngineError):
+        list(engine.run(Job("x", model=str(home))))
+    for _ in engine.run(Job("x", model=str(NANO), width=64, height=64, steps=1)):
+        pass
+    assert engine.status()["loaded"] == str(NANO)
+
+
+def test_the_same_name_in_two_precisions_is_read_once(folder: Path, tmp_path: Path) -> None:
+    """Some repositories keep an fp16 copy beside the whole model."""
+    home = tmp_path / "transformer"
+    shutil.copytree(folder / "transformer", home)
+    shutil.copy(home / "diffusion_pytorch_model.safetensors", home / "diffusion_pytorch_model.fp16.safetensors")
+    assert [file.name for file in Tensors.folder(home).files] == ["diffusion_pytorch_model.safetensors"]
+
+
+def test_a_folder_of_pickles_is_refused(folder: Path, tmp_path: Path) -> None:
+    home = tmp_path / "pickled"
+    shutil.copytree(folder, home)
+    file = home / "transformer" / "diffusion_pytorch_model.safetensors"
+    file.rename(file.with_suffix(".bin"))
+    says = r"only diffusion_pytorch_model\.bin, which is a pickle and could run code\. Only safetensors are read"
+    with pytest.raises(BadWeights, match=says):
+        list(Engine(device="cpu", dtype="float32").run(Job("x", model=str(home))))
