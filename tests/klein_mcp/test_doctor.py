@@ -1,0 +1,86 @@
+"""`klein-mcp doctor`: each line says ok, or what to do."""
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections import namedtuple
+from pathlib import Path
+
+import pytest
+
+from klein_mcp import doctor
+from klein_mcp.settings import Settings
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Settings:
+    return Settings(home=tmp_path / "klein", hub=tmp_path / "hub", device="cpu")
+
+
+def found(findings: list[doctor.Finding]) -> dict[str, doctor.Finding]:
+    return {finding.what: finding for finding in findings}
+
+
+def test_a_fresh_machine_is_told_what_is_missing_and_paints(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Path, "home", lambda: settings.home)
+    lines = list(doctor.look(settings))
+    said = found(lines)
+    assert list(said) == ["Python", "torch", "disk", "clients", "daemon", "device", "model", "test painting"]
+    assert said["daemon"].found.startswith("not running")
+    assert "cpu" in said["device"].found
+    assert said["model"].todo == "Run: klein-mcp pull klein-4b"
+    assert "claude mcp add klein" in said["clients"].todo
+    assert "128×128 in" in said["test painting"].found
+    assert {line.what for line in lines if line.todo} == {"clients", "model"}
+
+
+def test_in_a_terminal_every_line_says_ok_or_todo(tmp_path: Path) -> None:
+    inside = {"KLEIN_HOME": str(tmp_path / "klein"), "KLEIN_HUB": str(tmp_path / "hub"), "HOME": str(tmp_path),
+              "KLEIN_DEVICE": "cpu"}  # fmt: skip
+    (tmp_path / ".cursor").mkdir()
+    (tmp_path / ".cursor" / "mcp.json").write_text('{"mcpServers": {"klein": {"command": "klein-mcp"}}}')
+    call = [sys.executable, "-m", "klein_mcp", "doctor"]
+    done = subprocess.run(call, env=os.environ | inside, capture_output=True, text=True, timeout=60)
+    lines = done.stdout.splitlines()
+    assert all(line.startswith(("ok    ", "todo  ")) for line in lines), done.stdout
+    assert all(" → " in line for line in lines if line.startswith("todo"))
+    assert "ok    clients: Cursor start klein-mcp" in done.stdout
+    assert done.returncode == 1, "there is something to do: no real model"
+
+
+def test_a_full_disk_a_missing_torch_and_a_wrong_device_each_say_what_to_do(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: usage(10**11, 10**11, 10**9))
+    assert "Make room" in doctor._disk(settings).todo
+
+    def gone(name: str) -> str:
+        raise doctor.PackageNotFoundError(name)
+
+    monkeypatch.setattr(doctor, "version", gone)
+    assert "Install klein-mcp again" in doctor._torch().todo
+    missing = Settings(home=settings.home, hub=settings.hub, device="cuda:7")
+    assert "this machine has: cpu" in found(list(doctor.look(missing)))["engine"].todo
+
+
+def test_a_model_that_cannot_load_says_why(settings: Settings, tmp_path: Path) -> None:
+    folder = tmp_path / "klein-4b"
+    (folder / "transformer").mkdir(parents=True)
+    (folder / "transformer" / "model.safetensors").write_bytes(b"GGUF")
+    (folder / "model_index.json").write_text('{"_class_name": "Flux2KleinPipeline", "is_distilled": true}')
+    lines = list(doctor.look(Settings(home=settings.home, hub=settings.hub, device="cpu", models=(folder,))))
+    (broken,) = [line for line in lines if line.found.startswith("klein-4b")]
+    assert "has no vae folder" in broken.todo
+
+
+def test_a_script_reads_json(settings: Settings, capsys: pytest.CaptureFixture[str]) -> None:
+    code = doctor.run(settings, argparse.Namespace(json=True))
+    said = json.loads(capsys.readouterr().out)
+    assert code == (1 if any(not line["ok"] for line in said) else 0)
+    assert {"what", "ok", "found", "todo"} == said[0].keys()
