@@ -25,15 +25,19 @@ ROOM = 5 * 10**9
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """What was looked at, what was found, and what to do about it; `todo` is empty where nothing is."""
+    """What was looked at, what was found, and what to do about it; `todo` is empty where nothing is.
+
+    works: painting works without it; it is advice.
+    """
 
     what: str
     found: str
     todo: str = ""
+    works: bool = False
 
 
 def run(settings: Settings, arguments: argparse.Namespace) -> int:
-    """0 if nothing is to be done, else 1."""
+    """0 if painting works, else 1."""
     findings = []
     for finding in look(settings):
         findings.append(finding)
@@ -44,7 +48,7 @@ def run(settings: Settings, arguments: argparse.Namespace) -> int:
             )
     if arguments.json:
         print(json.dumps([{"what": f.what, "ok": not f.todo, "found": f.found, "todo": f.todo} for f in findings]))
-    return 1 if any(finding.todo for finding in findings) else 0
+    return 1 if any(finding.todo and not finding.works for finding in findings) else 0
 
 
 def look(settings: Settings) -> Iterator[Finding]:
@@ -112,7 +116,9 @@ def _clients(home: Path) -> Finding:
     if know:
         return Finding("clients", f"{', '.join(know)} start klein-mcp")
     found = f"none of {', '.join(there)} starts klein-mcp" if there else "no client's configuration found"
-    return Finding("clients", found, f"Add it, for example: claude mcp add klein -- {shlex.join(program())}")
+    return Finding(
+        "clients", found, f"Add it, for example: claude mcp add klein -- {shlex.join(program())}", works=True
+    )
 
 
 def _text(path: Path) -> str:
@@ -159,7 +165,7 @@ def _models(made: Any) -> Iterator[Finding]:
         about = model["name"] if own else f"{model['name']} ({model['format']}), {model['licence']}"
         yield Finding("model", f"{about}: {model['memory']}" if model["fits"] else about, _todo(model))
     if len(there) == 1:
-        yield Finding("model", "only the embedded demo model is installed", "Run: klein-mcp pull klein-4b")
+        yield Finding("model", "only the embedded demo model is installed", "Run: klein-mcp pull klein-4b", works=True)
 
 
 def _todo(model: dict[str, Any]) -> str:
