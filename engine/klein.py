@@ -28,7 +28,7 @@ from engine.contract import (
 from engine.device import Placement
 from engine.find import Checkpoint, Shelf, Source
 from engine.load import Options, held_bytes, load, prepare, room, work_of
-from engine.memory import fitting, gb
+from engine.memory import best, gb
 from engine.model.autoencoder import Autoencoder
 from engine.model.layers import Rope
 from engine.model.text_encoder import TextEncoder, Tokenizer
@@ -455,9 +455,20 @@ class Engine:
         return self._chosen
 
     def best(self) -> str:
-        """The best installed model that fits this machine's memory, else the embedded one."""
-        free = room(self.placement, self._limit).free + self._held() + self.memory.counts()["bytes"]
-        return fitting(self.shelf.installed(), free) or EMBEDDED
+        """The best installed model that this machine holds without streaming its transformer, else the embedded one."""
+        installed = self.shelf.installed()
+        if self._klein is None or self._auto[0] != installed:
+            self._auto = installed, best(installed, self._holds) or EMBEDDED
+        return self._auto[1]
+
+    def _holds(self, name: str) -> bool:
+        """Whether all of the transformer would stay on the device, were nothing else loaded."""
+        held, options = self._held(), Options(self._quant, (), self._limit)
+        try:
+            ready = prepare(self.shelf.find(name, None, self._quant), self.placement, options, held)
+        except EngineError:
+            return False
+        return ready.plan.blocks == len(ready.needs.blocks)
 
     def _held(self) -> int:
         klein = self._klein  # another thread may release it while this one asks

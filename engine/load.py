@@ -70,8 +70,11 @@ class Prepared:
         return sum(part.bytes for part in self.parts)
 
 
-def prepare(checkpoint: Checkpoint, placement: Placement, options: Options) -> Prepared:
-    """Look at the files and plan. Raises BadWeights, InvalidJob, or OutOfMemory."""
+def prepare(checkpoint: Checkpoint, placement: Placement, options: Options, held: int = 0) -> Prepared:
+    """Look at the files and plan. held: bytes that will be given back first.
+
+    Raises BadWeights, InvalidJob, or OutOfMemory.
+    """
     quant.check(options.quant)
     variant, device = checkpoint.variant, placement.device
     transformer = parts.transformer(checkpoint.transformer, options.quant, device)
@@ -82,7 +85,7 @@ def prepare(checkpoint: Checkpoint, placement: Placement, options: Options) -> P
     needs = _needs(variant, transformer, text_encoder, autoencoder, changes, placement.dtype)
     work = work_of(variant, transformer.module, autoencoder.module, placement.dtype)
     fewer = _alternatives(needs, transformer, options, placement)
-    found = memory.plan(needs, room(placement, options.limit), work, fewer)
+    found = memory.plan(needs, room(placement, options.limit, held), work, fewer)
     return Prepared(transformer, text_encoder, autoencoder, changes, needs, found)
 
 
@@ -111,9 +114,9 @@ def load(checkpoint: Checkpoint, placement: Placement, options: Options) -> Gene
     )
 
 
-def room(placement: Placement, limit: int | None = None) -> Room:
-    """What is free now."""
-    free = placement.free_bytes() + placement.idle_bytes()
+def room(placement: Placement, limit: int | None = None, held: int = 0) -> Room:
+    """What is free now. held: bytes that count as free too."""
+    free = placement.free_bytes() + placement.idle_bytes() + held
     return Room(
         device=placement.label,
         free=free if limit is None else min(free, limit),

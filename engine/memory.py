@@ -3,11 +3,10 @@
 A pure function from sizes to a plan; refuses early, with numbers and the nearest thing that would fit.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from engine.contract import OutOfMemory
-from engine.variants import VARIANTS
 
 _PREFERENCE = ("klein-9b-kv", "klein-9b", "klein-4b")
 """What `auto` takes first. Base variants are for fine-tuning and slow: only when named."""
@@ -19,10 +18,10 @@ SLOTS = 2
 """Of the ring that streamed layers pass through: one is computed with while the next is on its way."""
 
 
-def fitting(installed: Iterable[str], free_bytes: int) -> str | None:
-    """The best of the installed variants whose weights and working memory fit into `free_bytes`."""
+def best(installed: Iterable[str], fits: Callable[[str], bool]) -> str | None:
+    """The best of the installed variants that fits."""
     there = set(installed)
-    return next((name for name in _PREFERENCE if name in there and VARIANTS[name].memory_gb * 1e9 <= free_bytes), None)
+    return next((name for name in _PREFERENCE if name in there and fits(name)), None)
 
 
 @dataclass(frozen=True, slots=True)

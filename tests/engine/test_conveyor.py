@@ -1,5 +1,6 @@
 """Layers that stream give what resident ones give, through a ring of two, the next one fetched while one computes."""
 
+import shutil
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -139,7 +140,9 @@ def last(generator):
 def cramped(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     """A device that is told to have a memory of its own, and little of it."""
     room = {"free": 0}
-    monkeypatch.setattr(load, "room", lambda placement, limit=None: Room("GPU", room["free"], 24 * 10**9, 64 * 10**9))
+    monkeypatch.setattr(
+        load, "room", lambda placement, limit=None, held=0: Room("GPU", room["free"], 24 * 10**9, 64 * 10**9)
+    )
     monkeypatch.setattr(load, "work_of", lambda *shapes: Work(128, 0))
     monkeypatch.setattr("engine.memory.RESERVE", 0)
     return room
@@ -197,3 +200,30 @@ def test_a_limit_on_memory_is_kept(folder: Path) -> None:
     engine = Engine(device="cpu", dtype="float32", memory=0.001, models=[folder])
     with pytest.raises(OutOfMemory, match=r"needs 0\.\d GB of the memory.* 0\.0 GB of"):
         list(engine.run(Job("x", model=str(folder))))
+
+
+def test_auto_is_the_best_that_need_not_stream_its_transformer(
+    folder: Path, tmp_path: Path, cramped: dict[str, int]
+) -> None:
+    for name in ("klein-4b", "klein-9b", "klein-base-4b"):
+        shutil.copytree(folder, tmp_path / name)
+    small = Shelf().find(str(folder))
+    cramped["free"] = 10**9
+    enough = load.prepare(small, PLACEMENT, Options()).needs
+    for free, chosen in ((10**9, "klein-9b"), (enough.rest + sum(enough.blocks) + 10**5, "klein-9b"), (MB, "nano")):
+        cramped["free"] = free
+        assert Engine(device="cpu", dtype="float32", models=[tmp_path]).best() == chosen, free
+    shutil.rmtree(tmp_path / "klein-9b" / "vae")
+    cramped["free"] = 10**9
+    assert Engine(device="cpu", dtype="float32", models=[tmp_path]).best() == "klein-4b"
+
+
+def test_a_picture_that_memory_cannot_hold_is_refused_before_it_is_begun(monkeypatch: pytest.MonkeyPatch) -> None:
+    klein = last(Klein.load(Shelf().find(str(NANO)), PLACEMENT))
+    monkeypatch.setattr("engine.klein.room", lambda placement: Room("GPU", 100_000, 10**9, 10**9))
+    started = []
+    with pytest.raises(
+        OutOfMemory, match=r"128×128 with 0 references takes 0\.0 GB besides the weights; 0\.0 GB of the"
+    ):
+        started.extend(klein.run(Job("x")))
+    assert not started

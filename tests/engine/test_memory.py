@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from engine.contract import OutOfMemory
 from engine.load import work_of
-from engine.memory import RESERVE, Needs, Plan, Room, Work, fitting, plan, working
+from engine.memory import RESERVE, Needs, Plan, Room, Work, best, plan, working
 from engine.model.autoencoder import Autoencoder, AutoencoderShape
 from engine.model.text_encoder import TextEncoder
 from engine.model.transformer import Transformer, TransformerShape
@@ -163,10 +163,10 @@ def test_where_device_and_host_share_memory_nothing_sleeps() -> None:
 
 def test_auto_takes_the_best_that_fits_and_never_a_base_model() -> None:
     everything = list(VARIANTS)
-    assert fitting(everything, 80 * GB) == "klein-9b-kv"
-    assert fitting(everything, 20 * GB) == "klein-4b"
-    assert fitting(everything, 4 * GB) is None
-    assert fitting(["nano", "klein-base-4b"], 80 * GB) is None
+    assert best(everything, lambda name: True) == "klein-9b-kv"
+    assert best(everything, lambda name: "9b" not in name) == "klein-4b"
+    assert best(everything, lambda name: False) is None
+    assert best(["nano", "klein-base-4b"], lambda name: True) is None
 
 
 @pytest.fixture
