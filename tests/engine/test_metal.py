@@ -1,0 +1,82 @@
+"""What Apple's devices cannot do is not asked of them: no fp64, no int64 scatter, no fp8. A faked device checks it."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from engine.model.autoencoder import Autoencoder, AutoencoderShape
+from engine.model.text_encoder import TextEncoder
+from engine.model.transformer import Transformer, TransformerShape
+from engine.sampler import denoise
+from engine.tokens import grid_positions, text_positions
+
+UNKNOWN = {torch.float64, torch.complex128, torch.float8_e4m3fn, torch.float8_e5m2}
+SHAPE = TransformerShape(64, 32, 96, 1, 1, 192, axes=(8, 8, 8, 8))
+QWEN3 = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 2,
+         "num_key_value_heads": 1, "head_dim": 16, "vocab_size": 100, "rope_parameters": {"rope_type": "default",
+         "rope_theta": 1e6}}  # fmt: skip
+
+
+class Metal(TorchDispatchMode):
+    """The meta device plays Metal: whatever happens on it in a format it does not know, or scatters int64, fails."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves((args, kwargs, out)):
+            if isinstance(tensor, Tensor) and tensor.device.type == "meta":
+                assert tensor.dtype not in UNKNOWN, f"{func} in {tensor.dtype}"
+                assert not ("scatter" in str(func) and tensor.dtype == torch.int64), func
+        return out
+
+
+def there(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+@torch.inference_mode()
+def test_the_transformer_asks_nothing_of_metal_that_it_cannot_do() -> None:
+    with torch.device("meta"):
+        net = Transformer(SHAPE).to(torch.bfloat16)
+    with Metal():
+        rope = net.rope(torch.cat([text_positions(8), grid_positions(4, 4), grid_positions(2, 2, 10)]))
+        kept = net.prefill(net.img_in(there(1, 4, 128)), net.rope(grid_positions(2, 2, 10)))
+        mods = net.modulations(there(1))
+        text = net.txt_in(there(1, 8, 96))
+        net(there(1, 16, 128), text, mods, rope, net.img_in(there(1, 4, 128)), None)
+        net(there(1, 16, 128), text, mods, (rope[0][:24], rope[1][:24]), None, kept)
+        for _ in denoise(lambda x, sigma: x, there(1, 16, 128), (1.0, 0.5, 0.0)):
+            pass
+
+
+@torch.inference_mode()
+def test_the_autoencoder_asks_nothing_of_metal_that_it_cannot_do() -> None:
+    with torch.device("meta"):
+        net = Autoencoder(AutoencoderShape((32, 32), (32, 32), 1, 32)).to(torch.bfloat16)
+    with Metal():
+        net.encode(there(1, 3, 32, 32))
+        net.decode(there(1, 128, 4, 4))
+
+
+@torch.inference_mode()
+def test_the_text_encoder_asks_nothing_of_metal_that_it_cannot_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Whether any token is a pad is asked of the values, which the meta device has not.
+    monkeypatch.setattr("transformers.masking_utils.fast_all", lambda mask: False)
+    with torch.device("meta"):
+        net = TextEncoder(QWEN3, (1, 2, 3)).to(torch.bfloat16)
+    net.finish(torch.device("meta"))
+    with Metal():
+        net(there(1, 12, dtype=torch.int64), there(1, 12, dtype=torch.int64))
+
+
+def test_the_faked_device_would_notice() -> None:
+    with Metal():
+        with pytest.raises(AssertionError, match="float64"):
+            there(3).double()
+        with pytest.raises(AssertionError, match="float8"):
+            there(3).to(torch.float8_e4m3fn)
+        with pytest.raises(AssertionError, match="scatter"):
+            there(3, dtype=torch.int64).scatter(0, there(1, dtype=torch.int64), 1)
