@@ -55,7 +55,7 @@ def order(prompt: str, **more: Any) -> Order:
 
 
 async def hand_over(home: Path, what: Order, seconds: float = 0.5) -> HandedOver:
-    """By a door that is gone afterwards."""
+    """By a door that is gone afterwards. What is done within a second of handing over comes back as a picture."""
     async with DoorTo(home) as door:
         await door.paint(order("warm"), ME)
         outcome = await door.paint_within(seconds, what, ME)
@@ -86,7 +86,7 @@ async def test_a_call_that_outlasts_its_budget_returns_a_job_that_goes_on_withou
 
 
 async def test_nobody_needs_to_wait_for_the_picture_to_be_in_the_library(home):
-    await hand_over(home, order("pause=0.2 steps=5 unattended"))
+    await hand_over(home, order("pause=0.2 steps=12 unattended"))
     async with DoorTo(home) as later:
         with anyio.fail_after(20):
             while not (found := later.store.search("unattended", limit=5)[0]):
@@ -96,7 +96,7 @@ async def test_nobody_needs_to_wait_for_the_picture_to_be_in_the_library(home):
 
 
 async def test_pictures_painted_before_and_after_the_hand_over_come_together_in_their_order(home):
-    handed = await hand_over(home, order("pause=0.1 steps=5", seed=7, count=3), seconds=0.8)
+    handed = await hand_over(home, order("pause=0.2 steps=6", seed=7, count=3), seconds=1.8)
     async with DoorTo(home) as later:
         outcome = await wait(later, handed.job)
     assert [made.painting.seed for made in outcome.made] == [7, 8, 9]
@@ -106,7 +106,7 @@ async def test_pictures_painted_before_and_after_the_hand_over_come_together_in_
 async def test_an_edit_that_was_handed_over_keeps_size_and_parent(home):
     async with DoorTo(home) as door:
         first = (await door.paint(order("a", width=128, height=96), ME)).made[0].record
-        edit = Order("edit_image", "pause=0.2 steps=6", images=(first.handle,), keep_size=True)
+        edit = Order("edit_image", "pause=0.2 steps=12", images=(first.handle,), keep_size=True)
         handed = await door.paint_within(0.4, edit, ME)
         assert isinstance(handed, HandedOver)
         made = (await wait(door, handed.job)).made[0]
@@ -149,7 +149,7 @@ async def test_a_job_nobody_handed_over_is_unknown(home):
 
 async def test_a_hand_over_finds_a_place_in_a_full_queue(home, monkeypatch):
     monkeypatch.setenv("KLEIN_QUEUE_SIZE", "1")
-    handed = await hand_over(home, order("pause=0.1 steps=5", seed=7, count=2), seconds=0.3)
+    handed = await hand_over(home, order("pause=0.2 steps=6", seed=7, count=2), seconds=0.3)
     async with DoorTo(home) as later, DoorTo(home) as other, anyio.create_task_group() as tasks:
         tasks.start_soon(other.paint, order("pause=0.1 steps=5", count=2), Call("other"))
         assert len((await wait(later, handed.job)).made) == 2
