@@ -235,5 +235,12 @@ def _from_file(path: Path) -> dict[str, Any]:
 def _as_text(value: Any, parse: Callable[[str], Any]) -> str:
     """A TOML value as the environment would spell it, so that both go through one parser."""
     if isinstance(value, list):
-        return ("," if parse is _words else os.pathsep).join(map(str, value))
+        return ("," if parse is _words else os.pathsep).join(map(_item, value))
     return str(int(value)) if isinstance(value, bool) else str(value)
+
+
+def _item(value: Any) -> str:
+    """One of a list; a LoRA may be a table: {path = "…" or name = "…", scale = 0.8}."""
+    if isinstance(value, dict) and (what := value.get("path") or value.get("name")):
+        return f"{what}:{value.get('scale', 1)}"
+    return str(value)

@@ -393,3 +393,50 @@ def test_a_folder_of_pickles_is_refused(folder: Path, tmp_path: Path) -> None:
     says = r"only diffusion_pytorch_model\.bin, which is a pickle and could run code\. Only safetensors are read"
     with pytest.raises(BadWeights, match=says):
         list(Engine(device="cpu", dtype="float32").run(Job("x", model=str(home))))
+
+
+def test_an_engine_is_told_its_loras_and_format_in_words(folder: Path, tmp_path: Path) -> None:
+    models = tmp_path / "models"
+    (models / "loras").mkdir(parents=True)
+    shutil.copytree(folder, models / "klein-4b")
+    write(bfl_fused(), models / "loras" / "style.safetensors")
+    job = Job("x", model="klein-4b", width=64, height=64, steps=1)
+    prints = set()
+    for words in ({}, {"loras": ["style:0.5"]}, {"loras": ["style"]}, {"quant": "fp8", "loras": ["style"]}):
+        engine = Engine(models=[models], device="cpu", dtype="float32", **words)  # type: ignore[arg-type]
+        *_, painting = engine.run(job)
+        assert isinstance(painting, Painting)
+        prints.add((painting.fingerprint, painting.image.tobytes()))
+    assert len({fingerprint for fingerprint, _ in prints}) == len({image for _, image in prints}) == 4
+    with pytest.raises(EngineError, match=r"No LoRA 'stile'; there are style"):
+        list(Engine(models=[models], device="cpu", loras=["stile"]).run(job))
+    with pytest.raises(EngineError, match=r"quant is 'int4'; allowed: fp8, nvfp4"):
+        list(Engine(models=[models], device="cpu", quant="int4").run(job))
+
+
+def test_a_renamed_file_asks_and_the_users_word_answers(bfl: dict[str, Tensor], folder: Path, tmp_path: Path) -> None:
+    for part in ("vae", "text_encoder", "tokenizer"):
+        shutil.copytree(folder / part, tmp_path / part)
+    file = published.write(bfl, tmp_path / "mine.safetensors")
+    job = Job("x", model=str(file), width=64, height=64, steps=1)
+    with pytest.raises(BadWeights, match="--variant"):
+        list(Engine(device="cpu", dtype="float32").run(job))
+    *_, painting = Engine(device="cpu", dtype="float32", variant="klein-base-4b").run(job)
+    assert isinstance(painting, Painting)
+    assert (painting.model, painting.guidance) == ("klein-base-4b", 4.0)
+
+
+def test_what_lies_in_comfyuis_folders_paints(bfl: dict[str, Tensor], folder: Path, tmp_path: Path) -> None:
+    """A prefixed fp8 transformer, the fp32 autoencoder, the encoder as one file; only the tokenizer is a folder."""
+    home = tmp_path / "ComfyUI" / "models"
+    prefixed = {f"model.diffusion_model.{n}": t for n, t in published.quantised(bfl, "fp8")[0].items()}
+    published.write(prefixed, home / "diffusion_models" / "flux-2-klein-4b-fp8.safetensors")
+    published.write(published.bfl_autoencoder(folder), home / "vae" / "flux2-vae.safetensors")
+    encoder = load_file(folder / "text_encoder" / "model.safetensors")
+    published.write(encoder, home / "text_encoders" / "qwen_3_4b.safetensors")
+    shutil.copytree(folder / "tokenizer", home / "diffusion_models" / "tokenizer")
+    engine = Engine(models=[home], device="cpu", dtype="float32")
+    *_, painting = engine.run(Job("x", model="klein-4b", width=64, height=64, steps=2))
+    assert isinstance(painting, Painting)
+    assert painting.image.std() > 5
+    assert engine.models()[1]["format"] == "fp8"

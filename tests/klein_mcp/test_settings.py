@@ -80,3 +80,8 @@ def test_the_hubs_own_variables_say_where_its_cache_is(tmp_path: Path):
     assert load(tmp_path, HF_HOME="/h", XDG_CACHE_HOME="/c").hub == Path("/h/hub")
     assert load(tmp_path, HF_HUB_CACHE="/d", HF_HOME="/h").hub == Path("/d")
     assert load(tmp_path, KLEIN_HUB="/e", HF_HUB_CACHE="/d").hub == Path("/e")
+
+
+def test_a_lora_may_be_a_table_in_the_file(tmp_path: Path):
+    (tmp_path / "config.toml").write_text('loras = [{name = "ink", scale = 0.8}, {path = "/oil.safetensors"}]\n')
+    assert load(tmp_path).loras == ("ink:0.8", "/oil.safetensors:1")
