@@ -11,7 +11,7 @@ from tests.living import living
 from tests.soak.test_soak import resident
 from tests.talk import call
 
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.anyio, pytest.mark.bench]
 
 MOST = 120_000
 """kB: a door with numpy and Pillow in it has about 95 MB."""
