@@ -120,7 +120,9 @@ def test_every_module_that_the_packages_import_is_among_the_dependencies() -> No
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     declared = {re.split(r"[<>=;\[ ]", need, maxsplit=1)[0].lower() for need in project["dependencies"]}
     declared |= {"mcp-types", "tokenizers"}  # of mcp and of transformers, which cannot be without them
-    sources = {module: {name.lower().replace("_", "-") for name in found} for module, found in packages_distributions().items()}
+    sources = {
+        module: {name.lower().replace("_", "-") for name in found} for module, found in packages_distributions().items()
+    }
     missing = {}
     for package in ("klein_mcp", "engine", "prompts"):
         for path in (ROOT / package).rglob("*.py"):
