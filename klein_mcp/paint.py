@@ -3,7 +3,10 @@
 import json
 import os
 import secrets
+import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -54,7 +57,9 @@ def run(settings: Settings, order: Order, *, as_json: bool = False) -> int:
         guidance=order.guidance,
     )
     with Bar("starting the engine") as bar:
-        painting = _last(_told(event, bar) for event in engine(settings).run(job))
+        with _interruptible():
+            made = engine(settings)
+        painting = _last(_told(event, bar) for event in made.run(job))
     recipe = _recipe(order, painting)
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_bytes(codec.encode(painting.image, KINDS[out.suffix.lower()], recipe))  # type: ignore[arg-type]
@@ -62,6 +67,22 @@ def run(settings: Settings, order: Order, *, as_json: bool = False) -> int:
         print(f"klein-mcp: {warning}", file=sys.stderr)
     print(json.dumps(_facts(out, painting)) if as_json else _sentence(out, painting))
     return 0
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Ctrl-C ends the process at once: the libraries that come in here swallow a KeyboardInterrupt now and then."""
+    before = signal.signal(signal.SIGINT, _leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _leave(number: int, frame: object) -> None:
+    if sys.stderr.isatty():
+        os.write(sys.stderr.fileno(), b"\x1b[?25h\n")  # the bar has hidden the cursor
+    os._exit(130)
 
 
 def engine(settings: Settings) -> "Engine":

@@ -118,10 +118,11 @@ def test_exit_codes_are_as_the_readme_says(
         assert ran.stderr.count("\n") == 1
 
 
-def test_interrupted_it_ends_with_130(living: Living, tmp_path: Path) -> None:
+@pytest.mark.parametrize("seconds", [1.0, 2.0])
+def test_interrupted_it_ends_with_130(living: Living, tmp_path: Path, seconds: float) -> None:
     command = [sys.executable, "-m", "klein_mcp", "paint", "a cat", "--steps", "200", "-o", str(tmp_path / "cat.png")]
     process = subprocess.Popen(command, env=living.environment(), stderr=subprocess.PIPE, stdout=subprocess.PIPE)
-    time.sleep(2)
+    time.sleep(seconds)
     process.send_signal(signal.SIGINT)
     assert process.wait(60) == 130
     assert b"Traceback" not in (process.stderr.read() if process.stderr else b"")

@@ -251,6 +251,8 @@ class Queue:
     def _ready(self) -> Painter:
         if not self._painter:
             self._painter = self._make_painter()
+            # From here on it paints: the seconds that torch takes to come in must not be expected of the next job.
+            self._began = time.monotonic()
         return self._painter
 
     def _round(self) -> list[str]:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from engine.contract import Busy, EngineError, EngineFailed, Event, InvalidJob, Job, Painting, Queued, Stage, Step
+from klein_mcp.daemon.history import History
 from klein_mcp.daemon.queue import Queue
 
 
@@ -210,6 +211,26 @@ def test_an_idle_engine_lets_go_of_its_weights_and_paints_again_afterwards():
         assert isinstance(Waiter(queue, "before", "a").end, Painting)
         assert painter.released.wait(10)
         assert isinstance(Waiter(queue, "after", "a").end, Painting)
+
+
+def test_what_the_engine_takes_to_start_is_not_expected_of_the_next_job():
+    painter, history = Painter(free=True), History()
+
+    def start() -> Painter:
+        time.sleep(0.5)
+        return painter
+
+    queue = Queue(start, size=32, keep_alive=600, history=history)
+    worker = threading.Thread(target=queue.work)
+    worker.start()
+    try:
+        assert isinstance(Waiter(queue, "first", "a").end, Painting)
+    finally:
+        queue.close()
+        worker.join(10)
+    expected = history.seconds(Job("second"))
+    assert expected is not None
+    assert expected < 0.4
 
 
 def test_weights_that_cannot_be_released_do_not_end_the_painting():
