@@ -36,7 +36,7 @@ class _ByValue:
     def __eq__(self, other: object) -> bool:
         return type(self) is type(other) and all(
             _same(getattr(self, f.name), getattr(other, f.name))
-            for f in fields(self)  # type: ignore[arg-type]
+            for f in fields(self)  # type: ignore[arg-type] - only dataclasses inherit this
         )
 
     __hash__ = None  # type: ignore[assignment]

@@ -1,20 +1,16 @@
-"""Klein: one loaded model, and the recipe from a job to a picture. Engine: whatever models are asked for."""
+"""Klein: one loaded model, and the recipe from a job to a picture."""
 
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Generator, Hashable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
-from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
 
-from engine import lora
 from engine.contract import (
     CacheUse,
-    EngineError,
     Event,
     InvalidJob,
     Job,
@@ -26,19 +22,19 @@ from engine.contract import (
     Step,
 )
 from engine.device import Placement
-from engine.find import Checkpoint, Shelf, Source
-from engine.load import Options, held_bytes, load, prepare, room, work_of
-from engine.memory import best, gb
+from engine.find import Checkpoint
+from engine.load import Options, load, room, work_of
+from engine.memory import gb
 from engine.model.autoencoder import Autoencoder
 from engine.model.layers import Rope
 from engine.model.text_encoder import TextEncoder, Tokenizer
 from engine.model.transformer import KV, Modulations, Transformer
 from engine.pixels import GRID, Frame, fit_reference, shaped, to_rgb8, to_tensor
-from engine.references import Memory, budgets, content_hash
+from engine.references import Memory, content_hash
 from engine.sampler import Velocity, denoise, guided
 from engine.schedule import sigmas
 from engine.tokens import grid_positions, pack, reference_time, text_positions, unpack
-from engine.variants import EMBEDDED, VARIANTS, Variant
+from engine.variants import Variant
 
 Thing = TypeVar("Thing")
 
@@ -350,170 +346,3 @@ class _Clock:
         yield
         self._placement.sync()
         self.ms[stage] = round(self.ms.get(stage, 0.0) + 1000 * (time.perf_counter() - start), 1)
-
-
-class Engine:
-    """Whatever models are asked for, each loaded when it is first needed; one in memory at a time."""
-
-    def __init__(
-        self,
-        models: Sequence[Path] = (),
-        device: str | None = None,
-        dtype: str | None = None,
-        threads: int | None = None,
-        hub: Path | None = None,
-        remember: int | None = None,
-        spill: int | None = None,
-        variant: str | None = None,
-        quant: str | None = None,
-        loras: Sequence[str] = (),
-        memory: float | None = None,
-        decoder: str = "full",
-    ) -> None:
-        """models, hub: where to look for them.
-
-        variant: what the user says a single file is, where it cannot tell itself. quant: fp8 or nvfp4 for the
-        transformer's blocks, None for what the files hold. loras: name or path, each with an optional :scale.
-        memory: GB of the device that may be used, None for all that is free. decoder: full or small.
-
-        remember, spill: bytes kept between jobs for prompts and references, on the device and in the host's memory;
-        None for a share of what is free once the model is loaded.
-        """
-        self.shelf = Shelf(tuple(models), hub, small_decoder=decoder == "small")
-        self.placement = Placement.choose(device, dtype)
-        self.memory = Memory(remember or 0, spill or 0)
-        self._remember, self._spill = remember, spill
-        self._foreseen: Rgb8 | None = None
-        self._klein: Klein | None = None
-        self._name = self._chosen = ""
-        self._variant, self._quant, self._loras = variant, quant, tuple(loras)
-        self._limit = None if memory is None else round(memory * 1e9)
-        if threads:
-            torch.set_num_threads(threads)
-
-    def run(self, job: Job) -> Iterator[Event]:
-        """Paint `job` with the model it names, loading that first if need be. Raises EngineError."""
-        klein, ms = yield from self._load(job.model)
-        self._foreseen = None
-        for event in self._paint(klein, job):
-            if isinstance(event, Painting):
-                self._foreseen = event.image
-                event = replace(event, ms={"load": ms, **event.ms})
-            yield event
-
-    def foresee(self) -> bool:
-        """In idle time: prepare for an edit of the picture just painted. False if there was nothing to do."""
-        image, self._foreseen = self._foreseen, None
-        if image is None or self._klein is None:
-            return False
-        try:
-            self._klein.foresee(image)
-        except torch.OutOfMemoryError:
-            # Nobody asked for it; the next job will do this work itself.
-            self.memory.clear()
-            self.placement.empty_cache()
-        return True
-
-    def _paint(self, klein: Klein, job: Job) -> Iterator[Event]:
-        """Paint; if the device runs full, forget what is remembered and try once more."""
-        for _ in range(2):
-            try:
-                yield from klein.run(job)
-                return
-            except torch.OutOfMemoryError:
-                pass
-            # Not before the exception is gone: its traceback holds the tensors of the job that failed.
-            self.memory.clear()
-            self.placement.empty_cache()
-        raise OutOfMemory(
-            f"The {self.placement.device.type} has {self.placement.free_bytes() / 1e9:.1f} GB left, "
-            "too little for this picture.",
-            hint="Ask for a smaller size or fewer references.",
-        )
-
-    def _load(self, model: str) -> Generator[Loading, None, tuple[Klein, float]]:
-        name = self._choice() if model == "auto" else model
-        if self._klein is not None and self._name == name:
-            return self._klein, 0.0
-        checkpoint = self.shelf.find(name, self._variant, self._quant)
-        loras = tuple(lora.find(text, self.shelf.paths) for text in self._loras)
-        self.release()
-        start = time.perf_counter()
-        options = Options(self._quant, loras, self._limit)
-        self._klein = yield from Klein.load(checkpoint, self.placement, self.memory, options)
-        near, far = budgets(self.placement.free_bytes(), self.placement.host_bytes())
-        self.memory.resize(
-            near if self._remember is None else self._remember, far if self._spill is None else self._spill
-        )
-        self._name = name
-        return self._klein, round(1000 * (time.perf_counter() - start), 1)
-
-    def _choice(self) -> str:
-        # What auto has once chosen stays while it is loaded: memory that it fills itself must not speak against it.
-        if not self._chosen or self._chosen != self._name:
-            self._chosen = self.best()
-        return self._chosen
-
-    def best(self) -> str:
-        """The best installed model that this machine holds without streaming its transformer, else the embedded one."""
-        installed = self.shelf.installed()
-        if self._klein is None or self._auto[0] != installed:
-            self._auto = installed, best(installed, self._holds) or EMBEDDED
-        return self._auto[1]
-
-    def _holds(self, name: str) -> bool:
-        """Whether all of the transformer would stay on the device, were nothing else loaded."""
-        held, options = self._held(), Options(self._quant, (), self._limit)
-        try:
-            ready = prepare(self.shelf.find(name, None, self._quant), self.placement, options, held)
-        except EngineError:
-            return False
-        return ready.plan.blocks == len(ready.needs.blocks)
-
-    def _held(self) -> int:
-        klein = self._klein  # another thread may release it while this one asks
-        if klein is None:
-            return 0
-        nets = (klein.transformer, klein.autoencoder, klein.text_encoder)
-        return held_bytes(nets, self.placement.device)
-
-    def release(self) -> None:
-        """Give the weights' memory back; the next job loads again."""
-        self._klein = None
-        self._name = ""
-        self._foreseen = None
-        self.memory.clear()
-        self.placement.empty_cache()
-
-    def status(self) -> dict[str, Any]:
-        """What is installed, loaded and remembered."""
-        installed, klein = self.shelf.installed(), self._klein
-        return {
-            "device": str(self.placement.device),
-            "dtype": str(self.placement.dtype).removeprefix("torch."),
-            "threads": torch.get_num_threads(),
-            "loaded": self._name or None,
-            "weights": klein.lives if klein else None,
-            "weights_bytes": self._held(),
-            "free_bytes": self.placement.free_bytes(),
-            "remembered": self.memory.counts(),
-            "models": [
-                {"name": name, "licence": row.licence, "path": str(installed[name]) if name in installed else None}
-                for name, row in VARIANTS.items()
-            ],
-        }
-
-    def models(self) -> list[dict[str, Any]]:
-        """Every model that is there, and how it would live in the memory that is free now, or why it cannot."""
-        return [self._model(source) for source in self.shelf.sources()]
-
-    def _model(self, source: Source) -> dict[str, Any]:
-        about: dict[str, Any] = {"name": source.name, "format": source.format, "path": str(source.path)}
-        about["licence"] = VARIANTS[source.name].licence
-        try:
-            checkpoint = self.shelf.checkpoint(source)
-            loras = tuple(lora.find(text, self.shelf.paths) for text in self._loras)
-            ready = prepare(checkpoint, self.placement, Options(self._quant, loras, self._limit))
-        except EngineError as problem:
-            return about | {"bytes": None, "fits": False, "memory": str(problem)}
-        return about | {"bytes": ready.bytes, "fits": True, "memory": ready.plan.says(ready.needs)}

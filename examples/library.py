@@ -11,7 +11,7 @@ from pathlib import Path
 from PIL import Image
 
 from engine.contract import Job, Painting, Step
-from engine.klein import Engine
+from engine.engine import Engine
 
 
 def paint(engine: Engine, job: Job) -> Painting:

@@ -18,7 +18,7 @@ from klein_mcp.settings import Settings
 from klein_mcp.terminal import Bar
 
 if TYPE_CHECKING:
-    from engine.klein import Engine
+    from engine.engine import Engine
 
 KINDS = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp"}
 
@@ -90,7 +90,7 @@ def engine(settings: Settings) -> "Engine":
     # Read once, when torch comes in. Spinning threads on a busy machine of 2 cores made 0.1 s of work 0.6 s, and 1.3 s
     # at worst; sleeping ones cost nothing when it is idle. Measured: engine/SPEED.md.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    from engine.klein import Engine
+    from engine.engine import Engine
 
     names = ("device", "dtype", "quant", "decoder", "memory", "variant", "loras", "threads", "hub")
     options = {name: getattr(settings, name) for name in names}

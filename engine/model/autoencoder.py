@@ -126,7 +126,7 @@ class Encoder(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv_in(x)
         for level in self.down:
-            x = _through(level, x)  # type: ignore[arg-type]
+            x = _through(level, x)  # type: ignore[arg-type] - a ModuleList does not say what it holds
         x = self.quant_conv(self.conv_out(F.silu(self.norm_out(_through(self.mid, x)))))
         # The second half is the posterior's log-variance; klein always takes the mean.
         return x.chunk(2, dim=1)[0]
@@ -153,7 +153,7 @@ class Decoder(nn.Module):
     def forward(self, z: Tensor) -> Tensor:
         x = _through(self.mid, self.conv_in(self.post_quant_conv(z)))
         for level in reversed(self.up):
-            x = _through(level, x)  # type: ignore[arg-type]
+            x = _through(level, x)  # type: ignore[arg-type] - a ModuleList does not say what it holds
         return self.conv_out(F.silu(self.norm_out(x)))
 
 

@@ -251,11 +251,12 @@ class Transformer(nn.Module):
         for block in self.double_blocks:
             text, image = block(text, image, mods, rope, next(each))
         x = torch.cat((text, image), dim=1)
+        # A ModuleList does not say what it holds.
         *blocks, last = self.single_blocks
         for block in blocks:
             x = block(x, mods, rope, next(each))
         read = slice(text.shape[1], text.shape[1] + canvas.shape[1])
-        return self.final_layer(last.last(x, mods, rope, next(each), read), mods)  # type: ignore[operator]
+        return self.final_layer(last.last(x, mods, rope, next(each), read), mods)  # type: ignore[operator] - as above
 
     def prefill(self, references: Tensor, rope: Rope) -> list[KV]:
         """Keys and values of the references in every block, for KV klein: they see only each other, at timestep 0.

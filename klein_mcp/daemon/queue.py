@@ -23,7 +23,7 @@ Tell = Callable[[Event | EngineError], None]
 
 
 class Painter(Protocol):
-    """What drives the pixels: engine.klein.Engine, or a fake of the same shape in a test."""
+    """What drives the pixels: engine.engine.Engine, or a fake of the same shape in a test."""
 
     def run(self, job: Job) -> Iterator[Event]: ...
     def status(self) -> dict[str, Any]: ...

@@ -29,8 +29,8 @@ import torch
 from PIL import Image
 
 from engine.contract import Job, Painting, Rgb8
+from engine.engine import Engine
 from engine.find import NANO
-from engine.klein import Engine
 from tests.bench.sides import HEAD, Row, compare
 from tests.living import Living, living
 

@@ -13,8 +13,9 @@ from engine import load, lora
 from engine.contract import Job, OutOfMemory, Painting
 from engine.conveyor import Conveyor, SleepingEmbedding, Streamed, stream
 from engine.device import Courier, Placement
+from engine.engine import Engine
 from engine.find import NANO, Shelf
-from engine.klein import Engine, Klein
+from engine.klein import Klein
 from engine.load import Options
 from engine.lora import Lora
 from engine.memory import Room, Work

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from engine.contract import Event, InvalidJob, Job, Loading, Painting, Rgb8, Stage, Step
-from engine.klein import Engine
+from engine.engine import Engine
 from tests import toys
 
 DOG = Job("a dog at the right on a yellow background", model="nano", seed=3)

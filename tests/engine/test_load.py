@@ -20,9 +20,10 @@ from torch import Tensor
 from engine import parts
 from engine.contract import BadWeights, EngineError, Job, Painting
 from engine.device import Placement
+from engine.engine import Engine
 from engine.find import NANO, Shelf
 from engine.headers import Header, kind
-from engine.klein import Engine, Klein
+from engine.klein import Klein
 from engine.load import Options
 from engine.lora import Lora
 from engine.weights import Tensors

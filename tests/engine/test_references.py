@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from engine.contract import Job, Painting, Rgb8
-from engine.klein import Engine
+from engine.engine import Engine
 from engine.references import Memory, budgets, content_hash
 from tests import toys
 

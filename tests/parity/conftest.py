@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from engine.contract import Job, Painting, Rgb8
-from engine.klein import Engine
+from engine.engine import Engine
 from tests import toys
 
 PROMPT = "a lighthouse of brass, seen from below, in evening light"

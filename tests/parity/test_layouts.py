@@ -15,7 +15,7 @@ from torch import Tensor
 from engine import parts
 from engine.contract import BadWeights, ModelNotFound, Rgb8
 from engine.device import Placement
-from engine.klein import Engine
+from engine.engine import Engine
 from engine.layouts import diffusers_transformer
 from engine.model.transformer import Transformer, TransformerShape
 from tests import toys

@@ -86,7 +86,7 @@ def _engine_with(module: str, line: str, wrong: str) -> Iterator[ModuleType]:
     finder = _Mutant(module, line, wrong)
     sys.meta_path.insert(0, finder)
     try:
-        yield importlib.import_module("engine.klein")
+        yield importlib.import_module("engine.engine")
     finally:
         sys.meta_path.remove(finder)
         for name in [name for name in sys.modules if name.split(".")[0] == "engine"]:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from engine.contract import Rgb8
-from engine.klein import Engine
+from engine.engine import Engine
 from tests.parity.conftest import CASES, agreement, paint
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from engine.contract import Job, Rgb8
-from engine.klein import Engine
+from engine.engine import Engine
 from tests.parity.conftest import CASES, noise_picture, paint
 
 COMPOSE = CASES["compose, three references"]
