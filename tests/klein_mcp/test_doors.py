@@ -78,8 +78,8 @@ async def test_three_tools_paint_the_same_through_every_door(door, living, url, 
 async def test_progress_rises_and_names_every_stage_through_every_door(door, living, url):
     told: list[tuple[float, str]] = []
 
-    async def hear(done: float, total: float | None, message: str | None) -> None:
-        told.append((done, message or ""))
+    async def hear(progress: float, total: float | None, message: str | None) -> None:
+        told.append((progress, message or ""))
 
     async with through(door, living, url) as client:
         await client.call_tool("generate_image", {"prompt": "a cat", "seed": 1}, progress_callback=hear)
@@ -96,7 +96,7 @@ async def test_a_cancelled_call_frees_the_engine_through_every_door(door, living
     async with through(door, living, url) as client, through("stdio", living, url) as other:
         begun = anyio.Event()
 
-        async def hear(done: float, total: float | None, message: str | None) -> None:
+        async def hear(progress: float, total: float | None, message: str | None) -> None:
             if "step 1" in (message or ""):
                 begun.set()
 
