@@ -18,6 +18,10 @@ log = logging.getLogger(__name__)
 REMEMBERED = 256
 """Clients whose last turn is remembered; one that was served longer ago counts as new."""
 
+LULL = 0.3
+"""Seconds without a job before the engine works ahead. The next picture of the same call comes sooner and would have to
+wait for it; nobody has looked at a picture and asked for a change in less."""
+
 Tell = Callable[[Event | EngineError], None]
 """Where a ticket's events go. Called from any thread; must return at once and not raise."""
 
@@ -195,6 +199,9 @@ class Queue:
 
     def _foresee(self) -> None:
         """While nobody waits: the engine may do ahead what the next job is likely to need."""
+        with self._change:
+            if self._change.wait_for(lambda: self._waiting or self._closed, LULL):
+                return
         try:
             while self._painter and not self._waiting and not self._closed and self._painter.foresee():
                 pass

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from engine.contract import Busy, EngineError, EngineFailed, Event, InvalidJob, Job, Painting, Queued, Stage, Step
+from klein_mcp.daemon import queue as queues
 from klein_mcp.daemon.history import History
 from klein_mcp.daemon.queue import Queue
 
@@ -23,6 +24,7 @@ class Painter:
         self.began: list[str] = []
         self.put_down: list[str] = []
         self.steps: list[str] = []
+        self.foreseen: list[int] = []
         self.released = threading.Event()
 
     def run(self, job: Job) -> Iterator[Event]:
@@ -46,6 +48,8 @@ class Painter:
         return {"began": len(self.began)}
 
     def foresee(self) -> bool:
+        """Once a lull; remembers how many jobs had begun by then."""
+        self.foreseen.append(len(self.began))
         return False
 
     def release(self) -> None:
@@ -107,6 +111,16 @@ def test_clients_take_turns_however_much_one_of_them_asks_for():
         for waiter in greedy + modest:
             assert isinstance(waiter.end, Painting)
     assert painter.began == ["greedy 0", "modest 0", "greedy 1", "modest 1", "greedy 2", "greedy 3"]
+
+
+def test_the_engine_works_ahead_only_when_the_next_job_does_not_follow_at_once(monkeypatch):
+    monkeypatch.setattr(queues, "LULL", 2.0)
+    painter = Painter(free=True)
+    with working(painter) as queue:
+        for n in range(3):
+            assert isinstance(Waiter(queue, f"picture {n}", "one").end, Painting)
+        until(lambda: painter.foreseen, "it never worked ahead")
+        assert painter.foreseen == [3]
 
 
 def test_two_clients_that_loop_get_equal_service_though_one_sends_five_at_a_time():
