@@ -13,8 +13,8 @@ from engine.contract import EngineError, Event, Job, Loading, OutOfMemory, Paint
 from engine.device import Placement
 from engine.find import Shelf, Source
 from engine.klein import Klein
-from engine.load import Options, held_bytes, prepare
-from engine.memory import best
+from engine.load import Options, held_bytes, prepare, room
+from engine.memory import best, gb
 from engine.references import Memory, budgets
 from engine.variants import EMBEDDED, VARIANTS
 
@@ -59,14 +59,20 @@ class Engine:
             torch.set_num_threads(threads)
 
     def run(self, job: Job) -> Iterator[Event]:
-        """Paint `job` with the model it names, loading that first if need be. Raises EngineError."""
-        klein, ms = yield from self._load(job.model)
-        self._foreseen = None
-        for event in self._paint(klein, job):
-            if isinstance(event, Painting):
-                self._foreseen = event.image
-                event = replace(event, ms={"load": ms, **event.ms})
-            yield event
+        """Paint `job` with the model it names, loading that first if need be. Raises EngineError.
+
+        If the device runs full, what is remembered is forgotten and the job begun once more.
+        """
+        for _ in range(2):
+            try:
+                yield from self._paint(job)
+                return
+            except (RuntimeError, MemoryError) as problem:
+                if not _ran_full(problem):
+                    raise
+            # Not before the exception is gone: its traceback holds the tensors of the job that failed.
+            self._forget()
+        raise self._full()
 
     def foresee(self) -> bool:
         """In idle time: prepare for an edit of the picture just painted. False if there was nothing to do."""
@@ -75,27 +81,33 @@ class Engine:
             return False
         try:
             self._klein.foresee(image)
-        except torch.OutOfMemoryError:
-            # Nobody asked for it; the next job will do this work itself.
-            self.memory.clear()
-            self.placement.empty_cache()
+            return True
+        except (RuntimeError, MemoryError) as problem:
+            if not _ran_full(problem):
+                raise
+        # Nobody asked for it; the next job will do this work itself.
+        self._forget()
         return True
 
-    def _paint(self, klein: Klein, job: Job) -> Iterator[Event]:
-        """Paint; if the device runs full, forget what is remembered and try once more."""
-        for _ in range(2):
-            try:
-                yield from klein.run(job)
-                return
-            except torch.OutOfMemoryError:
-                pass
-            # Not before the exception is gone: its traceback holds the tensors of the job that failed.
-            self.memory.clear()
-            self.placement.empty_cache()
-        raise OutOfMemory(
-            f"The {self.placement.device.type} has {self.placement.free_bytes() / 1e9:.1f} GB left, "
-            "too little for this picture.",
-            hint="Ask for a smaller size or fewer references.",
+    def _paint(self, job: Job) -> Iterator[Event]:
+        klein, ms = yield from self._load(job.model)
+        self._foreseen = None
+        for event in klein.run(job):
+            if isinstance(event, Painting):
+                self._foreseen = event.image
+                event = replace(event, ms={"load": ms, **event.ms})
+            yield event
+
+    def _forget(self) -> None:
+        self.memory.clear()
+        self.placement.empty_cache()
+
+    def _full(self) -> OutOfMemory:
+        there = room(self.placement)
+        return OutOfMemory(
+            f"The {there.device} ran full twice: of its {gb(there.total)}, weights hold {gb(self._held())} "
+            f"and {gb(there.free)} are free, too little for this picture.",
+            hint="Ask for a smaller size or fewer references, or end what else uses it.",
         )
 
     def _load(self, model: str) -> Generator[Loading, None, tuple[Klein, float]]:
@@ -149,8 +161,7 @@ class Engine:
         self._klein = None
         self._name = ""
         self._foreseen = None
-        self.memory.clear()
-        self.placement.empty_cache()
+        self._forget()
 
     def status(self) -> dict[str, Any]:
         """What is installed, loaded and remembered."""
@@ -184,3 +195,12 @@ class Engine:
         except EngineError as problem:
             return about | {"bytes": None, "fits": False, "memory": str(problem)}
         return about | {"bytes": ready.bytes, "fits": True, "memory": ready.plan.says(ready.needs)}
+
+
+_FULL = ("out of memory", "can't allocate memory", "not enough memory")
+"""How torch says it where it has no exception of its own for it: Metal, Linux, Windows."""
+
+
+def _ran_full(problem: RuntimeError | MemoryError) -> bool:
+    own = isinstance(problem, torch.OutOfMemoryError | MemoryError)
+    return own or any(words in str(problem) for words in _FULL)

@@ -1,0 +1,154 @@
+"""When the device runs full in the middle of a job: forget, begin once more, and then say so with numbers."""
+
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from engine.contract import Job, Loading, OutOfMemory, Painting, Stage
+from engine.device import Placement
+from engine.engine import Engine
+from engine.klein import Klein
+
+DOG = Job("a dog on yellow", model="nano", seed=3)
+GB = 10**9
+
+
+def on_cuda() -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nSee the documentation.")
+
+
+def on_metal() -> None:
+    raise RuntimeError("MPS backend out of memory (MPS allocated: 9.0 GB, max allowed: 9.1 GB).")
+
+
+def on_this_machine() -> None:
+    torch.empty(10**14)  # torch's own words for it on the CPU
+
+
+def in_python() -> None:
+    raise MemoryError
+
+
+@pytest.fixture
+def engine() -> Engine:
+    engine = Engine(device="cpu", remember=10**7)
+    paint(engine, DOG)
+    return engine
+
+
+def paint(engine: Engine, job: Job) -> Painting:
+    *_, painting = engine.run(job)
+    assert isinstance(painting, Painting)
+    return painting
+
+
+def full(engine: Engine, monkeypatch: pytest.MonkeyPatch, times: int, how: Callable[[], None] = on_cuda) -> list[Any]:
+    """The next `times` decodings fail. Returns a list that gets a weak reference to the latent of each decoding."""
+    assert engine._klein is not None
+    decode, latents = engine._klein.autoencoder.decode, []
+
+    def decode_or_fail(latent: torch.Tensor) -> torch.Tensor:
+        latents.append(weakref.ref(latent))
+        if len(latents) <= times:
+            how()
+        return decode(latent)
+
+    monkeypatch.setattr(engine._klein.autoencoder, "decode", decode_or_fail)
+    return latents
+
+
+@pytest.mark.parametrize("how", [on_cuda, on_metal, on_this_machine, in_python])
+def test_what_is_remembered_is_dropped_and_the_job_painted_after_all(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, how: Callable[[], None]
+) -> None:
+    undisturbed = paint(engine, DOG).image
+    paint(engine, Job("remembered until memory is short", model="nano"))
+    assert len(engine.memory) == 2
+    latents = full(engine, monkeypatch, 1, how)
+    events = list(engine.run(DOG))
+    assert len(latents) == 2
+    assert [event.name for event in events if isinstance(event, Stage)] == ["prompt", "denoise", "decode"] * 2
+    assert isinstance(events[-1], Painting)
+    assert np.array_equal(events[-1].image, undisturbed)
+    assert events[-1].cache["prompt"] == "miss"
+    assert len(engine.memory) == 1, "its own prompt, read again"
+
+
+def test_nothing_of_the_failed_attempt_is_held_when_the_device_is_emptied(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    latents, alive = full(engine, monkeypatch, 1), []
+    monkeypatch.setattr(Placement, "empty_cache", lambda self: alive.append(latents[0]() is not None))
+    paint(engine, DOG)
+    assert alive == [False]
+
+
+def test_a_second_time_is_one_line_with_numbers_and_the_next_job_is_painted(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    latents = full(engine, monkeypatch, 2)
+    monkeypatch.setattr(Placement, "label", "GPU")
+    monkeypatch.setattr(Placement, "total_bytes", lambda self: 24 * GB)
+    monkeypatch.setattr(Placement, "free_bytes", lambda self: 1_234_000_000)
+    monkeypatch.setattr(engine, "_held", lambda: 7_800_000_000)
+    with pytest.raises(OutOfMemory) as told:
+        list(engine.run(DOG))
+    assert len(latents) == 2, "no third attempt"
+    assert str(told.value) == (
+        "The GPU ran full twice: of its 24.0 GB, weights hold 7.8 GB and 1.2 GB are free, too little for this picture. "
+        "Ask for a smaller size or fewer references, or end what else uses it."
+    )
+    assert paint(engine, DOG).ms["load"] == 0, "the weights stayed"
+
+
+def test_the_numbers_are_this_machines_own(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    full(engine, monkeypatch, 2)
+    with pytest.raises(OutOfMemory, match=r"^The memory ran full twice: of its \d+\.\d GB, weights hold 0\.\d GB and "):
+        list(engine.run(DOG))
+
+
+def test_another_error_is_not_tried_again(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken() -> None:
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    latents = full(engine, monkeypatch, 1, broken)
+    with pytest.raises(RuntimeError, match="mat1 and mat2"):
+        list(engine.run(DOG))
+    assert len(latents) == 1
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_device_that_runs_full_while_weights_are_read_gets_a_second_chance_too(
+    monkeypatch: pytest.MonkeyPatch, times: int
+) -> None:
+    load, begun = Klein.load.__func__, []  # type: ignore[attr-defined]
+
+    def load_or_fail(cls: type[Klein], *arguments: Any) -> Iterator[Loading]:
+        begun.append(1)
+        loading = load(cls, *arguments)
+        yield next(loading)
+        if len(begun) <= times:
+            on_cuda()
+        return (yield from loading)
+
+    monkeypatch.setattr(Klein, "load", classmethod(load_or_fail))
+    engine = Engine(device="cpu")
+    if times == 1:
+        assert paint(engine, DOG).image.shape == (128, 128, 3)
+    else:
+        with pytest.raises(OutOfMemory, match=r"ran full twice.*weights hold 0\.0 GB"):
+            list(engine.run(DOG))
+    assert len(begun) == 2
+
+
+def test_what_nobody_asked_for_fails_in_silence(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert engine._klein is not None
+    monkeypatch.setattr(engine._klein.autoencoder, "encode", lambda pixels: on_cuda())
+    assert len(engine.memory) == 1
+    assert engine.foresee()
+    assert len(engine.memory) == 0
+    assert not engine.foresee()
