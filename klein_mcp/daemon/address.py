@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import klein_mcp
+from klein_mcp.daemon import whole
 
 HOST = "127.0.0.1"
 
@@ -83,11 +84,7 @@ def read(home: Path) -> Address | None:
 
 def write(home: Path, address: Address) -> None:
     """Raises OSError."""
-    path = home / f"daemon.json.{address.pid}"
-    path.unlink(missing_ok=True)
-    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-        json.dump(asdict(address), file)
-    path.replace(home / "daemon.json")
+    whole.write(home / "daemon.json", json.dumps(asdict(address)))
 
 
 def remove(home: Path, address: Address) -> None:

@@ -2,11 +2,11 @@
 
 import contextlib
 import json
-import os
 from math import log
 from pathlib import Path
 
 from engine.contract import Job, Painting
+from klein_mcp.daemon import whole
 
 KEPT = 32
 """Measurements per model; older ones say less about the machine as it is now."""
@@ -39,9 +39,7 @@ class History:
             del seen[:-KEPT]
         if self._path:
             with contextlib.suppress(OSError):  # a full disk costs us an estimate, not the picture
-                beside = self._path.with_suffix(f".{os.getpid()}")
-                beside.write_text(json.dumps({"seconds": self._seconds, "native": self._native}))
-                beside.replace(self._path)
+                whole.write(self._path, json.dumps({"seconds": self._seconds, "native": self._native}))
 
     def seconds(self, job: Job) -> float | None:
         """None for a model that has not painted here yet."""

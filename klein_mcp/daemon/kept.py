@@ -7,7 +7,6 @@ import asyncio
 import contextlib
 import json
 import logging
-import os
 import secrets
 import time
 from collections.abc import Callable, Mapping
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from engine.contract import EngineError
 from klein_mcp.backends import UnknownJob
+from klein_mcp.daemon import whole
 
 if TYPE_CHECKING:
     from klein_mcp.service import Outcome, Service
@@ -27,6 +27,9 @@ ANSWER = 1.0
 
 REMEMBERED = 24 * 3600.0
 """Seconds for which a finished job can be asked after; its pictures stay in the library."""
+
+MOST = 1000
+"""Finished jobs that can be asked after, a file of about a kilobyte each; more within a day is a client that loops."""
 
 ATTEMPTS = 2
 """Daemons that may die over one order."""
@@ -51,18 +54,22 @@ class Kept:
 
     def resume(self) -> None:
         """Go on with what the daemon before us did not finish; forget what was finished long ago."""
+        for beside in self._folder.glob("*.json.*"):  # it was killed while it wrote
+            with contextlib.suppress(OSError):
+                beside.unlink()
         for path in self._folder.glob("*.json"):
             try:
                 job = json.loads(path.read_text())
+                job["since"] = float(job["since"])
                 if job["state"] in _OVER:
-                    if time.time() - job["since"] > REMEMBERED:
-                        path.unlink()
-                    else:
-                        self._jobs[path.stem] = job
-                else:
-                    self._start(path.stem, job)
+                    self._jobs[path.stem] = job
+                    continue
+                with contextlib.suppress(OSError):  # a crash may then go uncounted, but the promise is kept
+                    self._write(path.stem, _once_more(job))
+                self._start(path.stem, job)
             except (OSError, ValueError, KeyError, TypeError):
                 log.warning("%s is no job of ours", path)
+        self._forget()
 
     async def take(self, order: Mapping[str, Any], *, client: str, made: Mapping[str, Any] | None) -> str:
         """Promise `order`. Returns its handle once the job that may be under the brush for it is ours.
@@ -73,16 +80,19 @@ class Kept:
 
         Order.from_json(order)
         name = "j" + secrets.token_hex(6)
-        self._start(name, {"order": dict(order), "client": client, "made": made, "attempts": 0, "since": time.time()})
-        await self._until(lambda: self._jobs[name].get("begun") or name not in self._tasks, 5.0)
+        job = {"order": dict(order), "client": client, "made": made, "attempts": 0, "since": time.time()}
+        self._write(name, _once_more(job))
+        self._start(name, job)
+        self._forget()
+        await self._until(lambda: job.get("begun") or name not in self._tasks, 5.0)
         return name
 
     async def state(self, name: str) -> dict[str, Any]:
         """As Backend.kept. Raises UnknownJob."""
-        if name not in self._jobs:
+        job = self._jobs.get(name)
+        if job is None:
             raise UnknownJob(name)
-        await self._until(lambda: self._jobs[name]["state"] in _OVER, ANSWER)
-        job = self._jobs[name]
+        await self._until(lambda: job["state"] in _OVER, ANSWER)
         hidden = ("order", "client", "attempts", "since", "begun")
         return {key: value for key, value in job.items() if key not in hidden}
 
@@ -95,11 +105,18 @@ class Kept:
             self._service.close()
 
     def _start(self, name: str, job: dict[str, Any]) -> None:
-        job.update(state="queued", progress=0.0, message="waiting", eta_s=None, attempts=job["attempts"] + 1)
-        job.pop("begun", None)
         self._jobs[name] = job
-        self._write(name)
         self._tasks[name] = asyncio.create_task(self._paint(name))
+
+    def _forget(self) -> None:
+        """What was finished long ago, or before MOST others, can no longer be asked after."""
+        over = [name for name, job in self._jobs.items() if job["state"] in _OVER]
+        over.sort(key=lambda name: self._jobs[name]["since"], reverse=True)
+        for rank, name in enumerate(over):
+            if rank >= MOST or time.time() - self._jobs[name]["since"] > REMEMBERED:
+                del self._jobs[name]
+                with contextlib.suppress(OSError):
+                    self._file(name).unlink(missing_ok=True)
 
     async def _paint(self, name: str) -> None:
         job = self._jobs[name]
@@ -122,8 +139,9 @@ class Kept:
             job.update(state="failed", error={"message": str(problem) or type(problem).__name__, "hint": ""})
         finally:
             self._tasks.pop(name, None)
+            job["since"] = time.time()
             with contextlib.suppress(OSError):
-                self._write(name)
+                self._write(name, job)
             await self._tell()
 
     async def _run(self, name: str) -> "Outcome":
@@ -152,11 +170,19 @@ class Kept:
             async with asyncio.timeout(seconds), self._changed:
                 await self._changed.wait_for(condition)
 
-    def _write(self, name: str) -> None:
+    def _write(self, name: str, job: dict[str, Any]) -> None:
         self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        beside = self._folder / f"{name}.{os.getpid()}"
-        beside.write_text(json.dumps(self._jobs[name]))
-        beside.replace(self._folder / f"{name}.json")
+        whole.write(self._file(name), json.dumps(job))
+
+    def _file(self, name: str) -> Path:
+        return self._folder / f"{name}.json"
+
+
+def _once_more(job: dict[str, Any]) -> dict[str, Any]:
+    """Waiting, with one attempt more on its account."""
+    job.update(state="queued", progress=0.0, message="waiting", eta_s=None, attempts=job["attempts"] + 1)
+    job.pop("begun", None)
+    return job
 
 
 def _told(outcome: "Outcome") -> dict[str, Any]:

@@ -25,6 +25,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from klein_mcp import __version__
+from klein_mcp.daemon import whole
 from klein_mcp.errors import RequestError
 from klein_mcp.server import KleinServer, create_server, http_client
 from klein_mcp.service import Service
@@ -165,10 +166,7 @@ def _token(settings: Settings, options: Options) -> str | None:
     settings.home.mkdir(mode=0o700, parents=True, exist_ok=True)
     if not path.exists():
         # Whole or not at all: an empty file would be a token that everybody has.
-        beside = path.with_name(f"{path.name}.{os.getpid()}")
-        with os.fdopen(os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-            file.write(secrets.token_urlsafe(32) + "\n")
-        beside.replace(path)
+        whole.write(path, secrets.token_urlsafe(32) + "\n")
     print(f"clients must send the token in {path}", file=sys.stderr)
     return _read_token(path, "Delete it, and a new one is made.")
 
