@@ -30,7 +30,11 @@ async def main(url: str, folder: Path, token: str | None) -> None:
     headers = {"Authorization": f"Bearer {token}"} if token else {}
     async with httpx2.AsyncClient(headers=headers, timeout=60) as http:
         # Asked beforehand: the MCP client would only say that there was an error.
-        if (await http.options(url)).status_code == 401:
+        try:
+            answer = await http.options(url)
+        except (httpx2.TransportError, httpx2.InvalidURL) as problem:
+            sys.exit(f"no server answers at {url} ({problem}); start one: klein-mcp serve")
+        if answer.status_code == 401:
             sys.exit(f"{url} refuses {'this token' if token else 'calls without a token'}; give its own: --token-file")
         async with Client(streamable_http_client(url, http_client=http)) as client:
             await paint(client, folder)

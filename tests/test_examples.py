@@ -124,11 +124,14 @@ def test_http_client_shows_its_token_hears_the_progress_and_fetches_the_picture(
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
+    url = f"http://127.0.0.1:{port}/mcp"
+    nobody = living.run(str(EXAMPLES / "http_client.py"), url, str(tmp_path))
+    assert (nobody.returncode, nobody.stderr.count("\n")) == (1, 1), nobody.stderr
+    assert f"no server answers at {url}" in nobody.stderr
     serve = [sys.executable, "-m", "klein_mcp", "serve", "--port", str(port), "--token-file", str(token)]
     with subprocess.Popen(serve, env=living.environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as server:
         try:
             _wait_for(port, server)
-            url = f"http://127.0.0.1:{port}/mcp"
             stranger = living.run(str(EXAMPLES / "http_client.py"), url, str(tmp_path))
             wrong = living.run(str(EXAMPLES / "http_client.py"), url, str(tmp_path), "--token-file", "nowhere")
             ran = living.run(str(EXAMPLES / "http_client.py"), url, str(tmp_path), "--token-file", str(token))
