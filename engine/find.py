@@ -1,7 +1,5 @@
 """A model's name to its files: which variant a folder or a single file is, and where its companions lie."""
 
-import difflib
-import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -9,8 +7,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from engine import names, strangers
 from engine.contract import BadWeights, ModelNotFound
-from engine.headers import Header, Shape, kind_of, storage
+from engine.headers import Header, Shape, expect, kind_of, storage
 from engine.layouts import bfl_name, encoder_name
 from engine.variants import EMBEDDED, FP8, FULL, NVFP4, VARIANTS, Variant
 
@@ -46,6 +45,14 @@ class Source:
 
 
 @dataclass(frozen=True, slots=True)
+class Stranger:
+    """What a person may miss among the sources. why: it is none, and what to do."""
+
+    path: Path
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
 class Shelf:
     """Where models may lie.
 
@@ -61,13 +68,17 @@ class Shelf:
         """Every model that is there and whose name is known, full precision first."""
         found = [Source(EMBEDDED, NANO, FULL)]
         for place in self._places():
-            if place.is_dir() and _is_whole(place):
-                row = _by_name(place.name) or _from_hub(place)
-                found += [Source(row.name, place, _folder_format(place))] if row else []
-            elif place.is_file() and kind_of(place) == "transformer":
-                row = _by_name(place.stem) or _from_hub(place.parent)
-                found += [Source(row.name, place, storage(Header.read(place)))] if row else []
+            row = names.by_place(place)
+            if row and place.is_dir() and _is_whole(place):
+                found.append(Source(row.name, place, _folder_format(place)))
+            elif row and place.suffix == _SUFFIX and kind_of(place) == "transformer":
+                found.append(Source(row.name, place, storage(Header.read(place))))
         return sorted(found, key=lambda source: (FULL, FP8, NVFP4).index(source.format))
+
+    def strangers(self) -> list[Stranger]:
+        """What lies here, looks like a klein, and cannot be called by a name: under another one, broken, not read."""
+        found = ((place, _strange(place)) for place in self._places())
+        return [Stranger(place, why) for place, why in found if why]
 
     def installed(self) -> dict[str, Path]:
         """Variant name -> its folder or file, for every published variant that is there."""
@@ -84,14 +95,14 @@ class Shelf:
         Raises ModelNotFound or BadWeights.
         """
         path = Path(model).expanduser()
-        row = _named(variant) if variant else None
+        row = names.named(variant) if variant else None
         if model in VARIANTS:
             return self._checkpoint(self._source(model, quant), VARIANTS[model])
         if path.is_absolute() or os.sep in model:
             if not _exists(path):
-                raise ModelNotFound(f"No model at {model}.")
+                raise ModelNotFound(f"No model at {model}.", hint="Run klein-mcp models to see what is there.")
             return self._checkpoint(path, row)
-        raise _unknown(model, "or give the path of a folder or file.")
+        raise names.unknown(model, "or give the path of a folder or file.")
 
     def checkpoint(self, source: Source) -> Checkpoint:
         """Of an installed model. Raises BadWeights."""
@@ -101,9 +112,11 @@ class Shelf:
         there = self.sources()
         ours = [source for source in there if source.name == name]
         if not ours:
-            names = dict.fromkeys(source.name for source in there)
+            if broken := next((s for s in self.strangers() if names.by_place(s.path) is VARIANTS[name]), None):
+                raise BadWeights(broken.why)
+            known = dict.fromkeys(source.name for source in there)
             raise ModelNotFound(
-                f"Model {name} is not installed; installed: {', '.join(names)}.", hint=f"Run: klein-mcp pull {name}"
+                f"Model {name} is not installed; installed: {', '.join(known)}.", hint=f"Run: klein-mcp pull {name}"
             )
         return next((source.path for source in ours if source.format == quant), ours[0].path)
 
@@ -116,6 +129,8 @@ class Shelf:
 
     def _checkpoint(self, path: Path, variant: Variant | None) -> Checkpoint:
         if path.is_dir():
+            if not os.access(path, os.R_OK | os.X_OK):
+                raise _forbidden(path)
             if (path / INDEX).is_file() or not (alone := _only_transformer(path)):
                 return self._folder(path, variant)
             path = alone
@@ -123,13 +138,13 @@ class Shelf:
 
     def _folder(self, folder: Path, variant: Variant | None) -> Checkpoint:
         if not (folder / INDEX).is_file():
-            raise BadWeights(
-                f"{folder} has no {INDEX}, nor is one klein file in it.", hint="Give a whole diffusers model or a file."
-            )
+            raise strangers.in_place_of_a_model(folder, list(_files(folder, "transformer")), INDEX)
         for part in ("transformer", "vae", "text_encoder", "tokenizer"):
             if not (folder / part).is_dir():
                 raise BadWeights(f"{folder} has no {part} folder.", hint="Download it again.")
-        vae = self._companion([folder], "vae", _autoencoders, _is_small) if self.small_decoder else folder / "vae"
+        vae = folder / "vae"
+        if self.small_decoder:
+            vae = self._companion([folder], "vae", _autoencoders, _is_small, "small-decoder")
         return Checkpoint(
             variant=read_variant(folder, variant),
             transformer=folder / "transformer",
@@ -141,27 +156,39 @@ class Shelf:
     def _single_file(self, file: Path, variant: Variant | None) -> Checkpoint:
         """Companions come from the file's own folder and those beside it, then from what is installed."""
         header = Header.read(file)
-        shapes = {bfl_name(name): entry.shape for name, entry in header.entries.items()}
-        width = next((shapes[name][0] for name in ("img_in.weight", "x_embedder.weight") if name in shapes), 0)
+        expect(header, "transformer")
+        if not (width := names.width(header)):
+            raise BadWeights(f"{file.name} is not a FLUX.2 [klein] transformer: it has no img_in.weight.")
         row = variant or _of_file(file, width)
-        if width in _WIDTHS and row.hidden in _WIDTHS and row.hidden != width:
-            raise BadWeights(f"{file.name} is {width} wide; {row.name} is {row.hidden}.", hint=_say(_of_width(width)))
+        names.check_width(file, width, row)
+        shapes = {bfl_name(name): entry.shape for name, entry in header.entries.items()}
         context = next((shapes[name][1] for name in ("txt_in.weight", "context_embedder.weight") if name in shapes), 0)
         near = [file.parent, *(file.parent.parent / name for name in _COMFYUI)]
+        small, least = self.small_decoder, f"{row.name if row.repo else 'klein-4b'}-companions"
+
+        def reads(encoder: Path) -> bool:
+            return len(row.text_layers) * _encoder_width(encoder) == context
+
         return Checkpoint(
             variant=row,
             transformer=file,
-            vae=self._companion(near, "vae", _autoencoders, lambda path: _is_small(path) == self.small_decoder),
-            text_encoder=self._companion(
-                near, "text_encoder", _encoders, lambda path: len(row.text_layers) * _encoder_width(path) == context
-            ),
-            tokenizer=self._companion(near, "tokenizer", _tokenizers, lambda path: True),
+            vae=self._companion(near, "vae", _autoencoders, lambda path: _is_small(path) == small, least),
+            text_encoder=self._companion(near, "text_encoder", _encoders, reads, least),
+            tokenizer=self._companion(near, "tokenizer", _tokenizers, lambda path: True, "tokenizer"),
         )
 
     def _companion(
-        self, near: list[Path], part: str, inside: "Callable[[Path], Iterator[Path]]", suits: Callable[[Path], bool]
+        self,
+        near: list[Path],
+        part: str,
+        inside: "Callable[[Path], Iterator[Path]]",
+        suits: Callable[[Path], bool],
+        least: str,
     ) -> Path:
-        """The first that suits; else the first at all, so that the error says what does not fit together."""
+        """The first that suits; else the first at all, so that the error says what does not fit together.
+
+        least: what to pull where there is none.
+        """
         first: Path | None = None
         for home in (*near, *self._places()):
             for found in inside(home):
@@ -171,7 +198,7 @@ class Shelf:
         if first is None:
             raise BadWeights(
                 f"No {part} beside the file, nor in an installed model.",
-                hint=f"Put the model's {part} folder next to it, or pull the whole model.",
+                hint=f"Put the model's {part} folder next to it, or run: klein-mcp pull {least}",
             )
         return first
 
@@ -230,7 +257,7 @@ def read_variant(folder: Path, variant: Variant | None = None) -> Variant:
     # diffusers' default for is_distilled is False in the plain pipeline, True in the KV one.
     distilled = bool(index.get("is_distilled", kv))
     if variant is None:
-        variant = _by_name(folder.name) or _from_hub(folder)
+        variant = names.by_place(folder)
     if variant is None or (variant.kv, variant.distilled) != (kv, distilled):
         like = VARIANTS["klein-4b"] if distilled else VARIANTS["klein-base-4b"]
         variant = replace(
@@ -259,75 +286,32 @@ def _of_file(file: Path, width: int) -> Variant:
     """Which klein a single file is: by the index beside it, by its name, by its hash. Raises BadWeights to ask."""
     if (file.parent / INDEX).is_file():
         return read_variant(file.parent)
-    if row := _by_name(file.stem) or _from_hub(file.parent) or _by_hash(file):
+    if row := names.by_place(file) or names.by_hash(file):
         return row
-    raise BadWeights(
-        f"{file.name} does not say which klein it is; the files of two variants look alike.",
-        hint=_say(_of_width(width)),
-    )
+    if file.parent.name == "transformer" and (file.parent.parent / INDEX).is_file():
+        raise BadWeights(f"{file.name} is a part of the model in {file.parent.parent}.", hint="Give that folder.")
+    raise names.ask(file, width)
 
 
-_WIDTHS = {row.hidden for row in VARIANTS.values() if row.hidden}
+def _strange(place: Path) -> str:
+    """Why a folder with an index or a file is not among the sources, if it looks like a klein."""
+    if place.is_file():
+        return strangers.why(place)
+    if names.by_place(place) or not _is_whole(place):
+        return ""
+    try:
+        read_variant(place)
+    except BadWeights:
+        return ""
+    return "It is a klein, under a name of its own: give its path as the model."
 
 
-def _of_width(width: int) -> list[str]:
-    """Names of the variants that are so wide; all where none is."""
-    names = [name for name in VARIANTS if name != EMBEDDED]
-    return [name for name in names if VARIANTS[name].hidden == width] or names
-
-
-def _say(names: list[str]) -> str:
-    return f"Name it with --variant: {' or '.join(names) if len(names) < 3 else ', '.join(names)}."
-
-
-def _by_hash(file: Path) -> Variant | None:
-    """A renamed file of the published ones. Only a file of just that size is read through, and only once."""
-    size = file.stat().st_size
-    rows = [(row, known) for row in VARIANTS.values() for known in row.files if known.sha256 and known.bytes == size]
-    if not rows:
-        return None
-    # The hub's cache names each large file by its hash.
-    blob = file.resolve().name
-    digest = blob if len(blob) == 64 else _sha256(file)
-    return next((row for row, known in rows if digest.startswith(known.sha256)), None)
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _by_name(name: str) -> Variant | None:
-    return next((row for row in VARIANTS.values() if _spells(name, row.name)), None)
-
-
-def _spells(name: str, variant: str) -> bool:
-    plain = (
-        name.lower()
-        .replace("_", "-")
-        .replace(".", "-")
-        .replace("flux2-", "flux-2-")
-        .removeprefix("flux-2-")
-        .removesuffix("-safetensors")
-    )
-    return plain == variant or plain.startswith(tuple(f"{variant}-{quant}" for quant in (FP8, NVFP4, FULL)))
-
-
-def _named(variant: str) -> Variant:
-    if variant not in VARIANTS:
-        raise _unknown(variant, "")
-    return VARIANTS[variant]
-
-
-def _unknown(name: str, rest: str) -> ModelNotFound:
-    near = difflib.get_close_matches(name, VARIANTS, 1)
-    meant = f" Did you mean {near[0]}?" if near else ""
-    return ModelNotFound(f"There is no model {name!r}.{meant} Known: {', '.join(VARIANTS)}; {rest}".rstrip("; "))
+_SUFFIX = ".safetensors"
 
 
 def _walk(path: Path, depth: int) -> Iterator[Path]:
     try:
-        if path.suffix == ".safetensors" and path.is_file():
+        if path.suffix in (_SUFFIX, *strangers.UNREAD) and path.is_file():
             yield path
         elif path.is_dir():
             if (path / INDEX).is_file():
@@ -346,7 +330,11 @@ def _exists(path: Path) -> bool:
     try:
         return path.exists()
     except PermissionError:
-        raise BadWeights(f"{path} may not be read by this user.", hint="Change its permissions or its owner.") from None
+        raise _forbidden(path) from None
+
+
+def _forbidden(path: Path) -> BadWeights:
+    return BadWeights(f"{path} may not be read by this user.", hint="Change its permissions or its owner.")
 
 
 def _is_whole(folder: Path) -> bool:
@@ -366,17 +354,6 @@ def _only_transformer(folder: Path) -> Path | None:
     return found[0] if len(found) == 1 else None
 
 
-def _from_hub(snapshot: Path) -> Variant | None:
-    """The variant of a snapshot in the hub's cache: models--owner--name/snapshots/revision."""
-    if snapshot.parent.name != "snapshots":
-        return None
-    repo = snapshot.parent.parent.name.removeprefix("models--").replace("--", "/", 1).lower()
-    rows = VARIANTS.values()
-    return next(
-        (row for row in rows if repo in {row.repo.lower(), *(known.repo.lower() for known in row.files)} - {""}), None
-    )
-
-
 def _snapshots(hub: Path) -> Iterator[Path]:
     """What the hub's cache holds of klein: folders with an index, and the files of flat repositories."""
     for repo in sorted(hub.glob("models--*")):
@@ -391,7 +368,7 @@ def _json(file: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise BadWeights(f"{file} is not there.", hint="Download it again.") from None
     except PermissionError:
-        raise BadWeights(f"{file} may not be read by this user.", hint="Change its permissions or its owner.") from None
+        raise _forbidden(file) from None
     except ValueError as error:
         raise BadWeights(f"{file} is not JSON: {error}.", hint="Download it again.") from None
     if not isinstance(said, dict):

@@ -131,6 +131,18 @@ def kind(header: Header) -> str:
     return found
 
 
+def expect(header: Header, part: str) -> None:
+    """Raises BadWeights for a file whose names tell that it is something else than `part`."""
+    if (found := kind(header)) not in (part, ""):
+        raise BadWeights(f"{header.file.name} is {_a(found)}, not a klein {part}.")
+
+
+def _a(kind: str) -> str:
+    if kind == "LoRA":
+        return "a LoRA, which changes a model and is none (give it with --lora)"
+    return kind if kind.startswith(("a ", "an ")) else f"{'an' if kind[0] in 'aeiou' else 'a'} {kind}"
+
+
 def kind_of(file: Path) -> str:
     """`kind` of a file; "" for one that cannot be read. Remembered until the file changes."""
     try:

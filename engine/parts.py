@@ -13,7 +13,7 @@ from torch import nn
 from engine import quant
 from engine.contract import BadWeights
 from engine.device import Placement
-from engine.headers import Header, Shape, kind
+from engine.headers import Header, Shape, expect
 from engine.layouts import Table, bfl_name, diffusers_autoencoder, diffusers_transformer, encoder_name, plain
 from engine.model.autoencoder import Autoencoder, AutoencoderShape
 from engine.model.text_encoder import TextEncoder
@@ -61,19 +61,12 @@ class Part(Generic[Net]):
 _NOTHING = re.compile(r"(?!)")
 
 
-def _open(path: Path, part: str, what: str, rename: Any = str) -> Tensors:
+def _open(path: Path, part: str, rename: Any = str) -> Tensors:
     """The tensors of a file or a folder. Raises BadWeights for a file that is something else."""
     if not path.is_file():
         return Tensors.folder(path, rename)
-    if (found := kind(Header.read(path))) not in (part, ""):
-        raise BadWeights(f"{path.name} is {_a(found)}, not a klein {what}.")
+    expect(Header.read(path), part)
     return Tensors.open([path], rename)
-
-
-def _a(kind: str) -> str:
-    if kind == "LoRA":
-        return "a LoRA, which changes a model and is none (give it with --lora)"
-    return kind if kind.startswith(("a ", "an ")) else f"{'an' if kind[0] in 'aeiou' else 'a'} {kind}"
 
 
 def _all_there(tensors: Tensors, what: str) -> None:
@@ -89,7 +82,7 @@ def transformer(path: Path, wanted: str | None = None, device: torch.device = _C
     """
     what = f"transformer {path.name}" if path.is_file() else "transformer"
     config = {} if path.is_file() else _config(path)
-    tensors = _open(path, "transformer", "transformer", bfl_name)
+    tensors = _open(path, "transformer", bfl_name)
     _all_there(tensors, what)
     # Content tells the layout, not the name: some single files carry diffusers' names, some folders BFL's.
     theirs = "x_embedder.weight" in tensors.shapes
@@ -150,7 +143,7 @@ def autoencoder(path: Path) -> Part[Autoencoder]:
     """The autoencoder in a diffusers `vae/` folder or in BFL's single file, with the full or the small decoder."""
     what = f"autoencoder {path.name}" if path.is_file() else "autoencoder"
     config = {} if path.is_file() else _config(path)
-    tensors = _open(path, "autoencoder", "autoencoder")
+    tensors = _open(path, "autoencoder")
     _all_there(tensors, what)
     theirs = any(name.startswith("encoder.down_blocks.") for name in tensors.shapes)
     if theirs:
@@ -185,7 +178,7 @@ def _autoencoder_shape(shapes: dict[str, Shape], groups: int, what: str) -> Auto
 def text_encoder(path: Path, layers: tuple[int, ...], device: torch.device = _CPU) -> Part[TextEncoder]:
     """Qwen3 in a transformers folder or a single file, cut after the last of `layers`."""
     what = f"text encoder {path.name}" if path.is_file() else "text encoder"
-    tensors = _open(path, "text encoder", "text encoder", encoder_name)
+    tensors = _open(path, "text encoder", encoder_name)
     config = _qwen3(tensors.shapes, what) if path.is_file() else _config(path)
     if config.get("model_type") != "qwen3":
         raise BadWeights(f"The {what} is {config.get('model_type')!r}; klein reads with qwen3.")

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from engine import find, variants
+from engine import names, variants
 from engine.contract import BadWeights, ModelNotFound
 from engine.find import NANO, Shelf
 from engine.variants import VARIANTS, File
@@ -166,7 +166,9 @@ def test_variants_that_look_alike_are_told_by_name_or_asked_for(
     if variant is not None:
         assert Shelf().find(str(file)).variant.name == variant
         return
-    with pytest.raises(BadWeights, match=r"look alike\. Name it with --variant: klein-4b, klein-base-4b, klein-9b"):
+    with pytest.raises(
+        BadWeights, match=r"look alike\. Name it with --variant or KLEIN_VARIANT: klein-4b, klein-base-4b, klein-9b"
+    ):
         Shelf().find(str(file))
     assert Shelf().find(str(file), "klein-base-9b").variant.name == "klein-base-9b"
 
@@ -176,7 +178,7 @@ def test_only_variants_of_the_right_size_are_asked_about(
 ) -> None:
     wide = transformer | {"img_in.weight": torch.zeros(3072, 128)}
     file = named(wide, folder, tmp_path, "mine.safetensors")
-    with pytest.raises(BadWeights, match=r"--variant: klein-4b or klein-base-4b\."):
+    with pytest.raises(BadWeights, match=r"--variant or KLEIN_VARIANT: klein-4b or klein-base-4b\."):
         Shelf().find(str(file))
     with pytest.raises(BadWeights, match=r"is 3072 wide; klein-9b is 4096\..*klein-4b or klein-base-4b"):
         Shelf().find(str(file), "klein-9b")
@@ -207,7 +209,7 @@ def test_a_blob_of_the_hub_is_known_by_its_name_without_reading_it(
     file.symlink_to(blob)
     known = File("x", "y.safetensors", bytes=blob.stat().st_size, sha256=digest[:8])
     monkeypatch.setitem(variants.VARIANTS, "klein-9b", replace(VARIANTS["klein-9b"], files=(known,), hidden=0))
-    monkeypatch.setattr(find, "_sha256", lambda file: pytest.fail("read the whole file"))
+    monkeypatch.setattr(names, "sha256", lambda file: pytest.fail("read the whole file"))
     assert Shelf().find(str(file)).variant.name == "klein-9b"
 
 
@@ -231,3 +233,80 @@ def test_a_near_miss_is_named(tmp_path: Path) -> None:
         Shelf().find(str(tmp_path), "klein-9bkv")
     with pytest.raises(ModelNotFound, match=r"not installed; installed: nano\. Run: klein-mcp pull klein-9b"):
         Shelf().find("klein-9b")
+
+
+def test_what_a_person_may_miss_is_told_with_the_reason(
+    folder: Path, transformer: dict[str, Tensor], tmp_path: Path
+) -> None:
+    """A klein of the user's own, one that does not say which it is, a broken one, and formats that are not read."""
+    own = installed(folder, tmp_path, "my-klein")
+    unnamed = published.write(transformer | {"img_in.weight": torch.zeros(3072, 128)}, tmp_path / "mine.safetensors")
+    broken = published.write(transformer, tmp_path / "flux-2-klein-9b.safetensors")
+    broken.write_bytes(broken.read_bytes()[:-1])
+    packed, other = tmp_path / "unet" / "flux-2-klein-4b-Q4.gguf", tmp_path / "sdxl.ckpt"
+    packed.parent.mkdir()
+    packed.write_bytes(b"GGUF" + b"\0" * 9)
+    other.write_bytes(b"PK\x03\x04")
+    named_well = installed(folder, tmp_path)
+    published.write({"x.lora_A.weight": torch.zeros(2, 2)}, tmp_path / "klein-style.safetensors")
+    shelf = Shelf((tmp_path,))
+    told = {stranger.path: stranger.why for stranger in shelf.strangers()}
+    assert told.keys() == {own, unnamed, broken, packed}
+    assert "give its path as the model" in told[own]
+    assert "--variant or KLEIN_VARIANT: klein-4b or klein-base-4b" in told[unnamed]
+    assert "is not a whole safetensors file" in told[broken]
+    assert "is a GGUF file, which is not read yet" in told[packed]
+    assert shelf.installed() == {"nano": NANO, "klein-4b": named_well}
+    with pytest.raises(BadWeights, match=r"flux-2-klein-9b\.safetensors .* not a whole safetensors file"):
+        shelf.find("klein-9b")
+
+
+@pytest.mark.parametrize(
+    ("keys", "says"),
+    [
+        (["x.lora_A.weight"], "is a LoRA, .*give it with --lora"),
+        (["model.diffusion_model.input_blocks.0.0.weight"], "is an SDXL or SD checkpoint, not a klein transformer"),
+        (["double_blocks.0.img_mod.lin.weight"], r"is a FLUX\.1 model"),
+        (["decoder.post_quant_conv.weight", "bn.running_mean"], "is an autoencoder, not a klein transformer"),
+        (["something.weight"], r"is not a FLUX\.2 \[klein\] transformer: it has no img_in"),
+    ],
+)
+def test_what_is_no_klein_is_not_asked_which_klein_it_is(keys: list[str], says: str, tmp_path: Path) -> None:
+    file = published.write({name: torch.zeros(2, 2) for name in keys}, tmp_path / "whatever.safetensors")
+    with pytest.raises(BadWeights, match=says):
+        Shelf().find(str(file))
+
+
+def test_a_folder_that_is_no_model_says_what_it_has(
+    folder: Path, transformer: dict[str, Tensor], tmp_path: Path
+) -> None:
+    with pytest.raises(BadWeights, match=rf"is a part of the model in {folder}\. Give that folder"):
+        Shelf().find(str(folder / "vae"))
+    for path in (folder / "transformer", folder / "transformer" / "diffusion_pytorch_model.safetensors"):
+        with pytest.raises(BadWeights, match=rf"is a part of the model in {folder}\. Give that folder"):
+            Shelf().find(str(path))
+    (tmp_path / "klein.gguf").write_bytes(b"GGUF" + b"\0" * 9)
+    with pytest.raises(BadWeights, match=r"klein\.gguf is a GGUF file, which is not read yet"):
+        Shelf().find(str(tmp_path))
+    for name in ("a", "b"):
+        published.write(transformer, tmp_path / f"{name}.safetensors")
+    with pytest.raises(BadWeights, match=r"has 2 klein files: a\.safetensors, b\.safetensors\. Give one of them"):
+        Shelf().find(str(tmp_path))
+    with pytest.raises(ModelNotFound, match=r"No model at /nowhere\. Run klein-mcp models"):
+        Shelf().find("/nowhere")
+
+
+def test_a_missing_part_names_the_least_to_pull(folder: Path, transformer: dict[str, Tensor], tmp_path: Path) -> None:
+    """ComfyUI has no tokenizer among its files; nobody should have to fetch a whole model for it."""
+    home = comfyui(folder, tmp_path / "models", "flux-2-klein-9b.safetensors", transformer)
+    with pytest.raises(BadWeights, match=r"No tokenizer beside the file, .*run: klein-mcp pull tokenizer$"):
+        Shelf((home,)).find("klein-9b")
+    shutil.rmtree(home / "text_encoders")
+    with pytest.raises(
+        BadWeights, match=r"No text_encoder beside the file, .*run: klein-mcp pull klein-9b-companions$"
+    ):
+        Shelf((home,)).find("klein-9b")
+    pulled = hub(tmp_path / "hub", VARIANTS["klein-4b"].repo, {
+        name: path for name, path in tree(folder).items() if name.startswith(("model_index", "tokenizer", "text_enc"))
+    })  # fmt: skip
+    assert Shelf((home,), tmp_path / "hub").find("klein-9b").tokenizer == pulled / "tokenizer"
