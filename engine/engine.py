@@ -53,6 +53,7 @@ class Engine:
         self._foreseen: Rgb8 | None = None
         self._klein: Klein | None = None
         self._name = self._chosen = ""
+        self._auto: tuple[dict[str, Path], str] | None = None  # what was installed, and the best of it
         self._variant, self._quant, self._loras = variant, quant, tuple(loras)
         self._limit = None if memory is None else round(memory * 1e9)
         if threads:
@@ -136,7 +137,7 @@ class Engine:
     def best(self) -> str:
         """The best installed model that this machine holds without streaming its transformer, else the embedded one."""
         installed = self.shelf.installed()
-        if self._klein is None or self._auto[0] != installed:
+        if self._klein is None or self._auto is None or self._auto[0] != installed:
             self._auto = installed, best(installed, self._holds) or EMBEDDED
         return self._auto[1]
 

@@ -187,6 +187,12 @@ def test_what_auto_chose_stays_though_its_own_weights_fill_the_memory(monkeypatc
     assert paint(fresh, replace(DOG, model="auto")).ms["load"] == 0
 
 
+def test_auto_may_be_asked_for_after_a_model_by_its_name() -> None:
+    fresh = Engine(device="cpu")
+    paint(fresh, DOG)
+    assert paint(fresh, replace(DOG, model="auto")).model == "nano"
+
+
 def test_auto_falls_back_to_the_embedded_model() -> None:
     assert paint(Engine(device="cpu"), replace(DOG, model="auto")).model == "nano"
 
