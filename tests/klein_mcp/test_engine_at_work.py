@@ -1,0 +1,101 @@
+"""The real engine behind the queue: what a job that was hung up on held is free, and a full device is one clear error."""
+
+import gc
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import pytest
+import torch
+
+from engine.contract import Event, Job, OutOfMemory, Painting, Step
+from engine.engine import Engine
+from klein_mcp.daemon.queue import Queue
+from tests.klein_mcp.test_queue import Waiter
+
+EDIT = Job("make it green", (np.full((128, 128, 3), 90, np.uint8),), model="nano", steps=60)
+
+
+@pytest.fixture(scope="module")
+def engine() -> Engine:
+    return Engine(device="cpu", threads=1, remember=10**8)
+
+
+@pytest.fixture
+def queue(engine: Engine) -> Iterator[Queue]:
+    queue = Queue(lambda: engine, size=32, keep_alive=600)
+    worker = threading.Thread(target=queue.work)
+    worker.start()
+    yield queue
+    queue.close()
+    worker.join(30)
+    assert not worker.is_alive()
+
+
+def live_bytes() -> int:
+    """Of all tensors there are, each storage counted once."""
+    storages = {}
+    for thing in gc.get_objects():
+        if issubclass(type(thing), torch.Tensor):
+            storage = thing.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
+    return sum(storages.values())
+
+
+def until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_memory_returns_to_its_level_when_a_job_is_cancelled_at_a_step(
+    queue: Queue, engine: Engine, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(engine, "foresee", lambda: False)  # it would remember the picture, too
+    over = threading.Event()
+    # Once to its end: prompt, reference and the tables of its noise levels are remembered, on purpose.
+    queue.put(EDIT, "a", lambda event: over.set() if isinstance(event, Painting) else None)
+    assert over.wait(120)
+    until(lambda: not queue.status()["queue"]["running"])
+    gc.collect()
+    level, within = live_bytes(), []
+
+    def tell(event: Event | Exception) -> None:
+        if isinstance(event, Step) and event.done == 3:
+            within.append(live_bytes())
+            queue.cancel(ticket, tell)
+
+    # Not by the collector's grace: a device is full long before Python looks for circles.
+    gc.disable()
+    try:
+        ticket = queue.put(EDIT, "a", tell)
+        until(lambda: bool(within) and not queue.status()["queue"]["running"])
+        assert within[0] > level, "the measure sees what a job holds"
+        assert live_bytes() <= level
+    finally:
+        gc.enable()
+    assert queue.status()["queue"]["done"] == 1
+
+
+def test_a_device_that_stays_full_is_one_line_with_numbers_and_the_next_job_is_painted(
+    queue: Queue, engine: Engine, monkeypatch: pytest.MonkeyPatch
+):
+    assert isinstance(Waiter(queue, "a cat", "a").end, Painting)
+    assert engine._klein is not None
+    attempts = []
+
+    def decode(latent: torch.Tensor) -> torch.Tensor:
+        attempts.append(latent.shape)
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nSee the documentation.")
+
+    with monkeypatch.context() as full:
+        full.setattr(engine._klein.autoencoder, "decode", decode)
+        problem = Waiter(queue, "a dog", "a").end
+    assert isinstance(problem, OutOfMemory)
+    assert len(attempts) == 2
+    assert "\n" not in str(problem)
+    assert str(problem).count(" GB") == 3
+    assert isinstance(Waiter(queue, "a dog", "a").end, Painting)
+    assert queue.status()["engine"]["remembered"]["entries"] >= 1
