@@ -1,6 +1,7 @@
 """`klein-mcp pull NAME`: the files of a model that are needed, into the hub's cache, and no others."""
 
 import argparse
+import errno
 import hashlib
 import json
 import os
@@ -13,14 +14,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from engine.variants import APACHE, FULL, SMALL_DECODER, VARIANTS, Variant
+from engine.variants import APACHE, EMBEDDED, FULL, SMALL_DECODER, VARIANTS, Variant
 from klein_mcp.errors import RequestError
 from klein_mcp.settings import Settings
+from klein_mcp.terminal import Bar
 
 SPARE = 1 << 30
 """Bytes of disk that stay free: a full disk breaks more than a download."""
 
 SMALL = "small-decoder"
+TOKENIZER = "tokenizer"
+"""The one part that neither a single file nor ComfyUI's folders have; the same for every klein."""
+BESIDE = "companions"
+"""Everything of a model but its transformer, for those who have that as a single file."""
 
 COMPANIONS = (
     "model_index.json",
@@ -64,20 +70,22 @@ class Item:
 def names() -> list[str]:
     """Everything that can be pulled."""
     quantised = [f"{row.name}-{file.format}" for row in VARIANTS.values() for file in row.files if file.format != FULL]
-    return [*(row.name for row in VARIANTS.values() if row.repo), *quantised, SMALL]
+    whole = [row.name for row in VARIANTS.values() if row.repo]
+    return [*whole, *quantised, *(f"{name}-{BESIDE}" for name in whole), SMALL, TOKENIZER]
 
 
 def run(settings: Settings, arguments: argparse.Namespace) -> int:
     """Raises RequestError, OSError."""
     row, wishes = _wishes(arguments.name)
-    if row is not None:
-        _agree(row, arguments.name, arguments.accept_licence)
+    _agree(row, arguments.name, arguments.accept_licence)
     _quiet()
-    with _in_words(row, arguments.name):
-        items = [item for wish in wishes for item in _items(settings.hub, wish)]
+    items: list[Item] = []
+    for wish in wishes:
+        with _in_words(row, arguments.name, wish.repo):
+            items += _items(settings.hub, wish)
     _check_disk(settings.hub, sum(item.size - item.have for item in items))
     for item in items:
-        with _in_words(row, arguments.name):
+        with _in_words(row, arguments.name, item.repo):
             _fetch(settings.hub, item)
     folders = sorted({str(_snapshot(settings.hub, item)) for item in items})
     if arguments.json:
@@ -90,9 +98,15 @@ def run(settings: Settings, arguments: argparse.Namespace) -> int:
 def _wishes(name: str) -> tuple[Variant | None, list[Wish]]:
     if name == SMALL:
         return None, [Wish(SMALL_DECODER.repo, (SMALL_DECODER.name,))]
+    if name == TOKENIZER:
+        return None, [Wish(VARIANTS["klein-4b"].repo, ("model_index.json", "tokenizer/*"))]
+    if name == EMBEDDED:
+        raise RequestError(f"{name} is in the package; there is nothing to pull.")
     for row in VARIANTS.values():
         if row.repo and name == row.name:
             return row, [Wish(row.repo, COMPANIONS + TRANSFORMER)]
+        if row.repo and name == f"{row.name}-{BESIDE}":
+            return row, [Wish(row.repo, COMPANIONS)]
         for file in row.files:
             if file.format != FULL and name == f"{row.name}-{file.format}":
                 return row, [Wish(file.repo, (file.name,)), Wish(row.repo, COMPANIONS)]
@@ -103,10 +117,12 @@ def _wishes(name: str) -> tuple[Variant | None, list[Wish]]:
     raise RequestError(f"There is no model {name!r} to pull.{meant}", hint=f"There are: {', '.join(names())}.")
 
 
-def _agree(row: Variant, name: str, agreed: bool) -> None:
-    """Show the licence; ask where it is not a free one."""
-    url = f"https://huggingface.co/{row.repo}"
-    print(f"{row.title}: {LICENCES[row.licence].format(url=url)}", file=sys.stderr)
+def _agree(row: Variant | None, name: str, agreed: bool) -> None:
+    """Show the licence; ask where it is not a free one. row: None for what comes with no model, all of it free."""
+    if row is None:
+        print(f"{name}: {LICENCES[APACHE]}", file=sys.stderr)
+        return
+    print(f"{row.title}: {LICENCES[row.licence].format(url=_page(row.repo))}", file=sys.stderr)
     if row.licence == APACHE or agreed:
         return
     if not sys.stdin.isatty():
@@ -191,6 +207,10 @@ def _have(hub: Path, item: Item) -> int:
 
 def _check_disk(hub: Path, missing: int) -> None:
     place = next(folder for folder in (hub, *hub.parents) if folder.exists())
+    if not (place.is_dir() and os.access(place, os.W_OK)):
+        raise RequestError(
+            f"{place} is no folder that can be written to.", hint="Set KLEIN_HUB to one, or change its owner."
+        )
     free = shutil.disk_usage(place).free
     if missing and missing + SPARE > free:
         raise RequestError(
@@ -233,7 +253,8 @@ def _fetch_large(hub: Path, item: Item) -> None:
                 expected_size=item.size,
                 displayed_filename=item.name,
             )
-        digest = _sha256(partial)
+        with Bar(f"checking {item.name}"):
+            digest = _sha256(partial)
         if digest != item.sha256:
             partial.unlink()
             raise RequestError(
@@ -256,7 +277,7 @@ def _sha256(path: Path) -> str:
 
 
 @contextmanager
-def _in_words(row: Variant | None, name: str) -> Iterator[None]:
+def _in_words(row: Variant | None, name: str, repo: str) -> Iterator[None]:
     """Turns what the hub and the network answer into one line with the next step."""
     import httpx2
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
@@ -267,27 +288,38 @@ def _in_words(row: Variant | None, name: str) -> Iterator[None]:
     except HfHubHTTPError as problem:
         status = problem.response.status_code
         if status in (401, 403) or isinstance(problem, GatedRepoError | RepositoryNotFoundError):
-            raise _closed(row, name) from None
+            raise _closed(row, name, repo, known=status == 403) from None
         raise RequestError(f"The hub answered {status}.", hint="Try again later.") from None
     except httpx2.HTTPError as problem:
         broke = f"The connection to the hub broke off: {problem or type(problem).__name__}."
         raise RequestError(broke, hint=again) from None
     except OSError as problem:
+        if problem.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise RequestError("The disk is full.", hint=f"Make room. {again}") from None
         if "Consistency check failed" not in str(problem):
             raise
         raise RequestError("The download ended before the file did.", hint=again) from None
 
 
-def _closed(row: Variant | None, name: str) -> RequestError:
+def _closed(row: Variant | None, name: str, repo: str, *, known: bool) -> RequestError:
+    """known: the hub knows who asks, and still says no. A quantised file's repository has a gate of its own."""
     if row is not None and row.gated:
-        return RequestError(
-            f"{row.name} is gated: accept its terms at https://huggingface.co/{row.repo}, signed in.",
-            hint=f"Then run: hf auth login && klein-mcp pull {name}",
-        )
-    repo = row.repo if row else SMALL_DECODER.repo
+        line = f"klein-mcp pull {name}" if known else f"{_hf()} auth login && klein-mcp pull {name}"
+        return RequestError(f"{name} is gated: accept its terms at {_page(repo)}, signed in.", hint=f"Then run: {line}")
     return RequestError(
-        f"The hub does not let {repo} be read.", hint="If a token is set that has expired, run: hf auth login"
+        f"The hub does not let {repo} be read: it is not there, or a token that is set has expired.",
+        hint=f"Look at {_page(repo)}, or run: {_hf()} auth login",
     )
+
+
+def _page(repo: str) -> str:
+    return f"https://huggingface.co/{repo}"
+
+
+def _hf() -> str:
+    """The hub's own command; where this program has an environment of its own, it is not on the PATH."""
+    beside = Path(sys.executable).with_name("hf")
+    return str(beside) if shutil.which("hf") is None and beside.exists() else "hf"
 
 
 def _gb(size: int) -> str:

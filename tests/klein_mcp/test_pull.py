@@ -22,6 +22,7 @@ from tests.klein_mcp.hub import COMMIT, Hub
 FOUR = "black-forest-labs/FLUX.2-klein-4B"
 EIGHT = "black-forest-labs/FLUX.2-klein-4b-fp8"
 NINE = "black-forest-labs/FLUX.2-klein-9B"
+NINE_EIGHT = "black-forest-labs/FLUX.2-klein-9b-fp8"
 
 
 def noise(size: int, seed: int) -> bytes:
@@ -130,7 +131,8 @@ def test_a_quantised_one_brings_its_companions_and_not_the_large_transformer(hub
 
 
 def test_the_small_decoder_comes_alone(hub: Hub, home: Path) -> None:
-    assert run(hub, home, "small-decoder")[0] == 0
+    code, _, err = run(hub, home, "small-decoder")
+    assert (code, "Apache-2.0" in err) == (0, True)
     assert hub.fetched() == {"full_encoder_small_decoder.safetensors"}
 
 
@@ -173,12 +175,62 @@ def test_a_wrong_hash_is_refused_and_the_file_deleted(hub: Hub, home: Path) -> N
 
 
 def test_a_gated_model_gets_the_exact_line_to_run(hub: Hub, home: Path) -> None:
-    code, _, err = run(hub, home, "klein-9b", "--accept-licence")
+    path = home / "bin"
+    path.mkdir()
+    (path / "hf").write_text("#!/bin/sh\n")
+    (path / "hf").chmod(0o755)
+    for on_path, command in ((str(path), "hf"), ("/nowhere", str(Path(sys.executable).with_name("hf")))):
+        code, _, err = run(hub, home, "klein-9b", "--accept-licence", PATH=on_path)
+        assert code == 1
+        assert err.strip().splitlines()[-1] == (
+            f"klein-mcp: klein-9b is gated: accept its terms at https://huggingface.co/{NINE}, signed in. "
+            f"Then run: {command} auth login && klein-mcp pull klein-9b"
+        )
+
+
+def test_each_of_two_gates_is_named(hub: Hub, home: Path) -> None:
+    """The quantised file lies in a repository of its own, whose terms have to be accepted too."""
+    hub.token = "hf_test"
+    code, _, err = run(hub, home, "klein-9b-fp8", "--accept-licence", HF_TOKEN="hf_test")
+    assert code == 1, "this one is not there"
+    assert f"accept its terms at https://huggingface.co/{NINE_EIGHT}, signed in" in err
+    hub.repos[NINE_EIGHT] = {"flux-2-klein-9b-fp8.safetensors": noise(9000, 1)}
+    hub.closed = {NINE_EIGHT}
+    code, _, err = run(hub, home, "klein-9b-fp8", "--accept-licence")
+    assert f"klein-9b-fp8 is gated: accept its terms at https://huggingface.co/{NINE_EIGHT}, signed in" in err
+    assert run(hub, home, "klein-9b-fp8", "--accept-licence", HF_TOKEN="hf_test")[0] == 0
+
+
+def test_a_repository_that_is_not_there_is_named(hub: Hub, home: Path) -> None:
+    code, _, err = run(hub, home, "klein-base-4b-nvfp4")
     assert code == 1
-    assert err.strip().splitlines()[-1] == (
-        f"klein-mcp: klein-9b is gated: accept its terms at https://huggingface.co/{NINE}, signed in. "
-        "Then run: hf auth login && klein-mcp pull klein-9b"
-    )
+    assert "does not let black-forest-labs/FLUX.2-klein-base-4b-nvfp4 be read: it is not there, or" in err
+
+
+def test_the_tokenizer_alone_and_the_companions_of_a_single_file(hub: Hub, home: Path) -> None:
+    assert run(hub, home, "tokenizer")[0] == 0
+    assert set(there(home, FOUR)) == {"model_index.json", "tokenizer/tokenizer.json", "tokenizer/tokenizer_config.json"}
+    code, _, err = run(hub, home, "klein-4b-companions")
+    assert code == 0, err
+    got = there(home, FOUR)
+    assert {"vae/diffusion_pytorch_model.safetensors", "text_encoder/model-00001-of-00004.safetensors"} <= got.keys()
+    assert not [name for name in got if name.startswith("transformer")]
+
+
+def test_what_cannot_be_pulled_or_written_is_one_line(hub: Hub, home: Path) -> None:
+    code, _, err = run(hub, home, "nano")
+    assert (code, err.strip()) == (1, "klein-mcp: nano is in the package; there is nothing to pull.")
+    (home / "file").write_text("")
+    code, _, err = run(hub, home, "tokenizer", KLEIN_HUB=str(home / "file" / "hub"))
+    assert code == 1
+    assert err.strip().splitlines()[-1].endswith("is no folder that can be written to. Set KLEIN_HUB to one, or change "
+                                                 "its owner.")  # fmt: skip
+
+
+def test_a_disk_that_runs_full_meanwhile_is_one_line() -> None:
+    with pytest.raises(RequestError, match=r"The disk is full\. Make room\. Run the same line again"):  # noqa: SIM117
+        with pull._in_words(None, "tokenizer", FOUR):
+            raise OSError(28, "No space left on device")
 
 
 def test_with_a_token_the_gate_is_open(hub: Hub, home: Path) -> None:
