@@ -16,7 +16,7 @@ from typing import Any
 from engine.contract import EngineError, Job, Painting
 from engine.variants import EMBEDDED, VARIANTS
 from klein_mcp.settings import Settings
-from klein_mcp.terminal import program
+from klein_mcp.terminal import Bar, program
 
 OLDEST_PYTHON = (3, 11)
 ROOM = 5 * 10**9
@@ -61,13 +61,16 @@ def look(settings: Settings) -> Iterator[Finding]:
     try:
         from klein_mcp.paint import engine
 
-        made = engine(settings)
+        with Bar("starting the engine"):
+            made = engine(settings)
+            inside = [_device(made), *_models(settings, made)]
     except (EngineError, ImportError, OSError) as problem:
         yield Finding("engine", "cannot be made", str(problem))
         return
-    yield _device(made)
-    yield from _models(made)
-    yield _painting(made)
+    yield from inside
+    with Bar("painting"):
+        painting = _painting(made)
+    yield painting
 
 
 def _python() -> Finding:
@@ -158,12 +161,18 @@ def _device(made: Any) -> Finding:
     return Finding("device", f"{state['device']}, {state['dtype']}, {state['free_bytes'] / 1e9:.1f} GB free")
 
 
-def _models(made: Any) -> Iterator[Finding]:
+def _models(settings: Settings, made: Any) -> Iterator[Finding]:
+    from klein_mcp.models import missing_places
+
     there = made.models()
     for model in there:
         own = model["name"] == EMBEDDED
         about = model["name"] if own else f"{model['name']} ({model['format']}), {model['licence']}"
         yield Finding("model", f"{about}: {model['memory']}" if model["fits"] else about, _todo(model))
+    for stranger in made.shelf.strangers():
+        yield Finding("model", f"{stranger.path} cannot be called by a name", stranger.why, works=True)
+    for path, why in missing_places(settings):
+        yield Finding("model", str(path), why, works=True)
     if len(there) == 1:
         yield Finding("model", "only the embedded demo model is installed", "Run: klein-mcp pull klein-4b", works=True)
 

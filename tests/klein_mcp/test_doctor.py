@@ -81,6 +81,37 @@ def test_a_model_that_cannot_load_says_why(settings: Settings, tmp_path: Path) -
     assert not broken.works
 
 
+def test_a_model_that_has_no_name_is_advice(settings: Settings, tmp_path: Path) -> None:
+    file = tmp_path / "models" / "my-klein.gguf"
+    file.parent.mkdir()
+    file.write_bytes(b"GGUF" + b"\0" * 20)
+    there = Settings(home=settings.home, hub=settings.hub, device="cpu", models=(file.parent, tmp_path / "typo"))
+    advice = {line.found: line for line in doctor.look(there) if line.what == "model" and line.todo}
+    assert "not read yet" in advice[f"{file} cannot be called by a name"].todo
+    assert "KLEIN_MODELS" in advice[str(tmp_path / "typo")].todo
+    assert all(line.works for line in advice.values())
+
+
+def test_whoever_waits_at_a_terminal_sees_that_something_is_done(settings: Settings, tmp_path: Path) -> None:
+    """The libraries that know the device take seconds to come in."""
+    pty = pytest.importorskip("pty")
+    for command in ("models", "doctor"):
+        ours, theirs = pty.openpty()
+        inside = {"KLEIN_HOME": str(settings.home), "KLEIN_HUB": str(settings.hub), "KLEIN_DEVICE": "cpu",
+                  "HOME": str(tmp_path), "TERM": "xterm"}  # fmt: skip
+        process = subprocess.Popen(
+            [sys.executable, "-m", "klein_mcp", command], env=os.environ | inside, stderr=theirs, stdout=subprocess.PIPE
+        )
+        seen = b""
+        while b"looking at this machine" not in seen and b"starting the engine" not in seen:
+            assert process.poll() is None, seen
+            seen += os.read(ours, 4096)
+        process.kill()
+        process.communicate()
+        os.close(theirs)
+        os.close(ours)
+
+
 def test_a_script_reads_json(settings: Settings, capsys: pytest.CaptureFixture[str]) -> None:
     assert doctor.run(settings, argparse.Namespace(json=True)) == 0
     said = json.loads(capsys.readouterr().out)

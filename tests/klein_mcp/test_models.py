@@ -58,3 +58,20 @@ def test_a_person_reads_what_does_not_fit_and_why(
     assert "does not load: " in said
     assert "has no vae folder. Download it again." in said
     assert "klein-9b       FLUX.2 [klein] 9B, FLUX Non-Commercial, gated, bf16 18.2 GB, fp8 9.4 GB" in said
+    assert "nvfp4; all in memory in bf16: 31 GB" in said
+
+
+def test_what_cannot_be_called_by_a_name_is_listed_with_the_reason(
+    shelf: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    home = tmp_path / "shelf"
+    shutil.copytree(shelf / "klein-4b", home / "mine")
+    (home / "flux-2-klein-4b-Q8_0.gguf").write_bytes(b"GGUF" + b"\0" * 20)
+    there = Settings(home=tmp_path, hub=tmp_path / "hub", models=(home, tmp_path / "typo"), device="cpu")
+    assert run(there) == 0
+    said = capsys.readouterr().out
+    assert f"  {home / 'mine'}\n    It is a klein, under a name of its own: give its path as the model." in said
+    assert "flux-2-klein-4b-Q8_0.gguf is a GGUF file, which is not read yet" in said
+    assert f"  {tmp_path / 'typo'}\n    KLEIN_MODELS names it, and it is not there." in said
+    assert run(there, as_json=True) == 0
+    assert len(json.loads(capsys.readouterr().out)["not_used"]) == 3
