@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from engine import lora, memory, parts, quant
-from engine.contract import BadWeights, Loading
+from engine.contract import BadWeights, Loading, OutOfMemory
 from engine.conveyor import Conveyor, SleepingEmbedding, stream
 from engine.device import Placement, has_own_memory, host_memory
 from engine.find import Checkpoint
@@ -22,7 +22,7 @@ from engine.model.transformer import Transformer
 from engine.parts import Part
 from engine.pixels import GRID
 from engine.quant import QuantLinear
-from engine.variants import Variant
+from engine.variants import VARIANTS, Variant
 from engine.weights import slots
 
 _EMBEDDING = "model.embed_tokens"
@@ -70,8 +70,12 @@ class Prepared:
         return sum(part.bytes for part in self.parts)
 
 
-def prepare(checkpoint: Checkpoint, placement: Placement, options: Options, held: int = 0) -> Prepared:
-    """Look at the files and plan. held: bytes that will be given back first.
+def prepare(
+    checkpoint: Checkpoint, placement: Placement, options: Options, held: int = 0, *, smaller: bool = False
+) -> Prepared:
+    """Look at the files and plan for a picture of the native size. held: bytes that will be given back first.
+
+    smaller: where that does not fit, plan for a smaller one; a picture that is larger is refused when it is asked for.
 
     Raises BadWeights, InvalidJob, or OutOfMemory.
     """
@@ -85,13 +89,19 @@ def prepare(checkpoint: Checkpoint, placement: Placement, options: Options, held
     needs = _needs(variant, transformer, text_encoder, autoencoder, changes, placement.dtype)
     work = work_of(variant, transformer.module, autoencoder.module, placement.dtype)
     fewer = _alternatives(needs, transformer, options, placement)
-    found = memory.plan(needs, room(placement, options.limit, held), work, fewer)
+    there, models = room(placement, options.limit, held), _other_models(variant, placement)
+    try:
+        found = memory.plan(needs, there, work, fewer, models)
+    except OutOfMemory:
+        fitting = (memory.fits(needs, there, work.at(side)) for side in memory.SIDES if smaller and side < work.side)
+        if (found := next(filter(None, fitting), None)) is None:
+            raise
     return Prepared(transformer, text_encoder, autoencoder, changes, needs, found)
 
 
 def load(checkpoint: Checkpoint, placement: Placement, options: Options) -> Generator[Loading, None, Networks]:
     """Read a model, telling how far it is. Raises as `prepare`."""
-    ready = prepare(checkpoint, placement, options)
+    ready = prepare(checkpoint, placement, options, smaller=True)
     name, device, total = checkpoint.variant.name, placement.device, ready.bytes or 1
     done = 0
     yield Loading(name, 0.0)
@@ -119,9 +129,10 @@ def room(placement: Placement, limit: int | None = None, held: int = 0) -> Room:
     free = placement.free_bytes() + placement.idle_bytes() + held
     return Room(
         device=placement.label,
-        free=free if limit is None else min(free, limit),
+        free=free,
         total=placement.total_bytes(),
         host=placement.host_bytes(),
+        limit=limit,
     )
 
 
@@ -199,6 +210,17 @@ def _alternatives(
     values = [size // placement.dtype.itemsize for size in needs.blocks]
     fewer = {"fp8": [count + 4 for count in values], "nvfp4": [count // 2 + count // 16 + 4 for count in values]}
     return [(f"--quant {kind}", replace(needs, blocks=tuple(sizes))) for kind, sizes in fewer.items()]
+
+
+def _other_models(variant: Variant, placement: Placement) -> list[tuple[str, Needs]]:
+    """What smaller models of the same kind would take, by their rows: bf16, and 2 GB of them working memory."""
+    rows = [
+        row
+        for row in VARIANTS.values()
+        if row.repo and row.distilled == variant.distilled and row.memory_gb < variant.memory_gb
+    ]
+    bytes_per_gb = round(1e9) * placement.dtype.itemsize // 2
+    return [(row.name, Needs(row.name, (), (), 0, round((row.memory_gb - 2) * bytes_per_gb))) for row in rows]
 
 
 def _asleep(ready: Prepared) -> dict[str, frozenset[str]]:

@@ -4,7 +4,7 @@ A pure function from sizes to a plan; refuses early, with numbers and the neares
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from engine.contract import OutOfMemory
 
@@ -13,6 +13,9 @@ _PREFERENCE = ("klein-9b-kv", "klein-9b", "klein-4b")
 
 RESERVE = 500_000_000
 """Bytes of a device that are nobody's: workspaces of its libraries, and what its allocator cuts off."""
+
+SIDES = (1024, 768, 512, 256)
+"""Of the squares that are tried, in pixels, where the wanted one does not fit."""
 
 SLOTS = 2
 """Of the ring that streamed layers pass through: one is computed with while the next is on its way."""
@@ -45,12 +48,20 @@ class Needs:
 
 @dataclass(frozen=True, slots=True)
 class Room:
-    """Memory that is free now, in bytes. total: of the device, whoever uses it. host: None where it is the device's."""
+    """Memory that is free now, in bytes. total: of the device, whoever uses it. host: None where it is the device's.
+
+    limit: what the user allows, whatever is free.
+    """
 
     device: str
     free: int
     total: int
     host: int | None = None
+    limit: int | None = None
+
+    @property
+    def usable(self) -> int:
+        return self.free if self.limit is None else min(self.free, self.limit)
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +70,10 @@ class Work:
 
     side: int
     bytes: int
+
+    def at(self, side: int) -> "Work":
+        """For a smaller square: nearly all of it grows with the area."""
+        return Work(side, self.bytes * side**2 // self.side**2)
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,39 +117,46 @@ def working(
     return kept + max(21 * hidden * itemsize * tokens, 3 * decoder * itemsize * pixels + 16 * pixels)
 
 
-def plan(needs: Needs, room: Room, work: Work, alternatives: Sequence[tuple[str, Needs]] = ()) -> Plan:
+def plan(
+    needs: Needs,
+    room: Room,
+    work: Work,
+    alternatives: Sequence[tuple[str, Needs]] = (),
+    models: Sequence[tuple[str, Needs]] = (),
+) -> Plan:
     """The fastest plan that fits: all on the device; else the encoder streams; else as few blocks as must.
 
     alternatives: (what to say, needs) of ways to load the model that take less, in order of preference, of which the
-    first that fits is named in the error. Raises OutOfMemory.
+    first that fits is named in the error. models: the same of other models, named if nothing helps this one.
+    Raises OutOfMemory.
     """
-    found = _plan(needs, room, work)
+    found = fits(needs, room, work)
     if found is not None:
         return found
     least = _least(needs, room, work)
     raise OutOfMemory(
-        f"{needs.name} needs {gb(least)} of the {room.device} for {work.side}×{work.side}; "
-        f"{gb(room.free)} of {gb(room.total)} are free.{_others(room)}",
-        hint=_nearest(needs, room, work, alternatives),
+        f"{needs.name} needs {gb(least)} of the {room.device} for {work.side}×{work.side}; {_there(room)}",
+        hint=_nearest(needs, room, work, alternatives, models),
     )
 
 
-def _plan(needs: Needs, room: Room, work: Work) -> Plan | None:
+def fits(needs: Needs, room: Room, work: Work) -> Plan | None:
+    """The plan, or None."""
     fixed = needs.rest + work.bytes + RESERVE
     if room.host is None:
         peak = needs.all + work.bytes + RESERVE
-        return Plan(len(needs.blocks), len(needs.encoder), False, peak, 0) if peak <= room.free else None
+        return Plan(len(needs.blocks), len(needs.encoder), False, peak, 0) if peak <= room.usable else None
     blocks, encoder = sum(needs.blocks), sum(needs.encoder)
     # The table always sleeps: a prompt looks up 512 rows of 150,000.
-    if fixed + blocks + encoder <= room.free:
+    if fixed + blocks + encoder <= room.usable:
         return _if_awake(
             Plan(len(needs.blocks), len(needs.encoder), True, fixed + blocks + encoder, needs.embedding), room
         )
     ring = SLOTS * max((*needs.encoder, 0))
-    if fixed + blocks + ring <= room.free:
+    if fixed + blocks + ring <= room.usable:
         return _if_awake(Plan(len(needs.blocks), 0, True, fixed + blocks + ring, needs.embedding + encoder), room)
     ring = SLOTS * max((*needs.encoder, *needs.blocks, 0))
-    staying = _staying(needs.blocks, room.free - fixed - ring)
+    staying = _staying(needs.blocks, room.usable - fixed - ring)
     if staying is None:
         return None
     there = sum(needs.blocks[:staying])
@@ -165,28 +187,39 @@ def _least(needs: Needs, room: Room, work: Work) -> int:
     return needs.rest + work.bytes + RESERVE + SLOTS * max((*needs.encoder, *needs.blocks, 0))
 
 
-def _others(room: Room) -> str:
-    """Tells of whoever holds much of the device."""
-    taken = room.total - room.free
-    return f" Other programs hold {gb(taken)}." if room.host is not None and taken > room.total // 4 else ""
+def _there(room: Room) -> str:
+    """What there is, and who keeps the rest: the user's own limit, or whoever holds much of the device."""
+    if room.usable < room.free:
+        return f"KLEIN_MEMORY allows {gb(room.usable)}."
+    others = f" Other programs hold {gb(room.total - room.free)}." if _is_shared(room) else ""
+    return f"{gb(room.free)} of {gb(room.total)} are free.{others}"
 
 
-def _nearest(needs: Needs, room: Room, work: Work, alternatives: Sequence[tuple[str, Needs]]) -> str:
-    if (
-        room.host is not None
-        and room.total - room.free > room.total // 4
-        and _plan(needs, Room(room.device, room.total, room.total, room.host), work)
-    ):
+def _is_shared(room: Room) -> bool:
+    return room.host is not None and room.total - room.free > room.total // 4
+
+
+def _nearest(
+    needs: Needs,
+    room: Room,
+    work: Work,
+    alternatives: Sequence[tuple[str, Needs]],
+    models: Sequence[tuple[str, Needs]],
+) -> str:
+    if room.usable < room.free and fits(needs, replace(room, limit=None), work) is not None:
+        return f"Allow more: with {gb(_least(needs, room, work))} it would fit."
+    if _is_shared(room) and fits(needs, replace(room, free=room.total), work) is not None:
         return "End the other program, or choose another device with KLEIN_DEVICE."
     for say, other in alternatives:
-        if (less := _plan(other, room, work)) is not None:
+        if (less := fits(other, room, work)) is not None:
             return f"{say} would fit: it needs {gb(less.peak)}."
-    for side in (1024, 768, 512, 256):
-        smaller = Work(side, work.bytes * side**2 // work.side**2)
-        if side < work.side and _plan(needs, room, smaller) is not None:
-            return f"{side}×{side} would fit."
-    if room.host is not None and _least(needs, room, work) <= room.free:
+    if smaller := next((side for side in SIDES if side < work.side and fits(needs, room, work.at(side))), None):
+        return f"{smaller}×{smaller} would fit."
+    if room.host is not None and _least(needs, room, work) <= room.usable:
         return f"The host's memory is what lacks: {gb(room.host)} are free for what has to sleep there."
+    for say, other in models:
+        if (less := fits(other, room, work)) is not None:
+            return f"{say} would fit: it needs about {gb(less.peak)}."
     return "The embedded model (nano) fits anywhere."
 
 

@@ -197,9 +197,23 @@ def test_a_lora_on_streamed_layers_is_the_lora_on_resident_ones(
         assert torch.equal(*velocities)
 
 
+def test_where_the_native_size_does_not_fit_a_smaller_one_is_planned_for(
+    folder: Path, cramped: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the refusal of a large picture names as fitting has to be had."""
+    checkpoint = Shelf().find(str(folder))
+    cramped["free"] = 10**9
+    needed = load.prepare(checkpoint, PLACEMENT, Options()).plan.peak
+    monkeypatch.setattr(load, "work_of", lambda *shapes: Work(1024, 10**9))
+    cramped["free"] = needed + 3 * 10**8
+    with pytest.raises(OutOfMemory, match=r"needs 1\.0 GB of the GPU for 1024×1024"):
+        load.prepare(checkpoint, PLACEMENT, Options())
+    assert "all on the device" in last(Klein.load(checkpoint, PLACEMENT)).lives
+
+
 def test_a_limit_on_memory_is_kept(folder: Path) -> None:
     engine = Engine(device="cpu", dtype="float32", memory=0.001, models=[folder])
-    with pytest.raises(OutOfMemory, match=r"needs 0\.\d GB of the memory.* 0\.0 GB of"):
+    with pytest.raises(OutOfMemory, match=r"needs 0\.\d GB of the memory.* KLEIN_MEMORY allows 0\.0 GB\. Allow more"):
         list(engine.run(Job("x", model=str(folder))))
 
 

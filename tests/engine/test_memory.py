@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engine.contract import OutOfMemory
-from engine.load import work_of
+from engine.device import Placement
+from engine.load import _other_models, work_of
 from engine.memory import RESERVE, Needs, Plan, Room, Work, best, plan, working
 from engine.model.autoencoder import Autoencoder, AutoencoderShape
 from engine.model.text_encoder import TextEncoder
@@ -146,6 +147,30 @@ def test_a_refusal_names_the_nearest_thing_that_would_fit() -> None:
         plan(needs("4b"), card(8, free=6.0), work(side=2048))
     with pytest.raises(OutOfMemory, match=r"nano\) fits anywhere"):
         plan(needs("9b"), Room("memory", 1 * GB, 2 * GB), work("9b"))
+
+
+def test_a_limit_of_the_users_own_is_not_blamed_on_other_programs() -> None:
+    with pytest.raises(OutOfMemory) as told:
+        plan(needs("9b"), replace(card(24), limit=2 * GB), work("9b"))
+    assert str(told.value) == (
+        "klein-9b needs 3.6 GB of the GPU for 1024×1024; KLEIN_MEMORY allows 2.0 GB. "
+        "Allow more: with 3.6 GB it would fit."
+    )
+    with pytest.raises(OutOfMemory, match=r"KLEIN_MEMORY allows 2\.0 GB\. Allow more: with 32\.\d GB it would fit"):
+        plan(needs("9b"), Room("memory", 60 * GB, 64 * GB, None, 2 * GB), work("9b"))
+    assert plan(needs("4b"), replace(card(80), limit=10 * GB), work()).peak <= 10 * GB
+    assert plan(needs("4b"), replace(card(8), limit=40 * GB), work()) == plan(needs("4b"), card(8), work())
+
+
+def test_a_smaller_model_is_named_where_nothing_helps_this_one() -> None:
+    nine = VARIANTS["klein-9b"]
+    others = _other_models(nine, Placement(torch.device("cpu"), torch.bfloat16))
+    assert [name for name, _ in others] == ["klein-4b"]
+    with pytest.raises(OutOfMemory, match=r"klein-4b would fit: it needs about 15\.\d GB\.$"):
+        plan(needs("9b"), Room("memory", 20 * GB, 24 * GB), work("9b"), models=others)
+    assert not _other_models(VARIANTS["klein-4b"], Placement(torch.device("cpu"), torch.bfloat16))
+    base = _other_models(VARIANTS["klein-base-9b"], Placement(torch.device("cpu"), torch.float32))
+    assert [(name, other.all) for name, other in base] == [("klein-base-4b", 27 * GB)]
 
 
 def test_weights_that_sleep_need_room_in_the_host() -> None:
