@@ -1,4 +1,4 @@
-"""The real engine behind the queue: what a job that was hung up on held is free, and a full device is one clear error."""
+"""The real engine behind the queue: what a cancelled job held is free again, and a full device is one clear error."""
 
 import gc
 import threading
@@ -53,12 +53,13 @@ def until(condition: Callable[[], bool]) -> None:
 def test_memory_returns_to_its_level_when_a_job_is_cancelled_at_a_step(
     queue: Queue, engine: Engine, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(engine, "foresee", lambda: False)  # it would remember the picture, too
+    monkeypatch.setattr(engine, "foresee", lambda: False)  # or the picture would be remembered at some moment, too
     over = threading.Event()
     # Once to its end: prompt, reference and the tables of its noise levels are remembered, on purpose.
     queue.put(EDIT, "a", lambda event: over.set() if isinstance(event, Painting) else None)
     assert over.wait(120)
     until(lambda: not queue.status()["queue"]["running"])
+    engine._foreseen = None
     gc.collect()
     level, within = live_bytes(), []
 
