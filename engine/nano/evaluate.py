@@ -74,12 +74,15 @@ def draw_questions() -> Iterator[Question]:
     makes: dict[str, Callable[[Speaker], Example | None]] = {
         "one": lambda speaker: speaker.generate(world.single),
         "two": lambda speaker: speaker.generate(world.pair),
-        "edit": lambda speaker: speaker.edit(),
         "compose": lambda speaker: speaker.compose(),
     }
     for part, make in makes.items():
         for seed in range(ROWS):
             yield part, seed, unseen(speaker, make)
+    for seed in range(ROWS):
+        # Chosen first, lest the kinds with the most held-out wordings crowd out the rest.
+        kind = speaker.kind_of_edit()
+        yield "edit", seed, unseen(speaker, lambda speaker, kind=kind: speaker.edit(kind))
     for seed in range(CHAINS):
         yield from (("chain", seed, example) for example in _chain(speaker))
 

@@ -5,6 +5,7 @@ import re
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 from engine.nano.paint import BACKGROUNDS
 from engine.nano.scenes import (
@@ -14,7 +15,6 @@ from engine.nano.scenes import (
     NORMAL,
     SLOTS,
     SMALL,
-    THIRD,
     Scene,
     Slot,
     Thing,
@@ -89,6 +89,9 @@ _NAMES = {
 }
 _SIZES = {SMALL: ("small", "tiny", "little"), BIG: ("big", "large", "huge")}
 
+_PRACTISED = (0.25, 0.35, 0.4)
+"""How often a lone object is small, normal and big in practice: big ones are always alone, each size is learnt anew."""
+
 _BESIDE = {
     (-1, 0): ("{a} to the left of {b}", "{a} left of {b}", "{a} next to {b}", "{a} beside {b}", "{a} and {b}",
               "{b} to the right of {a}", "{b} right of {a}", "{a} on the left and {b} on the right",
@@ -157,10 +160,12 @@ class Speaker:
 
     def content(self, scene: Scene) -> str:
         """What is there and where, without the background."""
-        names = [self.thing(thing) for thing in scene.things]
         slots = [thing.slot for thing in scene.things]
-        if len(names) == 3:
+        if len(slots) == 3:
+            # Three only fit when small, so that nobody says it.
+            names = [article(thing.name) for thing in scene.things]
             return self.pick(_ROWS).format(a=names[0], b=names[1], c=names[2])
+        names = [self.thing(thing) for thing in scene.things]
         if len(names) == 2 and slots[0] in _BESIDE and slots[1] == (-slots[0][0], -slots[0][1]):
             return self.pick(_BESIDE[slots[0]]).format(a=names[0], b=names[1])
         places = [self.pick(PLACES[slot]) for slot in slots]
@@ -187,18 +192,24 @@ class Speaker:
     def generate(self, draw: Callable[[], Scene] | None = None) -> Example:
         if draw is None:
             world = self.world
-            draw = self.random.choices((world.single, world.pair, world.row), (0.5, 0.37, 0.13))[0]
+            draw = self.random.choices((partial(world.single, _PRACTISED), world.pair, world.row), (0.5, 0.37, 0.13))[0]
         scene = draw()
         return Example("generate", self.finish(self.describe(scene)), scene)
 
+    def kind_of_edit(self) -> str:
+        return self.random.choices(tuple(EDITS), tuple(EDITS.values()))[0]
+
     def edit(self, kind: str | None = None, source: Scene | None = None) -> Example | None:
-        """An edit of the given kind on the given scene; None if the scene has no place for it."""
+        """An edit of the given kind, else of any; None if the given scene has no place for it."""
         if kind is None:
-            kind = self.random.choices(tuple(EDITS), tuple(EDITS.values()))[0]
-        scene = self.world.scene() if source is None else source
-        made = getattr(self, f"_{kind}")(scene)
-        if made is None:
-            return None
+            kind = self.kind_of_edit()
+        while True:
+            scene = self.world.scene() if source is None else source
+            # The kind stays: drawn anew with the scene, the kinds that seldom fit would hardly ever be met.
+            if made := getattr(self, f"_{kind}")(scene):
+                break
+            if source is not None:
+                return None
         sentence, target = made
         return Example(kind, self.finish(sentence), target, (scene,), touched(scene, target))
 
@@ -266,8 +277,8 @@ class Speaker:
         if (i := self._one(scene)) is None:
             return None
         thing = scene.things[i]
-        bigger = {SMALL: NORMAL, THIRD: NORMAL, NORMAL: BIG}.get(thing.size)
-        smaller = {THIRD: SMALL, NORMAL: SMALL, BIG: NORMAL}.get(thing.size)
+        bigger = {SMALL: NORMAL, NORMAL: BIG}.get(thing.size)
+        smaller = {NORMAL: SMALL, BIG: NORMAL}.get(thing.size)
         size = bigger if bigger is not None and (smaller is None or self.world.chance(0.5)) else smaller
         if size is None or not fits(replace(thing, size=size), without(scene, i).things):
             return None
@@ -324,9 +335,9 @@ _TRANSPLANTS = ("image {} on the background of image {}", "image {} with the bac
 _BORROWED = ("on the background of image {}", "on the background from image {}", "with the background of image {}",
              "with the background from image {}")  # fmt: skip
 
-EDITS = {"background": 0.22, "replace": 0.22, "remove": 0.14, "add": 0.14, "move": 0.10, "recolour": 0.12,
-         "resize": 0.06}  # fmt: skip
-"""Kinds of edit and how often each is practised."""
+EDITS = {"background": 0.16, "replace": 0.22, "remove": 0.14, "add": 0.16, "move": 0.12, "recolour": 0.12,
+         "resize": 0.08}  # fmt: skip
+"""Kinds of edit and how often each is practised, and asked."""
 
 
 def touched(before: Scene, after: Scene) -> tuple[tuple[int, int, int, int], ...]:

@@ -8,13 +8,13 @@ from engine.nano.paint import BACKGROUNDS, CANVAS
 from engine.nano.sprites import KINDS, SIZES
 from engine.nano.words import COLOURS, NOUNS, SHAPES
 
-SMALL, THIRD, NORMAL, BIG = range(len(SIZES))
+SMALL, NORMAL, BIG = range(len(SIZES))
 
-REACH = (40, 40, 32, 16)
+REACH = (48, 32, 16)
 """Pixels from the middle of the picture to the centre of an object at the side, for each size.
 
-Multiples of the autoencoder's 8: an object then has the same latents in every slot, so that what is learned of it in
-one place holds in all.
+Multiples of a token's 16: an object then has the same tokens in every slot, so that what is learned of it in one place
+holds in all.
 """
 
 MAX_THINGS = 3
@@ -136,10 +136,10 @@ class World:
             kinds.append(self.kind(background, *kinds))
         return tuple(Thing(kind, size, slot) for kind, slot in zip(kinds, slots, strict=True))
 
-    def single(self) -> Scene:
-        """One object: nine places, three sizes."""
+    def single(self, sizes: tuple[float, float, float] = (0.2, 0.6, 0.2)) -> Scene:
+        """One object: nine places, three sizes, as often as `sizes` says."""
         background = self.background()
-        size = self.random.choices((SMALL, NORMAL, BIG), (0.2, 0.6, 0.2))[0]
+        size = self.random.choices((SMALL, NORMAL, BIG), sizes)[0]
         slot = MIDDLE if self.chance(0.25) else self.random.choice(SLOTS)
         return Scene(background, self.things(background, size, slot))
 
@@ -159,16 +159,16 @@ class World:
     def row(self) -> Scene:
         """Three objects beside each other."""
         background = self.background()
-        return Scene(background, self.things(background, THIRD, (-1, 0), (0, 0), (1, 0)))
+        return Scene(background, self.things(background, SMALL, (-1, 0), (0, 0), (1, 0)))
 
     def loose(self) -> Scene:
         """One to three objects anywhere, as a chain of edits would leave them."""
         scene = Scene(self.background())
         for _ in range(self.random.randint(1, MAX_THINGS)):
-            scene = self.with_another(scene, self.random.choice((THIRD, THIRD, NORMAL))) or scene
+            scene = self.with_another(scene, self.random.choice((SMALL, SMALL, NORMAL))) or scene
         return scene
 
-    def with_another(self, scene: Scene, size: int = THIRD) -> Scene | None:
+    def with_another(self, scene: Scene, size: int = SMALL) -> Scene | None:
         """The scene with one more thing in a free slot, or None if there is none."""
         kind = self.kind(scene.background, *(thing.kind for thing in scene.things))
         for slot in self.random.sample(SLOTS, len(SLOTS)):

@@ -15,8 +15,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 from engine.nano.words import COLOURS, NOUNS, SHAPES
 
-SIZES = (32, 40, 56, 88)
-"""Sides in pixels of the four sizes: small, one of three, normal, big. Multiples of the autoencoder's 8."""
+SIZES = (32, 56, 88)
+"""Sides in pixels of the three sizes: small, normal, big. Multiples of the autoencoder's 8."""
 
 CELL = 96
 """Side of a sprite on the sheet: a little over the largest size, so that every size is made by shrinking."""

@@ -3,6 +3,8 @@
 Stages: `encoder` (compute it: seconds; the latents change, so only before all else), `decoder` (from latents back to
 pictures; the latents stay), `generate` (mostly text to image), `all` (generate, edit, compose), `cool` (as `all`, with
 the learning rate falling to nothing).
+`--workers 2`: two processes teach one set of weights without waiting for each other (Hogwild), so that a core that is
+busy elsewhere slows only its own.
 A run is a folder: `state.pt` to go on from, `weights/` in diffusers format, `log.jsonl`. Stopping a run at any time
 loses at most the minutes since its last save. `export RUN TO` copies the averaged weights.
 """
@@ -14,11 +16,13 @@ import math
 import os
 import shutil
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, multiprocessing
 
 from engine.nano.folder import WEIGHTS, save_autoencoder, save_text_encoder, save_transformer
 from engine.nano.model import STEPS, TEXT_LENGTH, Nano
@@ -50,7 +54,7 @@ class Stage:
     cooling: bool = False
 
 
-_ALL = {("generate", 0): 0.50, ("edit", 1): 0.30, ("compose", 2): 0.16, ("compose", 3): 0.04}
+_ALL = {("generate", 0): 0.36, ("edit", 1): 0.42, ("compose", 2): 0.18, ("compose", 3): 0.04}
 STAGES = {
     "generate": Stage({("generate", 0): 0.80, ("edit", 1): 0.12, ("compose", 2): 0.08}, 1e-3),
     "all": Stage(_ALL, 1e-3),
@@ -89,6 +93,89 @@ def velocity_loss(nano: Nano, items: list[Item], levels: int, length: int, gener
     return ((velocity - (noise - target)).pow(2).mean(-1) * weights).mean(-1)
 
 
+def _learned(nano: Nano) -> torch.nn.ModuleList:
+    return torch.nn.ModuleList([nano.transformer, nano.text_encoder])
+
+
+def _optimiser(learned: torch.nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(learned.parameters(), betas=BETAS, weight_decay=0.0)
+
+
+@dataclass(frozen=True)
+class Lessons:
+    """What one process does over and over. start: when the stage began, by the monotonic clock."""
+
+    stage: Stage
+    minutes: float
+    batch: int
+    levels: int
+    start: float
+
+    def done(self) -> float:
+        """How much of the time is over, 0 … 1; 0 while it has no end."""
+        return (time.monotonic() - self.start) / (60 * self.minutes) if self.minutes else 0.0
+
+
+class Learner:
+    """One process's own examples, noise and optimiser, for weights that may be shared."""
+
+    def __init__(self, nano: Nano, optimiser: torch.optim.Optimizer, lessons: Lessons) -> None:
+        seed = time.time_ns() % 2**31
+        self.nano, self.optimiser, self.lessons = nano, optimiser, lessons
+        self.supply = Supply(nano, seed)
+        self.generator = torch.Generator().manual_seed(seed)
+        self.steps = 0
+
+    def step(self) -> tuple[str, int, float]:
+        """Learn from one batch. Gives its task, how many samples it had and their mean loss."""
+        stage, draw = self.lessons.stage, self.supply.speaker.random
+        self.steps += 1
+        rise = min(1.0, self.steps / WARM_UP)
+        for group in self.optimiser.param_groups:
+            group["lr"] = stage.rate * rise * (1.0 - min(self.lessons.done(), 1.0) if stage.cooling else 1.0)
+        (task, pictures), *_ = draw.choices(tuple(stage.shares), tuple(stage.shares.values()))
+        length = TEXT_LENGTH if draw.random() < stage.long_text else SHORT_TEXT
+        items = self.supply.take(task, pictures, self.lessons.batch)
+        loss = velocity_loss(self.nano, items, self.lessons.levels, length, self.generator)
+        self.optimiser.zero_grad(set_to_none=True)
+        loss.mean().backward()
+        torch.nn.utils.clip_grad_norm_(self.optimiser.param_groups[0]["params"], 1.0)
+        self.optimiser.step()
+        return f"{task}{pictures or ''}", loss.numel(), loss.detach().mean().item()
+
+
+def _help(folder: Path, shared: list[Tensor], samples: Tensor, lessons: Lessons, parent: int) -> None:
+    """A helping process: the same lessons on the same weights, until the first process ends it, or is gone."""
+    torch.set_num_threads(1)
+    nano = Nano(folder)
+    nano.autoencoder.requires_grad_(False)
+    for parameter, weight in zip(_learned(nano).parameters(), shared, strict=True):
+        parameter.data = weight
+    learner = Learner(nano, _optimiser(_learned(nano)), lessons)
+    while os.getppid() == parent:
+        samples += learner.step()[1]
+
+
+@contextmanager
+def helpers(run: "Run", lessons: Lessons, count: int) -> Iterator[list[Tensor]]:
+    """Processes beside this one; gives how many samples each has learned from so far."""
+    shared = [parameter.data.share_memory_() for parameter in _learned(run.nano).parameters()] if count else []
+    samples = [torch.zeros(1, dtype=torch.long).share_memory_() for _ in range(count)]
+    context = multiprocessing.get_context("spawn")
+    processes = [
+        context.Process(target=_help, args=(run.folder / "weights", shared, counter, lessons, os.getpid()), daemon=True)
+        for counter in samples
+    ]
+    for process in processes:
+        process.start()
+    try:
+        yield samples
+    finally:
+        for process in processes:
+            process.terminate()
+            process.join()
+
+
 class Run:
     """A folder of training: what is trained, its average, the optimiser, and how far it is."""
 
@@ -99,20 +186,17 @@ class Run:
             shutil.copytree(start, weights)
         self.nano = Nano(weights).to(device)
         self.nano.autoencoder.requires_grad_(False)
-        self.average = copy.deepcopy(self._learned())
-        self.optimiser = torch.optim.AdamW(self._learned().parameters(), betas=BETAS, weight_decay=0.0)
+        self.average = copy.deepcopy(_learned(self.nano))
+        self.optimiser = _optimiser(_learned(self.nano))
         self.step = 0
         self.samples = 0
         self.seconds = 0.0
         if (folder / "state.pt").exists():
             self._resume()
 
-    def _learned(self) -> torch.nn.ModuleList:
-        return torch.nn.ModuleList([self.nano.transformer, self.nano.text_encoder])
-
     def _resume(self) -> None:
         state = torch.load(self.folder / "state.pt", map_location=self.nano.device)
-        self._learned().load_state_dict(state["learned"])
+        _learned(self.nano).load_state_dict(state["learned"])
         self.average.load_state_dict(state["average"])
         self.optimiser.load_state_dict(state["optimiser"])
         self.step, self.samples, self.seconds = state["step"], state["samples"], state["seconds"]
@@ -120,7 +204,7 @@ class Run:
     def save(self) -> None:
         """Everything to go on from, and the average as a diffusers folder; each file is whole or the one before."""
         state = {
-            "learned": self._learned().state_dict(),
+            "learned": _learned(self.nano).state_dict(),
             "average": self.average.state_dict(),
             "optimiser": self.optimiser.state_dict(),
             "step": self.step,
@@ -135,7 +219,7 @@ class Run:
         """Move the average a little towards the newest weights; quicker while there are few."""
         keep = min(EMA, (self.step + 1) / (self.step + 50))
         with torch.no_grad():
-            for mean, new in zip(self.average.parameters(), self._learned().parameters(), strict=True):
+            for mean, new in zip(self.average.parameters(), _learned(self.nano).parameters(), strict=True):
                 mean.lerp_(new, 1 - keep)
 
 
@@ -147,40 +231,33 @@ def export(run: Run, folder: Path) -> None:
     save_autoencoder(run.nano.autoencoder, folder)
 
 
-def train(run: Run, stage: Stage, minutes: float, batch: int, levels: int, save_minutes: float) -> None:
+def train(
+    run: Run, stage: Stage, minutes: float, batch: int, levels: int, save_minutes: float, workers: int = 1
+) -> None:
     """Until the minutes are over; 0 means until it is stopped."""
-    seed = time.time_ns() % 2**31
-    supply = Supply(run.nano, seed)
-    generator = torch.Generator().manual_seed(seed)
-    start = last_save = last_tell = time.monotonic()
-    began, told = run.step, run.samples
+    lessons = Lessons(stage, minutes, batch, levels, start=time.monotonic())
+    learner = Learner(run.nano, run.optimiser, lessons)
+    last_save = last_tell = lessons.start
+    told = run.samples
     losses: dict[str, list[float]] = {}
-    while True:
-        now = time.monotonic()
-        done = (now - start) / (60 * minutes) if minutes else 0.0
-        if done >= 1.0:
-            break
-        rise = min(1.0, (run.step - began + 1) / WARM_UP)
-        for group in run.optimiser.param_groups:
-            group["lr"] = stage.rate * rise * (1.0 - done if stage.cooling else 1.0)
-        (task, pictures), *_ = supply.speaker.random.choices(tuple(stage.shares), tuple(stage.shares.values()))
-        length = TEXT_LENGTH if supply.speaker.random.random() < stage.long_text else SHORT_TEXT
-        loss = velocity_loss(run.nano, supply.take(task, pictures, batch), levels, length, generator)
-        run.optimiser.zero_grad(set_to_none=True)
-        loss.mean().backward()
-        torch.nn.utils.clip_grad_norm_(run.optimiser.param_groups[0]["params"], 1.0)
-        run.optimiser.step()
-        run.step += 1
-        run.samples += loss.numel()
-        run.follow()
-        losses.setdefault(f"{task}{pictures or ''}", []).append(loss.detach().mean().item())
-        # The first minute tells whether the machine is worth its time; after that, now and then.
-        if time.monotonic() - last_tell > (20 if now - start < 60 else 120):
-            told, last_tell, losses = _tell(run, told, last_tell, losses)
-        if time.monotonic() - last_save > 60 * save_minutes:
-            run.seconds += time.monotonic() - last_save
-            last_save = time.monotonic()
-            run.save()
+    with helpers(run, lessons, workers - 1) as helped:
+        counted = 0
+        while lessons.done() < 1.0:
+            task, samples, loss = learner.step()
+            run.step += 1
+            total = sum(int(counter) for counter in helped)
+            run.samples += samples + total - counted
+            counted = total
+            run.follow()
+            losses.setdefault(task, []).append(loss)
+            now = time.monotonic()
+            # The first minute tells whether the machine is worth its time; after that, now and then.
+            if now - last_tell > (20 if now - lessons.start < 60 else 120):
+                told, last_tell, losses = _tell(run, told, last_tell, losses)
+            if now - last_save > 60 * save_minutes:
+                run.seconds += now - last_save
+                last_save = now
+                run.save()
     run.seconds += time.monotonic() - last_save
     run.save()
 
@@ -211,6 +288,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, help="examples a step (CPU 5, CUDA 384)")
     parser.add_argument("--levels", type=int, default=2, help="noise levels an example")
     parser.add_argument("--rate", type=float, help="learning rate, instead of the stage's")
+    parser.add_argument("--workers", type=int, default=1, help="processes that learn (CPU only)")
     parser.add_argument("--save-minutes", type=float, default=2.0)
     args = parser.parse_args()
     on_gpu = args.device.startswith("cuda")
@@ -232,7 +310,8 @@ def main() -> None:
     else:
         stage = STAGES[args.stage]
         stage = replace(stage, rate=args.rate or stage.rate)
-        train(run, stage, args.minutes, args.batch or (384 if on_gpu else 5), args.levels, args.save_minutes)
+        batch = args.batch or (384 if on_gpu else 5)
+        train(run, stage, args.minutes, batch, args.levels, args.save_minutes, 1 if on_gpu else args.workers)
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ def crowded(painter: Painter, count: int, things: int, generator: torch.Generato
 
     nouns = torch.rand(count, things, generator=generator) < 0.7
     kind = torch.where(nouns, draw(len(NOUNS), count, things), draw(len(KINDS), count, things, low=len(NOUNS)))
-    size = torch.tensor([0, 1, 1, 2, 2, 2, len(SIZES) - 1])[draw(7, count, things)]
+    size = torch.tensor([0, 0, 1, 1, 1, len(SIZES) - 1])[draw(6, count, things)]
     centre = draw(CANVAS - 20, count, things, 2, low=20)
     device = painter.sprites.device
     return painter(*(x.to(device) for x in (draw(len(BACKGROUNDS), count), kind, size, centre)))

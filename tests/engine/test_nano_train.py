@@ -2,12 +2,13 @@
 
 import json
 import shutil
+import time
 
 import pytest
 import torch
 
 from engine.nano.folder import WEIGHTS
-from engine.nano.train import OWN_LEVELS, STAGES, Run, draw_levels, train
+from engine.nano.train import OWN_LEVELS, STAGES, Lessons, Run, draw_levels, helpers, train
 
 pytestmark = pytest.mark.skipif(
     json.loads((WEIGHTS / "klein.json").read_text())["text_length"] < 64, reason="weights of an older kind"
@@ -45,3 +46,16 @@ def test_every_look_at_an_example_is_at_another_noise_level():
     assert 0.65 < own.float().mean() < 0.8
     assert drawn.min() > 0
     assert drawn.max() == 1
+
+
+def test_a_helping_process_teaches_the_same_weights(tmp_path):
+    run = Run(tmp_path / "run", WEIGHTS, "cpu")
+    weight = run.nano.transformer.img_in.weight
+    before = weight.detach().clone()
+    lessons = Lessons(STAGES["all"], minutes=0, batch=1, levels=2, start=time.monotonic())
+    with helpers(run, lessons, 1) as (samples,):
+        patience = time.monotonic() + 60
+        while not samples and time.monotonic() < patience:
+            time.sleep(0.1)
+    assert samples
+    assert not torch.equal(before, weight)
