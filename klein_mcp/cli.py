@@ -111,8 +111,10 @@ def _paint(settings: Settings, arguments: argparse.Namespace) -> int:
 
 
 def _status(settings: Settings, arguments: argparse.Namespace) -> int:
+    from klein_mcp.status import in_words
+
     state = _ask_daemon(settings, "status")
-    print(json.dumps(state) if arguments.json else _in_words(state))
+    print(json.dumps(state) if arguments.json else in_words(state))
     return 0
 
 
@@ -186,29 +188,6 @@ def _ask_daemon(settings: Settings, question: str) -> Any:
             await backend.aclose()
 
     return anyio.run(ask)
-
-
-def _in_words(state: dict[str, Any], indent: str = "") -> str:
-    """Nested facts as indented `name: value` lines."""
-    lines = []
-    for name, value in state.items():
-        if isinstance(value, dict):
-            lines += [f"{indent}{name}:", _in_words(value, indent + "  ")] if value else []
-        elif isinstance(value, list) and value and isinstance(value[0], dict):
-            lines += [f"{indent}{name}:", *(f"{indent}  " + _in_one_line(item) for item in value)]
-        else:
-            lines.append(f"{indent}{name}: {_in_one_line(value)}")
-    return "\n".join(lines)
-
-
-def _in_one_line(value: Any) -> str:
-    if isinstance(value, dict):
-        return ", ".join(f"{name} {_in_one_line(item)}" for name, item in value.items() if item not in (None, ""))
-    if isinstance(value, list):
-        return ", ".join(map(_in_one_line, value)) or "none"
-    if value is None or isinstance(value, bool):
-        return {True: "yes", False: "no", None: "unknown"}[value]
-    return str(round(value, 2)) if isinstance(value, float) else str(value)
 
 
 def _parser() -> argparse.ArgumentParser:

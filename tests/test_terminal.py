@@ -10,9 +10,11 @@ import time
 from pathlib import Path
 
 import pytest
+from mcp import Client
 
 from examples import configurations
 from tests.living import Living
+from tests.talk import call
 
 clients = {client.title: client.read for client in configurations.CLIENTS}
 pty = pytest.importorskip("pty", reason="this system has no pseudo-terminals")
@@ -127,3 +129,22 @@ def test_interrupted_it_ends_with_130(living: Living, tmp_path: Path, seconds: f
     assert process.wait(60) == 130
     assert b"Traceback" not in (process.stderr.read() if process.stderr else b"")
     assert not (tmp_path / "cat.png").exists()
+
+
+@pytest.mark.anyio
+async def test_status_is_a_few_lines_for_a_person(living: Living) -> None:
+    assert living.run("-m", "klein_mcp", "stop").returncode == 0
+    said = living.run("-m", "klein_mcp", "status")
+    assert (said.returncode, said.stdout) == (0, "not running; the first call that needs a picture starts it\n")
+    async with Client(living.stdio()) as client:
+        await call(client, "generate_image", prompt="a red circle", seed=1, width=128, height=128)
+    lines = living.run("-m", "klein_mcp", "status").stdout.splitlines()
+    told = dict(line.split(": ", 1) for line in lines)
+    assert list(told) == [
+        "running", "queue", "device", "model", "installed", "remembered", "seconds per picture, nano", "log"
+    ]  # fmt: skip
+    assert re.fullmatch(r"version \S+, pid \d+, since \d{4}-\d\d-\d\d \d\d:\d\d", told["running"])
+    assert told["queue"] == "idle, 0 of 32 waiting; 1 done, 0 failed"
+    assert "nano (Apache-2.0)" in told["installed"]
+    assert told["model"].startswith("nano, all on the device")
+    assert re.match(r"512×512 [\d.]+, 768×768 [\d.]+, ", told["seconds per picture, nano"])
