@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from engine.model.autoencoder import Autoencoder
+from engine.nano import quick
 from engine.nano.paint import BACKGROUNDS, CANVAS, Painter
 from engine.nano.principal import as_one_convolution, fit_encoder
 from engine.nano.sprites import KINDS, SIZES
@@ -55,7 +56,7 @@ def train_decoder(autoencoder: Autoencoder, minutes: float, device: str, save: C
     """
     generator = torch.Generator().manual_seed(time.time_ns() % 2**31)
     painter = Painter().to(device)
-    batch = 256 if device.startswith("cuda") else 4
+    batch = 256 if device.startswith("cuda") else 8
     held = crowded(painter, 24, 2, torch.Generator().manual_seed(1))
     autoencoder.requires_grad_(False)
     encode = as_one_convolution(autoencoder)
@@ -73,7 +74,9 @@ def train_decoder(autoencoder: Autoencoder, minutes: float, device: str, save: C
         with torch.no_grad():
             latent = encode(picture)
             latent += deviation * torch.randn(latent.shape, generator=generator).to(device)
-        loss = reconstruction_loss(picture, decoder(latent))
+        with quick.products(picture.device):
+            decoded = decoder(latent)
+        loss = reconstruction_loss(picture, decoded.float())
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(decoder.parameters(), 1.0)
