@@ -6,7 +6,6 @@ python -m examples.configurations /opt/klein/bin/klein-mcp   print them all for 
 
 import base64
 import json
-import re
 import shlex
 import sys
 import tomllib
@@ -76,12 +75,16 @@ def _json(*path: str, **more: Any) -> tuple[Callable[[Launch], str], Callable[[s
 
 
 def _codex(launch: Launch) -> str:
-    lines = [f"[mcp_servers.{NAME}]", f"command = {json.dumps(launch.command)}", f"args = {json.dumps([*launch.args])}"]
+    lines = [f"[mcp_servers.{NAME}]", f"command = {_toml(launch.command)}", f"args = {_toml([*launch.args])}"]
     lines += ["startup_timeout_sec = 60", "tool_timeout_sec = 120"]
-    lines += [f"env = {{ {', '.join(f'{key} = {json.dumps(value)}' for key, value in launch.env.items())} }}"] * bool(
-        launch.env
-    )
+    if launch.env:
+        lines.append(f"env = {{ {', '.join(f'{key} = {_toml(value)}' for key, value in launch.env.items())} }}")
     return "\n".join(lines) + "\n"
+
+
+def _toml(value: str | list[str]) -> str:
+    """TOML's strings and lists are JSON's, but for what lies beyond 16 bits: that stays as it is."""
+    return json.dumps(value, ensure_ascii=False)
 
 
 def _read_codex(text: str) -> Launch:
@@ -119,28 +122,32 @@ CLIENTS = (
     Client("Codex", "codex-config.toml", "`~/.codex/config.toml`", _codex, _read_codex),
     Client("Gemini CLI", "gemini-settings.json", "`~/.gemini/settings.json`", *_json("mcpServers", timeout=120_000)),
     Client("Goose", "goose-config.yaml", "`~/.config/goose/config.yaml`", _goose, _read_goose),
-    Client("Zed", "zed-settings.json", "`zed: open settings`", *_json("context_servers")),
+    Client("Zed", "zed-settings.json", "`zed: open settings file`", *_json("context_servers")),
     Client("LM Studio", "lmstudio-mcp.json", "Program → Install → Edit mcp.json", *_json("mcpServers")),
 )
 
 
-def _terminal(*program: str) -> tuple[Callable[[Launch], str], Callable[[str], Launch]]:
-    """Writer and reader of `program … klein -- command arguments`."""
+def _terminal(*program: str, env: str) -> tuple[Callable[[Launch], str], Callable[[str], Launch]]:
+    """Writer and reader of `program … klein ENV -- command arguments`; env: the option that takes one KEY=VALUE."""
 
     def write(launch: Launch) -> str:
-        given = [part for key, value in launch.env.items() for part in ("-e", f"{key}={value}")]
+        given = [part for key, value in launch.env.items() for part in (env, f"{key}={value}")]
         return shlex.join([*program, NAME, *given, "--", launch.command, *launch.args])
 
     def read(text: str) -> Launch:
         words = shlex.split(text)
         at = words.index("--")
-        env = dict(re.findall(r"-e (\w+)=(\S+)", " ".join(words[:at])))
-        return Launch(words[at + 1], tuple(words[at + 2 :]), env)
+        given = words[len(program) + 1 : at]
+        pairs = (word.split("=", 1) for option, word in zip(given[::2], given[1::2], strict=True) if option == env)
+        return Launch(words[at + 1], tuple(words[at + 2 :]), dict(pairs))
 
     return write, read
 
 
-COMMANDS = {"Claude Code": _terminal("claude", "mcp", "add"), "Codex": _terminal("codex", "mcp", "add")}
+COMMANDS = {
+    "Claude Code": _terminal("claude", "mcp", "add", env="-e"),
+    "Codex": _terminal("codex", "mcp", "add", env="--env"),
+}
 """Clients that can also be told in a terminal."""
 
 

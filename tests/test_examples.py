@@ -8,9 +8,11 @@ import socket
 import subprocess
 import sys
 import time
+import tomllib
 from pathlib import Path
 
 import pytest
+import yaml
 from PIL import Image
 
 from examples import configurations as clients
@@ -21,8 +23,49 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 LAUNCHES = [
     clients.LAUNCH,
     Launch("/home/me/my tools/klein-mcp"),
-    Launch(r"C:\Users\me\.venv\Scripts\klein-mcp.exe", ("--x", 'a "b"'), {"KLEIN_MODEL": "klein-4b"}),
+    Launch(r"C:\Users\me 😀\.venv\Scripts\klein-mcp.exe", ("--x", 'a "b"'), {"KLEIN_HOME": "my pictures=here"}),
 ]
+
+SAYS = {"command": "/opt/klein-mcp", "args": ["serve"], "env": {"KLEIN_MODEL": "nano"}}
+MANUALS: dict[str, dict[str, object]] = {
+    "Claude Desktop": {"mcpServers": {"klein": SAYS}},
+    "Claude Code": {"mcpServers": {"klein": {"type": "stdio", **SAYS}}},
+    "VS Code": {"servers": {"klein": {"type": "stdio", **SAYS}}},
+    "Cursor": {"mcpServers": {"klein": SAYS}},
+    "Codex": {"mcp_servers": {"klein": {**SAYS, "startup_timeout_sec": 60, "tool_timeout_sec": 120}}},
+    "Gemini CLI": {"mcpServers": {"klein": {**SAYS, "timeout": 120_000}}},
+    "Goose": {
+        "extensions": {
+            "klein": {
+                "type": "stdio",
+                "name": "klein",
+                "enabled": True,
+                "cmd": SAYS["command"],
+                "args": SAYS["args"],
+                "envs": SAYS["env"],
+                "timeout": 300,
+            }
+        }
+    },
+    "Zed": {"context_servers": {"klein": SAYS}},
+    "LM Studio": {"mcpServers": {"klein": SAYS}},
+}
+"""What each client's manual shows for such a server: a reader that shares a writer's mistake would not see it."""
+
+
+@pytest.mark.parametrize("client", clients.CLIENTS, ids=lambda client: client.title)
+def test_a_configuration_has_the_form_of_its_client_s_manual(client: clients.Client) -> None:
+    load = {"json": json.loads, "toml": tomllib.loads, "yaml": yaml.safe_load}[client.file.rsplit(".", 1)[1]]
+    launch = Launch("/opt/klein-mcp", ("serve",), {"KLEIN_MODEL": "nano"})
+    assert load(client.write(launch)) == MANUALS[client.title]
+
+
+def test_terminal_commands_have_the_form_of_their_client_s_manual() -> None:
+    launch = Launch("/opt/klein-mcp", ("serve",), {"KLEIN_MODEL": "nano"})
+    assert {title: write(launch) for title, (write, _) in clients.COMMANDS.items()} == {
+        "Claude Code": "claude mcp add klein -e KLEIN_MODEL=nano -- /opt/klein-mcp serve",
+        "Codex": "codex mcp add klein --env KLEIN_MODEL=nano -- /opt/klein-mcp serve",
+    }
 
 
 @pytest.mark.parametrize("launch", LAUNCHES, ids=["uvx", "a path with a space", "Windows with an environment"])
@@ -75,8 +118,6 @@ def test_the_configurations_can_be_printed_for_a_command_of_one_s_own(living: Li
 
 
 def test_the_command_of_the_configurations_is_a_program_of_the_package() -> None:
-    import tomllib
-
     project = tomllib.loads((EXAMPLES.parent / "pyproject.toml").read_text())["project"]
     assert Launch("uvx", (project["name"],)) == clients.LAUNCH
     assert project["name"] in project["scripts"], "uvx runs the program of the package's own name"
