@@ -3,7 +3,7 @@
 #   docker build -t klein-mcp .                                    CPU
 #   docker build -t klein-mcp --build-arg TORCH=cu130 \
 #     --build-arg BASE=nvidia/cuda:13.0.1-base-ubuntu24.04 .       CUDA
-#   docker run -p 127.0.0.1:8765:8765 -v klein:/data --name klein klein-mcp
+#   docker run -p 127.0.0.1:8765:8765 -v klein:/data --name klein klein-mcp        with --gpus all for CUDA
 #   docker exec klein cat /data/http-token                         what clients must send
 #
 # TORCH is a backend as uv names it: cpu, cu130, rocm6.4 … PyTorch brings its own CUDA libraries, so the smallest CUDA
