@@ -45,6 +45,7 @@ class Run:
     """One prompt followed to its end."""
 
     arguments: Mapping[str, str]
+    project: Path
     text: str
     calls: list[tuple[str, dict[str, Any], dict[str, Any]]]
     saved: list[Path]
@@ -52,7 +53,10 @@ class Run:
 
 @pytest.fixture(scope="module")
 def runs(living: Living, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run | BaseException]:
-    """Every prompt, in one session with one real server: what the completions offer first is what the user chose."""
+    """Every prompt, in one session with one real server: what the completions offer first is what the user chose.
+
+    The folders are the prompts' own, relative to the project, and all in one project.
+    """
     folder = tmp_path_factory.mktemp("prompts")
     done: dict[str, Run | BaseException] = {}
 
@@ -72,13 +76,13 @@ def runs(living: Living, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
                     "generate_image", {"prompt": f"{noun} on a white background", "seed": seed, "show": "none"}
                 )
             for name in RECIPES:
-                chosen = {**await choose(client, name), "folder": str(folder / name)}
+                chosen = await choose(client, name)
                 got = await client.get_prompt(name, chosen)
                 text = got.messages[0].content.text  # type: ignore[union-attr]
                 agent = Agent(client)
                 try:
                     saved = [Path(path) for path in await agent.follow(text)]
-                    done[name] = Run(chosen, text, agent.calls, saved)
+                    done[name] = Run(chosen, folder, text, agent.calls, saved)
                 except (AssertionError, KeyError, MCPError) as problem:
                     done[name] = problem
 
@@ -94,7 +98,7 @@ def test_a_prompt_followed_to_the_letter_ends_with_saved_pictures(runs: dict[str
     asked = [arguments for tool, arguments, _ in run.calls if tool == "save_image"]
     assert len(run.saved) == len(asked) >= 1
     for path, arguments in zip(run.saved, asked, strict=True):
-        assert path.is_relative_to(run.arguments["folder"])
+        assert path.is_relative_to(run.project / (RECIPES[name].arguments["folder"].default or ""))
         with Image.open(path) as picture:
             assert max(picture.size) <= arguments.get("max_size", 2048)
             assert np.asarray(picture.convert("RGB")).std() > 5, "a flat picture shows nothing"
@@ -117,6 +121,19 @@ def test_edits_of_a_prompt_have_the_picture_before_as_their_parent(runs: dict[st
     made = {tool: (arguments, facts) for tool, arguments, facts in runs["iterate"].calls}
     arguments, facts = made["edit_image"]
     assert facts["parents"] == [arguments["image"]]
+
+
+@pytest.mark.anyio
+async def test_a_review_within_a_region_leaves_every_pixel_outside_as_it_was(living: Living, tmp_path: Path) -> None:
+    given = {"image": "last", "change": "make the background green", "region": "0, 0, 64,128", "folder": str(tmp_path)}
+    async with Client(living.stdio(KLEIN_WRITE_ROOTS=str(tmp_path))) as client:
+        first = await Agent(client).call("generate_image", {"prompt": "an apple on a yellow background", "seed": 7})
+        got = await client.get_prompt("before_after_review", {**given, "image": first["image"]})
+        before, after = await Agent(client).follow(got.messages[0].content.text)  # type: ignore[union-attr]
+    with Image.open(before) as old, Image.open(after) as new:
+        changed = (np.asarray(old.convert("RGB")) != np.asarray(new.convert("RGB"))).any(axis=-1)
+    assert changed[:, :64].mean() > 0.2
+    assert not changed[:, 64:].any()
 
 
 def test_there_are_the_prompts_that_were_promised_and_one_per_file() -> None:
@@ -144,6 +161,19 @@ def test_every_call_of_a_prompt_is_one_that_the_tool_accepts(recipe: Recipe, opt
         used = {word.strip("<>").split(".")[0] for word in _words(step["arguments"]) if word.startswith("<")}
         assert used <= named, "a result is used before it is there"
         named.add(step.get("as", ""))
+
+
+@pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
+def test_a_prompt_words_its_calls_as_the_guide_advises(recipe: Recipe) -> None:
+    """What is there, never what is not; and references by their number."""
+    calls = [step["arguments"] for step in steps(recipe.render(chosen(recipe)))]
+    for call in calls:
+        words = call.get("prompt", "a.")
+        assert not re.search(r"\b(no|not|without|never|nothing|none|avoid)\b", words, re.IGNORECASE), words
+        for number in re.findall(r"image (\d)", words, re.IGNORECASE):
+            assert int(number) <= len(call["images"]), words
+        if "images" in call:
+            assert "image 1" in words.lower(), words
 
 
 def _words(value: Any) -> list[str]:
@@ -215,6 +245,11 @@ async def test_completions_offer_what_fits_and_the_library_s_pictures(client: Cl
             {"image": "last", "change": "x", "region": "here"},
             'region is "here"; it must look like 0, 0, 64, 64.',
         ),
+        (
+            "before_after_review",
+            {"image": "last", "change": "x", "region": "0, 064, 64, 64"},
+            'region is "0, 064, 64, 64"; it must look like 0, 0, 64, 64.',
+        ),
     ],
 )
 async def test_a_prompt_asked_for_wrongly_says_what_is_wrong(
@@ -256,4 +291,7 @@ async def test_the_guide_can_be_read_and_names_all_that_the_embedded_model_knows
     assert "paints {0} × {0} pixels".format(VARIANTS[EMBEDDED].native_size) in guide
     for tool in ("generate_image", "edit_image", "compose_references", "view_image", "save_image", "list_images"):
         assert tool in guide
+    for habit in ("sentences, not tags", "subject first", "Light decides", "quotation marks", "hex code", "image 1"):
+        assert habit in guide
+    assert "never what is not" in guide
     assert len(guide.encode()) < 8000
