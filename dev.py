@@ -29,9 +29,15 @@ def installed(extra: str) -> None:
     stamp = HOME / f"klein-{extra or 'run'}-{wanted.hexdigest()[:16]}"
     if stamp.exists():
         return
-    if not (BIN / "python").exists() and not (BIN / "python.exe").exists():
+    if not any((BIN / name).exists() for name in ("pip", "pip.exe")):  # none yet, or one that was left half made
         print(f"making {HOME}", file=sys.stderr)
-        venv.create(HOME, with_pip=True)
+        try:
+            venv.create(HOME, with_pip=True)
+        except subprocess.CalledProcessError:
+            # Debian and Ubuntu keep a part of Python's own library in a package of its own.
+            sys.exit(
+                "dev.py: this Python cannot make virtual environments; on Debian or Ubuntu: apt install python3-venv"
+            )
     what = f"{ROOT}[{extra}]" if extra else str(ROOT)
     print(f"installing {what} (torch is large: minutes, the first time)", file=sys.stderr)
     pip = [BIN / "python", "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]

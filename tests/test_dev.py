@@ -1,0 +1,40 @@
+"""dev.py on a machine where not all goes well: what stopped a new user before the first picture."""
+
+import subprocess
+import venv
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import dev
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of an environment that is not there yet."""
+    monkeypatch.setattr(dev, "HOME", tmp_path / ".venv")
+    monkeypatch.setattr(dev, "BIN", tmp_path / ".venv" / "bin")
+    return tmp_path / ".venv"
+
+
+def test_a_python_without_ensurepip_says_which_package_is_missing(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise subprocess.CalledProcessError(1, "ensurepip")
+
+    monkeypatch.setattr(venv, "create", fail)
+    with pytest.raises(SystemExit) as said:
+        dev.installed("")
+    assert "apt install python3-venv" in str(said.value)
+
+
+def test_an_environment_that_was_left_half_made_is_made_again(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Interrupted, or made before the missing package was installed: a python is there, and no pip."""
+    (home / "bin").mkdir(parents=True)
+    (home / "bin" / "python").touch()
+    made: list[Path] = []
+    monkeypatch.setattr(venv, "create", lambda where, with_pip: made.append(where))
+    monkeypatch.setattr(subprocess, "call", lambda *args, **kwargs: 0)
+    dev.installed("")
+    dev.installed("")
+    assert made == [home], "once; then its stamp says that it is whole"
