@@ -66,9 +66,9 @@ def _stdio(settings: Settings, arguments: argparse.Namespace) -> int:
 
 
 def _introduction() -> str:
-    from klein_mcp.terminal import program
+    from klein_mcp.terminal import lasting
 
-    command = program()
+    command = lasting()
     launch = {"command": command[0], "args": command[1:]}
     configuration = json.dumps({"mcpServers": {"klein": launch}})
     return INTRODUCTION.format(version=__version__, command=shlex.join(command), configuration=configuration)

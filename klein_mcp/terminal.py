@@ -1,5 +1,6 @@
 """For whoever sits at a terminal: a bar on stderr while something long is done, and the name to call us by."""
 
+import shutil
 import sys
 from pathlib import Path
 from types import TracebackType
@@ -13,6 +14,13 @@ def program() -> list[str]:
     """How this program was started, by its whole path: what a client needs that does not see this terminal's PATH."""
     called = Path(sys.argv[0]).absolute()
     return [str(called)] if called.stem == "klein-mcp" else [sys.executable, "-m", "klein_mcp"]
+
+
+def lasting() -> list[str]:
+    """The same for a configuration: what uvx has put into its cache may be gone tomorrow, uvx is not."""
+    command = program()
+    uvx = shutil.which("uvx")
+    return [uvx, "klein-mcp"] if uvx and "archive-v0" in Path(command[0]).parts else command
 
 
 class Bar:

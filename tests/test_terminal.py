@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import pytest
 from mcp import Client
 
 from examples import configurations
+from klein_mcp import terminal
 from tests.living import Living
 from tests.talk import call
 
@@ -86,6 +88,20 @@ def test_the_server_typed_by_hand_says_what_it_is_and_how_to_add_it(living: Livi
     (line,) = re.findall(r'\{"mcpServers".*', shown)
     assert clients["Claude Desktop"](line) == told
     assert out == ""
+
+
+@pytest.mark.parametrize(
+    ("started", "told"),
+    [
+        ("/home/me/.cache/uv/archive-v0/a1B2/bin/klein-mcp", ["/usr/bin/uvx", "klein-mcp"]),
+        ("/home/me/.local/bin/klein-mcp", ["/home/me/.local/bin/klein-mcp"]),
+    ],
+)
+def test_a_place_that_will_not_last_is_not_told(monkeypatch: pytest.MonkeyPatch, started: str, told: list[str]) -> None:
+    """`uvx klein-mcp` without an installation runs out of uv's cache."""
+    monkeypatch.setattr(sys, "argv", [started])
+    monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}")
+    assert terminal.lasting() == told
 
 
 def test_started_by_a_client_it_says_nothing_of_the_kind(living: Living) -> None:
