@@ -132,9 +132,19 @@ def _device(asked: str | None) -> str:
         return next(name for name in ("cuda", "mps", "cpu") if there[name])
     kind = asked.split(":")[0]
     if not there.get(kind, False):
-        found = ", ".join(name for name, is_there in there.items() if is_there)
-        raise InvalidJob(f"device is {asked!r}; this machine has: {found}.")
+        raise _not_there(asked, [name for name, is_there in there.items() if is_there])
+    try:
+        index = torch.device(asked).index or 0
+    except RuntimeError:
+        raise _not_there(asked, [name for name, is_there in there.items() if is_there]) from None
+    count = torch.cuda.device_count() if kind == "cuda" else 1
+    if index >= count:
+        raise _not_there(asked, [f"{kind}:{i}" for i in range(count)])
     return asked
+
+
+def _not_there(asked: str, found: list[str]) -> InvalidJob:
+    return InvalidJob(f"device is {asked!r}; this machine has: {', '.join(found)}.")
 
 
 def _native(device: torch.device) -> torch.dtype:

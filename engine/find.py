@@ -18,7 +18,11 @@ INDEX = "model_index.json"
 EXTRAS = "klein.json"
 """Beside model_index.json: what a klein that is not one of the published ones was made for."""
 
-_EXTRA_KEYS = {"text_length", "text_layers", "native_size", "max_references", "words"}
+_WHOLE, _WHOLES, _WORDS = "a whole number above 0", "a list of whole numbers above 0", "a list of words"
+_EXTRA_KEYS = {
+    "text_length": _WHOLE, "text_layers": _WHOLES, "native_size": _WHOLE, "max_references": _WHOLE, "words": _WORDS,
+}  # fmt: skip
+"""What it may say, and of what kind, for it is written by hand."""
 _DENOISERS = ("Flux2KleinPipeline", "Flux2KleinKVPipeline", "Flux2KleinInpaintPipeline")
 _DEPTH = 3
 """Folders below a given one that are searched: ComfyUI's models/diffusion_models/flux/x.safetensors."""
@@ -272,6 +276,9 @@ def _with_extras(variant: Variant, folder: Path) -> Variant:
     extras = _json(folder / EXTRAS)
     if unknown := extras.keys() - _EXTRA_KEYS:
         raise BadWeights(f"{folder / EXTRAS} has {min(unknown)!r}; known: {', '.join(sorted(_EXTRA_KEYS))}.")
+    for key, value in extras.items():
+        if not _is(value, _EXTRA_KEYS[key]):
+            raise BadWeights(f"{folder / EXTRAS}: {key} is {str(value)[:40]!r}; it must be {_EXTRA_KEYS[key]}.")
     if "text_layers" in extras:
         extras["text_layers"] = tuple(extras["text_layers"])
     if "words" in extras:
@@ -280,6 +287,11 @@ def _with_extras(variant: Variant, folder: Path) -> Variant:
         # A small klein was made for one area: it neither paints nor sees more than that.
         extras |= {"max_size": extras["native_size"], "reference_size": min(1024, extras["native_size"])}
     return replace(variant, **extras)
+
+
+def _is(value: Any, kind: str) -> bool:
+    each = [value] if kind == _WHOLE else value if isinstance(value, list) else []
+    return bool(each) and all(isinstance(one, str) if kind == _WORDS else type(one) is int and one > 0 for one in each)
 
 
 def _of_file(file: Path, width: int) -> Variant:

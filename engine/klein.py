@@ -40,6 +40,7 @@ Thing = TypeVar("Thing")
 
 MAX_STEPS = 200
 """More than any published klein was made for (base: 50); beyond it a typing error is likelier than a wish."""
+MAX_GUIDANCE = 100
 MAX_SEED = 2**63 - 1
 
 
@@ -79,13 +80,15 @@ class Klein:
 
         Raises BadWeights, or OutOfMemory before much is read.
         """
+        # First, because it is small: what is wrong with it is said before gigabytes are read.
+        tokenizer = Tokenizer(checkpoint.tokenizer, checkpoint.variant.text_length)
         networks = yield from load(checkpoint, placement, options or Options())
         return cls(
             checkpoint.variant,
             networks.transformer,
             networks.autoencoder,
             networks.text_encoder,
-            Tokenizer(checkpoint.tokenizer, checkpoint.variant.text_length),
+            tokenizer,
             placement,
             networks.fingerprint,
             memory,
@@ -181,6 +184,8 @@ class Klein:
         if not 1 <= steps <= MAX_STEPS:
             raise InvalidJob(f"steps is {steps}; it must lie in 1 … {MAX_STEPS}.")
         guidance = variant.guidance if job.guidance is None else job.guidance
+        if not 0 <= guidance <= MAX_GUIDANCE:
+            raise InvalidJob(f"guidance is {guidance:g}; it must lie in 0 … {MAX_GUIDANCE}.")
         if guidance > 1 and variant.distilled:
             warnings.append(f"guidance {guidance:g} is ignored: {variant.name} is distilled and needs none")
             guidance = 1.0

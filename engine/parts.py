@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -89,8 +90,8 @@ def transformer(path: Path, wanted: str | None = None, device: torch.device = _C
     table = diffusers_transformer(_MOST_BLOCKS) if theirs else plain(tensors.shapes)
     if config.get("guidance_embeds") or any("guidance_in." in name for name in tensors.shapes):
         raise BadWeights(f"The {what} has a guidance embedding: that is FLUX.2 [dev], not klein.")
-    shape = _transformer_shape(_ours(tensors, table), config, what)
-    with torch.device("meta"):
+    with _making(what), torch.device("meta"):
+        shape = _transformer_shape(_ours(tensors, table), config, what)
         module = Transformer(shape)
     if theirs:
         table = _restrict(diffusers_transformer(max(shape.double_blocks, shape.single_blocks)), module)
@@ -125,8 +126,9 @@ def _transformer_shape(shapes: dict[str, Shape], config: dict[str, Any], what: s
             channels=channels,
             head_dim=shapes["single_blocks.0.norm.query_norm.scale"][0],
             context=shapes["txt_in.weight"][1],
-            double_blocks=_count(shapes, r"double_blocks\.(\d+)\..*"),
-            single_blocks=_count(shapes, r"single_blocks\.(\d+)\..*"),
+            # Counted only where no config says: what lacks its last block must not pass for a smaller model.
+            double_blocks=config.get("num_layers") or _count(shapes, r"double_blocks\.(\d+)\..*") or 1,
+            single_blocks=config.get("num_single_layers") or _count(shapes, r"single_blocks\.(\d+)\..*"),
             mlp=shapes["single_blocks.0.linear2.weight"][1] - hidden,
             time_channels=shapes["time_in.in_layer.weight"][1],
         )
@@ -152,15 +154,14 @@ def autoencoder(path: Path) -> Part[Autoencoder]:
         table = diffusers_autoencoder(levels, layers)
     else:
         table = plain(tensors.shapes)
-    shapes = _ours(tensors, table)
-    shape = _autoencoder_shape(shapes, config.get("norm_num_groups", AutoencoderShape().groups), what)
-    with torch.device("meta"):
+    with _making(what), torch.device("meta"):
+        shape = _autoencoder_shape(_ours(tensors, table), config, what)
         module = Autoencoder(shape)
     table = _restrict(table, module) if theirs else plain(module.state_dict())
     return Part(what, module, tensors, table, re.compile(r"bn\.num_batches_tracked"))
 
 
-def _autoencoder_shape(shapes: dict[str, Shape], groups: int, what: str) -> AutoencoderShape:
+def _autoencoder_shape(shapes: dict[str, Shape], config: dict[str, Any], what: str) -> AutoencoderShape:
     levels = range(_count(shapes, r"encoder\.down\.(\d+)\..*"))
     try:
         return AutoencoderShape(
@@ -168,8 +169,9 @@ def _autoencoder_shape(shapes: dict[str, Shape], groups: int, what: str) -> Auto
             decoder=tuple(shapes[f"decoder.up.{i}.block.0.conv1.weight"][0] for i in levels),
             layers=_count(shapes, r"encoder\.down\.0\.block\.(\d+)\..*"),
             latent=shapes["decoder.post_quant_conv.weight"][0],
-            groups=groups,
-            attention="encoder.mid.attn_1.q.weight" in shapes,
+            groups=config.get("norm_num_groups", AutoencoderShape().groups),
+            # nano has none; whether its absence is meant, only a config can tell.
+            attention=config.get("mid_block_add_attention", AutoencoderShape().attention),
         )
     except KeyError as missing:
         raise BadWeights(f"The {what} is not a FLUX.2 autoencoder: it has no {missing.args[0]}.") from None
@@ -182,9 +184,9 @@ def text_encoder(path: Path, layers: tuple[int, ...], device: torch.device = _CP
     config = _qwen3(tensors.shapes, what) if path.is_file() else _config(path)
     if config.get("model_type") != "qwen3":
         raise BadWeights(f"The {what} is {config.get('model_type')!r}; klein reads with qwen3.")
-    if max(layers) > config["num_hidden_layers"]:
-        raise BadWeights(f"The {what} has {config['num_hidden_layers']} layers; layer {max(layers)} is read.")
-    with torch.device("meta"):
+    with _making(what), torch.device("meta"):
+        if max(layers) > config["num_hidden_layers"]:
+            raise BadWeights(f"The {what} has {config['num_hidden_layers']} layers; layer {max(layers)} is read.")
         module = TextEncoder(config, layers)
     needed = plain(name for name, _ in module.named_parameters())
     inside = _quantise(module, r"model\.layers\..*", tensors, needed, None, device)
@@ -239,12 +241,29 @@ def _count(names: dict[str, Shape], pattern: str) -> int:
     return 1 + max((int(found.group(1)) for found in numbers if found), default=-1)
 
 
+@contextmanager
+def _making(what: str) -> Iterator[None]:
+    """Whatever a module cannot be made of is the config's fault, in whichever words torch or transformers put it."""
+    try:
+        yield
+    except BadWeights:
+        raise
+    except Exception as problem:
+        why = " ".join(f"{type(problem).__name__}: {problem}".split())
+        raise BadWeights(f"The {what}'s config makes no sense ({why[:200]}).", hint="Download it again.") from None
+
+
 def _config(folder: Path) -> dict[str, Any]:
     try:
-        return json.loads((folder / "config.json").read_text())
+        said = json.loads((folder / "config.json").read_text())
+        if not isinstance(said, dict):
+            raise ValueError(f"it is a {type(said).__name__}")
+        return said
     except FileNotFoundError:
         raise BadWeights(f"{folder} has no config.json.", hint="Download it again.") from None
     except PermissionError:
         raise BadWeights(f"{folder / 'config.json'} may not be read by this user.", hint="Run: chmod u+r it.") from None
     except ValueError as error:
-        raise BadWeights(f"{folder / 'config.json'} is not JSON: {error}.", hint="Download it again.") from None
+        raise BadWeights(
+            f"{folder / 'config.json'} is not a JSON object: {error}.", hint="Download it again."
+        ) from None

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, Qwen3Config
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Model, Qwen3RotaryEmbedding
 
+from engine.contract import BadWeights
+
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
@@ -23,10 +25,20 @@ class Tokenizer:
     """One user turn in the chat template, padded on the right to a fixed length."""
 
     def __init__(self, folder: Path, length: int) -> None:
+        """Raises BadWeights for a folder that is no tokenizer, or one without the chat template or a pad."""
         self.length = length
-        self._tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        self._pad: int = self._tokenizer.pad_token_id
-        empty, one = self._template(""), self._template("x")
+        try:
+            self._tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            self._pad = int(self._tokenizer.pad_token_id)
+            empty, one = self._template(""), self._template("x")
+            if one == empty:
+                # transformers makes one without words of a folder that lacks them, and every prompt is alike.
+                raise ValueError("it knows no words: tokenizer.json, or vocab.json and merges.txt, is missing")
+        except Exception as problem:  # each library below has its own
+            why = " ".join(str(problem).split())
+            raise BadWeights(
+                f"The tokenizer in {folder} cannot be used ({why[:120]}).", hint="Download it again."
+            ) from None
         # What follows the prompt: the end of the template, as far as two prompts agree on it.
         agree = 0
         while agree < min(len(empty), len(one)) and empty[-1 - agree] == one[-1 - agree]:

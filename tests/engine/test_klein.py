@@ -97,6 +97,8 @@ def test_without_a_size_the_first_reference_decides(engine: Engine) -> None:
         ({"seed": -1}, "seed is -1"),
         ({"steps": 0}, "steps is 0"),
         ({"steps": 1000}, "1 … 200"),
+        ({"guidance": float("nan")}, "guidance is nan"),
+        ({"guidance": -1.0}, "0 … 100"),
         ({"align": True}, "align needs a reference"),
         ({"width": 4, "height": 64}, "at least 16 pixels"),
         ({"aspect": (1, 20)}, "at most 8:1"),
@@ -221,5 +223,6 @@ def test_bf16_paints_nearly_the_same_picture(tmp_path: Path) -> None:
 
 
 def test_a_device_this_machine_has_not_is_refused_with_those_it_has() -> None:
-    with pytest.raises(InvalidJob, match=r"this machine has: .*cpu"):
-        Engine(device="tpu")
+    for device in ("tpu", "cpu:one", "cpu:1"):
+        with pytest.raises(InvalidJob, match=r"this machine has: .*cpu"):
+            Engine(device=device)
