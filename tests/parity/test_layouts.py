@@ -9,15 +9,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import AutoencoderKLFlux2
+from diffusers.models.transformers.transformer_flux2 import Flux2Transformer2DModel
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from engine import parts
 from engine.contract import BadWeights, ModelNotFound, Rgb8
 from engine.device import Placement
 from engine.engine import Engine
-from engine.layouts import diffusers_transformer
+from engine.layouts import Table, diffusers_autoencoder, diffusers_transformer
+from engine.model.autoencoder import Autoencoder, AutoencoderShape
 from engine.model.transformer import Transformer, TransformerShape
+from engine.weights import slots
 from tests import toys
 from tests.parity.conftest import CASES, agreement, paint
 
@@ -142,34 +146,53 @@ def _shard(folder: Path) -> None:
     (folder / f"{whole.name}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
 
 
+def shapes_in(module: nn.Module, table: Table) -> dict[str, tuple[int, ...]]:
+    """Published name -> shape, as our module would be filled from them."""
+    ours = slots(module)
+    rows = {their: (ours[place.name], place.parts) for their, place in table.items() if place.name in ours}
+    return {their: (whole[0] // parts, *whole[1:]) for their, (whole, parts) in rows.items()}
+
+
+def official_shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+
+
 @pytest.mark.parametrize(
-    ("shape", "tensors", "parameters"),
+    ("shape", "heads", "tensors", "parameters"),
     [
-        (TransformerShape(3072, 128, 7680, 5, 20, 9216), 169, 3_875_544_576),
-        (TransformerShape(4096, 128, 12288, 8, 24, 12288), 233, 9_078_581_248),
+        (TransformerShape(3072, 128, 7680, 5, 20, 9216), 24, 169, 3_875_544_576),
+        (TransformerShape(4096, 128, 12288, 8, 24, 12288), 32, 233, 9_078_581_248),
     ],
     ids=["4B", "9B"],
 )
-def test_the_parameters_are_the_published_ones(shape: TransformerShape, tensors: int, parameters: int) -> None:
+def test_the_parameters_are_the_published_ones(
+    shape: TransformerShape, heads: int, tensors: int, parameters: int
+) -> None:
     with torch.device("meta"):
-        ours = dict(Transformer(shape).named_parameters())
-    table = diffusers_transformer(max(shape.double_blocks, shape.single_blocks))
-    there = {name: place for name, place in table.items() if place.name in ours}
+        ours = Transformer(shape)
+        theirs = Flux2Transformer2DModel(
+            num_layers=shape.double_blocks,
+            num_single_layers=shape.single_blocks,
+            num_attention_heads=heads,
+            attention_head_dim=shape.head_dim,
+            joint_attention_dim=shape.context,
+            guidance_embeds=False,
+        )
+    there = shapes_in(ours, diffusers_transformer(max(shape.double_blocks, shape.single_blocks)))
+    assert there == official_shapes(theirs)
     assert len(there) == tensors
-    assert sum(math.prod(p.shape) for p in ours.values()) == parameters
-    assert {place.name for place in there.values()} == ours.keys()
+    assert sum(map(math.prod, there.values())) == sum(p.numel() for p in ours.parameters()) == parameters
 
 
 def test_the_real_autoencoder_has_the_published_parameters() -> None:
-    from engine.layouts import diffusers_autoencoder
-    from engine.model.autoencoder import Autoencoder, AutoencoderShape
-
     with torch.device("meta"):
-        net = Autoencoder(AutoencoderShape())
-    names = net.state_dict().keys()
-    there = [name for name, place in diffusers_autoencoder(4, 3).items() if place.name in names]
-    assert len(there) == 250  # 251 published, one of them num_batches_tracked, which nothing reads
-    assert sum(p.numel() for p in net.parameters()) == 84_046_115
+        ours, theirs = Autoencoder(AutoencoderShape()), AutoencoderKLFlux2()
+    official = official_shapes(theirs)
+    assert len(official) == 251
+    del official["bn.num_batches_tracked"]  # which nothing reads
+    there = shapes_in(ours, diffusers_autoencoder(4, 3))
+    assert there == official
+    assert sum(p.numel() for p in ours.parameters()) == 84_046_115
 
 
 def edit_tensors(file: Path, change: Callable[[dict[str, Tensor]], object]) -> None:
