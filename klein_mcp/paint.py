@@ -43,8 +43,7 @@ def run(settings: Settings, order: Order, *, as_json: bool = False) -> int:
 
     seed = secrets.randbelow(2**32) if order.seed is None else order.seed
     out = order.out or Path(f"klein-{seed}.png")
-    if out.suffix.lower() not in KINDS:
-        raise RequestError(f"{out.name} does not end in {', '.join(KINDS)}.", hint="Name the file accordingly.")
+    _check(out)
     width, height = order.size or (None, None)
     job = Job(
         prompt=_prompt(order.prompt),
@@ -61,12 +60,24 @@ def run(settings: Settings, order: Order, *, as_json: bool = False) -> int:
             made = engine(settings)
         painting = _last(_told(event, bar) for event in made.run(job))
     recipe = _recipe(order, painting)
-    out.parent.mkdir(parents=True, exist_ok=True)
     out.write_bytes(codec.encode(painting.image, KINDS[out.suffix.lower()], recipe))  # type: ignore[arg-type]
     for warning in painting.warnings:
         print(f"klein-mcp: {warning}", file=sys.stderr)
     print(json.dumps(_facts(out, painting)) if as_json else _sentence(out, painting))
     return 0
+
+
+def _check(out: Path) -> None:
+    """Before the work, which may take minutes: can the picture be written there? Makes the folder."""
+    if out.suffix.lower() not in KINDS:
+        raise RequestError(f"{out.name} does not end in {', '.join(KINDS)}.", hint="Name the file accordingly.")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        problem = "it is a folder" if out.is_dir() else ""
+    except OSError as refused:
+        problem = refused.strerror or str(refused)
+    if problem or not os.access(out if out.exists() else out.parent, os.W_OK):
+        raise RequestError(f"{out} cannot be written: {problem or 'Permission denied'}.", hint="Name another with -o.")
 
 
 @contextmanager

@@ -119,6 +119,12 @@ def test_started_by_a_client_it_says_nothing_of_the_kind(living: Living) -> None
         (["paint", "a cat", "--size", "63x64"], 2, "'63x64' has a side that is not 64 to 2048 pixels"),
         (["paint", "a cat", "--size", "64x2049"], 2, "'64x2049' has a side that is not 64 to 2048 pixels"),
         (["paint", "a cat", "-o", "cat.gif"], 1, "does not end in .png"),
+        (["paint", "a cat", "-o", "full.png/cat.png"], 1, "full.png/cat.png cannot be written: File exists."),
+        (["paint", "a cat", "-o", "folder.png"], 1, "folder.png cannot be written: it is a folder."),
+        (["paint", "a cat", "--ref", "full.png"], 1, "full.png is not a picture that can be read."),
+        (["paint", "a cat", "--guidance", "nan"], 1, "guidance is nan; it must lie in 0 … 100."),
+        (["paint", "a cat", "--device", "cpu:one"], 1, "device is 'cpu:one'; this machine has: cpu"),
+        (["paint", "a cat", "--model", "klein-4d"], 1, "Did you mean klein-4b?"),
         (["paint", "a cat", "--ref", "no.png"], 1, "The reference no.png cannot be read: No such file or directory."),
         (["info", "zzzzzz"], 1, 'There is no picture "zzzzzz". klein-mcp list shows all.'),
         (["replay", "zzzzzz"], 1, 'There is no picture "zzzzzz". klein-mcp list shows all.'),
@@ -128,8 +134,10 @@ def test_started_by_a_client_it_says_nothing_of_the_kind(living: Living) -> None
 def test_exit_codes_are_as_the_readme_says(
     living: Living, tmp_path: Path, words: list[str], code: int, said: str
 ) -> None:
+    (tmp_path / "full.png").write_text("no picture")
+    (tmp_path / "folder.png").mkdir()
     ran = living.run("-m", "klein_mcp", *words, cwd=tmp_path)
-    assert ran.returncode == code
+    assert ran.returncode == code, ran.stderr
     assert said.lower() in ran.stderr.lower()
     assert ran.stdout == ""
     if code == 1:
