@@ -50,6 +50,8 @@ class Job(_ByValue):
         model sees it, without references the model's native size. Multiples of 16 unless `align` is set.
     align: the first reference and the canvas are one frame, so that an edit keeps every pixel in its place:
         both are scaled and padded alike, and the picture comes back at exactly the reference's size.
+    close_up: with `align`, of a reference that is a part of a larger picture: what is smaller than the model's native
+        area is painted enlarged to it, at most four times a side, as the model paints small things badly.
     aspect: (width, height) of which only the ratio counts: a picture of this shape at the model's native area,
         where no size is given. Only the engine knows what "auto" will be, and so what is native.
     seed: 0 … 2**63 - 1; the same job with the same seed gives the same picture.
@@ -62,6 +64,7 @@ class Job(_ByValue):
     width: int | None = None
     height: int | None = None
     align: bool = False
+    close_up: bool = False
     aspect: tuple[int, int] | None = None
     seed: int = 0
     model: str = "auto"

@@ -200,7 +200,7 @@ class Klein:
             if not references:
                 raise InvalidJob("align needs a reference to be aligned with.")
             height, width = references[0].shape[:2]
-            frame = Frame.of(width, height, area)
+            frame = Frame.of(width, height, area, variant.native_size**2 if job.close_up else 0)
             seen = [frame.lay(references[0])]
         else:
             seen, frame = [], None
@@ -210,7 +210,7 @@ class Klein:
             if min(width, height) < GRID:
                 raise InvalidJob(f"The size is {width}×{height}; each side needs at least {GRID} pixels.")
             frame = Frame.of(width, height, area)
-        if (frame.inner_width, frame.inner_height) != (frame.width, frame.height):
+        if frame.inner_width < frame.width or frame.inner_height < frame.height:
             warnings.append(
                 f"painted at {frame.inner_width}×{frame.inner_height}, the size {variant.name} was made for, "
                 f"and resampled to {frame.width}×{frame.height}"

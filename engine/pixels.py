@@ -15,6 +15,8 @@ GRID = 16
 """Picture pixels a token spans on each side: every size the model sees is a multiple of it."""
 
 MIN_SIDE = 64
+MOST_ENLARGED = 4
+"""Times a side that a part of a picture is enlarged: beyond it the model sees more blur than picture."""
 MAX_ASPECT = 8
 """Of a reference. Source: diffusers Flux2ImageProcessor.check_image_input."""
 
@@ -103,12 +105,16 @@ class Frame:
     canvas_height: int
 
     @classmethod
-    def of(cls, width: int, height: int, area: int) -> "Frame":
-        """The frame for width × height on a canvas of at most `area` pixels."""
-        scale = min(1.0, math.sqrt(area / (width * height)))
+    def of(cls, width: int, height: int, area: int, least: int = 0) -> "Frame":
+        """The frame for width × height on a canvas of at most `area` pixels.
+
+        least: pixels to which what is smaller is enlarged, as far as MOST_ENLARGED goes.
+        """
+        enlarged = min(MOST_ENLARGED, math.sqrt(least / (width * height)))
+        scale = min(max(1.0, enlarged), math.sqrt(area / (width * height)))
         if max(width, height) < MIN_SIDE:
             # An icon fills the smallest canvas instead of sitting in its corner.
-            scale = MIN_SIDE / max(width, height)
+            scale = max(scale, MIN_SIDE / max(width, height))
         # Rounding up to whole tokens may overshoot the area; each turn takes the overshoot back.
         while True:
             inner_width, inner_height = max(1, round(width * scale)), max(1, round(height * scale))

@@ -62,6 +62,7 @@ class Work:
                 width=order.width,
                 height=order.height,
                 align=order.keep_size,
+                close_up=self.patch is not None and self.patch.part_of_more,
                 aspect=order.aspect,
                 seed=order.seed + k,
                 model=order.model,

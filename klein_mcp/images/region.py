@@ -9,16 +9,17 @@ import numpy.typing as npt
 from engine.contract import Rgb8
 from klein_mcp.errors import RequestError
 from klein_mcp.images import codec
+from klein_mcp.order import MAX_AREA
 
 SEAM = 16
 """Pixels inside the mask over which old turns into new."""
 
-WORK_AREA = 4_000_000
+WORK_AREA = MAX_AREA
 """Pixels: the most that is sent to the engine; what is larger is worked on at this size."""
 
-# A region smaller than this share of the picture is shown to the model enlarged, with as much again around it.
+# A region smaller than this share of the picture is shown to the model close up, with as much again around it.
 _SMALL = 0.25
-_LEAST_SURROUNDINGS = 32
+_LEAST_SURROUNDINGS = 128
 
 Mask = npt.NDArray[np.bool_]
 Box = tuple[int, int, int, int]
@@ -34,6 +35,11 @@ class Patch:
 
     box: Box
     mask: Mask | None
+
+    @property
+    def part_of_more(self) -> bool:
+        """Whether the model sees less than the whole picture."""
+        return self.mask is not None and (self.box[3] - self.box[1], self.box[2] - self.box[0]) != self.mask.shape
 
     def cut(self, image: Rgb8) -> Rgb8:
         """What the model gets to see."""
@@ -105,7 +111,7 @@ def _white(mask: Rgb8, width: int, height: int) -> Mask:
 
 
 def _surroundings(box: Box, width: int, height: int) -> Box:
-    """The whole picture; for a small region, the region with as much again on each side."""
+    """The whole picture; for a small region, the region in the middle of twice its sides."""
     left, top, right, bottom = box
     if (right - left) * (bottom - top) >= _SMALL * width * height and width * height <= WORK_AREA:
         return 0, 0, width, height
@@ -115,20 +121,31 @@ def _surroundings(box: Box, width: int, height: int) -> Box:
 
 
 def _seam(mask: Mask) -> npt.NDArray[np.float32]:
-    """0 outside; inside, rising over SEAM pixels from the mask's edge. The picture's own edge is none.
+    """0 outside; inside, rising over at most SEAM pixels from the mask's edge. The picture's own edge is none.
 
     mask: of a patch, which reaches beyond the white on every side where there is more picture.
     """
-    depth = np.zeros(mask.shape, np.float32)
+    depth = np.zeros(mask.shape, np.uint8)
     left = mask.copy()
     for _ in range(SEAM):
         depth += left
         left = _eroded(left)
         if not left.any():
             break
-    return depth / max(1.0, depth.max())
+    # Full strength is the deepest place near by: a thin line beside a broad spot may change as much as the spot.
+    deepest = depth
+    for _ in range(SEAM):
+        deepest = _spread(deepest, mask)
+    return depth.astype(np.float32) / np.maximum(deepest, 1).astype(np.float32)
 
 
 def _eroded(mask: Mask) -> Mask:
     padded = np.pad(mask, 1, mode="edge")
     return mask & padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:]
+
+
+def _spread(depth: npt.NDArray[np.uint8], mask: Mask) -> npt.NDArray[np.uint8]:
+    """Each place of the mask as deep as the deepest of its neighbours."""
+    padded = np.pad(depth, 1)
+    across = np.maximum(np.maximum(padded[:, :-2], padded[:, 1:-1]), padded[:, 2:])
+    return np.maximum(np.maximum(across[:-2], across[1:-1]), across[2:]) * mask

@@ -74,6 +74,14 @@ def test_an_aligned_edit_has_exactly_the_size_of_its_input(engine: Engine, size:
     assert painting.image.shape == (size[1], size[0], 3)
 
 
+def test_a_close_up_is_painted_at_the_models_own_size_and_comes_back_at_its_own(engine: Engine) -> None:
+    part = replace(DOG, prompt="red background", references=(picture(40, 30),), align=True)
+    close, plain = paint(engine, replace(part, close_up=True)), paint(engine, part)
+    assert close.image.shape == plain.image.shape == (30, 40, 3)
+    assert not np.array_equal(close.image, plain.image)
+    assert close.warnings == plain.warnings == ()
+
+
 def test_a_size_above_the_models_own_is_resampled_and_said(engine: Engine) -> None:
     painting = paint(engine, replace(DOG, width=512, height=256))
     assert painting.image.shape == (256, 512, 3)

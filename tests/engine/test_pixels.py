@@ -31,6 +31,23 @@ def test_a_frame_holds_its_content_on_whole_tokens_within_the_area(width: int, h
     assert abs(frame.inner_height - height * scale) <= 1
 
 
+@pytest.mark.parametrize(
+    ("size", "canvas"),
+    [
+        ((512, 512), (1024, 1024)),
+        ((300, 100), (1200, 400)),  # four times: the native area would take 5.9 times
+        ((40, 40), (160, 160)),
+        ((1024, 1024), (1024, 1024)),
+        ((1500, 1500), (1504, 1504)),  # never made smaller by it
+    ],
+)
+def test_a_close_up_is_enlarged_to_the_native_area_and_at_most_four_times(
+    size: tuple[int, int], canvas: tuple[int, int]
+) -> None:
+    frame = Frame.of(*size, 2048**2, least=1024**2)
+    assert (frame.canvas_width, frame.canvas_height) == canvas
+
+
 @given(width=st.integers(17, 300), height=st.integers(17, 300))
 @settings(max_examples=60, deadline=None)
 def test_a_picture_laid_on_its_canvas_and_lifted_off_is_itself(width: int, height: int) -> None:

@@ -85,14 +85,32 @@ def test_a_mask_thinner_than_two_seams_still_reaches_full_strength():
     assert part.paste(white[: seen.shape[0], : seen.shape[1]], black).max() == WHITE
 
 
+def test_a_thin_line_beside_a_broad_spot_may_change_as_much():
+    black, white = np.zeros((200, 200, 3), np.uint8), np.full((200, 200, 3), WHITE, np.uint8)
+    spot, line, tail = mask_of(200, 200, (20, 20, 100, 100)), (20, 150, 180, 153), (100, 58, 180, 61)
+    part = patch(black, None, spot | mask_of(200, 200, line) | mask_of(200, 200, tail))
+    result = part.paste(white[: part.cut(black).shape[0], : part.cut(black).shape[1]], black)
+    assert result[60, 60].min() == WHITE
+    assert result[151, 100].min() == WHITE
+    assert result[59, 150].min() == WHITE  # of a tail that hangs on the spot, beyond the seam
+    rising = result[60, 20:60, 0].astype(int)
+    assert (np.diff(rising) >= 0).all()
+    assert rising[0] < 30
+
+
 def test_of_a_large_region_the_model_sees_the_whole_picture_of_a_small_one_its_surroundings():
     image = scene(800, 600)
     assert patch(image, (100, 100, 500, 400), None).cut(image).shape == (600, 800, 3)
     small = patch(image, (400, 300, 100, 60), None)
-    assert small.box == (350, 270, 550, 390)
-    assert (small.cut(image) == image[270:390, 350:550]).all()
+    assert small.box == (336, 236, 564, 424)
+    assert (small.cut(image) == image[236:424, 336:564]).all()
     tiny = patch(image, (0, 0, 4, 4), None)
-    assert tiny.box == (0, 0, 20, 20)
+    assert tiny.box == (0, 0, 68, 68)
+
+
+def test_the_largest_picture_of_ours_is_worked_on_pixel_for_pixel():
+    image = scene(2048, 2048)
+    assert (patch(image, None, None).cut(image) == image).all()
 
 
 def test_of_a_huge_picture_the_model_sees_no_more_than_it_can_work_on():
@@ -132,6 +150,17 @@ async def test_a_region_changes_only_itself_and_the_line_says_how_much(client: C
     assert not different[110:].any()
     assert told["changed"] == round(float(different.mean()), 4)
     assert 0.05 < told["changed"] <= 80 * 60 / (320 * 200)
+
+
+async def test_a_small_region_is_painted_close_up_and_all_else_as_it_is(
+    client: Client, painter: FakePainter, tmp_path: Path
+):
+    path = tmp_path / "wide.png"
+    path.write_bytes(file(scene(800, 600)))
+    for region in ([400, 300, 100, 60], [50, 50, 700, 500], None):
+        await call(client, "edit_image", image=str(path), prompt="x", **({"region": region} if region else {}))
+    assert [job.close_up for job in painter.jobs] == [True, False, False]
+    assert [job.references[0].shape[:2] for job in painter.jobs] == [(188, 228), (600, 800), (600, 800)]
 
 
 async def test_a_mask_changes_only_what_is_white(client: Client, photo: str, mask: str):

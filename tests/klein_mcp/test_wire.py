@@ -30,6 +30,7 @@ jobs = st.builds(
     width=st.none() | st.integers(16, 2048),
     height=st.none() | st.integers(16, 2048),
     align=st.booleans(),
+    close_up=st.booleans(),
     seed=seeds,
     model=texts,
     steps=st.none() | st.integers(1, 50),
