@@ -147,13 +147,21 @@ class _Pinned(http.client.HTTPSConnection):
         self._address = address
         self._tls = context
         self._wire: socket.socket | None = None
+        self._over = False
 
     def connect(self) -> None:
         self._wire = socket.create_connection((self._address, self.port), self.timeout)
-        self._wire = self.sock = self._tls.wrap_socket(self._wire, server_hostname=self.host)
+        # The handshake comes after the assignment, so that it can be cut as well.
+        self._wire = self.sock = self._tls.wrap_socket(
+            self._wire, server_hostname=self.host, do_handshake_on_connect=False
+        )
+        if self._over:
+            raise TimeoutError
+        self.sock.do_handshake()
 
     def cut(self) -> None:
         """From another thread. `sock` may be gone by then: the library leaves it to the response."""
+        self._over = True
         if self._wire is not None:
             with contextlib.suppress(OSError):
                 self._wire.shutdown(socket.SHUT_RDWR)

@@ -286,6 +286,23 @@ def test_a_host_that_sends_a_byte_now_and_then_is_left(get: Callable[..., bytes]
     assert time.monotonic() - began < 2
 
 
+def test_a_host_that_is_slow_to_be_reached_gets_no_more_time_for_its_answer(
+    get: Callable[..., bytes], monkeypatch: pytest.MonkeyPatch
+):
+    real = fetch.socket.create_connection
+
+    def late(*where: Any) -> Any:
+        time.sleep(0.6)
+        return real(*where)
+
+    monkeypatch.setattr(fetch, "SECONDS", 0.5)
+    monkeypatch.setattr(fetch.socket, "create_connection", late)
+    began = time.monotonic()
+    with pytest.raises(BadImage, match="took longer than"):
+        get("/trickle")
+    assert time.monotonic() - began < 2
+
+
 def test_a_host_that_is_not_there_is_said():
     with pytest.raises(BadImage, match="cannot be fetched"):
         fetch.get(
