@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What is to be painted again, oldest first. base: the picture at the root, following first parents."""
+    """What is to be painted again, parents first. base: the picture at the root, following first parents."""
 
     steps: tuple[Record, ...]
     base: Record
@@ -32,12 +32,12 @@ def plan(store: Store, handle: str, *, onto: bool) -> Plan:
         base = ancestors[base.parents[0]]
     if onto and base is picture:
         raise RequestError(f"{handle} was not made from another picture.", hint="Leave out --onto.")
-    painted = [record for record in ancestors.values() if record.tool != "open"]
+    painted = [record for record in _parents_first(ancestors, picture) if record.tool != "open"]
     if onto:
         painted = [record for record in painted if record is not base and base.handle in _line(ancestors, record)]
     if not painted:
         raise RequestError(f"{handle} was opened from a file, not painted.", hint="Name a painted picture.")
-    return Plan(tuple(sorted(painted, key=lambda record: record.created)), base)
+    return Plan(tuple(painted), base)
 
 
 async def replay(
@@ -87,6 +87,20 @@ def _ancestors(store: Store, picture: Record) -> dict[str, Record]:
             found[handle] = record
             waiting += record.parents
     return found
+
+
+def _parents_first(ancestors: dict[str, Record], picture: Record) -> list[Record]:
+    """Not by the time they were made: a clock may have been set back between two of them."""
+    order: dict[str, Record] = {}
+    waiting = [picture.handle]
+    while waiting:
+        record = ancestors[waiting[-1]]
+        missing = next((parent for parent in record.parents if parent not in order), None)
+        if missing is None:
+            order[waiting.pop()] = record
+        else:
+            waiting.append(missing)
+    return list(order.values())
 
 
 def _line(ancestors: dict[str, Record], record: Record) -> set[str]:

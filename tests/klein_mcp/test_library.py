@@ -1,5 +1,6 @@
 """The library in the terminal, and a picture's history painted again."""
 
+import itertools
 import json
 import time
 from dataclasses import replace
@@ -68,6 +69,20 @@ async def test_onto_another_base_only_what_came_from_the_base_is_painted_again(
     assert not (made[0].image == picture(history[0])).all()
     # The region held on the new base as well.
     assert (made[1].image[:8] == made[0].image[:8]).all()
+
+
+async def test_the_order_of_a_chain_does_not_hang_on_the_clock(
+    service: Service, client: Client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    clock = itertools.count(2_000_000_000, -1)  # set back between any two pictures
+    monkeypatch.setattr("klein_mcp.images.store.time.time", lambda: float(next(clock)))
+    await call(client, "generate_image", prompt="base", seed=1)
+    await call(client, "edit_image", image="last", prompt="one", seed=2)
+    last = await call(client, "edit_image", image="last", prompt="two", seed=3)
+    (tmp_path / "other.png").write_bytes(file(scene(128, 128)))
+    made = await replay(service, last["image"], ME, onto=str(tmp_path / "other.png"))
+    assert [one.record.prompt for one in made] == ["one", "two"]
+    assert made[1].record.parents == (made[0].record.handle,)
 
 
 async def test_another_seed_is_taken_for_every_step(
