@@ -151,11 +151,14 @@ class Store:
                 claim.acquire(timeout=0)
                 self._claim, self._mine = claim, self._incoming / name
                 self._mine.mkdir()
+                _sync_folder(self._incoming)
         return self._mine
 
     def _move(self, landed: Path) -> None:
         place = self._place(landed.stem)
-        place.parent.mkdir(exist_ok=True)
+        if not place.parent.exists():
+            place.parent.mkdir(exist_ok=True)
+            _sync_folder(self.files)
         os.replace(landed, place)
         _sync_folder(place.parent)
 
@@ -175,7 +178,7 @@ class Store:
                     known = self._row("SELECT 1 FROM pictures WHERE file = ? AND deleted IS NULL", landed.stem)
                     self._move(landed) if known else landed.unlink()
                 shutil.rmtree(lock.parent / lock.stem, ignore_errors=True)
-                lock.unlink()
+                lock.unlink(missing_ok=True)
                 claim.release()
             self._remove_files_of_deleted()
 
@@ -237,16 +240,18 @@ class Store:
         return None if row is None else self._record(row)
 
     def search(self, text: str = "", *, limit: int, before: int | None = None) -> tuple[list[Record], int | None]:
-        """Newest first, those whose prompt, source or handle contains `text`; and where the next page begins."""
-        pattern = "%" + text.replace("\\", "\\\\").replace("%", "\\%").replace("_", "\\_") + "%"
+        """Newest first, those whose prompt or source has every word of `text`, or whose handle it is.
+
+        And where the next page begins.
+        """
+        words = [word.replace("\\", "\\\\").replace("%", "\\%").replace("_", "\\_") for word in text.split()]
+        has_word = "coalesce(prompt, '') || ' ' || coalesce(source, '') LIKE ? ESCAPE '\\'"
         rows = self._rows(
             f"SELECT {_COLUMNS}, number FROM pictures WHERE deleted IS NULL AND number < ?"
-            " AND (coalesce(prompt, '') LIKE ? ESCAPE '\\' OR coalesce(source, '') LIKE ? ESCAPE '\\' OR handle = ?)"
-            " ORDER BY number DESC LIMIT ?",
+            f" AND (handle = ? OR {' AND '.join([has_word] * len(words)) or 'TRUE'}) ORDER BY number DESC LIMIT ?",
             before if before is not None else 2**62,
-            pattern,
-            pattern,
             text,
+            *(f"%{word}%" for word in words),
             limit + 1,
         )
         page = rows[:limit]

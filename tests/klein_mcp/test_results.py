@@ -168,6 +168,10 @@ async def test_list_images_is_text_with_parents_newest_first_and_pages(client: C
     assert rest["next"] is None
     found = await call(client, "list_images", search="RED")
     assert [one["image"] for one in found["images"]] == [first["image"]]
+    for words in ("dot red", "a  dot", first["image"]):
+        found = await call(client, "list_images", search=words)
+        assert [one["image"] for one in found["images"]] == [first["image"]], words
+    assert (await call(client, "list_images", search="red square"))["images"] == []
     assert (await call(client, "list_images", search="%"))["images"] == []
 
 

@@ -65,6 +65,15 @@ def test_equal_bytes_are_kept_once_and_live_as_long_as_one_picture_needs_them(li
     assert files(library.folder) == []
 
 
+def test_each_new_name_is_on_the_disk_before_the_handle_is_returned(library: Store, monkeypatch: pytest.MonkeyPatch):
+    synced: list[Path] = []
+    monkeypatch.setattr(module, "_sync_folder", synced.append)
+    place = library.path(put(library))
+    ours = next(path for path in left_over(library.folder) if path.is_dir())
+    # Each folder after something was made in it: ours, the file in it, its place's folder, the file there.
+    assert synced == [ours.parent, ours, library.files, place.parent]
+
+
 def test_handles_are_short_random_and_easy_to_read_aloud(library: Store):
     handles = {library.new_handle() for _ in range(200)}
     assert len(handles) == 200
