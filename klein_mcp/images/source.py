@@ -97,7 +97,7 @@ class Sources:
             height, width = decoded.image.shape[:2]
             flattened = {"flattened_on": backdrop} if decoded.flattened else {}
             record = self._store.put(
-                codec.encode(decoded.image),
+                codec.encode(decoded.image, "png", decoded.recipe),
                 handle=self._store.new_handle(),
                 pixels=pixels,
                 size=(width, height),

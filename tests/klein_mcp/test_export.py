@@ -103,6 +103,21 @@ async def test_a_saved_picture_opened_again_finds_its_ancestors(
         assert again["parents"] == [told["image"]]
 
 
+@pytest.mark.parametrize("name", ["hero.jpg", "hero.webp"])
+async def test_a_saved_picture_that_comes_back_as_a_png_still_tells_how_it_was_made(
+    client: Client, project: Path, tmp_path: Path, name: str
+):
+    told = await painted(client)
+    await call(client, "save_image", image="last", path=name)
+    await call(client, "save_image", image=str(project / name), path="again.png")
+    with Image.open(project / "again.png") as picture:
+        recipe = provenance.read(picture)
+    assert recipe is not None
+    assert (recipe["image"], recipe["seed"]) == (told["image"], "5")
+    await call(client, "save_image", image=str(project / name), path="bare.png", strip_metadata=True)
+    assert b"klein" not in (project / "bare.png").read_bytes()
+
+
 async def test_a_smaller_copy_keeps_its_shape_and_nothing_is_enlarged(client: Client, project: Path):
     await painted(client, width=256, height=128)
     small = await call(client, "save_image", image="last", path="small.png", max_size=64)
