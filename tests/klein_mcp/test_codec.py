@@ -172,6 +172,14 @@ HOSTILE = {
     "PostScript": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n", "is not a picture"),
     "50,000 squared": (giant(50_000, 50_000), "50000×50000 = 2500 MP; at most 64 MP"),
     "as many pixels in one line": (giant(2**31 - 1, 2), "at most 64 MP"),
+    "65,535 squared as GIF": (
+        b"GIF89a" + struct.pack("<HH3x", 65535, 65535) + b"," + struct.pack("<HHHHB", 0, 0, 65535, 65535, 0) + b"\2\0;",
+        "65535×65535 = 4295 MP; at most 64 MP",
+    ),
+    "65,535 squared as JPEG": (
+        file(SCENE, "JPEG").replace(struct.pack(">BHH", 8, 32, 48), struct.pack(">BHH", 8, 65535, 65535)),
+        "at most 64 MP",
+    ),
     "size zero": (giant(0, 10), "be read"),
     "truncated PNG": (file(noise(64, 64))[:3000], "is cut short"),
     "truncated JPEG": (file(noise(64, 64), "JPEG")[:1500], "is cut short"),
