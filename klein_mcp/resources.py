@@ -4,6 +4,7 @@ import json
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import anyio
 import anyio.to_thread
 from mcp.server.lowlevel.helper_types import ReadResourceContents
 from mcp.server.mcpserver.exceptions import ResourceNotFoundError
@@ -21,6 +22,9 @@ LISTED = 50
 
 FITS = 730_000
 """Bytes: as base64, with its envelope, below the 1,000,000 that a message may have."""
+
+TOLD_WITHIN = 1.0
+"""Seconds a legacy connection has to take a notification."""
 
 ALL = "klein://images"
 _TEMPLATES = (
@@ -148,6 +152,8 @@ class Listeners:
         for changed in (ALL, uri):
             await self._bus.publish(ResourceUpdated(uri=changed))
         for connection, subscribed in list(self._legacy.items()):
-            await connection.send_resource_list_changed()
-            for changed in subscribed & {ALL, uri}:
-                await connection.send_resource_updated(changed)
+            # Whoever does not read any more must not hold up the one who painted.
+            with anyio.move_on_after(TOLD_WITHIN):
+                await connection.send_resource_list_changed()
+                for changed in subscribed & {ALL, uri}:
+                    await connection.send_resource_updated(changed)

@@ -76,12 +76,12 @@ class KleinServer(MCPServer):
             version=__version__,
             log_level=service.settings.log_level.upper(),  # type: ignore[arg-type]
         )
-        self._listeners = resources.Listeners(self._subscriptions)
-        self.middleware.append(self._listeners.remember)
+        self.listeners = resources.Listeners(self._subscriptions)
+        self.middleware.append(self.listeners.remember)
         # MCPServer has no door for these three of the legacy era, nor for saying that its list of resources changes.
         low = self._lowlevel_server
-        low.add_request_handler("resources/subscribe", SubscribeRequestParams, self._listeners.subscribe)
-        low.add_request_handler("resources/unsubscribe", UnsubscribeRequestParams, self._listeners.unsubscribe)
+        low.add_request_handler("resources/subscribe", SubscribeRequestParams, self.listeners.subscribe)
+        low.add_request_handler("resources/unsubscribe", UnsubscribeRequestParams, self.listeners.unsubscribe)
         low.add_request_handler("logging/setLevel", SetLevelRequestParams, _set_level)
         low.create_initialization_options = partial(  # type: ignore[method-assign]
             low.create_initialization_options, NotificationOptions(resources_changed=True)
@@ -146,7 +146,7 @@ class KleinServer(MCPServer):
             name=params.client_info.name if params else "",
             tell=tell,
             roots=lambda: _roots(session),
-            painted=self._listeners.painted,
+            painted=self.listeners.painted,
             link=self._link(request) if self._link and request is not None else None,
         )
 

@@ -66,7 +66,10 @@ class Service:
 
     async def open(self, reference: str, call: Call) -> "Opened":
         """Raises RequestError."""
-        return await _in_thread(lambda: self.sources.open(reference, call.client))
+        opened = await _in_thread(lambda: self.sources.open(reference, call.client))
+        if opened.new:
+            await call.painted(f"klein://images/{opened.record.handle}")
+        return opened
 
     async def paint(self, order: Order, call: Call) -> Outcome:
         """However long it takes. Raises RequestError or EngineError. Cancelling the task cancels the job."""

@@ -25,11 +25,15 @@ _READ = os.O_RDONLY | sum(getattr(os, flag, 0) for flag in ("O_NONBLOCK", "O_NOF
 
 @dataclass(frozen=True, slots=True)
 class Opened:
-    """A reference that was found: its pixels, and the record under which the library knows them."""
+    """A reference that was found: its pixels, and the record under which the library knows them.
+
+    new: whether the library did not know them before.
+    """
 
     image: Rgb8
     record: Record
     warnings: tuple[str, ...] = ()
+    new: bool = False
 
 
 class Sources:
@@ -91,6 +95,7 @@ class Sources:
         decoded = codec.decode(data, name, backdrop)
         pixels = fingerprint(decoded.image)
         record = self._store.by_pixels(pixels)
+        new = record is None
         if record is None:
             recipe = decoded.recipe or {}
             ancestor = self._store.find(str(recipe.get("image", "")))
@@ -107,7 +112,7 @@ class Sources:
                 parents=[ancestor.handle] if ancestor else [],
                 source=source,
             )
-        return Opened(decoded.image, record, decoded.warnings)
+        return Opened(decoded.image, record, decoded.warnings, new)
 
     def _allowed(self, path: Path) -> Path:
         roots = self._settings.read_roots or (Path.home(), Path(tempfile.gettempdir()))

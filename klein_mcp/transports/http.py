@@ -108,7 +108,7 @@ def application(
         *sse.routes,
         Route("/healthz", _healthz, methods=["GET"]),
         pictures.download(service, links),
-        pictures.upload(service, http_client),
+        pictures.upload(service, http_client, server.listeners.painted),
     ]
     gate = Middleware(Gate, security=security, token=token)
     return Starlette(routes=routes, middleware=[gate], lifespan=lambda app: server.session_manager.run())

@@ -5,7 +5,7 @@ import hmac
 import ipaddress
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 
 import anyio.to_thread
 from starlette.requests import Request
@@ -69,10 +69,10 @@ def download(service: Service, links: Links) -> Route:
     return Route("/images/{handle:str}.png", endpoint, methods=["GET"])
 
 
-def upload(service: Service, client: Callable[[Request], str]) -> Route:
+def upload(service: Service, client: Callable[[Request], str], painted: Callable[[str], Awaitable[None]]) -> Route:
     """POST /upload, the file as the body: {"image": handle, …}. Mount it behind the token.
 
-    client: whose picture it is, as the MCP server names it.
+    client: whose picture it is, as the MCP server names it. painted: as of a Call.
     """
 
     async def endpoint(request: Request) -> Response:
@@ -88,6 +88,8 @@ def upload(service: Service, client: Callable[[Request], str]) -> Route:
         except RequestError as problem:
             return _failed(str(problem), 400)
         record = opened.record
+        if opened.new:
+            await painted(uri(record.handle))
         told = {"image": record.handle, "uri": uri(record.handle), "width": record.width, "height": record.height}
         return JSONResponse({**told, "warnings": opened.warnings})
 

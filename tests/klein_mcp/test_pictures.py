@@ -25,8 +25,18 @@ def links() -> Links:
 
 
 @pytest.fixture
-async def http(service: Service, links: Links) -> AsyncIterator[httpx2.AsyncClient]:
-    app = Starlette(routes=[pictures.download(service, links), pictures.upload(service, lambda request: "them")])
+def announced() -> list[str]:
+    """Addresses of pictures that listeners were told of."""
+    return []
+
+
+@pytest.fixture
+async def http(service: Service, links: Links, announced: list[str]) -> AsyncIterator[httpx2.AsyncClient]:
+    async def painted(uri: str) -> None:
+        announced.append(uri)
+
+    upload = pictures.upload(service, lambda request: "them", painted)
+    app = Starlette(routes=[pictures.download(service, links), upload])
     async with httpx2.AsyncClient(transport=httpx2.ASGITransport(app=app), base_url="http://klein.example") as client:
         yield client
 
@@ -73,6 +83,11 @@ async def test_an_upload_becomes_a_handle_that_tools_take(client: Client, http: 
     assert (answer.status_code, told["width"], told["height"], told["warnings"]) == (200, 64, 48, [])
     edited = await call(client, "edit_image", image=told["image"], prompt="x")
     assert edited["parents"] == [told["image"]]
+
+
+async def test_an_upload_is_announced_once(http: httpx2.AsyncClient, announced: list[str]):
+    told = [(await http.post("/upload", content=file(scene(64, 48), kind))).json() for kind in ("PNG", "BMP")]
+    assert announced == [told[0]["uri"]] == [told[1]["uri"]]
 
 
 async def test_an_upload_is_nobodys_last(client: Client, http: httpx2.AsyncClient):

@@ -3,18 +3,22 @@
 import base64
 import json
 import warnings
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import anyio
 import pytest
 from mcp import Client
+from mcp.server.subscriptions import InMemorySubscriptionBus
 from mcp.shared.exceptions import MCPError
-from mcp_types import ResourceTemplateReference
+from mcp_types import ResourceTemplateReference, SubscribeRequestParams
 
 from engine.contract import Job, Rgb8
+from klein_mcp import resources
 from klein_mcp.service import Service
 from tests.fakes import FakePainter
-from tests.pictures import noise, pixels
+from tests.pictures import file, noise, pixels, scene
 from tests.talk import call, refused
 
 pytestmark = pytest.mark.anyio
@@ -123,6 +127,45 @@ async def test_a_modern_client_hears_of_a_new_picture(connect: Any):
                     if len(heard) == 2:
                         break
     assert heard == ["ResourcesListChanged", "ResourceUpdated"]
+
+
+async def test_a_picture_that_was_opened_is_announced_once(connect: Any, tmp_path: Path):
+    (tmp_path / "photo.png").write_bytes(file(scene(64, 48)))
+    heard: list[Any] = []
+
+    async def hear(message: Any) -> None:
+        heard.append(message)
+
+    async with connect(mode="legacy", message_handler=hear) as client:
+        for _ in range(2):
+            await call(client, "view_image", image=str(tmp_path / "photo.png"))
+        await anyio.sleep(0.1)
+    assert [type(one).__name__ for one in heard] == ["ResourceListChangedNotification"]
+
+
+async def test_a_client_that_does_not_read_holds_up_nobody(monkeypatch: pytest.MonkeyPatch):
+    class Connection:
+        def __init__(self, reads: bool) -> None:
+            self.reads = reads
+            self.heard = 0
+
+        async def send_resource_list_changed(self) -> None:
+            if not self.reads:
+                await anyio.sleep_forever()
+            self.heard += 1
+
+    monkeypatch.setattr(resources, "TOLD_WITHIN", 0.05)
+    listeners = resources.Listeners(InMemorySubscriptionBus())
+    stuck, other = Connection(reads=False), Connection(reads=True)
+    for connection in (stuck, other):
+        await listeners.subscribe(context_of(connection), SubscribeRequestParams(uri="klein://images/none"))
+    with anyio.fail_after(2):
+        await listeners.painted("klein://images/k7f3q2")
+    assert other.heard == 1
+
+
+def context_of(connection: Any) -> Any:
+    return SimpleNamespace(session=SimpleNamespace(_connection=connection))
 
 
 async def test_a_deleted_picture_says_when(client: Client, service: Service):
