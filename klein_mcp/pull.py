@@ -197,9 +197,14 @@ def _partial(hub: Path, item: Item) -> Path:
     return _repo_folder(hub, item.repo) / "blobs" / f"{item.sha256}.klein-incomplete"
 
 
+def _is_there(hub: Path, item: Item) -> bool:
+    """Whole, and under its own name."""
+    blob = _repo_folder(hub, item.repo) / "blobs" / str(item.sha256)
+    return (_snapshot(hub, item) / item.name).exists() or blob.exists()
+
+
 def _have(hub: Path, item: Item) -> int:
-    done = _snapshot(hub, item) / item.name
-    if done.exists() or (item.sha256 and (_repo_folder(hub, item.repo) / "blobs" / item.sha256).exists()):
+    if _is_there(hub, item):
         return item.size
     partial = _partial(hub, item)
     return partial.stat().st_size if item.sha256 and partial.exists() else 0
@@ -223,7 +228,7 @@ def _fetch(hub: Path, item: Item) -> None:
     """One file into the cache. What is large goes through a partial file, which outlives a broken connection."""
     from huggingface_hub import hf_hub_download
 
-    if item.sha256 and item.have < item.size:
+    if item.sha256 and not _is_there(hub, item):
         _fetch_large(hub, item)
     hf_hub_download(item.repo, item.name, revision=item.commit, cache_dir=hub)
 
@@ -231,28 +236,13 @@ def _fetch(hub: Path, item: Item) -> None:
 def _fetch_large(hub: Path, item: Item) -> None:
     """The library keeps no partial file between two runs, and checks lengths, not hashes; gigabytes deserve both."""
     from filelock import FileLock
-    from huggingface_hub import get_hf_file_metadata, hf_hub_url
-    from huggingface_hub.file_download import http_get
-    from huggingface_hub.utils import build_hf_headers
 
     partial = _partial(hub, item)
     partial.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(partial.with_suffix(".lock")):
-        url = hf_hub_url(item.repo, item.name, revision=item.commit)
-        location = get_hf_file_metadata(url).location
-        headers = build_hf_headers()
-        if _host(location) != _host(url):
-            # The token is for the hub, not for whoever stores its files.
-            headers.pop("authorization", None)
-        with partial.open("ab") as file:
-            http_get(
-                location,
-                file,
-                resume_size=file.tell(),
-                headers=headers,
-                expected_size=item.size,
-                displayed_filename=item.name,
-            )
+        # Whole, but never checked: whoever fetched it was ended meanwhile. Asked for what follows, a hub only complains.
+        if not partial.exists() or partial.stat().st_size < item.size:
+            _go_on(item, partial)
         with Bar(f"checking {item.name}"):
             digest = _sha256(partial)
         if digest != item.sha256:
@@ -263,6 +253,29 @@ def _fetch_large(hub: Path, item: Item) -> None:
                 hint="Run the same line again.",
             )
         os.replace(partial, partial.with_name(str(item.sha256)))
+
+
+def _go_on(item: Item, partial: Path) -> None:
+    """Fetch what is missing of a partial file."""
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url
+    from huggingface_hub.file_download import http_get
+    from huggingface_hub.utils import build_hf_headers
+
+    url = hf_hub_url(item.repo, item.name, revision=item.commit)
+    location = get_hf_file_metadata(url).location
+    headers = build_hf_headers()
+    if _host(location) != _host(url):
+        # The token is for the hub, not for whoever stores its files.
+        headers.pop("authorization", None)
+    with partial.open("ab") as file:
+        http_get(
+            location,
+            file,
+            resume_size=file.tell(),
+            headers=headers,
+            expected_size=item.size,
+            displayed_filename=item.name,
+        )
 
 
 def _host(url: str) -> str:

@@ -1,5 +1,6 @@
 """`klein-mcp pull` against a hub on loopback: only what is needed, resumed, checked, and every refusal in one line."""
 
+import hashlib
 import json
 import os
 import random
@@ -158,6 +159,27 @@ def test_a_pull_that_was_cut_goes_on_where_it_stopped(hub: Hub, home: Path) -> N
     assert resumed == [f"bytes={have}-"]
     assert there(home, FOUR)["transformer/diffusion_pytorch_model.safetensors"] == large
     assert not list(cache(home, FOUR).rglob("*.klein-incomplete"))
+
+
+@pytest.mark.parametrize("over", [b"", b"and more"])
+def test_a_pull_that_was_ended_while_it_checked_a_file_does_not_begin_again(
+    hub: Hub, home: Path, over: bytes
+) -> None:
+    """What is there whole is checked; what is longer than it should be is no good, and goes."""
+    name = "transformer/diffusion_pytorch_model.safetensors"
+    content = hub.repos[FOUR][name]
+    partial = cache(home, FOUR) / "blobs" / f"{hashlib.sha256(content).hexdigest()}.klein-incomplete"
+    partial.parent.mkdir(parents=True)
+    partial.write_bytes(content + over)
+    code, _, err = run(hub, home, "klein-4b")
+    if over:
+        assert (code, partial.exists()) == (1, False)
+        assert "another content than the hub names" in err.splitlines()[-1]
+        assert run(hub, home, "klein-4b")[0] == 0
+    else:
+        assert code == 0, err
+        assert name not in hub.fetched()
+    assert there(home, FOUR)[name] == content
 
 
 def test_a_wrong_hash_is_refused_and_the_file_deleted(hub: Hub, home: Path) -> None:
