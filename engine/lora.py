@@ -1,10 +1,12 @@
 """LoRA files of any producer, as changes of our layers: merged where weights are plain, beside them where quantised."""
 
 import hashlib
+import json
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -40,16 +42,16 @@ def find(text: str, folders: Iterable[Path]) -> Lora:
     Raises ModelNotFound or InvalidJob.
     """
     name, scale = _split(text)
-    path = Path(name).expanduser()
+    path, short = Path(name).expanduser(), name.removesuffix(".safetensors")
     if path.is_absolute() or path.is_file():
         if not path.is_file():
             raise ModelNotFound(f"No LoRA at {path}.")
         return Lora(path, scale)
     there = {file.stem: file for folder in folders for file in sorted(folder.rglob("loras/**/*.safetensors"))}
-    if path.stem not in there:
+    if short not in there:
         known = f"there are {', '.join(sorted(there))}" if there else "there are none in a loras folder"
         raise ModelNotFound(f"No LoRA {name!r}; {known}.", hint="Give its absolute path, or a name found there.")
-    return Lora(there[path.stem], scale)
+    return Lora(there[short], scale)
 
 
 def _split(text: str) -> tuple[str, float]:
@@ -114,14 +116,44 @@ def read(lora: Lora, transformer: Transformer) -> list[Change]:
         if match is None:
             raise BadWeights(f"LoRA {lora.path.name} has a tensor of a kind that is not read: {key}.")
         modules.setdefault(match["module"], {})[match["leaf"]] = key
-    tensors = Tensors.open([lora.path])
+    tensors, trained = Tensors.open([lora.path]), _Trained.read(header)
     changes = []
     with Reader(torch.device("cpu")) as reader:
         for module, leaves in modules.items():
             rows = _rows(module, names, lora)
             held = {leaf: reader.load(tensors.entries[key]).float() for leaf, key in leaves.items()}
+            if "alpha" not in held and (alpha := trained.alpha(module)) is not None:
+                held["alpha"] = torch.tensor(alpha)
             changes.append(_change(rows, held, transformer, lora, module))
     return changes
+
+
+@dataclass(frozen=True, slots=True)
+class _Trained:
+    """How diffusers says in the header that a LoRA was trained; without it alpha is the rank."""
+
+    settings: dict[str, Any]
+
+    @classmethod
+    def read(cls, header: Header) -> "_Trained":
+        try:
+            said = json.loads(header.metadata.get("lora_adapter_metadata", "{}"))
+            ours = {key.removeprefix(_OURS): value for key, value in said.items() if key.startswith(_OURS)}
+        except (ValueError, AttributeError) as problem:
+            raise BadWeights(f"What LoRA {header.file.name} says of itself makes no sense: {problem}.") from None
+        if ours.get("use_rslora"):
+            raise BadWeights(f"LoRA {header.file.name} was trained as rsLoRA, which is not read.")
+        return cls(ours)
+
+    def alpha(self, module: str) -> float | None:
+        """Of a module; None where nothing is said."""
+        own = self.settings.get("alpha_pattern") or {}
+        found = (alpha for part, alpha in own.items() if f".{module}".endswith(f".{part}"))
+        return next(found, self.settings.get("lora_alpha"))
+
+
+_OURS = "transformer."
+"""Before what is said of the transformer: a pipeline has other parts that can be trained."""
 
 
 def _rows(module: str, names: dict[str, Rows], lora: Lora) -> Rows:

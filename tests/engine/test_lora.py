@@ -1,5 +1,6 @@
 """LoRAs of every producer change the same rows by the same amount, as diffusers does where it reads them."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -107,19 +108,40 @@ def changed(folder: Path, *loras: Lora, wanted: str | None = None) -> Transforme
 @pytest.mark.parametrize("scale", [1.0, 0.6])
 def test_weights_are_those_of_diffusers(form: str, scale: float, folder: Path, tmp_path: Path) -> None:
     file = write(FORMS[form](), tmp_path / "style.safetensors")
-    pipe = Flux2KleinPipeline.from_pretrained(folder)
-    pipe.load_lora_weights(str(tmp_path), weight_name=file.name, adapter_name="style")
-    pipe.set_adapters("style", scale)
-    pipe.fuse_lora()
-    pipe.unload_lora_weights()
-    pipe.transformer.save_pretrained(tmp_path / "fused" / "transformer")
-    theirs = published.bfl_transformer(tmp_path / "fused")
+    theirs = fused(folder, file, scale, tmp_path)
     ours = changed(folder, Lora(file, scale)).state_dict()
     before = load(folder / "transformer").state_dict()
     for name, weight in theirs.items():
         torch.testing.assert_close(ours[name], weight, rtol=1e-5, atol=1e-6)
         touched = name.removesuffix(".weight") in LAYERS
         assert torch.equal(weight, before[name]) != touched, name
+
+
+def fused(folder: Path, file: Path, scale: float, tmp_path: Path) -> dict[str, Tensor]:
+    """What diffusers makes of the toy's transformer, under BFL's names."""
+    pipe = Flux2KleinPipeline.from_pretrained(folder)
+    pipe.load_lora_weights(str(file.parent), weight_name=file.name, adapter_name="style")
+    pipe.set_adapters("style", scale)
+    pipe.fuse_lora()
+    pipe.unload_lora_weights()
+    pipe.transformer.save_pretrained(tmp_path / "fused" / "transformer")
+    return published.bfl_transformer(tmp_path / "fused")
+
+
+def test_an_alpha_that_only_the_header_tells_counts(folder: Path, tmp_path: Path) -> None:
+    """diffusers writes no alpha beside the weights, but how it trained them into the header."""
+    layers = {name.removeprefix("transformer."): tensor for name, tensor in peft().items()}
+    told = {"r": RANK, "lora_alpha": 3 * RANK, "alpha_pattern": {"transformer_blocks.0.attn.to_q": RANK / 2},
+            "rank_pattern": {}, "target_modules": sorted({name.partition(".lora_")[0] for name in layers})}  # fmt: skip
+    Flux2KleinPipeline.save_lora_weights(
+        tmp_path / "lora", transformer_lora_layers=layers, transformer_lora_adapter_metadata=told
+    )
+    (file,) = (tmp_path / "lora").iterdir()
+    theirs, ours = fused(folder, file, 1.0, tmp_path), changed(folder, Lora(file)).state_dict()
+    for name, weight in theirs.items():
+        torch.testing.assert_close(ours[name], weight, rtol=1e-5, atol=2e-6)
+    without = changed(folder, Lora(write(peft(), tmp_path / "plain.safetensors"))).state_dict()
+    assert not any(torch.allclose(without[f"{layer}.weight"], ours[f"{layer}.weight"], atol=1e-3) for layer in LAYERS)
 
 
 def test_all_spellings_mean_the_same_rows(folder: Path, tmp_path: Path) -> None:
@@ -259,6 +281,19 @@ def test_what_is_not_read_is_named(key: str, says: str, folder: Path, tmp_path: 
         changed(folder, Lora(file))
 
 
+@pytest.mark.parametrize(
+    ("told", "says"),
+    [
+        (json.dumps({"transformer.use_rslora": True}), r"odd\.safetensors was trained as rsLoRA, which is not read"),
+        ("[]", r"What LoRA odd\.safetensors says of itself makes no sense"),
+    ],
+)
+def test_a_training_that_is_not_understood_is_named(told: str, says: str, folder: Path, tmp_path: Path) -> None:
+    save_file(peft(), tmp_path / "odd.safetensors", {"lora_adapter_metadata": told})
+    with pytest.raises(BadWeights, match=says):
+        changed(folder, Lora(tmp_path / "odd.safetensors"))
+
+
 def test_a_model_given_as_a_lora_is_refused(folder: Path, bfl: dict[str, Tensor], tmp_path: Path) -> None:
     file = write(bfl, tmp_path / "model.safetensors")
     with pytest.raises(BadWeights, match=r"model\.safetensors is transformer, not a LoRA"):
@@ -272,7 +307,10 @@ def test_a_lora_is_found_by_path_or_name_with_a_scale(tmp_path: Path) -> None:
     assert lora.find(f"{file}:0.8", []) == Lora(file, 0.8)
     assert lora.find("ink:-0.5", [tmp_path]) == Lora(file, -0.5)
     assert lora.find("ink.safetensors", [tmp_path]) == Lora(file, 1.0)
-    with pytest.raises(ModelNotFound, match="No LoRA 'oil'; there are ink"):
+    dotted = file.with_name("ink-v1.5.safetensors")
+    save_file({"x": torch.zeros(1)}, dotted)
+    assert lora.find("ink-v1.5", [tmp_path]) == lora.find("ink-v1.5.safetensors:1", [tmp_path]) == Lora(dotted)
+    with pytest.raises(ModelNotFound, match=r"No LoRA 'oil'; there are ink, ink-v1\.5"):
         lora.find("oil", [tmp_path])
     with pytest.raises(ModelNotFound, match="No LoRA at"):
         lora.find("/nowhere/x.safetensors:1", [])

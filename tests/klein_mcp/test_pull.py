@@ -162,9 +162,7 @@ def test_a_pull_that_was_cut_goes_on_where_it_stopped(hub: Hub, home: Path) -> N
 
 
 @pytest.mark.parametrize("over", [b"", b"and more"])
-def test_a_pull_that_was_ended_while_it_checked_a_file_does_not_begin_again(
-    hub: Hub, home: Path, over: bytes
-) -> None:
+def test_a_pull_that_was_ended_while_it_checked_a_file_does_not_begin_again(hub: Hub, home: Path, over: bytes) -> None:
     """What is there whole is checked; what is longer than it should be is no good, and goes."""
     name = "transformer/diffusion_pytorch_model.safetensors"
     content = hub.repos[FOUR][name]
