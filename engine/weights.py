@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from engine import quant
 from engine.contract import BadWeights
-from engine.device import Courier, Mark, Placement, has_own_memory, host_memory
+from engine.device import Courier, Mark, Placement, has_own_memory, host_memory, stores_fp8
 from engine.headers import Entry, Header, Shape
 from engine.layouts import Place, Table
 from engine.quant import QuantLinear, Stored
@@ -140,8 +140,9 @@ class Reader:
             yield count
 
     def load(self, entry: Entry) -> Tensor:
-        """A whole tensor on the device, as it is stored."""
-        tensor = torch.empty(entry.shape, dtype=DTYPES[entry.format], device=self._device)
+        """A whole tensor as it is stored: on the device, or in the host's memory where the device knows no fp8."""
+        where = self._device if stores_fp8(self._device) else _HOST
+        tensor = torch.empty(entry.shape, dtype=DTYPES[entry.format], device=where)
         for _ in self.read(entry, tensor):
             pass
         return tensor
@@ -155,7 +156,8 @@ class Reader:
         buffer, sent = self._stage.pop(0)
         self._courier.settle(sent)
         self._fill(file, at, buffer[:count])
-        target.copy_(buffer[:count].view(dtype), non_blocking=True)
+        # Where no mark tells that a copy has arrived, it is waited for: Metal too would copy behind our back.
+        target.copy_(buffer[:count].view(dtype), non_blocking=has_own_memory(self._device))
         self._stage.append((buffer, self._courier.mark()))
 
     def _fill(self, file: Path, at: int, target: Tensor) -> None:
@@ -171,6 +173,7 @@ class Reader:
             view = view[count:]
 
 
+_HOST = torch.device("cpu")
 _PIECE = 64 << 20
 """Bytes read between two words of progress."""
 _STAGE = 16 << 20

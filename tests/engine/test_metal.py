@@ -1,5 +1,6 @@
 """What Apple's devices cannot do is not asked of them: no fp64, no int64 scatter, no fp8. A faked device checks it."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,11 +9,14 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from engine import parts
+from engine.device import Placement
 from engine.model.autoencoder import Autoencoder, AutoencoderShape
 from engine.model.text_encoder import TextEncoder
 from engine.model.transformer import Transformer, TransformerShape
 from engine.sampler import denoise
 from engine.tokens import grid_positions, text_positions
+from tests.engine import published
 
 UNKNOWN = {torch.float64, torch.complex128, torch.float8_e4m3fn, torch.float8_e5m2}
 SHAPE = TransformerShape(64, 32, 96, 1, 1, 192, axes=(8, 8, 8, 8))
@@ -22,10 +26,15 @@ QWEN3 = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "nu
 
 
 class Metal(TorchDispatchMode):
-    """The meta device plays Metal: whatever happens on it in a format it does not know, or scatters int64, fails."""
+    """The meta device plays Metal: whatever happens on it in a format it does not know, or scatters int64, fails.
+
+    So does a copy to it that goes on after the call: nothing tells when what is copied from may be used again.
+    """
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten.copy_.default and args[0].is_meta and not args[1].is_meta:
+            assert not any(args[2:]), "a copy that is not waited for"
         for tensor in tree_leaves((args, kwargs, out)):
             if isinstance(tensor, Tensor) and tensor.device.type == "meta":
                 assert tensor.dtype not in UNKNOWN, f"{func} in {tensor.dtype}"
@@ -72,8 +81,29 @@ def test_the_text_encoder_asks_nothing_of_metal_that_it_cannot_do(monkeypatch: p
         net(there(1, 12, dtype=torch.int64), there(1, 12, dtype=torch.int64))
 
 
+@pytest.mark.parametrize("kind", [None, "fp8", "nvfp4", "raw fp8"])
+def test_no_file_is_read_in_a_way_that_metal_cannot_do(
+    kind: str | None, bfl: dict[str, Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Codes are widened before they come to the device."""
+    monkeypatch.setattr("engine.quant.stores_fp8", lambda device: device.type != "meta")
+    monkeypatch.setattr("engine.weights.stores_fp8", lambda device: device.type != "meta")
+    tensors, metadata = bfl, None
+    if kind == "raw fp8":
+        tensors = {name: tensor.to(torch.float8_e4m3fn) for name, tensor in bfl.items()}
+    elif kind is not None:
+        tensors, metadata = published.quantised(bfl, kind)
+    metal = Placement(torch.device("meta"), torch.bfloat16)
+    part = parts.transformer(published.write(tensors, tmp_path / "x.safetensors", metadata), None, metal.device)
+    with Metal():
+        assert sum(part.fill(metal)) == part.bytes
+    assert {parameter.dtype for parameter in part.module.parameters()} == {torch.bfloat16}
+
+
 def test_the_faked_device_would_notice() -> None:
     with Metal():
+        with pytest.raises(AssertionError, match="not waited for"):
+            there(3).copy_(torch.zeros(3), non_blocking=True)
         with pytest.raises(AssertionError, match="float64"):
             there(3).double()
         with pytest.raises(AssertionError, match="float8"):
