@@ -134,6 +134,8 @@ def _transformer_shape(shapes: dict[str, Shape], config: dict[str, Any], what: s
         )
     except KeyError as missing:
         raise BadWeights(f"The {what} is not a FLUX.2 [klein] transformer: it has no {missing.args[0]}.") from None
+    except (ValueError, IndexError):
+        raise BadWeights(f"The {what} is not a FLUX.2 [klein] transformer: a matrix in it is none.") from None
     axes = tuple(config.get("axes_dims_rope", (shape.head_dim // 4,) * 4))
     if sum(axes) != shape.head_dim:
         raise BadWeights(f"The {what} turns {sum(axes)} channels of a head that has {shape.head_dim}.")

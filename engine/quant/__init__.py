@@ -1,6 +1,7 @@
 """Storage formats of a linear layer: which one each layer of a file is in, and which one it shall have in memory."""
 
 import json
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -78,10 +79,27 @@ def stored_layers(
         kind = "nvfp4" if entry.format == "U8" else "fp8"
         if kind == "nvfp4" and not {"weight_scale", "weight_scale_2"} <= beside.keys():
             raise BadWeights(f"{name} is packed in a format that is not read; read are {', '.join(_READ)}.")
+        _check_scales(kind, entry, beside)
         full = bool(said.get(layer, {}).get("full_precision_matrix_mult", False))
         layers[name] = Stored(kind, {"weight": entry, **beside}, full)
         used |= {f"{layer}.{their}" for their in _BESIDE if f"{layer}.{their}" in entries}
     return layers, used
+
+
+def _check_scales(kind: str, weight: Entry, beside: Mapping[str, Entry]) -> None:
+    """Raises BadWeights for scales of another format (mxfp8 has one for 32 weights, others one a column)."""
+    rows, columns = weight.shape
+    whole = ("F32", "BF16", "F16")
+    wanted = {"weight_scale": (whole, {1, rows}), "weight_scale_2": (whole, {1}), "input_scale": (whole, {1})}
+    if kind == "nvfp4":
+        wanted["weight_scale"] = (("F8_E4M3",), {rows * 2 * columns // nvfp4.GROUP})
+    for name, scale in beside.items():
+        formats, counts = wanted[name]
+        if scale.format not in formats or math.prod(scale.shape) not in counts:
+            raise BadWeights(
+                f"{scale.name} is {scale.format} {list(scale.shape)}: a scaling that is not read; "
+                f"read are {', '.join(_READ)}."
+            )
 
 
 def _is_quantised(entry: Entry, said: dict | None) -> bool:

@@ -203,6 +203,30 @@ def test_other_formats_are_refused_by_name(bfl: dict[str, Tensor], tmp_path: Pat
         load(published.write(packed, tmp_path / "packed.safetensors"))
 
 
+def test_scales_of_other_formats_are_refused_before_anything_is_read(
+    kind: str, bfl: dict[str, Tensor], tmp_path: Path
+) -> None:
+    """mxfp8 without a marker, one scale a column, blocks of another size, two scales for one layer."""
+    name = "single_blocks.0.linear1.weight_scale"
+    e8m0 = torch.zeros(9 * 128, 4, dtype=torch.uint8).view(torch.float8_e8m0fnu)
+    one_of_32 = torch.zeros(9 * 128, 4).to(torch.float8_e4m3fn)
+    for scale in (e8m0, torch.ones(1, 128), one_of_32, torch.ones(2)):
+        tensors, metadata = published.quantised(bfl, kind)
+        file = published.write(tensors | {name: scale}, tmp_path / "odd.safetensors", metadata)
+        with pytest.raises(BadWeights, match=rf"{name} is \w+ \[.*\]: a scaling that is not read; read are"):
+            parts.transformer(file)
+
+
+def test_numbers_that_are_not_read_and_matrices_that_are_none_are_named(bfl: dict[str, Tensor], tmp_path: Path) -> None:
+    eight = {name: t.to(torch.int8) if published.BLOCK_LINEAR.fullmatch(name) else t for name, t in bfl.items()}
+    with pytest.raises(BadWeights, match=r"double_blocks\.\S+ is stored as I8, which is not read"):
+        load(published.write(eight, tmp_path / "int8.safetensors"))
+    for name in ("img_in.weight", "txt_in.weight", "single_blocks.0.linear2.weight"):
+        flat = published.write(bfl | {name: bfl[name].flatten()}, tmp_path / "flat.safetensors")
+        with pytest.raises(BadWeights, match=r"is not a FLUX\.2 \[klein\] transformer: a matrix in it is none"):
+            load(flat)
+
+
 def test_metal_gets_everything_widened_because_it_knows_no_fp8(kind: str, file: Path) -> None:
     """A faked device: what is decided for it, not what it computes."""
     part = parts.transformer(file, None, torch.device("mps"))
