@@ -44,17 +44,41 @@ def blocked_order(scales: Tensor) -> Tensor:
     return blocks.reshape(scales.shape)
 
 
-def encode(weight: Tensor) -> dict[str, Tensor]:
-    """[out, in] in the layout of the published files, each weight rounded to the nearest value."""
-    whole = (weight.abs().amax().float() / (448.0 * VALUES[-1])).clamp_min(torch.finfo(torch.float32).tiny)
-    groups = weight.float().unflatten(-1, (-1, GROUP))
-    scales = (groups.abs().amax(-1) / VALUES[-1] / whole).clamp(max=448.0).to(torch.float8_e4m3fn)
-    steps = groups / (scales.float() * whole).clamp_min(torch.finfo(torch.float32).tiny)[..., None]
+def encode(weight: Tensor, whole: Tensor | None = None) -> dict[str, Tensor]:
+    """[out, in] in the layout of the published files, each weight rounded to the nearest value.
+
+    whole: the scale of all, None for the one that makes the largest of `weight` the largest value. Some rows at a
+    time: what is computed on the way is many times as large as what comes of it.
+    """
+    rows, columns = weight.shape
+    whole = _whole(weight) if whole is None else whole
+    codes = torch.empty(rows, columns // 2, dtype=torch.uint8, device=weight.device)
+    scales = torch.empty(rows, columns // GROUP, dtype=torch.float8_e4m3fn, device=weight.device)
+    for some, packed, blocks in zip(weight.split(_ROWS), codes.split(_ROWS), scales.split(_ROWS), strict=True):
+        steps = _scales(some.float(), whole)
+        packed.copy_(_pack(some.float(), steps.float() * whole))
+        blocks.copy_(_bytes_moved(steps, blocked_order))
+    return {"weight": codes, "weight_scale": scales, "weight_scale_2": whole}
+
+
+def _whole(weight: Tensor) -> Tensor:
+    low, high = torch.aminmax(weight)
+    return (torch.maximum(-low, high).float() / (448.0 * VALUES[-1])).clamp_min(torch.finfo(torch.float32).tiny)
+
+
+def _scales(weight: Tensor, whole: Tensor) -> Tensor:
+    """Of each group, what makes its largest weight the largest value."""
+    largest = weight.unflatten(-1, (-1, GROUP)).abs().amax(-1)
+    return (largest / VALUES[-1] / whole).clamp(max=448.0).to(torch.float8_e4m3fn)
+
+
+def _pack(weight: Tensor, steps: Tensor) -> Tensor:
+    """[rows, in] and the step of each group -> bytes."""
+    groups = weight.unflatten(-1, (-1, GROUP)) / steps.clamp_min(torch.finfo(torch.float32).tiny)[..., None]
     middles = torch.tensor([(a + b) / 2 for a, b in itertools.pairwise(VALUES)], device=weight.device)
-    nibbles = torch.bucketize(steps.abs(), middles) + 8 * (steps < 0)
-    high, low = nibbles.flatten(-2).to(torch.uint8).unflatten(-1, (-1, 2)).unbind(-1)
-    packed = {"weight": high << 4 | low, "weight_scale": _bytes_moved(scales, blocked_order), "weight_scale_2": whole}
-    return {name: tensor.contiguous() for name, tensor in packed.items()}
+    nibbles = torch.bucketize(groups.abs(), middles, out_int32=True).to(torch.uint8) | (groups < 0).to(torch.uint8) << 3
+    high, low = nibbles.flatten(-2).unflatten(-1, (-1, 2)).unbind(-1)
+    return high << 4 | low
 
 
 def decode(stored: dict[str, Tensor], dtype: torch.dtype) -> Tensor:
