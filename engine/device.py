@@ -78,6 +78,11 @@ def multiplies_fp8(device: torch.device) -> bool:
     return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 9)
 
 
+def multiplies_fp4(device: torch.device) -> bool:
+    """NVIDIA from compute capability 10.0 on (Blackwell)."""
+    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (10, 0)
+
+
 def stores_fp8(device: torch.device) -> bool:
     """Metal knows no fp8 at all."""
     return device.type != "mps"

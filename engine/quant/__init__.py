@@ -140,7 +140,8 @@ def target(stored: Stored | None, wanted: str | None, device: torch.device) -> s
         return wanted
     if stored is None:
         return None
-    # Widening four bits at every step costs more than it saves where fp8 is multiplied as it is.
+    # Widening four bits at every step costs more than it saves where fp8 is multiplied as it is; and packing what they
+    # are multiplied with, on Blackwell, is not yet one kernel. Who lacks the memory for fp8 says --quant nvfp4.
     return "fp8" if stored.kind == "nvfp4" and multiplies_fp8(device) else stored.kind
 
 
@@ -152,6 +153,7 @@ def fits(kind: str, layer: nn.Linear) -> bool:
 def make(kind: str, layer: nn.Linear, device: torch.device, *, full_precision: bool = False) -> QuantLinear:
     """A layer of that format in place of `layer`."""
     if kind == "nvfp4":
-        return Nvfp4Linear(layer.in_features, layer.out_features)
+        native = nvfp4.multiplies(device) and not full_precision
+        return Nvfp4Linear(layer.in_features, layer.out_features, native=native)
     native = multiplies_fp8(device) and not full_precision
     return Fp8Linear(layer.in_features, layer.out_features, native=native)

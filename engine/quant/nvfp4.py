@@ -1,4 +1,5 @@
-"""nvfp4: two weights a byte, one fp8 scale for sixteen of them, one fp32 scale a layer; widened layer by layer.
+"""nvfp4: two weights a byte, one fp8 scale for sixteen of them, one fp32 scale a layer; multiplied as they are where
+the device can, else widened.
 
 Layout of BFL's files: `weight` U8 [out, in/2], the element of even index in the high nibble; `weight_scale` F8_E4M3
 [out, in/16], lying in cuBLAS's 128 × 4 blocks whatever its shape reads; `weight_scale_2` F32 [].
@@ -7,11 +8,14 @@ W = value · weight_scale · weight_scale_2. Source: comfy-kitchen; sglang found
 
 import itertools
 from collections.abc import Callable
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+
+from engine.device import multiplies_fp4
 
 VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 """Of the low three bits of a nibble; the fourth is the sign."""
@@ -100,27 +104,71 @@ def _bytes_moved(scales: Tensor, order: Callable[[Tensor], Tensor]) -> Tensor:
     return order(scales.view(torch.uint8)).contiguous().view(torch.float8_e4m3fn)
 
 
+@lru_cache
+def multiplies(device: torch.device) -> bool:
+    """Whether the device multiplies these layers as they are. It is asked for one product, and that is looked at:
+    a library that cannot, or that expects another order of scales, must not cost a picture.
+    """
+    if not multiplies_fp4(device):
+        return False
+    weight, x = (torch.randn(128, 64, dtype=torch.bfloat16, device=device) for _ in range(2))
+    layer = Nvfp4Linear(64, 128, native=True)
+    layer.take(encode(weight))
+    wanted = F.linear(decode(encode(x), x.dtype), decode(encode(weight), x.dtype)).float()
+    try:
+        return bool((layer(x).float() - wanted).norm() < 0.02 * wanted.norm())
+    except RuntimeError:
+        return False
+
+
 class Nvfp4Linear(nn.Module):
-    """A linear layer without bias whose weights stay in nvfp4 and are widened for the moment of use."""
+    """A linear layer without bias whose weights stay in nvfp4.
+
+    native: multiply in nvfp4, activations too; else widen this layer's weights for the moment of use.
+    """
 
     kind = "nvfp4"
     weight: Tensor
     weight_scale: Tensor
     weight_scale_2: Tensor
+    input_scale: Tensor | None
 
-    def __init__(self, in_features: int, out_features: int) -> None:
+    def __init__(self, in_features: int, out_features: int, *, native: bool = False) -> None:
         super().__init__()
-        self.in_features, self.out_features = in_features, out_features
+        self.in_features, self.out_features, self.native = in_features, out_features, native
         self.register_buffer("weight", torch.empty(out_features, in_features // 2, dtype=torch.uint8))
         scales = torch.empty(out_features, in_features // GROUP, dtype=torch.float8_e4m3fn)
         self.register_buffer("weight_scale", scales)
         self.register_buffer("weight_scale_2", torch.empty((), dtype=torch.float32))
+        self.register_buffer("input_scale", None)
 
     def take(self, stored: dict[str, Tensor]) -> None:
         """Hold what `encode` gave or a file held."""
         self.weight, self.weight_scale = stored["weight"], stored["weight_scale"]
         self.weight_scale_2 = stored["weight_scale_2"].float().reshape(())
+        scale = stored.get("input_scale")
+        self.input_scale = None if scale is None else scale.float().reshape(())
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.native:
+            return self._multiply(x)
         stored = {"weight": self.weight, "weight_scale": self.weight_scale, "weight_scale_2": self.weight_scale_2}
         return F.linear(x, decode(stored, x.dtype))
+
+    def _multiply(self, x: Tensor) -> Tensor:
+        rows = x.reshape(-1, self.in_features)
+        # Whole blocks of scales. Both sides have their even elements in the high nibbles, so their sum does not ask.
+        packed = encode(F.pad(rows, (0, 0, 0, -len(rows) % 128)), self.input_scale)
+        out = torch._scaled_mm(
+            packed["weight"].view(_PAIR),
+            self.weight.view(_PAIR).t(),
+            scale_a=packed["weight_scale"],
+            scale_b=self.weight_scale,
+            out_dtype=x.dtype,
+        )
+        out = out[: len(rows)] * (packed["weight_scale_2"] * self.weight_scale_2)
+        return out.reshape(*x.shape[:-1], self.out_features)
+
+
+_PAIR = torch.float4_e2m1fn_x2
+"""torch's name for a byte of two values."""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from engine import parts, quant
 from engine.contract import BadWeights
-from engine.device import Placement, multiplies_fp8
+from engine.device import Placement, multiplies_fp4, multiplies_fp8
 from engine.model.transformer import Transformer
 from engine.quant import QuantLinear, fp8, nvfp4
 from engine.quant.fp8 import Fp8Linear
@@ -167,6 +167,62 @@ def test_a_native_layer_multiplies_what_a_widened_one_does(bfl: dict[str, Tensor
         assert native.shape == (2, 32, original.shape[0])
         assert error(native.float(), layer(x)) <= ALLOWED["fp8"]
         assert error(native.float(), x.float() @ original.T) <= 2 * ALLOWED["fp8"]
+
+
+def blackwell(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, out_dtype: torch.dtype) -> Tensor:
+    """What torch's product of two nvfp4 matrices means; it wants rows, columns, and whole blocks of scales."""
+    assert (a.dtype, b.dtype, a.stride(1), b.stride(0)) == (torch.float4_e2m1fn_x2,) * 2 + (1, 1)
+    assert all(codes % 128 == 0 for codes in (a.shape[0], b.shape[1]))
+    one = torch.ones((), device="cpu")
+    left, right = (
+        nvfp4.decode({"weight": codes.view(torch.uint8), "weight_scale": scales, "weight_scale_2": one}, torch.float32)
+        for codes, scales in ((a, scale_a), (b.t(), scale_b))
+    )
+    return (left @ right.T).to(out_dtype)
+
+
+def test_on_blackwell_four_bits_are_multiplied_as_they_are(
+    bfl: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "_scaled_mm", blackwell)
+    torch.manual_seed(1)
+    original = bfl["single_blocks.1.linear2.weight"]
+    x = torch.randn(2, 30, original.shape[1], dtype=torch.bfloat16)
+    for input_scale in (None, torch.tensor(4.5 / (448 * 6))):
+        layer = Nvfp4Linear(original.shape[1], original.shape[0], native=True)
+        layer.take(published.nvfp4(original) | ({} if input_scale is None else {"input_scale": input_scale}))
+        if input_scale is None:
+            layer.input_scale = None
+        native = layer(x)
+        assert (native.dtype, native.shape) == (torch.bfloat16, (2, 30, original.shape[0]))
+        layer.native = False
+        assert error(native.float(), layer(x)) <= ALLOWED["nvfp4"]
+        assert error(native.float(), x.float() @ original.T) <= 1.5 * ALLOWED["nvfp4"]
+
+
+def test_a_device_that_multiplies_four_bits_wrongly_or_not_at_all_is_not_trusted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def cannot(*_: Any, **__: Any) -> Tensor:
+        raise RuntimeError("not supported")
+
+    def wrong(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, out_dtype: torch.dtype) -> Tensor:
+        return blackwell(a, b, scale_a, scale_b.flip(0), out_dtype)
+
+    cpu = torch.device("cpu")
+    for can, product, native in ((True, blackwell, True), (True, wrong, False), (True, cannot, False),
+                                 (False, cannot, False)):  # fmt: skip
+        nvfp4.multiplies.cache_clear()
+        monkeypatch.setattr(nvfp4, "multiplies_fp4", lambda device, can=can: can)
+        monkeypatch.setattr(torch, "_scaled_mm", product)
+        with torch.device("meta"):
+            linear = nn.Linear(128, 128, bias=False)
+            assert quant.make("nvfp4", linear, cpu).native is native
+            assert quant.make("nvfp4", linear, cpu, full_precision=True).native is False
+    nvfp4.multiplies.cache_clear()
+    for capability, native in (((8, 9), False), ((9, 0), False), ((10, 0), True), ((12, 0), True)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, c=capability: c)
+        assert multiplies_fp4(torch.device("cuda")) is native
 
 
 def test_comfyuis_markers_are_read(kind: str, bfl: dict[str, Tensor], tmp_path: Path) -> None:
