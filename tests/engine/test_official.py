@@ -2,14 +2,17 @@
 
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
 import torch
+from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from engine import headers, parts
 from engine.find import Shelf
 from engine.headers import Header
+from engine.model.autoencoder import Autoencoder, AutoencoderShape
 from engine.model.transformer import Transformer, TransformerShape
 from engine.quant import QuantLinear
 from engine.variants import VARIANTS, File
@@ -20,7 +23,7 @@ SHAPES = {
     4096: TransformerShape(4096, 128, 12288, 8, 24, 12288),
 }
 # In the order in which the library that wrote the files sorts them, and the bits of an element.
-ORDER = {"F32": (0, 32), "BF16": (1, 16), "F8_E4M3": (2, 8), "U8": (3, 8)}
+ORDER = {"I64": (0, 64), "F32": (1, 32), "BF16": (2, 16), "F8_E4M3": (3, 8), "U8": (4, 8)}
 NAMES = {"fp8": "float8_e4m3fn", "nvfp4": "nvfp4"}
 
 Tensor = tuple[str, str, tuple[int, ...]]
@@ -37,13 +40,13 @@ def quantised(layer: str, kind: str, rows: int, columns: int) -> list[Tensor]:
             (f"{layer}.weight_scale_2", "F32", ()), more]  # fmt: skip
 
 
-def tensors(shape: TransformerShape, kind: str) -> tuple[list[Tensor], dict[str, str]]:
+def tensors(shape: TransformerShape, kind: str, keep: str = r"(?!)") -> tuple[list[Tensor], dict[str, str]]:
     with torch.device("meta"):
         net = Transformer(shape)
     found: list[Tensor] = []
     layers = {}
     for name, parameter in net.named_parameters():
-        if kind != "bf16" and BLOCK_LINEAR.fullmatch(name):
+        if kind != "bf16" and BLOCK_LINEAR.fullmatch(name) and not re.match(keep, name):
             layer = name.removesuffix(".weight")
             layers[layer] = {"format": NAMES[kind]}
             found += quantised(layer, kind, *parameter.shape)
@@ -53,8 +56,8 @@ def tensors(shape: TransformerShape, kind: str) -> tuple[list[Tensor], dict[str,
     return found, metadata
 
 
-def sparse(file: Path, row_width: int, kind: str) -> Path:
-    found, metadata = tensors(SHAPES[row_width], kind)
+def sparse(file: Path, found: list[Tensor], metadata: dict[str, str] | None = None) -> Path:
+    """A file of these tensors, all zeros, that takes no room on the disk."""
     entries: dict[str, object] = {"__metadata__": metadata} if metadata else {}
     at = 0
     for name, dtype, shape in sorted(found, key=lambda tensor: (ORDER[tensor[1]][0], tensor[0])):
@@ -71,7 +74,7 @@ def sparse(file: Path, row_width: int, kind: str) -> Path:
 
 @pytest.mark.parametrize(("row", "file"), EXACT, ids=[file.name for _, file in EXACT])
 def test_a_published_file_is_known_to_the_byte(row, file: File, tmp_path: Path) -> None:
-    path = sparse(tmp_path / file.name, row.hidden, file.format)
+    path = sparse(tmp_path / file.name, *tensors(SHAPES[row.hidden], file.format))
     assert path.stat().st_size == file.bytes
     header = Header.read(path)
     assert headers.kind(header) == "transformer"
@@ -85,6 +88,58 @@ def test_a_published_file_is_known_to_the_byte(row, file: File, tmp_path: Path) 
 
 def test_a_folder_of_all_published_files_is_told_apart_by_names(tmp_path: Path) -> None:
     for row, file in EXACT:
-        sparse(tmp_path / file.name, row.hidden, file.format)
+        sparse(tmp_path / file.name, *tensors(SHAPES[row.hidden], file.format))
     sources = {(source.name, source.format) for source in Shelf((tmp_path,)).sources()}
     assert sources - {("nano", "bf16")} == {(row.name, file.format) for row, file in EXACT}
+
+
+@pytest.mark.parametrize(
+    ("row", "kept", "keep"),
+    [
+        # Sizes tell how much stays in bf16, not which layers: any of these shapes, with names as long.
+        ("klein-base-4b", 2, r"double_blocks\.[01]\.img_attn\.proj"),
+        ("klein-base-9b", 4, r"double_blocks\.0\.(?:img|txt)_attn\."),
+    ],
+)
+def test_the_quantised_base_models_keep_some_layers_in_bf16(row: str, kept: int, keep: str, tmp_path: Path) -> None:
+    file = next(file for file in VARIANTS[row].files if file.format == "fp8")
+    path = sparse(tmp_path / file.name, *tensors(SHAPES[VARIANTS[row].hidden], "fp8", keep))
+    assert path.stat().st_size == file.bytes
+    part = parts.transformer(path)
+    assert sum(isinstance(part.module.get_submodule(layer), QuantLinear) for layer in part.layers) == (
+        len(part.layers) - kept
+    )
+
+
+def test_the_published_autoencoder_is_known_to_the_byte(tmp_path: Path) -> None:
+    """flux2-vae.safetensors: fp32, BFL's names, 1×1 convolutions where we keep matrices."""
+    with torch.device("meta"):
+        net = Autoencoder(AutoencoderShape())
+    matrix = re.compile(r".*\.attn_1\.(?:q|k|v|proj_out)\.weight")
+    found = [(name, "F32", (*t.shape, 1, 1) if matrix.fullmatch(name) else tuple(t.shape))
+             for name, t in net.state_dict().items()]  # fmt: skip
+    path = sparse(tmp_path / "flux2-vae.safetensors", [*found, ("bn.num_batches_tracked", "I64", ())])
+    assert path.stat().st_size == 336_211_292
+    assert headers.kind(Header.read(path)) == "autoencoder"
+    assert parts.autoencoder(path).module.shape == AutoencoderShape()
+
+
+def test_of_the_published_encoder_27_of_36_layers_are_read(tmp_path: Path) -> None:
+    """ComfyUI's qwen_3_4b.safetensors; and an 8B in one piece, whose head is a matrix of its own."""
+    for name, hidden, mlp, size, read in (
+        ("qwen_3_4b", 2560, 9728, 8_044_982_048, 6.23e9),
+        ("qwen_3_8b", 4096, 12288, pytest.approx(16.4e9, rel=2e-3), 11.66e9),
+    ):
+        config = Qwen3Config(
+            hidden_size=hidden, intermediate_size=mlp, num_hidden_layers=36, num_attention_heads=32,
+            num_key_value_heads=8, head_dim=128, vocab_size=151936,
+        )  # fmt: skip
+        with torch.device("meta"):
+            net = Qwen3ForCausalLM(config)
+        tied = name == "qwen_3_4b"
+        found = [(n, "BF16", tuple(t.shape)) for n, t in net.state_dict().items() if not (tied and "lm_head" in n)]
+        path = sparse(tmp_path / f"{name}.safetensors", found)
+        assert path.stat().st_size == size
+        part = parts.text_encoder(path, (9, 18, 27))
+        assert part.module.width == 3 * hidden
+        assert part.bytes == pytest.approx(read, rel=1e-3)
