@@ -240,7 +240,7 @@ def _fetch_large(hub: Path, item: Item) -> None:
     partial = _partial(hub, item)
     partial.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(partial.with_suffix(".lock")):
-        # Whole, but never checked: whoever fetched it was ended meanwhile. Asked for what follows, a hub only complains.
+        # It may be whole, but unchecked: its pull was ended meanwhile. Asked for what follows, a hub only complains.
         if not partial.exists() or partial.stat().st_size < item.size:
             _go_on(item, partial)
         with Bar(f"checking {item.name}"):
