@@ -90,7 +90,9 @@ def _check_scales(kind: str, weight: Entry, beside: Mapping[str, Entry]) -> None
     """Raises BadWeights for scales of another format (mxfp8 has one for 32 weights, others one a column)."""
     rows, columns = weight.shape
     whole = ("F32", "BF16", "F16")
-    wanted = {"weight_scale": (whole, {1, rows}), "weight_scale_2": (whole, {1}), "input_scale": (whole, {1})}
+    wanted: dict[str, tuple[tuple[str, ...], set[int]]] = {
+        "weight_scale": (whole, {1, rows}), "weight_scale_2": (whole, {1}), "input_scale": (whole, {1}),
+    }  # fmt: skip
     if kind == "nvfp4":
         wanted["weight_scale"] = (("F8_E4M3",), {rows * 2 * columns // nvfp4.GROUP})
     for name, scale in beside.items():

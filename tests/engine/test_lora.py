@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -130,7 +131,7 @@ def fused(folder: Path, file: Path, scale: float, tmp_path: Path) -> dict[str, T
 
 def test_an_alpha_that_only_the_header_tells_counts(folder: Path, tmp_path: Path) -> None:
     """diffusers writes no alpha beside the weights, but how it trained them into the header."""
-    layers = {name.removeprefix("transformer."): tensor for name, tensor in peft().items()}
+    layers: dict[str, Any] = {name.removeprefix("transformer."): tensor for name, tensor in peft().items()}
     told = {"r": RANK, "lora_alpha": 3 * RANK, "alpha_pattern": {"transformer_blocks.0.attn.to_q": RANK / 2},
             "rank_pattern": {}, "target_modules": sorted({name.partition(".lora_")[0] for name in layers})}  # fmt: skip
     Flux2KleinPipeline.save_lora_weights(
