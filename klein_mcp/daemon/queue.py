@@ -37,17 +37,21 @@ class Painter(Protocol):
 
 @dataclass(eq=False, slots=True)
 class Ticket:
-    """One job in the queue or under the brush."""
+    """One job in the queue or under the brush, and everybody who waits for it."""
 
     job: Job
     client: str
-    tell: Tell
+    waiters: list[Tell]
     cancelled: bool = False
     latest: Event | None = None
 
     def say(self, event: Event) -> None:
         self.latest = event
         self.tell(event)
+
+    def tell(self, event: Event | EngineError) -> None:
+        for tell in self.waiters:
+            tell(event)
 
 
 class Queue:
@@ -77,7 +81,7 @@ class Queue:
 
         Raises Busy when the queue is full, EngineFailed when it is closed.
         """
-        ticket = Ticket(job, client, tell)
+        ticket = Ticket(job, client, [tell])
         with self._change:
             if self._closed:
                 raise _stopped()
@@ -93,11 +97,14 @@ class Queue:
         return ticket
 
     def adopt(self, job: Job, client: str, tell: Tell) -> Ticket | None:
-        """Take the same job of the same client over, if it waits or is being painted: from now on `tell` is told."""
+        """Wait for the same job of the same client too, if it waits or is being painted; None where there is none.
+
+        Whoever asked for it goes on being told: it may be another call for the same picture.
+        """
         with self._change:
             for ticket in self._tickets():
                 if ticket.client == client and ticket.job == job and not ticket.cancelled:
-                    ticket.tell = tell
+                    ticket.waiters = [*ticket.waiters, tell]
                     if ticket.latest is not None:
                         tell(ticket.latest)
                     return ticket
@@ -106,10 +113,11 @@ class Queue:
     def cancel(self, ticket: Ticket, tell: Tell) -> None:
         """A waiting job leaves; a running one is put down at its next yield. Once is enough, twice does no harm.
 
-        tell: who cancels; a job that was adopted by another goes on.
+        tell: who hangs up; the job goes on for whoever else waits for it.
         """
         with self._change:
-            if ticket.tell is not tell:
+            ticket.waiters = [waiter for waiter in ticket.waiters if waiter is not tell]
+            if ticket.waiters:
                 return
             ticket.cancelled = True
             line = self._waiting.get(ticket.client, ())
@@ -273,7 +281,8 @@ class Queue:
         return sum(map(len, self._waiting.values()))
 
     def _tickets(self) -> list[Ticket]:
-        return [*itertools.chain(*self._waiting.values()), *([self._running] if self._running else [])]
+        """The one that is being painted first."""
+        return [*([self._running] if self._running else []), *itertools.chain(*self._waiting.values())]
 
     def _tell_positions(self) -> None:
         ahead = 1 if self._running else 0

@@ -153,3 +153,34 @@ async def test_a_hand_over_finds_a_place_in_a_full_queue(home, monkeypatch):
     async with DoorTo(home) as later, DoorTo(home) as other, anyio.create_task_group() as tasks:
         tasks.start_soon(other.paint, order("pause=0.1 steps=5", count=2), Call("other"))
         assert len((await wait(later, handed.job)).made) == 2
+
+
+async def test_calls_for_the_same_picture_that_are_handed_over_all_get_it(home):
+    """A client that asks again because it lost patience: one of its jobs must not take the other's picture away."""
+    same = order("pause=0.2 steps=12", seed=5)
+    handed: list[HandedOver] = []
+    async with DoorTo(home) as door:
+        await door.paint(order("warm"), ME)
+
+        async def ask() -> None:
+            outcome = await door.paint_within(0.3, same, ME)
+            assert isinstance(outcome, HandedOver)
+            handed.append(outcome)
+
+        async with anyio.create_task_group() as tasks:
+            for _ in range(3):
+                tasks.start_soon(ask)
+        assert len({one.job for one in handed}) == 3
+        for one in handed:
+            assert len((await wait(door, one.job)).made) == 1
+
+
+async def test_a_hang_up_leaves_the_same_picture_to_the_other_call_that_waits_for_it(home):
+    same = order("pause=0.2 steps=12", seed=5)
+    async with DoorTo(home) as door:
+        await door.paint(order("warm"), ME)
+        handed = await door.paint_within(0.3, same, ME)
+        assert isinstance(handed, HandedOver)
+        with anyio.move_on_after(0.5):
+            await door.paint(same, ME)
+        assert len((await wait(door, handed.job)).made) == 1
