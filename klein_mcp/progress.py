@@ -12,7 +12,7 @@ HEARTBEAT = 4.0
 """Seconds; clients that count on progress give up after 5 to 60 s of silence."""
 
 # Share of one picture's progress at which a phase ends. Loading is long but rare, denoising is the work itself.
-_QUEUED, _LOADED, _PROMPT, _REFERENCES, _DENOISED = 0.05, 0.3, 0.35, 0.4, 0.9
+_QUEUED, _LOADED, _PROMPT, _REFERENCES, _DENOISED, _DECODED = 0.05, 0.3, 0.35, 0.4, 0.9, 0.95
 _STAGES = {
     "prompt": (_LOADED, "reading the prompt"),
     "references": (_PROMPT, "looking at the references"),
@@ -34,10 +34,11 @@ class Progress:
 
     async def event(self, event: Event) -> None:
         share, self._message = read(event)
-        if isinstance(event, Painting):
-            self._finished += 1
-            share = 0.0
         await self._report(self._finished + share)
+
+    def saved(self) -> None:
+        """One picture more is finished."""
+        self._finished += 1
 
     async def share(self, share: float, message: str) -> None:
         """For work that somebody else follows: 0 … 1 of all pictures."""
@@ -67,9 +68,10 @@ class Progress:
             await anyio.sleep(HEARTBEAT - quiet)
 
     async def _report(self, value: float) -> None:
-        # Strictly rising, as the protocol wants it: what brings no news moves a thousandth towards the end.
+        # Strictly rising, as the protocol wants it: what brings no news moves a thousandth towards the end. That is
+        # never told, or there would be nowhere to rise to while a picture is saved or sent.
         ceiling = float(self._pictures)
-        self._value = value if value > self._value else self._value + (ceiling - self._value) / 1000
+        self._value = value if self._value < value < ceiling else self._value + (ceiling - self._value) / 1000
         self._told = time.monotonic()
         counted = f"picture {self._finished + 1} of {self._pictures}: " if self._pictures > 1 else ""
         await self._tell(round(100 * self._value, 4), 100 * ceiling, counted + self._message)
@@ -87,4 +89,4 @@ def read(event: Event) -> tuple[float, str]:
         case Step(done, total):
             return _REFERENCES + done / total * (_DENOISED - _REFERENCES), f"step {done} of {total}"
         case Painting():
-            return 1.0, "saving"
+            return _DECODED, "saving"

@@ -107,6 +107,7 @@ class Service:
                     return await self._announced(painting, order.model, call)
                 made.append(await _in_thread(lambda p=painting: work.finish(self.store, p, call.client)))
                 clock.add({**painting.ms, "save": made[-1].save_ms})
+                progress.saved()
         ms = clock.ms()
         self.estimate = (ms["total"] - ms["queue"] - ms["load"]) / 1000 / order.count
         return await self._announced(Outcome(tuple(made), tuple(warnings()), ms), order.model, call)

@@ -1,5 +1,6 @@
 """From a call to a picture: sizes, progress, cancel, whose turn and whose `last` it is, jobs that are handed over."""
 
+import time
 from dataclasses import replace
 from typing import Any
 
@@ -108,6 +109,8 @@ async def test_progress_rises_with_every_step_and_names_it(connect: Any, painter
     for expected in ("2 ahead in the queue", "loading nano 50%", *(f"step {n} of 4" for n in (1, 2, 3, 4))):
         assert f"picture 1 of 2: {expected}" in words
         assert expected in words.split("picture 2 of 2", 1)[1]
+    assert "picture 1 of 2: saving" in words
+    assert words.endswith("picture 2 of 2: saving")
 
 
 async def test_a_silent_engine_is_no_silent_call(client: Client, painter: FakePainter, monkeypatch: pytest.MonkeyPatch):
@@ -121,6 +124,35 @@ async def test_a_silent_engine_is_no_silent_call(client: Client, painter: FakePa
     await client.call_tool("generate_image", {"prompt": "x"}, progress_callback=hear)
     assert told == sorted(set(told))
     assert len(told) >= 9 + 6  # nine events, and at least six beats in 0.6 s
+
+
+@pytest.mark.parametrize("asked", [{"prompt": "x"}, {"job": "j0"}], ids=["painting", "waiting"])
+async def test_a_picture_that_takes_long_to_save_is_no_standstill(
+    client: Client, service: Service, painter: FakePainter, monkeypatch: pytest.MonkeyPatch, asked: dict[str, str]
+):
+    """On a slow disk, or in the daemon that says no more than "saving"."""
+    monkeypatch.setattr(progress_module, "HEARTBEAT", 0.05)
+    put, told = service.store.put, []
+
+    def slowly(*arguments: Any, **more: Any) -> Any:
+        time.sleep(0.5)
+        return put(*arguments, **more)
+
+    async def saving(job: str) -> dict[str, Any]:
+        await anyio.sleep(0.05)
+        return {"state": "painting", "progress": 1.0, "message": "saving", "eta_s": 0.0}
+
+    async def hear(progress: float, total: float | None, message: str | None) -> None:
+        told.append((progress, total, message))
+
+    monkeypatch.setattr(service.store, "put", slowly)
+    painter.kept = saving  # type: ignore[method-assign]
+    service.settings = replace(service.settings, wait_budget=0.5)
+    await client.call_tool("wait_for_job" if "job" in asked else "generate_image", asked, progress_callback=hear)
+    values = [progress for progress, _, message in told if message == "saving"]
+    assert len(values) > 3
+    assert values == sorted(set(values))
+    assert values[-1] < 100
 
 
 @pytest.mark.parametrize("mode", ["legacy", "auto"])
