@@ -147,6 +147,7 @@ class Service:
         hand_over: Callable[[], Awaitable[Outcome | HandedOver]],
     ) -> Painting | Outcome | HandedOver:
         waiting: float | None = time.perf_counter()
+        taken = False
         # Closing the iterator is how a job is cancelled, so it must close when this task is.
         async with aclosing(self.backend.run(job, client=call.client)) as events:  # type: ignore[type-var]
             async for event in events:
@@ -157,7 +158,9 @@ class Service:
                 if isinstance(event, Painting):
                     return event
                 expected = event.seconds or 0.0 if isinstance(event, Queued) else 0.0
-                if time.monotonic() + expected > deadline:
+                # Until an engine has taken the job there is nobody to hand it over to: it may be unable to start.
+                taken = taken or isinstance(event, Queued)
+                if taken and time.monotonic() + expected > deadline:
                     return await hand_over()
         raise EngineFailed(
             "The engine ended without a picture.", hint="Try again; `klein-mcp doctor` looks for causes."

@@ -79,14 +79,11 @@ class Launcher:
                 heard = time.monotonic()
                 if not hello.draining:
                     await self._ask_to_leave(hello)
-            elif self._alive():
-                # Too busy to answer, or on its way out: a second one would only wait for it, too.
-                if time.monotonic() - heard > START_TIMEOUT:
-                    raise EngineFailed(
-                        f"The engine has not answered for {START_TIMEOUT:.0f} s.",
-                        hint="End its process, and try again.",
-                    )
-            else:
+            elif time.monotonic() - heard > START_TIMEOUT:
+                raise EngineFailed(
+                    f"The engine has not answered for {START_TIMEOUT:.0f} s.", hint="End its process, and try again."
+                )
+            elif not self._alive():  # else too busy to answer, or on its way out: a second one would only wait for it
                 async with aclosing(self._start_if_nobody_does()) as starting:
                     async for _ in starting:
                         yield None
@@ -141,19 +138,18 @@ class Launcher:
             if await self.find():
                 return
             process = self._spawn()
-            with anyio.move_on_after(START_TIMEOUT):
-                while not await self.find():
-                    if process.poll() is not None:
-                        raise EngineFailed(
-                            _last_line(home / "daemon.err") or f"The engine ended ({process.returncode})."
-                        )
-                    yield None
-                    await anyio.sleep(0.05)
-                return
-            process.kill()
-            raise EngineFailed(
-                f"The engine did not answer within {START_TIMEOUT:.0f} s.", hint="See `klein-mcp doctor`."
-            )
+            # Not by a cancel scope: between two yields it would be open in whoever listens, and cancel that.
+            deadline = time.monotonic() + START_TIMEOUT
+            while not await self.find():
+                if process.poll() is not None:
+                    raise EngineFailed(_last_line(home / "daemon.err") or f"The engine ended ({process.returncode}).")
+                if time.monotonic() > deadline:
+                    process.kill()
+                    raise EngineFailed(
+                        f"The engine did not answer within {START_TIMEOUT:.0f} s.", hint="See `klein-mcp doctor`."
+                    )
+                yield None
+                await anyio.sleep(0.05)
         finally:
             lock.release()
 

@@ -2,16 +2,17 @@
 
 import os
 import signal
+import sys
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import anyio
 import pytest
 
-from engine.contract import Job, Painting
-from klein_mcp.backends import UnknownJob
+from engine.contract import EngineFailed, Job, Painting
+from klein_mcp.backends import UnknownJob, launch
 from klein_mcp.backends.daemon import DaemonBackend
 from klein_mcp.call import Call
 from klein_mcp.errors import RequestError
@@ -38,8 +39,8 @@ async def home(tmp_path: Path) -> AsyncIterator[Path]:
 class DoorTo:
     """A Service and its connection to the daemon of `home`, as one door has them."""
 
-    def __init__(self, home: Path) -> None:
-        self.backend = DaemonBackend(Settings(home=home), COMMAND)
+    def __init__(self, home: Path, command: Sequence[str] = COMMAND) -> None:
+        self.backend = DaemonBackend(Settings(home=home), command)
         self.service = Service(Settings(home=home), self.backend)
 
     async def __aenter__(self) -> Service:
@@ -184,3 +185,20 @@ async def test_a_hang_up_leaves_the_same_picture_to_the_other_call_that_waits_fo
         with anyio.move_on_after(0.5):
             await door.paint(same, ME)
         assert len((await wait(door, handed.job)).made) == 1
+
+
+async def test_a_budget_that_is_spent_before_the_engine_is_up_is_a_job_as_soon_as_it_is(home):
+    async with DoorTo(home) as door:
+        handed = await door.paint_within(0.0, order("pause=0.2 steps=12"), ME)
+        assert isinstance(handed, HandedOver)
+        assert len((await wait(door, handed.job)).made) == 1
+
+
+@pytest.mark.parametrize(
+    ("does", "said"), [("time.sleep(0.3); sys.exit('No disk.')", "No disk"), ("time.sleep(60)", "did not answer")]
+)
+async def test_an_engine_that_cannot_start_is_said_though_the_budget_is_spent(home, monkeypatch, does, said):
+    monkeypatch.setattr(launch, "START_TIMEOUT", 5.0)
+    async with DoorTo(home, (sys.executable, "-c", f"import sys, time; {does}")) as door:
+        with pytest.raises(EngineFailed, match=said), anyio.fail_after(20):
+            await door.paint_within(0.0, order("a"), ME)
