@@ -7,6 +7,8 @@ from typing import Any
 
 def in_words(state: Mapping[str, Any]) -> str:
     """state: as Backend.status tells it. A line for each thing there is to say."""
+    if state.get("silent"):
+        return "starting, ending or hanging: its process is there and does not answer; `klein-mcp stop` says more"
     if not state["running"]:
         return "not running; the first call that needs a picture starts it"
     lines = [f"running: version {state['version']}, pid {state['pid']}, since {_local(state['started'])}"]

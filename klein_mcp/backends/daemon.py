@@ -1,10 +1,13 @@
 """Paints in the daemon: finds or starts it, posts the job, passes its events on."""
 
 import logging
+import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing, suppress
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
+
+import anyio
 
 from engine.contract import EngineError, EngineFailed, Event, InvalidJob, Job, Loading, Painting
 from klein_mcp.backends import UnknownJob
@@ -16,6 +19,9 @@ if TYPE_CHECKING:
     import httpx2
 
 log = logging.getLogger(__name__)
+
+PATIENCE = 10.0
+"""Seconds for an engine that is starting, ending or hanging to be asked to end."""
 
 
 class _Lost(Exception):
@@ -67,12 +73,13 @@ class DaemonBackend:
         return answer.json()
 
     async def status(self) -> dict[str, Any]:
-        """{"running": False} where no daemon is; never starts one."""
+        """{"running": False} where no daemon is, with "silent": True where one does not answer; never starts one."""
         import httpx2
 
-        hello = await self._launcher().find()
+        launcher = self._launcher()
+        hello = await launcher.find()
         if not hello:
-            return {"running": False}
+            return {"running": False, **({"silent": True} if launcher.alive() else {})}
         try:
             answer = await self._client().get(f"{hello.address.url}/status", headers=authorization(hello.address))
             return {"running": True, **answer.json()}
@@ -80,12 +87,16 @@ class DaemonBackend:
             return {"running": False}
 
     async def stop(self) -> bool:
-        """Ask the daemon to end now; whether there was one."""
+        """Ask the daemon to end now; whether there was one. Raises EngineFailed where it does not answer."""
         import httpx2
 
-        hello = await self._launcher().find()
-        if not hello:
-            return False
+        launcher, deadline = self._launcher(), time.monotonic() + PATIENCE
+        while not (hello := await launcher.find()):
+            if not launcher.alive():
+                return False
+            if time.monotonic() > deadline:
+                raise launcher.silent(PATIENCE)
+            await anyio.sleep(0.1)  # it is starting, and answers in a moment, or ending, and is gone in a moment
         try:
             await self._client().post(f"{hello.address.url}/stop", headers=authorization(hello.address))
         except httpx2.HTTPError:

@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 START_TIMEOUT = 60.0
 """Seconds until a daemon that was started must answer; 1 s is usual, a cold disk under load took 10 times that."""
 
+GREETING = 5.0
+"""Seconds for a daemon to say hello, which it does at once unless its machine is very busy."""
+
 DAEMON = (sys.executable, "-m", "klein_mcp.daemon")
 
 
@@ -57,7 +60,7 @@ class Launcher:
 
         nonce = secrets.token_hex(16)
         try:
-            response = await self._http.get(f"{address.url}/hello", params={"nonce": nonce}, timeout=5)
+            response = await self._http.get(f"{address.url}/hello", params={"nonce": nonce}, timeout=GREETING)
             answer = response.json()
             proved = secrets.compare_digest(answer["proof"], address.proof(nonce))
             return Hello(address, Build(**answer["build"]), answer["draining"]) if proved else None
@@ -80,10 +83,8 @@ class Launcher:
                 if not hello.draining:
                     await self._ask_to_leave(hello)
             elif time.monotonic() - heard > START_TIMEOUT:
-                raise EngineFailed(
-                    f"The engine has not answered for {START_TIMEOUT:.0f} s.", hint="End its process, and try again."
-                )
-            elif not self._alive():  # else too busy to answer, or on its way out: a second one would only wait for it
+                raise self.silent(START_TIMEOUT)
+            elif not self.alive():  # else too busy to answer, or on its way out: a second one would only wait for it
                 async with aclosing(self._start_if_nobody_does()) as starting:
                     async for _ in starting:
                         yield None
@@ -100,7 +101,7 @@ class Launcher:
             )
         return False
 
-    def _alive(self) -> bool:
+    def alive(self) -> bool:
         """Whether some process holds the engine's lock, which every daemon does for life."""
         from filelock import FileLock, Timeout
 
@@ -114,6 +115,12 @@ class Launcher:
         except OSError:
             pass  # not ours to write: said when we try to start one
         return False
+
+    def silent(self, seconds: float) -> EngineFailed:
+        """What to say of an engine that does not answer."""
+        address = addresses.read(self._settings.home)
+        process = f"process {address.pid}" if address else "its process"
+        return EngineFailed(f"The engine has not answered for {seconds:.0f} s.", hint=f"End {process}, and try again.")
 
     async def _ask_to_leave(self, hello: Hello) -> None:
         with contextlib.suppress(Exception):

@@ -20,10 +20,11 @@ import pytest
 from filelock import FileLock
 
 from engine.contract import EngineFailed, InvalidJob, Job, Loading, Painting, Queued, Stage, Step
-from klein_mcp.backends import launch
+from klein_mcp.backends import daemon, launch
 from klein_mcp.backends.daemon import DaemonBackend
 from klein_mcp.daemon import address as addresses
 from klein_mcp.settings import Settings
+from klein_mcp.status import in_words
 from tests.klein_mcp.fake_daemon import COMMAND
 
 pytestmark = pytest.mark.anyio
@@ -336,6 +337,30 @@ async def test_a_daemon_that_never_answers_is_one_clear_error(tmp_path, monkeypa
         async with a_door(tmp_path) as door:
             with pytest.raises(EngineFailed, match="has not answered"):
                 await paint(door)
+
+
+async def test_stop_and_status_do_not_say_that_an_engine_which_hangs_is_not_there(door, tmp_path, monkeypatch):
+    await paint(door)
+    monkeypatch.setattr(daemon, "PATIENCE", 0.5)
+    monkeypatch.setattr(launch, "GREETING", 0.5)
+    (pid,) = daemons(tmp_path)
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        status = await door.status()
+        assert status == {"running": False, "silent": True}
+        assert "does not answer" in in_words(status)
+        with pytest.raises(EngineFailed, match=f"End process {pid}"):
+            await door.stop()
+    finally:
+        os.kill(pid, signal.SIGCONT)
+
+
+async def test_stop_ends_an_engine_that_is_just_starting(tmp_path):
+    process = subprocess.Popen(COMMAND, env={**os.environ, "KLEIN_HOME": str(tmp_path)})
+    async with a_door(tmp_path) as door:
+        await until(door._launcher().alive)  # its lock is held some tenths of a second before it can be asked
+        assert await door.stop()
+    await asyncio.to_thread(process.wait, 10)
 
 
 def test_the_log_rotates_and_is_bounded(tmp_path):
