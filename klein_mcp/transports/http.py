@@ -14,6 +14,7 @@ from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 import uvicorn
 from mcp.server.transport_security import TransportSecurityMiddleware, TransportSecuritySettings
@@ -31,6 +32,7 @@ from klein_mcp.server import KleinServer, create_server, http_client
 from klein_mcp.service import Service
 from klein_mcp.settings import Settings
 from klein_mcp.transports import pictures
+from klein_mcp.transports.leave import leave
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 SHORTEST_TOKEN = 16
@@ -65,8 +67,8 @@ class Options:
         return self.host in LOOPBACK
 
 
-def run(settings: Settings, options: Options) -> int:
-    """Serve until a signal. Raises RequestError or OSError where it cannot begin."""
+def run(settings: Settings, options: Options) -> NoReturn:
+    """Serve until a signal, then end the process. Raises RequestError or OSError where it cannot begin."""
     from klein_mcp.backends.daemon import DaemonBackend
 
     logging.basicConfig(
@@ -84,11 +86,16 @@ def run(settings: Settings, options: Options) -> int:
     )
     # uvicorn raises the signal once more when it is done; by default that would end us before the library is closed.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    code: int = 0
     try:
         uvicorn.Server(config).run([listener])
+    except KeyboardInterrupt:
+        code = 128 + signal.SIGINT
+    except SystemExit as end:
+        code = int(end.code or 0)
     finally:
         service.close()
-    return 0
+    leave(code)
 
 
 def application(

@@ -2,7 +2,6 @@
 
 import asyncio
 import logging
-import os
 import signal
 import sys
 import threading
@@ -15,6 +14,7 @@ from mcp.server.stdio import stdio_server
 from klein_mcp.server import create_server
 from klein_mcp.service import Service
 from klein_mcp.settings import Settings
+from klein_mcp.transports.leave import leave
 
 GRACE = 0.8
 """Seconds to cancel jobs and close the library after the client has gone."""
@@ -26,7 +26,7 @@ def run(settings: Settings) -> NoReturn:
     logging.basicConfig(
         level=settings.log_level.upper(), stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )
-    _leave(anyio.run(serve, settings))
+    leave(anyio.run(serve, settings))
 
 
 async def serve(settings: Settings) -> int:
@@ -87,13 +87,6 @@ class _Lines:
 
 def _leave_soon(code: int) -> None:
     """Whatever a worker thread is still doing must not keep the process: the library survives being cut off."""
-    timer = threading.Timer(GRACE, _leave, (code,))
+    timer = threading.Timer(GRACE, leave, (code,))
     timer.daemon = True
     timer.start()
-
-
-def _leave(code: int) -> NoReturn:
-    logging.shutdown()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)

@@ -29,6 +29,7 @@ PACKAGES = (
     "@modelcontextprotocol/inspector@2.12.0",
     "@modelcontextprotocol/client@2.4.0",
 )
+SERVER = (sys.executable, "-m", "klein_mcp")
 REVISIONS = ("2025-11-25", "2026-07-28")
 
 
@@ -106,22 +107,31 @@ def test_with_the_fixtures_everything_that_a_revision_requires_passes(node, livi
 def inspect(
     node: Path, target: list[str], era: str, method: str, *more: str, environment: dict[str, str]
 ) -> subprocess.CompletedProcess[str]:
-    command = ["mcp-inspector", "--cli", "--protocol-era", era, "--method", method, "--format", "json", "-q", *more]
+    common = ["--protocol-era", era, "--connect-timeout", "120000", "--format", "json", "-q"]
+    command = ["mcp-inspector", "--cli", *common, "--method", method, *more]
     return run(node, *command, *target, **environment)
 
 
 @pytest.mark.parametrize("era", ["legacy", "modern"])
 @pytest.mark.parametrize("door", ["stdio", "http"])
 def test_the_inspector_finds_no_fault_with_the_tools_and_paints(node, living, door, era):
-    with serving(living) as url:
-        target = ["--server-url", f"{url}/mcp"] if door == "http" else [sys.executable, "-m", "klein_mcp"]
-        environment = living.environment()
+    # However slow the machine: what is handed over is a job, and no picture yet.
+    patient = {"KLEIN_WAIT_BUDGET": "600"}
+    environment = living.environment(**patient)
+    with serving(living, **patient) as url:
+        target = ["--server-url", f"{url}/mcp"] if door == "http" else [*handed_on(environment), *SERVER]
         listed = inspect(node, target, era, "tools/list", "--strict", environment=environment)
         assert listed.returncode == 0, listed.stdout[-3000:] + listed.stderr[-3000:]
         asked = ["--tool-name", "generate_image", "--tool-args-json", json.dumps({"prompt": "a cat on red", "seed": 1})]
         painted = inspect(node, target, era, "tools/call", *asked, environment=environment)
     assert painted.returncode == 0, painted.stdout[-3000:] + painted.stderr[-3000:]
     assert '"image/jpeg"' in painted.stdout
+    assert str(living.home) in painted.stdout
+
+
+def handed_on(environment: dict[str, str]) -> list[str]:
+    """The Inspector starts a server without its own environment: the tests would paint in the user's own home."""
+    return [word for name, value in environment.items() if "KLEIN" in name for word in ("-e", f"{name}={value}")]
 
 
 def test_the_typescript_client_paints_edits_and_composes(node, living):

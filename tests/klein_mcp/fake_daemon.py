@@ -1,6 +1,7 @@
 """A real daemon process around a painter that needs no model: `python -m tests.klein_mcp.fake_daemon`.
 
-The prompt says what the painter does: `steps=8 pause=0.05 crash=3 fail`; with crash=3 the process dies after step 3.
+The prompt says what the painter does: `steps=8 pause=0.05 load=2 crash=3 fail`; with crash=3 the process dies after
+step 3, with load=2 it loads for two seconds.
 """
 
 import os
@@ -30,6 +31,7 @@ class FakePainter:
         if not self.loaded:
             for part in range(3):
                 yield Loading("fake", part / 2)
+                time.sleep(float(orders.get("load", 0)) / 3)
             self.loaded = True
         yield Stage("prompt")
         if job.references:

@@ -19,7 +19,7 @@ import httpx2
 import pytest
 from filelock import FileLock
 
-from engine.contract import EngineFailed, InvalidJob, Job, Loading, Painting, Queued, Stage, Step
+from engine.contract import Busy, EngineFailed, InvalidJob, Job, Loading, Painting, Queued, Stage, Step
 from klein_mcp.backends import daemon, launch
 from klein_mcp.backends.daemon import DaemonBackend
 from klein_mcp.daemon import address as addresses
@@ -91,6 +91,35 @@ async def test_the_first_job_starts_the_daemon_and_tells_every_stage(door, tmp_p
     kinds = [type(event) for event in events if not isinstance(event, Loading)]
     assert kinds == [Queued, Stage, Stage, Step, Step, Step, Step, Stage, Painting]
     assert len(daemons(tmp_path)) == 1
+
+
+async def test_it_answers_while_it_loads_and_tells_whoever_waits_how_far_it_is(door):
+    loading = []
+    async with aclosing(door.run(Job("load=1.5"), client="me")) as events:
+        async for event in events:
+            if isinstance(event, Loading) and event.fraction:
+                loading.append(event.fraction)
+                status = await door.status()
+                assert status["queue"]["running"]
+                assert not status["engine"]["loaded"]
+            elif loading:
+                break
+    assert loading[0] == 0.5
+
+
+async def test_a_full_queue_is_said_to_the_door_with_seconds_to_come_again(tmp_path, monkeypatch):
+    monkeypatch.setenv("KLEIN_QUEUE_SIZE", "1")
+    async with a_door(tmp_path) as door, aclosing(door.run(Job("pause=0.2 steps=1000"), client="a")) as running:
+        async for event in running:
+            if isinstance(event, Step):
+                break
+        async with aclosing(door.run(Job("waits"), client="b")) as waiting:
+            assert await anext(waiting) == Queued(1)
+            with pytest.raises(Busy, match="The queue is full: 1 pictures") as full:
+                await paint(door, client="c")
+            assert full.value.retry_after >= 1
+        await door.stop()
+        await gone(tmp_path)
 
 
 async def test_the_second_job_finds_it_warm(door):

@@ -253,16 +253,17 @@ def test_a_port_taken_by_something_else_is_one_line(living: Living):
     assert f"port {port}" in done.stderr
 
 
-async def test_a_signal_ends_it_though_clients_hold_streams_open(living: Living):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+async def test_a_signal_ends_it_though_clients_hold_streams_open(living: Living, number: signal.Signals):
     with serving_process(living) as (url, process):
         async with httpx2.AsyncClient() as client, client.stream("GET", f"{url}/sse") as stream:
             assert stream.status_code == 200
-            process.terminate()
+            process.send_signal(number)
             started = time.monotonic()
             while process.poll() is None:
                 assert time.monotonic() - started < 5
                 await asyncio.sleep(0.05)
-    assert process.returncode == 128 + signal.SIGTERM
+    assert process.returncode == 128 + number
 
 
 def test_a_token_that_we_make_is_kept_and_for_its_owner_alone(settings, capsys):
