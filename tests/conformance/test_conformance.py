@@ -112,13 +112,18 @@ def inspect(
     return run(node, *command, *target, **environment)
 
 
+@pytest.fixture(scope="module")
+def warm(living: Living, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """The engine is up, so that a picture comes within the call and within the Inspector's patience of a minute."""
+    assert living.run("-m", "klein_mcp", "demo", "--out", str(tmp_path_factory.mktemp("demo"))).returncode == 0
+
+
+@pytest.mark.usefixtures("warm")
 @pytest.mark.parametrize("era", ["legacy", "modern"])
 @pytest.mark.parametrize("door", ["stdio", "http"])
 def test_the_inspector_finds_no_fault_with_the_tools_and_paints(node, living, door, era):
-    # However slow the machine: what is handed over is a job, and no picture yet.
-    patient = {"KLEIN_WAIT_BUDGET": "600"}
-    environment = living.environment(**patient)
-    with serving(living, **patient) as url:
+    environment = living.environment()
+    with serving(living) as url:
         target = ["--server-url", f"{url}/mcp"] if door == "http" else [*handed_on(environment), *SERVER]
         listed = inspect(node, target, era, "tools/list", "--strict", environment=environment)
         assert listed.returncode == 0, listed.stdout[-3000:] + listed.stderr[-3000:]

@@ -14,18 +14,18 @@ DOORS = ("stdio", "stdio legacy", "http", "http legacy", "sse")
 
 
 @contextmanager
-def serving(living: Living, **more: str) -> Iterator[str]:
+def serving(living: Living) -> Iterator[str]:
     """`klein-mcp serve` on a free port: its address, without a path."""
-    with serving_process(living, **more) as (url, _):
+    with serving_process(living) as (url, _):
         yield url
 
 
 @contextmanager
-def serving_process(living: Living, **more: str) -> Iterator[tuple[str, subprocess.Popen[str]]]:
+def serving_process(living: Living) -> Iterator[tuple[str, subprocess.Popen[str]]]:
     """The same with its process."""
     process = subprocess.Popen(
         [sys.executable, "-m", "klein_mcp", "serve", "--port", "0"],
-        env=living.environment(**more),
+        env=living.environment(),
         stdin=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
