@@ -13,7 +13,7 @@ from engine.contract import EngineError, Event, Job, Loading, OutOfMemory, Paint
 from engine.device import Placement
 from engine.find import Shelf, Source
 from engine.klein import Klein
-from engine.load import Options, held_bytes, prepare, room
+from engine.load import Options, prepare, room
 from engine.memory import best, gb
 from engine.references import Memory, budgets
 from engine.variants import EMBEDDED, VARIANTS
@@ -121,7 +121,7 @@ class Engine:
         start = time.perf_counter()
         options = Options(self._quant, loras, self._limit)
         self._klein = yield from Klein.load(checkpoint, self.placement, self.memory, options)
-        near, far = budgets(self.placement.free_bytes(), self.placement.host_bytes())
+        near, far = budgets(self._klein.free(self.placement.free_bytes()), self.placement.host_bytes())
         self.memory.resize(
             near if self._remember is None else self._remember, far if self._spill is None else self._spill
         )
@@ -152,10 +152,7 @@ class Engine:
 
     def _held(self) -> int:
         klein = self._klein  # another thread may release it while this one asks
-        if klein is None:
-            return 0
-        nets = (klein.transformer, klein.autoencoder, klein.text_encoder)
-        return held_bytes(nets, self.placement.device)
+        return klein.held if klein else 0
 
     def release(self) -> None:
         """Give the weights' memory back; the next job loads again."""

@@ -23,7 +23,7 @@ from engine.contract import (
 )
 from engine.device import Placement
 from engine.find import Checkpoint
-from engine.load import Options, load, room, work_of
+from engine.load import Options, held_bytes, load, room, work_of
 from engine.memory import gb
 from engine.model.autoencoder import Autoencoder
 from engine.model.layers import Rope
@@ -58,10 +58,12 @@ class Klein:
         fingerprint: str = "",
         memory: Memory | None = None,
         lives: str = "",
+        limit: int | None = None,
     ) -> None:
-        """lives: where its weights are, in a person's words."""
+        """lives: where its weights are, in a person's words. limit: bytes of the device it may use in all."""
         self.variant = variant
         self.lives = lives
+        self.limit = limit
         self.transformer = transformer
         self.autoencoder = autoencoder
         self.text_encoder = text_encoder
@@ -82,7 +84,8 @@ class Klein:
         """
         # First, because it is small: what is wrong with it is said before gigabytes are read.
         tokenizer = Tokenizer(checkpoint.tokenizer, checkpoint.variant.text_length)
-        networks = yield from load(checkpoint, placement, options or Options())
+        options = options or Options()
+        networks = yield from load(checkpoint, placement, options)
         return cls(
             checkpoint.variant,
             networks.transformer,
@@ -93,7 +96,17 @@ class Klein:
             networks.fingerprint,
             memory,
             networks.says,
+            options.limit,
         )
+
+    @property
+    def held(self) -> int:
+        """Bytes of the device that its weights take, without the ring that streamed layers pass through."""
+        return held_bytes((self.transformer, self.autoencoder, self.text_encoder), self.placement.device)
+
+    def free(self, there: int) -> int:
+        """Of the device's `there` free bytes, those that the user's limit leaves to it."""
+        return there if self.limit is None else max(0, min(there, self.limit - self.held))
 
     @torch.inference_mode()
     def run(self, job: Job) -> Iterator[Event]:
@@ -225,7 +238,7 @@ class Klein:
         work = work_of(*shapes, pixels=pixels, references=seen)
         there = room(self.placement)
         # What is remembered can be forgotten for it.
-        free = there.free + self.memory.counts()["bytes"]
+        free = self.free(there.free + self.memory.counts()["bytes"])
         if work.bytes <= free:
             return
         sides = (side for side in (1024, 768, 512, 256) if side**2 < pixels)
@@ -233,7 +246,7 @@ class Klein:
         side = next(fitting, None)
         raise OutOfMemory(
             f"{frame.canvas_width}×{frame.canvas_height} with {len(references)} references takes {gb(work.bytes)} "
-            f"besides the weights; {gb(free)} of the {there.device} are free.",
+            f"besides the weights; {gb(free)} of the {there.device} are {'free' if self.limit is None else 'allowed'}.",
             hint=f"{side}×{side} would fit." if side else "Use fewer references, or end what else uses the device.",
         )
 

@@ -242,3 +242,12 @@ def test_a_picture_that_memory_cannot_hold_is_refused_before_it_is_begun(monkeyp
     ):
         started.extend(klein.run(Job("x")))
     assert not started
+
+
+def test_a_limit_holds_for_pictures_too_and_for_what_is_remembered() -> None:
+    klein = last(Klein.load(Shelf().find(str(NANO)), PLACEMENT, None, Options(limit=10**9)))
+    assert klein.free(10**12) == 10**9 - klein.held
+    klein.limit = klein.held + 100_000
+    assert klein.free(10**12) == 100_000
+    with pytest.raises(OutOfMemory, match=r"takes 0\.0 GB besides the weights; 0\.0 GB of the memory are allowed"):
+        next(klein.run(Job("x")))
