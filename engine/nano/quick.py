@@ -37,18 +37,14 @@ def compiled(nano: Nano) -> Velocity:
     return lambda noisy, sigma, prompts, references: fast(noisy, sigma, prompts.ids, prompts.mask, references).float()
 
 
-def _multiplies_bf16(device: torch.device) -> bool:
+def pays(device: torch.device) -> bool:
+    """Whether this is a CPU that multiplies bf16 in hardware."""
     return device.type == "cpu" and torch.cpu._is_amx_tile_supported()
-
-
-def velocity(nano: Nano) -> Velocity:
-    """Whichever is quicker on this machine."""
-    return compiled(nano) if _multiplies_bf16(nano.device) else plain(nano)
 
 
 def products(device: torch.device) -> AbstractContextManager[Any]:
     """Matrix products and convolutions in bf16 where that is quicker: the decoder's in half the time."""
-    return torch.autocast("cpu", torch.bfloat16) if _multiplies_bf16(device) else nullcontext()
+    return torch.autocast("cpu", torch.bfloat16) if pays(device) else nullcontext()
 
 
 class _Attention(torch.autograd.Function):

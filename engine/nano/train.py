@@ -140,13 +140,17 @@ class Optimiser:
 
 @dataclass(frozen=True)
 class Lessons:
-    """What one process does over and over. start: when the stage began, by the monotonic clock."""
+    """What one process does over and over. start: when the stage began, by the monotonic clock.
+
+    compiled: in bf16, by a function that takes minutes to compile (`quick`).
+    """
 
     stage: Stage
     minutes: float
     batch: int
     levels: int
     start: float
+    compiled: bool = False
 
     def done(self) -> float:
         """How much of the time is over, 0 … 1; 0 while it has no end."""
@@ -159,7 +163,7 @@ class Learner:
     def __init__(self, nano: Nano, optimiser: Optimiser, lessons: Lessons) -> None:
         seed = time.time_ns() % 2**31
         self.nano, self.optimiser, self.lessons = nano, optimiser, lessons
-        self.predict = quick.velocity(nano)
+        self.predict = quick.compiled(nano) if lessons.compiled else quick.plain(nano)
         self.supply = Supply(nano, seed)
         self.generator = torch.Generator().manual_seed(seed)
         self.steps = 0
@@ -266,11 +270,8 @@ def export(run: Run, folder: Path) -> None:
     save_autoencoder(run.nano.autoencoder, folder)
 
 
-def train(
-    run: Run, stage: Stage, minutes: float, batch: int, levels: int, save_minutes: float, workers: int = 1
-) -> None:
+def train(run: Run, lessons: Lessons, save_minutes: float, workers: int = 1) -> None:
     """Until the minutes are over; 0 means until it is stopped."""
-    lessons = Lessons(stage, minutes, batch, levels, start=time.monotonic())
     learner = Learner(run.nano, run.optimiser, lessons)
     last_save = last_tell = lessons.start
     told = run.samples
@@ -345,8 +346,9 @@ def main() -> None:
     else:
         stage = STAGES[args.stage]
         stage = replace(stage, rate=args.rate or stage.rate)
-        batch = args.batch or (384 if on_gpu else 16)
-        train(run, stage, args.minutes, batch, args.levels, args.save_minutes, 1 if on_gpu else args.workers)
+        batch, compiled = args.batch or (384 if on_gpu else 16), quick.pays(run.nano.device)
+        lessons = Lessons(stage, args.minutes, batch, args.levels, time.monotonic(), compiled)
+        train(run, lessons, args.save_minutes, 1 if on_gpu else args.workers)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,8 @@ import time
 import pytest
 import torch
 
+from engine.model import layers
+from engine.nano import quick
 from engine.nano.folder import WEIGHTS
 from engine.nano.train import OWN_LEVELS, STAGES, Lessons, Run, draw_levels, helpers, train
 
@@ -17,7 +19,7 @@ pytestmark = pytest.mark.skipif(
 
 def _train(folder, seconds: float) -> Run:
     run = Run(folder, WEIGHTS, "cpu")
-    train(run, STAGES["all"], minutes=seconds / 60, batch=2, levels=2, save_minutes=1.0)
+    train(run, Lessons(STAGES["all"], seconds / 60, batch=2, levels=2, start=time.monotonic()), save_minutes=1.0)
     return run
 
 
@@ -59,3 +61,18 @@ def test_a_helping_process_teaches_the_same_weights(tmp_path):
             time.sleep(0.1)
     assert samples
     assert not torch.equal(before, weight)
+
+
+def test_attention_that_learns_quickly_is_attention():
+    """Observed in bf16: the result off by 0.37 %, gradients by at most 0.57 %."""
+    generator = torch.Generator().manual_seed(0)
+    plain = [torch.randn(2, tokens, 3, 32, generator=generator).requires_grad_() for tokens in (5, 7, 7)]
+    quickly = [x.detach().bfloat16().requires_grad_() for x in plain]
+    target = torch.randn(2, 5, 96, generator=generator)
+    results = []
+    for attend, inputs in ((layers.attend, plain), (quick._attend, quickly)):
+        mixed = attend(*inputs)
+        (mixed.float() * target).sum().backward()
+        results.append([mixed, *(x.grad for x in inputs)])
+    for ours, theirs in zip(*reversed(results), strict=True):
+        assert ((ours - theirs).norm() / theirs.norm()).item() < 0.02
