@@ -82,6 +82,7 @@ class Klein:
 
         Raises BadWeights, or OutOfMemory before much is read.
         """
+        yield Loading(checkpoint.variant.name, 0.0)
         # First, because it is small: what is wrong with it is said before gigabytes are read.
         tokenizer = Tokenizer(checkpoint.tokenizer, checkpoint.variant.text_length)
         options = options or Options()

@@ -308,12 +308,12 @@ def _verify(ours: dict[str, Shape], tensors: Tensors, table: Table, what: str, i
             )
         if their not in tensors.shapes:
             raise BadWeights(f"The {what} lacks the tensor {their}.", hint="Download it again.")
-        if their not in tensors.quantised and (entry := tensors.entries[their]).format not in DTYPES:
-            raise BadWeights(f"In the {what}, {their} is stored as {entry.format}, which is not read.")
+        if their not in tensors.quantised and (stored := tensors.entries[their].format) not in DTYPES:
+            raise BadWeights(
+                f"In the {what}, {their} is stored as {stored}, which is not read; read are {', '.join(DTYPES)}."
+            )
         if not _fits(tensors.shapes[their], want):
             raise BadWeights(f"In the {what}, {their} is {tensors.shapes[their]}; expected {want}.")
-        if their not in tensors.quantised and (stored := tensors.entries[their].format) not in DTYPES:
-            raise BadWeights(f"In the {what}, {their} is stored as {stored}; read are {', '.join(DTYPES)}.")
     for their in tensors.shapes:
         if their not in table and not ignore(their):
             raise BadWeights(f"The {what} has a tensor klein does not know: {their}.", hint="Is it another model?")

@@ -21,6 +21,8 @@ class Living:
         """The user's own environment without their settings of klein-mcp."""
         theirs = {key: value for key, value in os.environ.items() if not key.startswith("KLEIN_")}
         ours = {"KLEIN_HOME": str(self.home), "KLEIN_MODEL": "nano", "KLEIN_THREADS": "1", "OMP_NUM_THREADS": "1"}
+        # An engine that starts on a busy machine may take longer than a client would wait: still a picture, not a job.
+        ours["KLEIN_WAIT_BUDGET"] = "120"
         return {**theirs, **ours, **more}
 
     def stdio(self, *arguments: str, **more: str) -> StdioServerParameters:

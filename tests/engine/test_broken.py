@@ -79,7 +79,7 @@ BROKEN: dict[str, tuple[Change, str]] = {
     ),
     "a format that is not read": (
         stored_as(TRANSFORMER, "proj_out.weight", torch.int32),
-        r"transformer, proj_out\.weight is stored as I32; read are .*BF16",
+        r"transformer, proj_out\.weight is stored as I32, which is not read; read are .*BF16",
     ),
     "the encoder's number of layers": (
         saying("text_encoder/config.json", num_hidden_layers=None),
