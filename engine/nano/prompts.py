@@ -116,10 +116,10 @@ _RECOLOURS = (
     "change the color of {} to {}",
 )
 _GROWTHS = ("make {} bigger", "make {} larger", "enlarge {}", "make {} big")
-_SHRINKINGS = ("make {} smaller", "shrink {}", "make {} small")
+_SHRINKINGS = ("make {} smaller", "shrink {}", "make {} small", "shrink {} down", "shrink down {}")
 _FLAT_CHANGES = ("make the background {}", "change the background to {}", "turn the background {}", "{} background",
                  "give it a {} background", "change the background color to {}", "paint the background {}",
-                 "put it on a {} background", "use a {} background")  # fmt: skip
+                 "put it on a {} background", "use a {} background", "use {} for the background")  # fmt: skip
 _PAINTED_CHANGES = ("change the background to {name}", "make the background {name}", "put it {setting}",
                     "move the scene {setting}", "replace the background with {name}", "set it {setting}")  # fmt: skip
 
@@ -331,7 +331,9 @@ class Speaker:
 
 _TRANSPLANTS = ("image {} on the background of image {}", "image {} with the background from image {}",
                 "image {} with the background of image {}", "put image {} on the background of image {}",
-                "use image {} with the background from image {}")  # fmt: skip
+                "use image {} with the background from image {}",
+                "use image {} and put it on the background of image {}",
+                "use image {} in front of the background of image {}")  # fmt: skip
 _BORROWED = ("on the background of image {}", "on the background from image {}", "with the background of image {}",
              "with the background from image {}")  # fmt: skip
 
@@ -355,7 +357,7 @@ def _one_in(text: str) -> bool:
 
 
 def wording_held_out(example: Example) -> bool:
-    """Whether the sentence, whatever it names, is kept from training."""
+    """Whether the sentence, whatever it names, is kept from training. Each of its words is practised in others."""
     sentence = _NAMES_IN_PROMPT.sub("*", example.prompt.lower().rstrip(".")).replace("an *", "a *")
     return _one_in(sentence)
 

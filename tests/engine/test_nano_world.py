@@ -1,6 +1,7 @@
 """The world nano learns from: scenes that can be seen, sentences that are known, a list that training never meets."""
 
 import ast
+import re
 from itertools import pairwise
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from engine.nano.scenes import MAX_THINGS, TOLERATED_OVERLAP, World, overlap, vi
 from engine.nano.score import draw
 from engine.nano.sprites import KINDS, SIZES, atlas
 from engine.nano.supply import paint_scenes, token_weights
-from engine.nano.words import COLOURS, NOUNS, SHAPES, unknown
+from engine.nano.words import COLOURS, KNOWN, NOUNS, SHAPES, unknown
 
 ENGINE = Path(evaluate.__file__).parents[1]
 TASKS = ("generate", "edit", "compose")
@@ -104,6 +105,15 @@ def test_practice_never_meets_the_held_out_list():
             example = practice(speaker, task)
             assert not wording_held_out(example)
             assert not combination_held_out(example)
+
+
+def test_every_word_that_is_known_or_asked_is_practised():
+    """A wording may be new to nano, its words not: "shrink" stood in no other sentence, and nothing was ever shrunk."""
+    speaker = Speaker(5)
+    examples = [practice(speaker, task) for task in TASKS for _ in range(3000)]
+    practised = {word for example in examples for word in re.findall(r"[a-z]+", example.prompt.lower())}
+    asked = {word for question in evaluate.questions() for word in re.findall(r"[a-z]+", question[2].prompt.lower())}
+    assert not (asked | KNOWN) - practised
 
 
 def test_the_list_has_at_least_300_questions_a_row_and_chains_of_ten():
