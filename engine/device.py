@@ -149,7 +149,8 @@ def _device(asked: str | None) -> str:
 
 
 def _not_there(asked: str, found: list[str]) -> InvalidJob:
-    return InvalidJob(f"device is {asked!r}; this machine has: {', '.join(found)}.")
+    hint = "Set KLEIN_DEVICE (for paint: --device) to one of these, or leave it away."
+    return InvalidJob(f"device is {asked!r}; this machine has: {', '.join(found)}.", hint=hint)
 
 
 def _native(device: torch.device) -> torch.dtype:

@@ -67,7 +67,16 @@ async def _serve(settings: Settings, make: Make) -> None:
     address = Address(listener.getsockname()[1], os.getpid(), addresses.new_token())
     build = Build.read()
     history = History(settings.home / "history.json")
-    queue = Queue(lambda: make(settings), size=settings.queue_size, keep_alive=settings.keep_alive, history=history)
+
+    def painter() -> Painter:
+        try:
+            return make(settings)
+        except Exception:
+            # What it was started with may be at fault; the next door's settings make another.
+            daemon.draining = True
+            raise
+
+    queue = Queue(painter, size=settings.queue_size, keep_alive=settings.keep_alive, history=history)
     kept = Kept(settings.home / "jobs", lambda: _service(settings, queue))
     about = {
         "version": build.version,

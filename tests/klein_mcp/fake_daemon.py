@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from engine.contract import Event, InvalidJob, Job, Loading, Painting, Stage, Step
+from klein_mcp.settings import Settings
 
 COMMAND = (sys.executable, "-m", "tests.klein_mcp.fake_daemon")
 
@@ -58,9 +59,15 @@ class FakePainter:
         self.released += 1
 
 
+def make(settings: Settings) -> FakePainter:
+    if settings.device == "broken":
+        raise InvalidJob("There is no such device.", hint="Set KLEIN_DEVICE.")
+    return FakePainter()
+
+
 if __name__ == "__main__":
     from klein_mcp.daemon.__main__ import main
 
-    code = main(lambda settings: FakePainter())
+    code = main(make)
     sys.stderr.flush()
     os._exit(code)

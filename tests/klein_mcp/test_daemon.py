@@ -171,6 +171,14 @@ async def test_an_error_of_the_engine_reaches_the_door_in_its_own_words(door):
     assert isinstance((await paint(door))[-1], Painting)
 
 
+async def test_a_daemon_whose_settings_make_no_engine_does_not_keep_the_next_door_from_painting(door, monkeypatch):
+    monkeypatch.setenv("KLEIN_DEVICE", "broken")
+    with pytest.raises(InvalidJob, match="no such device"):
+        await paint(door)
+    monkeypatch.delenv("KLEIN_DEVICE")
+    assert isinstance((await paint(door))[-1], Painting)
+
+
 async def test_hanging_up_cancels_within_a_step(door):
     await paint(door)
     async with aclosing(door.run(Job("pause=0.2 steps=100"), client="me")) as events:
