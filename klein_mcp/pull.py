@@ -293,6 +293,7 @@ def _sha256(path: Path) -> str:
 def _in_words(row: Variant | None, name: str, repo: str) -> Iterator[None]:
     """Turns what the hub and the network answer into one line with the next step."""
     import httpx2
+    from huggingface_hub import constants
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
 
     again = "Run the same line again; it goes on where it stopped."
@@ -303,6 +304,11 @@ def _in_words(row: Variant | None, name: str, repo: str) -> Iterator[None]:
         if status in (401, 403) or isinstance(problem, GatedRepoError | RepositoryNotFoundError):
             raise _closed(row, name, repo, known=status == 403) from None
         raise RequestError(f"The hub answered {status}.", hint="Try again later.") from None
+    except (httpx2.ConnectError, httpx2.ConnectTimeout, httpx2.ProxyError) as problem:
+        raise RequestError(
+            f"{_host(constants.ENDPOINT)} cannot be reached: {problem or type(problem).__name__}.",
+            hint="Check the network, and HTTPS_PROXY or HF_ENDPOINT where one is needed; then run the same line again.",
+        ) from None
     except httpx2.HTTPError as problem:
         broke = f"The connection to the hub broke off: {problem or type(problem).__name__}."
         raise RequestError(broke, hint=again) from None
