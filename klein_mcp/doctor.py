@@ -63,7 +63,7 @@ def look(settings: Settings) -> Iterator[Finding]:
 
         with Bar("starting the engine"):
             made = engine(settings)
-            inside = [_device(made), *_models(settings, made)]
+            inside = [_device(made), *_models(settings, made), *_asked(settings, made)]
     except (EngineError, ImportError, OSError) as problem:
         yield Finding("engine", "cannot be made", str(problem))
         return
@@ -173,8 +173,19 @@ def _models(settings: Settings, made: Any) -> Iterator[Finding]:
         yield Finding("model", f"{stranger.path} cannot be called by a name", stranger.why, works=True)
     for path, why in missing_places(settings):
         yield Finding("model", str(path), why, works=True)
-    if len(there) == 1:
+    if len(there) == 1 and settings.model in ("auto", EMBEDDED):
         yield Finding("model", "only the embedded demo model is installed", "Run: klein-mcp pull klein-4b", works=True)
+
+
+def _asked(settings: Settings, made: Any) -> Iterator[Finding]:
+    """The model that every call takes which names none."""
+    if settings.model == "auto":
+        return
+    try:
+        made.shelf.find(settings.model, settings.variant or None, None if settings.quant == "auto" else settings.quant)
+        yield Finding("model", f"KLEIN_MODEL is {settings.model}")
+    except EngineError as problem:
+        yield Finding("model", f"KLEIN_MODEL is {settings.model}", str(problem))
 
 
 def _todo(model: dict[str, Any]) -> str:
@@ -192,4 +203,4 @@ def _painting(made: Any, clock: Callable[[], float] = time.perf_counter) -> Find
     assert isinstance(painting, Painting)
     if int(painting.image.max()) == int(painting.image.min()):
         return Finding("test painting", "came out empty", "Install klein-mcp again: its embedded model is damaged.")
-    return Finding("test painting", f"{size}×{size} in {clock() - start:.1f} s, loading included")
+    return Finding("test painting", f"{size}×{size} with {EMBEDDED} in {clock() - start:.1f} s, loading included")

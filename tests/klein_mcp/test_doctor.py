@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections import namedtuple
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -35,7 +36,7 @@ def test_a_fresh_machine_is_told_what_is_missing_and_paints(
     assert "cpu" in said["device"].found
     assert said["model"].todo == "Run: klein-mcp pull klein-4b"
     assert "claude mcp add klein" in said["clients"].todo
-    assert "128×128 in" in said["test painting"].found
+    assert "128×128 with nano in" in said["test painting"].found
     assert {line.what for line in lines if line.todo} == {"clients", "model"}
 
 
@@ -79,6 +80,27 @@ def test_a_model_that_cannot_load_says_why(settings: Settings, tmp_path: Path) -
     (broken,) = [line for line in lines if line.found.startswith("klein-4b")]
     assert "has no vae folder" in broken.todo
     assert not broken.works
+
+
+@pytest.mark.parametrize(
+    ("model", "todo"),
+    [
+        ("klein-4b", "Run: klein-mcp pull klein-4b"),
+        ("/nope", "No model at /nope"),
+        ("klein-4d", "Did you mean klein-4b?"),
+    ],
+)
+def test_a_model_that_is_set_and_not_there_fails(settings: Settings, model: str, todo: str) -> None:
+    lines = list(doctor.look(replace(settings, model=model)))
+    (asked,) = [line for line in lines if line.found == f"KLEIN_MODEL is {model}"]
+    assert todo in asked.todo
+    assert not asked.works
+
+
+def test_a_model_that_is_set_and_there_is_ok(settings: Settings) -> None:
+    lines = list(doctor.look(replace(settings, model="nano")))
+    (asked,) = [line for line in lines if line.found == "KLEIN_MODEL is nano"]
+    assert not asked.todo
 
 
 def test_a_model_that_has_no_name_is_advice(settings: Settings, tmp_path: Path) -> None:
