@@ -15,7 +15,7 @@ from typing import Any
 
 from engine.contract import EngineError, Job, Painting
 from engine.variants import EMBEDDED, VARIANTS
-from klein_mcp.settings import Settings
+from klein_mcp.settings import Settings, misspelt
 from klein_mcp.terminal import Bar, program
 
 OLDEST_PYTHON = (3, 11)
@@ -56,6 +56,8 @@ def look(settings: Settings) -> Iterator[Finding]:
     yield _python()
     yield _torch()
     yield _disk(settings)
+    for name, meant in misspelt():
+        yield Finding("settings", f"{name} is no setting and changes nothing", f"Did you mean {meant}?", works=True)
     yield _clients(Path.home())
     yield _daemon(settings)
     try:

@@ -4,6 +4,7 @@
 """
 
 import difflib
+import logging
 import os
 import tomllib
 from collections.abc import Callable, Iterator, Mapping
@@ -11,6 +12,8 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
+
+log = logging.getLogger(__name__)
 
 
 class SettingsError(Exception):
@@ -179,6 +182,26 @@ class Settings:
 def variable(name: str) -> str:
     """The environment variable of a field."""
     return f"KLEIN_{name.upper()}"
+
+
+def misspelt(environ: Mapping[str, str] = os.environ) -> Iterator[tuple[str, str]]:
+    """(variable that is no setting, the one that was probably meant). What is near to none may be another program's."""
+    known = [item.name for item in fields(Settings)]
+    for name in sorted(environ):
+        rest = name.removeprefix("KLEIN_").lower()
+        # 0.75: KLEIN_MODLE is near to KLEIN_MODEL; KLEIN_DEV_VENV, which is dev.py's, is near to nothing.
+        if (
+            name.startswith("KLEIN_")
+            and rest not in known
+            and (near := difflib.get_close_matches(rest, known, 1, 0.75))
+        ):
+            yield name, variable(near[0])
+
+
+def warn_of_misspelt() -> None:
+    """One line of log for each."""
+    for name, meant in misspelt():
+        log.warning("%s is no setting and changes nothing. Did you mean %s?", name, meant)
 
 
 def table() -> Iterator[tuple[str, str, str]]:

@@ -109,6 +109,12 @@ def test_started_by_a_client_it_says_nothing_of_the_kind(living: Living) -> None
     assert (ran.returncode, ran.stdout, ran.stderr) == (0, "", "")
 
 
+def test_a_misspelt_variable_is_a_line_of_its_log(living: Living) -> None:
+    ran = living.run("-m", "klein_mcp", KLEIN_MODLE="nano")
+    assert (ran.returncode, ran.stdout, ran.stderr.count("\n")) == (0, "", 1)
+    assert "KLEIN_MODLE is no setting and changes nothing. Did you mean KLEIN_MODEL?" in ran.stderr
+
+
 @pytest.mark.parametrize(
     ("words", "code", "said"),
     [

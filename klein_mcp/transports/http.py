@@ -30,7 +30,7 @@ from klein_mcp.daemon import whole
 from klein_mcp.errors import RequestError
 from klein_mcp.server import KleinServer, create_server, http_client
 from klein_mcp.service import Service
-from klein_mcp.settings import Settings
+from klein_mcp.settings import Settings, warn_of_misspelt
 from klein_mcp.transports import pictures
 from klein_mcp.transports.leave import leave
 
@@ -74,6 +74,7 @@ def run(settings: Settings, options: Options) -> NoReturn:
     logging.basicConfig(
         level=settings.log_level.upper(), stream=sys.stderr, format="%(levelname)s %(name)s: %(message)s"
     )
+    warn_of_misspelt()
     token = _token(settings, options)
     listener = _bind(options)
     service = Service(settings, DaemonBackend(settings))

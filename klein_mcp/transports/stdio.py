@@ -13,7 +13,7 @@ from mcp.server.stdio import stdio_server
 
 from klein_mcp.server import create_server
 from klein_mcp.service import Service
-from klein_mcp.settings import Settings
+from klein_mcp.settings import Settings, warn_of_misspelt
 from klein_mcp.transports.leave import leave
 
 GRACE = 0.8
@@ -26,6 +26,7 @@ def run(settings: Settings) -> NoReturn:
     logging.basicConfig(
         level=settings.log_level.upper(), stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )
+    warn_of_misspelt()
     leave(anyio.run(serve, settings))
 
 

@@ -103,6 +103,14 @@ def test_a_model_that_is_set_and_there_is_ok(settings: Settings) -> None:
     assert not asked.todo
 
 
+def test_a_variable_that_is_misspelt_is_advice(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KLEIN_MODLE", "nano")
+    (said,) = [line for line in doctor.look(settings) if line.what == "settings"]
+    assert said.found.startswith("KLEIN_MODLE ")
+    assert said.todo == "Did you mean KLEIN_MODEL?"
+    assert said.works
+
+
 def test_a_model_that_has_no_name_is_advice(settings: Settings, tmp_path: Path) -> None:
     file = tmp_path / "models" / "my-klein.gguf"
     file.parent.mkdir()

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from klein_mcp.settings import Settings, SettingsError, default_home, table
+from klein_mcp.settings import Settings, SettingsError, default_home, misspelt, table, variable
 
 
 def load(home: Path, **environ: str) -> Settings:
@@ -85,3 +85,16 @@ def test_the_hubs_own_variables_say_where_its_cache_is(tmp_path: Path):
 def test_a_lora_may_be_a_table_in_the_file(tmp_path: Path):
     (tmp_path / "config.toml").write_text('loras = [{name = "ink", scale = 0.8}, {path = "/oil.safetensors"}]\n')
     assert load(tmp_path).loras == ("ink:0.8", "/oil.safetensors:1")
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [("KLEIN_MODLE", "KLEIN_MODEL"), ("KLEIN_LORA", "KLEIN_LORAS"), ("KLEIN_WAITBUDGET", "KLEIN_WAIT_BUDGET")],
+)
+def test_a_misspelt_variable_is_told_with_the_one_that_was_meant(name: str, meant: str):
+    assert list(misspelt({"PATH": "/bin", name: "1"})) == [(name, meant)]
+
+
+def test_what_is_a_setting_or_another_programs_is_not_misspelt():
+    ours = [variable(item.name) for item in fields(Settings)]
+    assert not list(misspelt(dict.fromkeys([*ours, "KLEIN_DEV_VENV", "KLEIN_TEST_NODE", "KLEINE", "MODLE"], "1")))
