@@ -6,6 +6,7 @@ from math import log
 from pathlib import Path
 
 from engine.contract import Job, Painting
+from engine.variants import VARIANTS
 from klein_mcp.daemon import whole
 
 KEPT = 32
@@ -53,20 +54,32 @@ class History:
 
     def tables(self) -> dict[str, dict[str, float]]:
         """By model that has painted here: seconds for a picture without references, by size."""
-        return {
-            model: {f"{side}x{side}": round(self._near(model, side * side) or 0.0, 1) for side in _SIZES}
-            for model in self._seconds
-            if model != "auto"
-        }
+        return {model: self._table(model) for model, seen in self._seconds.items() if seen and model != "auto"}
+
+    def _table(self, model: str) -> dict[str, float]:
+        row = VARIANTS.get(model)
+        if row and row.native_size < _SIZES[0]:
+            # It paints at its own size whatever is asked for, and only resamples: the seconds are those of any picture.
+            side = row.native_size
+            return {f"{side}x{side}": _rounded(self._nearest(model, side * side)[1])}
+        return {f"{side}x{side}": _rounded(self._near(model, side * side) or 0.0) for side in _SIZES}
 
     def _near(self, model: str, asked: float) -> float | None:
-        """The latest of the measurements nearest in size, scaled to the size that is asked about."""
-        seen = self._seconds.get(model)
-        if not seen:
+        """The seconds of the nearest measurement, scaled to the size that is asked about."""
+        if not self._seconds.get(model):
             return None
-        # Rounded, so that about the same size counts as equally near and the later one wins.
-        known, seconds = min(reversed(seen), key=lambda one: round(abs(log(one[0] / asked)), 1))
+        known, seconds = self._nearest(model, asked)
         return seconds * asked / known
+
+    def _nearest(self, model: str, asked: float) -> tuple[float, float]:
+        """(pixels, seconds): the latest of the measurements nearest in size."""
+        # Rounded, so that about the same size counts as equally near and the later one wins.
+        return min(reversed(self._seconds[model]), key=lambda one: round(abs(log(one[0] / asked)), 1))
+
+
+def _rounded(seconds: float) -> float:
+    """To a tenth, or two digits of what is less than ten: a small model is not said to take no time."""
+    return round(seconds, 1) if seconds >= 10 else float(f"{seconds:.2g}")
 
 
 def _references(job: Job) -> int:

@@ -1,5 +1,6 @@
 """What the next picture may take, from what the last ones took."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -41,6 +42,24 @@ def test_references_make_a_picture_dearer_up_to_the_megapixel_that_is_read():
     history, photo = History(), np.zeros((4000, 4000, 3), np.uint8)
     history.note(Job("a", width=1024, height=1024), painting(1024, 1024), 3.0)
     assert history.seconds(Job("b", width=1024, height=1024, references=(photo,))) == pytest.approx(6.0)
+
+
+def test_the_table_of_a_model_with_large_sizes_scales_to_each_of_them():
+    history = History()
+    history.note(Job("a", width=1024, height=1024), painting(1024, 1024), 0.111)
+    assert history.tables()["klein-4b"] == {
+        "512x512": 0.028, "768x768": 0.062, "1024x1024": 0.11, "1536x1536": 0.25, "2048x2048": 0.44
+    }  # fmt: skip
+
+
+def test_the_table_of_a_model_with_a_small_size_has_that_size_and_what_a_larger_one_took():
+    """nano paints 128 × 128 and resamples."""
+    history = History()
+    for side, seconds in ((512, 0.3), (1024, 0.4)):
+        history.note(
+            Job("a", width=side, height=side, model="nano"), replace(painting(side, side), model="nano"), seconds
+        )
+    assert history.tables() == {"nano": {"128x128": 0.3}}
 
 
 def test_of_equally_near_measurements_the_latest_counts():
