@@ -82,6 +82,8 @@ def read(event: Event) -> tuple[float, str]:
     match event:
         case Queued(position):
             return 0.0, f"{position} ahead in the queue" if position else "next in the queue"
+        case Loading("auto", 0.0):  # no engine is there yet that could say which model that is
+            return _QUEUED, "starting the engine"
         case Loading(model, fraction):
             return _QUEUED + fraction * (_LOADED - _QUEUED), f"loading {model} {fraction:.0%}"
         case Stage(name):

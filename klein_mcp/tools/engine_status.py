@@ -21,7 +21,8 @@ async def run(service: Service, call: Call, asked: EngineStatus) -> CallToolResu
             results.text(
                 {
                     "version": __version__,
-                    "model": service.settings.model,
+                    "model_setting": service.settings.model,
+                    "model_in_use": status.get("engine", {}).get("loaded"),
                     "seconds_per_picture": None if seconds is None else round(seconds, 2),
                     **status,
                 }

@@ -246,3 +246,9 @@ async def test_a_job_that_failed_says_why(client: Client, painter: FakePainter):
 
     painter.kept = failed  # type: ignore[method-assign]
     assert complaint(await client.call_tool("wait_for_job", {"job": "j0"})) == "The device is full. Ask for less."
+
+
+def test_before_there_is_an_engine_nobody_is_told_that_auto_is_loading():
+    """It is the engine that knows which model auto is."""
+    assert progress_module.read(Loading("auto", 0.0))[1] == "starting the engine"
+    assert progress_module.read(Loading("nano", 0.0))[1] == "loading nano 0%"

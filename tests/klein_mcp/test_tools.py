@@ -155,5 +155,17 @@ async def test_after_every_kind_of_error_the_server_lives_on(client: Client, pai
 
 async def test_status_is_text_and_needs_no_picture(client: Client):
     told = await call(client, "engine_status")
-    assert told["model"] == "auto"
+    assert told["model_setting"] == "auto"
+    assert told["model_in_use"] is None
     assert told["running"] is True
+
+
+async def test_status_tells_the_model_in_use_apart_from_the_setting(
+    client: Client, painter: FakePainter, monkeypatch: pytest.MonkeyPatch
+):
+    async def status() -> dict[str, Any]:
+        return {"running": True, "engine": {"loaded": "klein-4b"}}
+
+    monkeypatch.setattr(painter, "status", status)
+    told = await call(client, "engine_status")
+    assert (told["model_setting"], told["model_in_use"]) == ("auto", "klein-4b")
