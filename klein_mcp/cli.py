@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = sys.argv[1:] if argv is None else list(argv)
     try:
         # A client that starts us waits for the first answer: no parser for the common case.
-        arguments = _parser().parse_args(words) if words else argparse.Namespace(command=_stdio)
+        arguments = _parsed(words) if words else argparse.Namespace(command=_stdio)
         return arguments.command(Settings.load(), arguments)
     except KeyboardInterrupt:
         return 130
@@ -43,6 +43,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         if _is_for_people(problem):
             return _failed(problem)
         raise
+
+
+def _parsed(words: Sequence[str]) -> argparse.Namespace:
+    """An option that nobody knows ends with the usage of its own command, not with that of all."""
+    arguments, unknown = _parser().parse_known_args(words)
+    if unknown:
+        arguments.usage.error(f"unrecognized arguments: {' '.join(unknown)}")
+    return arguments
 
 
 def _is_for_people(problem: Exception) -> bool:
@@ -196,12 +204,12 @@ def _parser() -> argparse.ArgumentParser:
         description="An MCP server for FLUX.2 [klein]. Without a command it serves MCP over stdin and stdout.",
     )
     parser.add_argument("--version", action="version", version=f"klein-mcp {__version__}")
-    parser.set_defaults(command=_stdio)
+    parser.set_defaults(command=_stdio, usage=parser)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
 
     def add(name: str, run: Command, help: str, *, json: bool = True) -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=help, description=help)
-        command.set_defaults(command=run)
+        command.set_defaults(command=run, usage=command)
         if json:
             command.add_argument("--json", action="store_true", help="print JSON for a script")
         return command
@@ -220,7 +228,7 @@ def _parser() -> argparse.ArgumentParser:
     paint.add_argument("--ref", type=Path, action="append", default=[], metavar="IMG", help="a reference; repeatable")
     paint.add_argument("--model", metavar="M", help="a variant, a folder or a file; default: auto")
     paint.add_argument("--seed", type=int, metavar="N", help="default: a random one, which is printed")
-    paint.add_argument("--size", type=_size, metavar="WxH", help="default: what diffusers would choose")
+    paint.add_argument("--size", type=_size, metavar="WxH", help="default: the first reference's, else the model's own")
     paint.add_argument("--steps", type=int, metavar="N")
     paint.add_argument("--guidance", type=float, metavar="G")
     paint.add_argument("--device", metavar="D", help="cpu, cuda or mps")
@@ -228,11 +236,13 @@ def _parser() -> argparse.ArgumentParser:
     paint.add_argument("--quant", choices=("fp8", "nvfp4"), help="format of the weights in memory")
     paint.add_argument("--variant", metavar="V", help="which klein a single file is, where it cannot tell")
     paint.add_argument("--lora", action="append", default=[], metavar="L[:scale]", help="repeatable")
-    paint.add_argument("-o", dest="out", type=Path, metavar="PATH", help="default: ./klein-<seed>.png")
+    paint.add_argument(
+        "-o", dest="out", type=_picture, metavar="PATH", help="default: ./klein-<seed>.png; not in the library"
+    )
 
     listing = add("list", _list, "the pictures of the library, newest first")
     listing.add_argument("--search", default="", metavar="WORDS", help="in the prompt, or part of a path")
-    listing.add_argument("--limit", type=int, default=20, metavar="N", help="default: 20")
+    listing.add_argument("--limit", type=_count, default=20, metavar="N", help="default: 20")
 
     info = add("info", _info, "how a picture was made, and from what")
     info.add_argument("what", metavar="FILE or HANDLE")
@@ -243,7 +253,7 @@ def _parser() -> argparse.ArgumentParser:
     replay.add_argument("--seed", type=int, metavar="N", help="another seed; default: each picture's own")
 
     prune = add("prune", _prune, "delete old pictures, after asking")
-    prune.add_argument("--older-than", type=_age, metavar="AGE", help="such as 12h, 30d, 6m")
+    prune.add_argument("--older-than", type=_age, metavar="AGE", help="such as 12h, 30d, 2w, 6m (months) or 1y")
     prune.add_argument(
         "--max-size", type=_bytes, metavar="SIZE", help="what may stay, such as 5GB; the oldest go first"
     )
@@ -269,6 +279,20 @@ def _size(text: str) -> tuple[int, int]:
     if not all(MIN_SIDE <= int(side) <= MAX_SIDE for side in (width, height)):
         raise argparse.ArgumentTypeError(f"{text!r} has a side that is not {MIN_SIDE} to {MAX_SIDE} pixels")
     return int(width), int(height)
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not 1 or more")
+    return int(text)
+
+
+def _picture(text: str) -> Path:
+    from klein_mcp.paint import KINDS
+
+    if Path(text).suffix.lower() not in KINDS:
+        raise argparse.ArgumentTypeError(f"{text!r} does not end in {', '.join(KINDS)}")
+    return Path(text)
 
 
 def _port(text: str) -> int:

@@ -33,10 +33,15 @@ class Call:
 
 
 def run(out: Path, *, as_json: bool = False) -> int:
-    """Raises RequestError when a call fails, OSError when a picture cannot be kept."""
+    """Raises RequestError when a call fails or there can be no folder, OSError when a picture cannot be kept."""
     from mcp.shared.exceptions import MCPError
 
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as problem:
+        raise RequestError(
+            f"{out} cannot be a folder for the pictures: {problem.strerror}.", hint="Name another with --out."
+        ) from None
     try:
         anyio.run(_show, out, as_json)
     except Exception as problem:

@@ -25,7 +25,7 @@ KINDS = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp"}
 
 @dataclass(frozen=True, slots=True)
 class Order:
-    """What was typed. seed: None for a random one. out: None for ./klein-<seed>.png."""
+    """What was typed. seed: None for a random one. out: one of KINDS by its name; None for ./klein-<seed>.png."""
 
     prompt: str
     references: tuple[Path, ...] = ()
@@ -69,8 +69,6 @@ def run(settings: Settings, order: Order, *, as_json: bool = False) -> int:
 
 def _check(out: Path) -> None:
     """Before the work, which may take minutes: can the picture be written there? Makes the folder."""
-    if out.suffix.lower() not in KINDS:
-        raise RequestError(f"{out.name} does not end in {', '.join(KINDS)}.", hint="Name the file accordingly.")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         problem = "it is a folder" if out.is_dir() else ""

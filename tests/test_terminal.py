@@ -124,7 +124,7 @@ def test_a_misspelt_variable_is_a_line_of_its_log(living: Living) -> None:
         (["paint", "a cat", "--size", "big"], 2, "'big' is not a size like 1024x768"),
         (["paint", "a cat", "--size", "63x64"], 2, "'63x64' has a side that is not 64 to 2048 pixels"),
         (["paint", "a cat", "--size", "64x2049"], 2, "'64x2049' has a side that is not 64 to 2048 pixels"),
-        (["paint", "a cat", "-o", "cat.gif"], 1, "does not end in .png"),
+        (["paint", "a cat", "-o", "cat.gif"], 2, "'cat.gif' does not end in .png"),
         (["paint", "a cat", "-o", "full.png/cat.png"], 1, "full.png/cat.png cannot be written: File exists."),
         (["paint", "a cat", "-o", "folder.png"], 1, "folder.png cannot be written: it is a folder."),
         (["paint", "a cat", "--ref", "full.png"], 1, "full.png is not a picture that can be read."),
@@ -135,6 +135,12 @@ def test_a_misspelt_variable_is_a_line_of_its_log(living: Living) -> None:
         (["info", "zzzzzz"], 1, 'There is no picture "zzzzzz". klein-mcp list shows all.'),
         (["replay", "zzzzzz"], 1, 'There is no picture "zzzzzz". klein-mcp list shows all.'),
         (["prune"], 2, "say --older-than 30d"),
+        (["list", "--limit", "0"], 2, "'0' is not 1 or more"),
+        (["list", "--limit", "-1"], 2, "'-1' is not 1 or more"),
+        (["list", "--nope"], 2, "usage: klein-mcp list"),
+        (["--nope"], 2, "usage: klein-mcp [-h]"),
+        (["demo", "--out", "full.png"], 1, "full.png cannot be a folder for the pictures: File exists. Name another"),
+        (["serve", "--token-file", "no"], 1, "The token file no cannot be read: No such file or directory. Without"),
     ],
 )
 def test_exit_codes_are_as_the_readme_says(

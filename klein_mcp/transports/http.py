@@ -180,7 +180,10 @@ def _token(settings: Settings, options: Options) -> str | None:
 
 
 def _read_token(path: Path, hint: str) -> str:
-    token = path.read_text(encoding="utf-8").strip()
+    try:
+        token = path.read_text(encoding="utf-8").strip()
+    except OSError as problem:
+        raise RequestError(f"The token file {path} cannot be read: {problem.strerror}.", hint=hint) from None
     if len(token) < SHORTEST_TOKEN or not token.isascii() or len(token.split()) != 1:
         raise RequestError(f"{path} must hold one word of at least {SHORTEST_TOKEN} ASCII characters.", hint=hint)
     return token
