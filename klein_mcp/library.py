@@ -9,8 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from klein_mcp.errors import RequestError, UnknownImage, one_line
-from klein_mcp.images.store import Record, Store
+from klein_mcp.errors import RequestError, UnknownImage, one_line, shown
+from klein_mcp.images.store import ALPHABET, HANDLE_LENGTH, Record, Store
 from klein_mcp.settings import Settings
 from klein_mcp.terminal import Bar
 
@@ -59,6 +59,8 @@ def info(settings: Settings, target: str, *, as_json: bool = False) -> int:
     try:
         with in_a_terminal():
             known = Path(target).expanduser().exists()
+            if not known:
+                _expect_handle(store, target)
             told = _of_file(store, Path(target)) if known else _told(store, store.get(target))
     finally:
         store.close()
@@ -132,6 +134,7 @@ def replay(
         backend = DaemonBackend(settings)
         service = Service(settings, backend)
         try:
+            _expect_handle(service.store, handle)
             steps = plan(service.store, handle, onto=onto is not None).steps
             with Bar("starting the engine") as bar:
 
@@ -165,6 +168,19 @@ def in_a_terminal() -> Iterator[None]:
         yield
     except UnknownImage as problem:
         raise UnknownImage(problem.message, hint=problem.hint.replace("list_images", "klein-mcp list")) from None
+
+
+def _expect_handle(store: Store, name: str) -> None:
+    """Raises UnknownImage for what cannot be one, each with its own way out."""
+    if re.fullmatch(rf"[{ALPHABET}]{{{HANDLE_LENGTH}}}", name):
+        return
+    if re.fullmatch(r"last(~\d+)?", name):
+        raise UnknownImage(f"{name} is for MCP clients.", hint="list_images shows handles.")
+    if Path(name).expanduser().is_file():
+        handle = _of_file(store, Path(name))["in_library"]
+        known = f"that of {name} is {handle}." if handle else f"{name} is not in the library."
+        raise UnknownImage(f"This takes a handle; {known}", hint="" if handle else "list_images shows all.")
+    raise UnknownImage(f"There is no file or handle {shown(name)}.", hint="list_images shows handles.")
 
 
 def _told(store: Store, record: Record) -> dict[str, Any]:

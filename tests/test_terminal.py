@@ -134,6 +134,8 @@ def test_a_misspelt_variable_is_a_line_of_its_log(living: Living) -> None:
         (["paint", "a cat", "--ref", "no.png"], 1, "The reference no.png cannot be read: No such file or directory."),
         (["info", "zzzzzz"], 1, 'There is no picture "zzzzzz". klein-mcp list shows all.'),
         (["replay", "zzzzzz"], 1, 'There is no picture "zzzzzz". klein-mcp list shows all.'),
+        (["info", "no.png"], 1, 'There is no file or handle "no.png". klein-mcp list shows handles.'),
+        (["replay", "last"], 1, "last is for MCP clients. klein-mcp list shows handles."),
         (["prune"], 2, "say --older-than 30d"),
         (["list", "--limit", "0"], 2, "'0' is not 1 or more"),
         (["list", "--limit", "-1"], 2, "'-1' is not 1 or more"),

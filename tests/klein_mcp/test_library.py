@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -116,6 +117,24 @@ async def test_what_cannot_be_replayed_says_why(service: Service, history: list[
         plan(service.store, photo, onto=False)
     with pytest.raises(RequestError, match="There is no picture"):
         plan(service.store, "zzzzzz", onto=False)
+
+
+async def test_what_is_no_handle_says_what_it_is(
+    settings: Settings, service: Service, client: Client, history: list[dict[str, Any]], tmp_path: Path
+):
+    service.settings = replace(settings, write_roots=(tmp_path,))
+    await call(client, "save_image", image=history[1]["image"], path=str(tmp_path / "out.png"))
+    (tmp_path / "other.png").write_bytes(file(scene(48, 48)))
+    for name, said in {
+        "last~1": "last~1 is for MCP clients. klein-mcp list shows handles.",
+        str(tmp_path / "out.png"): f"This takes a handle; that of {tmp_path}/out.png is {history[1]['image']}.",
+        str(tmp_path / "other.png"): f"{tmp_path}/other.png is not in the library. klein-mcp list shows all.",
+        "nofile.png": 'There is no file or handle "nofile.png". klein-mcp list shows handles.',
+    }.items():
+        with pytest.raises(RequestError, match=re.escape(said)), library.in_a_terminal():
+            library._expect_handle(service.store, name)
+    with pytest.raises(RequestError, match="There is no file or handle"):
+        library.info(settings, "nofile.png")
 
 
 async def test_list_shows_pictures_with_their_parents(
