@@ -12,6 +12,7 @@ import base64
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import anyio
 import httpx2
@@ -36,23 +37,35 @@ async def main(url: str, folder: Path, token: str | None) -> None:
             sys.exit(f"no server answers at {url} ({problem}); start one: klein-mcp serve")
         if answer.status_code == 401:
             sys.exit(f"{url} refuses {'this token' if token else 'calls without a token'}; give its own: --token-file")
+        if answer.status_code == 404:
+            sys.exit(f"{url} is no MCP server's address; klein-mcp serve has its own at /mcp")
         async with Client(streamable_http_client(url, http_client=http)) as client:
             await paint(client, folder)
 
 
-async def paint(client: Client, folder: Path) -> None:
-    """Hear the progress, and fetch the exact picture as a resource."""
-    result = await client.call_tool(
-        "generate_image", {"prompt": "a rocket on an orange background", "seed": 7}, progress_callback=tell
-    )
+async def call(client: Client, tool: str, **arguments: Any) -> dict[str, Any]:
+    """The facts of a result, however long it takes."""
+    result = await client.call_tool(tool, arguments, progress_callback=tell)
     text = result.content[0].text  # type: ignore[union-attr]
     if result.is_error:
-        raise RuntimeError(text)
+        raise RuntimeError(f"{tool}: {text}")
     facts = json.loads(text)
+    # A slow machine: the picture is still being painted.
+    return await call(client, "wait_for_job", job=facts["job"]) if "job" in facts else facts
+
+
+async def paint(client: Client, folder: Path) -> None:
+    """Hear the progress, and fetch the exact picture as a resource."""
+    facts = await call(client, "generate_image", prompt="a rocket on an orange background", seed=7)
     picture = (await client.read_resource(facts["uri"])).contents[0]
     path = folder / f"{facts['image']}.png"
     path.write_bytes(base64.b64decode(picture.blob))  # type: ignore[union-attr]
     print(f"{path}  seed {facts['seed']}  {facts['model']}  {facts['ms']['total']} ms")
+
+
+def innermost(problem: BaseException) -> BaseException:
+    """The client's task groups wrap whatever goes wrong inside them, each once more."""
+    return innermost(problem.exceptions[0]) if isinstance(problem, BaseExceptionGroup) else problem
 
 
 if __name__ == "__main__":
@@ -65,4 +78,7 @@ if __name__ == "__main__":
         secret = given.token_file.read_text().strip() if given.token_file else None
     except OSError as problem:
         sys.exit(f"{given.token_file} cannot be read: {problem.strerror}; copy the server's http-token to there")
-    anyio.run(main, given.url, given.folder, secret)
+    try:
+        anyio.run(main, given.url, given.folder, secret)
+    except Exception as problem:
+        sys.exit(f"{type(innermost(problem)).__name__}: {innermost(problem)}")

@@ -9,14 +9,19 @@ import subprocess
 import sys
 import time
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import yaml
+from mcp import Client
 from PIL import Image
 
 from examples import configurations as clients
+from examples import http_client
 from examples.configurations import Launch
+from klein_mcp.service import Service
+from tests.fakes import FakePainter
 from tests.living import Living
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -174,8 +179,11 @@ def test_http_client_shows_its_token_hears_the_progress_and_fetches_the_picture(
         try:
             _wait_for(port, server)
             stranger = living.run(str(EXAMPLES / "http_client.py"), url, str(tmp_path))
+            known = "--token-file", str(token)
+            lost = living.run(str(EXAMPLES / "http_client.py"), url.replace("mcp", "nothing"), str(tmp_path), *known)
+            deep = living.run(str(EXAMPLES / "http_client.py"), url.replace("mcp", "healthz"), str(tmp_path), *known)
             wrong = living.run(str(EXAMPLES / "http_client.py"), url, str(tmp_path), "--token-file", "nowhere")
-            ran = living.run(str(EXAMPLES / "http_client.py"), url, str(tmp_path), "--token-file", str(token))
+            ran = living.run(str(EXAMPLES / "http_client.py"), url, str(tmp_path), *known)
         finally:
             server.terminate()
     assert ran.returncode == 0, ran.stderr
@@ -183,9 +191,25 @@ def test_http_client_shows_its_token_hears_the_progress_and_fetches_the_picture(
     assert "refuses calls without a token" in stranger.stderr
     assert (wrong.returncode, wrong.stderr.count("\n")) == (1, 1)
     assert "nowhere cannot be read: No such file" in wrong.stderr
+    assert (lost.returncode, lost.stderr.count("\n")) == (1, 1), lost.stderr
+    assert "is no MCP server's address; klein-mcp serve has its own at /mcp" in lost.stderr
+    assert (deep.returncode, deep.stderr.count("\n")) == (1, 1), deep.stderr
     assert "step 4 of 4" in ran.stdout
     (size,) = pictures(tmp_path).values()
     assert size == (128, 128)
+
+
+@pytest.mark.anyio
+async def test_http_client_waits_for_a_job_and_says_what_a_tool_says(
+    client: Client, service: Service, painter: FakePainter, tmp_path: Path
+) -> None:
+    painter.service, service.settings = service, replace(service.settings, wait_budget=0)
+    painter.seconds_per_step = 0.1
+    await http_client.paint(client, tmp_path)
+    assert list(pictures(tmp_path).values()) == [(128, 128)]
+    assert len(painter.kept_orders) == 1
+    with pytest.raises(RuntimeError, match="view_image: There is no picture"):
+        await http_client.call(client, "view_image", image="zzzzzz")
 
 
 def _wait_for(port: int, server: subprocess.Popen[bytes]) -> None:
