@@ -19,6 +19,7 @@ from mcp.server.lowlevel.server import NotificationOptions
 from mcp.server.mcpserver import Context, MCPServer
 from mcp.shared.exceptions import MCPError
 from mcp_types import (
+    INVALID_PARAMS,
     CallToolResult,
     EmptyResult,
     Resource,
@@ -115,6 +116,15 @@ class KleinServer(MCPServer):
             log.exception("%s failed", name)
             kind = type(problem).__name__
             return _failed(f"{name} failed inside klein-mcp ({kind}); its log on stderr says where. Other calls work.")
+
+    async def get_prompt(
+        self, name: str, arguments: dict[str, Any] | None = None, context: Context[Any, Any] | None = None
+    ) -> Any:
+        if self._prompt_manager.get_prompt(name) is None:
+            known = [prompt.name for prompt in self._prompt_manager.list_prompts()]
+            said = f"There is no prompt {shown(name)}. {did_you_mean(name, known)} There are {', '.join(known)}."
+            raise MCPError(code=INVALID_PARAMS, message=one_line(said))
+        return await super().get_prompt(name, arguments, context)
 
     async def list_resources(self) -> list[Resource]:
         return await super().list_resources() + await anyio.to_thread.run_sync(resources.listed, self.service)

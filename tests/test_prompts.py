@@ -239,6 +239,7 @@ async def test_completions_offer_what_fits_and_the_library_s_pictures(client: Cl
         ("icon_set", {}, "subjects is missing: what the icons show, separated by commas."),
         ("icon_set", {"subject": "x"}, 'icon_set has no argument "subject". Did you mean subjects?'),
         ("icon_set", {"subjects": ","}, "subjects has 0 entries; 1 to 12 are possible."),
+        ("iterat", {}, 'There is no prompt "iterat". Did you mean iterate? There are before_after_review, '),
         ("iterate", {"idea": "x" * 2001}, "idea has 2001 characters; at most 2000."),
         (
             "before_after_review",
