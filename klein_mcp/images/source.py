@@ -68,6 +68,9 @@ class Sources:
             return self._keep(_read(real), str(path), str(real), client, backdrop)
         if _HANDLE.fullmatch(reference):
             return self._painted(self._store.get(reference))
+        if "/" in reference or os.sep in reference or path.suffix:
+            # Where a relative path begins is the client's to know: this server was started in a folder of its own.
+            raise UnknownImage(f"{shown(reference)} is a relative path.", hint="Give an absolute one, or a handle.")
         raise UnknownImage(
             f"{shown(reference)} names no picture.",
             hint="Give a handle such as k7f3q2, last, last~1, or an absolute path; list_images shows the handles.",

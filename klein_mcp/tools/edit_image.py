@@ -16,7 +16,7 @@ class EditImage(fields.Arguments):
     prompt: fields.EditPrompt
     region: fields.Region | None = None
     mask: fields.Mask | None = None
-    width: fields.Width | None = None
+    width: fields.EditWidth | None = None
     height: fields.Height | None = None
     count: fields.Count = 1
     seed: fields.Seed | None = None

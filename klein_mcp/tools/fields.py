@@ -85,7 +85,7 @@ Images = Annotated[
 Mask = Annotated[
     str,
     StringConstraints(strip_whitespace=True, min_length=1),
-    Field(description="A picture of the same size: white may change, black stays."),
+    Field(description="A picture of the same size: white may change, black stays. With region: where both meet."),
 ]
 Region = Annotated[
     list[int],
@@ -93,6 +93,7 @@ Region = Annotated[
 ]
 Side = Annotated[int, Field(ge=MIN_SIDE, le=MAX_SIDE), BeforeValidator(_text_of_number)]
 Width = Annotated[Side, Field(description="Pixels; with height, instead of aspect_ratio.")]
+EditWidth = Annotated[Side, Field(description="Pixels; with height, instead of the picture's own size.")]
 Height = Annotated[Side, Field(description="Pixels; with width.")]
 Aspect = Annotated[
     Literal["1:1", "4:3", "3:4", "3:2", "2:3", "16:9", "9:16", "21:9", "9:21"],

@@ -148,7 +148,10 @@ async def test_a_library_that_cannot_be_opened_is_said_with_its_folder(client: C
 
 
 async def test_a_relative_path_is_no_reference(client: Client):
-    assert "an absolute path" in await refused(client, "view_image", image="photos/cat.png")
+    for path in ("photos/cat.png", "cat.png"):
+        said = await refused(client, "view_image", image=path)
+        assert said == f'"{path}" is a relative path. Give an absolute one, or a handle.'
+    assert "names no picture" in await refused(client, "view_image", image="the cat")
 
 
 async def test_a_truncated_file_is_refused_and_the_next_call_works(client: Client, photo: Path):
