@@ -86,7 +86,9 @@ class Service:
         progress = Progress(call.tell, order.count)
 
         def warnings() -> list[str]:
-            return [*work.warnings, *(warning for one in made for warning in one.painting.warnings)]
+            paintings = [one.painting for one in made]
+            told = (warning for one in paintings for warning in (*one.warnings, *work.misshapen(one)))
+            return [*work.warnings, *told]
 
         async def hand_over() -> Outcome | HandedOver:
             rest = replace(work.order, seed=work.order.seed + len(made), count=work.order.count - len(made))

@@ -9,9 +9,11 @@ from klein_mcp.images import region
 from klein_mcp.images.region import Patch
 from klein_mcp.images.source import Sources
 from klein_mcp.images.store import Record, Store
-from klein_mcp.order import Order
+from klein_mcp.order import GRID, Order
 
 WHITE = 255
+MISSHAPEN = 0.03
+"""How far a picture's shape may be from what was asked before it is told: what a small model's few sizes miss."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +46,10 @@ class Work:
             ),
             tuple(one.image for one in images),
             tuple(one.record for one in opened),
-            tuple(warning for one in opened for warning in one.warnings),
+            (
+                *(warning for one in opened for warning in one.warnings),
+                *(warning for one in masks for warning in region.doubt(one.image)),
+            ),
         )
         if not order.keep_size:
             return work
@@ -69,6 +74,17 @@ class Work:
             )
             for k in range(order.count)
         ]
+
+    def misshapen(self, painting: Painting) -> tuple[str, ...]:
+        """A word where the model's sizes do not meet the shape that was asked for."""
+        if self.order.aspect is None:
+            return ()
+        across, along = self.order.aspect
+        height, width = painting.image.shape[:2]
+        if abs(width / height * along / across - 1) <= MISSHAPEN:
+            return ()
+        size = f"{width}×{height}, not quite {across}:{along}"
+        return (f"the picture is {size}: {painting.model} paints in steps of {GRID} pixels",)
 
     def finish(self, store: Store, painting: Painting, client: str) -> Made:
         """The picture in the library."""

@@ -21,6 +21,10 @@ WORK_AREA = MAX_AREA
 _SMALL = 0.25
 _LEAST_SURROUNDINGS = 128
 
+# Of 255: so near to black or white is what JPEG makes of them. Soft edges stay below the share.
+_NEARLY = 48
+_UNCLEAR = 0.2
+
 Mask = npt.NDArray[np.bool_]
 Box = tuple[int, int, int, int]
 """left, top, right, bottom: pixels, right and bottom not included."""
@@ -81,6 +85,15 @@ def patch(image: Rgb8, region: Sequence[int] | None, mask: "Rgb8 | None") -> Pat
     rows, columns = np.flatnonzero(may.any(1)), np.flatnonzero(may.any(0))
     box = (int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1)
     return Patch(_surroundings(box, width, height), may)
+
+
+def doubt(mask: Rgb8) -> tuple[str, ...]:
+    """A word where a mask looks like a picture: it is cut at half brightness, whatever it shows."""
+    low, high = mask.min(axis=2), mask.max(axis=2)
+    unclear = float(((high >= _NEARLY) & (low <= 255 - _NEARLY)).mean())
+    if unclear <= _UNCLEAR:
+        return ()
+    return (f"{unclear:.0%} of the mask is neither black nor white; what is brighter than half was taken as white",)
 
 
 def check(region: Sequence[int], width: int, height: int) -> Box:

@@ -1,5 +1,7 @@
 """compose_references: several pictures and words in, a new picture made of them out."""
 
+import re
+
 from mcp_types import CallToolResult
 
 from klein_mcp.call import Call
@@ -23,7 +25,7 @@ class ComposeReferences(fields.Arguments):
 
 
 async def run(service: Service, call: Call, asked: ComposeReferences) -> CallToolResult:
-    warnings: list[str] = []
+    warnings = _unknown_images(asked)
     width, height = rounded(asked.width, asked.height, warnings)
     order = Order(
         tool=TOOL.name,
@@ -37,6 +39,14 @@ async def run(service: Service, call: Call, asked: ComposeReferences) -> CallToo
         model=service.model(asked.model),
     )
     return await paint(service, call, order, asked.show, warnings)
+
+
+def _unknown_images(asked: ComposeReferences) -> list[str]:
+    """A word for each picture that the prompt names and nobody gave."""
+    given = len(asked.images)
+    named = {int(number) for number in re.findall(r"\bimage (\d{1,2})\b", asked.prompt, re.IGNORECASE)}
+    were = "1 reference was given" if given == 1 else f"{given} references were given"
+    return [f"the prompt names image {number}; {were}" for number in sorted(named) if not 1 <= number <= given]
 
 
 TOOL = Tool(

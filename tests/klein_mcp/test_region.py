@@ -219,6 +219,15 @@ async def test_a_mask_that_cannot_be_honoured_is_an_error(
     assert painter.jobs == []
 
 
+async def test_a_mask_that_looks_like_a_picture_is_said(client: Client, photo: str, mask: str, tmp_path: Path):
+    told = await call(client, "edit_image", image=photo, prompt="x", mask=mask)
+    assert not any("mask" in warning for warning in told["warnings"])
+    colours = tmp_path / "colours.png"
+    colours.write_bytes(file(scene(320, 200)))
+    told = await call(client, "edit_image", image=photo, prompt="x", mask=str(colours))
+    assert any("of the mask is neither black nor white" in warning for warning in told["warnings"])
+
+
 async def test_region_and_size_exclude_each_other(client: Client, photo: str):
     said = await refused(client, "edit_image", image=photo, prompt="x", region=[0, 0, 9, 9], width=64, height=64)
     assert "Leave out width and height" in said

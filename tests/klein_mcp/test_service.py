@@ -31,6 +31,14 @@ async def test_a_shape_is_passed_on_and_a_size_overrules_it(client: Client, pain
     assert any("aspect_ratio was ignored" in warning for warning in told["warnings"])
 
 
+async def test_a_shape_that_the_model_misses_is_said_with_the_real_size(client: Client):
+    told = await call(client, "generate_image", prompt="x", aspect_ratio="16:9", count=2)
+    said = "the picture is 176×96, not quite 16:9: nano paints in steps of 16 pixels"
+    assert [warning for warning in told["warnings"] if "16:9" in warning] == [said]
+    told = await call(client, "generate_image", prompt="x", aspect_ratio="1:1")
+    assert not any("1:1" in warning for warning in told["warnings"])
+
+
 async def test_edit_keeps_the_size_of_its_input_when_none_is_given(client: Client, painter: FakePainter, tmp_path: Any):
     path = tmp_path / "odd.png"
     path.write_bytes(file(scene(199, 83)))
@@ -64,6 +72,13 @@ async def test_compose_sends_every_reference_in_order(client: Client, painter: F
     told = await call(client, "compose_references", images=[second["image"], "last~1"], prompt="image 1 on image 2")
     assert [reference.shape[1] for reference in painter.jobs[2].references] == [96, 64]
     assert told["parents"] == [second["image"], first["image"]]
+    assert not any("the prompt names" in warning for warning in told["warnings"])
+
+
+async def test_a_reference_that_is_named_and_was_not_given_is_said(client: Client):
+    await call(client, "generate_image", prompt="one")
+    told = await call(client, "compose_references", images=["last"], prompt="image 1 next to Image 2")
+    assert "the prompt names image 2; 1 reference was given" in told["warnings"]
 
 
 async def test_last_belongs_to_a_client(connect: Any):
