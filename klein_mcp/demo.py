@@ -22,13 +22,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """seconds: as the client saw it, from the request to the picture in its hands."""
+    """seconds: as the client saw it, from the request to the picture in its hands.
+
+    load_ms: of them, the model's way into memory; 0 where it was there.
+    """
 
     tool: str
     prompt: str
     seconds: float
     path: str
     model: str
+    load_ms: int
     warnings: tuple[str, ...]
 
 
@@ -71,7 +75,8 @@ async def _show(out: Path, as_json: bool) -> None:
         return
     for warning in dict.fromkeys(warning for call in calls for warning in call["warnings"]):
         print(f"note: {warning}")
-    print(f"painted by {calls[-1]['model']}; the first call started the engine")
+    loaded = "; the first call loaded it" if calls[0]["load_ms"] else ""
+    print(f"painted by {calls[-1]['model']}{loaded}")
     # By its whole path: in a checkout it is not on PATH.
     print(f"next: {shlex.join(program())}, typed alone, says how to add it to a client")
 
@@ -102,7 +107,9 @@ async def _paint(client: "Client", path: Path, tool: str, prompt: str, **more: A
             facts = await _facts(client, bar, "wait_for_job", {"job": facts["job"]})
     seconds = time.perf_counter() - started
     shutil.copyfile(facts["path"], path)
-    return facts["image"], Call(tool, prompt, seconds, str(path), facts["model"], tuple(facts["warnings"]))
+    return facts["image"], Call(
+        tool, prompt, seconds, str(path), facts["model"], facts["ms"]["load"], tuple(facts["warnings"])
+    )
 
 
 async def _facts(client: "Client", bar: Bar, tool: str, arguments: dict[str, Any]) -> dict[str, Any]:

@@ -78,6 +78,13 @@ def test_without_a_terminal_there_are_no_bars_and_no_escapes(living: Living, tmp
     assert ran.stderr == ""
 
 
+def test_demo_says_that_the_model_was_loaded_only_when_it_was(living: Living, tmp_path: Path) -> None:
+    living.run("-m", "klein_mcp", "stop")
+    cold, warm = (living.run("-m", "klein_mcp", "demo", cwd=tmp_path).stdout for _ in range(2))
+    assert "painted by nano; the first call loaded it\n" in cold
+    assert "painted by nano\n" in warm
+
+
 def test_the_server_typed_by_hand_says_what_it_is_and_how_to_add_it(living: Living, tmp_path: Path) -> None:
     code, shown, out = in_terminal(living, cwd=tmp_path, typed=b"\x04")
     assert code == 0
