@@ -12,7 +12,10 @@ from klein_mcp.images import codec
 from klein_mcp.images.store import Record, Store
 
 _SUFFIXES: dict[str, codec.Format] = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp"}
-ALLOW = "The user can allow a folder with KLEIN_WRITE_ROOTS=/path/to/project."
+ALLOW = (
+    "The user can allow a folder with KLEIN_WRITE_ROOTS=/path/to/project in this server's environment "
+    '("env" in a client\'s configuration).'
+)
 
 
 @dataclass(frozen=True, slots=True)

@@ -58,7 +58,7 @@ async def writable(settings: Settings, call: Call) -> tuple[Path, ...]:
 
         raise Refused(
             f"No folder is open for writing: {here}, in which this server was started, "
-            "is not a folder inside your home.",
+            "is not a folder below your home, or is the home itself.",
             hint=ALLOW,
         )
     return (here,)

@@ -239,7 +239,8 @@ async def test_without_any_folder_it_says_the_line_that_allows_one(
     await painted(client)
     said = await refused(client, "save_image", image="last", path=str(tmp_path / "a.png"))
     assert "KLEIN_WRITE_ROOTS=/path/to/project" in said
-    assert ": /, in which this server was started, is not a folder inside your home" in said
+    assert ": /, in which this server was started, is not a folder below your home, or is the home itself" in said
+    assert said.endswith('("env" in a client\'s configuration).')
 
 
 async def test_a_project_folder_inside_the_home_is_allowed_by_itself_but_not_the_home(
