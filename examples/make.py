@@ -13,6 +13,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -276,11 +277,12 @@ def made(path: Path) -> str:
 
 def paint() -> None:
     """The pictures of README and the icon, anew."""
-    subprocess.run(
-        [sys.executable, "-m", "klein_mcp", "demo", "--out", str(PICTURES)],
-        check=True,
-        env={**os.environ, "KLEIN_MODEL": EMBEDDED},
-    )
+    with tempfile.TemporaryDirectory() as home:
+        # In fp32, as on most CPUs; where bf16 is multiplied in hardware, that is the default.
+        ours = {"KLEIN_HOME": home, "KLEIN_MODEL": EMBEDDED, "KLEIN_DTYPE": "float32"}
+        program = [sys.executable, "-m", "klein_mcp"]
+        subprocess.run([*program, "demo", "--out", str(PICTURES)], check=True, env={**os.environ, **ours})
+        subprocess.run([*program, "stop"], check=True, env={**os.environ, **ours})
     with Image.open(sorted(PICTURES.glob("*.png"))[0]) as first:
         icon = first.convert("RGB").resize((512, 512), Image.Resampling.LANCZOS)
         icon.quantize(64).save(ICON, optimize=True)
