@@ -12,6 +12,10 @@ from mcp.client import Client
 from PIL import Image
 
 from engine.find import NANO
+from engine.nano.paint import BACKGROUNDS
+from engine.nano.scenes import MIDDLE, NORMAL, Scene, Thing
+from engine.nano.score import composed
+from engine.nano.sprites import KINDS
 from tests.living import Living
 from tests.pictures import file, noise
 from tests.talk import call, refused
@@ -42,12 +46,23 @@ def test_the_demos_pictures_have_the_backgrounds_that_were_asked_for(living: Liv
         assert np.abs(background(Path(entry["path"])) - colour).max() < 25, entry
 
 
-def test_the_demos_pictures_have_an_object_in_the_middle(living: Living, tmp_path: Path) -> None:
+def test_the_demos_pictures_show_the_objects_that_were_asked_for(living: Living, tmp_path: Path) -> None:
+    """By the strict scorer of the embedded model: nearest of all its sprites, and of the right outline."""
     living.run("-m", "klein_mcp", "demo", "--out", str(tmp_path))
-    for path in sorted(tmp_path.glob("*.png")):
-        pixels = np.asarray(Image.open(path).convert("RGB")).astype(int)
-        other = (np.abs(pixels - background(path)).max(axis=-1) > 60).mean()
-        assert 0.05 < other < 0.6, f"{path.name}: {other:.2f} of it is not background"
+
+    def scene(colour: str, **places: tuple[int, int]) -> Scene:
+        things = (Thing(KINDS.index(name), NORMAL, slot) for name, slot in places.items())
+        return Scene(BACKGROUNDS.index(colour), tuple(things))
+
+    asked = (
+        scene("yellow", apple=MIDDLE),
+        scene("orange", rocket=MIDDLE),
+        scene("green", apple=MIDDLE),
+        scene("blue", apple=(-1, 0), rocket=(1, 0)),
+    )
+    for path, wanted in zip(sorted(tmp_path.glob("*.png")), asked, strict=True):
+        picture = np.asarray(Image.open(path).convert("RGB"))
+        assert composed(picture, wanted), path.name
 
 
 def claims(width: int, height: int) -> bytes:
