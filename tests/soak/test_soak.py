@@ -135,6 +135,8 @@ async def test_two_minutes_of_six_agents_and_two_crashes(tmp_path: Path):
                 with Image.open(io.BytesIO(Path(facts["path"]).read_bytes())) as picture:
                     picture.load()
                     assert picture.size == (facts["width"], facts["height"])
+        told = json.loads(place.run("-m", "klein_mcp", "status", "--json").stdout)
+        remembered = told["engine"]["remembered"]["bytes"] / 1024
         place.run("-m", "klein_mcp", "stop")
         deadline = time.monotonic() + 10
         while left := processes(place):
@@ -153,4 +155,5 @@ async def test_two_minutes_of_six_agents_and_two_crashes(tmp_path: Path):
     assert all("crashed" in error or "went away" in error for error in diary.errors), diary.errors
     half = len(diary.memory) // 2
     before, after = statistics.median(diary.memory[:half]), statistics.median(diary.memory[half:])
-    assert after < 1.1 * before, f"{before:.0f} kB became {after:.0f} kB"
+    # What is remembered on purpose grows to its budget, on a quick machine by 65 MB in the measured seconds.
+    assert after - remembered < 1.1 * before, f"{before:.0f} kB became {after:.0f} kB, {remembered:.0f} kB remembered"
