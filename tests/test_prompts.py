@@ -132,7 +132,8 @@ async def test_a_review_within_a_region_leaves_every_pixel_outside_as_it_was(liv
     async with Client(living.stdio(KLEIN_WRITE_ROOTS=str(tmp_path))) as client:
         first = await Agent(client).call("generate_image", {"prompt": "an apple on a yellow background", "seed": 7})
         got = await client.get_prompt("before_after_review", {**given, "image": first["image"]})
-        before, after = await Agent(client).follow(got.messages[0].content.text)  # type: ignore[union-attr]
+        text = got.messages[0].content.text  # type: ignore[union-attr] - our prompts hold text alone
+        before, after = await Agent(client).follow(text)
     with Image.open(before) as old, Image.open(after) as new:
         changed = (np.asarray(old.convert("RGB")) != np.asarray(new.convert("RGB"))).any(axis=-1)
     assert changed[:, :64].mean() > 0.2

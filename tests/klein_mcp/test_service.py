@@ -161,7 +161,7 @@ async def test_a_picture_that_takes_long_to_save_is_no_standstill(
         told.append((progress, total, message))
 
     monkeypatch.setattr(service.store, "put", slowly)
-    painter.kept = saving  # type: ignore[method-assign]
+    painter.kept = saving  # type: ignore[method-assign] - a fake of a fake, for this test alone
     service.settings = replace(service.settings, wait_budget=0.5)
     await client.call_tool("wait_for_job" if "job" in asked else "generate_image", asked, progress_callback=hear)
     values = [progress for progress, _, message in told if message == "saving"]
