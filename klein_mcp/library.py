@@ -4,7 +4,7 @@ import json
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,8 @@ from klein_mcp.settings import Settings
 from klein_mcp.terminal import Bar
 
 _SECONDS = {"h": 3600.0, "d": 86400.0, "w": 604800.0, "m": 30 * 86400.0, "y": 365 * 86400.0}
+_LONGEST = 20_000
+"""Characters of one fact that `info` prints: more than any prompt has, less than a stranger's file may."""
 _BYTES = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 
 
@@ -67,9 +69,27 @@ def info(settings: Settings, target: str, *, as_json: bool = False) -> int:
     if as_json:
         print(json.dumps(told))
     else:
-        for name, value in told.items():
-            print(f"{name}: {value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)}")
+        print("\n".join(_in_words(told)))
     return 0
+
+
+def _in_words(told: Mapping[str, Any], indent: str = "") -> Iterator[str]:
+    """A line for each fact; what belongs to one of them is indented below it."""
+    for name, value in told.items():
+        label = f"{indent}{name.replace('_', ' ')}:"
+        if isinstance(value, Mapping) and value:
+            yield label
+            yield from _in_words(value, indent + "  ")
+        else:
+            yield f"{label} {_word(value)}"
+
+
+def _word(value: object) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, list | tuple):
+        value = ", ".join(map(_word, value))
+    return "none" if value is None or value in ("", {}) else one_line(str(value), _LONGEST)
 
 
 def prune(

@@ -168,8 +168,18 @@ async def test_info_reads_a_files_recipe_and_its_ancestors(
     assert told["ancestors"] == [history[0]["image"], history[0]["parents"][0]]
     library.info(settings, history[1]["image"])
     assert "prompt: two" in capsys.readouterr().out
+    library.info(settings, str(tmp_path / "out.jpg"))
+    lines = capsys.readouterr().out.splitlines()
+    assert "made by klein mcp: yes" in lines
+    assert lines.index("recipe:") < lines.index("  seed: 2")
+    assert f"ancestors: {history[0]['image']}, {history[0]['parents'][0]}" in lines
     library.info(settings, str(tmp_path / "photo.png"), as_json=True)
     assert shown(capsys)["made_by_klein_mcp"] is False
+
+
+def test_what_a_strangers_file_says_moves_no_cursor():
+    told = {"prompt": "a cat\x1b[2J\x9b31m\nand a dog", "recipe": {}}
+    assert [*library._in_words(told)] == ["prompt: a cat[2J31m and a dog", "recipe: none"]
 
 
 async def test_prune_asks_before_it_deletes(
