@@ -213,6 +213,24 @@ class Speaker:
         sentence, target = made
         return Example(kind, self.finish(sentence), target, (scene,), touched(scene, target))
 
+    def rehearse(self) -> Example:
+        """An edit to learn from: of any scene, or of one that edits before it have left behind."""
+        while True:
+            kind = self.random.choices(tuple(_REHEARSED), tuple(_REHEARSED.values()))[0]
+            if self.world.chance(0.35):
+                scene = self.world.scene()
+            else:
+                scene = self.world.pair()
+                for _ in range(self.random.randrange(8)):
+                    scene = self._altered(self.pick(_ALTERATIONS), scene)
+            if example := self.edit(kind, scene):
+                return example
+
+    def _altered(self, kind: str, scene: Scene) -> Scene:
+        """The scene after an edit of the kind, or as it was if that does not fit."""
+        made = getattr(self, f"_{kind}")(scene)
+        return made[1] if made else scene
+
     def _background(self, scene: Scene) -> tuple[str, Scene] | None:
         background = self.world.background()
         if background == scene.background or not all(visible(thing.kind, background) for thing in scene.things):
@@ -339,7 +357,12 @@ _BORROWED = ("on the background of image {}", "on the background from image {}",
 
 EDITS = {"background": 0.16, "replace": 0.22, "remove": 0.14, "add": 0.16, "move": 0.12, "recolour": 0.12,
          "resize": 0.08}  # fmt: skip
-"""Kinds of edit and how often each is practised, and asked."""
+"""Kinds of edit and how often each is asked."""
+
+_REHEARSED = {"background": 0.09, "replace": 0.22, "remove": 0.07, "add": 0.12, "move": 0.21, "recolour": 0.12,
+              "resize": 0.17}  # fmt: skip
+"""How often each is tried in practice: what fails most among two and three things, most often. Some do not fit."""
+_ALTERATIONS = tuple(kind for kind in EDITS if kind != "background")
 
 
 def touched(before: Scene, after: Scene) -> tuple[tuple[int, int, int, int], ...]:
@@ -369,9 +392,9 @@ def combination_held_out(example: Example) -> bool:
 
 def practice(speaker: Speaker, task: str, pictures: int | None = None) -> Example:
     """One example to learn from: never a wording nor a combination that is held out."""
+    make = {"generate": speaker.generate, "edit": speaker.rehearse, "compose": partial(speaker.compose, pictures)}[task]
     while True:
-        example = speaker.compose(pictures) if task == "compose" else getattr(speaker, task)()
-        if example and not wording_held_out(example) and not combination_held_out(example):
+        if (example := make()) and not wording_held_out(example) and not combination_held_out(example):
             return example
 
 

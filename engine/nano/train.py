@@ -61,7 +61,7 @@ class Stage:
 
 _ALL = {("generate", 0): 0.36, ("edit", 1): 0.42, ("compose", 2): 0.18, ("compose", 3): 0.04}
 # Pictures from words alone are learned by then: 93 % of objects, while one edit in two was still wrong.
-_HARDER = {("generate", 0): 0.16, ("edit", 1): 0.50, ("compose", 2): 0.28, ("compose", 3): 0.06}
+_HARDER = {("generate", 0): 0.14, ("edit", 1): 0.58, ("compose", 2): 0.22, ("compose", 3): 0.06}
 STAGES = {
     "generate": Stage({("generate", 0): 0.80, ("edit", 1): 0.12, ("compose", 2): 0.08}, 2e-3),
     "all": Stage(_ALL, 2e-3),
