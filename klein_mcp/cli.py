@@ -61,7 +61,9 @@ def _is_for_people(problem: Exception) -> bool:
 
 
 def _failed(problem: Exception) -> int:
-    print("klein-mcp:", " ".join(str(problem).split()), file=sys.stderr)
+    from klein_mcp.terminal import harmless
+
+    print("klein-mcp:", " ".join(harmless(str(problem)).split()), file=sys.stderr)
     return 1
 
 

@@ -2,7 +2,6 @@
 
 import difflib
 import json
-import unicodedata
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -32,8 +31,8 @@ class Refused(RequestError):
 
 
 def one_line(text: str, limit: int = 600) -> str:
-    """Whatever strangers put into a message, it stays one line of bounded length that moves no terminal's cursor."""
-    line = " ".join("".join(c for c in text if c.isspace() or unicodedata.category(c) != "Cc").split())
+    """Whatever strangers put into a message, it stays one line of bounded length."""
+    line = " ".join(text.split())
     return line if len(line) <= limit else line[: limit - 1] + "…"
 
 

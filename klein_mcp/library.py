@@ -12,7 +12,7 @@ from typing import Any
 from klein_mcp.errors import RequestError, UnknownImage, one_line, shown
 from klein_mcp.images.store import ALPHABET, HANDLE_LENGTH, Record, Store
 from klein_mcp.settings import Settings
-from klein_mcp.terminal import Bar
+from klein_mcp.terminal import Bar, harmless
 
 _SECONDS = {"h": 3600.0, "d": 86400.0, "w": 604800.0, "m": 30 * 86400.0, "y": 365 * 86400.0}
 _LONGEST = 20_000
@@ -47,7 +47,7 @@ def show(settings: Settings, *, search: str = "", limit: int = 20, as_json: bool
     else:
         for record in page:
             made = f"{record.tool} {'← ' + ' '.join(record.parents) if record.parents else ''}".strip()
-            words = one_line(record.prompt or record.source or "", 60)
+            words = one_line(harmless(record.prompt or record.source or ""), 60)
             print(f"{record.handle}  {_day(record.created)}  {record.width}×{record.height}  {made}  {words}")
         if following is not None:
             print(f"… more with --limit {2 * limit}")
@@ -89,7 +89,7 @@ def _word(value: object) -> str:
         return "yes" if value else "no"
     if isinstance(value, list | tuple):
         value = ", ".join(map(_word, value))
-    return "none" if value is None or value in ("", {}) else one_line(str(value), _LONGEST)
+    return "none" if value is None or value in ("", {}) else one_line(harmless(str(value)), _LONGEST)
 
 
 def prune(
@@ -171,7 +171,7 @@ def replay(
             print(json.dumps(told))
         else:
             for old, new in zip(steps, told, strict=True):
-                print(f"{old.handle} → {new['image']}  {one_line(str(new['prompt']), 60)}")
+                print(f"{old.handle} → {new['image']}  {one_line(harmless(str(new['prompt'])), 60)}")
             print(told[-1]["path"])
         if others:
             print(f"painted with other weights than the first time: {', '.join(others)}", file=sys.stderr)
