@@ -87,7 +87,7 @@ class DaemonBackend:
             return {"running": False}
 
     async def stop(self) -> bool:
-        """Ask the daemon to end now; whether there was one. Raises EngineFailed where it does not answer."""
+        """End the daemon, and wait until it is gone; whether there was one. Raises EngineFailed where it stays."""
         import httpx2
 
         launcher, deadline = self._launcher(), time.monotonic() + PATIENCE
@@ -101,6 +101,14 @@ class DaemonBackend:
             await self._client().post(f"{hello.address.url}/stop", headers=authorization(hello.address))
         except httpx2.HTTPError:
             return False
+        deadline = time.monotonic() + PATIENCE
+        while not launcher.gone(hello.address):
+            if time.monotonic() > deadline:
+                raise EngineFailed(
+                    f"The engine was told to end, and still is at a step after {PATIENCE:.0f} s.",
+                    hint=f"It ends after that; else end process {hello.address.pid}.",
+                )
+            await anyio.sleep(0.05)
         return True
 
     async def _ask(self, method: str, path: str, **content: Any) -> "httpx2.Response":

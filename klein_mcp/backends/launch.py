@@ -116,6 +116,10 @@ class Launcher:
             pass  # not ours to write: said when we try to start one
         return False
 
+    def gone(self, address: Address) -> bool:
+        """Whether the daemon of that address has ended. Another may run by now."""
+        return addresses.read(self._settings.home) not in (None, address) or not self.alive()
+
     def silent(self, seconds: float) -> EngineFailed:
         """What to say of an engine that does not answer."""
         address = addresses.read(self._settings.home)

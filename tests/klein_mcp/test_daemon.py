@@ -392,6 +392,20 @@ async def test_stop_and_status_do_not_say_that_an_engine_which_hangs_is_not_ther
         os.kill(pid, signal.SIGCONT)
 
 
+async def test_after_stop_the_engine_is_gone_or_said_to_be_at_a_step(door, tmp_path, monkeypatch):
+    await paint(door)
+    assert await door.stop()
+    assert await door.status() == {"running": False}
+    painting = asyncio.create_task(paint(door, "pause=3 steps=2"))
+    await until(lambda: daemons(tmp_path) != [])
+    await asyncio.sleep(1)
+    monkeypatch.setattr(daemon, "PATIENCE", 0.3)
+    with pytest.raises(EngineFailed, match="still is at a step"):
+        await door.stop()
+    with pytest.raises(EngineFailed, match="was stopped"):
+        await painting
+
+
 async def test_stop_ends_an_engine_that_is_just_starting(tmp_path):
     process = subprocess.Popen(COMMAND, env={**os.environ, "KLEIN_HOME": str(tmp_path)})
     async with a_door(tmp_path) as door:
