@@ -268,7 +268,7 @@ def _parser() -> argparse.ArgumentParser:
     add("doctor", _doctor, "look at everything painting needs; each line says ok, or what to do")
 
     add("status", _status, "what the engine of this user holds and does")
-    add("stop", _stop, "end the engine of this user now")
+    add("stop", _stop, "end the engine of this user, and wait until it is gone")
     return parser
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import anyio
 
 from klein_mcp.errors import RequestError
-from klein_mcp.terminal import Bar, program
+from klein_mcp.terminal import Bar, harmless, program
 
 if TYPE_CHECKING:
     from mcp.client import Client
@@ -74,7 +74,7 @@ async def _show(out: Path, as_json: bool) -> None:
         print(json.dumps(calls))
         return
     for warning in dict.fromkeys(warning for call in calls for warning in call["warnings"]):
-        print(f"note: {warning}")
+        print(harmless(f"note: {warning}"))
     loaded = "; the first call loaded it" if calls[0]["load_ms"] else ""
     print(f"painted by {calls[-1]['model']}{loaded}")
     # By its whole path: in a checkout it is not on PATH.

@@ -16,7 +16,7 @@ from typing import Any
 from engine.contract import EngineError, Job, Painting
 from engine.variants import EMBEDDED, VARIANTS
 from klein_mcp.settings import Settings, misspelt
-from klein_mcp.terminal import Bar, program
+from klein_mcp.terminal import Bar, harmless, program
 
 OLDEST_PYTHON = (3, 11)
 ROOM = 5 * 10**9
@@ -43,9 +43,8 @@ def run(settings: Settings, arguments: argparse.Namespace) -> int:
         findings.append(finding)
         if not arguments.json:
             mark = "todo" if finding.todo else "ok  "
-            print(
-                f"{mark}  {finding.what}: {finding.found}" + (f" → {finding.todo}" if finding.todo else ""), flush=True
-            )
+            todo = f" → {finding.todo}" if finding.todo else ""
+            print(harmless(f"{mark}  {finding.what}: {finding.found}{todo}"), flush=True)
     if arguments.json:
         print(json.dumps([{"what": f.what, "ok": not f.todo, "found": f.found, "todo": f.todo} for f in findings]))
     return 1 if any(finding.todo and not finding.works for finding in findings) else 0

@@ -17,6 +17,8 @@ from klein_mcp.terminal import Bar, harmless
 _SECONDS = {"h": 3600.0, "d": 86400.0, "w": 604800.0, "m": 30 * 86400.0, "y": 365 * 86400.0}
 _LONGEST = 20_000
 """Characters of one fact that `info` prints: more than any prompt has, less than a stranger's file may."""
+_DEEPEST = 8
+"""Spaces of indentation; our own recipes take 2."""
 _BYTES = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 
 
@@ -76,8 +78,8 @@ def info(settings: Settings, target: str, *, as_json: bool = False) -> int:
 def _in_words(told: Mapping[str, Any], indent: str = "") -> Iterator[str]:
     """A line for each fact; what belongs to one of them is indented below it."""
     for name, value in told.items():
-        label = f"{indent}{name.replace('_', ' ')}:"
-        if isinstance(value, Mapping) and value:
+        label = f"{indent}{one_line(harmless(name.replace('_', ' ')), 60)}:"
+        if isinstance(value, Mapping) and value and len(indent) < _DEEPEST:
             yield label
             yield from _in_words(value, indent + "  ")
         else:
@@ -88,7 +90,7 @@ def _word(value: object) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, list | tuple):
-        value = ", ".join(map(_word, value))
+        value = ", ".join(one_line(str(each), _LONGEST) for each in value)
     return "none" if value is None or value in ("", {}) else one_line(harmless(str(value)), _LONGEST)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from engine.variants import EMBEDDED, VARIANTS
 from klein_mcp.paint import engine
 from klein_mcp.settings import Settings
-from klein_mcp.terminal import Bar
+from klein_mcp.terminal import Bar, harmless
 
 
 def run(settings: Settings, arguments: argparse.Namespace) -> int:
@@ -25,11 +25,11 @@ def run(settings: Settings, arguments: argparse.Namespace) -> int:
         told = [{"path": str(path), "why": why} for path, why in others]
         print(json.dumps({"installed": there, "available": rows, "not_used": told}))
         return 0
-    print("\n\n".join(map(_in_words, there)))
+    print(harmless("\n\n".join(map(_in_words, there))))
     if others:
         print("\nNot to be called by a name:")
     for path, why in others:
-        print(f"  {path}\n    {why}")
+        print(harmless(f"  {path}\n    {why}"))
     if missing:
         print("\nTo be had with klein-mcp pull NAME:")
     for row in missing:

@@ -15,7 +15,7 @@ from engine.contract import Event, InvalidJob, Job, Painting
 from klein_mcp.errors import RequestError
 from klein_mcp.progress import read
 from klein_mcp.settings import Settings
-from klein_mcp.terminal import Bar
+from klein_mcp.terminal import Bar, harmless
 
 if TYPE_CHECKING:
     from engine.engine import Engine
@@ -62,7 +62,7 @@ def run(settings: Settings, order: Order, *, as_json: bool = False) -> int:
     recipe = _recipe(order, painting)
     out.write_bytes(codec.encode(painting.image, KINDS[out.suffix.lower()], recipe))  # type: ignore[arg-type]
     for warning in painting.warnings:
-        print(f"klein-mcp: {warning}", file=sys.stderr)
+        print(harmless(f"klein-mcp: {warning}"), file=sys.stderr)
     print(json.dumps(_facts(out, painting)) if as_json else _sentence(out, painting))
     return 0
 

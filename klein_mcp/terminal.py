@@ -25,8 +25,21 @@ def lasting() -> list[str]:
 
 
 def harmless(text: str) -> str:
-    """What strangers wrote, without the characters by which it could move the cursor or change the terminal."""
-    return "".join(c for c in text if c.isspace() or unicodedata.category(c) != "Cc")
+    """What strangers wrote, without what could move the cursor, change the terminal or turn its text round."""
+    return "".join(map(_harmless, text))
+
+
+def _harmless(c: str) -> str:
+    if c in "\n\t":
+        return c
+    if c.isspace():
+        return " "  # a vertical tab, a carriage return
+    if unicodedata.category(c) == "Cs":
+        return "?"  # half of a pair: JSON and file names can hold it, no terminal can show it
+    return "" if unicodedata.category(c) == "Cc" or unicodedata.bidirectional(c) in _TURNS else c
+
+
+_TURNS = {"LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI"}
 
 
 class Bar:
@@ -59,7 +72,9 @@ class Bar:
     def tell(self, fraction: float, words: str) -> None:
         """fraction: 0 … 1 of the whole."""
         if self._progress is not None:
-            self._progress.update(self._task, completed=fraction, total=1.0, description=words)
+            new, self._words = words != self._words, words
+            # New words at once: ten times a second is too seldom for a step that is over in less.
+            self._progress.update(self._task, completed=fraction, total=1.0, description=words, refresh=new)
 
     def __exit__(
         self, kind: type[BaseException] | None, problem: BaseException | None, trace: TracebackType | None

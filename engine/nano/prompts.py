@@ -199,10 +199,8 @@ class Speaker:
     def kind_of_edit(self) -> str:
         return self.random.choices(tuple(EDITS), tuple(EDITS.values()))[0]
 
-    def edit(self, kind: str | None = None, source: Scene | None = None) -> Example | None:
-        """An edit of the given kind, else of any; None if the given scene has no place for it."""
-        if kind is None:
-            kind = self.kind_of_edit()
+    def edit(self, kind: str, source: Scene | None = None) -> Example | None:
+        """An edit of the given kind, of any scene that has a place for it; None if the given scene has none."""
         while True:
             scene = self.world.scene() if source is None else source
             # The kind stays: drawn anew with the scene, the kinds that seldom fit would hardly ever be met.

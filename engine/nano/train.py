@@ -60,7 +60,7 @@ class Stage:
 
 
 _ALL = {("generate", 0): 0.36, ("edit", 1): 0.42, ("compose", 2): 0.18, ("compose", 3): 0.04}
-# Pictures from words alone are learned by then: 93 % of objects, while one edit in two was still wrong.
+# Pictures from words alone are learned by then; edits among several things are the hardest, and take longest.
 _HARDER = {("generate", 0): 0.14, ("edit", 1): 0.58, ("compose", 2): 0.22, ("compose", 3): 0.06}
 STAGES = {
     "generate": Stage({("generate", 0): 0.80, ("edit", 1): 0.12, ("compose", 2): 0.08}, 2e-3),

@@ -117,8 +117,8 @@ class Launcher:
         return False
 
     def gone(self, address: Address) -> bool:
-        """Whether the daemon of that address has ended. Another may run by now."""
-        return addresses.read(self._settings.home) not in (None, address) or not self.alive()
+        """Whether the daemon of that address has let go of its lock, the last thing it does. Another may run by now."""
+        return not self.alive() or addresses.read(self._settings.home) not in (None, address)
 
     def silent(self, seconds: float) -> EngineFailed:
         """What to say of an engine that does not answer."""

@@ -111,7 +111,7 @@ async def _serve(settings: Settings, make: Make) -> None:
         server.should_exit = True
         await serving
         if worker.is_alive():
-            await asyncio.to_thread(worker.join, 30)
+            await asyncio.to_thread(worker.join, addresses.LAST_STEP)
     log.info("ended")
 
 

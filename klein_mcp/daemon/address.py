@@ -16,6 +16,9 @@ HOST = "127.0.0.1"
 ENGINE_LOCK = "engine.lock"
 """In the data folder; held by the daemon for life."""
 
+LAST_STEP = 30.0
+"""Seconds a job may take to its next pause once the daemon has been told to end; then it ends all the same."""
+
 
 @dataclass(frozen=True, slots=True)
 class Address:
