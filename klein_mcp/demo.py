@@ -91,7 +91,7 @@ async def _calls(out: Path) -> AsyncIterator[Call]:
         yield call
         rocket, call = await _paint(client, out / "2-rocket.png", "generate_image", "a rocket on an orange background")
         yield call
-        _, call = await _paint(client, out / "3-edit.png", "edit_image", "make the background green", image=apple)
+        _, call = await _paint(client, out / "3-edit.png", "edit_image", "make the background pink", image=apple)
         yield call
         prompt = "the apple from image 1 to the left of the rocket from image 2 on a blue background"
         _, call = await _paint(client, out / "4-compose.png", "compose_references", prompt, images=[apple, rocket])

@@ -35,7 +35,7 @@ def _engine(engine: Mapping[str, Any]) -> list[str]:
         f"model: {loaded}",
         f"installed: {', '.join(installed)}",
         f"remembered: {remembered['entries']} prompts and references, {remembered['bytes'] / 1e6:.0f} MB; "
-        f"used again {remembered['hits']} times",
+        f"used again {remembered['hits']}×",
     ]
 
 
