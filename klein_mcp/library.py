@@ -15,11 +15,12 @@ from klein_mcp.settings import Settings
 from klein_mcp.terminal import Bar, harmless
 
 _SECONDS = {"h": 3600.0, "d": 86400.0, "w": 604800.0, "m": 30 * 86400.0, "y": 365 * 86400.0}
-_LONGEST = 20_000
-"""Characters of one fact that `info` prints: more than any prompt has, less than a stranger's file may."""
-_DEEPEST = 8
-"""Spaces of indentation; our own recipes take 2."""
 _BYTES = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
+
+_LONGEST = 20_000
+"""Characters of one fact that `info` prints: more than a prompt may have, less than a stranger's file may."""
+_DEEPEST = 8
+"""Spaces of indentation; our own recipes take 4."""
 
 
 def age(text: str) -> float:
@@ -90,7 +91,7 @@ def _word(value: object) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, list | tuple):
-        value = ", ".join(one_line(str(each), _LONGEST) for each in value)
+        value = ", ".join(str(each) if isinstance(each, list) else _word(each) for each in value)
     return "none" if value is None or value in ("", {}) else one_line(harmless(str(value)), _LONGEST)
 
 

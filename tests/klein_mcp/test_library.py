@@ -179,7 +179,7 @@ async def test_info_reads_a_files_recipe_and_its_ancestors(
 
 def test_what_a_strangers_file_says_moves_no_cursor():
     told = {"prompt": "a cat\x1b[2J\x9b31m\nand a dog\u202e", "recipe": {"a\x1b[2J\nkey": ["\ud800", True]}}
-    assert [*library._in_words(told)] == ["prompt: a cat[2J31m and a dog", "recipe:", "  a[2J key: ?, True"]
+    assert [*library._in_words(told)] == ["prompt: a cat[2J31m and a dog", "recipe:", "  a[2J key: ?, yes"]
     family = "\N{MAN}\N{ZERO WIDTH JOINER}\N{WOMAN} שלום"
     assert [*library._in_words({"prompt": family, "recipe": {}})] == [f"prompt: {family}", "recipe: none"]
     deep: dict[str, Any] = {}

@@ -259,7 +259,7 @@ async def test_a_job_that_failed_says_why(client: Client, painter: FakePainter):
     async def failed(job: str) -> dict[str, Any]:
         return {"state": "failed", "error": {"message": "The device is full.", "hint": "Ask for less."}}
 
-    painter.kept = failed  # type: ignore[method-assign]
+    painter.kept = failed  # type: ignore[method-assign] - as above
     assert complaint(await client.call_tool("wait_for_job", {"job": "j0"})) == "The device is full. Ask for less."
 
 
