@@ -12,10 +12,10 @@ from mcp.client import Client
 from PIL import Image
 
 from engine.find import NANO
-from engine.nano.paint import BACKGROUNDS
-from engine.nano.scenes import MIDDLE, NORMAL, Scene, Thing
-from engine.nano.score import composed
-from engine.nano.sprites import KINDS
+from engine.nano.training.compositor import BACKGROUNDS
+from engine.nano.training.scenes import MIDDLE, NORMAL, Scene, Thing
+from engine.nano.training.score import composed
+from engine.nano.training.sprites import KINDS
 from tests.living import Living
 from tests.pictures import file, noise
 from tests.talk import call, refused

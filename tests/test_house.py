@@ -111,5 +111,5 @@ def test_only_one_place_names_devices_and_number_formats(module: str) -> None:
 
 
 def test_nothing_but_training_and_evaluation_knows_the_scenes() -> None:
-    know = {module for module in FILES if "engine.nano.scenes" in imports(module)}
+    know = {module for module in FILES if "engine.nano.training.scenes" in imports(module)}
     assert all(module.startswith("engine.nano.") for module in know)

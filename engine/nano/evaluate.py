@@ -16,12 +16,12 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
-from engine.nano.folder import WEIGHTS
-from engine.nano.model import Nano
-from engine.nano.paint import BACKGROUNDS
-from engine.nano.prompts import EDITS, Example, Speaker, touched, unseen
-from engine.nano.scenes import Scene, Thing
-from engine.nano.score import (
+from engine.nano.training.compositor import BACKGROUNDS
+from engine.nano.training.folder import WEIGHTS
+from engine.nano.training.model import Nano
+from engine.nano.training.prompts import EDITS, Example, PromptSampler, touched, unseen
+from engine.nano.training.scenes import Scene, Thing
+from engine.nano.training.score import (
     Picture,
     background_right,
     composed,
@@ -33,9 +33,9 @@ from engine.nano.score import (
     rest_kept,
     untouched,
 )
-from engine.nano.sprites import KINDS
+from engine.nano.training.sprites import KINDS
 
-LIST = Path(__file__).with_name("held_out.jsonl")
+LIST = Path(__file__).parent / "training" / "held_out.jsonl"
 ROWS = 300
 """Questions of each kind."""
 CHAINS = 30
@@ -69,31 +69,31 @@ def questions(path: Path = LIST) -> Iterator[Question]:
 
 def draw_questions() -> Iterator[Question]:
     """A new list."""
-    speaker = Speaker("held out")
-    world = speaker.world
-    makes: dict[str, Callable[[Speaker], Example | None]] = {
-        "one": lambda speaker: speaker.generate(world.single),
-        "two": lambda speaker: speaker.generate(world.pair),
-        "compose": lambda speaker: speaker.compose(),
+    sampler = PromptSampler("held out")
+    world = sampler.world
+    makes: dict[str, Callable[[PromptSampler], Example | None]] = {
+        "one": lambda sampler: sampler.generate(world.single),
+        "two": lambda sampler: sampler.generate(world.pair),
+        "compose": lambda sampler: sampler.compose(),
     }
     for part, make in makes.items():
         for seed in range(ROWS):
-            yield part, seed, unseen(speaker, make)
+            yield part, seed, unseen(sampler, make)
     for seed in range(ROWS):
         # Chosen first, lest the kinds with the most held-out wordings crowd out the rest.
-        kind = speaker.kind_of_edit()
-        yield "edit", seed, unseen(speaker, lambda speaker, kind=kind: speaker.edit(kind))
+        kind = sampler.kind_of_edit()
+        yield "edit", seed, unseen(sampler, lambda sampler, kind=kind: sampler.edit(kind))
     for seed in range(CHAINS):
-        yield from (("chain", seed, example) for example in _chain(speaker))
+        yield from (("chain", seed, example) for example in _chain(sampler))
 
 
-def _chain(speaker: Speaker) -> list[Example]:
+def _chain(sampler: PromptSampler) -> list[Example]:
     """Ten edits in a row that leave the background and the first thing alone."""
     while True:
-        scene = first = speaker.world.pair()
+        scene = first = sampler.world.pair()
         chain: list[Example] = []
         for _ in range(100):
-            example = speaker.edit(speaker.pick([kind for kind in EDITS if kind != "background"]), scene)
+            example = sampler.edit(sampler.pick([kind for kind in EDITS if kind != "background"]), scene)
             if example and first.things[0] in example.target.things:
                 chain.append(example)
                 scene = example.target

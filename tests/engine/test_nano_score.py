@@ -7,8 +7,8 @@ import pytest
 from PIL import Image, ImageFilter
 
 from engine.nano.evaluate import Question, questions
-from engine.nano.scenes import Scene
-from engine.nano.score import (
+from engine.nano.training.scenes import Scene
+from engine.nano.training.score import (
     Picture,
     _blob,
     background_right,
@@ -20,7 +20,7 @@ from engine.nano.score import (
     places_right,
     rest_kept,
 )
-from engine.nano.sprites import atlas
+from engine.nano.training.sprites import atlas
 from engine.nano.words import COLOURS
 
 

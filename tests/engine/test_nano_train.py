@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from engine.model import layers
-from engine.nano import quick
-from engine.nano.folder import WEIGHTS
-from engine.nano.train import OWN_LEVELS, STAGES, Lessons, Run, draw_levels, helpers, train
+from engine.nano.training import compiled_training
+from engine.nano.training.folder import WEIGHTS
+from engine.nano.training.train import OWN_LEVELS, STAGES, Lessons, Run, draw_levels, helpers, train
 
 pytestmark = pytest.mark.skipif(
     json.loads((WEIGHTS / "klein.json").read_text())["text_length"] < 64, reason="weights of an older kind"
@@ -70,7 +70,7 @@ def test_attention_that_learns_quickly_is_attention():
     quickly = [x.detach().bfloat16().requires_grad_() for x in plain]
     target = torch.randn(2, 5, 96, generator=generator)
     results = []
-    for attend, inputs in ((layers.attend, plain), (quick._attend, quickly)):
+    for attend, inputs in ((layers.attend, plain), (compiled_training._attend, quickly)):
         mixed = attend(*inputs)
         (mixed.float() * target).sum().backward()
         results.append([mixed, *(x.grad for x in inputs)])

@@ -9,10 +9,10 @@ import torch
 from PIL import Image
 
 from engine.nano.evaluate import Table, evaluate, questions
-from engine.nano.folder import WEIGHTS
-from engine.nano.model import LAYERS, TEXT_LENGTH, Nano
-from engine.nano.score import draw
-from engine.nano.train_decoder import psnr
+from engine.nano.training.folder import WEIGHTS
+from engine.nano.training.model import LAYERS, TEXT_LENGTH, Nano
+from engine.nano.training.score import draw
+from engine.nano.training.train_decoder import psnr
 from engine.nano.words import KNOWN
 
 EVERY = 15

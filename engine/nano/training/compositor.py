@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from engine.nano.sprites import KINDS, SIZES, atlas
+from engine.nano.training.sprites import KINDS, SIZES, atlas
 from engine.nano.words import COLOURS, SCENES
 
 CANVAS = 128
@@ -94,7 +94,7 @@ def backgrounds() -> np.ndarray:
     return np.stack([*flat, *(_PAINTED[name]() for name in SCENES)]).round().astype(np.uint8)
 
 
-class Painter(nn.Module):
+class Compositor(nn.Module):
     """Batches of scenes in one go: no file, no Pillow, so that a GPU can feed itself.
 
     sprites: [kinds, sizes, largest, largest, 4]; smaller sizes lie in the top left corner of their cell.

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 
-from engine.nano.paint import BACKGROUNDS
-from engine.nano.scenes import (
+from engine.nano.training.compositor import BACKGROUNDS
+from engine.nano.training.scenes import (
     BIG,
     MAX_THINGS,
     MIDDLE,
@@ -90,7 +90,7 @@ _NAMES = {
 _SIZES = {SMALL: ("small", "tiny", "little"), BIG: ("big", "large", "huge")}
 
 _PRACTISED = (0.25, 0.35, 0.4)
-"""How often a lone object is small, normal and big in practice: big ones are always alone, each size is learnt anew."""
+"""How often a lone object is small, normal and big in training: big ones are always alone, each size is learnt anew."""
 
 _BESIDE = {
     (-1, 0): ("{a} to the left of {b}", "{a} left of {b}", "{a} next to {b}", "{a} beside {b}", "{a} and {b}",
@@ -135,7 +135,7 @@ def _unique(thing: Thing, scene: Scene) -> str:
     return thing.shape if thing.shape and len(alike) == 1 else thing.name
 
 
-class Speaker:
+class PromptSampler:
     """Puts scenes into words and makes up tasks, from a seed."""
 
     def __init__(self, seed: int | str) -> None:
@@ -211,7 +211,7 @@ class Speaker:
         sentence, target = made
         return Example(kind, self.finish(sentence), target, (scene,), touched(scene, target))
 
-    def rehearse(self) -> Example:
+    def edit_chain(self) -> Example:
         """An edit to learn from: of any scene, or of one that edits before it have left behind."""
         while True:
             kind = self.random.choices(tuple(_REHEARSED), tuple(_REHEARSED.values()))[0]
@@ -359,7 +359,7 @@ EDITS = {"background": 0.16, "replace": 0.22, "remove": 0.14, "add": 0.16, "move
 
 _REHEARSED = {"background": 0.09, "replace": 0.22, "remove": 0.07, "add": 0.12, "move": 0.21, "recolour": 0.12,
               "resize": 0.17}  # fmt: skip
-"""How often each is tried in practice: what fails most among two and three things, most often. Some do not fit."""
+"""How often each is tried in training: what fails most among two and three things, most often. Some do not fit."""
 _ALTERATIONS = tuple(kind for kind in EDITS if kind != "background")
 
 
@@ -388,17 +388,19 @@ def combination_held_out(example: Example) -> bool:
     return _one_in(repr((example.references, example.target)))
 
 
-def practice(speaker: Speaker, task: str, pictures: int | None = None) -> Example:
+def training_prompts(sampler: PromptSampler, task: str, pictures: int | None = None) -> Example:
     """One example to learn from: never a wording nor a combination that is held out."""
-    make = {"generate": speaker.generate, "edit": speaker.rehearse, "compose": partial(speaker.compose, pictures)}[task]
+    make = {"generate": sampler.generate, "edit": sampler.edit_chain, "compose": partial(sampler.compose, pictures)}[
+        task
+    ]
     while True:
         if (example := make()) and not wording_held_out(example) and not combination_held_out(example):
             return example
 
 
-def unseen(speaker: Speaker, make: Callable[[Speaker], Example | None]) -> Example:
+def unseen(sampler: PromptSampler, make: Callable[[PromptSampler], Example | None]) -> Example:
     """One example that training never saw: neither its wording nor its combination."""
     while True:
-        example = make(speaker)
+        example = make(sampler)
         if example and wording_held_out(example) and combination_held_out(example):
             return example

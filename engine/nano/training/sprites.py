@@ -1,6 +1,7 @@
 """Every object nano knows, as premultiplied RGBA at each size it is shown in: nouns from a sheet, shapes by geometry.
 
-`python -m engine.nano.sprites FONT` renders the sheet anew from Noto Colour Emoji (Debian: fonts-noto-color-emoji).
+`python -m engine.nano.training.sprites FONT` renders the sheet anew from Noto Color Emoji
+(Debian: fonts-noto-color-emoji).
 Reading the sheet needs no font.
 """
 

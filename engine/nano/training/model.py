@@ -9,7 +9,7 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from engine.model.layers import Rope
-from engine.nano.folder import load_autoencoder, load_text_encoder, load_transformer
+from engine.nano.training.folder import load_autoencoder, load_text_encoder, load_transformer
 from engine.sampler import denoise
 from engine.schedule import sigmas
 from engine.tokens import grid_positions, pack, reference_time, text_positions, unpack

@@ -4,8 +4,8 @@ import random
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from engine.nano.paint import BACKGROUNDS, CANVAS
-from engine.nano.sprites import KINDS, SIZES
+from engine.nano.training.compositor import BACKGROUNDS, CANVAS
+from engine.nano.training.sprites import KINDS, SIZES
 from engine.nano.words import COLOURS, NOUNS, SHAPES
 
 SMALL, NORMAL, BIG = range(len(SIZES))

@@ -1,4 +1,6 @@
-"""Teach nano: `python -m engine.nano.train STAGE RUN`, on a CPU or a GPU, resumable, warm from the committed weights.
+"""Train nano on a CPU or a GPU: `python -m engine.nano.training.train STAGE RUN`.
+
+Resumable, and warm from the committed weights.
 
 Stages: `encoder` (compute it: seconds; the latents change, so only before all else), `decoder` (from latents back to
 pictures; the latents stay), `generate` (mostly text to image), `all` (generate, edit, compose), `cool` (as `all`, with
@@ -24,12 +26,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, multiprocessing
 
-from engine.nano import quick
-from engine.nano.folder import WEIGHTS, save_autoencoder, save_text_encoder, save_transformer
-from engine.nano.model import STEPS, TEXT_LENGTH, Nano
-from engine.nano.quick import Velocity
-from engine.nano.supply import Item, Supply
-from engine.nano.train_decoder import fit, train_decoder
+from engine.nano.training import compiled_training
+from engine.nano.training.compiled_training import Velocity
+from engine.nano.training.data_loader import DataLoader, Item
+from engine.nano.training.folder import WEIGHTS, save_autoencoder, save_text_encoder, save_transformer
+from engine.nano.training.model import STEPS, TEXT_LENGTH, Nano
+from engine.nano.training.train_decoder import fit, train_decoder
 from engine.schedule import sigmas
 
 OWN_LEVELS = sigmas(STEPS, 64)[:-1]
@@ -142,7 +144,7 @@ class Optimiser:
 class Lessons:
     """What one process does over and over. start: when the stage began, by the monotonic clock.
 
-    compiled: in bf16, by a function that takes minutes to compile (`quick`).
+    compiled: in bf16, by a function that takes minutes to compile (`compiled_training`).
     """
 
     stage: Stage
@@ -163,21 +165,21 @@ class Learner:
     def __init__(self, nano: Nano, optimiser: Optimiser, lessons: Lessons) -> None:
         seed = time.time_ns() % 2**31
         self.nano, self.optimiser, self.lessons = nano, optimiser, lessons
-        self.predict = quick.compiled(nano) if lessons.compiled else quick.plain(nano)
-        self.supply = Supply(nano, seed)
+        self.predict = compiled_training.compiled(nano) if lessons.compiled else compiled_training.plain(nano)
+        self.data = DataLoader(nano, seed)
         self.generator = torch.Generator().manual_seed(seed)
         self.steps = 0
 
     def step(self) -> tuple[str, int, float]:
         """Learn from one batch. Gives its task, how many samples it had and their mean loss."""
-        stage, draw = self.lessons.stage, self.supply.speaker.random
+        stage, draw = self.lessons.stage, self.data.sampler.random
         self.steps += 1
         rise = min(1.0, self.steps / WARM_UP)
         fall = min(1.0, (1.0 - min(self.lessons.done(), 1.0)) / stage.cooling) if stage.cooling else 1.0
         rate = stage.rate * rise * fall
         (task, pictures), *_ = draw.choices(tuple(stage.shares), tuple(stage.shares.values()))
         length = TEXT_LENGTH if draw.random() < stage.long_text else SHORT_TEXT
-        items = self.supply.take(task, pictures, self.lessons.batch)
+        items = self.data.take(task, pictures, self.lessons.batch)
         loss = velocity_loss(self.nano, self.predict, items, self.lessons.levels, length, self.generator)
         self.optimiser.learn(loss.mean(), rate)
         return f"{task}{pictures or ''}", loss.numel(), loss.detach().mean().item()
@@ -346,7 +348,7 @@ def main() -> None:
     else:
         stage = STAGES[args.stage]
         stage = replace(stage, rate=args.rate or stage.rate)
-        batch, compiled = args.batch or (384 if on_gpu else 16), quick.pays(run.nano.device)
+        batch, compiled = args.batch or (384 if on_gpu else 16), compiled_training.pays(run.nano.device)
         lessons = Lessons(stage, args.minutes, batch, args.levels, time.monotonic(), compiled)
         train(run, lessons, args.save_minutes, 1 if on_gpu else args.workers)
 

@@ -10,11 +10,11 @@ from functools import lru_cache
 import numpy as np
 import torch
 
-from engine.nano.paint import CANVAS, Painter, backgrounds
-from engine.nano.prompts import Example
-from engine.nano.scenes import SLOTS, Scene, Thing, changed, without
-from engine.nano.sprites import KINDS, SIZES, atlas
-from engine.nano.supply import paint_scenes
+from engine.nano.training.compositor import CANVAS, Compositor, backgrounds
+from engine.nano.training.data_loader import paint_scenes
+from engine.nano.training.prompts import Example
+from engine.nano.training.scenes import SLOTS, Scene, Thing, changed, without
+from engine.nano.training.sprites import KINDS, SIZES, atlas
 from engine.nano.words import COLOURS
 
 Picture = np.ndarray
@@ -34,8 +34,8 @@ _MARGIN = 8
 
 
 @lru_cache(maxsize=1)
-def _painter() -> Painter:
-    return Painter()
+def _painter() -> Compositor:
+    return Compositor()
 
 
 def draw(*scenes: Scene) -> list[Picture]:

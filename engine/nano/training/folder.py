@@ -12,7 +12,7 @@ from engine.layouts import Table, diffusers_autoencoder, diffusers_transformer
 from engine.model.autoencoder import Autoencoder, AutoencoderShape
 from engine.model.transformer import Transformer, TransformerShape
 
-WEIGHTS = Path(__file__).with_name("weights")
+WEIGHTS = Path(__file__).parents[1] / "weights"
 """The set that is shipped."""
 
 _TENSORS = "diffusion_pytorch_model.safetensors"

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from engine.nano.model import GRID, Nano
-from engine.nano.paint import CANVAS, Painter
-from engine.nano.principal import as_one_convolution
-from engine.nano.prompts import Example, Speaker, practice
-from engine.nano.scenes import MAX_THINGS, Scene
+from engine.nano.training.compositor import CANVAS, Compositor
+from engine.nano.training.model import GRID, Nano
+from engine.nano.training.pca_encoder import as_one_convolution
+from engine.nano.training.prompts import Example, PromptSampler, training_prompts
+from engine.nano.training.scenes import MAX_THINGS, Scene
 from engine.tokens import pack, patchify
 
 OBJECT_WEIGHT = 4.0
@@ -18,7 +18,7 @@ OBJECT_WEIGHT = 4.0
 fill most of a picture, outlines last."""
 
 
-def paint_scenes(painter: Painter, scenes: Sequence[Scene]) -> Tensor:
+def paint_scenes(painter: Compositor, scenes: Sequence[Scene]) -> Tensor:
     """[scenes, 3, side, side] in [-1, 1]."""
     device = painter.sprites.device
     kinds, sizes, centres = [], [], []
@@ -50,13 +50,13 @@ class Item:
     weights: Tensor
 
 
-class Supply:
+class DataLoader:
     """Items of each task, never twice the same."""
 
     def __init__(self, nano: Nano, seed: int) -> None:
         self.nano = nano
-        self.painter = Painter().to(nano.device)
-        self.speaker = Speaker(seed)
+        self.painter = Compositor().to(nano.device)
+        self.sampler = PromptSampler(seed)
         self.patches = as_one_convolution(nano.autoencoder)
 
     @torch.no_grad()
@@ -65,7 +65,7 @@ class Supply:
 
     def take(self, task: str, pictures: int, count: int) -> list[Item]:
         """A batch of one task, all with the same number of references."""
-        examples = [practice(self.speaker, task, pictures) for _ in range(count)]
+        examples = [training_prompts(self.sampler, task, pictures) for _ in range(count)]
         scenes = [scene for example in examples for scene in (example.target, *example.references)]
         latents = self._encode(paint_scenes(self.painter, scenes)).unflatten(0, (count, 1 + pictures))
         return [

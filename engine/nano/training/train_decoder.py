@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from engine.model.autoencoder import Autoencoder
-from engine.nano import quick
-from engine.nano.paint import BACKGROUNDS, CANVAS, Painter
-from engine.nano.principal import as_one_convolution, fit_encoder
-from engine.nano.sprites import KINDS, SIZES
+from engine.nano.training import compiled_training
+from engine.nano.training.compositor import BACKGROUNDS, CANVAS, Compositor
+from engine.nano.training.pca_encoder import as_one_convolution, fit_encoder
+from engine.nano.training.sprites import KINDS, SIZES
 from engine.nano.words import NOUNS
 from engine.tokens import unpatchify
 
@@ -22,7 +22,7 @@ LATENT_NOISE = 0.1
 EMA = 0.998
 
 
-def crowded(painter: Painter, count: int, things: int, generator: torch.Generator) -> Tensor:
+def crowded(painter: Compositor, count: int, things: int, generator: torch.Generator) -> Tensor:
     """Pictures with objects anywhere: more outlines a pixel than the scenes of the world have."""
 
     def draw(high: int, *shape: int, low: int = 0) -> Tensor:
@@ -55,7 +55,7 @@ def train_decoder(autoencoder: Autoencoder, minutes: float, device: str, save: C
     The latents stay what they are, so that a trained transformer goes on fitting.
     """
     generator = torch.Generator().manual_seed(time.time_ns() % 2**31)
-    painter = Painter().to(device)
+    painter = Compositor().to(device)
     batch = 256 if device.startswith("cuda") else 8
     held = crowded(painter, 24, 2, torch.Generator().manual_seed(1))
     autoencoder.requires_grad_(False)
@@ -74,7 +74,7 @@ def train_decoder(autoencoder: Autoencoder, minutes: float, device: str, save: C
         with torch.no_grad():
             latent = encode(picture)
             latent += deviation * torch.randn(latent.shape, generator=generator).to(device)
-        with quick.products(picture.device):
+        with compiled_training.products(picture.device):
             decoded = decoder(latent)
         loss = reconstruction_loss(picture, decoded.float())
         optimiser.zero_grad(set_to_none=True)
@@ -99,5 +99,5 @@ def train_decoder(autoencoder: Autoencoder, minutes: float, device: str, save: C
 def fit(autoencoder: Autoencoder, device: str) -> None:
     """Compute the encoder and the latents' statistics from pictures of the world's objects."""
     generator = torch.Generator().manual_seed(0)
-    painter = Painter().to(device)
+    painter = Compositor().to(device)
     fit_encoder(autoencoder, torch.cat([crowded(painter, 32, 2, generator) for _ in range(16)]))

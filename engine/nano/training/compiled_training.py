@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from engine.model import layers, transformer
-from engine.nano.model import Nano, Prompts
+from engine.nano.training.model import Nano, Prompts
 
 Velocity = Callable[[Tensor, Tensor, Prompts, Tensor | None], Tensor]
 """(noisy, sigma, prompts, references) -> velocity; shapes as in `Nano.velocity`."""

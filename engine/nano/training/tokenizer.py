@@ -1,4 +1,4 @@
-"""Every known word one token: `python -m engine.nano.vocabulary FOLDER` teaches a folder the words it lacks.
+"""Every known word one token: `python -m engine.nano.training.tokenizer FOLDER` teaches a folder the words it lacks.
 
 A word that is one token is learned from each sentence it occurs in, not pieced together first. Old tokens keep their
 numbers, so weights trained before go on knowing what they knew.
@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
-from engine.nano.model import TEXT_LENGTH
+from engine.nano.training.model import TEXT_LENGTH
 from engine.nano.words import KNOWN, NOUNS
 
 _SPACE = "Ġ"
