@@ -104,7 +104,7 @@ class Step:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Painting(_ByValue):
+class Result(_ByValue):
     """The finished picture and what it was really made with.
 
     model, fingerprint: the variant's name and a hash of the weights (LoRAs included) it was painted with.
@@ -122,7 +122,7 @@ class Painting(_ByValue):
     warnings: tuple[str, ...] = ()
 
 
-Event = Queued | Loading | Stage | Step | Painting
+Event = Queued | Loading | Stage | Step | Result
 
 
 class EngineError(Exception):

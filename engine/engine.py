@@ -8,15 +8,15 @@ from typing import Any
 
 import torch
 
-from engine import lora
-from engine.contract import EngineError, Event, Job, Loading, OutOfMemory, Painting, Rgb8
-from engine.device import Placement
-from engine.find import Shelf, Source
-from engine.klein import Klein
-from engine.load import Options, prepare, room
-from engine.memory import best, gb
-from engine.references import Memory, budgets
-from engine.variants import EMBEDDED, VARIANTS
+from engine.contract import EngineError, Event, Job, Loading, OutOfMemory, Result, Rgb8
+from engine.families.klein import lora
+from engine.families.klein.loader import LoadOptions, prepare, room
+from engine.families.klein.pipeline import Klein
+from engine.families.klein.variants import EMBEDDED, VARIANTS
+from engine.memory.cache import TensorCache, budgets
+from engine.memory.device import Device
+from engine.memory.plan import best, gb
+from engine.registry import InstalledModel, ModelRegistry
 
 
 class Engine:
@@ -46,9 +46,9 @@ class Engine:
         remember, spill: bytes kept between jobs for prompts and references, on the device and in the host's memory;
         None for a share of what is free once the model is loaded.
         """
-        self.shelf = Shelf(tuple(models), hub, small_decoder=decoder == "small")
-        self.placement = Placement.choose(device, dtype)
-        self.memory = Memory(remember or 0, spill or 0)
+        self.shelf = ModelRegistry(tuple(models), hub, small_decoder=decoder == "small")
+        self.placement = Device.choose(device, dtype)
+        self.memory = TensorCache(remember or 0, spill or 0)
         self._remember, self._spill = remember, spill
         self._foreseen: Rgb8 | None = None
         self._klein: Klein | None = None
@@ -94,7 +94,7 @@ class Engine:
         klein, ms = yield from self._load(job.model)
         self._foreseen = None
         for event in klein.run(job):
-            if isinstance(event, Painting):
+            if isinstance(event, Result):
                 self._foreseen = event.image
                 event = replace(event, ms={"load": ms, **event.ms})
             yield event
@@ -119,7 +119,7 @@ class Engine:
         loras = tuple(lora.find(text, self.shelf.paths) for text in self._loras)
         self.release()
         start = time.perf_counter()
-        options = Options(self._quant, loras, self._limit)
+        options = LoadOptions(self._quant, loras, self._limit)
         self._klein = yield from Klein.load(checkpoint, self.placement, self.memory, options)
         near, far = budgets(self._klein.free(self.placement.free_bytes()), self.placement.host_bytes())
         self.memory.resize(
@@ -143,7 +143,7 @@ class Engine:
 
     def _holds(self, name: str) -> bool:
         """Whether all of the transformer would stay on the device, were nothing else loaded."""
-        held, options = self._held(), Options(self._quant, (), self._limit)
+        held, options = self._held(), LoadOptions(self._quant, (), self._limit)
         try:
             ready = prepare(self.shelf.find(name, None, self._quant), self.placement, options, held)
         except EngineError:
@@ -183,13 +183,13 @@ class Engine:
         """Every model that is there, and how it would live in the memory that is free now, or why it cannot."""
         return [self._model(source) for source in self.shelf.sources()]
 
-    def _model(self, source: Source) -> dict[str, Any]:
+    def _model(self, source: InstalledModel) -> dict[str, Any]:
         about: dict[str, Any] = {"name": source.name, "format": source.format, "path": str(source.path)}
         about["licence"] = VARIANTS[source.name].licence
         try:
             checkpoint = self.shelf.checkpoint(source)
             loras = tuple(lora.find(text, self.shelf.paths) for text in self._loras)
-            ready = prepare(checkpoint, self.placement, Options(self._quant, loras, self._limit))
+            ready = prepare(checkpoint, self.placement, LoadOptions(self._quant, loras, self._limit))
         except EngineError as problem:
             return about | {"bytes": None, "fits": False, "memory": str(problem)}
         return about | {"bytes": ready.bytes, "fits": True, "memory": ready.plan.says(ready.needs)}

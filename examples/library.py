@@ -10,16 +10,16 @@ from pathlib import Path
 
 from PIL import Image
 
-from engine.contract import Job, Painting, Step
+from engine.contract import Job, Result, Step
 from engine.engine import Engine
 
 
-def paint(engine: Engine, job: Job) -> Painting:
+def paint(engine: Engine, job: Job) -> Result:
     """The picture of one job, with a line for each step on the way."""
     for event in engine.run(job):
         if isinstance(event, Step):
             print(f"  step {event.done} of {event.total}", file=sys.stderr)
-        if isinstance(event, Painting):
+        if isinstance(event, Result):
             return event
     raise AssertionError("an engine that ends without a picture raises")
 

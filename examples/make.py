@@ -20,16 +20,18 @@ from typing import Any
 
 from PIL import Image
 
+from engine.families.klein.variants import EMBEDDED, VARIANTS, Variant
 from engine.nano import words
-from engine.variants import EMBEDDED, VARIANTS, Variant
 from examples import configurations as clients
-from klein_mcp import __version__, cli, prompts, settings
+from klein_mcp import __version__, settings
+from klein_mcp.cli import main as cli
 from klein_mcp.images.provenance import read
-from klein_mcp.tools import TOOLS
+from klein_mcp.mcp_server import prompts
+from klein_mcp.mcp_server.tools import TOOLS
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
-GUIDE = ROOT / "klein_mcp" / "guide.md"
+GUIDE = ROOT / "klein_mcp" / "mcp_server" / "guide.md"
 PICTURES = ROOT / "examples" / "pictures"
 BUNDLE = ROOT / "packaging" / "mcpb"
 ICON = BUNDLE / "icon.png"
@@ -100,7 +102,7 @@ def recipes() -> str:
 def models() -> str:
     """From VARIANTS."""
     return table(
-        ("Model", "What it is", "Licence", "Steps", "Size", "References", "Memory", "Single files", "Get it"),
+        ("Model", "What it is", "Licence", "Steps", "Size", "References", "TensorCache", "Single files", "Get it"),
         *map(_model, VARIANTS.values()),
     )
 

@@ -2,6 +2,6 @@
 
 import sys
 
-from klein_mcp.cli import main
+from klein_mcp.cli.main import main
 
 sys.exit(main())

@@ -13,12 +13,12 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 from mcp import Client
 
-from klein_mcp.server import create_server
-from klein_mcp.service import Service
+from klein_mcp.jobs.service import Service
+from klein_mcp.mcp_server.server import create_server
 from klein_mcp.settings import Settings
 from tests.fakes import FakePainter
-from tests.living import Living
-from tests.living import living as living_in
+from tests.real_server import Living
+from tests.real_server import living as living_in
 
 
 @pytest.fixture

@@ -7,13 +7,13 @@ from typing import Any
 import anyio
 import numpy as np
 
-from engine.contract import EngineError, Event, InvalidJob, Job, Loading, Painting, Queued, Rgb8, Stage, Step
-from engine.variants import VARIANTS
-from klein_mcp.backends import UnknownJob
-from klein_mcp.call import Call
+from engine.contract import EngineError, Event, InvalidJob, Job, Loading, Queued, Result, Rgb8, Stage, Step
+from engine.families.klein.variants import VARIANTS
 from klein_mcp.images.codec import resize
-from klein_mcp.order import Order
-from klein_mcp.service import Service
+from klein_mcp.jobs.backend import UnknownJob
+from klein_mcp.jobs.context import CallContext
+from klein_mcp.jobs.request import ImageRequest
+from klein_mcp.jobs.service import Service
 
 STEPS = 4
 
@@ -61,7 +61,7 @@ class FakePainter:
         self.events_before: list[Event] = []
         self.error: EngineError | None = None
         self.paint: Callable[[Job], Rgb8] = painted
-        self.kept_orders: dict[str, tuple[Order, str, Any]] = {}
+        self.kept_orders: dict[str, tuple[ImageRequest, str, Any]] = {}
         self.service: Service | None = None
 
     async def run(self, job: Job, *, client: str) -> AsyncGenerator[Event]:
@@ -88,7 +88,7 @@ class FakePainter:
         except BaseException:
             self.cancelled += 1
             raise
-        yield Painting(
+        yield Result(
             image=self.paint(job),
             seed=job.seed,
             model=self.model,
@@ -101,7 +101,7 @@ class FakePainter:
 
     async def keep(self, order: Mapping[str, Any], *, client: str, made: Mapping[str, Any] | None = None) -> str:
         job = f"j{len(self.kept_orders)}"
-        self.kept_orders[job] = (Order.from_json(order), client, made)
+        self.kept_orders[job] = (ImageRequest.from_json(order), client, made)
         return job
 
     async def kept(self, job: str) -> dict[str, Any]:
@@ -113,7 +113,7 @@ class FakePainter:
             return {"state": "painting", **state}
         order, client, made = self.kept_orders[job]
         self.seconds_per_step = 0.0
-        outcome = await self.service.paint(order, Call(client))
+        outcome = await self.service.paint(order, CallContext(client))
         pictures = [picture.to_json() for picture in outcome.made]
         told = {"pictures": pictures, "warnings": list(outcome.warnings), "ms": outcome.ms}
         return {"state": "done", **state, "made": made, **told}

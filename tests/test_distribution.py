@@ -22,8 +22,8 @@ from PIL import Image
 
 from examples import make
 from klein_mcp import __version__, settings
-from tests.living import Living
-from tests.living import living as living_in
+from tests.real_server import Living
+from tests.real_server import living as living_in
 
 ROOT = Path(__file__).parents[1]
 SCHEMA = Path(__file__).parent / "data" / "server.schema.json"
@@ -247,12 +247,12 @@ def test_the_container_copies_what_is_there_and_the_server_takes_its_command() -
     ignored = (ROOT / ".dockerignore").read_text()
     for package in ("engine", "klein_mcp", "prompts", "pyproject.toml", "constraints.txt"):
         assert f"!{package}" in ignored
-    from klein_mcp import cli
-    from klein_mcp.transports import http
+    from klein_mcp.cli import main
+    from klein_mcp.http import app
 
     command = json.loads(dict(_instructions())["CMD"])
-    parsed = cli._parser().parse_args(command)
-    assert http.Options.of(parsed) == http.Options("0.0.0.0", 8765, None, ("localhost",))
+    parsed = main._parser().parse_args(command)
+    assert app.HttpOptions.of(parsed) == app.HttpOptions("0.0.0.0", 8765, None, ("localhost",))
 
 
 @pytest.mark.conformance

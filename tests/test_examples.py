@@ -20,9 +20,9 @@ from PIL import Image
 from examples import configurations as clients
 from examples import http_client
 from examples.configurations import Launch
-from klein_mcp.service import Service
+from klein_mcp.jobs.service import Service
 from tests.fakes import FakePainter
-from tests.living import Living
+from tests.real_server import Living
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 LAUNCHES = [

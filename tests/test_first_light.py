@@ -11,14 +11,14 @@ import pytest
 from mcp.client import Client
 from PIL import Image
 
-from engine.find import NANO
 from engine.nano.training.compositor import BACKGROUNDS
 from engine.nano.training.scenes import MIDDLE, NORMAL, Scene, Thing
 from engine.nano.training.score import composed
 from engine.nano.training.sprites import KINDS
-from tests.living import Living
-from tests.pictures import file, noise
-from tests.talk import call, refused
+from engine.registry import NANO
+from tests.images import file, noise
+from tests.real_server import Living
+from tests.tool_calls import call, refused
 
 pytestmark = pytest.mark.anyio
 

@@ -17,12 +17,12 @@ from mcp.shared.exceptions import MCPError
 from mcp_types import PromptReference
 from PIL import Image
 
-from engine.variants import EMBEDDED, VARIANTS
-from klein_mcp import prompts
-from klein_mcp.prompts import IMAGES, Recipe
-from klein_mcp.tools import TOOLS
+from engine.families.klein.variants import EMBEDDED, VARIANTS
+from klein_mcp.mcp_server import prompts
+from klein_mcp.mcp_server.prompts import IMAGES, Recipe
+from klein_mcp.mcp_server.tools import TOOLS
 from tests.agent import Agent, steps
-from tests.living import Living
+from tests.real_server import Living
 
 RECIPES = {recipe.name: recipe for recipe in prompts.recipes()}
 ASKED_FOR = {

@@ -14,9 +14,10 @@ import pytest
 from PIL import Image
 
 from examples import configurations, make
-from klein_mcp import cli, settings
+from klein_mcp import settings
+from klein_mcp.cli import main
 from klein_mcp.images.provenance import read
-from tests.living import Living
+from tests.real_server import Living
 
 ROOT = Path(__file__).parents[1]
 README = make.README.read_text(encoding="utf-8")
@@ -147,7 +148,7 @@ def test_every_setting_command_and_client_it_speaks_of_exists() -> None:
     subcommands = set(re.findall(r"`klein-mcp (\w+)", README)) | {
         line.split()[1] for line in commands() if line.startswith("klein-mcp ")
     }
-    (parsers,) = (action for action in cli._parser()._actions if action.dest == "command" or action.choices)
+    (parsers,) = (action for action in main._parser()._actions if action.dest == "command" or action.choices)
     assert subcommands <= set(parsers.choices or ())
     for client in configurations.CLIENTS:
         assert f"<b>{client.title}</b>" in README

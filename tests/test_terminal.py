@@ -14,9 +14,9 @@ import pytest
 from mcp import Client
 
 from examples import configurations
-from klein_mcp import terminal
-from tests.living import Living
-from tests.talk import call
+from klein_mcp.cli import terminal
+from tests.real_server import Living
+from tests.tool_calls import call
 
 clients = {client.title: client.read for client in configurations.CLIENTS}
 pty = pytest.importorskip("pty", reason="this system has no pseudo-terminals")

@@ -20,25 +20,25 @@ from typing import TYPE_CHECKING
 import uvicorn
 from filelock import FileLock, Timeout
 
-from klein_mcp.daemon import address as addresses
-from klein_mcp.daemon.address import ENGINE_LOCK, HOST, Address, Build
+from klein_mcp.cli.paint import engine
+from klein_mcp.daemon import endpoint as addresses
 from klein_mcp.daemon.app import Daemon
-from klein_mcp.daemon.history import History
-from klein_mcp.daemon.kept import Kept
-from klein_mcp.daemon.local import LocalBackend
-from klein_mcp.daemon.queue import Painter, Queue
-from klein_mcp.paint import engine
+from klein_mcp.daemon.endpoint import ENGINE_LOCK, HOST, BuildInfo, Endpoint
+from klein_mcp.daemon.executors.local import LocalBackend
+from klein_mcp.jobs.manager import JobManager
+from klein_mcp.jobs.queue import Executor, Queue
+from klein_mcp.jobs.timing import TimingHistory
 from klein_mcp.settings import Settings, SettingsError
 
 if TYPE_CHECKING:
-    from klein_mcp.service import Service
+    from klein_mcp.jobs.service import Service
 
 log = logging.getLogger("klein_mcp.daemon")
 
 LOST = 5.0
 """Idle seconds after which a daemon whose address was taken away leaves: its data folder was deleted."""
 
-Make = Callable[[Settings], Painter]
+Make = Callable[[Settings], Executor]
 
 
 def main(make: Make = engine) -> int:
@@ -64,11 +64,11 @@ def _alone(home: Path) -> FileLock:
 
 async def _serve(settings: Settings, make: Make) -> None:
     listener = _bind()
-    address = Address(listener.getsockname()[1], os.getpid(), addresses.new_token())
-    build = Build.read()
-    history = History(settings.home / "history.json")
+    address = Endpoint(listener.getsockname()[1], os.getpid(), addresses.new_token())
+    build = BuildInfo.read()
+    history = TimingHistory(settings.home / "history.json")
 
-    def painter() -> Painter:
+    def painter() -> Executor:
         try:
             return make(settings)
         except Exception:
@@ -77,7 +77,7 @@ async def _serve(settings: Settings, make: Make) -> None:
             raise
 
     queue = Queue(painter, size=settings.queue_size, keep_alive=settings.keep_alive, history=history)
-    kept = Kept(settings.home / "jobs", lambda: _service(settings, queue))
+    kept = JobManager(settings.home / "jobs", lambda: _service(settings, queue))
     about = {
         "version": build.version,
         "pid": address.pid,
@@ -125,7 +125,7 @@ class _Server(uvicorn.Server):
 
 def _service(settings: Settings, queue: Queue) -> "Service":
     """The road that every picture takes, for orders that were handed over; they are not handed over again."""
-    from klein_mcp.service import Service
+    from klein_mcp.jobs.service import Service
 
     return Service(replace(settings, wait_budget=math.inf), LocalBackend(queue, kept=True))  # type: ignore[arg-type]
 

@@ -14,20 +14,22 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from engine.contract import EngineError, Job
-from klein_mcp.backends import UnknownJob
 from klein_mcp.daemon import wire
-from klein_mcp.daemon.address import Address, Build
-from klein_mcp.daemon.kept import Kept
-from klein_mcp.daemon.local import LocalBackend
-from klein_mcp.daemon.queue import Queue
+from klein_mcp.daemon.endpoint import BuildInfo, Endpoint
+from klein_mcp.daemon.executors.local import LocalBackend
+from klein_mcp.jobs.backend import UnknownJob
+from klein_mcp.jobs.manager import JobManager
+from klein_mcp.jobs.queue import Queue
 
-Endpoint = Callable[[Request], Awaitable[Response]]
+Handler = Callable[[Request], Awaitable[Response]]
 
 
 class Daemon:
     """State that outlives a request: the queue, the orders handed over, who we are, and whether we are leaving."""
 
-    def __init__(self, queue: Queue, kept: Kept, address: Address, build: Build, *, about: dict[str, Any]) -> None:
+    def __init__(
+        self, queue: Queue, kept: JobManager, address: Endpoint, build: BuildInfo, *, about: dict[str, Any]
+    ) -> None:
         self.queue = queue
         self.kept = kept
         self.address = address
@@ -54,7 +56,7 @@ class Daemon:
             ]
         )
 
-    def _let_in(self, endpoint: Endpoint) -> Endpoint:
+    def _let_in(self, endpoint: Handler) -> Handler:
         async def guarded(request: Request) -> Response:
             shown = request.headers.get("authorization", "").removeprefix("Bearer ")
             if not hmac.compare_digest(shown.encode(), self.address.token.encode()):

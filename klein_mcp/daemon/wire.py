@@ -19,8 +19,8 @@ from engine.contract import (
     Loading,
     ModelNotFound,
     OutOfMemory,
-    Painting,
     Queued,
+    Result,
     Stage,
     Step,
 )
@@ -28,7 +28,7 @@ from engine.contract import (
 Message = Job | Event | EngineError
 
 _PREFIX = struct.Struct("!II")  # bytes of the header, bytes of pixels behind it
-_KINDS: dict[str, type] = {kind.__name__: kind for kind in (Job, Queued, Loading, Stage, Step, Painting)}
+_KINDS: dict[str, type] = {kind.__name__: kind for kind in (Job, Queued, Loading, Stage, Step, Result)}
 _ERRORS: dict[str, type[EngineError]] = {
     kind.__name__: kind
     for kind in (EngineError, InvalidJob, ModelNotFound, BadWeights, OutOfMemory, Busy, EngineFailed)

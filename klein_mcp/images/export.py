@@ -9,7 +9,7 @@ from pathlib import Path, PurePath
 
 from klein_mcp.errors import Refused, RequestError, did_you_mean, shown
 from klein_mcp.images import codec
-from klein_mcp.images.store import Record, Store
+from klein_mcp.images.library import Record, Store
 
 _SUFFIXES: dict[str, codec.Format] = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp"}
 ALLOW = (
@@ -19,7 +19,7 @@ ALLOW = (
 
 
 @dataclass(frozen=True, slots=True)
-class Wish:
+class SaveOptions:
     """path: as the caller wrote it; a relative one counts from the first allowed folder."""
 
     path: str
@@ -38,7 +38,7 @@ class Saved:
     bytes: int
 
 
-def save(store: Store, record: Record, wish: Wish, roots: Iterable[Path]) -> Saved:
+def save(store: Store, record: Record, wish: SaveOptions, roots: Iterable[Path]) -> Saved:
     """roots: folders that may be written into. Raises RequestError. Blocking."""
     target, kind = resolve(wish, record.handle, tuple(roots))
     try:
@@ -55,7 +55,7 @@ def save(store: Store, record: Record, wish: Wish, roots: Iterable[Path]) -> Sav
     return Saved(target, kind, width, height, len(data))
 
 
-def resolve(wish: Wish, handle: str, roots: tuple[Path, ...]) -> tuple[Path, codec.Format]:
+def resolve(wish: SaveOptions, handle: str, roots: tuple[Path, ...]) -> tuple[Path, codec.Format]:
     """Where the file will really lie, links followed, and in which format. Raises RequestError."""
     if not roots:
         raise Refused("No folder is open for writing here.", hint=ALLOW)
@@ -96,7 +96,7 @@ def _with_suffix(path: Path, asked: codec.Format | None) -> tuple[Path, codec.Fo
     return path, kind
 
 
-def _rendered(store: Store, record: Record, wish: Wish, kind: codec.Format) -> tuple[bytes, int, int]:
+def _rendered(store: Store, record: Record, wish: SaveOptions, kind: codec.Format) -> tuple[bytes, int, int]:
     """The library's own bytes where nothing is to be changed."""
     data = store.read(record)
     longest = max(record.width, record.height)

@@ -9,7 +9,7 @@ import numpy.typing as npt
 from engine.contract import Rgb8
 from klein_mcp.errors import RequestError
 from klein_mcp.images import codec
-from klein_mcp.order import MAX_AREA
+from klein_mcp.jobs.request import MAX_AREA
 
 SEAM = 16
 """Pixels inside the mask over which old turns into new."""
@@ -31,7 +31,7 @@ Box = tuple[int, int, int, int]
 
 
 @dataclass(frozen=True, slots=True)
-class Patch:
+class EditRegion:
     """The part of a picture that the model works on, and where in it it may leave a trace.
 
     box: the part, in pixels of the picture. mask: [height, width] of the whole picture; None where all may change.
@@ -67,11 +67,11 @@ class Patch:
         return result
 
 
-def patch(image: Rgb8, region: Sequence[int] | None, mask: "Rgb8 | None") -> Patch:
+def patch(image: Rgb8, region: Sequence[int] | None, mask: "Rgb8 | None") -> EditRegion:
     """region: x, y, width, height. mask: white where it may change. Both: where they meet. Raises RequestError."""
     height, width = image.shape[:2]
     if region is None and mask is None:
-        return Patch((0, 0, width, height), None)
+        return EditRegion((0, 0, width, height), None)
     may = np.ones((height, width), bool)
     if mask is not None:
         may &= _white(mask, width, height)
@@ -84,7 +84,7 @@ def patch(image: Rgb8, region: Sequence[int] | None, mask: "Rgb8 | None") -> Pat
         )
     rows, columns = np.flatnonzero(may.any(1)), np.flatnonzero(may.any(0))
     box = (int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1)
-    return Patch(_surroundings(box, width, height), may)
+    return EditRegion(_surroundings(box, width, height), may)
 
 
 def doubt(mask: Rgb8) -> tuple[str, ...]:

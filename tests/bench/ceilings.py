@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from engine.device import Placement
+from engine.memory.device import Device
 
 MATRIX = 8192
 COPY = 4 << 30
@@ -27,7 +27,7 @@ class Ceilings:
         return max(flop / self.flops, bytes_ / self.bandwidth)
 
 
-def measure(placement: Placement, *, matrix: int = MATRIX, copy: int = COPY, rounds: int = ROUNDS) -> Ceilings:
+def measure(placement: Device, *, matrix: int = MATRIX, copy: int = COPY, rounds: int = ROUNDS) -> Ceilings:
     """Medians of sustained runs: a burst of one millisecond is not a rate that seconds of painting can have."""
     where = {"device": placement.device, "dtype": placement.dtype}
     a, b = torch.randn(matrix, matrix, **where), torch.randn(matrix, matrix, **where)
@@ -40,7 +40,7 @@ def measure(placement: Placement, *, matrix: int = MATRIX, copy: int = COPY, rou
     )
 
 
-def _seconds(do: Callable[[], object], placement: Placement, rounds: int) -> float:
+def _seconds(do: Callable[[], object], placement: Device, rounds: int) -> float:
     times = []
     for _ in range(3 + rounds):
         placement.sync()

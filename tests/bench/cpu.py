@@ -28,11 +28,11 @@ import numpy as np
 import torch
 from PIL import Image
 
-from engine.contract import Job, Painting, Rgb8
+from engine.contract import Job, Result, Rgb8
 from engine.engine import Engine
-from engine.find import NANO
-from tests.bench.sides import HEAD, Row, compare
-from tests.living import Living, living
+from engine.registry import NANO
+from tests.bench.comparisons import HEAD, Row, compare
+from tests.real_server import Living, living
 
 SIDE = 128
 THREADS = 1
@@ -230,9 +230,9 @@ def _picture(seed: int) -> Rgb8:
     return np.random.default_rng(seed & 0xFFFF).integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8)
 
 
-def _last(engine: Engine, job: Job) -> Painting:
+def _last(engine: Engine, job: Job) -> Result:
     *_, painting = engine.run(job)
-    assert isinstance(painting, Painting)
+    assert isinstance(painting, Result)
     return painting
 
 

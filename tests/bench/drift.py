@@ -7,8 +7,8 @@ import numpy as np
 import torch
 
 from engine.contract import Rgb8
-from engine.device import Placement
-from tests.bench.giants import Giant, Nets, cast, diffusers, finite, grown, ours
+from engine.memory.device import Device
+from tests.bench.full_size_models import Giant, Nets, cast, diffusers, finite, grown, ours
 from tests.bench.paint import engine_side, pipeline_side
 from tests.bench.scenarios import EDIT, asks
 
@@ -34,7 +34,7 @@ class Drift:
 def measure(giant: Giant, device: torch.device, pictures: int = 3) -> Drift:
     """Errors over a few pictures. Raises AssertionError where the two sides do not compute the same in fp32."""
     cut = giant.cut()
-    exact, low = Placement(device, torch.float32), Placement(device, LOW)
+    exact, low = Device(device, torch.float32), Device(device, LOW)
     # TF32 would make the oracle as rough as what it judges.
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         nets = grown(cut, exact)
@@ -48,7 +48,7 @@ def measure(giant: Giant, device: torch.device, pictures: int = 3) -> Drift:
     return Drift(*(float(np.sqrt(np.mean(np.square(error)))) for error in errors), same=max(same, same_kv))
 
 
-def _agreed(nets: Nets, cut: Giant, exact: Placement, count: int, *, kv: bool = False) -> tuple[list[Rgb8], int]:
+def _agreed(nets: Nets, cut: Giant, exact: Device, count: int, *, kv: bool = False) -> tuple[list[Rgb8], int]:
     """diffusers' pictures, after comparing ours with them; and the largest difference, in levels."""
     klein = ours(nets, cut, exact, kv=kv, remember=0)
     mine, oracle = engine_side(klein), pipeline_side(diffusers(nets, cut, exact, kv=kv), cut)

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from engine.model.transformer import Modulations
-from engine.pixels import GRID
+from engine.diffusion.canvas import GRID
+from engine.families.klein.transformer import Modulations
 from tests.bench.ceilings import Ceilings
-from tests.bench.giants import Giant, Nets, empty
+from tests.bench.full_size_models import Giant, Nets, empty
 from tests.bench.scenarios import Scenario
 
 META = torch.device("meta")

@@ -20,10 +20,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from engine.device import Placement
+from engine.memory.device import Device
 from tests.bench import ceilings, drift
 from tests.bench.floors import Counts
-from tests.bench.giants import GIANTS, Giant, Nets, compiled, diffusers, finite, grown, ours, weight_bytes
+from tests.bench.full_size_models import GIANTS, Giant, Nets, compiled, diffusers, finite, grown, ours, weight_bytes
 from tests.bench.paint import engine_side, pillow_png, pipeline_side
 from tests.bench.report import Report, timing_line
 from tests.bench.scenarios import EDIT, FIRST, SCENARIOS, Scenario, asks
@@ -35,7 +35,7 @@ class Settings:
     """How a run is made. backend: of torch.compile, None for no compiled side. minutes: for all of it."""
 
     giant: Giant
-    placement: Placement
+    placement: Device
     backend: str | None
     minutes: float
     scenarios: tuple[Scenario, ...] = SCENARIOS
@@ -47,13 +47,13 @@ class Settings:
     @classmethod
     def full(cls, variant: str, minutes: float, *, compiling: bool) -> "Settings":
         """On the best device there is, in its own number format."""
-        return cls(GIANTS[variant], Placement.choose(), "inductor" if compiling else None, minutes)
+        return cls(GIANTS[variant], Device.choose(), "inductor" if compiling else None, minutes)
 
     @classmethod
     def smoke(cls, *, compiling: bool) -> "Settings":
         """Every line, nothing learnt. The compiled side is only traced, and for one scenario: seconds each."""
         return cls(
-            GIANTS["toy"], Placement.choose("cpu", "float32"), "eager" if compiling else None, minutes=0.0,
+            GIANTS["toy"], Device.choose("cpu", "float32"), "eager" if compiling else None, minutes=0.0,
             scenarios=tuple(replace(each, compiled=each is EDIT) for each in SCENARIOS),
             pace=Pace(warm=1, rounds=1), matrix=128, copy=1 << 20, drifted=1,
         )  # fmt: skip
@@ -168,7 +168,7 @@ def _levels(picture: Any) -> np.ndarray:
     return np.asarray(picture).astype(np.float64)
 
 
-def _machine(placement: Placement) -> str:
+def _machine(placement: Device) -> str:
     gpu = placement.device.type == "cuda"
     return f"{torch.cuda.get_device_name(placement.device) if gpu else 'CPU'}, torch {torch.__version__}"
 

@@ -19,9 +19,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from engine.device import Placement
-from engine.layouts import plain
-from engine.weights import Tensors, fill
+from engine.checkpoints.loading import Tensors, fill
+from engine.families.klein.key_maps import plain
+from engine.memory.device import Device
 
 GOAL = 0.8
 WIDTHS = ((9216, 3072), (3072, 3072), (18432, 3072), (3072, 9216), (27648, 3072), (3072, 12288))
@@ -65,7 +65,7 @@ def ours(file: Path, shapes: list[tuple[int, int]], dtype: torch.dtype) -> None:
     with torch.device("meta"):
         net = nn.Sequential(*(nn.Linear(columns, rows, bias=False) for rows, columns in shapes))
     tensors = Tensors.open([file])
-    for _ in fill(net, tensors, plain(tensors.shapes), Placement(torch.device("cpu"), dtype), what="benchmark"):
+    for _ in fill(net, tensors, plain(tensors.shapes), Device(torch.device("cpu"), dtype), what="benchmark"):
         pass
 
 

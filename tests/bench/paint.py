@@ -6,10 +6,10 @@ from typing import Any
 import torch
 from PIL import Image
 
-from engine.contract import Job, Painting, Rgb8
-from engine.klein import Klein
+from engine.contract import Job, Result, Rgb8
+from engine.families.klein.pipeline import Klein
 from klein_mcp.images import codec
-from tests.bench.giants import Giant
+from tests.bench.full_size_models import Giant
 from tests.bench.scenarios import Ask
 from tests.bench.turns import Side
 
@@ -19,7 +19,7 @@ def engine_side(klein: Klein) -> Side:
 
     def paint(ask: Ask) -> Rgb8:
         *_, painting = klein.run(Job(ask.prompt, ask.references, ask.side, ask.side, seed=ask.seed))
-        assert isinstance(painting, Painting)
+        assert isinstance(painting, Result)
         return painting.image
 
     return Side(paint, codec.encode)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from engine.contract import Rgb8
-from tests.bench.giants import Giant
+from tests.bench.full_size_models import Giant
 
 
 @dataclass(frozen=True, slots=True)

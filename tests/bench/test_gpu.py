@@ -10,7 +10,7 @@ import pytest
 from tests.bench import gpu
 from tests.bench.ceilings import Ceilings
 from tests.bench.floors import Counts
-from tests.bench.giants import GIANTS
+from tests.bench.full_size_models import GIANTS
 from tests.bench.report import Report
 from tests.bench.scenarios import SCENARIOS, TARGETS
 

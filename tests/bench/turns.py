@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from engine.device import Placement
+from engine.memory.device import Device
 from tests.bench.scenarios import Ask
 
 
@@ -40,7 +40,7 @@ class Laps:
 class Stopwatch:
     """Times one picture by two clocks, so that a host that cannot keep up shows."""
 
-    def __init__(self, placement: Placement) -> None:
+    def __init__(self, placement: Device) -> None:
         self.placement = placement
         self.gpu = placement.device.type == "cuda"
 

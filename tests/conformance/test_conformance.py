@@ -17,8 +17,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.klein_mcp.doors import serving
-from tests.living import Living
+from tests.klein_mcp.front_ends import serving
+from tests.real_server import Living
 
 pytestmark = pytest.mark.conformance
 

@@ -128,8 +128,8 @@ def test_it_is_said_in_one_line(what: str, folder: Path, tmp_path: Path) -> None
 
 def test_a_tokenizer_that_knows_no_words_is_none(tmp_path: Path) -> None:
     """transformers makes a Qwen2Tokenizer without words of its config alone: every prompt would be the same."""
-    from engine.find import NANO
-    from engine.model.text_encoder import Tokenizer
+    from engine.families.klein.text_encoder import Tokenizer
+    from engine.registry import NANO
 
     shutil.copytree(NANO / "tokenizer", tmp_path / "tokenizer", ignore=shutil.ignore_patterns("tokenizer.json"))
     with pytest.raises(BadWeights, match=r"it knows no words: tokenizer\.json, or vocab\.json"):

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from engine.contract import Job, Loading, OutOfMemory, Painting, Stage
-from engine.device import Placement
+from engine.contract import Job, Loading, OutOfMemory, Result, Stage
 from engine.engine import Engine
-from engine.klein import Klein
+from engine.families.klein.pipeline import Klein
+from engine.memory.device import Device
 
 DOG = Job("a dog on yellow", model="nano", seed=3)
 GB = 10**9
@@ -40,9 +40,9 @@ def engine() -> Engine:
     return engine
 
 
-def paint(engine: Engine, job: Job) -> Painting:
+def paint(engine: Engine, job: Job) -> Result:
     *_, painting = engine.run(job)
-    assert isinstance(painting, Painting)
+    assert isinstance(painting, Result)
     return painting
 
 
@@ -72,7 +72,7 @@ def test_what_is_remembered_is_dropped_and_the_job_painted_after_all(
     events = list(engine.run(DOG))
     assert len(latents) == 2
     assert [event.name for event in events if isinstance(event, Stage)] == ["prompt", "denoise", "decode"] * 2
-    assert isinstance(events[-1], Painting)
+    assert isinstance(events[-1], Result)
     assert np.array_equal(events[-1].image, undisturbed)
     assert events[-1].cache["prompt"] == "miss"
     assert len(engine.memory) == 1, "its own prompt, read again"
@@ -82,7 +82,7 @@ def test_nothing_of_the_failed_attempt_is_held_when_the_device_is_emptied(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     latents, alive = full(engine, monkeypatch, 1), []
-    monkeypatch.setattr(Placement, "empty_cache", lambda self: alive.append(latents[0]() is not None))
+    monkeypatch.setattr(Device, "empty_cache", lambda self: alive.append(latents[0]() is not None))
     paint(engine, DOG)
     assert alive == [False]
 
@@ -91,9 +91,9 @@ def test_a_second_time_is_one_line_with_numbers_and_the_next_job_is_painted(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     latents = full(engine, monkeypatch, 2)
-    monkeypatch.setattr(Placement, "label", "GPU")
-    monkeypatch.setattr(Placement, "total_bytes", lambda self: 24 * GB)
-    monkeypatch.setattr(Placement, "free_bytes", lambda self: 1_234_000_000)
+    monkeypatch.setattr(Device, "label", "GPU")
+    monkeypatch.setattr(Device, "total_bytes", lambda self: 24 * GB)
+    monkeypatch.setattr(Device, "free_bytes", lambda self: 1_234_000_000)
     monkeypatch.setattr(engine, "_held", lambda: 7_800_000_000)
     with pytest.raises(OutOfMemory) as told:
         list(engine.run(DOG))

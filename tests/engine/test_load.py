@@ -17,21 +17,21 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from engine import parts
-from engine.contract import BadWeights, EngineError, Job, Painting
-from engine.device import Placement
+from engine.checkpoints.files.safetensors import Header, kind
+from engine.checkpoints.loading import Tensors
+from engine.contract import BadWeights, EngineError, Job, Result
 from engine.engine import Engine
-from engine.find import NANO, Shelf
-from engine.headers import Header, kind
-from engine.klein import Klein
-from engine.load import Options
-from engine.lora import Lora
-from engine.weights import Tensors
+from engine.families.klein import components
+from engine.families.klein.loader import LoadOptions
+from engine.families.klein.lora import Lora
+from engine.families.klein.pipeline import Klein
+from engine.memory.device import Device
+from engine.registry import NANO, ModelRegistry
 from tests.engine import published
-from tests.engine.test_conveyor import last
 from tests.engine.test_lora import bfl_fused, write
+from tests.engine.test_offload import last
 
-CPU = Placement(torch.device("cpu"), torch.float32)
+CPU = Device(torch.device("cpu"), torch.float32)
 LAYERS = (9, 18, 27)
 
 
@@ -57,7 +57,7 @@ def test_of_the_text_encoder_only_the_layers_that_are_read_are_loaded(folder: Pa
     # As in the 8B, where the language model's head is a matrix of its own.
     whole = load_file(file)
     published.write(whole | {"lm_head.weight": whole["model.embed_tokens.weight"] + 1}, file)
-    part = parts.text_encoder(home, LAYERS)
+    part = components.text_encoder(home, LAYERS)
     entries = Header.read(file).entries
     wanted = {name: entry.bytes for name, entry in entries.items() if name.startswith("model.embed_tokens")}
     wanted |= {
@@ -75,7 +75,7 @@ def test_of_the_text_encoder_only_the_layers_that_are_read_are_loaded(folder: Pa
 def test_every_byte_of_a_transformer_is_read_once(folder: Path, bfl: dict[str, Tensor], tmp_path: Path) -> None:
     eight = published.write(published.quantised(bfl, "fp8")[0], tmp_path / "fp8.safetensors")
     for path, wanted in ((folder / "transformer", None), (folder / "transformer", "fp8"), (eight, None)):
-        part = parts.transformer(path, wanted)
+        part = components.transformer(path, wanted)
         with bytes_read() as read:
             told = sum(part.fill(CPU))
         assert told == part.bytes <= read[0] < told + 20_000
@@ -97,12 +97,12 @@ def test_shards_above_the_cut_may_be_missing(folder: Path, tmp_path: Path) -> No
     names = {name: f"model-{shard}.safetensors" for shard, there in shards.items() for name in there}
     (home / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
     (home / "model-c.safetensors").unlink()
-    part = parts.text_encoder(home, LAYERS)
+    part = components.text_encoder(home, LAYERS)
     list(part.fill(CPU))
     assert not any(parameter.is_meta for parameter in part.module.parameters())
     (home / "model-b.safetensors").unlink()
     with pytest.raises(BadWeights, match=r"text encoder lacks the file model-b\.safetensors, which its index names"):
-        list(parts.text_encoder(home, LAYERS).fill(CPU))
+        list(components.text_encoder(home, LAYERS).fill(CPU))
 
 
 @pytest.mark.parametrize("prefix", ["", "text_encoders.qwen3_4b.transformer."])
@@ -112,7 +112,7 @@ def test_an_encoder_in_a_single_file_needs_no_config(prefix: str, bare: bool, fo
     tensors = {prefix + (name.removeprefix("model.") if bare else name): tensor for name, tensor in whole.items()}
     file = published.write(tensors, tmp_path / "qwen_3_4b.safetensors")
     assert kind(Header.read(file)) == "text encoder"
-    one, other = (parts.text_encoder(path, LAYERS) for path in (folder / "text_encoder", file))
+    one, other = (components.text_encoder(path, LAYERS) for path in (folder / "text_encoder", file))
     for part in (one, other):
         list(part.fill(CPU))
         part.module.finish(torch.device("cpu"))
@@ -137,7 +137,7 @@ def test_a_quantised_encoder_is_read_layer_by_layer(folder: Path, tmp_path: Path
             tensors[f"{layer}.comfy_quant"] = torch.tensor(list(said), dtype=torch.uint8)
         else:
             tensors[name] = tensor
-    part = parts.text_encoder(published.write(tensors, tmp_path / "mixed.safetensors"), LAYERS)
+    part = components.text_encoder(published.write(tensors, tmp_path / "mixed.safetensors"), LAYERS)
     list(part.fill(CPU))
     layers = [layer for name, layer in part.module.named_modules() if name.endswith("up_proj")]
     assert len(layers) == 27
@@ -150,8 +150,8 @@ def test_a_quantised_encoder_is_read_layer_by_layer(folder: Path, tmp_path: Path
 def test_an_autoencoder_in_fp32_becomes_what_is_painted_in(folder: Path, tmp_path: Path) -> None:
     file = published.write(published.bfl_autoencoder(folder), tmp_path / "flux2-vae.safetensors")
     assert kind(Header.read(file)) == "autoencoder"
-    part = parts.autoencoder(file)
-    list(part.fill(Placement(torch.device("cpu"), torch.bfloat16)))
+    part = components.autoencoder(file)
+    list(part.fill(Device(torch.device("cpu"), torch.bfloat16)))
     assert {tensor.dtype for tensor in part.module.state_dict().values()} == {torch.bfloat16}
 
 
@@ -162,21 +162,21 @@ def test_the_small_decoder_is_read_from_its_shapes(folder: Path, tmp_path: Path)
 
     narrow = AutoencoderKLFlux2(**toys.AUTOENCODER, decoder_block_out_channels=(32, 32, 32, 32))
     narrow.save_pretrained(tmp_path / "small" / "vae")
-    part = parts.autoencoder(tmp_path / "small" / "vae")
+    part = components.autoencoder(tmp_path / "small" / "vae")
     list(part.fill(CPU))
     assert part.module.shape.encoder == (32, 32, 64, 64)
     assert part.module.shape.decoder == (32, 32, 32, 32)
     latent = torch.randn(1, 128, 2, 2)
     single = published.write(published.bfl_autoencoder(tmp_path / "small"), tmp_path / "small.safetensors")
-    again = parts.autoencoder(single)
+    again = components.autoencoder(single)
     list(again.fill(CPU))
     assert torch.equal(part.module.decode(latent), again.module.decode(latent))
 
 
 def test_in_every_dtype_the_weights_are_the_files_rounded(folder: Path, bfl: dict[str, Tensor]) -> None:
     for dtype in (torch.float32, torch.bfloat16):
-        part = parts.transformer(folder / "transformer")
-        list(part.fill(Placement(torch.device("cpu"), dtype)))
+        part = components.transformer(folder / "transformer")
+        list(part.fill(Device(torch.device("cpu"), dtype)))
         for name, tensor in part.module.state_dict().items():
             assert torch.equal(tensor, bfl[name].to(dtype)), name
 
@@ -184,8 +184,13 @@ def test_in_every_dtype_the_weights_are_the_files_rounded(folder: Path, bfl: dic
 def test_a_lora_and_a_format_change_the_fingerprint(folder: Path, tmp_path: Path) -> None:
     """What is remembered is kept by it: other weights must never meet old states."""
     file = write(bfl_fused(), tmp_path / "style.safetensors")
-    checkpoint = Shelf().find(str(folder))
-    options = (Options(), Options("fp8"), Options(loras=(Lora(file),)), Options(loras=(Lora(file, 0.5),)))
+    checkpoint = ModelRegistry().find(str(folder))
+    options = (
+        LoadOptions(),
+        LoadOptions("fp8"),
+        LoadOptions(loras=(Lora(file),)),
+        LoadOptions(loras=(Lora(file, 0.5),)),
+    )
     prints = {last(Klein.load(checkpoint, CPU, None, option)).fingerprint for option in options}
     assert len(prints) == len(options)
     assert last(Klein.load(checkpoint, CPU)).fingerprint in prints
@@ -195,9 +200,9 @@ def test_a_quantised_model_paints_nearly_the_same_picture(folder: Path) -> None:
     job = Job("a lighthouse of brass", seed=5, width=64, height=64, steps=2)
     pictures = []
     for quant in (None, "fp8"):
-        klein = last(Klein.load(Shelf().find(str(folder)), CPU, None, Options(quant)))
+        klein = last(Klein.load(ModelRegistry().find(str(folder)), CPU, None, LoadOptions(quant)))
         *_, painting = klein.run(job)
-        assert isinstance(painting, Painting)
+        assert isinstance(painting, Result)
         pictures.append(painting.image.astype(float))
     difference = abs(pictures[0] - pictures[1]).mean()
     assert 0 < difference < 25, "fp8 is another rounding, not another picture"
@@ -214,9 +219,9 @@ def test_there_is_never_a_second_copy_of_the_weights(tmp_path: Path) -> None:
 import resource, sys, torch
 from pathlib import Path
 from torch import nn
-from engine.device import Placement
-from engine.layouts import plain
-from engine.weights import Tensors, fill
+from engine.memory.device import Placement
+from engine.families.klein.key_maps import plain
+from engine.checkpoints.loading import Tensors, fill
 with torch.device("meta"):
     net = nn.Sequential(*(nn.Linear(1024, 8192, bias=False) for _ in range(18)))
 tensors = Tensors.open([Path(sys.argv[1])])
@@ -322,7 +327,7 @@ def test_a_pickle_by_its_name_is_refused_unopened(tmp_path: Path) -> None:
     file = tmp_path / "flux-2-klein-4b.ckpt"
     file.write_bytes(b"\x80\x02anything")
     with pytest.raises(BadWeights, match="is a pickle"):
-        Shelf().find(str(file))
+        ModelRegistry().find(str(file))
 
 
 def test_the_9b_encoder_with_a_4b_transformer_is_refused(bfl: dict[str, Tensor], folder: Path, tmp_path: Path) -> None:
@@ -346,7 +351,7 @@ def test_a_file_that_may_not_be_read_says_so(bfl: dict[str, Tensor], folder: Pat
         shutil.copytree(folder / part, tmp_path / part)
     file = published.write(bfl, tmp_path / "flux-2-klein-4b.safetensors")
     with forbidden(file, tmp_path), pytest.raises(BadWeights, match=r"may not be read by this user\. Change its perm"):
-        Shelf().find(str(file))
+        ModelRegistry().find(str(file))
 
 
 @contextmanager
@@ -410,7 +415,7 @@ def test_an_engine_is_told_its_loras_and_format_in_words(folder: Path, tmp_path:
     for words in ({}, {"loras": ["style:0.5"]}, {"loras": ["style"]}, {"quant": "fp8", "loras": ["style"]}):
         engine = Engine(models=[models], device="cpu", dtype="float32", **words)  # type: ignore[arg-type]
         *_, painting = engine.run(job)
-        assert isinstance(painting, Painting)
+        assert isinstance(painting, Result)
         prints.add((painting.fingerprint, painting.image.tobytes()))
     assert len({fingerprint for fingerprint, _ in prints}) == len({image for _, image in prints}) == 4
     with pytest.raises(EngineError, match=r"No LoRA 'stile'; there are style"):
@@ -427,7 +432,7 @@ def test_a_renamed_file_asks_and_the_users_word_answers(bfl: dict[str, Tensor], 
     with pytest.raises(BadWeights, match="--variant"):
         list(Engine(device="cpu", dtype="float32").run(job))
     *_, painting = Engine(device="cpu", dtype="float32", variant="klein-base-4b").run(job)
-    assert isinstance(painting, Painting)
+    assert isinstance(painting, Result)
     assert (painting.model, painting.guidance) == ("klein-base-4b", 4.0)
 
 
@@ -442,6 +447,6 @@ def test_what_lies_in_comfyuis_folders_paints(bfl: dict[str, Tensor], folder: Pa
     shutil.copytree(folder / "tokenizer", home / "diffusion_models" / "tokenizer")
     engine = Engine(models=[home], device="cpu", dtype="float32")
     *_, painting = engine.run(Job("x", model="klein-4b", width=64, height=64, steps=2))
-    assert isinstance(painting, Painting)
+    assert isinstance(painting, Result)
     assert painting.image.std() > 5
     assert engine.models()[1]["format"] == "fp8"

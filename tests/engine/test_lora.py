@@ -10,14 +10,14 @@ from diffusers import Flux2KleinPipeline
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from engine import lora, parts
 from engine.contract import BadWeights, InvalidJob, ModelNotFound
-from engine.device import Placement
-from engine.lora import Beside, Lora
-from engine.model.transformer import Transformer
+from engine.families.klein import components, lora
+from engine.families.klein.lora import Lora, LoraLinear
+from engine.families.klein.transformer import Transformer
+from engine.memory.device import Device
 from tests.engine import published
 
-CPU = Placement(torch.device("cpu"), torch.float32)
+CPU = Device(torch.device("cpu"), torch.float32)
 RANK = 4
 H = 128
 
@@ -94,7 +94,7 @@ def write(tensors: dict[str, Tensor], file: Path) -> Path:
 
 
 def load(path: Path, wanted: str | None = None) -> Transformer:
-    part = parts.transformer(path, wanted)
+    part = components.transformer(path, wanted)
     list(part.fill(CPU))
     return part.module
 
@@ -229,7 +229,7 @@ def test_quantised_layers_keep_their_codes_and_are_changed_beside(kind: str, fol
     plain, quantised = load(folder / "transformer", kind), changed(folder, Lora(file, 0.5), wanted=kind)
     for i, (layer, (rows, columns)) in enumerate(LAYERS.items()):
         beside = quantised.get_submodule(layer)
-        assert isinstance(beside, Beside)
+        assert isinstance(beside, LoraLinear)
         assert torch.equal(
             beside.layer.weight.view(torch.uint8),
             plain.get_submodule(layer).weight.view(torch.uint8),  # type: ignore[operator]

@@ -9,13 +9,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engine.contract import OutOfMemory
-from engine.device import Placement
-from engine.load import _other_models, work_of
-from engine.memory import RESERVE, Needs, Plan, Room, Work, best, plan, working
-from engine.model.autoencoder import Autoencoder, AutoencoderShape
-from engine.model.text_encoder import TextEncoder
-from engine.model.transformer import Transformer, TransformerShape
-from engine.variants import VARIANTS
+from engine.families.klein.loader import _other_models, work_of
+from engine.families.klein.text_encoder import TextEncoder
+from engine.families.klein.transformer import Transformer, TransformerShape
+from engine.families.klein.variants import VARIANTS
+from engine.memory.device import Device
+from engine.memory.plan import RESERVE, ActivationMemory, MemoryInfo, PlacementPlan, WeightSizes, best, plan, working
+from engine.nn.autoencoder import Autoencoder, AutoencoderShape
 from tests.engine.peak import Peak
 
 GB = 10**9
@@ -37,7 +37,7 @@ def nets(size: str) -> tuple[Transformer, TextEncoder, Autoencoder]:
         return Transformer(shape), encoder, Autoencoder(AutoencoderShape())
 
 
-def needs(size: str, kind: str = "bf16") -> Needs:
+def needs(size: str, kind: str = "bf16") -> WeightSizes:
     """Of the real models: the blocks in a format, everything else in bf16."""
     transformer, encoder, autoencoder = nets(size)
     cost = {"bf16": 2.0, "fp8": 1.0, "nvfp4": 0.5625}[kind]
@@ -46,7 +46,7 @@ def needs(size: str, kind: str = "bf16") -> Needs:
     every = sum(p.numel() for net in (transformer, encoder, autoencoder) for p in net.parameters())
     counts = [layer.weight.numel() for layer in blocks], [layer.weight.numel() for layer in inside]
     table = encoder.model.embed_tokens.weight.numel()
-    return Needs(
+    return WeightSizes(
         f"klein-{size}",
         blocks=tuple(round(cost * count) for count in counts[0]),
         encoder=tuple(2 * count for count in counts[1]),
@@ -55,15 +55,15 @@ def needs(size: str, kind: str = "bf16") -> Needs:
     )
 
 
-def work(size: str = "4b", side: int = 1024) -> Work:
+def work(size: str = "4b", side: int = 1024) -> ActivationMemory:
     transformer, _, autoencoder = nets(size)
     return work_of(VARIANTS[f"klein-{size}"], transformer, autoencoder, torch.bfloat16, pixels=side**2)
 
 
-def card(gigabytes: float, free: float | None = None, host: float = 64) -> Room:
+def card(gigabytes: float, free: float | None = None, host: float = 64) -> MemoryInfo:
     """An NVIDIA card of so many GB, of which 0.7 are CUDA's own."""
     there = gigabytes - 0.7 if free is None else free
-    return Room("GPU", round(there * GB), round(gigabytes * GB), round(host * GB))
+    return MemoryInfo("GPU", round(there * GB), round(gigabytes * GB), round(host * GB))
 
 
 def test_the_real_models_need_what_is_published() -> None:
@@ -140,13 +140,13 @@ def test_a_card_that_others_hold_is_told_of_not_crashed_into() -> None:
 
 
 def test_a_refusal_names_the_nearest_thing_that_would_fit() -> None:
-    tight = Room("memory", 12 * GB, 16 * GB)
+    tight = MemoryInfo("memory", 12 * GB, 16 * GB)
     with pytest.raises(OutOfMemory, match=r"needs 16\.\d GB of the memory.*--quant fp8 would fit: it needs 12|nvfp4"):
         plan(needs("4b"), tight, work(), [(f"--quant {k}", needs("4b", k)) for k in ("fp8", "nvfp4")])
     with pytest.raises(OutOfMemory, match=r"for 2048×2048.*1024×1024 would fit\."):
         plan(needs("4b"), card(8, free=6.0), work(side=2048))
     with pytest.raises(OutOfMemory, match=r"nano\) fits anywhere"):
-        plan(needs("9b"), Room("memory", 1 * GB, 2 * GB), work("9b"))
+        plan(needs("9b"), MemoryInfo("memory", 1 * GB, 2 * GB), work("9b"))
 
 
 def test_a_limit_of_the_users_own_is_not_blamed_on_other_programs() -> None:
@@ -157,19 +157,19 @@ def test_a_limit_of_the_users_own_is_not_blamed_on_other_programs() -> None:
         "Allow more: with 3.6 GB it would fit."
     )
     with pytest.raises(OutOfMemory, match=r"KLEIN_MEMORY allows 2\.0 GB\. Allow more: with 32\.\d GB it would fit"):
-        plan(needs("9b"), Room("memory", 60 * GB, 64 * GB, None, 2 * GB), work("9b"))
+        plan(needs("9b"), MemoryInfo("memory", 60 * GB, 64 * GB, None, 2 * GB), work("9b"))
     assert plan(needs("4b"), replace(card(80), limit=10 * GB), work()).peak <= 10 * GB
     assert plan(needs("4b"), replace(card(8), limit=40 * GB), work()) == plan(needs("4b"), card(8), work())
 
 
 def test_a_smaller_model_is_named_where_nothing_helps_this_one() -> None:
     nine = VARIANTS["klein-9b"]
-    others = _other_models(nine, Placement(torch.device("cpu"), torch.bfloat16))
+    others = _other_models(nine, Device(torch.device("cpu"), torch.bfloat16))
     assert [name for name, _ in others] == ["klein-4b"]
     with pytest.raises(OutOfMemory, match=r"klein-4b would fit: it needs about 15\.\d GB\.$"):
-        plan(needs("9b"), Room("memory", 20 * GB, 24 * GB), work("9b"), models=others)
-    assert not _other_models(VARIANTS["klein-4b"], Placement(torch.device("cpu"), torch.bfloat16))
-    base = _other_models(VARIANTS["klein-base-9b"], Placement(torch.device("cpu"), torch.float32))
+        plan(needs("9b"), MemoryInfo("memory", 20 * GB, 24 * GB), work("9b"), models=others)
+    assert not _other_models(VARIANTS["klein-4b"], Device(torch.device("cpu"), torch.bfloat16))
+    base = _other_models(VARIANTS["klein-base-9b"], Device(torch.device("cpu"), torch.float32))
     assert [(name, other.all) for name, other in base] == [("klein-base-4b", 27 * GB)]
 
 
@@ -180,8 +180,8 @@ def test_weights_that_sleep_need_room_in_the_host() -> None:
 
 def test_where_device_and_host_share_memory_nothing_sleeps() -> None:
     four = needs("4b")
-    found = plan(four, Room("memory", 32 * GB, 32 * GB), work())
-    assert found == Plan(80, len(four.encoder), False, four.all + work().bytes + RESERVE, 0)
+    found = plan(four, MemoryInfo("memory", 32 * GB, 32 * GB), work())
+    assert found == PlacementPlan(80, len(four.encoder), False, four.all + work().bytes + RESERVE, 0)
     assert "all on the device" in found.says(four)
     assert "5 of 80" in replace(found, blocks=5).says(four)
 

@@ -9,13 +9,13 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from engine import parts
-from engine.device import Placement
-from engine.model.autoencoder import Autoencoder, AutoencoderShape
-from engine.model.text_encoder import TextEncoder
-from engine.model.transformer import Transformer, TransformerShape
-from engine.sampler import denoise
-from engine.tokens import grid_positions, text_positions
+from engine.diffusion.sampler import denoise
+from engine.diffusion.tokens import grid_positions, text_positions
+from engine.families.klein import components
+from engine.families.klein.text_encoder import TextEncoder
+from engine.families.klein.transformer import Transformer, TransformerShape
+from engine.memory.device import Device
+from engine.nn.autoencoder import Autoencoder, AutoencoderShape
 from tests.engine import published
 
 UNKNOWN = {torch.float64, torch.complex128, torch.float8_e4m3fn, torch.float8_e5m2}
@@ -86,15 +86,15 @@ def test_no_file_is_read_in_a_way_that_metal_cannot_do(
     kind: str | None, bfl: dict[str, Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Codes are widened before they come to the device."""
-    monkeypatch.setattr("engine.quant.stores_fp8", lambda device: device.type != "meta")
-    monkeypatch.setattr("engine.weights.stores_fp8", lambda device: device.type != "meta")
+    monkeypatch.setattr("engine.checkpoints.quant.stores_fp8", lambda device: device.type != "meta")
+    monkeypatch.setattr("engine.checkpoints.loading.stores_fp8", lambda device: device.type != "meta")
     tensors, metadata = bfl, None
     if kind == "raw fp8":
         tensors = {name: tensor.to(torch.float8_e4m3fn) for name, tensor in bfl.items()}
     elif kind is not None:
         tensors, metadata = published.quantised(bfl, kind)
-    metal = Placement(torch.device("meta"), torch.bfloat16)
-    part = parts.transformer(published.write(tensors, tmp_path / "x.safetensors", metadata), None, metal.device)
+    metal = Device(torch.device("meta"), torch.bfloat16)
+    part = components.transformer(published.write(tensors, tmp_path / "x.safetensors", metadata), None, metal.device)
     with Metal():
         assert sum(part.fill(metal)) == part.bytes
     assert {parameter.dtype for parameter in part.module.parameters()} == {torch.bfloat16}

@@ -7,10 +7,10 @@ import time
 import pytest
 import torch
 
-from engine.model import layers
 from engine.nano.training import compiled_training
 from engine.nano.training.folder import WEIGHTS
 from engine.nano.training.train import OWN_LEVELS, STAGES, Lessons, Run, draw_levels, helpers, train
+from engine.nn import layers
 
 pytestmark = pytest.mark.skipif(
     json.loads((WEIGHTS / "klein.json").read_text())["text_length"] < 64, reason="weights of an older kind"

@@ -9,13 +9,14 @@ import pytest
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from engine import headers, parts
-from engine.find import Shelf
-from engine.headers import Header
-from engine.model.autoencoder import Autoencoder, AutoencoderShape
-from engine.model.transformer import Transformer, TransformerShape
-from engine.quant import QuantLinear
-from engine.variants import VARIANTS, File
+from engine.checkpoints.files import safetensors
+from engine.checkpoints.files.safetensors import Header
+from engine.checkpoints.quant import QuantLinear
+from engine.families.klein import components
+from engine.families.klein.transformer import Transformer, TransformerShape
+from engine.families.klein.variants import VARIANTS, File
+from engine.nn.autoencoder import Autoencoder, AutoencoderShape
+from engine.registry import ModelRegistry
 from tests.engine.published import BLOCK_LINEAR
 
 SHAPES = {
@@ -77,9 +78,9 @@ def test_a_published_file_is_known_to_the_byte(row, file: File, tmp_path: Path) 
     path = sparse(tmp_path / file.name, *tensors(SHAPES[row.hidden], file.format))
     assert path.stat().st_size == file.bytes
     header = Header.read(path)
-    assert headers.kind(header) == "transformer"
-    assert headers.storage(header) == file.format
-    part = parts.transformer(path)
+    assert safetensors.kind(header) == "transformer"
+    assert safetensors.storage(header) == file.format
+    part = components.transformer(path)
     assert part.module.shape == SHAPES[row.hidden]
     blocks = [layer for layer in part.module.modules() if isinstance(layer, QuantLinear)]
     assert len(blocks) == (0 if file.format == "bf16" else 80 if row.hidden == 3072 else 112)
@@ -89,7 +90,7 @@ def test_a_published_file_is_known_to_the_byte(row, file: File, tmp_path: Path) 
 def test_a_folder_of_all_published_files_is_told_apart_by_names(tmp_path: Path) -> None:
     for row, file in EXACT:
         sparse(tmp_path / file.name, *tensors(SHAPES[row.hidden], file.format))
-    sources = {(source.name, source.format) for source in Shelf((tmp_path,)).sources()}
+    sources = {(source.name, source.format) for source in ModelRegistry((tmp_path,)).sources()}
     assert sources - {("nano", "bf16")} == {(row.name, file.format) for row, file in EXACT}
 
 
@@ -105,7 +106,7 @@ def test_the_quantised_base_models_keep_some_layers_in_bf16(row: str, kept: int,
     file = next(file for file in VARIANTS[row].files if file.format == "fp8")
     path = sparse(tmp_path / file.name, *tensors(SHAPES[VARIANTS[row].hidden], "fp8", keep))
     assert path.stat().st_size == file.bytes
-    part = parts.transformer(path)
+    part = components.transformer(path)
     assert sum(isinstance(part.module.get_submodule(layer), QuantLinear) for layer in part.layers) == (
         len(part.layers) - kept
     )
@@ -120,8 +121,8 @@ def test_the_published_autoencoder_is_known_to_the_byte(tmp_path: Path) -> None:
              for name, t in net.state_dict().items()]  # fmt: skip
     path = sparse(tmp_path / "flux2-vae.safetensors", [*found, ("bn.num_batches_tracked", "I64", ())])
     assert path.stat().st_size == 336_211_292
-    assert headers.kind(Header.read(path)) == "autoencoder"
-    assert parts.autoencoder(path).module.shape == AutoencoderShape()
+    assert safetensors.kind(Header.read(path)) == "autoencoder"
+    assert components.autoencoder(path).module.shape == AutoencoderShape()
 
 
 def test_of_the_published_encoder_27_of_36_layers_are_read(tmp_path: Path) -> None:
@@ -140,6 +141,6 @@ def test_of_the_published_encoder_27_of_36_layers_are_read(tmp_path: Path) -> No
         found = [(n, "BF16", tuple(t.shape)) for n, t in net.state_dict().items() if not (tied and "lm_head" in n)]
         path = sparse(tmp_path / f"{name}.safetensors", found)
         assert path.stat().st_size == size
-        part = parts.text_encoder(path, (9, 18, 27))
+        part = components.text_encoder(path, (9, 18, 27))
         assert part.module.width == 3 * hidden
         assert part.bytes == pytest.approx(read, rel=1e-3)

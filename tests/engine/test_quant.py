@@ -9,23 +9,24 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from engine import parts, quant
+from engine.checkpoints import quant
+from engine.checkpoints.quant import QuantLinear, fp8, nvfp4
+from engine.checkpoints.quant.fp8 import Fp8Linear
+from engine.checkpoints.quant.nvfp4 import Nvfp4Linear
 from engine.contract import BadWeights
-from engine.device import Placement, multiplies_fp4, multiplies_fp8
-from engine.model.transformer import Transformer
-from engine.quant import QuantLinear, fp8, nvfp4
-from engine.quant.fp8 import Fp8Linear
-from engine.quant.nvfp4 import Nvfp4Linear
+from engine.families.klein import components
+from engine.families.klein.transformer import Transformer
+from engine.memory.device import Device, multiplies_fp4, multiplies_fp8
 from tests.engine import published
 from tests.engine.peak import Peak
 
-CPU = Placement(torch.device("cpu"), torch.float32)
+CPU = Device(torch.device("cpu"), torch.float32)
 ALLOWED = {"fp8": 0.04, "nvfp4": 0.15}
 """Relative error of a layer's outputs and weights. Observed here: fp8 0.026, nvfp4 0.10."""
 
 
-def load(path: Path, wanted: str | None = None, placement: Placement = CPU) -> Transformer:
-    part = parts.transformer(path, wanted, placement.device)
+def load(path: Path, wanted: str | None = None, placement: Device = CPU) -> Transformer:
+    part = components.transformer(path, wanted, placement.device)
     list(part.fill(placement))
     return part.module
 
@@ -282,7 +283,7 @@ def test_scales_of_other_formats_are_refused_before_anything_is_read(
         tensors, metadata = published.quantised(bfl, kind)
         file = published.write(tensors | {name: scale}, tmp_path / "odd.safetensors", metadata)
         with pytest.raises(BadWeights, match=rf"{name} is \w+ \[.*\]: a scaling that is not read; read are"):
-            parts.transformer(file)
+            components.transformer(file)
 
 
 def test_numbers_that_are_not_read_and_matrices_that_are_none_are_named(bfl: dict[str, Tensor], tmp_path: Path) -> None:
@@ -297,7 +298,7 @@ def test_numbers_that_are_not_read_and_matrices_that_are_none_are_named(bfl: dic
 
 def test_metal_gets_everything_widened_because_it_knows_no_fp8(kind: str, file: Path) -> None:
     """A faked device: what is decided for it, not what it computes."""
-    part = parts.transformer(file, None, torch.device("mps"))
+    part = components.transformer(file, None, torch.device("mps"))
     assert not any(isinstance(layer, QuantLinear) for layer in part.module.modules())
     assert quant.target(None, "fp8", torch.device("mps")) is None
     list(part.fill(CPU))
@@ -329,7 +330,7 @@ def test_a_quantised_checkpoint_is_told_apart_by_its_fingerprint(bfl: dict[str, 
     prints = set()
     for kind in ("fp8", "nvfp4"):
         tensors, metadata = published.quantised(bfl, kind)
-        prints.add(parts.transformer(published.write(tensors, tmp_path / kind, metadata)).tensors.fingerprint())
+        prints.add(components.transformer(published.write(tensors, tmp_path / kind, metadata)).tensors.fingerprint())
     save_file(bfl, tmp_path / "bf16")
-    prints.add(parts.transformer(tmp_path / "bf16").tensors.fingerprint())
+    prints.add(components.transformer(tmp_path / "bf16").tensors.fingerprint())
     assert len(prints) == 3

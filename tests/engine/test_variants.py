@@ -1,6 +1,6 @@
 """The rows say what is published, and agree with each other."""
 
-from engine.variants import APACHE, EMBEDDED, NON_COMMERCIAL, VARIANTS
+from engine.families.klein.variants import APACHE, EMBEDDED, NON_COMMERCIAL, VARIANTS
 
 KLEINS = [row for name, row in VARIANTS.items() if name != EMBEDDED]
 

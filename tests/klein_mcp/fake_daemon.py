@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from engine.contract import Event, InvalidJob, Job, Loading, Painting, Stage, Step
+from engine.contract import Event, InvalidJob, Job, Loading, Result, Stage, Step
 from klein_mcp.settings import Settings
 
 COMMAND = (sys.executable, "-m", "tests.klein_mcp.fake_daemon")
@@ -46,7 +46,7 @@ class FakePainter:
         yield Stage("decode")
         width, height = job.width or 64, job.height or 64
         pixels = np.random.default_rng(job.seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
-        yield Painting(pixels, job.seed, "fake", "0" * 16, steps, 1.0, ms={"denoise": 1000 * pause * steps})
+        yield Result(pixels, job.seed, "fake", "0" * 16, steps, 1.0, ms={"denoise": 1000 * pause * steps})
 
     def status(self) -> dict[str, Any]:
         return {"models": ["fake"], "loaded": self.loaded, "released": self.released}

@@ -16,7 +16,7 @@ from PIL import Image, ImageCms
 
 from klein_mcp.errors import BadImage
 from klein_mcp.images import codec, png
-from tests.pictures import file, noise, pixels, scene
+from tests.images import file, noise, pixels, scene
 
 SCENE = scene(48, 32)
 

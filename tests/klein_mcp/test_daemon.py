@@ -19,12 +19,12 @@ import httpx2
 import pytest
 from filelock import FileLock
 
-from engine.contract import Busy, EngineFailed, InvalidJob, Job, Loading, Painting, Queued, Stage, Step
-from klein_mcp.backends import daemon, launch
-from klein_mcp.backends.daemon import DaemonBackend
-from klein_mcp.daemon import address as addresses
+from engine.contract import Busy, EngineFailed, InvalidJob, Job, Loading, Queued, Result, Stage, Step
+from klein_mcp.cli.status import in_words
+from klein_mcp.daemon import client, launch
+from klein_mcp.daemon import endpoint as addresses
+from klein_mcp.daemon.client import DaemonBackend
 from klein_mcp.settings import Settings
-from klein_mcp.status import in_words
 from tests.klein_mcp.fake_daemon import COMMAND
 
 pytestmark = pytest.mark.anyio
@@ -89,7 +89,7 @@ async def test_the_first_job_starts_the_daemon_and_tells_every_stage(door, tmp_p
     events = await paint(door, references=())
     assert isinstance(events[0], Loading)
     kinds = [type(event) for event in events if not isinstance(event, Loading)]
-    assert kinds == [Queued, Stage, Stage, Step, Step, Step, Step, Stage, Painting]
+    assert kinds == [Queued, Stage, Stage, Step, Step, Step, Step, Stage, Result]
     assert len(daemons(tmp_path)) == 1
 
 
@@ -129,7 +129,7 @@ async def test_the_second_job_finds_it_warm(door):
 
 async def test_the_address_file_is_for_its_owner_alone(door, tmp_path):
     await paint(door)
-    assert stat.S_IMODE((tmp_path / "daemon.json").stat().st_mode) == 0o600
+    assert stat.S_IMODE((tmp_path / "client.json").stat().st_mode) == 0o600
 
 
 async def test_without_the_token_nothing_is_told_but_a_greeting(door, tmp_path):
@@ -162,13 +162,13 @@ async def test_bytes_that_are_no_job_are_refused_and_the_next_job_is_painted(doo
         for body in (b"", b"noise", b"{}", b'{"order": {}, "client": "a", "made": null}'):
             assert (await client.post("/keep", content=body)).status_code == 400
         assert (await client.get("/kept/nothing")).status_code == 404
-    assert isinstance((await paint(door))[-1], Painting)
+    assert isinstance((await paint(door))[-1], Result)
 
 
 async def test_an_error_of_the_engine_reaches_the_door_in_its_own_words(door):
     with pytest.raises(InvalidJob, match=r"^You asked me to fail\. Ask for something else\.$"):
         await paint(door, "fail")
-    assert isinstance((await paint(door))[-1], Painting)
+    assert isinstance((await paint(door))[-1], Result)
 
 
 async def test_a_daemon_whose_settings_make_no_engine_does_not_keep_the_next_door_from_painting(door, monkeypatch):
@@ -176,7 +176,7 @@ async def test_a_daemon_whose_settings_make_no_engine_does_not_keep_the_next_doo
     with pytest.raises(InvalidJob, match="no such device"):
         await paint(door)
     monkeypatch.delenv("KLEIN_DEVICE")
-    assert isinstance((await paint(door))[-1], Painting)
+    assert isinstance((await paint(door))[-1], Result)
 
 
 async def test_hanging_up_cancels_within_a_step(door):
@@ -186,7 +186,7 @@ async def test_hanging_up_cancels_within_a_step(door):
             if isinstance(event, Step):
                 break
     started = time.monotonic()
-    assert isinstance((await paint(door))[-1], Painting)
+    assert isinstance((await paint(door))[-1], Result)
     assert time.monotonic() - started < 1.0
     assert (await door.status())["queue"]["done"] == 2
 
@@ -222,7 +222,7 @@ async def test_a_daemon_that_is_killed_mid_job_is_started_again_and_the_job_retr
             if isinstance(event, Step) and event.done == 3 and not victim:
                 (victim,) = daemons(tmp_path)
                 os.kill(victim, signal.SIGKILL)
-    assert isinstance(events[-1], Painting)
+    assert isinstance(events[-1], Result)
     assert events[-1].seed == 5
     assert daemons(tmp_path) != [victim]
 
@@ -230,7 +230,7 @@ async def test_a_daemon_that_is_killed_mid_job_is_started_again_and_the_job_retr
 async def test_a_second_crash_is_one_clear_error_and_the_next_job_is_painted(door):
     with pytest.raises(EngineFailed, match="crashed twice on this picture"):
         await paint(door, "crash=2")
-    assert isinstance((await paint(door))[-1], Painting)
+    assert isinstance((await paint(door))[-1], Result)
 
 
 async def test_stop_ends_it_and_tells_whoever_waits(door, tmp_path):
@@ -246,7 +246,7 @@ async def test_stop_ends_it_and_tells_whoever_waits(door, tmp_path):
     await stopping
     await gone(tmp_path)
     assert await door.status() == {"running": False}
-    assert not (tmp_path / "daemon.json").exists()
+    assert not (tmp_path / "client.json").exists()
 
 
 async def test_sigterm_ends_it_like_stop(door, tmp_path):
@@ -254,8 +254,8 @@ async def test_sigterm_ends_it_like_stop(door, tmp_path):
     (pid,) = daemons(tmp_path)
     os.kill(pid, signal.SIGTERM)
     await gone(tmp_path)
-    assert not (tmp_path / "daemon.json").exists()
-    assert isinstance((await paint(door))[-1], Painting)
+    assert not (tmp_path / "client.json").exists()
+    assert isinstance((await paint(door))[-1], Result)
 
 
 async def test_idle_weights_leave_and_later_the_process(tmp_path, monkeypatch):
@@ -268,7 +268,7 @@ async def test_idle_weights_leave_and_later_the_process(tmp_path, monkeypatch):
         assert (await door.status())["engine"] == {"models": ["fake"], "loaded": False, "released": 1}
         assert any(isinstance(event, Loading) and event.model == "fake" for event in await paint(door))
         await gone(tmp_path)
-        assert isinstance((await paint(door))[-1], Painting)
+        assert isinstance((await paint(door))[-1], Result)
         assert daemons(tmp_path) != [first]
         await door.stop()
         await gone(tmp_path)
@@ -284,12 +284,12 @@ async def test_a_daemon_whose_data_folder_was_deleted_leaves(tmp_path):
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"port": "x"}', b'{"port": 1, "pid": 1, "token": "t"}'])
 async def test_an_address_file_that_leads_nowhere_is_written_anew(content, tmp_path):
-    path = tmp_path / "daemon.json"
+    path = tmp_path / "client.json"
     path.write_bytes(content)
     path.chmod(0o600)
     async with a_door(tmp_path) as door:
         assert await door.status() == {"running": False}
-        assert isinstance((await paint(door))[-1], Painting)
+        assert isinstance((await paint(door))[-1], Result)
         await door.stop()
         await gone(tmp_path)
 
@@ -307,9 +307,9 @@ async def test_a_stranger_on_a_stale_port_gets_neither_token_nor_picture(tmp_pat
         writer.close()
 
     server = await asyncio.start_server(stranger, "127.0.0.1", 0)
-    addresses.write(tmp_path, addresses.Address(server.sockets[0].getsockname()[1], os.getpid(), "our secret"))
+    addresses.write(tmp_path, addresses.Endpoint(server.sockets[0].getsockname()[1], os.getpid(), "our secret"))
     async with server, a_door(tmp_path) as door:
-        assert isinstance((await paint(door, "nobody else shall read this"))[-1], Painting)
+        assert isinstance((await paint(door, "nobody else shall read this"))[-1], Result)
         await door.stop()
         await gone(tmp_path)
     assert heard
@@ -318,8 +318,8 @@ async def test_a_stranger_on_a_stale_port_gets_neither_token_nor_picture(tmp_pat
 
 async def test_an_address_file_that_others_can_read_or_write_is_not_believed(tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        addresses.write(tmp_path, addresses.Address(listener.getsockname()[1], 1, "planted"))
-        (tmp_path / "daemon.json").chmod(0o644)
+        addresses.write(tmp_path, addresses.Endpoint(listener.getsockname()[1], 1, "planted"))
+        (tmp_path / "client.json").chmod(0o644)
         assert addresses.read(tmp_path) is None
 
 
@@ -329,12 +329,12 @@ async def test_a_daemon_of_another_build_is_replaced_once_it_has_finished_its_wo
     long = asyncio.create_task(paint(door, "pause=0.1 steps=10", client="other"))
     await asyncio.sleep(0.3)
     async with a_door(tmp_path) as newer:
-        newer._build = addresses.Build("0.0.0", "other", 2**62)
+        newer._build = addresses.BuildInfo("0.0.0", "other", 2**62)
         with pytest.raises(EngineFailed, match="is newer"):
             await paint(newer)
-        newer._build = addresses.Build("999", "other", 2**62)
+        newer._build = addresses.BuildInfo("999", "other", 2**62)
         monkey = asyncio.create_task(paint(newer))
-        assert isinstance((await long)[-1], Painting)
+        assert isinstance((await long)[-1], Result)
         await until(lambda: (address := addresses.read(tmp_path)) and address.pid != old)
         monkey.cancel()
         await asyncio.gather(monkey, return_exceptions=True)
@@ -345,7 +345,7 @@ async def test_eight_doors_that_start_at_once_share_one_daemon(tmp_path):
         home = tmp_path / str(round)
         doors = [DaemonBackend(Settings(home=home), COMMAND) for _ in range(8)]
         results = await asyncio.gather(*(paint(door, client=str(n)) for n, door in enumerate(doors)))
-        assert all(isinstance(events[-1], Painting) for events in results)
+        assert all(isinstance(events[-1], Result) for events in results)
         assert len(daemons(home)) == 1
         assert (await doors[0].status())["queue"]["done"] == 8
         await doors[0].stop()
@@ -363,7 +363,7 @@ async def test_a_daemon_that_lives_but_does_not_answer_is_waited_for_and_not_dou
             painting.cancel()
             await asyncio.gather(painting, return_exceptions=True)
     async with a_door(tmp_path) as door:
-        assert isinstance((await paint(door))[-1], Painting)
+        assert isinstance((await paint(door))[-1], Result)
         await door.stop()
         await gone(tmp_path)
 
@@ -378,7 +378,7 @@ async def test_a_daemon_that_never_answers_is_one_clear_error(tmp_path, monkeypa
 
 async def test_stop_and_status_do_not_say_that_an_engine_which_hangs_is_not_there(door, tmp_path, monkeypatch):
     await paint(door)
-    monkeypatch.setattr(daemon, "PATIENCE", 0.5)
+    monkeypatch.setattr(client, "PATIENCE", 0.5)
     monkeypatch.setattr(launch, "GREETING", 0.5)
     (pid,) = daemons(tmp_path)
     os.kill(pid, signal.SIGSTOP)
@@ -404,8 +404,8 @@ async def test_after_stop_the_engine_is_gone_even_from_within_a_step(door):
 
 async def test_an_engine_that_does_not_end_when_told_to_is_one_clear_error(door, tmp_path, monkeypatch):
     await paint(door)
-    monkeypatch.setattr(daemon, "PATIENCE", 0.3)
-    monkeypatch.setattr(daemon, "LAST_STEP", 0.0)
+    monkeypatch.setattr(client, "PATIENCE", 0.3)
+    monkeypatch.setattr(client, "LAST_STEP", 0.0)
     monkeypatch.setattr(launch.Launcher, "gone", lambda self, address: False)
     with pytest.raises(EngineFailed, match=r"End .*process"):
         await door.stop()
@@ -426,9 +426,9 @@ def test_the_log_rotates_and_is_bounded(tmp_path):
         "_log_to(Path(sys.argv[1]), 'info')\n"
         "for n in range(40_000): logging.getLogger('klein_mcp').info('%06d %s', n, 'x' * 100)"
     )
-    subprocess.run([sys.executable, "-c", script, str(tmp_path / "daemon.log")], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", script, str(tmp_path / "client.log")], check=True, timeout=60)
     logs = sorted(tmp_path.iterdir())
-    assert [log.name for log in logs] == ["daemon.log", "daemon.log.1", "daemon.log.2"]
+    assert [log.name for log in logs] == ["client.log", "client.log.1", "client.log.2"]
     assert sum(log.stat().st_size for log in logs) <= 3 * 2**20
     assert "039999" in logs[0].read_text()
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from klein_mcp import doctor
+from klein_mcp.cli import doctor
 from klein_mcp.settings import Settings
 
 
@@ -21,7 +21,7 @@ def settings(tmp_path: Path) -> Settings:
     return Settings(home=tmp_path / "klein", hub=tmp_path / "hub", device="cpu")
 
 
-def found(findings: list[doctor.Finding]) -> dict[str, doctor.Finding]:
+def found(findings: list[doctor.Check]) -> dict[str, doctor.Check]:
     return {finding.what: finding for finding in findings}
 
 

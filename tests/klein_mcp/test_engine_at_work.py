@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from engine.contract import Event, Job, OutOfMemory, Painting, Step
+from engine.contract import Event, Job, OutOfMemory, Result, Step
 from engine.engine import Engine
-from klein_mcp.daemon.queue import Queue
+from klein_mcp.jobs.queue import Queue
 from tests.klein_mcp.test_queue import Waiter
 
 EDIT = Job("make it green", (np.full((128, 128, 3), 90, np.uint8),), model="nano", steps=60)
@@ -56,7 +56,7 @@ def test_memory_returns_to_its_level_when_a_job_is_cancelled_at_a_step(
     monkeypatch.setattr(engine, "foresee", lambda: False)  # or the picture would be remembered at some moment, too
     over = threading.Event()
     # Once to its end: prompt, reference and the tables of its noise levels are remembered, on purpose.
-    queue.put(EDIT, "a", lambda event: over.set() if isinstance(event, Painting) else None)
+    queue.put(EDIT, "a", lambda event: over.set() if isinstance(event, Result) else None)
     assert over.wait(120)
     until(lambda: not queue.status()["queue"]["running"])
     engine._foreseen = None
@@ -83,7 +83,7 @@ def test_memory_returns_to_its_level_when_a_job_is_cancelled_at_a_step(
 def test_a_device_that_stays_full_is_one_line_with_numbers_and_the_next_job_is_painted(
     queue: Queue, engine: Engine, monkeypatch: pytest.MonkeyPatch
 ):
-    assert isinstance(Waiter(queue, "a cat", "a").end, Painting)
+    assert isinstance(Waiter(queue, "a cat", "a").end, Result)
     assert engine._klein is not None
     attempts = []
 
@@ -98,5 +98,5 @@ def test_a_device_that_stays_full_is_one_line_with_numbers_and_the_next_job_is_p
     assert len(attempts) == 2
     assert "\n" not in str(problem)
     assert str(problem).count(" GB") == 3
-    assert isinstance(Waiter(queue, "a dog", "a").end, Painting)
+    assert isinstance(Waiter(queue, "a dog", "a").end, Result)
     assert queue.status()["engine"]["remembered"]["entries"] >= 1

@@ -18,11 +18,11 @@ from pydantic import FileUrl
 
 from klein_mcp.errors import RequestError
 from klein_mcp.images import provenance
-from klein_mcp.images.export import Wish, resolve
-from klein_mcp.service import Service
+from klein_mcp.images.export import SaveOptions, resolve
+from klein_mcp.jobs.service import Service
 from tests.fakes import FakePainter
-from tests.pictures import file, pixels, scene
-from tests.talk import call, refused
+from tests.images import file, pixels, scene
+from tests.tool_calls import call, refused
 
 IPTC = "http://cv.iptc.org/newscodes/digitalsourcetype/"
 
@@ -272,7 +272,7 @@ def test_whatever_path_is_asked_for_it_lies_inside_or_is_refused(
         (root / "a").symlink_to(root / "in")
     path = ("/" if leading else "") + "/".join(parts)
     try:
-        target, _ = resolve(Wish(path or "x", form), "k7f3q2", (root,))
+        target, _ = resolve(SaveOptions(path or "x", form), "k7f3q2", (root,))
     except RequestError as problem:
         assert "\n" not in str(problem)  # noqa: PT017
         return
@@ -295,7 +295,7 @@ def test_a_packet_of_a_stranger_is_read_without_harm():
 
 def test_the_longest_prompt_fits_into_a_jpeg(tmp_path: Path):
     from klein_mcp.images import codec
-    from klein_mcp.tools.fields import MAX_PROMPT
+    from klein_mcp.mcp_server.tools.fields import MAX_PROMPT
 
     recipe = {"image": "k7f3q2", "order": {"prompt": "🐻" * MAX_PROMPT}, "parents": []}
     data = codec.encode(scene(16, 16), "jpeg", recipe)

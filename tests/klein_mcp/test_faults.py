@@ -14,9 +14,9 @@ from typing import IO, Any
 import pytest
 from mcp import Client
 
-from klein_mcp.daemon import address as addresses
-from tests.living import Living, living
-from tests.talk import call, refused
+from klein_mcp.daemon import endpoint as addresses
+from tests.real_server import Living, living
+from tests.tool_calls import call, refused
 
 pytestmark = pytest.mark.anyio
 
@@ -137,8 +137,8 @@ from pathlib import Path
 import httpx2, httpcore2, filelock, anyio, numpy, anyio._backends._asyncio, klein_mcp.daemon.wire, encodings.idna
 import h11, httpcore2._async, httpx2._transports.default, traceback, secrets, socket
 from engine.contract import Job, EngineError
-from klein_mcp.backends.daemon import DaemonBackend
-from klein_mcp.daemon import address
+from klein_mcp.daemon.client import DaemonBackend
+from klein_mcp.daemon import endpoint
 from klein_mcp.settings import Settings
 home = Path(sys.argv[1])
 if os.getuid() == 0:
@@ -200,7 +200,7 @@ def test_another_user_of_the_machine_is_not_let_in(living: Living):
     finally:
         for path, mode in zip(paths, modes, strict=True):
             path.chmod(mode)
-    assert "Painting" not in said
+    assert "Result" not in said
     assert "refused:" in said
     assert addresses.read(living.home) == address
 
@@ -208,7 +208,7 @@ def test_another_user_of_the_machine_is_not_let_in(living: Living):
 @posix
 @as_root
 def test_an_address_planted_by_another_user_is_not_believed(tmp_path: Path):
-    planted = addresses.Address(1, 1, "planted")
+    planted = addresses.Endpoint(1, 1, "planted")
     addresses.write(tmp_path, planted)
     assert addresses.read(tmp_path) == planted
     os.chown(tmp_path / "daemon.json", 65534, 65534)

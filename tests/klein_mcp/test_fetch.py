@@ -20,9 +20,9 @@ from mcp import Client
 
 from klein_mcp.errors import BadImage, Refused, RequestError
 from klein_mcp.images import fetch
-from klein_mcp.service import Service
-from tests.pictures import file, scene
-from tests.talk import call, refused
+from klein_mcp.jobs.service import Service
+from tests.images import file, scene
+from tests.tool_calls import call, refused
 
 LIMIT = 1_000_000
 PUBLIC = "93.184.215.14"

@@ -7,9 +7,9 @@ import anyio
 import pytest
 from mcp import Client
 
-from tests.living import living
+from tests.real_server import living
 from tests.soak.test_soak import resident
-from tests.talk import call
+from tests.tool_calls import call
 
 pytestmark = pytest.mark.anyio
 

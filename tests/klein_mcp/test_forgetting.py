@@ -11,17 +11,17 @@ from typing import Any
 import anyio
 import pytest
 
-from klein_mcp.backends import UnknownJob
-from klein_mcp.call import Call
-from klein_mcp.daemon import kept as kept_module
-from klein_mcp.daemon import whole
-from klein_mcp.daemon.kept import Kept
-from klein_mcp.order import Order
-from klein_mcp.outcome import Outcome
+from klein_mcp import atomic
+from klein_mcp.jobs import manager as kept_module
+from klein_mcp.jobs.backend import UnknownJob
+from klein_mcp.jobs.context import CallContext
+from klein_mcp.jobs.manager import JobManager
+from klein_mcp.jobs.outcome import JobResult
+from klein_mcp.jobs.request import ImageRequest
 
 pytestmark = pytest.mark.anyio
 
-ORDER = Order("generate_image", "a cat").to_json()
+ORDER = ImageRequest("generate_image", "a cat").to_json()
 
 
 class Service:
@@ -31,12 +31,12 @@ class Service:
         self.go = anyio.Event()
         self.painted: list[str] = []
 
-    async def paint(self, order: Order, call: Call) -> Outcome:
+    async def paint(self, order: ImageRequest, call: CallContext) -> JobResult:
         assert call.tell
         await call.tell(10, 100, "step 1 of 4")
         await self.go.wait()
         self.painted.append(order.prompt)
-        return Outcome((), (), {"total": 1.0})
+        return JobResult((), (), {"total": 1.0})
 
     def close(self) -> None:
         """Nothing is open."""
@@ -48,20 +48,20 @@ async def service() -> Service:
 
 
 @pytest.fixture
-async def kept(tmp_path: Path, service: Service) -> AsyncIterator[Kept]:
-    kept = Kept(tmp_path / "jobs", lambda: service)  # type: ignore[arg-type, return-value]
+async def kept(tmp_path: Path, service: Service) -> AsyncIterator[JobManager]:
+    kept = JobManager(tmp_path / "jobs", lambda: service)  # type: ignore[arg-type, return-value]
     yield kept
     await kept.aclose()
 
 
-async def finished(kept: Kept, name: str) -> dict[str, Any]:
+async def finished(kept: JobManager, name: str) -> dict[str, Any]:
     with anyio.fail_after(10):
         while (state := await kept.state(name))["state"] != "done":
             pass
     return state
 
 
-async def take(kept: Kept) -> str:
+async def take(kept: JobManager) -> str:
     return await kept.take(ORDER, client="me", made=None)
 
 
@@ -70,7 +70,7 @@ def files(tmp_path: Path) -> set[str]:
 
 
 async def test_a_finished_job_is_forgotten_after_a_day_though_the_daemon_lives(
-    kept: Kept, service: Service, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kept: JobManager, service: Service, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     service.go.set()
     old = await take(kept)
@@ -88,7 +88,7 @@ async def test_a_finished_job_is_forgotten_after_a_day_though_the_daemon_lives(
     assert files(tmp_path) == {f"{recent}.json", f"{third}.json"}
 
 
-async def test_a_day_begins_when_the_job_is_done(kept: Kept, service: Service, monkeypatch: pytest.MonkeyPatch):
+async def test_a_day_begins_when_the_job_is_done(kept: JobManager, service: Service, monkeypatch: pytest.MonkeyPatch):
     slow = await take(kept)
     now = time.time()
     monkeypatch.setattr(kept_module.time, "time", lambda: now + kept_module.REMEMBERED + 60)
@@ -102,7 +102,7 @@ async def test_a_day_begins_when_the_job_is_done(kept: Kept, service: Service, m
 
 
 async def test_a_client_that_loops_fills_neither_memory_nor_disk(
-    kept: Kept, service: Service, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kept: JobManager, service: Service, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(kept_module, "MOST", 5)
     service.go.set()
@@ -127,14 +127,14 @@ async def test_the_next_daemon_forgets_too_and_sweeps_what_a_crash_left(
     (folder / "jolder.json").write_text(json.dumps({**done, "since": time.time() - kept_module.REMEMBERED - 60}))
     (folder / "jhalf.json.1234").write_text('{"order')
     (folder / "jstrange.json").write_text('{"state": "done", "since": "yesterday"}')
-    kept = Kept(folder, lambda: service)  # type: ignore[arg-type, return-value]
+    kept = JobManager(folder, lambda: service)  # type: ignore[arg-type, return-value]
     kept.resume()
     assert files(tmp_path) == {"j0.json", "j1.json", "jstrange.json"}
     assert (await kept.state("j0"))["state"] == "done"
 
 
 async def test_what_cannot_be_written_down_is_not_promised(
-    kept: Kept, service: Service, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kept: JobManager, service: Service, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     def full(*arguments: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -148,13 +148,13 @@ async def test_what_cannot_be_written_down_is_not_promised(
 
 
 async def test_an_order_that_cannot_be_counted_is_painted_all_the_same(
-    kept: Kept, service: Service, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kept: JobManager, service: Service, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """The disk is full when the next daemon starts."""
     name = await take(kept)
     await kept.aclose()
-    following = Kept(tmp_path / "jobs", lambda: service)  # type: ignore[arg-type, return-value]
-    monkeypatch.setattr(kept_module.whole, "write", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "full")))
+    following = JobManager(tmp_path / "jobs", lambda: service)  # type: ignore[arg-type, return-value]
+    monkeypatch.setattr(kept_module.atomic, "write", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "full")))
     service.go.set()
     following.resume()
     await finished(following, name)
@@ -162,10 +162,10 @@ async def test_an_order_that_cannot_be_counted_is_painted_all_the_same(
 
 def test_a_file_is_replaced_whole_or_stays_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     path = tmp_path / "file.json"
-    whole.write(path, "first")
+    atomic.write(path, "first")
     assert path.stat().st_mode & 0o777 == 0o600
     monkeypatch.setattr(Path, "replace", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "full")))
     with pytest.raises(OSError, match="full"):
-        whole.write(path, "second")
+        atomic.write(path, "second")
     assert path.read_text() == "first"
     assert list(tmp_path.iterdir()) == [path]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from klein_mcp import models
+from klein_mcp.cli import models
 from klein_mcp.settings import Settings
 from tests.engine import published
 

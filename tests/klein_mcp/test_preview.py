@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from klein_mcp.images.preview import AIM_BYTES, LONG_EDGE, MAX_BYTES, contact_sheet, preview
-from tests.pictures import noise, scene
+from tests.images import noise, scene
 
 
 @settings(max_examples=25, deadline=None)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from klein_mcp import pull
+from klein_mcp.cli import pull
 from klein_mcp.errors import RequestError
 from klein_mcp.settings import Settings
 from tests.klein_mcp.hub import COMMIT, Hub

@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from engine.contract import Busy, EngineError, EngineFailed, Event, InvalidJob, Job, Painting, Queued, Stage, Step
-from klein_mcp.daemon import queue as queues
-from klein_mcp.daemon.history import History
-from klein_mcp.daemon.queue import Queue
+from engine.contract import Busy, EngineError, EngineFailed, Event, InvalidJob, Job, Queued, Result, Stage, Step
+from klein_mcp.jobs import queue as queues
+from klein_mcp.jobs.queue import Queue
+from klein_mcp.jobs.timing import TimingHistory
 
 
-class Painter:
+class Executor:
     """Takes a step each time `go` is released; remembers whose jobs it began and which it put down."""
 
     def __init__(self, *, free: bool = False) -> None:
@@ -39,7 +39,7 @@ class Painter:
                 assert self.go.acquire(timeout=10)
                 self.steps.append(job.prompt)
                 yield Step(done, 3)
-            yield Painting(np.zeros((1, 1, 3), np.uint8), job.seed, "fake", "", 3, 1.0)
+            yield Result(np.zeros((1, 1, 3), np.uint8), job.seed, "fake", "", 3, 1.0)
         except GeneratorExit:
             self.put_down.append(job.prompt)
             raise
@@ -67,7 +67,7 @@ class Waiter:
 
     def _tell(self, event: Event | EngineError) -> None:
         self.told.append(event)
-        if isinstance(event, Painting | EngineError):
+        if isinstance(event, Result | EngineError):
             self.over.set()
 
     @property
@@ -81,7 +81,7 @@ class Waiter:
 
 
 @contextmanager
-def working(painter: Painter, *, size: int = 32, keep_alive: float = 600.0) -> Iterator[Queue]:
+def working(painter: Executor, *, size: int = 32, keep_alive: float = 600.0) -> Iterator[Queue]:
     queue = Queue(lambda: painter, size=size, keep_alive=keep_alive)
     worker = threading.Thread(target=queue.work)
     worker.start()
@@ -102,34 +102,34 @@ def until(condition, what: str) -> None:
 
 
 def test_clients_take_turns_however_much_one_of_them_asks_for():
-    painter = Painter()
+    painter = Executor()
     with working(painter) as queue:
         greedy = [Waiter(queue, f"greedy {n}", "greedy") for n in range(4)]
         until(lambda: painter.began, "the first job never began")
         modest = [Waiter(queue, f"modest {n}", "modest") for n in range(2)]
         painter.go.release(100)
         for waiter in greedy + modest:
-            assert isinstance(waiter.end, Painting)
+            assert isinstance(waiter.end, Result)
     assert painter.began == ["greedy 0", "modest 0", "greedy 1", "modest 1", "greedy 2", "greedy 3"]
 
 
 def test_the_engine_works_ahead_only_when_the_next_job_does_not_follow_at_once(monkeypatch):
     monkeypatch.setattr(queues, "LULL", 2.0)
-    painter = Painter(free=True)
+    painter = Executor(free=True)
     with working(painter) as queue:
         for n in range(3):
-            assert isinstance(Waiter(queue, f"picture {n}", "one").end, Painting)
+            assert isinstance(Waiter(queue, f"picture {n}", "one").end, Result)
         until(lambda: painter.foreseen, "it never worked ahead")
         assert painter.foreseen == [3]
 
 
 def test_two_clients_that_loop_get_equal_service_though_one_sends_five_at_a_time():
-    painter, served, enough = Painter(free=True), {"one": 0, "five": 0}, threading.Event()
+    painter, served, enough = Executor(free=True), {"one": 0, "five": 0}, threading.Event()
     with working(painter) as queue:
 
         def loop(client: str) -> None:
             while not enough.is_set():
-                if isinstance(Waiter(queue, client, client).end, Painting) and not enough.is_set():
+                if isinstance(Waiter(queue, client, client).end, Result) and not enough.is_set():
                     served[client] += 1
                 if sum(served.values()) >= 60:
                     enough.set()
@@ -152,20 +152,20 @@ def slow(run):
 
 
 def test_the_waiting_are_told_each_time_their_place_changes():
-    painter = Painter()
+    painter = Executor()
     with working(painter) as queue:
         first = Waiter(queue, "first", "a")
         until(lambda: painter.began == ["first"], "the first job never began")
         second, third = Waiter(queue, "second", "a"), Waiter(queue, "third", "b")
         painter.go.release(100)
-        assert isinstance(third.end, Painting)
-        assert isinstance(first.end, Painting)
+        assert isinstance(third.end, Result)
+        assert isinstance(first.end, Result)
     assert third.positions == [1]  # client b has not been served yet
     assert second.positions == [1, 2, 1]
 
 
 def test_a_full_queue_says_how_many_wait_and_when_to_come_again():
-    painter = Painter()
+    painter = Executor()
     with working(painter, size=2) as queue:
         Waiter(queue, "running", "a")
         until(lambda: painter.began, "the first job never began")
@@ -174,26 +174,26 @@ def test_a_full_queue_says_how_many_wait_and_when_to_come_again():
             Waiter(queue, "one too many", "c")
         assert full.value.retry_after >= 1
         painter.go.release(100)
-        assert all(isinstance(waiter.end, Painting) for waiter in waiting)
-        assert isinstance(Waiter(queue, "later", "c").end, Painting)
+        assert all(isinstance(waiter.end, Result) for waiter in waiting)
+        assert isinstance(Waiter(queue, "later", "c").end, Result)
 
 
 def test_a_cancelled_job_stops_within_a_step_and_the_next_begins():
-    painter = Painter()
+    painter = Executor()
     with working(painter) as queue:
         doomed, next_one = Waiter(queue, "doomed", "a"), Waiter(queue, "next", "b")
         painter.go.release()
         until(lambda: painter.steps == ["doomed"], "the first step was never taken")
         queue.cancel(doomed.ticket, doomed.tell)
         painter.go.release(100)
-        assert isinstance(next_one.end, Painting)
+        assert isinstance(next_one.end, Result)
         assert not doomed.over.is_set()
     assert painter.put_down == ["doomed"]
     assert painter.steps.count("doomed") <= 2
 
 
 def test_a_job_cancelled_while_it_waits_is_never_begun_and_those_behind_move_up():
-    painter = Painter()
+    painter = Executor()
     with working(painter) as queue:
         Waiter(queue, "running", "a")
         until(lambda: painter.began, "the first job never began")
@@ -202,35 +202,35 @@ def test_a_job_cancelled_while_it_waits_is_never_begun_and_those_behind_move_up(
         queue.cancel(doomed.ticket, doomed.tell)
         assert last.positions == [2, 1]
         painter.go.release(100)
-        assert isinstance(last.end, Painting)
+        assert isinstance(last.end, Result)
     assert "doomed" not in painter.began
 
 
 def test_an_error_of_the_engine_reaches_its_caller_and_the_next_job_is_painted():
-    with working(Painter(free=True)) as queue:
+    with working(Executor(free=True)) as queue:
         assert isinstance(Waiter(queue, "refuse", "a").end, InvalidJob)
         broken = Waiter(queue, "break", "a").end
         assert isinstance(broken, EngineFailed)
         assert "ZeroDivisionError: by nothing" in str(broken)
         assert "\n" not in str(broken)
-        assert isinstance(Waiter(queue, "fine", "a").end, Painting)
+        assert isinstance(Waiter(queue, "fine", "a").end, Result)
         assert queue.status()["queue"] == {
             "waiting": 0, "size": 32, "clients": 0, "running": False, "done": 1, "failed": 2,
         }  # fmt: skip
 
 
 def test_an_idle_engine_lets_go_of_its_weights_and_paints_again_afterwards():
-    painter = Painter(free=True)
+    painter = Executor(free=True)
     with working(painter, keep_alive=0.05) as queue:
-        assert isinstance(Waiter(queue, "before", "a").end, Painting)
+        assert isinstance(Waiter(queue, "before", "a").end, Result)
         assert painter.released.wait(10)
-        assert isinstance(Waiter(queue, "after", "a").end, Painting)
+        assert isinstance(Waiter(queue, "after", "a").end, Result)
 
 
 def test_what_the_engine_takes_to_start_is_not_expected_of_the_next_job():
-    painter, history = Painter(free=True), History()
+    painter, history = Executor(free=True), TimingHistory()
 
-    def start() -> Painter:
+    def start() -> Executor:
         time.sleep(0.5)
         return painter
 
@@ -238,7 +238,7 @@ def test_what_the_engine_takes_to_start_is_not_expected_of_the_next_job():
     worker = threading.Thread(target=queue.work)
     worker.start()
     try:
-        assert isinstance(Waiter(queue, "first", "a").end, Painting)
+        assert isinstance(Waiter(queue, "first", "a").end, Result)
     finally:
         queue.close()
         worker.join(10)
@@ -248,7 +248,7 @@ def test_what_the_engine_takes_to_start_is_not_expected_of_the_next_job():
 
 
 def test_weights_that_cannot_be_released_do_not_end_the_painting():
-    painter = Painter(free=True)
+    painter = Executor(free=True)
     asked = threading.Event()
 
     def release() -> None:
@@ -257,13 +257,13 @@ def test_weights_that_cannot_be_released_do_not_end_the_painting():
 
     painter.release = release
     with working(painter, keep_alive=0.05) as queue:
-        assert isinstance(Waiter(queue, "before", "a").end, Painting)
+        assert isinstance(Waiter(queue, "before", "a").end, Result)
         assert asked.wait(10)
-        assert isinstance(Waiter(queue, "after", "a").end, Painting)
+        assert isinstance(Waiter(queue, "after", "a").end, Result)
 
 
 def test_status_is_told_while_weights_are_put_away():
-    painter = Painter(free=True)
+    painter = Executor(free=True)
     begun, go_on = threading.Event(), threading.Event()
 
     def release() -> None:
@@ -272,7 +272,7 @@ def test_status_is_told_while_weights_are_put_away():
 
     painter.release = release
     with working(painter, keep_alive=0.05) as queue:
-        assert isinstance(Waiter(queue, "before", "a").end, Painting)
+        assert isinstance(Waiter(queue, "before", "a").end, Result)
         assert begun.wait(10)
         told = threading.Thread(target=queue.status, daemon=True)
         told.start()
@@ -283,19 +283,19 @@ def test_status_is_told_while_weights_are_put_away():
 
 
 def test_an_idle_engine_keeps_nothing_of_the_last_job():
-    painter = Painter(free=True)
+    painter = Executor(free=True)
     reference = np.zeros((8, 8, 3), np.uint8)
     gone = weakref.ref(reference)
     with working(painter) as queue:
         over = threading.Event()
-        queue.put(Job("a", (reference,)), "a", lambda event: over.set() if isinstance(event, Painting) else None)
+        queue.put(Job("a", (reference,)), "a", lambda event: over.set() if isinstance(event, Result) else None)
         assert over.wait(10)
         del reference
         until(lambda: gone() is None, "the reference is still held")
 
 
 def test_closing_tells_everyone_and_takes_nobody_more():
-    painter = Painter()
+    painter = Executor()
     with working(painter) as queue:
         waiters = [Waiter(queue, f"{n}", "a") for n in range(3)]
         until(lambda: painter.began, "the first job never began")

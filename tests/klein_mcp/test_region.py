@@ -11,8 +11,8 @@ from mcp import Client
 
 from klein_mcp.images.region import SEAM, WORK_AREA, patch
 from tests.fakes import FakePainter
-from tests.pictures import file, noise, pixels, scene
-from tests.talk import call, refused
+from tests.images import file, noise, pixels, scene
+from tests.tool_calls import call, refused
 
 WHITE = 255
 

@@ -15,11 +15,11 @@ from mcp.shared.exceptions import MCPError
 from mcp_types import ResourceTemplateReference, SubscribeRequestParams
 
 from engine.contract import Job, Rgb8
-from klein_mcp import resources
-from klein_mcp.service import Service
+from klein_mcp.jobs.service import Service
+from klein_mcp.mcp_server import resources
 from tests.fakes import FakePainter
-from tests.pictures import file, noise, pixels, scene
-from tests.talk import call, refused
+from tests.images import file, noise, pixels, scene
+from tests.tool_calls import call, refused
 
 pytestmark = pytest.mark.anyio
 
@@ -155,7 +155,7 @@ async def test_a_client_that_does_not_read_holds_up_nobody(monkeypatch: pytest.M
             self.heard += 1
 
     monkeypatch.setattr(resources, "TOLD_WITHIN", 0.05)
-    listeners = resources.Listeners(InMemorySubscriptionBus())
+    listeners = resources.ResourceSubscriptions(InMemorySubscriptionBus())
     stuck, other = Connection(reads=False), Connection(reads=True)
     for connection in (stuck, other):
         await listeners.subscribe(context_of(connection), SubscribeRequestParams(uri="klein://images/none"))

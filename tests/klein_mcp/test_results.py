@@ -10,11 +10,11 @@ from mcp import Client
 from mcp_types import Implementation
 
 from engine.contract import Job, Rgb8
-from klein_mcp.clients import CLIENTS, how_to_show
-from klein_mcp.service import DEMO
+from klein_mcp.jobs.service import DEMO
+from klein_mcp.mcp_server.client_profiles import CLIENTS, how_to_show
 from tests.fakes import FakePainter
-from tests.pictures import noise, pixels, scene
-from tests.talk import call, kinds, line, preview
+from tests.images import noise, pixels, scene
+from tests.tool_calls import call, kinds, line, preview
 
 pytestmark = pytest.mark.anyio
 

@@ -9,11 +9,11 @@ import pytest
 from mcp import Client
 
 from engine.contract import Loading, Queued
-from klein_mcp import progress as progress_module
-from klein_mcp.service import Service
+from klein_mcp.jobs import progress as progress_module
+from klein_mcp.jobs.service import Service
 from tests.fakes import FakePainter
-from tests.pictures import file, scene
-from tests.talk import call, complaint, line, refused
+from tests.images import file, scene
+from tests.tool_calls import call, complaint, line, refused
 
 pytestmark = pytest.mark.anyio
 

@@ -17,10 +17,10 @@ from anyio.from_thread import BlockingPortal, start_blocking_portal
 from mcp import Client
 from mcp_types import CallToolResult
 
+from tests.images import file, pixels, scene
 from tests.klein_mcp.test_codec import HOSTILE
-from tests.living import Living
-from tests.pictures import file, pixels, scene
-from tests.talk import complaint, kinds, line, preview
+from tests.real_server import Living
+from tests.tool_calls import complaint, kinds, line, preview
 
 LEFT_WITHIN = 1.0
 """Seconds from the client's leaving to the end of the process."""
@@ -120,10 +120,10 @@ def test_until_the_first_picture_nothing_heavy_is_imported():
     code = """
 import sys, anyio
 from mcp import Client
-from klein_mcp.transports import stdio
-from klein_mcp.backends.daemon import DaemonBackend
-from klein_mcp.server import create_server
-from klein_mcp.service import Service
+from klein_mcp.mcp_server import stdio
+from klein_mcp.daemon.client import DaemonBackend
+from klein_mcp.mcp_server.server import create_server
+from klein_mcp.jobs.service import Service
 from klein_mcp.settings import Settings
 async def main():
     settings = Settings.load({"KLEIN_HOME": "/nonexistent"})

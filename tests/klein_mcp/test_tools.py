@@ -7,9 +7,9 @@ import pytest
 from mcp import Client
 
 from engine.contract import Busy, InvalidJob, ModelNotFound
-from engine.variants import VARIANTS
+from engine.families.klein.variants import VARIANTS
 from tests.fakes import FakePainter
-from tests.talk import call, refused
+from tests.tool_calls import call, refused
 
 pytestmark = pytest.mark.anyio
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine import contract
-from engine.contract import Busy, EngineError, Event, InvalidJob, Job, Loading, Painting, Queued, Stage, Step
+from engine.contract import Busy, EngineError, Event, InvalidJob, Job, Loading, Queued, Result, Stage, Step
 from klein_mcp.daemon import wire
 
 texts = st.text(max_size=40)
@@ -37,7 +37,7 @@ jobs = st.builds(
     guidance=st.none() | numbers,
 )
 paintings = st.builds(
-    Painting,
+    Result,
     image=pictures,
     seed=seeds,
     model=texts,

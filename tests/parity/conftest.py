@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from engine.contract import Job, Painting, Rgb8
+from engine.contract import Job, Result, Rgb8
 from engine.engine import Engine
 from tests import toys
 
@@ -113,7 +113,7 @@ def engine() -> Engine:
     return Engine(device="cpu", dtype="float32", remember=0)
 
 
-def paint(engine: Any, job: Job) -> Painting:
+def paint(engine: Any, job: Job) -> Result:
     """The last event of a job."""
     *_, painting = engine.run(job)
     return painting

@@ -14,14 +14,14 @@ from diffusers.models.transformers.transformer_flux2 import Flux2Transformer2DMo
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from engine import parts
+from engine.checkpoints.loading import slots
 from engine.contract import BadWeights, ModelNotFound, Rgb8
-from engine.device import Placement
 from engine.engine import Engine
-from engine.layouts import Table, diffusers_autoencoder, diffusers_transformer
-from engine.model.autoencoder import Autoencoder, AutoencoderShape
-from engine.model.transformer import Transformer, TransformerShape
-from engine.weights import slots
+from engine.families.klein import components
+from engine.families.klein.key_maps import KeyMap, diffusers_autoencoder, diffusers_transformer
+from engine.families.klein.transformer import Transformer, TransformerShape
+from engine.memory.device import Device
+from engine.nn.autoencoder import Autoencoder, AutoencoderShape
 from tests import toys
 from tests.parity.conftest import CASES, agreement, paint
 
@@ -146,7 +146,7 @@ def _shard(folder: Path) -> None:
     (folder / f"{whole.name}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
 
 
-def shapes_in(module: nn.Module, table: Table) -> dict[str, tuple[int, ...]]:
+def shapes_in(module: nn.Module, table: KeyMap) -> dict[str, tuple[int, ...]]:
     """Published name -> shape, as our module would be filled from them."""
     ours = slots(module)
     rows = {their: (ours[place.name], place.parts) for their, place in table.items() if place.name in ours}
@@ -260,16 +260,16 @@ def test_a_model_that_is_not_installed_says_how_to_get_it(tmp_path: Path) -> Non
 
 
 def test_shapes_are_read_from_the_files(toy: Callable[[str], Path]) -> None:
-    shape = parts.transformer(toy("distilled") / "transformer").module.shape
+    shape = components.transformer(toy("distilled") / "transformer").module.shape
     assert shape == TransformerShape(96, 32, 96, 2, 2, 288, axes=(8, 8, 8, 8), theta=2000.0)
 
 
 def test_the_text_encoder_stops_at_the_last_layer_that_is_read(toy: Callable[[str], Path]) -> None:
-    part = parts.text_encoder(toy("distilled") / "text_encoder", (9, 18, 27))
+    part = components.text_encoder(toy("distilled") / "text_encoder", (9, 18, 27))
     assert len(part.module.model.layers) == 27
     assert not any(
         name.startswith(("model.layers.27", "model.layers.28", "lm_head", "model.norm")) for name in part.table
     )
     assert all(p.dtype == torch.float32 for p in part.module.parameters())
-    list(part.fill(Placement(torch.device("cpu"), torch.float32)))
+    list(part.fill(Device(torch.device("cpu"), torch.float32)))
     assert not any(p.is_meta for p in part.module.parameters())

@@ -101,7 +101,7 @@ def test_a_trap_shows_in_the_picture(
 
 
 def test_the_engine_as_it_is_passes_the_same_check(toy: Callable[[str], Path], official: Callable[[str], Rgb8]) -> None:
-    with _engine_with("engine.klein", "MAX_STEPS = 200", "MAX_STEPS = 200") as klein:
+    with _engine_with("engine.families.klein.pipeline", "MAX_STEPS = 200", "MAX_STEPS = 200") as klein:
         engine = klein.Engine(device="cpu", dtype="float32", remember=0)
         equal, _ = agreement(paint(engine, CASES[COMPOSE].job(toy("distilled"))).image, official(COMPOSE))
     assert equal >= 0.999

@@ -9,7 +9,7 @@ from PIL import Image
 
 from engine.contract import Rgb8
 from engine.engine import Engine
-from klein_mcp import cli
+from klein_mcp.cli import main
 from tests.parity.conftest import CASES, PROMPT, agreement, paint
 
 
@@ -42,7 +42,7 @@ def test_the_command_line_paints_it_too(
         words += ["--ref", str(tmp_path / f"{i}.png")]
     if case.size is not None:
         words += ["--size", "{}x{}".format(*case.size)]
-    assert cli.main(["paint", PROMPT, *words]) == 0
+    assert main.main(["paint", PROMPT, *words]) == 0
     equal, worst = agreement(np.asarray(Image.open(tmp_path / "out.png")), official(name))
     assert equal >= 0.999
     assert worst <= 1

@@ -13,16 +13,16 @@ from diffusers.pipelines.flux2.pipeline_flux2_klein import Flux2KleinPipeline, c
 from PIL import Image
 
 from engine.contract import InvalidJob
-from engine.device import Placement
-from engine.find import Shelf
-from engine.klein import Klein
-from engine.model.layers import rope_table
-from engine.pixels import fit_reference, to_rgb8, to_tensor
-from engine.schedule import shift, sigmas
-from engine.tokens import grid_positions, pack, patchify, reference_time, text_positions, unpack, unpatchify
+from engine.diffusion.canvas import fit_reference, to_rgb8, to_tensor
+from engine.diffusion.schedule import shift, sigmas
+from engine.diffusion.tokens import grid_positions, pack, patchify, reference_time, text_positions, unpack, unpatchify
+from engine.families.klein.pipeline import Klein
+from engine.memory.device import Device
+from engine.nn.layers import rope_table
+from engine.registry import ModelRegistry
 from tests.parity.conftest import PROMPT, noise_picture
 
-CPU = Placement(torch.device("cpu"), torch.float32)
+CPU = Device(torch.device("cpu"), torch.float32)
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,7 @@ def theirs(toy: Callable[[str], Path]) -> Any:
 
 @pytest.fixture(scope="module")
 def ours(toy: Callable[[str], Path]) -> Klein:
-    loading = Klein.load(Shelf().find(str(toy("distilled"))), CPU)
+    loading = Klein.load(ModelRegistry().find(str(toy("distilled"))), CPU)
     while True:
         try:
             next(loading)

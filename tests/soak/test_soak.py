@@ -18,10 +18,10 @@ from mcp import Client
 from mcp_types import CallToolResult
 from PIL import Image
 
-from klein_mcp.daemon import address as addresses
-from tests.klein_mcp.doors import DOORS, serving, through
-from tests.living import Living, living
-from tests.talk import complaint
+from klein_mcp.daemon import endpoint as addresses
+from tests.klein_mcp.front_ends import DOORS, serving, through
+from tests.real_server import Living, living
+from tests.tool_calls import complaint
 
 pytestmark = [pytest.mark.anyio, pytest.mark.soak]
 

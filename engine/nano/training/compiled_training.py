@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine.model import layers, transformer
+from engine.families.klein import transformer
 from engine.nano.training.model import Nano, Prompts
+from engine.nn import layers
 
 Velocity = Callable[[Tensor, Tensor, Prompts, Tensor | None], Tensor]
 """(noisy, sigma, prompts, references) -> velocity; shapes as in `Nano.velocity`."""

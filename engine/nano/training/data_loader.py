@@ -6,12 +6,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from engine.diffusion.tokens import pack, patchify
 from engine.nano.training.compositor import CANVAS, Compositor
 from engine.nano.training.model import GRID, Nano
 from engine.nano.training.pca_encoder import as_one_convolution
 from engine.nano.training.prompts import Example, PromptSampler, training_prompts
 from engine.nano.training.scenes import MAX_THINGS, Scene
-from engine.tokens import pack, patchify
 
 OBJECT_WEIGHT = 4.0
 """How much more a token counts that shows an object, or that an edit must repaint: backgrounds are learned first and

@@ -8,9 +8,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3Model
 
-from engine.layouts import Table, diffusers_autoencoder, diffusers_transformer
-from engine.model.autoencoder import Autoencoder, AutoencoderShape
-from engine.model.transformer import Transformer, TransformerShape
+from engine.families.klein.key_maps import KeyMap, diffusers_autoencoder, diffusers_transformer
+from engine.families.klein.transformer import Transformer, TransformerShape
+from engine.nn.autoencoder import Autoencoder, AutoencoderShape
 
 WEIGHTS = Path(__file__).parents[1] / "weights"
 """The set that is shipped."""
@@ -58,7 +58,7 @@ def _swap(tensor: Tensor) -> Tensor:
     return torch.cat((second, first))
 
 
-def _fill(module: nn.Module, published: dict[str, Tensor], table: Table) -> None:
+def _fill(module: nn.Module, published: dict[str, Tensor], table: KeyMap) -> None:
     """Every published tensor into its place; a parameter that none fills stays as it is."""
     ours = module.state_dict()
     for name, tensor in published.items():
@@ -70,7 +70,7 @@ def _fill(module: nn.Module, published: dict[str, Tensor], table: Table) -> None
         rows.copy_(tensor.to(rows.dtype).reshape(rows.shape))
 
 
-def _publish(module: nn.Module, table: Table) -> dict[str, Tensor]:
+def _publish(module: nn.Module, table: KeyMap) -> dict[str, Tensor]:
     """The module's tensors under their published names, in 16 bit."""
     ours = module.state_dict()
     published = {}

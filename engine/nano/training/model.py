@@ -8,11 +8,11 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
-from engine.model.layers import Rope
+from engine.diffusion.sampler import denoise
+from engine.diffusion.schedule import sigmas
+from engine.diffusion.tokens import grid_positions, pack, reference_time, text_positions, unpack
 from engine.nano.training.folder import load_autoencoder, load_text_encoder, load_transformer
-from engine.sampler import denoise
-from engine.schedule import sigmas
-from engine.tokens import grid_positions, pack, reference_time, text_positions, unpack
+from engine.nn.layers import Rope
 
 TEXT_LENGTH = 64
 """Tokens a prompt is padded to. Pads are attended, so the model is only itself at the length it was trained with."""

@@ -13,8 +13,8 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from engine.model.autoencoder import Autoencoder, ResnetBlock
-from engine.tokens import patchify
+from engine.diffusion.tokens import patchify
+from engine.nn.autoencoder import Autoencoder, ResnetBlock
 
 STEADY = 200.0
 """A constant channel so large that the norm's variance is the same for every picture (to 0.3 %)."""

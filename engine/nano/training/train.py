@@ -26,13 +26,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, multiprocessing
 
+from engine.diffusion.schedule import sigmas
 from engine.nano.training import compiled_training
 from engine.nano.training.compiled_training import Velocity
 from engine.nano.training.data_loader import DataLoader, Item
 from engine.nano.training.folder import WEIGHTS, save_autoencoder, save_text_encoder, save_transformer
 from engine.nano.training.model import STEPS, TEXT_LENGTH, Nano
 from engine.nano.training.train_decoder import fit, train_decoder
-from engine.schedule import sigmas
 
 OWN_LEVELS = sigmas(STEPS, 64)[:-1]
 """The four noise levels nano paints with."""
@@ -49,7 +49,7 @@ WARM_UP = 100
 
 
 @dataclass(frozen=True)
-class Stage:
+class TrainingStage:
     """shares: of batches, by (task, references). long_text: share of batches at the full text length.
 
     cooling: share of the time, at its end, in which the learning rate falls to nothing.
@@ -65,9 +65,9 @@ _ALL = {("generate", 0): 0.36, ("edit", 1): 0.42, ("compose", 2): 0.18, ("compos
 # Pictures from words alone are learned by then; edits among several things are the hardest, and take longest.
 _HARDER = {("generate", 0): 0.14, ("edit", 1): 0.58, ("compose", 2): 0.22, ("compose", 3): 0.06}
 STAGES = {
-    "generate": Stage({("generate", 0): 0.80, ("edit", 1): 0.12, ("compose", 2): 0.08}, 2e-3),
-    "all": Stage(_ALL, 2e-3),
-    "cool": Stage(_HARDER, 2e-3, long_text=0.6, cooling=0.6),
+    "generate": TrainingStage({("generate", 0): 0.80, ("edit", 1): 0.12, ("compose", 2): 0.08}, 2e-3),
+    "all": TrainingStage(_ALL, 2e-3),
+    "cool": TrainingStage(_HARDER, 2e-3, long_text=0.6, cooling=0.6),
 }
 
 
@@ -147,7 +147,7 @@ class Lessons:
     compiled: in bf16, by a function that takes minutes to compile (`compiled_training`).
     """
 
-    stage: Stage
+    stage: TrainingStage
     minutes: float
     batch: int
     levels: int

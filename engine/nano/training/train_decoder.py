@@ -8,13 +8,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from engine.model.autoencoder import Autoencoder
+from engine.diffusion.tokens import unpatchify
 from engine.nano.training import compiled_training
 from engine.nano.training.compositor import BACKGROUNDS, CANVAS, Compositor
 from engine.nano.training.pca_encoder import as_one_convolution, fit_encoder
 from engine.nano.training.sprites import KINDS, SIZES
 from engine.nano.words import NOUNS
-from engine.tokens import unpatchify
+from engine.nn.autoencoder import Autoencoder
 
 RATE = 2e-3
 LATENT_NOISE = 0.1

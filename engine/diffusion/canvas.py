@@ -1,0 +1,139 @@
+"""RGB8 to tensors in [-1, 1] and back; fitting pictures to an area and to multiples of 16."""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from einops import rearrange
+from PIL import Image
+from torch import Tensor
+
+from engine.contract import InvalidJob, Rgb8
+
+GRID = 16
+"""Picture pixels a token spans on each side: every size the model sees is a multiple of it."""
+
+MIN_SIDE = 64
+MOST_ENLARGED = 4
+"""Times a side that a part of a picture is enlarged: beyond it the model sees more blur than picture."""
+MAX_ASPECT = 8
+"""Of a reference. Source: diffusers Flux2ImageProcessor.check_image_input."""
+
+
+def to_tensor(image: Rgb8) -> Tensor:
+    """[h, w, 3] uint8 -> [1, 3, h, w] fp32 in [-1, 1]."""
+    return rearrange(torch.from_numpy(np.array(image)), "h w c -> 1 c h w").float() / 255.0 * 2.0 - 1.0
+
+
+def to_rgb8(picture: Tensor) -> Rgb8:
+    """[1, 3, h, w] about [-1, 1] -> [h, w, 3] uint8, clamped."""
+    levels = ((picture[0].float() / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
+    return rearrange(levels, "c h w -> h w c").contiguous().cpu().numpy()
+
+
+def floor_grid(side: int) -> int:
+    """The largest multiple of 16 in `side`."""
+    return side // GRID * GRID
+
+
+def ceil_grid(side: int) -> int:
+    """The smallest multiple of 16 that holds `side`."""
+    return -(-side // GRID) * GRID
+
+
+def shaped(aspect: tuple[int, int], area: int) -> tuple[int, int]:
+    """Width and height in multiples of 16 that come nearest to a shape and to an area, and never above the area.
+
+    Raises InvalidJob beyond 8:1.
+    """
+    ratio = aspect[0] / aspect[1]
+    if not 1 / MAX_ASPECT <= ratio <= MAX_ASPECT:
+        raise InvalidJob(f"The shape {aspect[0]}:{aspect[1]} is too long; at most {MAX_ASPECT}:1.")
+
+    def miss(size: tuple[int, int]) -> float:
+        width, height = size
+        return abs(math.log(width / height / ratio)) + abs(math.log(width * height / area)) / 2
+
+    heights = range(GRID, int(math.sqrt(area / ratio)) + 2 * GRID, GRID)
+    sizes = (
+        (width, height)
+        for height in heights
+        for width in (floor_grid(int(height * ratio)), ceil_grid(int(height * ratio)))
+    )
+    return min((size for size in sizes if 0 < size[0] * size[1] <= area), key=miss)
+
+
+def resize(image: Rgb8, width: int, height: int) -> Rgb8:
+    """Lanczos to exactly width × height."""
+    if image.shape[:2] == (height, width):
+        return image
+    return np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.LANCZOS))
+
+
+def fit_reference(image: Rgb8, area: int) -> Rgb8:
+    """The reference as the model sees it: at most `area` pixels, cropped at the centre to multiples of 16.
+
+    Never enlarged. Raises InvalidJob if a side is under 64 or the aspect ratio beyond 8. Source: diffusers.
+    """
+    height, width = image.shape[:2]
+    if min(width, height) < MIN_SIDE:
+        raise InvalidJob(f"A reference of {width}×{height} is too small; each side needs {MIN_SIDE} pixels.")
+    if max(width, height) > MAX_ASPECT * min(width, height):
+        raise InvalidJob(f"A reference of {width}×{height} is too long; at most {MAX_ASPECT}:1.", hint="Crop it first.")
+    if width * height > area:
+        scale = math.sqrt(area / (width * height))
+        image = resize(image, int(width * scale), int(height * scale))
+        height, width = image.shape[:2]
+    top, left = (height - floor_grid(height)) // 2, (width - floor_grid(width)) // 2
+    return image[top : top + floor_grid(height), left : left + floor_grid(width)]
+
+
+@dataclass(frozen=True, slots=True)
+class Canvas:
+    """How an exact size is painted on a canvas of whole tokens: content scaled evenly, the rest padding.
+
+    width, height: of the picture asked for. inner_width, inner_height: of its content on the canvas, in the
+    top left corner. canvas_width, canvas_height: multiples of 16.
+    """
+
+    width: int
+    height: int
+    inner_width: int
+    inner_height: int
+    canvas_width: int
+    canvas_height: int
+
+    @classmethod
+    def of(cls, width: int, height: int, area: int, least: int = 0) -> "Canvas":
+        """The frame for width × height on a canvas of at most `area` pixels.
+
+        least: pixels to which what is smaller is enlarged, as far as MOST_ENLARGED goes.
+        """
+        enlarged = min(MOST_ENLARGED, math.sqrt(least / (width * height)))
+        scale = min(max(1.0, enlarged), math.sqrt(area / (width * height)))
+        if max(width, height) < MIN_SIDE:
+            # An icon fills the smallest canvas instead of sitting in its corner.
+            scale = max(scale, MIN_SIDE / max(width, height))
+        # Rounding up to whole tokens may overshoot the area; each turn takes the overshoot back.
+        while True:
+            inner_width, inner_height = max(1, round(width * scale)), max(1, round(height * scale))
+            canvas_width, canvas_height = (max(MIN_SIDE, ceil_grid(side)) for side in (inner_width, inner_height))
+            if canvas_width * canvas_height <= area or (canvas_width, canvas_height) == (MIN_SIDE, MIN_SIDE):
+                return cls(width, height, inner_width, inner_height, canvas_width, canvas_height)
+            scale *= 0.99
+
+    @property
+    def exact(self) -> bool:
+        """Whether the canvas is the picture, pixel for pixel."""
+        return (self.width, self.height) == (self.canvas_width, self.canvas_height)
+
+    def lay(self, image: Rgb8) -> Rgb8:
+        """The picture on its canvas; the padding repeats the edge, so that no border appears at it."""
+        content = resize(image, self.inner_width, self.inner_height)
+        below, beside = self.canvas_height - self.inner_height, self.canvas_width - self.inner_width
+        return np.pad(content, ((0, below), (0, beside), (0, 0)), mode="edge")
+
+    def lift(self, canvas: Rgb8) -> Rgb8:
+        """The picture at its exact size, off a painted canvas."""
+        return resize(canvas[: self.inner_height, : self.inner_width], self.width, self.height)

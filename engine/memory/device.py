@@ -1,0 +1,175 @@
+"""Which device and number format to paint with: the one place that names them."""
+
+import os
+from dataclasses import dataclass
+
+import torch
+
+from engine.contract import InvalidJob
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+"""fp16 is not among them: the autoencoder overflows in it, and the transformer may."""
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """Where weights lie and in which format."""
+
+    device: torch.device
+    dtype: torch.dtype
+
+    @classmethod
+    def choose(cls, device: str | None = None, dtype: str | None = None) -> "Device":
+        """The best this machine has, unless told. Raises InvalidJob for what it has not."""
+        where = torch.device(_device(device))
+        if dtype is not None and dtype not in DTYPES:
+            raise InvalidJob(f"dtype is {dtype!r}; allowed: {', '.join(DTYPES)}.")
+        return cls(where, DTYPES[dtype] if dtype else _native(where))
+
+    def free_bytes(self) -> int:
+        """Memory free on the device now."""
+        if self.device.type == "cuda":
+            return torch.cuda.mem_get_info(self.device)[0]
+        return _free_host_bytes()
+
+    def sync(self) -> None:
+        """Wait for the device, so that a wall clock tells the truth."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        elif self.device.type == "mps":
+            torch.mps.synchronize()
+
+    def empty_cache(self) -> None:
+        """Hand memory that torch keeps for later back to the device."""
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        elif self.device.type == "mps":
+            torch.mps.empty_cache()
+
+    @property
+    def label(self) -> str:
+        """What a person calls the memory it computes in."""
+        return "GPU" if self.device.type == "cuda" else "memory"
+
+    def idle_bytes(self) -> int:
+        """Memory that torch keeps for later: taken, but at hand."""
+        if self.device.type == "cuda":
+            return torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
+        return 0
+
+    def host_bytes(self) -> int | None:
+        """Memory of the host that is free for what sleeps there; None where the device computes in it."""
+        return _free_host_bytes() if has_own_memory(self.device) else None
+
+    def total_bytes(self) -> int:
+        """Memory of the device, whoever uses it."""
+        if self.device.type == "cuda":
+            return torch.cuda.mem_get_info(self.device)[1]
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 1 << 62
+
+
+def has_own_memory(device: torch.device) -> bool:
+    """Whether it computes in a memory of its own, so that weights can sleep in the host's."""
+    return device.type == "cuda"
+
+
+def multiplies_fp8(device: torch.device) -> bool:
+    """NVIDIA from compute capability 8.9 on (Ada, Hopper, Blackwell)."""
+    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 9)
+
+
+def multiplies_fp4(device: torch.device) -> bool:
+    """NVIDIA from compute capability 10.0 on (Blackwell)."""
+    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (10, 0)
+
+
+def stores_fp8(device: torch.device) -> bool:
+    """Metal knows no fp8 at all."""
+    return device.type != "mps"
+
+
+def host_memory(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Uninitialised memory of the host from which `device` can be filled: pinned where it copies by itself."""
+    return torch.empty(shape, dtype=dtype, pin_memory=device.type == "cuda")
+
+
+StreamEvent = torch.Event | None
+"""A point in a device's work; None where the work is done when the call returns."""
+
+
+class CopyStream:
+    """Carries bytes to a device beside its computation; without streams, at once."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def mark(self) -> StreamEvent:
+        """Where the computation will stand after what is asked of it now."""
+        return torch.cuda.current_stream(self._device).record_event() if self._stream is not None else None
+
+    def carry(self, target: torch.Tensor, source: torch.Tensor, after: StreamEvent) -> StreamEvent:
+        """Copy once `after` is reached; the mark that is returned is reached with it."""
+        if self._stream is None:
+            target.copy_(source)
+            return None
+        if after is not None:
+            self._stream.wait_event(after)
+        with torch.cuda.stream(self._stream):
+            target.copy_(source, non_blocking=True)
+        return self._stream.record_event()
+
+    def wait(self, mark: StreamEvent) -> None:
+        """Let the computation wait for `mark`."""
+        if mark is not None:
+            torch.cuda.current_stream(self._device).wait_event(mark)
+
+    @staticmethod
+    def settle(mark: StreamEvent) -> None:
+        """Wait here for `mark`."""
+        if mark is not None:
+            mark.synchronize()
+
+
+def _device(asked: str | None) -> str:
+    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if asked is None:
+        return next(name for name in ("cuda", "mps", "cpu") if there[name])
+    kind = asked.split(":")[0]
+    if not there.get(kind, False):
+        raise _not_there(asked, [name for name, is_there in there.items() if is_there])
+    try:
+        index = torch.device(asked).index or 0
+    except RuntimeError:
+        raise _not_there(asked, [name for name, is_there in there.items() if is_there]) from None
+    count = torch.cuda.device_count() if kind == "cuda" else 1
+    if index >= count:
+        raise _not_there(asked, [f"{kind}:{i}" for i in range(count)])
+    return asked
+
+
+def _not_there(asked: str, found: list[str]) -> InvalidJob:
+    hint = "Set KLEIN_DEVICE (for paint: --device) to one of these, or leave it away."
+    return InvalidJob(f"device is {asked!r}; this machine has: {', '.join(found)}.", hint=hint)
+
+
+def _native(device: torch.device) -> torch.dtype:
+    """bf16 where the hardware multiplies it; elsewhere it is emulated, about a hundred times slower than fp32."""
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+    if device.type == "mps":
+        return torch.bfloat16
+    amx = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
+    bf16 = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
+    return torch.bfloat16 if amx or bf16 else torch.float32
+
+
+def _free_host_bytes() -> int:
+    try:
+        with open("/proc/meminfo", encoding="ascii") as lines:
+            for line in lines:
+                if line.startswith("MemAvailable:"):
+                    return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 1 << 62

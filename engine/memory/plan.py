@@ -1,0 +1,229 @@
+"""What fits into this machine's memory: which weights stay on the device, which sleep in the host's and stream through.
+
+A pure function from sizes to a plan; refuses early, with numbers and the nearest thing that would fit.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+
+from engine.contract import OutOfMemory
+
+_PREFERENCE = ("klein-9b-kv", "klein-9b", "klein-4b")
+"""What `auto` takes first. Base variants are for fine-tuning and slow: only when named."""
+
+RESERVE = 500_000_000
+"""Bytes of a device that are nobody's: workspaces of its libraries, and what its allocator cuts off."""
+
+SIDES = (1024, 768, 512, 256)
+"""Of the squares that are tried, in pixels, where the wanted one does not fit."""
+
+SLOTS = 2
+"""Of the ring that streamed layers pass through: one is computed with while the next is on its way."""
+
+
+def best(installed: Iterable[str], fits: Callable[[str], bool]) -> str | None:
+    """The best of the installed variants that fits."""
+    there = set(installed)
+    return next((name for name in _PREFERENCE if name in there and fits(name)), None)
+
+
+@dataclass(frozen=True, slots=True)
+class WeightSizes:
+    """Bytes of a model's weights in the formats they will have in memory.
+
+    blocks, encoder: of each linear layer in the blocks of the transformer and of the text encoder, in order of use;
+    these can stream. rest: all that cannot. embedding: the encoder's table, of which a prompt needs a few rows.
+    """
+
+    name: str
+    blocks: tuple[int, ...]
+    encoder: tuple[int, ...]
+    embedding: int
+    rest: int
+
+    @property
+    def all(self) -> int:
+        return sum(self.blocks) + sum(self.encoder) + self.embedding + self.rest
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryInfo:
+    """Memory that is free now, in bytes. total: of the device, whoever uses it. host: None where it is the device's.
+
+    limit: what the user allows, whatever is free.
+    """
+
+    device: str
+    free: int
+    total: int
+    host: int | None = None
+    limit: int | None = None
+
+    @property
+    def usable(self) -> int:
+        return self.free if self.limit is None else min(self.free, self.limit)
+
+
+@dataclass(frozen=True, slots=True)
+class ActivationMemory:
+    """What a picture needs besides weights. side: of the square it is planned for, in pixels."""
+
+    side: int
+    bytes: int
+
+    def at(self, side: int) -> "ActivationMemory":
+        """For a smaller square: nearly all of it grows with the area."""
+        return ActivationMemory(side, self.bytes * side**2 // self.side**2)
+
+
+@dataclass(frozen=True, slots=True)
+class PlacementPlan:
+    """Where weights live. blocks, encoder: how many of the layers stay on the device, the first ones; others stream.
+
+    embedding_asleep: the table stays in the host's memory. peak: bytes on the device while a picture is painted.
+    asleep: bytes in the host's memory.
+    """
+
+    blocks: int
+    encoder: int
+    embedding_asleep: bool
+    peak: int
+    asleep: int
+
+    def says(self, needs: WeightSizes) -> str:
+        """In a person's words."""
+        streamed = [
+            f"{what} {there} of {whole} layers"
+            for what, there, whole in (
+                ("transformer", self.blocks, len(needs.blocks)),
+                ("text encoder", self.encoder, len(needs.encoder)),
+            )
+            if there < whole
+        ]
+        where = f"on the device: {', '.join(streamed)}; the rest streams" if streamed else "all on the device"
+        return f"{where}; {gb(self.peak)} at the peak"
+
+
+def working(
+    *, hidden: int, tokens: int, pixels: int, decoder: int, itemsize: int, blocks: int = 0, references: int = 0
+) -> int:
+    """Bytes besides weights while a picture is painted: the larger of transformer and decoder.
+
+    tokens: text, canvas and references together. decoder: its width at full size. blocks, references: where keys and
+    values of so many reference tokens are kept in so many blocks. The factors were counted on the meta device at the
+    real shapes (tests/engine/test_memory.py): 20 hidden-wide rows a token, 3 decoder-wide pictures.
+    """
+    kept = 2 * blocks * references * hidden * itemsize
+    return kept + max(21 * hidden * itemsize * tokens, 3 * decoder * itemsize * pixels + 16 * pixels)
+
+
+def plan(
+    needs: WeightSizes,
+    room: MemoryInfo,
+    work: ActivationMemory,
+    alternatives: Sequence[tuple[str, WeightSizes]] = (),
+    models: Sequence[tuple[str, WeightSizes]] = (),
+) -> PlacementPlan:
+    """The fastest plan that fits: all on the device; else the encoder streams; else as few blocks as must.
+
+    alternatives: (what to say, needs) of ways to load the model that take less, in order of preference, of which the
+    first that fits is named in the error. models: the same of other models, named if nothing helps this one.
+    Raises OutOfMemory.
+    """
+    found = fits(needs, room, work)
+    if found is not None:
+        return found
+    least = _least(needs, room, work)
+    raise OutOfMemory(
+        f"{needs.name} needs {gb(least)} of the {room.device} for {work.side}×{work.side}; {_there(room)}",
+        hint=_nearest(needs, room, work, alternatives, models),
+    )
+
+
+def fits(needs: WeightSizes, room: MemoryInfo, work: ActivationMemory) -> PlacementPlan | None:
+    """The plan, or None."""
+    fixed = needs.rest + work.bytes + RESERVE
+    if room.host is None:
+        peak = needs.all + work.bytes + RESERVE
+        return PlacementPlan(len(needs.blocks), len(needs.encoder), False, peak, 0) if peak <= room.usable else None
+    blocks, encoder = sum(needs.blocks), sum(needs.encoder)
+    # The table always sleeps: a prompt looks up 512 rows of 150,000.
+    if fixed + blocks + encoder <= room.usable:
+        return _if_awake(
+            PlacementPlan(len(needs.blocks), len(needs.encoder), True, fixed + blocks + encoder, needs.embedding), room
+        )
+    ring = SLOTS * max((*needs.encoder, 0))
+    if fixed + blocks + ring <= room.usable:
+        return _if_awake(
+            PlacementPlan(len(needs.blocks), 0, True, fixed + blocks + ring, needs.embedding + encoder), room
+        )
+    ring = SLOTS * max((*needs.encoder, *needs.blocks, 0))
+    staying = _staying(needs.blocks, room.usable - fixed - ring)
+    if staying is None:
+        return None
+    there = sum(needs.blocks[:staying])
+    asleep = needs.embedding + encoder + blocks - there
+    return _if_awake(PlacementPlan(staying, 0, True, fixed + ring + there, asleep), room)
+
+
+def _if_awake(found: PlacementPlan, room: MemoryInfo) -> PlacementPlan | None:
+    """The plan, if the host has room for what sleeps."""
+    return found if room.host is not None and found.asleep <= room.host else None
+
+
+def _staying(layers: Sequence[int], room: int) -> int | None:
+    """How many of the first layers fit; None if not even none does."""
+    if room < 0:
+        return None
+    for count, size in enumerate(layers):
+        room -= size
+        if room < 0:
+            return count
+    return len(layers)
+
+
+def _least(needs: WeightSizes, room: MemoryInfo, work: ActivationMemory) -> int:
+    """The least device memory any plan needs."""
+    if room.host is None:
+        return needs.all + work.bytes + RESERVE
+    return needs.rest + work.bytes + RESERVE + SLOTS * max((*needs.encoder, *needs.blocks, 0))
+
+
+def _there(room: MemoryInfo) -> str:
+    """What there is, and who keeps the rest: the user's own limit, or whoever holds much of the device."""
+    if room.usable < room.free:
+        return f"KLEIN_MEMORY allows {gb(room.usable)}."
+    others = f" Other programs hold {gb(room.total - room.free)}." if _is_shared(room) else ""
+    return f"{gb(room.free)} of {gb(room.total)} are free.{others}"
+
+
+def _is_shared(room: MemoryInfo) -> bool:
+    return room.host is not None and room.total - room.free > room.total // 4
+
+
+def _nearest(
+    needs: WeightSizes,
+    room: MemoryInfo,
+    work: ActivationMemory,
+    alternatives: Sequence[tuple[str, WeightSizes]],
+    models: Sequence[tuple[str, WeightSizes]],
+) -> str:
+    if room.usable < room.free and fits(needs, replace(room, limit=None), work) is not None:
+        return f"Allow more: with {gb(_least(needs, room, work))} it would fit."
+    if _is_shared(room) and fits(needs, replace(room, free=room.total), work) is not None:
+        return "End the other program, or choose another device with KLEIN_DEVICE."
+    for say, other in alternatives:
+        if (less := fits(other, room, work)) is not None:
+            return f"{say} would fit: it needs {gb(less.peak)}."
+    if smaller := next((side for side in SIDES if side < work.side and fits(needs, room, work.at(side))), None):
+        return f"{smaller}×{smaller} would fit."
+    if room.host is not None and _least(needs, room, work) <= room.usable:
+        return f"The host's memory is what lacks: {gb(room.host)} are free for what has to sleep there."
+    for say, other in models:
+        if (less := fits(other, room, work)) is not None:
+            return f"{say} would fit: it needs about {gb(less.peak)}."
+    return "The embedded model (nano) fits anywhere."
+
+
+def gb(size: int) -> str:
+    return f"{size / 1e9:.1f} GB"

@@ -1,0 +1,58 @@
+"""`klein-mcp models`: what is installed, under which licence, how large, and how it would live in this machine."""
+
+import argparse
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from engine.families.klein.variants import EMBEDDED, VARIANTS
+from klein_mcp.cli.paint import engine
+from klein_mcp.cli.terminal import ProgressBar, harmless
+from klein_mcp.settings import Settings
+
+
+def run(settings: Settings, arguments: argparse.Namespace) -> int:
+    """Raises EngineError."""
+    # Most of the wait is the libraries that know the device.
+    with ProgressBar("looking at this machine"):
+        made = engine(settings)
+        there = made.models()
+    others = [(stranger.path, stranger.why) for stranger in made.shelf.strangers()] + list(missing_places(settings))
+    missing = [row for row in VARIANTS.values() if row.name not in {model["name"] for model in there}]
+    if arguments.json:
+        rows = [{"name": row.name, "licence": row.licence, "gated": row.gated} for row in missing]
+        told = [{"path": str(path), "why": why} for path, why in others]
+        print(json.dumps({"installed": there, "available": rows, "not_used": told}))
+        return 0
+    print(harmless("\n\n".join(map(_in_words, there))))
+    if others:
+        print("\nNot to be called by a name:")
+    for path, why in others:
+        print(harmless(f"  {path}\n    {why}"))
+    if missing:
+        print("\nTo be had with klein-mcp pull NAME:")
+    for row in missing:
+        print(
+            f"  {row.name:14} {row.title}, {row.licence}{', gated' if row.gated else ''}, {_sizes(row.files)};"
+            f" all in memory in bf16: {row.memory_gb:g} GB"
+        )
+    return 0
+
+
+def missing_places(settings: Settings) -> Iterator[tuple[Path, str]]:
+    """What KLEIN_MODELS names and is not there."""
+    for path in settings.models:
+        if not path.exists():
+            yield path, "KLEIN_MODELS names it, and it is not there."
+
+
+def _in_words(model: dict[str, Any]) -> str:
+    name = model["name"] if model["name"] == EMBEDDED else f"{model['name']} ({model['format']})"
+    size = "" if model["bytes"] is None else f", {model['bytes'] / 1e9:.1f} GB read"
+    fits = "fits" if model["fits"] else "does not load"
+    return f"{name}: {model['licence']}{size}\n  {model['path']}\n  {fits}: {model['memory']}"
+
+
+def _sizes(files: Any) -> str:
+    return ", ".join(f"{file.format} {file.bytes / 1e9:.1f} GB" if file.bytes else file.format for file in files)

@@ -1,0 +1,204 @@
+"""Finds the daemon of this user or starts it: one at a time, however many doors look at once."""
+
+import contextlib
+import os
+import secrets
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import anyio
+
+import klein_mcp
+from engine.contract import EngineFailed
+from klein_mcp.daemon import endpoint as addresses
+from klein_mcp.daemon.endpoint import ENGINE_LOCK, BuildInfo, Endpoint
+from klein_mcp.settings import Settings
+
+if TYPE_CHECKING:
+    import httpx2
+
+START_TIMEOUT = 60.0
+"""Seconds until a daemon that was started must answer; 1 s is usual, a cold disk under load took 10 times that."""
+
+GREETING = 5.0
+"""Seconds for a daemon to say hello, which it does at once unless its machine is very busy."""
+
+DAEMON = (sys.executable, "-m", "klein_mcp.daemon")
+
+
+@dataclass(frozen=True, slots=True)
+class DaemonInfo:
+    """A daemon that has proved itself ours."""
+
+    address: Endpoint
+    build: BuildInfo
+    draining: bool
+
+
+class Launcher:
+    """settings.home says which daemon, `build` which code this door runs, `command` how a daemon is started."""
+
+    def __init__(
+        self, settings: Settings, http: "httpx2.AsyncClient", build: BuildInfo, command: Sequence[str]
+    ) -> None:
+        self._settings = settings
+        self._http = http
+        self._command = command
+        self._build = build
+
+    async def find(self) -> DaemonInfo | None:
+        """The daemon that runs now, if one does. Starts nothing."""
+        address = addresses.read(self._settings.home)
+        if not address:
+            return None
+        import httpx2
+
+        nonce = secrets.token_hex(16)
+        try:
+            response = await self._http.get(f"{address.url}/hello", params={"nonce": nonce}, timeout=GREETING)
+            answer = response.json()
+            proved = secrets.compare_digest(answer["proof"], address.proof(nonce))
+            return DaemonInfo(address, BuildInfo(**answer["build"]), answer["draining"]) if proved else None
+        except (httpx2.HTTPError, ValueError, TypeError, KeyError):
+            return None  # nobody there, or somebody else on a stale port
+
+    async def ready(self) -> AsyncGenerator[Endpoint | None]:
+        """None while the daemon is being started or replaced, at least every second; at last its address.
+
+        Raises EngineFailed if it does not start, or is newer than this door.
+        """
+        heard = time.monotonic()
+        while True:
+            hello = await self.find()
+            if hello and not hello.draining and self._same(hello):
+                yield hello.address
+                return
+            if hello:
+                heard = time.monotonic()
+                if not hello.draining:
+                    await self._ask_to_leave(hello)
+            elif time.monotonic() - heard > START_TIMEOUT:
+                raise self.silent(START_TIMEOUT)
+            elif not self.alive():  # else too busy to answer, or on its way out: a second one would only wait for it
+                async with aclosing(self._start_if_nobody_does()) as starting:
+                    async for _ in starting:
+                        yield None
+            yield None
+            await anyio.sleep(0.1)
+
+    def _same(self, hello: DaemonInfo) -> bool:
+        if hello.build.fingerprint == self._build.fingerprint:
+            return True
+        if hello.build.newer_than(self._build):
+            raise EngineFailed(
+                f"The engine that runs is newer ({hello.build.version}) than this server ({self._build.version}).",
+                hint="Restart this MCP server, or run `klein-mcp stop`.",
+            )
+        return False
+
+    def alive(self) -> bool:
+        """Whether some process holds the engine's lock, which every daemon does for life."""
+        from filelock import FileLock, Timeout
+
+        path = self._settings.home / ENGINE_LOCK
+        try:
+            if path.exists():
+                with FileLock(path, timeout=0):
+                    pass
+        except Timeout:
+            return True
+        except OSError:
+            pass  # not ours to write: said when we try to start one
+        return False
+
+    def gone(self, address: Endpoint) -> bool:
+        """Whether the daemon of that address has let go of its lock, the last thing it does. Another may run by now."""
+        return not self.alive() or addresses.read(self._settings.home) not in (None, address)
+
+    def silent(self, seconds: float) -> EngineFailed:
+        """What to say of an engine that does not answer."""
+        address = addresses.read(self._settings.home)
+        process = f"process {address.pid}" if address else "its process"
+        return EngineFailed(f"The engine has not answered for {seconds:.0f} s.", hint=f"End {process}, and try again.")
+
+    async def _ask_to_leave(self, hello: DaemonInfo) -> None:
+        with contextlib.suppress(Exception):
+            await self._http.post(f"{hello.address.url}/drain", headers=authorization(hello.address), timeout=5)
+
+    async def _start_if_nobody_does(self) -> AsyncGenerator[None]:
+        from filelock import FileLock, Timeout
+
+        home = self._settings.home
+        try:
+            home.mkdir(mode=0o700, parents=True, exist_ok=True)
+            lock = FileLock(home / "launch.lock", timeout=0)
+            lock.acquire()
+        except Timeout:
+            return  # another door is at it; the caller looks again
+        except OSError as problem:
+            raise EngineFailed(
+                f"The data folder {home} cannot be used: {problem.strerror}.",
+                hint="Make it writable, or set KLEIN_HOME to a folder that is.",
+            ) from None
+        try:
+            if await self.find():
+                return
+            process = self._spawn()
+            # Not by a cancel scope: between two yields it would be open in whoever listens, and cancel that.
+            deadline = time.monotonic() + START_TIMEOUT
+            while not await self.find():
+                if process.poll() is not None:
+                    raise EngineFailed(_last_line(home / "daemon.err") or f"The engine ended ({process.returncode}).")
+                if time.monotonic() > deadline:
+                    process.kill()
+                    raise EngineFailed(
+                        f"The engine did not answer within {START_TIMEOUT:.0f} s.", hint="See `klein-mcp doctor`."
+                    )
+                yield None
+                await anyio.sleep(0.05)
+        finally:
+            lock.release()
+
+    def _spawn(self) -> "subprocess.Popen[Any]":
+        home = self._settings.home
+        try:
+            with open(home / "daemon.err", "wb") as errors:
+                process = subprocess.Popen(
+                    self._command,
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.DEVNULL,  # an inherited stdout would corrupt the door's MCP stream
+                    stderr=errors,
+                    cwd=Path(klein_mcp.__file__).parents[1],  # finds the package even where it is not installed
+                    env={**os.environ, "KLEIN_HOME": str(home)},
+                    **_detached(),
+                )
+        except OSError as problem:
+            raise EngineFailed(f"The engine cannot be started: {problem}.") from None
+        # Somebody has to take note of its end, or it stays behind as a zombie while the door lives.
+        threading.Thread(target=process.wait, name="reaper", daemon=True).start()
+        return process
+
+
+def authorization(address: Endpoint) -> dict[str, str]:
+    return {"authorization": f"Bearer {address.token}"}
+
+
+def _detached() -> dict[str, Any]:
+    """The daemon outlives the door that started it, and its terminal."""
+    if os.name == "posix":
+        return {"start_new_session": True}
+    return {"creationflags": subprocess.DETACHED_PROCESS | subprocess.CREATE_NEW_PROCESS_GROUP}  # type: ignore[attr-defined]
+
+
+def _last_line(path: Path) -> str:
+    with contextlib.suppress(OSError):
+        lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+        return next((line.strip() for line in reversed(lines) if line.strip()), "")
+    return ""

@@ -1,0 +1,87 @@
+"""How long pictures took on this machine, and so how long the next one may take."""
+
+import contextlib
+import json
+from math import log
+from pathlib import Path
+
+from engine.contract import Job, Result
+from engine.families.klein.variants import VARIANTS
+from klein_mcp import atomic
+
+KEPT = 32
+"""Measurements per model; older ones say less about the machine as it is now."""
+
+_MEGAPIXEL = 1024 * 1024
+_SIZES = (512, 768, 1024, 1536, 2048)
+
+
+class TimingHistory:
+    """Seconds by model and pixels, in a small file that survives the process."""
+
+    def __init__(self, path: Path | None = None) -> None:
+        self._path = path
+        self._seconds: dict[str, list[tuple[float, float]]] = {}
+        self._native: dict[str, int] = {}  # pixels of a picture of which nobody said how large
+        if path:
+            with contextlib.suppress(OSError, ValueError, TypeError, AttributeError, KeyError):
+                content = json.loads(path.read_text())
+                seconds = {model: [(float(p), float(s)) for p, s in seen] for model, seen in content["seconds"].items()}
+                native = {model: int(pixels) for model, pixels in content["native"].items()}
+                self._seconds, self._native = seconds, native
+
+    def note(self, job: Job, painting: Result, seconds: float) -> None:
+        height, width = painting.image.shape[:2]
+        for model in {job.model, painting.model}:  # the job may have said "auto"
+            if not job.width and not job.references:
+                self._native[model] = width * height
+            seen = self._seconds.setdefault(model, [])
+            seen.append((width * height + _references(job), seconds))
+            del seen[:-KEPT]
+        if self._path:
+            with contextlib.suppress(OSError):  # a full disk costs us an estimate, not the picture
+                atomic.write(self._path, json.dumps({"seconds": self._seconds, "native": self._native}))
+
+    def seconds(self, job: Job) -> float | None:
+        """None for a model that has not painted here yet."""
+        if job.width and job.height:
+            canvas = job.width * job.height
+        elif job.references:
+            canvas = job.references[0].shape[0] * job.references[0].shape[1]
+        else:
+            canvas = self._native.get(job.model, _MEGAPIXEL)
+        return self._near(job.model, canvas + _references(job))
+
+    def tables(self) -> dict[str, dict[str, float]]:
+        """By model that has painted here: seconds for a picture without references, by size."""
+        return {model: self._table(model) for model, seen in self._seconds.items() if seen and model != "auto"}
+
+    def _table(self, model: str) -> dict[str, float]:
+        row = VARIANTS.get(model)
+        if row and row.native_size < _SIZES[0]:
+            # It paints at its own size whatever is asked for, and only resamples: the seconds are those of any picture.
+            side = row.native_size
+            return {f"{side}x{side}": _rounded(self._nearest(model, side * side)[1])}
+        return {f"{side}x{side}": _rounded(self._near(model, side * side) or 0.0) for side in _SIZES}
+
+    def _near(self, model: str, asked: float) -> float | None:
+        """The seconds of the nearest measurement, scaled to the size that is asked about."""
+        if not self._seconds.get(model):
+            return None
+        known, seconds = self._nearest(model, asked)
+        return seconds * asked / known
+
+    def _nearest(self, model: str, asked: float) -> tuple[float, float]:
+        """(pixels, seconds): the latest of the measurements nearest in size."""
+        # Rounded, so that about the same size counts as equally near and the later one wins.
+        return min(reversed(self._seconds[model]), key=lambda one: round(abs(log(one[0] / asked)), 1))
+
+
+def _rounded(seconds: float) -> float:
+    """To a tenth, or two digits of what is less than ten: a small model is not said to take no time."""
+    return round(seconds, 1) if seconds >= 10 else float(f"{seconds:.2g}")
+
+
+def _references(job: Job) -> int:
+    """Pixels of references that the model reads: no more than a megapixel of each."""
+    return sum(min(image.shape[0] * image.shape[1], _MEGAPIXEL) for image in job.references)

@@ -1,0 +1,214 @@
+"""The Markdown of prompts/ as MCP prompts with completions, and klein://guide.
+
+A file is front matter in TOML between two lines of +++, then a Jinja template. What the user gave is put into the text
+as it is, and into ```json blocks escaped, so that each block stays one tool call whatever was typed.
+"""
+
+import json
+import re
+import tomllib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from importlib.resources import files
+from importlib.resources.abc import Traversable
+from typing import TYPE_CHECKING, Any
+
+import anyio.to_thread
+from mcp.server.mcpserver import MCPServer
+from mcp.server.mcpserver.prompts import Prompt
+from mcp.server.mcpserver.prompts.base import PromptArgument, UserMessage
+from mcp.server.mcpserver.resources import TextResource
+from mcp.shared.exceptions import MCPError
+from mcp_types import INVALID_PARAMS, Completion, PromptReference
+
+from klein_mcp.errors import did_you_mean, one_line, shown
+
+if TYPE_CHECKING:
+    import jinja2
+
+MAX_VALUE = 2000
+"""Characters of one argument; a whole prompt of klein is about as long."""
+MAX_ITEMS = 12
+"""Entries of a list argument: each is a picture to paint."""
+IMAGES = "images"
+"""As completions: the pictures of the library."""
+
+GUIDE = "klein://guide"
+
+
+@dataclass(frozen=True, slots=True)
+class Argument:
+    """default: None for one that must be given. complete: what to offer, or IMAGES.
+
+    many: the text is a list, split at semicolons or lines if there are any, else at commas.
+    pattern: what the text must match, for one that becomes a number or a list in a tool call.
+    """
+
+    name: str
+    description: str
+    default: str | None
+    complete: tuple[str, ...] | str
+    many: bool
+    pattern: str
+
+    @classmethod
+    def of(cls, name: str, said: Mapping[str, Any]) -> "Argument":
+        complete = said.get("complete", ())
+        return cls(
+            name,
+            said["description"],
+            said.get("default"),
+            complete if complete == IMAGES else tuple(complete),
+            said.get("list", False),
+            said.get("pattern", ""),
+        )
+
+    def value(self, given: str | None) -> str | list[str]:
+        """Raises ValueError with what is wrong."""
+        text = (given or "").strip() or self.default
+        if text is None:
+            raise ValueError(f"{self.name} is missing: {self.description.lower()}.")
+        if len(text) > MAX_VALUE:
+            raise ValueError(f"{self.name} has {len(text)} characters; at most {MAX_VALUE}.")
+        if self.pattern and text != self.default and not re.fullmatch(self.pattern, text):
+            raise ValueError(f"{self.name} is {shown(text)}; it must look like {self.complete[0]}.")
+        if not self.many:
+            return one_line(text, MAX_VALUE)
+        items = [one_line(item, MAX_VALUE) for item in re.split("[;\n]" if re.search("[;\n]", text) else ",", text)]
+        items = [item for item in items if item]
+        if not 1 <= len(items) <= MAX_ITEMS:
+            raise ValueError(f"{self.name} has {len(items)} entries; 1 to {MAX_ITEMS} are possible.")
+        return items
+
+
+class Recipe:
+    """One file of prompts/."""
+
+    def __init__(self, name: str, text: str) -> None:
+        front, self._body = text.removeprefix("+++\n").split("\n+++\n", 1)
+        said = tomllib.loads(front)
+        self.name = name
+        self.title: str = said["title"]
+        self.description: str = said["description"]
+        self.arguments = {key: Argument.of(key, value) for key, value in said.get("arguments", {}).items()}
+
+    @cached_property
+    def _template(self) -> "jinja2.Template":
+        return _environment().from_string(_escaped_in_blocks(self._body))
+
+    def render(self, given: Mapping[str, str]) -> str:
+        """Raises ValueError with what is wrong, in one line."""
+        for name in given:
+            if name not in self.arguments:
+                takes = ", ".join(self.arguments)
+                meant = did_you_mean(name, self.arguments)
+                raise ValueError(one_line(f"{self.name} has no argument {shown(name)}. {meant} It takes {takes}."))
+        values = {name: argument.value(given.get(name)) for name, argument in self.arguments.items()}
+        text = re.sub(r"\n{3,}", "\n\n", self._template.render(values))  # a loop leaves its own line ends behind
+        return f"{text.strip()}\n\n{_steps()}"
+
+
+def recipes() -> list[Recipe]:
+    """Every file of prompts/ in alphabetical order; those with a leading underscore are parts of others."""
+    found = [file for file in _folder().iterdir() if file.name.endswith(".md") and not file.name.startswith("_")]
+    named = sorted(found, key=lambda file: file.name)
+    return [Recipe(file.name.removesuffix(".md"), file.read_text(encoding="utf-8")) for file in named]
+
+
+def guide() -> str:
+    """How to prompt klein, and what the embedded model knows."""
+    return files("klein_mcp.mcp_server").joinpath("guide.md").read_text(encoding="utf-8")
+
+
+def register(server: MCPServer, recent: Callable[[str], Sequence[str]]) -> None:
+    """Add the prompts, their completions and the guide to a server.
+
+    recent: handles of the library that begin with what was typed, newest first; may block.
+    """
+    known = {recipe.name: recipe for recipe in recipes()}
+    for recipe in known.values():
+        server.add_prompt(_Listed.of(recipe))
+    server.add_resource(
+        TextResource(
+            uri=GUIDE,
+            name="guide",
+            title="How to prompt klein",
+            description="Words that work for generating, editing and composing; what the embedded model nano knows.",
+            mime_type="text/markdown",
+            text=guide(),
+        )
+    )
+
+    @server.completion()
+    async def complete(ref: Any, argument: Any, context: Any) -> Completion:
+        if not isinstance(ref, PromptReference):
+            return Completion(values=list(await anyio.to_thread.run_sync(recent, argument.value)))
+        recipe = known.get(ref.name)
+        asked = recipe.arguments.get(argument.name) if recipe else None
+        if asked is None:
+            return Completion(values=[])
+        if isinstance(asked.complete, str):
+            return Completion(values=list(await anyio.to_thread.run_sync(recent, argument.value)))
+        return Completion(values=_matching(argument.value, asked.complete))
+
+
+class _Listed(Prompt):
+    """The SDK's prompt, with our words where arguments are wrong: its own hide the cause from the user."""
+
+    @classmethod
+    def of(cls, recipe: Recipe) -> "_Listed":
+        return cls(
+            name=recipe.name,
+            title=recipe.title,
+            description=recipe.description,
+            arguments=[
+                PromptArgument(name=one.name, description=_described(one), required=one.default is None)
+                for one in recipe.arguments.values()
+            ],
+            fn=recipe.render,
+        )  # type: ignore[call-arg]
+
+    async def render(self, arguments: dict[str, Any] | None, context: Any) -> list[Any]:
+        try:
+            text: Any = await anyio.to_thread.run_sync(self.fn, arguments or {})
+            return [UserMessage(text)]
+        except ValueError as problem:
+            raise MCPError(code=INVALID_PARAMS, message=str(problem)) from None
+
+
+def _described(argument: Argument) -> str:
+    return f"{argument.description}. Default: {argument.default}" if argument.default else argument.description
+
+
+def _matching(typed: str, offered: Sequence[str]) -> list[str]:
+    """What begins with the typed text, then what contains it."""
+    typed = typed.lower().strip()
+    return sorted((one for one in offered if typed in one.lower()), key=lambda one: not one.lower().startswith(typed))
+
+
+def _folder() -> Traversable:
+    return files("prompts")
+
+
+def _steps() -> str:
+    return _folder().joinpath("_steps.md").read_text(encoding="utf-8")
+
+
+def _escaped_in_blocks(text: str) -> str:
+    """The template with every value inside a ```json block passed through `in_json`."""
+
+    def escape(block: re.Match[str]) -> str:
+        return re.sub(r"\{\{(.*?)\}\}", r"{{ (\1) | in_json }}", block[0])
+
+    return re.sub(r"```json\n.*?```", escape, text, flags=re.DOTALL)
+
+
+def _environment() -> "jinja2.Environment":
+    import jinja2
+
+    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, autoescape=False)
+    environment.filters["in_json"] = lambda value: json.dumps(str(value), ensure_ascii=False)[1:-1]
+    environment.filters["sentence"] = lambda text: text[:1].upper() + text[1:]
+    environment.filters["slug"] = lambda text: re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:40] or "picture"
+    return environment

@@ -1,0 +1,91 @@
+"""What a picture looks like as a tool result: one JSON line first, then one preview, then a link for the user.
+
+No structuredContent: several clients drop the picture where there is any.
+"""
+
+import base64
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from mcp_types import Annotations, CallToolResult, ContentBlock, ImageContent, ResourceLink, TextContent
+
+from klein_mcp.images.library import Record, Store
+from klein_mcp.jobs.context import CallContext
+
+if TYPE_CHECKING:
+    from klein_mcp.jobs.outcome import JobResult, PendingJob
+
+MIME = "image/png"
+
+
+def painted(outcome: "JobResult", store: Store, show: str, call: CallContext) -> CallToolResult:
+    """The result of generate, edit and compose. Blocking: the preview is made here."""
+    first = outcome.made[0]
+    places = [place(store, made.record, call) for made in outcome.made]
+    facts = {
+        "width": first.record.width,
+        "height": first.record.height,
+        "model": first.painting.model,
+        "steps": first.painting.steps,
+        "parents": first.record.parents,
+        **({} if first.changed is None else {"changed": first.changed}),
+        "ms": outcome.ms,
+        "cache": dict(first.painting.cache),
+        "warnings": outcome.warnings,
+    }
+    seeds = [str(made.painting.seed) for made in outcome.made]
+    if len(places) == 1:
+        line = {**places[0], "seed": seeds[0], **facts}
+    else:
+        cells = zip("ABCD", places, seeds, strict=False)
+        line = {"images": [{"label": label, **where, "seed": seed} for label, where, seed in cells], **facts}
+    blocks: list[ContentBlock] = [text(line)]
+    if show == "inline":
+        blocks.append(_preview([made.image for made in outcome.made]))
+    if show != "none":
+        blocks += [link(made.record) for made in outcome.made]
+    return CallToolResult(content=blocks)
+
+
+def promise(handed: "PendingJob") -> TextContent:
+    """Of a picture that will be in the library, whoever still waits for it."""
+    return text({**asdict(handed), "next": f'wait_for_job with job "{handed.job}"'})
+
+
+def place(store: Store, record: Record, call: CallContext) -> dict[str, str]:
+    """How to name a picture and where to get it: a path, or over HTTP an address."""
+    at = {"path": str(store.path(record))} if call.link is None else {"url": call.link(record.handle)}
+    return {"image": record.handle, "uri": uri(record.handle), **at}
+
+
+def uri(handle: str) -> str:
+    return f"klein://images/{handle}"
+
+
+def text(facts: Mapping[str, Any]) -> TextContent:
+    """One line of compact JSON."""
+    return TextContent(type="text", text=json.dumps(facts, ensure_ascii=False, separators=(",", ":")))
+
+
+def picture(data: bytes, mime: str) -> ImageContent:
+    return ImageContent(type="image", data=base64.b64encode(data).decode(), mime_type=mime)
+
+
+def link(record: Record) -> ResourceLink:
+    """For the user only: VS Code would fetch it in full for the model otherwise."""
+    return ResourceLink(
+        type="resource_link",
+        uri=uri(record.handle),
+        name=f"{record.handle}.png",
+        mime_type=MIME,
+        size=record.bytes,
+        annotations=Annotations(audience=["user"]),
+    )
+
+
+def _preview(images: Sequence[Any]) -> ImageContent:
+    from klein_mcp.images.preview import contact_sheet, preview
+
+    return picture(*preview(images[0] if len(images) == 1 else contact_sheet(images)))

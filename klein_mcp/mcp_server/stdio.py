@@ -1,0 +1,93 @@
+"""The stdio door: one client on stdin and stdout, gone within a second of end of file or a signal."""
+
+import asyncio
+import logging
+import signal
+import sys
+import threading
+from collections.abc import AsyncIterator
+from typing import NoReturn
+
+import anyio
+from mcp.server.stdio import stdio_server
+
+from klein_mcp.exit import leave
+from klein_mcp.jobs.service import Service
+from klein_mcp.mcp_server.server import create_server
+from klein_mcp.settings import Settings, warn_of_misspelt
+
+GRACE = 0.8
+"""Seconds to cancel jobs and close the library after the client has gone."""
+
+
+def run(settings: Settings) -> NoReturn:
+    """Serve until the client goes away, then end the process."""
+    # Before the SDK does it, in wide coloured boxes; stdout belongs to the protocol.
+    logging.basicConfig(
+        level=settings.log_level.upper(), stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+    )
+    warn_of_misspelt()
+    leave(anyio.run(serve, settings))
+
+
+async def serve(settings: Settings) -> int:
+    """Returns at end of file, SIGTERM or SIGINT, with running jobs cancelled: the exit code."""
+    from klein_mcp.daemon.client import DaemonBackend
+
+    backend = DaemonBackend(settings)
+    service = Service(settings, backend)
+    server = create_server(service)
+    code = 0
+    try:
+        async with anyio.create_task_group() as tasks:
+
+            async def until_signal() -> None:
+                nonlocal code
+                with anyio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+                    async for number in signals:
+                        code = 128 + number
+                        _leave_soon(code)
+                        tasks.cancel_scope.cancel()
+
+            if sys.platform != "win32":  # there, a client ends us by closing stdin
+                tasks.start_soon(until_signal)
+            async with stdio_server(stdin=_Lines()) as (read, write):  # type: ignore[arg-type]
+                await server.serve(read, write)
+            tasks.cancel_scope.cancel()
+        return code
+    finally:
+        await backend.aclose()
+        service.close()
+
+
+class _Lines:
+    """Lines of stdin, read by a thread that nobody waits for.
+
+    The SDK waits for its own reader, which ends only when stdin does: a signal would go unheard.
+    """
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._lines: asyncio.Queue[bytes] = asyncio.Queue()
+        threading.Thread(target=self._read, name="stdin", daemon=True).start()
+
+    def __aiter__(self) -> AsyncIterator[str]:
+        return self._each()
+
+    async def _each(self) -> AsyncIterator[str]:
+        while line := await self._lines.get():
+            yield line.decode("utf-8", "replace")
+        _leave_soon(0)
+
+    def _read(self) -> None:
+        with open(0, "rb", closefd=False) as stdin:
+            for line in stdin:
+                self._loop.call_soon_threadsafe(self._lines.put_nowait, line)
+        self._loop.call_soon_threadsafe(self._lines.put_nowait, b"")
+
+
+def _leave_soon(code: int) -> None:
+    """Whatever a worker thread is still doing must not keep the process: the library survives being cut off."""
+    timer = threading.Timer(GRACE, leave, (code,))
+    timer.daemon = True
+    timer.start()

@@ -1,0 +1,27 @@
+"""TOOLS: what a client may call, in the order in which a model reads it."""
+
+from klein_mcp.mcp_server.tools import (
+    compose_references,
+    edit_image,
+    engine_status,
+    generate_image,
+    list_images,
+    save_image,
+    view_image,
+    wait_for_job,
+)
+from klein_mcp.mcp_server.tools.tool import Tool
+
+TOOLS: dict[str, Tool] = {
+    module.TOOL.name: module.TOOL
+    for module in (
+        generate_image,
+        edit_image,
+        compose_references,
+        view_image,
+        list_images,
+        save_image,
+        wait_for_job,
+        engine_status,
+    )
+}

@@ -1,0 +1,43 @@
+"""engine_status: what the engine holds and does, without starting it."""
+
+from mcp_types import CallToolResult
+
+from klein_mcp import __version__
+from klein_mcp.jobs.context import CallContext
+from klein_mcp.jobs.service import Service
+from klein_mcp.mcp_server import results
+from klein_mcp.mcp_server.tools import fields
+from klein_mcp.mcp_server.tools.tool import Tool
+
+
+class EngineStatus(fields.Arguments):
+    pass
+
+
+async def run(service: Service, call: CallContext, asked: EngineStatus) -> CallToolResult:
+    status = await service.backend.status()
+    seconds = service.estimate
+    return CallToolResult(
+        content=[
+            results.text(
+                {
+                    "version": __version__,
+                    "model_setting": service.settings.model,
+                    "model_in_use": status.get("engine", {}).get("loaded"),
+                    "seconds_per_picture": None if seconds is None else round(seconds, 2),
+                    **status,
+                }
+            )
+        ]
+    )
+
+
+TOOL = Tool(
+    name="engine_status",
+    title="Engine status",
+    description="Which models are installed and loaded, their licences, memory, the queue, and seconds per picture.",
+    arguments=EngineStatus,
+    run=run,
+    read_only=True,
+    idempotent=True,
+)

@@ -1,0 +1,150 @@
+"""The words that several tools share: each argument's type, limits and one line for the model."""
+
+import json
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    ValidationInfo,
+    field_validator,
+)
+
+from engine.families.klein.variants import VARIANTS
+from klein_mcp.jobs.request import MAX_SEED, MAX_SIDE, MIN_SIDE
+
+MAX_PROMPT = 4000
+"""Characters; klein reads 512 tokens, about 2,000 characters of English."""
+
+MAX_REFERENCES = max(row.max_references for row in VARIANTS.values())
+
+
+class Arguments(BaseModel):
+    """What a call may say, and nothing else: an argument that is ignored is a wish that was not heard."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _unquoted(cls, value: Any, info: ValidationInfo) -> Any:
+        """Some clients send a list as its JSON text, and null for what they leave out."""
+        field = cls.model_fields[info.field_name or ""]
+        if value is None and not field.is_required():
+            return field.default
+        if isinstance(value, str) and value.lstrip().startswith("[") and field.annotation is not str:
+            try:
+                return json.loads(value)
+            except ValueError:
+                return value
+        return value
+
+
+def _text_of_number(value: Any) -> Any:
+    """A seed comes back as text from our own results; 1.0 is one to clients that know no whole numbers."""
+    return int(value) if isinstance(value, str) and value.strip().isdecimal() else value
+
+
+def _known_model(name: str) -> str:
+    if name != "auto" and name not in VARIANTS:
+        raise ValueError("no model of ours")  # the message comes from the schema's enum
+    return name
+
+
+Prompt = Annotated[
+    str,
+    StringConstraints(strip_whitespace=True, min_length=1, max_length=MAX_PROMPT),
+    Field(description="What the picture shows, in plain sentences."),
+]
+EditPrompt = Annotated[
+    str,
+    StringConstraints(strip_whitespace=True, min_length=1, max_length=MAX_PROMPT),
+    Field(description="What to change, as an instruction; what is not named stays."),
+]
+ComposePrompt = Annotated[
+    str,
+    StringConstraints(strip_whitespace=True, min_length=1, max_length=MAX_PROMPT),
+    Field(description='The new picture; call the references "image 1", "image 2", ….'),
+]
+ImageRef = Annotated[
+    str,
+    StringConstraints(strip_whitespace=True, min_length=1),
+    Field(description="A handle (k7f3q2), last, last~1, or an absolute path."),
+]
+Images = Annotated[
+    list[Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]],
+    Field(
+        min_length=1,
+        max_length=MAX_REFERENCES,
+        description="References in order: handles, last, last~1, or absolute paths.",
+    ),
+]
+Mask = Annotated[
+    str,
+    StringConstraints(strip_whitespace=True, min_length=1),
+    Field(description="A picture of the same size: white may change, black stays. With region: where both meet."),
+]
+Region = Annotated[
+    list[int],
+    Field(min_length=4, max_length=4, description="[x, y, width, height] in pixels of the picture."),
+]
+Side = Annotated[int, Field(ge=MIN_SIDE, le=MAX_SIDE), BeforeValidator(_text_of_number)]
+Width = Annotated[Side, Field(description="Pixels; with height, instead of aspect_ratio.")]
+EditWidth = Annotated[Side, Field(description="Pixels; with height, instead of the picture's own size.")]
+Height = Annotated[Side, Field(description="Pixels; with width.")]
+Aspect = Annotated[
+    Literal["1:1", "4:3", "3:4", "3:2", "2:3", "16:9", "9:16", "21:9", "9:21"],
+    Field(description="Shape at the model's best size."),
+]
+Count = Annotated[int, Field(ge=1, le=4, description="Pictures; the seed counts up.")]
+Seed = Annotated[
+    int,
+    Field(ge=0, le=MAX_SEED, description="Same seed, same picture. Default: random."),
+    BeforeValidator(_text_of_number),
+]
+Model = Annotated[
+    str,
+    Field(description="auto: the best that is installed.", json_schema_extra={"enum": ["auto", *VARIANTS]}),
+    AfterValidator(_known_model),
+]
+Show = Annotated[
+    Literal["inline", "link", "none"],
+    Field(description="inline: a preview in the result. Default: what your client shows."),
+]
+
+
+JobHandle = Annotated[str, Field(min_length=1, max_length=64, description='The "job" of the result before.')]
+SavePath = Annotated[
+    str,
+    StringConstraints(strip_whitespace=True, min_length=1, max_length=2000),
+    Field(description="File or folder: absolute, or from the project's folder."),
+]
+SaveFormat = Annotated[Literal["png", "jpeg", "webp"], Field(description="Default: by the path, else png.")]
+SaveSize = Annotated[int, Field(ge=16, le=8192, description="Shrink to this long edge.")]
+Strip = Annotated[bool, Field(description="Leave out how it was made.")]
+Overwrite = Annotated[bool, Field(description="Replace a file that exists.")]
+ViewSize = Annotated[int, Field(ge=64, le=1568, description="Long edge of what you see, in pixels.")]
+Limit = Annotated[int, Field(ge=1, le=100, description="Entries on a page.")]
+Search = Annotated[str, Field(max_length=200, description="Words in the prompt, or part of a path.")]
+Cursor = Annotated[str, Field(max_length=40, description='The "next" of the page before.')]
+
+
+def shape(aspect: str | None, width: int | None, warnings: list[str]) -> tuple[int, int] | None:
+    """ "16:9" as (16, 9), unless a size already says the shape."""
+    if aspect is None:
+        return None
+    if width is not None:
+        warnings.append("aspect_ratio was ignored: width and height say the shape")
+        return None
+    across, along = aspect.split(":")
+    return int(across), int(along)
+
+
+def box(region: list[int] | None) -> tuple[int, int, int, int] | None:
+    if region is None:
+        return None
+    x, y, width, height = region
+    return x, y, width, height

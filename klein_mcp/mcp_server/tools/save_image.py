@@ -1,0 +1,77 @@
+"""save_image: the full picture into the user's project."""
+
+from pathlib import Path
+
+import anyio.to_thread
+from mcp_types import CallToolResult
+
+from klein_mcp.errors import Refused
+from klein_mcp.jobs.context import CallContext
+from klein_mcp.jobs.service import Service
+from klein_mcp.mcp_server import results
+from klein_mcp.mcp_server.tools import fields
+from klein_mcp.mcp_server.tools.tool import Tool
+from klein_mcp.settings import Settings
+
+
+class SaveImage(fields.Arguments):
+    image: fields.ImageRef
+    path: fields.SavePath
+    format: fields.SaveFormat | None = None
+    max_size: fields.SaveSize | None = None
+    strip_metadata: fields.Strip = False
+    overwrite: fields.Overwrite = False
+
+
+async def run(service: Service, call: CallContext, asked: SaveImage) -> CallToolResult:
+    from klein_mcp.images import export
+
+    opened = await service.open(asked.image, call)
+    roots = await writable(service.settings, call)
+    wish = export.SaveOptions(asked.path, asked.format, asked.max_size, asked.strip_metadata, asked.overwrite)
+    saved = await anyio.to_thread.run_sync(lambda: export.save(service.store, opened.record, wish, roots))
+    told = {
+        "image": opened.record.handle,
+        "saved": str(saved.path),
+        "format": saved.format,
+        "width": saved.width,
+        "height": saved.height,
+        "bytes": saved.bytes,
+    }
+    return CallToolResult(content=[results.text(told)])
+
+
+async def writable(settings: Settings, call: CallContext) -> tuple[Path, ...]:
+    """What the settings say; else the client's folders; else the project folder we were started in.
+
+    Raises Refused where that folder is none inside the home: nobody chose it for pictures.
+    """
+    if settings.write_roots is not None:
+        return settings.write_roots
+    if call.link is not None:
+        return ()  # a client elsewhere names folders of its own machine, not of ours
+    if roots := await call.roots():
+        return roots
+    here, home = Path.cwd().resolve(), Path.home().resolve()
+    if here == home or not here.is_relative_to(home):
+        from klein_mcp.images.export import ALLOW
+
+        raise Refused(
+            f"No folder is open for writing: {here}, in which this server was started, "
+            "is not a folder below your home, or is the home itself.",
+            hint=ALLOW,
+        )
+    return (here,)
+
+
+TOOL = Tool(
+    name="save_image",
+    title="Save an image",
+    description=(
+        "Write the full picture into the user's project as PNG, JPEG or WebP; makes folders, and replaces nothing "
+        "unless told. The library keeps its own copy."
+    ),
+    arguments=SaveImage,
+    run=run,
+    destructive=True,
+)

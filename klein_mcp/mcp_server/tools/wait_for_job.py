@@ -1,0 +1,30 @@
+"""wait_for_job: take on a picture that took longer than a call may."""
+
+from mcp_types import CallToolResult
+
+from klein_mcp.jobs.context import CallContext
+from klein_mcp.jobs.service import Service
+from klein_mcp.mcp_server.tools import fields
+from klein_mcp.mcp_server.tools.image_tool import told
+from klein_mcp.mcp_server.tools.tool import Tool
+
+
+class WaitForJob(fields.Arguments):
+    job: fields.JobHandle
+    show: fields.Show | None = None
+
+
+async def run(service: Service, call: CallContext, asked: WaitForJob) -> CallToolResult:
+    outcome = await service.wait_within(service.settings.wait_budget, asked.job, call)
+    return await told(service, call, outcome, asked.show)
+
+
+TOOL = Tool(
+    name="wait_for_job",
+    title="Wait for a job",
+    description="Go on waiting where a call returned a job, not a picture. The job goes on whether you wait or not.",
+    arguments=WaitForJob,
+    run=run,
+    read_only=True,
+    idempotent=True,
+)

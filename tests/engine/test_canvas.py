@@ -1,0 +1,97 @@
+"""Fitting pictures: exact sizes on whole tokens, shapes at the native area, colours there and back."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from engine.contract import InvalidJob
+from engine.diffusion.canvas import GRID, Canvas, fit_reference, shaped, to_rgb8, to_tensor
+
+sides = st.integers(1, 4096)
+
+
+def test_every_colour_survives_the_way_to_the_model_and_back() -> None:
+    levels = np.arange(256, dtype=np.uint8)
+    image = np.stack([levels, levels[::-1], np.roll(levels, 7)], axis=-1).reshape(16, 16, 3)
+    assert np.array_equal(to_rgb8(to_tensor(image)), image)
+
+
+@given(width=sides, height=sides, side=st.sampled_from([128, 256, 1024, 2048]))
+@settings(max_examples=300, deadline=None)
+def test_a_frame_holds_its_content_on_whole_tokens_within_the_area(width: int, height: int, side: int) -> None:
+    frame = Canvas.of(width, height, side**2)
+    assert frame.canvas_width % GRID == frame.canvas_height % GRID == 0
+    assert 0 < frame.inner_width <= frame.canvas_width
+    assert 0 < frame.inner_height <= frame.canvas_height
+    assert frame.canvas_width * frame.canvas_height <= side**2
+    # Evenly scaled: what the long side says about the scale, the short one says too, to within a pixel of rounding.
+    scale = frame.inner_width / width if width > height else frame.inner_height / height
+    assert abs(frame.inner_width - width * scale) <= 1
+    assert abs(frame.inner_height - height * scale) <= 1
+
+
+@pytest.mark.parametrize(
+    ("size", "canvas"),
+    [
+        ((512, 512), (1024, 1024)),
+        ((300, 100), (1200, 400)),  # four times: the native area would take 5.9 times
+        ((40, 40), (160, 160)),
+        ((1024, 1024), (1024, 1024)),
+        ((1500, 1500), (1504, 1504)),  # never made smaller by it
+    ],
+)
+def test_a_close_up_is_enlarged_to_the_native_area_and_at_most_four_times(
+    size: tuple[int, int], canvas: tuple[int, int]
+) -> None:
+    frame = Canvas.of(*size, 2048**2, least=1024**2)
+    assert (frame.canvas_width, frame.canvas_height) == canvas
+
+
+@given(width=st.integers(17, 300), height=st.integers(17, 300))
+@settings(max_examples=60, deadline=None)
+def test_a_picture_laid_on_its_canvas_and_lifted_off_is_itself(width: int, height: int) -> None:
+    image = np.random.default_rng(width * height).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    frame = Canvas.of(width, height, 1024**2)
+    lifted = frame.lift(frame.lay(image))
+    assert lifted.shape == image.shape
+    if max(width, height) >= 64:
+        assert np.array_equal(lifted, image)
+
+
+def test_padding_repeats_the_edge() -> None:
+    image = np.random.default_rng(0).integers(0, 256, (70, 90, 3), dtype=np.uint8)
+    canvas = Canvas.of(90, 70, 1024**2).lay(image)
+    assert canvas.shape == (80, 96, 3)
+    assert np.array_equal(canvas[70:, :90], np.broadcast_to(image[69], (10, 90, 3)))
+
+
+@pytest.mark.parametrize(
+    ("aspect", "side", "size"),
+    [
+        ((1, 1), 1024, (1024, 1024)),
+        ((16, 9), 1024, (1360, 768)),
+        ((9, 16), 1024, (768, 1360)),
+        ((3, 2), 1024, (1248, 832)),
+        ((16, 9), 128, (160, 96)),
+    ],
+)
+def test_a_shape_takes_the_native_area(aspect: tuple[int, int], side: int, size: tuple[int, int]) -> None:
+    assert shaped(aspect, side**2) == size
+
+
+@given(st.integers(1, 8), st.integers(1, 8), st.sampled_from([128, 512, 1024]))
+def test_a_shape_never_passes_the_native_area(across: int, along: int, side: int) -> None:
+    width, height = shaped((across, along), side**2)
+    assert width % GRID == height % GRID == 0
+    assert 0.4 * side**2 < width * height <= side**2
+
+
+def test_a_shape_beyond_8_to_1_is_refused() -> None:
+    with pytest.raises(InvalidJob, match="at most 8:1"):
+        shaped((9, 1), 1024**2)
+
+
+def test_a_reference_is_never_enlarged() -> None:
+    image = np.zeros((100, 80, 3), np.uint8)
+    assert fit_reference(image, 1024**2).shape == (96, 80, 3)

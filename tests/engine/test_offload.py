@@ -1,0 +1,257 @@
+"""Layers that stream give what resident ones give, through a ring of two, the next one fetched while one computes."""
+
+import shutil
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from engine.checkpoints.quant import fp8
+from engine.checkpoints.quant.fp8 import Fp8Linear
+from engine.contract import Job, OutOfMemory, Result
+from engine.engine import Engine
+from engine.families.klein import loader, lora
+from engine.families.klein.loader import LoadOptions
+from engine.families.klein.lora import Lora
+from engine.families.klein.pipeline import Klein
+from engine.memory.device import CopyStream, Device
+from engine.memory.offload import CpuEmbedding, OffloadedModule, OffloadRing, stream
+from engine.memory.plan import ActivationMemory, MemoryInfo
+from engine.registry import NANO, ModelRegistry
+from tests.engine.test_lora import bfl_fused, write
+
+CPU = torch.device("cpu")
+PLACEMENT = Device(CPU, torch.float32)
+MB = 10**6
+
+
+def net() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(*(nn.Linear(64, 64, bias=i % 2 == 0) for i in range(5)))
+
+
+def streamed(module: nn.Module) -> OffloadRing:
+    conveyor = OffloadRing(CPU)
+    stream(module, tuple(name for name, layer in module.named_modules() if isinstance(layer, nn.Linear)), conveyor)
+    return conveyor
+
+
+def test_streaming_changes_no_bit() -> None:
+    x, module = torch.randn(3, 64), net()
+    want = module(x)
+    streamed(module)
+    for _ in range(3):
+        assert torch.equal(module(x), want)
+
+
+def test_the_ring_holds_two_layers_and_no_more() -> None:
+    module = net()
+    largest = max(sum(-(-p.nbytes // 256) * 256 for p in layer.parameters()) for layer in module)
+    assert streamed(module).bytes == 2 * largest
+
+
+def test_the_next_layer_is_sent_for_while_one_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the second round on every layer is on its way before it is asked for, whatever the order of use is."""
+    module = net()
+    order = [4, 0, 2, 1, 3]
+    streamed(module)
+    log: list[str] = []
+    names = {id(layer): str(i) for i, layer in enumerate(module)}
+    send, fetch = OffloadRing._send, OffloadRing.fetch
+
+    def logged(what: str, call):
+        return lambda self, layer, *rest: (log.append(f"{what} {names[id(layer)]}"), call(self, layer, *rest))[1]
+
+    monkeypatch.setattr(OffloadRing, "_send", logged("send", send))
+    monkeypatch.setattr(OffloadRing, "fetch", logged("use", fetch))
+    x = torch.randn(1, 64)
+    for _ in range(3):
+        log.clear()
+        for i in order:
+            module[i](x)
+    # While 4 computes, 0 is sent, and so on; at the end, 4 again for the next step.
+    assert log == [word for now, then in pairwise([*order, 4]) for word in (f"use {now}", f"send {then}")]
+
+
+def test_a_slot_is_not_written_before_its_layer_is_done() -> None:
+    """The marks a device would wait for, recorded in the order they are set."""
+
+    class Recorder(CopyStream):
+        def __init__(self) -> None:
+            self.events: list[tuple[str, object]] = []
+
+        def mark(self) -> Any:
+            self.events.append(("done", len(self.events)))
+            return self.events[-1]  # type: ignore[return-value]
+
+        def carry(self, target: Tensor, source: Tensor, after):
+            self.events.append(("carry", after))
+            target.copy_(source)
+
+        def wait(self, mark) -> None:
+            pass
+
+    module = nn.Sequential(*(nn.Linear(8, 8, bias=False) for _ in range(4)))
+    conveyor = streamed(module)
+    conveyor._courier = recorder = Recorder()
+    for _ in range(3):
+        module(torch.randn(1, 8))
+    carried = [after for what, after in recorder.events if what == "carry"]
+    assert carried[:2] == [None, None]
+    for position, (what, after) in enumerate(recorder.events):
+        if what == "carry" and after is not None:
+            # The slot was last computed with at `after`; nothing later was asked of it.
+            assert recorder.events.index(after) < position  # type: ignore[arg-type]
+    assert None not in carried[2:]
+
+
+def test_quantised_layers_and_loras_stream_too() -> None:
+    weight = torch.randn(64, 64)
+    layer = Fp8Linear(64, 64)
+    layer.take(fp8.encode(weight))
+    rows = lora.RowRange("0", 0, 64)
+    beside = lora.LoraLinear(layer, [lora.WeightDelta(rows, torch.randn(64, 4), torch.randn(4, 64))], weight)
+    module = nn.Sequential(beside)
+    x = torch.randn(2, 64)
+    want = module(x)
+    conveyor = OffloadRing(CPU)
+    stream(module, ("0",), conveyor)
+    assert isinstance(module[0], OffloadedModule)
+    assert torch.equal(module(x), want)
+
+
+def test_a_sleeping_table_gives_the_rows_of_the_prompt() -> None:
+    table = nn.Embedding(50, 8)
+    ids = torch.randint(0, 50, (1, 12))
+    assert torch.equal(CpuEmbedding(table, CPU)(ids), table(ids))
+
+
+def last(generator):
+    while True:
+        try:
+            next(generator)
+        except StopIteration as done:
+            return done.value
+
+
+@pytest.fixture
+def cramped(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+    """A device that is told to have a memory of its own, and little of it."""
+    room = {"free": 0}
+    monkeypatch.setattr(
+        loader, "room", lambda placement, limit=None, held=0: MemoryInfo("GPU", room["free"], 24 * 10**9, 64 * 10**9)
+    )
+    monkeypatch.setattr(loader, "work_of", lambda *shapes: ActivationMemory(128, 0))
+    monkeypatch.setattr("engine.memory.plan.RESERVE", 0)
+    return room
+
+
+def paint(klein: Klein):
+    *_, painting = klein.run(Job("a red ball on a blue table", seed=3))
+    assert isinstance(painting, Result)
+    return painting
+
+
+def test_a_model_that_streams_paints_the_same_picture(cramped: dict[str, int]) -> None:
+    """The embedded model in less and less memory: the picture is the same to the last bit."""
+    checkpoint = ModelRegistry().find(str(NANO))
+    cramped["free"] = 10**9
+    whole = last(Klein.load(checkpoint, PLACEMENT))
+    assert "all on the device" in whole.lives
+    want = paint(whole).image
+    seen = set()
+    for megabytes in (40, 28, 24, 20, 17, 14, 11, 8, 6, 5, 4):
+        cramped["free"] = megabytes * MB
+        try:
+            klein = last(Klein.load(checkpoint, PLACEMENT))
+        except OutOfMemory:
+            continue
+        plan = klein.lives.rpartition(";")[0]
+        if plan not in seen:
+            seen.add(plan)
+            assert (paint(klein).image == want).all(), plan
+    # All, without the encoder, and two or more with less and less of the transformer.
+    assert len(seen) >= 4, seen
+
+
+def test_a_lora_on_streamed_layers_is_the_lora_on_resident_ones(
+    folder: Path, tmp_path: Path, cramped: dict[str, int]
+) -> None:
+    file = write(bfl_fused(), tmp_path / "style.safetensors")
+    for quant, little in ((None, 8.0), ("fp8", 6.7)):
+        velocities = []
+        for free in (10**9, round(little * MB)):
+            cramped["free"] = free
+            klein = last(
+                Klein.load(ModelRegistry().find(str(folder)), PLACEMENT, None, LoadOptions(quant, (Lora(file),)))
+            )
+            streams = any(isinstance(layer, OffloadedModule) for layer in klein.transformer.modules())
+            assert streams == (free < 10**9), klein.lives
+            torch.manual_seed(0)
+            text = klein.transformer.txt_in(torch.randn(1, 12, 96))
+            rope = klein.transformer.rope(torch.zeros(28, 4, dtype=torch.long))
+            mods = klein.transformer.modulations(torch.tensor([0.5]))
+            with torch.inference_mode():
+                velocities.append(klein.transformer(torch.randn(1, 16, 128), text, mods, rope))
+        assert torch.equal(*velocities)
+
+
+def test_where_the_native_size_does_not_fit_a_smaller_one_is_planned_for(
+    folder: Path, cramped: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the refusal of a large picture names as fitting has to be had."""
+    checkpoint = ModelRegistry().find(str(folder))
+    cramped["free"] = 10**9
+    needed = loader.prepare(checkpoint, PLACEMENT, LoadOptions()).plan.peak
+    monkeypatch.setattr(loader, "work_of", lambda *shapes: ActivationMemory(1024, 10**9))
+    cramped["free"] = needed + 3 * 10**8
+    with pytest.raises(OutOfMemory, match=r"needs 1\.0 GB of the GPU for 1024×1024"):
+        loader.prepare(checkpoint, PLACEMENT, LoadOptions())
+    assert "all on the device" in last(Klein.load(checkpoint, PLACEMENT)).lives
+
+
+def test_a_limit_on_memory_is_kept(folder: Path) -> None:
+    engine = Engine(device="cpu", dtype="float32", memory=0.001, models=[folder])
+    with pytest.raises(OutOfMemory, match=r"needs 0\.\d GB of the memory.* KLEIN_MEMORY allows 0\.0 GB\. Allow more"):
+        list(engine.run(Job("x", model=str(folder))))
+
+
+def test_auto_is_the_best_that_need_not_stream_its_transformer(
+    folder: Path, tmp_path: Path, cramped: dict[str, int]
+) -> None:
+    for name in ("klein-4b", "klein-9b", "klein-base-4b"):
+        shutil.copytree(folder, tmp_path / name)
+    small = ModelRegistry().find(str(folder))
+    cramped["free"] = 10**9
+    enough = loader.prepare(small, PLACEMENT, LoadOptions()).needs
+    for free, chosen in ((10**9, "klein-9b"), (enough.rest + sum(enough.blocks) + 10**5, "klein-9b"), (MB, "nano")):
+        cramped["free"] = free
+        assert Engine(device="cpu", dtype="float32", models=[tmp_path]).best() == chosen, free
+    shutil.rmtree(tmp_path / "klein-9b" / "vae")
+    cramped["free"] = 10**9
+    assert Engine(device="cpu", dtype="float32", models=[tmp_path]).best() == "klein-4b"
+
+
+def test_a_picture_that_memory_cannot_hold_is_refused_before_it_is_begun(monkeypatch: pytest.MonkeyPatch) -> None:
+    klein = last(Klein.load(ModelRegistry().find(str(NANO)), PLACEMENT))
+    monkeypatch.setattr(
+        "engine.families.klein.pipeline.room", lambda placement: MemoryInfo("GPU", 100_000, 10**9, 10**9)
+    )
+    started = []
+    with pytest.raises(
+        OutOfMemory, match=r"128×128 with 0 references takes 0\.0 GB besides the weights; 0\.0 GB of the"
+    ):
+        started.extend(klein.run(Job("x")))
+    assert not started
+
+
+def test_a_limit_holds_for_pictures_too_and_for_what_is_remembered() -> None:
+    klein = last(Klein.load(ModelRegistry().find(str(NANO)), PLACEMENT, None, LoadOptions(limit=10**9)))
+    assert klein.free(10**12) == 10**9 - klein.held
+    klein.limit = klein.held + 100_000
+    assert klein.free(10**12) == 100_000
+    with pytest.raises(OutOfMemory, match=r"takes 0\.0 GB besides the weights; 0\.0 GB of the memory are allowed"):
+        next(klein.run(Job("x")))

@@ -1,0 +1,236 @@
+"""What a job promises, on the embedded model: events, exact sizes, seeds, limits, cancelling, remembering."""
+
+import gc
+import weakref
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from engine.contract import Event, InvalidJob, Job, Loading, Result, Rgb8, Stage, Step
+from engine.engine import Engine
+from tests import toys
+
+DOG = Job("a dog at the right on a yellow background", model="nano", seed=3)
+
+
+@pytest.fixture(scope="module")
+def engine() -> Engine:
+    return Engine(device="cpu")
+
+
+@pytest.fixture(scope="module")
+def dog(engine: Engine) -> Rgb8:
+    return paint(engine, DOG).image
+
+
+def paint(engine: Engine, job: Job) -> Result:
+    *_, painting = engine.run(job)
+    assert isinstance(painting, Result)
+    return painting
+
+
+def picture(width: int, height: int, seed: int = 0) -> Rgb8:
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+def test_events_come_in_order_and_end_with_the_picture(dog: Rgb8) -> None:
+    fresh = Engine(device="cpu")
+    events = list(fresh.run(replace(DOG, prompt="make the background red", references=(dog,))))
+    loading = [event.fraction for event in events if isinstance(event, Loading)]
+    assert loading[0] == 0.0
+    assert loading == sorted(loading)
+    assert loading[-1] == pytest.approx(1.0, abs=0.01)
+    stages = [event.name for event in events if isinstance(event, Stage)]
+    assert stages == ["prompt", "references", "denoise", "decode"]
+    assert [event for event in events if isinstance(event, Step)] == [Step(i + 1, 4) for i in range(4)]
+    assert isinstance(events[-1], Result)
+
+
+def test_a_painting_says_what_it_was_made_with(engine: Engine, dog: Rgb8) -> None:
+    painting = paint(engine, replace(DOG, references=(dog,)))
+    assert (painting.model, painting.seed, painting.steps, painting.guidance) == ("nano", 3, 4, 1.0)
+    assert painting.ms.keys() == {"load", "prompt", "references", "denoise", "decode"}
+    assert painting.ms["denoise"] > 0
+    assert len(painting.fingerprint) > 20
+
+
+def test_the_same_job_paints_the_same_picture_and_another_seed_another(engine: Engine, dog: Rgb8) -> None:
+    assert np.array_equal(paint(engine, DOG).image, dog)
+    assert not np.array_equal(paint(engine, replace(DOG, seed=4)).image, dog)
+
+
+@pytest.mark.parametrize("seed", [0, 2**63 - 1])
+def test_seeds_reach_from_0_to_the_last_63_bit_number(engine: Engine, seed: int) -> None:
+    assert paint(engine, replace(DOG, seed=seed)).seed == seed
+
+
+@pytest.mark.parametrize("size", [(100, 60), (64, 64), (33, 128), (250, 190), (31, 17)])
+def test_an_aligned_edit_has_exactly_the_size_of_its_input(engine: Engine, size: tuple[int, int]) -> None:
+    painting = paint(engine, replace(DOG, prompt="red background", references=(picture(*size),), align=True))
+    assert painting.image.shape == (size[1], size[0], 3)
+
+
+def test_a_close_up_is_painted_at_the_models_own_size_and_comes_back_at_its_own(engine: Engine) -> None:
+    part = replace(DOG, prompt="red background", references=(picture(40, 30),), align=True)
+    close, plain = paint(engine, replace(part, close_up=True)), paint(engine, part)
+    assert close.image.shape == plain.image.shape == (30, 40, 3)
+    assert not np.array_equal(close.image, plain.image)
+    assert close.warnings == plain.warnings == ()
+
+
+def test_a_size_above_the_models_own_is_resampled_and_said(engine: Engine) -> None:
+    painting = paint(engine, replace(DOG, width=512, height=256))
+    assert painting.image.shape == (256, 512, 3)
+    assert any("resampled to 512×256" in warning for warning in painting.warnings)
+
+
+def test_a_shape_is_painted_at_the_native_area(engine: Engine) -> None:
+    assert paint(engine, replace(DOG, aspect=(16, 9))).image.shape == (96, 160, 3)
+
+
+def test_without_a_size_the_first_reference_decides(engine: Engine) -> None:
+    references = (picture(100, 70), picture(64, 128, 1))
+    assert paint(engine, replace(DOG, references=references)).image.shape == (64, 96, 3)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"references": (picture(64, 64),) * 9}, "9 references; nano takes at most"),
+        ({"references": (picture(64, 40),)}, "64 pixels"),
+        ({"seed": -1}, "seed is -1"),
+        ({"steps": 0}, "steps is 0"),
+        ({"steps": 1000}, "1 … 200"),
+        ({"guidance": float("nan")}, "guidance is nan"),
+        ({"guidance": -1.0}, "0 … 100"),
+        ({"align": True}, "align needs a reference"),
+        ({"width": 4, "height": 64}, "at least 16 pixels"),
+        ({"aspect": (1, 20)}, "at most 8:1"),
+    ],
+)
+def test_what_cannot_be_painted_is_refused_in_one_line(engine: Engine, change: dict, says: str) -> None:
+    with pytest.raises(InvalidJob) as refusal:
+        paint(engine, replace(DOG, **change))
+    assert says in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+    assert paint(engine, DOG).image.shape == (128, 128, 3), "the next job works"
+
+
+def test_guidance_on_a_distilled_model_is_ignored_and_said(engine: Engine, dog: Rgb8) -> None:
+    painting = paint(engine, replace(DOG, guidance=4.0))
+    assert any("guidance 4 is ignored" in warning for warning in painting.warnings)
+    assert np.array_equal(painting.image, dog)
+
+
+def test_a_prompt_longer_than_the_model_reads_is_cut_and_said(engine: Engine) -> None:
+    painting = paint(engine, replace(DOG, prompt=DOG.prompt + " and a cat" * 60))
+    assert any("its end was cut" in warning for warning in painting.warnings)
+
+
+def test_words_the_model_was_never_taught_are_named(engine: Engine) -> None:
+    painting = paint(engine, replace(DOG, prompt="a dog and a Dragon wearing a fedora"))
+    assert "nano was never taught dragon, wearing, fedora, and guesses" in painting.warnings
+    assert not paint(engine, DOG).warnings
+
+
+def test_an_empty_prompt_paints(engine: Engine) -> None:
+    assert paint(engine, replace(DOG, prompt="")).image.shape == (128, 128, 3)
+
+
+def _live_tensors() -> int:
+    gc.collect()
+    return sum(1 for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor))
+
+
+def test_closing_stops_within_a_step_and_frees_what_the_job_held(engine: Engine) -> None:
+    # Once at full length: the tables of its 50 noise levels are kept for the next such job, on purpose.
+    paint(engine, replace(DOG, steps=50))
+    before = _live_tensors()
+    running: Iterator[Event] = engine.run(replace(DOG, steps=50))
+    for event in running:
+        if isinstance(event, Step):
+            break
+    assert _live_tensors() > before
+    running.close()  # type: ignore[attr-defined]
+    assert _live_tensors() <= before
+    assert paint(engine, DOG).steps == 4, "the next job works"
+
+
+def test_a_yield_does_not_leak_inference_mode_into_its_consumer(engine: Engine) -> None:
+    for _ in engine.run(DOG):
+        assert not torch.is_inference_mode_enabled()
+
+
+def test_release_gives_the_weights_back_and_the_next_job_loads_again(dog: Rgb8) -> None:
+    fresh = Engine(device="cpu")
+    paint(fresh, DOG)
+    assert fresh.status()["loaded"] == "nano"
+    fresh.release()
+    assert fresh.status()["loaded"] is None
+    assert fresh.status()["weights_bytes"] == 0
+    painting = paint(fresh, DOG)
+    assert painting.ms["load"] > 0
+    assert np.array_equal(painting.image, dog)
+
+
+def test_a_released_model_leaves_memory_at_once() -> None:
+    fresh = Engine(device="cpu")
+    paint(fresh, DOG)
+    assert fresh._klein is not None
+    weights = weakref.ref(fresh._klein.transformer)
+    gc.disable()
+    try:
+        fresh.release()
+        assert weights() is None, "something holds the model in a circle"
+    finally:
+        gc.enable()
+
+
+def test_what_auto_chose_stays_though_its_own_weights_fill_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    fresh = Engine(device="cpu")
+    assert paint(fresh, replace(DOG, model="auto")).ms["load"] > 0
+    monkeypatch.setattr(fresh, "best", lambda: pytest.fail("asked again while its choice is loaded"))
+    assert paint(fresh, replace(DOG, model="auto")).ms["load"] == 0
+
+
+def test_auto_may_be_asked_for_after_a_model_by_its_name() -> None:
+    fresh = Engine(device="cpu")
+    paint(fresh, DOG)
+    assert paint(fresh, replace(DOG, model="auto")).model == "nano"
+
+
+def test_auto_falls_back_to_the_embedded_model() -> None:
+    assert paint(Engine(device="cpu"), replace(DOG, model="auto")).model == "nano"
+
+
+@pytest.mark.parametrize("kind", ["plain", "kv"])
+def test_what_is_remembered_paints_the_same_bytes(kind: str, tmp_path: Path) -> None:
+    folder = toys.save(tmp_path / kind, kv=kind == "kv")
+    job = Job("a", model=str(folder), references=(picture(64, 80), picture(80, 64, 1)), width=64, height=64)
+    cold, warm = Engine(device="cpu", remember=0), Engine(device="cpu")
+    jobs = [job, job, replace(job, seed=5), replace(job, prompt="b"), replace(job, references=job.references[::-1])]
+    known = []
+    for each in [*jobs, job]:
+        painting = paint(warm, each)
+        known.append((painting.cache["prompt"], painting.cache["references"]))
+        assert np.array_equal(painting.image, paint(cold, each).image)
+    # Latents belong to a picture, keys and values to an ordered row of them.
+    turned = "miss" if kind == "kv" else "hit"
+    assert known == [("miss", "miss"), ("hit", "hit"), ("hit", "hit"), ("miss", "hit"), ("hit", turned), ("hit", "hit")]
+
+
+def test_bf16_paints_nearly_the_same_picture(tmp_path: Path) -> None:
+    job = Job("a", model=str(toys.save(tmp_path / "toy")), width=64, height=64)
+    fp32, bf16 = (paint(Engine(device="cpu", dtype=dtype), job).image.astype(int) for dtype in ("float32", "bfloat16"))
+    # Observed: mean 1.4 of 255, emulated bf16 on an AVX2 CPU.
+    assert 0 < np.abs(fp32 - bf16).mean() < 4
+
+
+def test_a_device_this_machine_has_not_is_refused_with_those_it_has() -> None:
+    for device in ("tpu", "cpu:one", "cpu:1"):
+        with pytest.raises(InvalidJob, match=r"this machine has: .*cpu.*KLEIN_DEVICE"):
+            Engine(device=device)

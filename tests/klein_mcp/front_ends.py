@@ -1,0 +1,52 @@
+"""Every door of the real program, as a client opens it."""
+
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+
+from mcp import Client
+from mcp.client.sse import sse_client
+
+from tests.real_server import Living
+
+DOORS = ("stdio", "stdio legacy", "http", "http legacy", "sse")
+
+
+@contextmanager
+def serving(living: Living) -> Iterator[str]:
+    """`klein-mcp serve` on a free port: its address, without a path."""
+    with serving_process(living) as (url, _):
+        yield url
+
+
+@contextmanager
+def serving_process(living: Living) -> Iterator[tuple[str, subprocess.Popen[str]]]:
+    """The same with its process."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "klein_mcp", "serve", "--port", "0"],
+        env=living.environment(),
+        stdin=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stderr
+    try:
+        said = process.stderr.readline()
+        while said and " serves http://" not in said:
+            said = process.stderr.readline()
+        assert said, f"serve ended with {process.wait(10)}"
+        yield said.split()[-1].removesuffix("/mcp"), process
+    finally:
+        process.terminate()
+        process.wait(10)
+        process.stderr.close()
+
+
+@asynccontextmanager
+async def through(door: str, living: Living, url: str) -> AsyncIterator[Client]:
+    """A client behind this door. url: of `serving`, for the doors over HTTP."""
+    mode = "legacy" if "legacy" in door or door == "sse" else "auto"
+    over_http = sse_client(f"{url}/sse") if door == "sse" else f"{url}/mcp"
+    async with Client(living.stdio() if door.startswith("stdio") else over_http, mode=mode) as client:
+        yield client

@@ -1,0 +1,144 @@
+"""Pictures over plain HTTP: links that are signed and expire, and uploads with the caps of every other input."""
+
+import time
+from collections.abc import AsyncIterator
+from typing import Any
+
+import httpx2
+import pytest
+from mcp import Client
+from starlette.applications import Starlette
+from starlette.requests import Request
+
+from klein_mcp.http import downloads
+from klein_mcp.http.downloads import LIFETIME, SignedUrls
+from klein_mcp.jobs.service import Service
+from tests.images import file, pixels, scene
+from tests.tool_calls import call, refused
+
+pytestmark = pytest.mark.anyio
+
+
+@pytest.fixture
+def links() -> SignedUrls:
+    return SignedUrls()
+
+
+@pytest.fixture
+def announced() -> list[str]:
+    """Addresses of pictures that listeners were told of."""
+    return []
+
+
+@pytest.fixture
+async def http(service: Service, links: SignedUrls, announced: list[str]) -> AsyncIterator[httpx2.AsyncClient]:
+    async def painted(uri: str) -> None:
+        announced.append(uri)
+
+    upload = downloads.upload(service, lambda request: "them", painted)
+    app = Starlette(routes=[downloads.download(service, links), upload])
+    async with httpx2.AsyncClient(transport=httpx2.ASGITransport(app=app), base_url="http://klein.example") as client:
+        yield client
+
+
+async def test_a_link_leads_to_the_exact_picture(client: Client, http: httpx2.AsyncClient, links: SignedUrls):
+    told = await call(client, "generate_image", prompt="a dot")
+    answer = await http.get(links.path(told["image"]))
+    assert (answer.status_code, answer.headers["content-type"]) == (200, "image/png")
+    with open(told["path"], "rb") as same:
+        assert answer.content == same.read()
+
+
+async def test_a_link_is_for_one_picture_and_one_while(client: Client, http: httpx2.AsyncClient, links: SignedUrls):
+    told = await call(client, "generate_image", prompt="a dot")
+    other = await call(client, "generate_image", prompt="another")
+    good = links.path(told["image"])
+    for bad in (
+        good.replace(told["image"], other["image"]),
+        good.replace("until=", "until=1"),
+        good[:-1] + ("0" if good[-1] != "0" else "1"),
+        good.split("?")[0],
+        good.split("&")[0],
+        links.path(told["image"], now=time.time() - LIFETIME - 1),
+        SignedUrls().path(told["image"]),
+        f"/images/{told['image']}.png?until=²&signature=x",
+    ):
+        answer = await http.get(bad)
+        assert answer.status_code == 403, bad
+        assert "view_image gives a new one" in answer.json()["error"]
+
+
+async def test_a_link_to_a_deleted_picture_is_said(
+    client: Client, http: httpx2.AsyncClient, links: SignedUrls, service: Service
+):
+    told = await call(client, "generate_image", prompt="a dot")
+    service.store.delete([told["image"]])
+    answer = await http.get(links.path(told["image"]))
+    assert (answer.status_code, "was deleted on" in answer.json()["error"]) == (404, True)
+
+
+async def test_an_upload_becomes_a_handle_that_tools_take(client: Client, http: httpx2.AsyncClient):
+    answer = await http.post("/upload", content=file(scene(64, 48), "BMP"))
+    told = answer.json()
+    assert (answer.status_code, told["width"], told["height"], told["warnings"]) == (200, 64, 48, [])
+    edited = await call(client, "edit_image", image=told["image"], prompt="x")
+    assert edited["parents"] == [told["image"]]
+
+
+async def test_an_upload_is_announced_once(http: httpx2.AsyncClient, announced: list[str]):
+    told = [(await http.post("/upload", content=file(scene(64, 48), kind))).json() for kind in ("PNG", "BMP")]
+    assert announced == [told[0]["uri"]] == [told[1]["uri"]]
+
+
+async def test_an_upload_is_nobodys_last(client: Client, http: httpx2.AsyncClient):
+    await http.post("/upload", content=file(scene(64, 48)))
+    await refused(client, "view_image", image="last")
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        (b"", "is empty (0 bytes)"),
+        (b"hello", "is not a picture that can be read"),
+        (file(scene(64, 64))[:150], "cannot be read"),
+    ],
+)
+async def test_a_bad_upload_is_refused_with_one_line(http: httpx2.AsyncClient, body: bytes, said: str):
+    answer = await http.post("/upload", content=body)
+    assert answer.status_code == 400
+    assert said in answer.json()["error"]
+
+
+async def test_an_upload_is_cut_off_at_the_cap(http: httpx2.AsyncClient, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(downloads, "MAX_BYTES", 100_000)
+    sent = 0
+
+    async def endless() -> AsyncIterator[bytes]:
+        nonlocal sent
+        for _ in range(1000):
+            sent += 10_000
+            yield bytes(10_000)
+
+    answer = await http.post("/upload", content=endless())
+    assert answer.status_code == 413
+
+
+def request(client: Any = ("127.0.0.1", 1), **headers: str) -> Request:
+    encoded = [(name.replace("_", "-").encode(), value.encode()) for name, value in headers.items()]
+    scope = {"type": "http", "method": "GET", "path": "/", "query_string": b"", "scheme": "https", "client": client}
+    return Request({**scope, "server": ("klein.example", 443), "headers": [(b"host", b"klein.example"), *encoded]})
+
+
+def test_who_shares_our_disk_gets_paths_and_everybody_else_addresses(links: SignedUrls):
+    assert links.of(request()) is None
+    assert links.of(request(("::1", 1))) is None
+    for other in (request(("10.0.0.7", 1)), request(x_forwarded_for="10.0.0.7"), request(None)):
+        make = links.of(other)
+        assert make is not None
+        assert make("k7f3q2").startswith("https://klein.example/images/k7f3q2.png?until=")
+
+
+async def test_pixels_of_a_download_are_the_pictures_own(client: Client, http: httpx2.AsyncClient, links: SignedUrls):
+    told = (await http.post("/upload", content=file(scene(64, 48)))).json()
+    answer = await http.get(links.path(told["image"]))
+    assert (pixels(answer.content) == scene(64, 48)).all()

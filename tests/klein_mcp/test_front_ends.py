@@ -1,0 +1,136 @@
+"""The same tools and the same pictures through every door, on the real program and the embedded model."""
+
+import json
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import anyio
+import pytest
+from mcp import Client
+
+from tests.klein_mcp.front_ends import DOORS, serving, through
+from tests.real_server import Living
+
+pytestmark = pytest.mark.anyio
+
+
+@pytest.fixture(scope="module")
+def url(living: Living) -> Iterator[str]:
+    with serving(living) as url:
+        yield url
+
+
+async def call(client: Client, tool: str, **arguments: Any) -> dict[str, Any]:
+    """What the text line says; fails if the picture is missing."""
+    result = await client.call_tool(tool, arguments)
+    assert not result.is_error, result.content
+    assert [block.type for block in result.content] == ["text", "image", "resource_link"]
+    assert result.structured_content is None
+    return json.loads(result.content[0].text)  # type: ignore[union-attr]
+
+
+async def pixels(client: Client, facts: dict[str, Any]) -> bytes:
+    """The full picture, as any client can get it."""
+    (content,) = (await client.read_resource(facts["uri"])).contents
+    return content.blob.encode()  # type: ignore[union-attr]
+
+
+def without_names(facts: dict[str, Any]) -> dict[str, Any]:
+    """What must not depend on the door: all but handles, places and clocks."""
+    return {
+        key: value
+        for key, value in facts.items()
+        if key not in ("image", "uri", "path", "ms", "parents", "cache", "warnings")
+    }
+
+
+async def paint_all(client: Client) -> list[dict[str, Any]]:
+    apple = await call(client, "generate_image", prompt="an apple on a yellow background", seed=7)
+    edited = await call(client, "edit_image", image="last", prompt="make the background green", seed=8)
+    assert edited["parents"] == [apple["image"]]
+    both = [apple["image"], edited["image"]]
+    prompt = "the apple from image 1 to the left of the apple from image 2 on a blue background"
+    composed = await call(client, "compose_references", images=both, prompt=prompt, seed=9)
+    assert composed["parents"] == both
+    return [apple, edited, composed]
+
+
+@pytest.fixture(scope="module", autouse=True)
+async def expected(living: Living, url: str) -> list[dict[str, Any]]:
+    """What each door must give; and the engine is warm, so that no test meets the wait budget while torch loads."""
+    async with through("stdio", living, url) as client:
+        return [without_names(facts) for facts in await paint_all(client)]
+
+
+@pytest.fixture(scope="module")
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+@pytest.mark.parametrize("door", DOORS)
+async def test_three_tools_paint_the_same_through_every_door(door, living, url, expected):
+    async with through(door, living, url) as client:
+        assert [without_names(facts) for facts in await paint_all(client)] == expected
+
+
+@pytest.mark.parametrize("door", DOORS)
+async def test_progress_rises_and_names_every_stage_through_every_door(door, living, url):
+    told: list[tuple[float, str]] = []
+
+    async def hear(progress: float, total: float | None, message: str | None) -> None:
+        told.append((progress, message or ""))
+
+    async with through(door, living, url) as client:
+        await client.call_tool("generate_image", {"prompt": "a cat", "seed": 1}, progress_callback=hear)
+    shares = [share for share, _ in told]
+    assert shares == sorted(set(shares))
+    said = " ".join(message for _, message in told)
+    for part in ("queue", "reading the prompt", "step 1 of 4", "step 4 of 4", "developing", "saving"):
+        assert part in said
+
+
+@pytest.mark.parametrize("door", DOORS)
+async def test_a_cancelled_call_frees_the_engine_through_every_door(door, living, url):
+    """Four pictures of four steps are asked for; none of them may be painted to its end."""
+    async with through(door, living, url) as client, through("stdio", living, url) as other:
+        begun = anyio.Event()
+
+        async def hear(progress: float, total: float | None, message: str | None) -> None:
+            if "step 1" in (message or ""):
+                begun.set()
+
+        async with anyio.create_task_group() as tasks:
+            large = {"prompt": "a cat", "seed": 1, "width": 512, "height": 512, "count": 4}
+
+            async def paint() -> None:
+                await client.call_tool("generate_image", large, progress_callback=hear)
+
+            tasks.start_soon(paint)
+            with anyio.fail_after(60):
+                await begun.wait()
+            tasks.cancel_scope.cancel()
+        started = time.monotonic()
+        while True:
+            status = json.loads((await other.call_tool("engine_status", {})).content[0].text)  # type: ignore[union-attr]
+            if not status["queue"]["running"]:
+                break
+            assert time.monotonic() - started < 10  # a step at this size takes a second on a busy core
+            await anyio.sleep(0.1)
+        assert status["queue"]["waiting"] == 0
+        await call(client, "generate_image", prompt="a dog on yellow", seed=2)
+
+
+async def test_last_is_each_clients_own(living, url):
+    async with through("stdio", living, url) as one, through("http legacy", living, url) as other:
+        mine = await call(one, "generate_image", prompt="a cat on red", seed=1)
+        theirs = await call(other, "generate_image", prompt="a dog on blue", seed=2)
+        assert (await call(one, "edit_image", image="last", prompt="make it green"))["parents"] == [mine["image"]]
+        assert (await call(other, "edit_image", image="last", prompt="make it green"))["parents"] == [theirs["image"]]
+
+
+@pytest.mark.parametrize("door", DOORS)
+async def test_a_picture_can_be_read_back_through_every_door(door, living, url):
+    async with through(door, living, url) as client:
+        facts = await call(client, "generate_image", prompt="a fish in the ocean", seed=4)
+        assert (await pixels(client, facts)).startswith(b"iVBORw0KGgo")  # PNG, in base64
