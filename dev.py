@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""Run the project from a bare checkout: makes a virtual environment of its own, installs into it, runs the command.
+"""Run the project from a bare checkout, in a virtual environment of its own.
 
-    python3 dev.py demo [ARGS]     the main job: a real MCP client makes, edits and composes pictures
+    python3 dev.py demo [ARGS]     the main job: a real MCP client generates, edits and composes images
     python3 dev.py test [ARGS]     the tests; ARGS go to pytest
     python3 dev.py lint            ruff and pyright
     python3 dev.py run COMMAND …   anything else in that environment
@@ -22,19 +22,19 @@ BIN = HOME / ("Scripts" if os.name == "nt" else "bin")
 
 
 def installed(extra: str) -> None:
-    """Make the environment hold klein-mcp with `extra`, at the versions of constraints.txt, unless it does."""
+    """Install klein-mcp with `extra` at the versions of constraints.txt, once."""
     wanted = hashlib.sha256()
     for name in ("pyproject.toml", "constraints.txt"):
         wanted.update((ROOT / name).read_bytes())
     stamp = HOME / f"klein-{extra or 'run'}-{wanted.hexdigest()[:16]}"
     if stamp.exists():
         return
-    if not any((BIN / name).exists() for name in ("pip", "pip.exe")):  # none yet, or one that was left half made
+    if not any((BIN / name).exists() for name in ("pip", "pip.exe")):  # none yet, or an interrupted one
         print(f"making {HOME}", file=sys.stderr)
         try:
             venv.create(HOME, with_pip=True)
         except subprocess.CalledProcessError:
-            # Debian and Ubuntu keep a part of Python's own library in a package of its own.
+            # Debian and Ubuntu ship ensurepip as a separate package.
             sys.exit(
                 "dev.py: this Python cannot make virtual environments; on Debian or Ubuntu: apt install python3-venv"
             )
@@ -50,13 +50,13 @@ def installed(extra: str) -> None:
 
 
 def run(*command: str | Path) -> int:
-    """Run a command of the environment, with its programs first on PATH."""
+    """Run a command in the environment, its programs first on PATH."""
     environment = {**os.environ, "PATH": f"{BIN}{os.pathsep}{os.environ.get('PATH', '')}", "VIRTUAL_ENV": str(HOME)}
     return subprocess.call(list(map(str, command)), cwd=ROOT, env=environment)
 
 
 def main(argv: list[str]) -> int:
-    """Do what the first argument says."""
+    """Dispatch on the first argument."""
     match argv:
         case ["demo", *rest]:
             installed("")
@@ -77,7 +77,7 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    if sys.version_info < (3, 11):  # noqa: UP036 - this file must also speak to the Pythons it cannot serve
+    if sys.version_info < (3, 11):  # noqa: UP036 - older Pythons must get this message too
         sys.exit("dev.py: Python 3.11 or newer is needed; this is " + sys.version.split()[0])
     try:
         sys.exit(main(sys.argv[1:]))
