@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Run the project from a bare checkout, in a virtual environment of its own.
+"""Run the project from a bare checkout, in its own virtual environment.
 
     python3 dev.py demo [ARGS]     the main job: a real MCP client generates, edits and composes images
     python3 dev.py test [ARGS]     the tests; ARGS go to pytest

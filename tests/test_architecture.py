@@ -47,7 +47,7 @@ def imports(module: str) -> set[str]:
 
 
 def ours(module: str) -> set[str]:
-    """The project's own modules among them; a package's __init__ counts only where something is taken from it."""
+    """The project's own modules among them."""
     return {name for name in imports(module) if name in FILES} - {module}
 
 
