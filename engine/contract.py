@@ -95,12 +95,16 @@ class Stage:
     name: Literal["prompt", "references", "denoise", "decode"]
 
 
-@dataclass(frozen=True, slots=True)
-class Step:
-    """Euler step `done` of `total` is finished."""
+@dataclass(frozen=True, slots=True, eq=False)
+class Step(_ByValue):
+    """Euler step `done` of `total` is finished.
+
+    preview: the image the sampler is heading for, at most 128 pixels a side; None while nobody watches.
+    """
 
     done: int
     total: int
+    preview: "Rgb8 | None" = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)

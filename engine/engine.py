@@ -50,6 +50,8 @@ class Engine:
         self.placement = Device.choose(device, dtype)
         self.memory = TensorCache(remember or 0, spill or 0)
         self._remember, self._spill = remember, spill
+        self.previews = False
+        """Whether somebody watches: steps then carry a preview. May be set while a job runs."""
         self._foreseen: Rgb8 | None = None
         self._klein: Klein | None = None
         self._name = self._chosen = ""
@@ -93,7 +95,7 @@ class Engine:
     def _paint(self, job: Job) -> Iterator[Event]:
         klein, ms = yield from self._load(job.model)
         self._foreseen = None
-        for event in klein.run(job):
+        for event in klein.run(job, lambda: self.previews):
             if isinstance(event, Result):
                 self._foreseen = event.image
                 event = replace(event, ms={"load": ms, **event.ms})

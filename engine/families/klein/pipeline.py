@@ -22,9 +22,10 @@ from engine.contract import (
     Step,
 )
 from engine.diffusion.canvas import GRID, Canvas, fit_reference, shaped, to_rgb8, to_tensor
+from engine.diffusion.preview import PreviewMap, predict_clean
 from engine.diffusion.sampler import Velocity, denoise, guided
 from engine.diffusion.schedule import sigmas
-from engine.diffusion.tokens import grid_positions, pack, reference_time, text_positions, unpack
+from engine.diffusion.tokens import grid_positions, pack, reference_time, text_positions, unpack, unpatchify
 from engine.families.klein.loader import LoadOptions, held_bytes, load, room, work_of
 from engine.families.klein.text_encoder import TextEncoder, Tokenizer
 from engine.families.klein.transformer import KV, Modulations, Transformer
@@ -73,6 +74,7 @@ class Klein:
         self.memory = memory if memory is not None else TensorCache(0)
         self._ropes: _Latest[Rope] = _Latest(16)
         self._said: _Latest[Modulations] = _Latest(256)
+        self._preview_map: PreviewMap | None = None
 
     @classmethod
     def load(
@@ -114,10 +116,10 @@ class Klein:
         return there if self.limit is None else max(0, min(there, self.limit - self.held))
 
     @torch.inference_mode()
-    def run(self, job: Job) -> Iterator[Event]:
+    def run(self, job: Job, previews: Callable[[], bool] = lambda: False) -> Iterator[Event]:
         """Paint `job`; the last event is the Painting. Closing the iterator stops the work and frees its memory.
 
-        Raises InvalidJob before anything is computed.
+        previews: asked before each step whether somebody watches. Raises InvalidJob before anything is computed.
         """
         variant, clock, warnings = self.variant, _StageClock(self.placement), []
         steps, guidance = self._plan(job, warnings)
@@ -159,9 +161,15 @@ class Klein:
         levels = sigmas(steps, rows * columns)
         stepping = denoise(velocity, x, levels)
         for i in range(steps):
+            # A copy, since a sampler may step in place; only while somebody watches.
+            before = x.clone() if previews() else None
             with clock("denoise"):
                 x = next(stepping)
-            yield Step(i + 1, steps)
+            preview = None
+            if before is not None:
+                clean = predict_clean(before, x, levels[i], levels[i + 1])
+                preview = self._preview(unpack(clean, rows), frame)
+            yield Step(i + 1, steps, preview)
 
         # 5. From latent to picture.
         yield Stage("decode")
@@ -187,6 +195,18 @@ class Klein:
             self._keep([seen])
         else:
             self._latents(seen, content_hash(seen))
+
+    def _preview(self, latent: Tensor, canvas: Canvas) -> Rgb8:
+        """Return the small image that a normalised latent stands for."""
+        if self._preview_map is None:
+            # Fitted with the first watcher: a model that nobody watches pays nothing.
+            self._preview_map = PreviewMap.fit(self._encode_plain)
+        plain = unpatchify(self.autoencoder.bn.restore(latent))
+        return self._preview_map(plain, canvas.inner_width, canvas.inner_height)
+
+    def _encode_plain(self, images: Tensor) -> Tensor:
+        """[b, 3, 8h, 8w] -> latents before patches and normalisation, [b, c, h, w]."""
+        return self.autoencoder.encoder(images.to(self.placement.device, self.placement.dtype))
 
     def _plan(self, job: Job, warnings: list[str]) -> tuple[int, float]:
         """Steps and guidance, after checking what can be checked before any work."""
