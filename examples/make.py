@@ -95,14 +95,14 @@ def tools() -> str:
 
 def recipes() -> str:
     """From prompts/."""
-    rows = [(f"[`{one.name}`](prompts/{one.name}.md)", one.description) for one in prompts.recipes()]
+    rows = [(f"[`{one.name}`](prompts/{one.name}.md)", one.description) for one in prompts.prompt_files()]
     return table(("Prompt", "What it does"), *rows)
 
 
 def models() -> str:
     """From VARIANTS."""
     return table(
-        ("Model", "What it is", "Licence", "Steps", "Size", "References", "TensorCache", "Single files", "Get it"),
+        ("Model", "What it is", "Licence", "Steps", "Size", "References", "Memory", "Single files", "Get it"),
         *map(_model, VARIANTS.values()),
     )
 

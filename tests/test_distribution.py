@@ -252,7 +252,7 @@ def test_the_container_copies_what_is_there_and_the_server_takes_its_command() -
 
     command = json.loads(dict(_instructions())["CMD"])
     parsed = main._parser().parse_args(command)
-    assert app.HttpOptions.of(parsed) == app.HttpOptions("0.0.0.0", 8765, None, ("localhost",))
+    assert app.HttpOptions.from_arguments(parsed) == app.HttpOptions("0.0.0.0", 8765, None, ("localhost",))
 
 
 @pytest.mark.conformance

@@ -19,12 +19,12 @@ from PIL import Image
 
 from engine.families.klein.variants import EMBEDDED, VARIANTS
 from klein_mcp.mcp_server import prompts
-from klein_mcp.mcp_server.prompts import IMAGES, Recipe
+from klein_mcp.mcp_server.prompts import IMAGES, PromptFile
 from klein_mcp.mcp_server.tools import TOOLS
 from tests.agent import Agent, steps
 from tests.real_server import Living
 
-RECIPES = {recipe.name: recipe for recipe in prompts.recipes()}
+PROMPTS = {file.name: file for file in prompts.prompt_files()}
 ASKED_FOR = {
     "product_shot",
     "icon_set",
@@ -75,7 +75,7 @@ def runs(living: Living, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
                 await Agent(client).call(
                     "generate_image", {"prompt": f"{noun} on a white background", "seed": seed, "show": "none"}
                 )
-            for name in RECIPES:
+            for name in PROMPTS:
                 chosen = await choose(client, name)
                 got = await client.get_prompt(name, chosen)
                 text = got.messages[0].content.text  # type: ignore[union-attr]
@@ -90,7 +90,7 @@ def runs(living: Living, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
     return done
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", PROMPTS)
 def test_a_prompt_followed_to_the_letter_ends_with_saved_pictures(runs: dict[str, Any], name: str) -> None:
     run = runs[name]
     if isinstance(run, BaseException):
@@ -99,7 +99,7 @@ def test_a_prompt_followed_to_the_letter_ends_with_saved_pictures(runs: dict[str
     assert len(run.saved) == len(asked) >= 1
     shown = []
     for path, arguments in zip(run.saved, asked, strict=True):
-        assert path.is_relative_to(run.project / (RECIPES[name].arguments["folder"].default or ""))
+        assert path.is_relative_to(run.project / (PROMPTS[name].arguments["folder"].default or ""))
         with Image.open(path) as picture:
             assert max(picture.size) <= arguments.get("max_size", 2048)
             shown.append(np.asarray(picture.convert("RGB")).std())
@@ -141,25 +141,25 @@ async def test_a_review_within_a_region_leaves_every_pixel_outside_as_it_was(liv
 
 
 def test_there_are_the_prompts_that_were_promised_and_one_per_file() -> None:
-    files = {path.stem for path in Path(prompts.__file__).parents[1].joinpath("prompts").glob("[!_]*.md")}
-    assert set(RECIPES) == files
-    assert set(RECIPES) >= ASKED_FOR
+    files = {path.stem for path in (Path(__file__).parents[1] / "prompts").glob("[!_]*.md")}
+    assert set(PROMPTS) == files
+    assert set(PROMPTS) >= ASKED_FOR
 
 
-def chosen(recipe: Recipe, *, optional: bool = False) -> dict[str, str]:
+def chosen(file: PromptFile, *, optional: bool = False) -> dict[str, str]:
     """The first completion of each required argument, and of each optional one too."""
     return {
         name: "k7f3q2" if argument.complete == IMAGES else argument.complete[0]
-        for name, argument in recipe.arguments.items()
+        for name, argument in file.arguments.items()
         if argument.complete and (optional or argument.default is None)
     }
 
 
 @pytest.mark.parametrize("optional", [False, True])
-@pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
-def test_every_call_of_a_prompt_is_one_that_the_tool_accepts(recipe: Recipe, optional: bool) -> None:
+@pytest.mark.parametrize("file", PROMPTS.values(), ids=PROMPTS)
+def test_every_call_of_a_prompt_is_one_that_the_tool_accepts(file: PromptFile, optional: bool) -> None:
     named: set[str] = set()
-    for step in steps(recipe.render(chosen(recipe, optional=optional))):
+    for step in steps(file.render(chosen(file, optional=optional))):
         assert set(step) <= {"tool", "as", "arguments"}
         TOOLS[step["tool"]].parse(step["arguments"])
         used = {word.strip("<>").split(".")[0] for word in _words(step["arguments"]) if word.startswith("<")}
@@ -167,10 +167,10 @@ def test_every_call_of_a_prompt_is_one_that_the_tool_accepts(recipe: Recipe, opt
         named.add(step.get("as", ""))
 
 
-@pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
-def test_a_prompt_words_its_calls_as_the_guide_advises(recipe: Recipe) -> None:
+@pytest.mark.parametrize("file", PROMPTS.values(), ids=PROMPTS)
+def test_a_prompt_words_its_calls_as_the_guide_advises(file: PromptFile) -> None:
     """What is there, never what is not; and references by their number."""
-    calls = [step["arguments"] for step in steps(recipe.render(chosen(recipe)))]
+    calls = [step["arguments"] for step in steps(file.render(chosen(file)))]
     for call in calls:
         words = call.get("prompt", "a.")
         assert not re.search(r"\b(no|not|without|never|nothing|none|avoid)\b", words, re.IGNORECASE), words
@@ -186,35 +186,35 @@ def _words(value: Any) -> list[str]:
     return [value] if isinstance(value, str) else []
 
 
-@pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
-def test_every_argument_can_be_completed_or_has_a_default(recipe: Recipe) -> None:
-    for argument in recipe.arguments.values():
+@pytest.mark.parametrize("file", PROMPTS.values(), ids=PROMPTS)
+def test_every_argument_can_be_completed_or_has_a_default(file: PromptFile) -> None:
+    for argument in file.arguments.values():
         assert argument.complete or argument.default is not None
         assert len(argument.description) <= 120
-    assert "folder" in recipe.arguments
-    assert len(recipe.title) <= 40
-    assert len(recipe.description) <= 160
+    assert "folder" in file.arguments
+    assert len(file.title) <= 40
+    assert len(file.description) <= 160
 
 
 @settings(deadline=None)
 @given(st.text(min_size=1, max_size=200).filter(str.strip))
 def test_whatever_is_typed_each_block_stays_one_tool_call_and_says_it(typed: str) -> None:
-    recipe = RECIPES["logo_exploration"]
-    calls = steps(recipe.render({"name": typed, "idea": "a star"}))
+    file = PROMPTS["logo_exploration"]
+    calls = steps(file.render({"name": typed, "idea": "a star"}))
     lockup = next(call for call in calls if call.get("as") == "lockup")
     assert " ".join(typed.split()) in lockup["arguments"]["prompt"]
     assert len(calls) == 8
 
 
 def test_what_looks_like_a_template_is_left_as_it_was_typed() -> None:
-    text = RECIPES["iterate"].render({"idea": 'a "{{ 7 * 7 }}" {% raw %} <drafts>'})
+    text = PROMPTS["iterate"].render({"idea": 'a "{{ 7 * 7 }}" {% raw %} <drafts>'})
     assert 'a "{{ 7 * 7 }}" {% raw %} <drafts>' in text
     assert "49" not in text
 
 
 def test_a_list_may_be_split_by_commas_semicolons_or_lines() -> None:
     for typed in ("house, tree", "house; tree", "house\ntree", " house ;; tree; "):
-        calls = steps(RECIPES["icon_set"].render({"subjects": typed}))
+        calls = steps(PROMPTS["icon_set"].render({"subjects": typed}))
         assert [call["arguments"]["path"] for call in calls if call["tool"] == "save_image"] == [
             "pictures/icons/house.png",
             "pictures/icons/tree.png",

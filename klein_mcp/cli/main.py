@@ -88,7 +88,7 @@ def _serve(settings: Settings, arguments: argparse.Namespace) -> int:
     from klein_mcp.http import app
 
     try:
-        options = app.HttpOptions.of(arguments)
+        options = app.HttpOptions.from_arguments(arguments)
     except ValueError as problem:
         print("klein-mcp serve:", problem, file=sys.stderr)
         return 2

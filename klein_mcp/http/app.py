@@ -1,12 +1,10 @@
-"""The HTTP door: Streamable HTTP of both protocol eras at /mcp, legacy SSE at /sse, pictures, and who is let in.
+"""The HTTP front end: the list of surfaces, and the process that serves them.
 
-TLS is the business of a reverse proxy in front of it.
+TLS is left to a reverse proxy in front of it.
 """
 
-import hmac
 import logging
 import os
-import secrets
 import signal
 import socket
 import sys
@@ -17,25 +15,22 @@ from pathlib import Path
 from typing import NoReturn
 
 import uvicorn
-from mcp.server.transport_security import TransportSecurityMiddleware, TransportSecuritySettings
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
-from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
-from starlette.routing import Route
-from starlette.types import ASGIApp, Receive, Scope, Send
 
-from klein_mcp import __version__, atomic
+from klein_mcp import __version__
 from klein_mcp.errors import RequestError
-from klein_mcp.exit import leave
-from klein_mcp.http import downloads
+from klein_mcp.exit import exit_now
+from klein_mcp.http import auth, downloads, health, mcp, uploads
+from klein_mcp.http.sessions import Sessions
+from klein_mcp.http.signed_urls import SignedUrls
+from klein_mcp.http.surface import HttpContext, SurfaceFactory
 from klein_mcp.jobs.service import Service
-from klein_mcp.mcp_server.server import KleinServer, create_server, http_client
+from klein_mcp.mcp_server.server import create_server
 from klein_mcp.settings import Settings, warn_of_misspelt
 
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
-SHORTEST_TOKEN = 16
-"""Characters; what `serve` makes itself has 43."""
+SURFACES: tuple[SurfaceFactory, ...] = (mcp.surface, downloads.surface, uploads.surface, health.surface)
+"""A new surface is one file and one entry here."""
 
 GRACE = 1
 """Seconds for open streams to end after a signal."""
@@ -43,7 +38,7 @@ GRACE = 1
 
 @dataclass(frozen=True, slots=True)
 class HttpOptions:
-    """What was typed. allowed_hosts: names by which clients reach us, each with or without a port."""
+    """The command line's options. allowed_hosts: names by which clients reach us, each with or without a port."""
 
     host: str = "127.0.0.1"
     port: int = 8765
@@ -51,8 +46,8 @@ class HttpOptions:
     allowed_hosts: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, arguments: Namespace) -> "HttpOptions":
-        """Raises ValueError for what could let strangers in."""
+    def from_arguments(cls, arguments: Namespace) -> "HttpOptions":
+        """Raises ValueError for a combination that would let anybody in."""
         options = cls(arguments.host, arguments.port, arguments.token_file, tuple(arguments.allowed_host))
         if not options.local and not options.allowed_hosts:
             raise ValueError(
@@ -63,22 +58,21 @@ class HttpOptions:
 
     @property
     def local(self) -> bool:
-        return self.host in LOOPBACK
+        return self.host in auth.LOOPBACK
 
 
 def run(settings: Settings, options: HttpOptions) -> NoReturn:
-    """Serve until a signal, then end the process. Raises RequestError or OSError where it cannot begin."""
+    """Serve until a signal, then end the process. Raises RequestError or OSError if it cannot start."""
     from klein_mcp.daemon.client import DaemonBackend
 
     logging.basicConfig(
         level=settings.log_level.upper(), stream=sys.stderr, format="%(levelname)s %(name)s: %(message)s"
     )
     warn_of_misspelt()
-    token = _token(settings, options)
+    token = token_for(settings, options)
     listener = _bind(options)
     service = Service(settings, DaemonBackend(settings))
-    links = downloads.SignedUrls()
-    app = application(create_server(service, link=links.of), service, links, token=token, hosts=options.allowed_hosts)
+    app = application(make_context(service), token=token, hosts=options.allowed_hosts)
     host = f"[{options.host}]" if ":" in options.host else options.host
     print(f"klein-mcp {__version__} serves http://{host}:{listener.getsockname()[1]}/mcp", file=sys.stderr, flush=True)
     config = uvicorn.Config(
@@ -95,97 +89,46 @@ def run(settings: Settings, options: HttpOptions) -> NoReturn:
         code = int(end.code or 0)
     finally:
         service.close()
-    leave(code)
+    exit_now(code)
+
+
+def make_context(service: Service) -> HttpContext:
+    urls = SignedUrls()
+    return HttpContext(service, create_server(service, link=urls.for_client), urls, Sessions())
 
 
 def application(
-    server: KleinServer,
-    service: Service,
-    links: downloads.SignedUrls,
+    context: HttpContext,
     *,
     token: str | None = None,
     hosts: Sequence[str] = (),
+    surfaces: Sequence[SurfaceFactory] = SURFACES,
 ) -> Starlette:
-    """The ASGI application; without a token whoever reaches it is let in."""
-    security = _security(hosts)
-    streamable = server.streamable_http_app(transport_security=security)
-    sse = server.sse_app(transport_security=security)
-    routes = [
-        *streamable.routes,
-        *sse.routes,
-        Route("/healthz", _healthz, methods=["GET"]),
-        downloads.download(service, links),
-        downloads.upload(service, http_client, server.listeners.painted),
-    ]
-    gate = Middleware(AuthMiddleware, security=security, token=token)
-    return Starlette(routes=routes, middleware=[gate], lifespan=lambda app: server.session_manager.run())
+    """Return the ASGI application; without a token, everybody who reaches it is let in."""
+    served = [make(context) for make in surfaces]
+    check = Middleware(
+        auth.AuthMiddleware,
+        surfaces=served,
+        security=auth.transport_security(hosts),
+        token=token,
+        urls=context.urls,
+        sessions=context.sessions,
+    )
+    return Starlette(
+        routes=[route for surface in served for route in surface.routes],
+        middleware=[check],
+        lifespan=lambda app: context.server.session_manager.run(),
+    )
 
 
-class AuthMiddleware:
-    """Nobody comes in by a name that is not ours, from a page that is not ours, or without the token."""
-
-    def __init__(self, app: ASGIApp, security: TransportSecuritySettings, token: str | None) -> None:
-        self._app = app
-        self._names = TransportSecurityMiddleware(security)
-        self._token = token
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        refusal = await self._refusal(Request(scope)) if scope["type"] == "http" else None
-        await (refusal or self._app)(scope, receive, send)
-
-    async def _refusal(self, request: Request) -> Response | None:
-        # Not request.url, part of which is what the Host header says it is.
-        path = request.scope["path"]
-        if path == "/healthz":
-            return None  # a probe knows neither name nor token, and learns nothing
-        if wrong := await self._names.validate_request(request):
-            return wrong
-        # A download link carries its own signature.
-        if self._token is None or path.startswith("/images/"):
-            return None
-        scheme, _, shown = request.headers.get("authorization", "").partition(" ")
-        if scheme.lower() == "bearer" and hmac.compare_digest(shown.strip().encode(), self._token.encode()):
-            return None
-        # No resource_metadata: it would send clients to look for an authorization server that does not exist.
-        return JSONResponse({"error": "Wrong or missing token."}, 401, {"WWW-Authenticate": "Bearer"})
-
-
-async def _healthz(request: Request) -> Response:
-    return JSONResponse({"status": "ok", "version": __version__})
-
-
-def _security(hosts: Sequence[str]) -> TransportSecuritySettings:
-    """Host and Origin headers that may come in: a page on another site must not reach us through its visitor."""
-    names = [*LOOPBACK[:2], "[::1]", *hosts]
-    known = [*names, *(f"{name}:*" for name in names)]
-    origins = [f"{scheme}://{name}" for scheme in ("http", "https") for name in known]
-    return TransportSecuritySettings(allowed_hosts=known, allowed_origins=origins)
-
-
-def _token(settings: Settings, options: HttpOptions) -> str | None:
-    """What clients must send; None where only this machine can knock, unless a file says otherwise."""
+def token_for(settings: Settings, options: HttpOptions) -> str | None:
+    """Return the token clients must send, or None where only this machine can connect."""
     if options.token_file:
-        return _read_token(options.token_file, "Without --token-file one is made for you.")
-    # A name to be served under means a reverse proxy, and so strangers, even where we listen on loopback alone.
-    if options.local and not set(options.allowed_hosts) - set(LOOPBACK):
+        return auth.read_token(options.token_file, "Without --token-file one is made for you.")
+    # A name to be served under means a reverse proxy, and so other machines, even where we listen on loopback alone.
+    if options.local and not set(options.allowed_hosts) - set(auth.LOOPBACK):
         return None
-    path = settings.home / "http-token"
-    settings.home.mkdir(mode=0o700, parents=True, exist_ok=True)
-    if not path.exists():
-        # Whole or not at all: an empty file would be a token that everybody has.
-        atomic.write(path, secrets.token_urlsafe(32) + "\n")
-    print(f"clients must send the token in {path}", file=sys.stderr)
-    return _read_token(path, "Delete it, and a new one is made.")
-
-
-def _read_token(path: Path, hint: str) -> str:
-    try:
-        token = path.read_text(encoding="utf-8").strip()
-    except OSError as problem:
-        raise RequestError(f"The token file {path} cannot be read: {problem.strerror}.", hint=hint) from None
-    if len(token) < SHORTEST_TOKEN or not token.isascii() or len(token.split()) != 1:
-        raise RequestError(f"{path} must hold one word of at least {SHORTEST_TOKEN} ASCII characters.", hint=hint)
-    return token
+    return auth.make_token(settings.home / "http-token")
 
 
 def _bind(options: HttpOptions) -> socket.socket:
@@ -198,10 +141,10 @@ def _bind(options: HttpOptions) -> socket.socket:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind(address)
-    except OSError as problem:
+    except OSError as exc:
         listener.close()
         raise RequestError(
-            f"Cannot listen on {options.host} port {options.port}: {problem.strerror}.", hint="Choose another --port."
+            f"Cannot listen on {options.host} port {options.port}: {exc.strerror}.", hint="Choose another --port."
         ) from None
     listener.listen(128)
     return listener

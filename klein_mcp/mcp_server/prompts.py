@@ -1,7 +1,7 @@
 """The Markdown of prompts/ as MCP prompts with completions, and klein://guide.
 
-A file is front matter in TOML between two lines of +++, then a Jinja template. What the user gave is put into the text
-as it is, and into ```json blocks escaped, so that each block stays one tool call whatever was typed.
+A file is TOML front matter between two lines of +++, then a Jinja template. The user's values go into the text as
+they are, and into ```json blocks escaped, so that each block stays one tool call whatever was typed.
 """
 
 import json
@@ -30,19 +30,20 @@ if TYPE_CHECKING:
 MAX_VALUE = 2000
 """Characters of one argument; a whole prompt of klein is about as long."""
 MAX_ITEMS = 12
-"""Entries of a list argument: each is a picture to paint."""
+"""Entries of a list argument: each is an image to make."""
 IMAGES = "images"
-"""As completions: the pictures of the library."""
+"""As completions: the images of the library."""
 
 GUIDE = "klein://guide"
 
 
 @dataclass(frozen=True, slots=True)
 class Argument:
-    """default: None for one that must be given. complete: what to offer, or IMAGES.
+    """One argument of a prompt.
 
+    default: None for a required one. complete: values to offer, or IMAGES.
     many: the text is a list, split at semicolons or lines if there are any, else at commas.
-    pattern: what the text must match, for one that becomes a number or a list in a tool call.
+    pattern: regular expression for a value that becomes a number or a list in a tool call.
     """
 
     name: str
@@ -53,19 +54,19 @@ class Argument:
     pattern: str
 
     @classmethod
-    def of(cls, name: str, said: Mapping[str, Any]) -> "Argument":
-        complete = said.get("complete", ())
+    def parse(cls, name: str, raw: Mapping[str, Any]) -> "Argument":
+        complete = raw.get("complete", ())
         return cls(
             name,
-            said["description"],
-            said.get("default"),
+            raw["description"],
+            raw.get("default"),
             complete if complete == IMAGES else tuple(complete),
-            said.get("list", False),
-            said.get("pattern", ""),
+            raw.get("list", False),
+            raw.get("pattern", ""),
         )
 
     def value(self, given: str | None) -> str | list[str]:
-        """Raises ValueError with what is wrong."""
+        """Validate `given`. Raises ValueError with a message for the user."""
         text = (given or "").strip() or self.default
         if text is None:
             raise ValueError(f"{self.name} is missing: {self.description.lower()}.")
@@ -82,53 +83,53 @@ class Argument:
         return items
 
 
-class Recipe:
+class PromptFile:
     """One file of prompts/."""
 
     def __init__(self, name: str, text: str) -> None:
         front, self._body = text.removeprefix("+++\n").split("\n+++\n", 1)
-        said = tomllib.loads(front)
+        header = tomllib.loads(front)
         self.name = name
-        self.title: str = said["title"]
-        self.description: str = said["description"]
-        self.arguments = {key: Argument.of(key, value) for key, value in said.get("arguments", {}).items()}
+        self.title: str = header["title"]
+        self.description: str = header["description"]
+        self.arguments = {key: Argument.parse(key, value) for key, value in header.get("arguments", {}).items()}
 
     @cached_property
     def _template(self) -> "jinja2.Template":
         return _environment().from_string(_escaped_in_blocks(self._body))
 
     def render(self, given: Mapping[str, str]) -> str:
-        """Raises ValueError with what is wrong, in one line."""
+        """Return the prompt's text. Raises ValueError with one line for the user."""
         for name in given:
             if name not in self.arguments:
                 takes = ", ".join(self.arguments)
-                meant = did_you_mean(name, self.arguments)
-                raise ValueError(one_line(f"{self.name} has no argument {shown(name)}. {meant} It takes {takes}."))
+                nearest = did_you_mean(name, self.arguments)
+                raise ValueError(one_line(f"{self.name} has no argument {shown(name)}. {nearest} It takes {takes}."))
         values = {name: argument.value(given.get(name)) for name, argument in self.arguments.items()}
         text = re.sub(r"\n{3,}", "\n\n", self._template.render(values))  # a loop leaves its own line ends behind
         return f"{text.strip()}\n\n{_steps()}"
 
 
-def recipes() -> list[Recipe]:
-    """Every file of prompts/ in alphabetical order; those with a leading underscore are parts of others."""
+def prompt_files() -> list[PromptFile]:
+    """Return every file of prompts/ by name; those with a leading underscore are parts of others."""
     found = [file for file in _folder().iterdir() if file.name.endswith(".md") and not file.name.startswith("_")]
     named = sorted(found, key=lambda file: file.name)
-    return [Recipe(file.name.removesuffix(".md"), file.read_text(encoding="utf-8")) for file in named]
+    return [PromptFile(file.name.removesuffix(".md"), file.read_text(encoding="utf-8")) for file in named]
 
 
 def guide() -> str:
-    """How to prompt klein, and what the embedded model knows."""
+    """Return the text of klein://guide: how to prompt klein, and what the embedded model knows."""
     return files("klein_mcp.mcp_server").joinpath("guide.md").read_text(encoding="utf-8")
 
 
 def register(server: MCPServer, recent: Callable[[str], Sequence[str]]) -> None:
     """Add the prompts, their completions and the guide to a server.
 
-    recent: handles of the library that begin with what was typed, newest first; may block.
+    recent: returns handles of the library that begin with the typed text, newest first; may block.
     """
-    known = {recipe.name: recipe for recipe in recipes()}
-    for recipe in known.values():
-        server.add_prompt(_Listed.of(recipe))
+    known = {file.name: file for file in prompt_files()}
+    for file in known.values():
+        server.add_prompt(_FilePrompt.create(file))
     server.add_resource(
         TextResource(
             uri=GUIDE,
@@ -144,37 +145,37 @@ def register(server: MCPServer, recent: Callable[[str], Sequence[str]]) -> None:
     async def complete(ref: Any, argument: Any, context: Any) -> Completion:
         if not isinstance(ref, PromptReference):
             return Completion(values=list(await anyio.to_thread.run_sync(recent, argument.value)))
-        recipe = known.get(ref.name)
-        asked = recipe.arguments.get(argument.name) if recipe else None
-        if asked is None:
+        file = known.get(ref.name)
+        completed = file.arguments.get(argument.name) if file else None
+        if completed is None:
             return Completion(values=[])
-        if isinstance(asked.complete, str):
+        if isinstance(completed.complete, str):
             return Completion(values=list(await anyio.to_thread.run_sync(recent, argument.value)))
-        return Completion(values=_matching(argument.value, asked.complete))
+        return Completion(values=_matching(argument.value, completed.complete))
 
 
-class _Listed(Prompt):
-    """The SDK's prompt, with our words where arguments are wrong: its own hide the cause from the user."""
+class _FilePrompt(Prompt):
+    """The SDK's prompt with our own error messages: the SDK's hide the cause from the user."""
 
     @classmethod
-    def of(cls, recipe: Recipe) -> "_Listed":
+    def create(cls, file: PromptFile) -> "_FilePrompt":
         return cls(
-            name=recipe.name,
-            title=recipe.title,
-            description=recipe.description,
+            name=file.name,
+            title=file.title,
+            description=file.description,
             arguments=[
-                PromptArgument(name=one.name, description=_described(one), required=one.default is None)
-                for one in recipe.arguments.values()
+                PromptArgument(name=argument.name, description=_described(argument), required=argument.default is None)
+                for argument in file.arguments.values()
             ],
-            fn=recipe.render,
+            fn=file.render,
         )  # type: ignore[call-arg]
 
     async def render(self, arguments: dict[str, Any] | None, context: Any) -> list[Any]:
         try:
             text: Any = await anyio.to_thread.run_sync(self.fn, arguments or {})
             return [UserMessage(text)]
-        except ValueError as problem:
-            raise MCPError(code=INVALID_PARAMS, message=str(problem)) from None
+        except ValueError as exc:
+            raise MCPError(code=INVALID_PARAMS, message=str(exc)) from None
 
 
 def _described(argument: Argument) -> str:
@@ -182,9 +183,10 @@ def _described(argument: Argument) -> str:
 
 
 def _matching(typed: str, offered: Sequence[str]) -> list[str]:
-    """What begins with the typed text, then what contains it."""
+    """Return values that begin with the typed text, then those that contain it."""
     typed = typed.lower().strip()
-    return sorted((one for one in offered if typed in one.lower()), key=lambda one: not one.lower().startswith(typed))
+    found = (value for value in offered if typed in value.lower())
+    return sorted(found, key=lambda value: not value.lower().startswith(typed))
 
 
 def _folder() -> Traversable:
@@ -196,7 +198,7 @@ def _steps() -> str:
 
 
 def _escaped_in_blocks(text: str) -> str:
-    """The template with every value inside a ```json block passed through `in_json`."""
+    """Return the template with every value inside a ```json block passed through `in_json`."""
 
     def escape(block: re.Match[str]) -> str:
         return re.sub(r"\{\{(.*?)\}\}", r"{{ (\1) | in_json }}", block[0])
@@ -210,5 +212,5 @@ def _environment() -> "jinja2.Environment":
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, autoescape=False)
     environment.filters["in_json"] = lambda value: json.dumps(str(value), ensure_ascii=False)[1:-1]
     environment.filters["sentence"] = lambda text: text[:1].upper() + text[1:]
-    environment.filters["slug"] = lambda text: re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:40] or "picture"
+    environment.filters["slug"] = lambda text: re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:40] or "image"
     return environment

@@ -1,4 +1,4 @@
-"""Pictures as MCP resources: the list, each picture, its preview, its recipe; and who is told when one is new."""
+"""Images as MCP resources: the list, each image, its preview and its recipe; and subscriptions to new ones."""
 
 import json
 from typing import Any
@@ -18,27 +18,27 @@ from klein_mcp.jobs.service import Service
 from klein_mcp.mcp_server import results
 
 LISTED = 50
-"""Newest pictures that resources/list and klein://images name; list_images pages through all."""
+"""Newest images that resources/list and klein://images name; list_images pages through all."""
 
-FITS = 730_000
-"""Bytes: as base64, with its envelope, below the 1,000,000 that a message may have."""
+MAX_BYTES = 730_000
+"""As base64, with its envelope, below the 1,000,000 bytes that a message may have."""
 
-TOLD_WITHIN = 1.0
-"""Seconds a legacy connection has to take a notification."""
+NOTIFY_TIMEOUT = 1.0
+"""Seconds a legacy connection has to accept a notification."""
 
 ALL = "klein://images"
 _TEMPLATES = (
-    ("{handle}", "image", "image/png", "The full picture, or the largest rendition that fits into a message."),
+    ("{handle}", "image", "image/png", "The full image, or the largest rendition that fits into a message."),
     ("{handle}/preview", "preview", "image/jpeg", "A small rendition."),
     ("{handle}/recipe", "recipe", "application/json", "How it was made: prompt, seed, model, parents."),
 )
 
 
 def listed(service: Service) -> list[Resource]:
-    """Blocking."""
+    """Return the list and one entry per recent image. Blocking."""
     page, _ = service.store.search(limit=LISTED)
     everything = Resource(
-        uri=ALL, name="images", title="All images", description="The newest pictures.", mime_type="application/json"
+        uri=ALL, name="images", title="All images", description="The newest images.", mime_type="application/json"
     )
     return [everything, *(_entry(record) for record in page)]
 
@@ -51,26 +51,26 @@ def templates() -> list[ResourceTemplate]:
 
 
 async def read(service: Service, uri: str, call: CallContext) -> list[ReadResourceContents]:
-    """Raises ResourceNotFoundError."""
+    """Return the contents of a klein://images address. Raises ResourceNotFoundError."""
 
     def work() -> list[ReadResourceContents]:
         if uri == ALL:
             page, _ = service.store.search(limit=LISTED)
-            return [_json([{"image": record.handle, **_facts(record)} for record in page])]
+            return [_json([{"image": record.handle, **_metadata(record)} for record in page])]
         handle, _, part = uri.removeprefix(f"{ALL}/").partition("/")
         record = service.store.get(handle)
         if part == "":
-            return _picture(service, record, call)
+            return _full_image(service, record, call)
         if part == "preview":
             return [_preview(service, record)]
         if part == "recipe":
-            return [_json({**record.recipe, **_facts(record)})]
-        raise RequestError(f"{uri} is no resource.", hint="There are image, image/preview and image/recipe.")
+            return [_json({**record.recipe, **_metadata(record)})]
+        raise RequestError(f"{uri} is not a resource.", hint="There are HANDLE, HANDLE/preview and HANDLE/recipe.")
 
     try:
         return await anyio.to_thread.run_sync(work)
-    except RequestError as problem:
-        raise ResourceNotFoundError(str(problem)) from None
+    except RequestError as exc:
+        raise ResourceNotFoundError(str(exc)) from None
 
 
 def _entry(record: Record) -> Resource:
@@ -84,7 +84,7 @@ def _entry(record: Record) -> Resource:
     )
 
 
-def _facts(record: Record) -> dict[str, Any]:
+def _metadata(record: Record) -> dict[str, Any]:
     return {
         "prompt": record.prompt,
         "source": record.source,
@@ -95,18 +95,17 @@ def _facts(record: Record) -> dict[str, Any]:
     }
 
 
-def _picture(service: Service, record: Record, call: CallContext) -> list[ReadResourceContents]:
+def _full_image(service: Service, record: Record, call: CallContext) -> list[ReadResourceContents]:
     data = service.store.read(record)
-    if len(data) <= FITS:
+    if len(data) <= MAX_BYTES:
         return [ReadResourceContents(data, results.MIME)]
     from klein_mcp.images import codec, preview
 
     image = codec.decode(data, record.handle).image
     longest = max(record.width, record.height)
-    smaller, mime = preview.preview(image, longest=longest, aim=FITS, most=FITS)
-    place = results.place(service.store, record, call)
-    exact = {"note": f"A rendition of {len(data)} bytes; the exact picture is elsewhere.", **place}
-    return [ReadResourceContents(smaller, mime), _json(exact)]
+    smaller, mime = preview.preview(image, longest=longest, aim=MAX_BYTES, most=MAX_BYTES)
+    note = f"A smaller rendition: the exact image has {len(data)} bytes."
+    return [ReadResourceContents(smaller, mime), _json({"note": note, **results.location(service.store, record, call)})]
 
 
 def _preview(service: Service, record: Record) -> ReadResourceContents:
@@ -120,10 +119,10 @@ def _json(value: Any) -> ReadResourceContents:
 
 
 class ResourceSubscriptions:
-    """Whoever wants to hear of new pictures, in both eras of the protocol.
+    """Notifies clients of new images, in both eras of the protocol.
 
-    Modern clients listen on the bus. Of legacy ones the SDK keeps no list, so we do: every connection that ever asked
-    something hears that the list changed, and of the addresses it subscribed to.
+    Modern clients listen on the bus. The SDK keeps no list of legacy ones, so we do: every legacy connection is told
+    that the list changed, and about the addresses it subscribed to.
     """
 
     def __init__(self, bus: SubscriptionBus) -> None:
@@ -131,8 +130,8 @@ class ResourceSubscriptions:
         self._legacy: WeakKeyDictionary[Any, set[str]] = WeakKeyDictionary()
 
     async def remember(self, ctx: Any, call_next: Any) -> Any:
-        """Middleware."""
-        # Connection is what a legacy notification goes to outside a request; the session has no public name for it.
+        """Middleware that registers each legacy connection."""
+        # A legacy notification outside a request is sent on the connection; the session has no public name for it.
         connection = ctx.session._connection
         if connection.has_standalone_channel and ctx.method == "notifications/initialized":
             self._legacy.setdefault(connection, set())
@@ -146,14 +145,14 @@ class ResourceSubscriptions:
         self._legacy.get(context.session._connection, set()).discard(str(params.uri))
         return EmptyResult()
 
-    async def painted(self, uri: str) -> None:
-        """A picture is new under `uri`, so the list is another."""
+    async def image_added(self, uri: str) -> None:
+        """Notify subscribers that an image was added."""
         await self._bus.publish(ResourcesListChanged())
         for changed in (ALL, uri):
             await self._bus.publish(ResourceUpdated(uri=changed))
         for connection, subscribed in list(self._legacy.items()):
-            # Whoever does not read any more must not hold up the one who painted.
-            with anyio.move_on_after(TOLD_WITHIN):
+            # A client that no longer reads must not delay the call that made the image.
+            with anyio.move_on_after(NOTIFY_TIMEOUT):
                 await connection.send_resource_list_changed()
                 for changed in subscribed & {ALL, uri}:
                     await connection.send_resource_updated(changed)

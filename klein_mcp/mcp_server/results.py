@@ -1,6 +1,6 @@
-"""What a picture looks like as a tool result: one JSON line first, then one preview, then a link for the user.
+"""Tool results with images: one JSON line first, then one preview, then a link for the user.
 
-No structuredContent: several clients drop the picture where there is any.
+No structuredContent: several clients drop the image where there is any.
 """
 
 import base64
@@ -20,11 +20,11 @@ if TYPE_CHECKING:
 MIME = "image/png"
 
 
-def painted(outcome: "JobResult", store: Store, show: str, call: CallContext) -> CallToolResult:
-    """The result of generate, edit and compose. Blocking: the preview is made here."""
+def tool_result(outcome: "JobResult", store: Store, show: str, call: CallContext) -> CallToolResult:
+    """Return the result of generate, edit and compose. Blocking: the preview is made here."""
     first = outcome.made[0]
-    places = [place(store, made.record, call) for made in outcome.made]
-    facts = {
+    locations = [location(store, made.record, call) for made in outcome.made]
+    common = {
         "width": first.record.width,
         "height": first.record.height,
         "model": first.painting.model,
@@ -36,26 +36,26 @@ def painted(outcome: "JobResult", store: Store, show: str, call: CallContext) ->
         "warnings": outcome.warnings,
     }
     seeds = [str(made.painting.seed) for made in outcome.made]
-    if len(places) == 1:
-        line = {**places[0], "seed": seeds[0], **facts}
+    if len(locations) == 1:
+        line = {**locations[0], "seed": seeds[0], **common}
     else:
-        cells = zip("ABCD", places, seeds, strict=False)
-        line = {"images": [{"label": label, **where, "seed": seed} for label, where, seed in cells], **facts}
+        cells = zip("ABCD", locations, seeds, strict=False)
+        line = {"images": [{"label": label, **where, "seed": seed} for label, where, seed in cells], **common}
     blocks: list[ContentBlock] = [text(line)]
     if show == "inline":
         blocks.append(_preview([made.image for made in outcome.made]))
     if show != "none":
-        blocks += [link(made.record) for made in outcome.made]
+        blocks += [resource_link(made.record) for made in outcome.made]
     return CallToolResult(content=blocks)
 
 
-def promise(handed: "PendingJob") -> TextContent:
-    """Of a picture that will be in the library, whoever still waits for it."""
-    return text({**asdict(handed), "next": f'wait_for_job with job "{handed.job}"'})
+def pending_result(pending: "PendingJob") -> CallToolResult:
+    """Return the state of a job that goes on without this call."""
+    return CallToolResult(content=[text({**asdict(pending), "next": f'wait_for_job with job "{pending.job}"'})])
 
 
-def place(store: Store, record: Record, call: CallContext) -> dict[str, str]:
-    """How to name a picture and where to get it: a path, or over HTTP an address."""
+def location(store: Store, record: Record, call: CallContext) -> dict[str, str]:
+    """Return an image's handle and where to get it: a path, or over HTTP an address."""
     at = {"path": str(store.path(record))} if call.link is None else {"url": call.link(record.handle)}
     return {"image": record.handle, "uri": uri(record.handle), **at}
 
@@ -64,17 +64,17 @@ def uri(handle: str) -> str:
     return f"klein://images/{handle}"
 
 
-def text(facts: Mapping[str, Any]) -> TextContent:
-    """One line of compact JSON."""
-    return TextContent(type="text", text=json.dumps(facts, ensure_ascii=False, separators=(",", ":")))
+def text(metadata: Mapping[str, Any]) -> TextContent:
+    """Return one line of compact JSON."""
+    return TextContent(type="text", text=json.dumps(metadata, ensure_ascii=False, separators=(",", ":")))
 
 
-def picture(data: bytes, mime: str) -> ImageContent:
+def image_block(data: bytes, mime: str) -> ImageContent:
     return ImageContent(type="image", data=base64.b64encode(data).decode(), mime_type=mime)
 
 
-def link(record: Record) -> ResourceLink:
-    """For the user only: VS Code would fetch it in full for the model otherwise."""
+def resource_link(record: Record) -> ResourceLink:
+    """Return a link for the user alone: VS Code would otherwise fetch the full image for the model."""
     return ResourceLink(
         type="resource_link",
         uri=uri(record.handle),
@@ -88,4 +88,4 @@ def link(record: Record) -> ResourceLink:
 def _preview(images: Sequence[Any]) -> ImageContent:
     from klein_mcp.images.preview import contact_sheet, preview
 
-    return picture(*preview(images[0] if len(images) == 1 else contact_sheet(images)))
+    return image_block(*preview(images[0] if len(images) == 1 else contact_sheet(images)))

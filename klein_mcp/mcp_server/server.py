@@ -1,11 +1,11 @@
-"""The MCP server of every door: our tools, in our own words when something is wrong."""
+"""The MCP server behind every transport: our tools, with errors worded for the model that reads them."""
 
 import hashlib
 import logging
 import os
 import secrets
 import sqlite3
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -15,6 +15,7 @@ from urllib.request import url2pathname
 
 import anyio
 import anyio.to_thread
+from mcp.server.extension import Extension
 from mcp.server.lowlevel.server import NotificationOptions
 from mcp.server.mcpserver import Context, MCPServer
 from mcp.shared.exceptions import MCPError
@@ -42,48 +43,50 @@ from klein_mcp.mcp_server.tools import TOOLS
 log = logging.getLogger(__name__)
 
 INSTRUCTIONS = (
-    "Pictures by FLUX.2 [klein], on this machine. generate_image paints from words, edit_image changes a picture, "
+    "Images by FLUX.2 [klein], on this machine. generate_image makes an image from words, edit_image changes one, "
     "compose_references joins several. Each result names a handle: use it (or last) as the image of the next call. "
-    "Handles stay valid, so go back to an earlier picture rather than mend a bad one. Same seed and words, same "
-    "picture; count paints drafts to choose from. save_image puts the full picture into the user's project; otherwise "
+    "Handles stay valid, so go back to an earlier image rather than repair a bad one. Same seed and prompt, same "
+    "image; count makes drafts to choose from. save_image writes the full image into the user's project; otherwise "
     "tell the user the path. If a result holds a job, call wait_for_job. Prompts: plain sentences, subject first, "
-    "then light; say what is there, not what is not. Where the model is nano, a demo, keep to a few of its words: "
-    "klein://guide."
+    "then light; describe what is there, not what is absent. Where the model is nano, a demo, keep to the few words "
+    "it knows: klein://guide."
 )
 
 
 ROOTS_WAIT = 3.0
-"""Seconds for a client to name its folders; some say that they can and never answer."""
+"""Seconds for a client to name its folders; some declare that they can and never answer."""
 
 Link = Callable[[Any], Callable[[str], str] | None]
-"""From an HTTP request to what makes download addresses for its sender; None for a sender that shares our disk."""
+"""Maps an HTTP request to a maker of download addresses for its sender, None for a sender that shares our disk."""
 
 
 async def _set_level(context: Any, params: SetLevelRequestParams) -> EmptyResult:
-    """Any level is fine: what a call has to say is in its result, and the rest goes to stderr."""
+    """Accept any level: everything about a call is in its result, and the rest goes to stderr."""
     return EmptyResult()
 
 
 class KleinServer(MCPServer):
-    """MCPServer with tools of our own: the SDK's ignore unknown arguments and word errors for people."""
+    """MCPServer with tools of our own: the SDK's ignore unknown arguments and word errors for programmers."""
 
-    def __init__(self, service: Service, link: Link | None) -> None:
+    def __init__(self, service: Service, link: Link | None, extensions: Sequence[Extension]) -> None:
         self.service = service
         self._link = link
-        self._door = f"door-{os.getpid()}-{secrets.token_hex(4)}"
+        self._client = f"front-end-{os.getpid()}-{secrets.token_hex(4)}"
         super().__init__(
             "klein-mcp",
             title="klein-mcp",
             instructions=INSTRUCTIONS,
             version=__version__,
+            extensions=extensions,
             log_level=service.settings.log_level.upper(),  # type: ignore[arg-type]
         )
-        self.listeners = resources.ResourceSubscriptions(self._subscriptions)
-        self.middleware.append(self.listeners.remember)
-        # MCPServer has no door for these three of the legacy era, nor for saying that its list of resources changes.
+        self.subscriptions = resources.ResourceSubscriptions(self._subscriptions)
+        self.middleware.append(self.subscriptions.remember)
+        # MCPServer has no public way to add these three methods of the legacy era, nor to declare that its list of
+        # resources changes.
         low = self._lowlevel_server
-        low.add_request_handler("resources/subscribe", SubscribeRequestParams, self.listeners.subscribe)
-        low.add_request_handler("resources/unsubscribe", UnsubscribeRequestParams, self.listeners.unsubscribe)
+        low.add_request_handler("resources/subscribe", SubscribeRequestParams, self.subscriptions.subscribe)
+        low.add_request_handler("resources/unsubscribe", UnsubscribeRequestParams, self.subscriptions.unsubscribe)
         low.add_request_handler("logging/setLevel", SetLevelRequestParams, _set_level)
         low.create_initialization_options = partial(  # type: ignore[method-assign]
             low.create_initialization_options, NotificationOptions(resources_changed=True)
@@ -102,29 +105,29 @@ class KleinServer(MCPServer):
                 raise RequestError(
                     f"There is no tool {shown(name)}. {did_you_mean(name, known)} There are {', '.join(known)}."
                 )
-            return await tool.run(self.service, self._caller(context), tool.parse(arguments))
-        except RequestError as problem:
-            return _failed(str(problem))
-        except Busy as problem:
-            return _failed(f"{problem} Try again in {problem.retry_after:.0f} s.")
-        except EngineError as problem:
-            return _failed(str(problem))
-        except (OSError, sqlite3.Error) as problem:
+            return await tool.run(self.service, self._call_context(context), tool.parse(arguments))
+        except Busy as exc:
+            return _error_result(f"{exc} Try again in {exc.retry_after:.0f} s.")
+        except (RequestError, EngineError) as exc:
+            return _error_result(str(exc))
+        except (OSError, sqlite3.Error) as exc:
             log.exception("%s failed", name)
             home = self.service.settings.home
-            return _failed(f"{name} met a problem with the disk: {problem}. Space and permissions of {home} matter.")
-        except Exception as problem:
+            return _error_result(f"{name} met a disk error: {exc}. Check free space and permissions of {home}.")
+        except Exception as exc:
             log.exception("%s failed", name)
-            kind = type(problem).__name__
-            return _failed(f"{name} failed inside klein-mcp ({kind}); its log on stderr says where. Other calls work.")
+            kind = type(exc).__name__
+            return _error_result(
+                f"{name} failed with an internal error ({kind}); the log on stderr has details. Other calls work."
+            )
 
     async def get_prompt(
         self, name: str, arguments: dict[str, Any] | None = None, context: Context[Any, Any] | None = None
     ) -> Any:
         if self._prompt_manager.get_prompt(name) is None:
             known = [prompt.name for prompt in self._prompt_manager.list_prompts()]
-            said = f"There is no prompt {shown(name)}. {did_you_mean(name, known)} There are {', '.join(known)}."
-            raise MCPError(code=INVALID_PARAMS, message=one_line(said))
+            message = f"There is no prompt {shown(name)}. {did_you_mean(name, known)} There are {', '.join(known)}."
+            raise MCPError(code=INVALID_PARAMS, message=one_line(message))
         return await super().get_prompt(name, arguments, context)
 
     async def list_resources(self) -> list[Resource]:
@@ -135,16 +138,16 @@ class KleinServer(MCPServer):
 
     async def read_resource(self, uri: Any, context: Context[Any, Any] | None = None) -> Any:
         if str(uri) == resources.ALL or str(uri).startswith(f"{resources.ALL}/"):
-            return await resources.read(self.service, str(uri), self._caller(context))
+            return await resources.read(self.service, str(uri), self._call_context(context))
         return await super().read_resource(uri, context)
 
     async def serve(self, read: Any, write: Any) -> None:
-        """One client over a pair of streams."""
+        """Serve one client over a pair of streams."""
         await self._lowlevel_server.run(read, write, self._lowlevel_server.create_initialization_options())
 
-    def _caller(self, context: Context[Any, Any] | None) -> CallContext:
+    def _call_context(self, context: Context[Any, Any] | None) -> CallContext:
         if context is None:
-            return CallContext(self._door)
+            return CallContext(self._client)
         session, request = context.session, context.request_context.request
         params = session.client_params
 
@@ -153,17 +156,17 @@ class KleinServer(MCPServer):
                 await context.report_progress(done, total, message)
 
         return CallContext(
-            client=self._door if request is None else http_client(request),
+            client=self._client if request is None else http_client(request),
             name=params.client_info.name if params else "",
             tell=tell,
             roots=lambda: _roots(session),
-            painted=self.listeners.painted,
+            painted=self.subscriptions.image_added,
             link=self._link(request) if self._link and request is not None else None,
         )
 
 
 async def _roots(session: Any) -> tuple[Path, ...] | None:
-    """The folders the client works in; None where it has none, says nothing, or takes too long."""
+    """Return the client's folders, or None if it has none, does not say, or takes too long."""
     offered = session.client_capabilities
     if not session.can_send_request or offered is None or offered.roots is None:
         return None
@@ -177,7 +180,7 @@ async def _roots(session: Any) -> tuple[Path, ...] | None:
 
 
 def http_client(request: Any) -> str:
-    """One legacy session, else one token: what `last` belongs to."""
+    """Return the name that `last` belongs to: one legacy session, else one token."""
     session = request.headers.get("mcp-session-id") or request.query_params.get("session_id")
     if session:
         return f"session-{session}"
@@ -185,12 +188,15 @@ def http_client(request: Any) -> str:
     return f"token-{hashlib.sha256(token.encode()).hexdigest()[:16]}"
 
 
-def _failed(message: str) -> CallToolResult:
+def _error_result(message: str) -> CallToolResult:
     return CallToolResult(content=[TextContent(type="text", text=one_line(message))], is_error=True)
 
 
-def create_server(service: Service, *, link: Link | None = None) -> KleinServer:
-    """One server per door; it opens nothing until the first call."""
-    server = KleinServer(service, link)
+def create_server(service: Service, *, link: Link | None = None, extensions: Sequence[Extension] = ()) -> KleinServer:
+    """Make the server of one front end; it opens nothing until the first call.
+
+    extensions: what else it offers, such as MCP Apps; the SDK takes them at construction only.
+    """
+    server = KleinServer(service, link, extensions)
     prompts.register(server, lambda typed: service.store.handles(typed, 20))
     return server

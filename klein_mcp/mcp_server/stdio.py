@@ -1,4 +1,4 @@
-"""The stdio door: one client on stdin and stdout, gone within a second of end of file or a signal."""
+"""The stdio front end: one client on stdin and stdout; ends within a second of end of file or a signal."""
 
 import asyncio
 import logging
@@ -11,27 +11,27 @@ from typing import NoReturn
 import anyio
 from mcp.server.stdio import stdio_server
 
-from klein_mcp.exit import leave
+from klein_mcp.exit import exit_now
 from klein_mcp.jobs.service import Service
 from klein_mcp.mcp_server.server import create_server
 from klein_mcp.settings import Settings, warn_of_misspelt
 
 GRACE = 0.8
-"""Seconds to cancel jobs and close the library after the client has gone."""
+"""Seconds to cancel jobs and close the library after the client has disconnected."""
 
 
 def run(settings: Settings) -> NoReturn:
-    """Serve until the client goes away, then end the process."""
+    """Serve until the client disconnects, then end the process."""
     # Before the SDK does it, in wide coloured boxes; stdout belongs to the protocol.
     logging.basicConfig(
         level=settings.log_level.upper(), stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )
     warn_of_misspelt()
-    leave(anyio.run(serve, settings))
+    exit_now(anyio.run(serve, settings))
 
 
 async def serve(settings: Settings) -> int:
-    """Returns at end of file, SIGTERM or SIGINT, with running jobs cancelled: the exit code."""
+    """Serve until end of file, SIGTERM or SIGINT; cancel running jobs and return the exit code."""
     from klein_mcp.daemon.client import DaemonBackend
 
     backend = DaemonBackend(settings)
@@ -46,10 +46,10 @@ async def serve(settings: Settings) -> int:
                 with anyio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
                     async for number in signals:
                         code = 128 + number
-                        _leave_soon(code)
+                        _exit_soon(code)
                         tasks.cancel_scope.cancel()
 
-            if sys.platform != "win32":  # there, a client ends us by closing stdin
+            if sys.platform != "win32":  # there, a client ends the server by closing stdin
                 tasks.start_soon(until_signal)
             async with stdio_server(stdin=_Lines()) as (read, write):  # type: ignore[arg-type]
                 await server.serve(read, write)
@@ -61,9 +61,9 @@ async def serve(settings: Settings) -> int:
 
 
 class _Lines:
-    """Lines of stdin, read by a thread that nobody waits for.
+    """Lines of stdin, read by a daemon thread.
 
-    The SDK waits for its own reader, which ends only when stdin does: a signal would go unheard.
+    The SDK joins its own reader, which ends only when stdin does: a signal would have no effect.
     """
 
     def __init__(self) -> None:
@@ -77,7 +77,7 @@ class _Lines:
     async def _each(self) -> AsyncIterator[str]:
         while line := await self._lines.get():
             yield line.decode("utf-8", "replace")
-        _leave_soon(0)
+        _exit_soon(0)
 
     def _read(self) -> None:
         with open(0, "rb", closefd=False) as stdin:
@@ -86,8 +86,8 @@ class _Lines:
         self._loop.call_soon_threadsafe(self._lines.put_nowait, b"")
 
 
-def _leave_soon(code: int) -> None:
-    """Whatever a worker thread is still doing must not keep the process: the library survives being cut off."""
-    timer = threading.Timer(GRACE, leave, (code,))
+def _exit_soon(code: int) -> None:
+    """End the process after GRACE even if a worker thread still runs: the library survives that."""
+    timer = threading.Timer(GRACE, exit_now, (code,))
     timer.daemon = True
     timer.start()

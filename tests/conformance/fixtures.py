@@ -36,9 +36,8 @@ from PIL import Image
 from pydantic import BaseModel, Field
 
 from klein_mcp.daemon.client import DaemonBackend
-from klein_mcp.http import app, downloads
+from klein_mcp.http import app
 from klein_mcp.jobs.service import Service
-from klein_mcp.mcp_server.server import create_server
 from klein_mcp.settings import Settings
 
 MISSING_CAPABILITY = -32021
@@ -335,12 +334,11 @@ def _prompts(server: MCPServer) -> None:
 def main() -> None:
     settings = Settings.load()
     service = Service(settings, DaemonBackend(settings))
-    links = downloads.SignedUrls()
-    server = create_server(service, link=links.of)
-    add(server)
+    context = app.make_context(service)
+    add(context.server)
     listener = socket.create_server(("127.0.0.1", 0))
     print(f"http://127.0.0.1:{listener.getsockname()[1]}", flush=True)
-    uvicorn.Server(uvicorn.Config(app.application(server, service, links), log_config=None)).run([listener])
+    uvicorn.Server(uvicorn.Config(app.application(context), log_config=None)).run([listener])
 
 
 if __name__ == "__main__":

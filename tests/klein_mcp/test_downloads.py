@@ -7,11 +7,11 @@ from typing import Any
 import httpx2
 import pytest
 from mcp import Client
-from starlette.applications import Starlette
 from starlette.requests import Request
 
-from klein_mcp.http import downloads
-from klein_mcp.http.downloads import LIFETIME, SignedUrls
+from klein_mcp.http import app, downloads, uploads
+from klein_mcp.http.signed_urls import LIFETIME, SignedUrls
+from klein_mcp.http.surface import HttpContext
 from klein_mcp.jobs.service import Service
 from tests.images import file, pixels, scene
 from tests.tool_calls import call, refused
@@ -20,47 +20,55 @@ pytestmark = pytest.mark.anyio
 
 
 @pytest.fixture
-def links() -> SignedUrls:
-    return SignedUrls()
+def context(service: Service) -> HttpContext:
+    return app.make_context(service)
 
 
 @pytest.fixture
-def announced() -> list[str]:
-    """Addresses of pictures that listeners were told of."""
-    return []
+def urls(context: HttpContext) -> SignedUrls:
+    return context.urls
 
 
 @pytest.fixture
-async def http(service: Service, links: SignedUrls, announced: list[str]) -> AsyncIterator[httpx2.AsyncClient]:
-    async def painted(uri: str) -> None:
-        announced.append(uri)
-
-    upload = downloads.upload(service, lambda request: "them", painted)
-    app = Starlette(routes=[downloads.download(service, links), upload])
-    async with httpx2.AsyncClient(transport=httpx2.ASGITransport(app=app), base_url="http://klein.example") as client:
+async def http(context: HttpContext) -> AsyncIterator[httpx2.AsyncClient]:
+    served = app.application(context, hosts=["klein.example"], surfaces=[downloads.surface, uploads.surface])
+    transport = httpx2.ASGITransport(app=served)
+    async with httpx2.AsyncClient(transport=transport, base_url="http://klein.example") as client:
         yield client
 
 
-async def test_a_link_leads_to_the_exact_picture(client: Client, http: httpx2.AsyncClient, links: SignedUrls):
+@pytest.fixture
+def announced(context: HttpContext, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Addresses of images that subscribers were notified of."""
+    uris: list[str] = []
+
+    async def image_added(uri: str) -> None:
+        uris.append(uri)
+
+    monkeypatch.setattr(context.server.subscriptions, "image_added", image_added)
+    return uris
+
+
+async def test_a_link_leads_to_the_exact_picture(client: Client, http: httpx2.AsyncClient, urls: SignedUrls):
     told = await call(client, "generate_image", prompt="a dot")
-    answer = await http.get(links.path(told["image"]))
+    answer = await http.get(urls.image(told["image"]))
     assert (answer.status_code, answer.headers["content-type"]) == (200, "image/png")
     with open(told["path"], "rb") as same:
         assert answer.content == same.read()
 
 
-async def test_a_link_is_for_one_picture_and_one_while(client: Client, http: httpx2.AsyncClient, links: SignedUrls):
+async def test_a_link_is_for_one_picture_and_one_while(client: Client, http: httpx2.AsyncClient, urls: SignedUrls):
     told = await call(client, "generate_image", prompt="a dot")
     other = await call(client, "generate_image", prompt="another")
-    good = links.path(told["image"])
+    good = urls.image(told["image"])
     for bad in (
         good.replace(told["image"], other["image"]),
         good.replace("until=", "until=1"),
         good[:-1] + ("0" if good[-1] != "0" else "1"),
         good.split("?")[0],
         good.split("&")[0],
-        links.path(told["image"], now=time.time() - LIFETIME - 1),
-        SignedUrls().path(told["image"]),
+        urls.image(told["image"], now=time.time() - LIFETIME - 1),
+        SignedUrls().image(told["image"]),
         f"/images/{told['image']}.png?until=²&signature=x",
     ):
         answer = await http.get(bad)
@@ -69,11 +77,11 @@ async def test_a_link_is_for_one_picture_and_one_while(client: Client, http: htt
 
 
 async def test_a_link_to_a_deleted_picture_is_said(
-    client: Client, http: httpx2.AsyncClient, links: SignedUrls, service: Service
+    client: Client, http: httpx2.AsyncClient, urls: SignedUrls, service: Service
 ):
     told = await call(client, "generate_image", prompt="a dot")
     service.store.delete([told["image"]])
-    answer = await http.get(links.path(told["image"]))
+    answer = await http.get(urls.image(told["image"]))
     assert (answer.status_code, "was deleted on" in answer.json()["error"]) == (404, True)
 
 
@@ -110,7 +118,7 @@ async def test_a_bad_upload_is_refused_with_one_line(http: httpx2.AsyncClient, b
 
 
 async def test_an_upload_is_cut_off_at_the_cap(http: httpx2.AsyncClient, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(downloads, "MAX_BYTES", 100_000)
+    monkeypatch.setattr(uploads, "MAX_BYTES", 100_000)
     sent = 0
 
     async def endless() -> AsyncIterator[bytes]:
@@ -129,16 +137,16 @@ def request(client: Any = ("127.0.0.1", 1), **headers: str) -> Request:
     return Request({**scope, "server": ("klein.example", 443), "headers": [(b"host", b"klein.example"), *encoded]})
 
 
-def test_who_shares_our_disk_gets_paths_and_everybody_else_addresses(links: SignedUrls):
-    assert links.of(request()) is None
-    assert links.of(request(("::1", 1))) is None
+def test_who_shares_our_disk_gets_paths_and_everybody_else_addresses(urls: SignedUrls):
+    assert urls.for_client(request()) is None
+    assert urls.for_client(request(("::1", 1))) is None
     for other in (request(("10.0.0.7", 1)), request(x_forwarded_for="10.0.0.7"), request(None)):
-        make = links.of(other)
+        make = urls.for_client(other)
         assert make is not None
         assert make("k7f3q2").startswith("https://klein.example/images/k7f3q2.png?until=")
 
 
-async def test_pixels_of_a_download_are_the_pictures_own(client: Client, http: httpx2.AsyncClient, links: SignedUrls):
+async def test_pixels_of_a_download_are_the_pictures_own(client: Client, http: httpx2.AsyncClient, urls: SignedUrls):
     told = (await http.post("/upload", content=file(scene(64, 48)))).json()
-    answer = await http.get(links.path(told["image"]))
+    answer = await http.get(urls.image(told["image"]))
     assert (pixels(answer.content) == scene(64, 48)).all()

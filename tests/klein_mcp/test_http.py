@@ -20,9 +20,7 @@ from mcp.client.streamable_http import streamable_http_client
 
 from klein_mcp.errors import RequestError
 from klein_mcp.http import app as http_app
-from klein_mcp.http import downloads
 from klein_mcp.jobs.service import Service
-from klein_mcp.mcp_server.server import create_server
 from tests.images import file, scene
 from tests.klein_mcp.front_ends import serving_process
 from tests.real_server import Living
@@ -37,8 +35,7 @@ PATHS = ("/mcp", "/sse", "/messages/", "/upload", "/images/abc.png", "/nothing")
 @asynccontextmanager
 async def serving(service: Service, **options: Any) -> AsyncIterator[str]:
     """The application on a real port: its address."""
-    links = downloads.SignedUrls()
-    app = http_app.application(create_server(service, link=links.of), service, links, **options)
+    app = http_app.application(http_app.make_context(service), **options)
     with socket.create_server(("127.0.0.1", 0)) as listener:
         server = uvicorn.Server(uvicorn.Config(app, log_config=None, timeout_graceful_shutdown=1))
         task = asyncio.create_task(server.serve([listener]))
@@ -216,27 +213,27 @@ def test_any_address_but_loopback_needs_a_name_or_nothing_is_served(living: Livi
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.1", "127.0.0.2", "", "gpu.example.org"])
 def test_only_what_is_known_to_be_loopback_counts_as_such(host):
     with pytest.raises(ValueError, match="allowed-host"):
-        http_app.HttpOptions.of(Namespace(host=host, port=1, token_file=None, allowed_host=[]))
+        http_app.HttpOptions.from_arguments(Namespace(host=host, port=1, token_file=None, allowed_host=[]))
 
 
 @pytest.mark.parametrize("token", ["", "short", "two words that are long enough", "ünïcödé-and-long-enough"])
 def test_a_token_that_protects_nobody_is_refused(settings, tmp_path, token):
     (tmp_path / "token").write_text(token, encoding="utf-8")
     with pytest.raises(RequestError, match="at least 16"):
-        http_app._token(settings, http_app.HttpOptions(token_file=tmp_path / "token"))
+        http_app.token_for(settings, http_app.HttpOptions(token_file=tmp_path / "token"))
 
 
 def test_an_empty_token_of_our_own_is_refused_too(settings):
     settings.home.mkdir(parents=True)
     (settings.home / "http-token").write_text("")
     with pytest.raises(RequestError, match="Delete it"):
-        http_app._token(settings, http_app.HttpOptions(host="0.0.0.0", allowed_hosts=("pics.example.com",)))
+        http_app.token_for(settings, http_app.HttpOptions(host="0.0.0.0", allowed_hosts=("pics.example.com",)))
 
 
 def test_a_name_to_be_served_under_asks_for_a_token_on_loopback_too(settings):
-    assert http_app._token(settings, http_app.HttpOptions()) is None
-    assert http_app._token(settings, http_app.HttpOptions(allowed_hosts=("localhost",))) is None
-    assert http_app._token(settings, http_app.HttpOptions(allowed_hosts=("pics.example.com",)))
+    assert http_app.token_for(settings, http_app.HttpOptions()) is None
+    assert http_app.token_for(settings, http_app.HttpOptions(allowed_hosts=("localhost",))) is None
+    assert http_app.token_for(settings, http_app.HttpOptions(allowed_hosts=("pics.example.com",)))
 
 
 def test_a_missing_token_file_is_one_line(living: Living, tmp_path):
@@ -269,9 +266,9 @@ async def test_a_signal_ends_it_though_clients_hold_streams_open(living: Living,
 
 def test_a_token_that_we_make_is_kept_and_for_its_owner_alone(settings, capsys):
     options = http_app.HttpOptions(host="0.0.0.0", allowed_hosts=("a.example",))
-    token = http_app._token(settings, options)
+    token = http_app.token_for(settings, options)
     assert token
-    assert http_app._token(settings, options) == token
+    assert http_app.token_for(settings, options) == token
     path = settings.home / "http-token"
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     said = capsys.readouterr().err

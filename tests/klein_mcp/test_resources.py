@@ -154,13 +154,13 @@ async def test_a_client_that_does_not_read_holds_up_nobody(monkeypatch: pytest.M
                 await anyio.sleep_forever()
             self.heard += 1
 
-    monkeypatch.setattr(resources, "TOLD_WITHIN", 0.05)
-    listeners = resources.ResourceSubscriptions(InMemorySubscriptionBus())
+    monkeypatch.setattr(resources, "NOTIFY_TIMEOUT", 0.05)
+    subscriptions = resources.ResourceSubscriptions(InMemorySubscriptionBus())
     stuck, other = Connection(reads=False), Connection(reads=True)
     for connection in (stuck, other):
-        await listeners.subscribe(context_of(connection), SubscribeRequestParams(uri="klein://images/none"))
+        await subscriptions.subscribe(context_of(connection), SubscribeRequestParams(uri="klein://images/none"))
     with anyio.fail_after(2):
-        await listeners.painted("klein://images/k7f3q2")
+        await subscriptions.image_added("klein://images/k7f3q2")
     assert other.heard == 1
 
 

@@ -11,7 +11,7 @@ from mcp_types import Implementation
 
 from engine.contract import Job, Rgb8
 from klein_mcp.jobs.service import DEMO
-from klein_mcp.mcp_server.client_profiles import CLIENTS, how_to_show
+from klein_mcp.mcp_server.client_profiles import CLIENTS, image_mode
 from tests.fakes import FakePainter
 from tests.images import noise, pixels, scene
 from tests.tool_calls import call, kinds, line, preview
@@ -100,7 +100,7 @@ async def test_the_call_wins_over_the_setting_and_the_setting_over_the_client(se
 async def test_each_known_client_gets_what_it_can_show(connect: Any, row: Any, mode: str):
     async with connect(mode=mode, client_info=Implementation(name=row.name, version="1")) as client:
         shown = kinds(await client.call_tool("generate_image", {"prompt": "a dot"}))
-    assert ("image" in shown) == (row.show == "inline")
+    assert ("image" in shown) == (row.image_mode == "inline")
 
 
 def test_the_table_of_clients_names_its_sources_and_what_nobody_verified():
@@ -109,8 +109,8 @@ def test_the_table_of_clients_names_its_sources_and_what_nobody_verified():
 
 
 def test_an_unknown_client_gets_a_preview_and_a_longer_name_is_recognised():
-    assert how_to_show("somebody-new") == "inline"
-    assert how_to_show("Zed Preview 1.2") == "link"
+    assert image_mode("somebody-new") == "inline"
+    assert image_mode("Zed Preview 1.2") == "link"
 
 
 @pytest.mark.parametrize("count", [1, 4])

@@ -1,4 +1,4 @@
-"""compose_references: several pictures and words in, a new picture made of them out."""
+"""compose_references: makes a new image from several images and words."""
 
 import re
 
@@ -8,7 +8,7 @@ from klein_mcp.jobs.context import CallContext
 from klein_mcp.jobs.request import ImageRequest, rounded
 from klein_mcp.jobs.service import Service
 from klein_mcp.mcp_server.tools import fields
-from klein_mcp.mcp_server.tools.image_tool import paint
+from klein_mcp.mcp_server.tools.image_tool import run_request
 from klein_mcp.mcp_server.tools.tool import Tool
 
 
@@ -24,27 +24,27 @@ class ComposeReferences(fields.Arguments):
     show: fields.Show | None = None
 
 
-async def run(service: Service, call: CallContext, asked: ComposeReferences) -> CallToolResult:
-    warnings = _unknown_images(asked)
-    width, height = rounded(asked.width, asked.height, warnings)
-    order = ImageRequest(
+async def run(service: Service, call: CallContext, arguments: ComposeReferences) -> CallToolResult:
+    warnings = _unknown_images(arguments)
+    width, height = rounded(arguments.width, arguments.height, warnings)
+    request = ImageRequest(
         tool=TOOL.name,
-        prompt=asked.prompt,
-        images=tuple(asked.images),
+        prompt=arguments.prompt,
+        images=tuple(arguments.images),
         width=width,
         height=height,
-        aspect=fields.shape(asked.aspect_ratio, width, warnings),
-        count=asked.count,
-        seed=service.seed(asked.seed, asked.count),
-        model=service.model(asked.model),
+        aspect=fields.shape(arguments.aspect_ratio, width, warnings),
+        count=arguments.count,
+        seed=service.seed(arguments.seed, arguments.count),
+        model=service.model(arguments.model),
     )
-    return await paint(service, call, order, asked.show, warnings)
+    return await run_request(service, call, request, arguments.show, warnings)
 
 
-def _unknown_images(asked: ComposeReferences) -> list[str]:
-    """A word for each picture that the prompt names and nobody gave."""
-    given = len(asked.images)
-    named = {int(number) for number in re.findall(r"\bimage (\d{1,2})\b", asked.prompt, re.IGNORECASE)}
+def _unknown_images(arguments: ComposeReferences) -> list[str]:
+    """Return a warning for each image that the prompt names and the call does not give."""
+    given = len(arguments.images)
+    named = {int(number) for number in re.findall(r"\bimage (\d{1,2})\b", arguments.prompt, re.IGNORECASE)}
     were = "1 reference was given" if given == 1 else f"{given} references were given"
     return [f"the prompt names image {number}; {were}" for number in sorted(named) if not 1 <= number <= given]
 
@@ -53,7 +53,7 @@ TOOL = Tool(
     name="compose_references",
     title="Compose from references",
     description=(
-        'Paint a new picture from several: put "image 1" beside "image 2", or take a subject from one and a style '
+        'Make a new image from several: put "image 1" beside "image 2", or take a subject from one and a style '
         "from another. Without a size it takes the first reference's."
     ),
     arguments=ComposeReferences,

@@ -1,4 +1,4 @@
-"""edit_image: a picture and an instruction in, the same picture changed out, at its own size."""
+"""edit_image: changes an image by an instruction, at its own size."""
 
 from mcp_types import CallToolResult
 
@@ -7,7 +7,7 @@ from klein_mcp.jobs.context import CallContext
 from klein_mcp.jobs.request import ImageRequest, rounded
 from klein_mcp.jobs.service import Service
 from klein_mcp.mcp_server.tools import fields
-from klein_mcp.mcp_server.tools.image_tool import paint
+from klein_mcp.mcp_server.tools.image_tool import run_request
 from klein_mcp.mcp_server.tools.tool import Tool
 
 
@@ -24,32 +24,32 @@ class EditImage(fields.Arguments):
     show: fields.Show | None = None
 
 
-async def run(service: Service, call: CallContext, asked: EditImage) -> CallToolResult:
+async def run(service: Service, call: CallContext, arguments: EditImage) -> CallToolResult:
     warnings: list[str] = []
-    width, height = rounded(asked.width, asked.height, warnings)
-    if width is not None and (asked.region or asked.mask):
-        raise RequestError("region and mask keep the picture's size.", hint="Leave out width and height.")
-    order = ImageRequest(
+    width, height = rounded(arguments.width, arguments.height, warnings)
+    if width is not None and (arguments.region or arguments.mask):
+        raise RequestError("region and mask keep the image's size.", hint="Leave out width and height.")
+    request = ImageRequest(
         tool=TOOL.name,
-        prompt=asked.prompt,
-        images=(asked.image,),
-        mask=asked.mask,
-        region=fields.box(asked.region),
+        prompt=arguments.prompt,
+        images=(arguments.image,),
+        mask=arguments.mask,
+        region=fields.box(arguments.region),
         width=width,
         height=height,
         keep_size=width is None,
-        count=asked.count,
-        seed=service.seed(asked.seed, asked.count),
-        model=service.model(asked.model),
+        count=arguments.count,
+        seed=service.seed(arguments.seed, arguments.count),
+        model=service.model(arguments.model),
     )
-    return await paint(service, call, order, asked.show, warnings)
+    return await run_request(service, call, request, arguments.show, warnings)
 
 
 TOOL = Tool(
     name="edit_image",
     title="Edit an image",
     description=(
-        "Change a picture by an instruction; it keeps its exact size. With region or mask, every pixel outside stays "
+        "Change an image by an instruction; it keeps its exact size. With region or mask, every pixel outside stays "
         "as it was. The original is kept: edit the new handle to go on, the old one to start over."
     ),
     arguments=EditImage,

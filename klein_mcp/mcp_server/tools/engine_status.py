@@ -1,4 +1,4 @@
-"""engine_status: what the engine holds and does, without starting it."""
+"""engine_status: reports models, memory and queue without starting the engine."""
 
 from mcp_types import CallToolResult
 
@@ -10,11 +10,11 @@ from klein_mcp.mcp_server.tools import fields
 from klein_mcp.mcp_server.tools.tool import Tool
 
 
-class EngineStatus(fields.Arguments):
+class EngineStatusArguments(fields.Arguments):
     pass
 
 
-async def run(service: Service, call: CallContext, asked: EngineStatus) -> CallToolResult:
+async def run(service: Service, call: CallContext, arguments: EngineStatusArguments) -> CallToolResult:
     status = await service.backend.status()
     seconds = service.estimate
     return CallToolResult(
@@ -24,7 +24,7 @@ async def run(service: Service, call: CallContext, asked: EngineStatus) -> CallT
                     "version": __version__,
                     "model_setting": service.settings.model,
                     "model_in_use": status.get("engine", {}).get("loaded"),
-                    "seconds_per_picture": None if seconds is None else round(seconds, 2),
+                    "seconds_per_image": None if seconds is None else round(seconds, 2),
                     **status,
                 }
             )
@@ -35,8 +35,8 @@ async def run(service: Service, call: CallContext, asked: EngineStatus) -> CallT
 TOOL = Tool(
     name="engine_status",
     title="Engine status",
-    description="Which models are installed and loaded, their licences, memory, the queue, and seconds per picture.",
-    arguments=EngineStatus,
+    description="Which models are installed and loaded, their licences, memory, the queue, and seconds per image.",
+    arguments=EngineStatusArguments,
     run=run,
     read_only=True,
     idempotent=True,

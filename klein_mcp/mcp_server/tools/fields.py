@@ -1,4 +1,4 @@
-"""The words that several tools share: each argument's type, limits and one line for the model."""
+"""Arguments that several tools share: each one's type, limits and line for the model."""
 
 import json
 from typing import Annotated, Any, Literal
@@ -24,14 +24,14 @@ MAX_REFERENCES = max(row.max_references for row in VARIANTS.values())
 
 
 class Arguments(BaseModel):
-    """What a call may say, and nothing else: an argument that is ignored is a wish that was not heard."""
+    """Base model of tool arguments; unknown arguments are errors, not ignored."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
 
     @field_validator("*", mode="before")
     @classmethod
     def _unquoted(cls, value: Any, info: ValidationInfo) -> Any:
-        """Some clients send a list as its JSON text, and null for what they leave out."""
+        """Accept a list as JSON text, and null for an omitted argument: some clients send these."""
         field = cls.model_fields[info.field_name or ""]
         if value is None and not field.is_required():
             return field.default
@@ -43,21 +43,21 @@ class Arguments(BaseModel):
         return value
 
 
-def _text_of_number(value: Any) -> Any:
-    """A seed comes back as text from our own results; 1.0 is one to clients that know no whole numbers."""
+def _whole_number(value: Any) -> Any:
+    """Accept a number as text, as our own results give a seed."""
     return int(value) if isinstance(value, str) and value.strip().isdecimal() else value
 
 
 def _known_model(name: str) -> str:
     if name != "auto" and name not in VARIANTS:
-        raise ValueError("no model of ours")  # the message comes from the schema's enum
+        raise ValueError("unknown model")  # the message comes from the schema's enum
     return name
 
 
 Prompt = Annotated[
     str,
     StringConstraints(strip_whitespace=True, min_length=1, max_length=MAX_PROMPT),
-    Field(description="What the picture shows, in plain sentences."),
+    Field(description="What the image shows, in plain sentences."),
 ]
 EditPrompt = Annotated[
     str,
@@ -67,7 +67,7 @@ EditPrompt = Annotated[
 ComposePrompt = Annotated[
     str,
     StringConstraints(strip_whitespace=True, min_length=1, max_length=MAX_PROMPT),
-    Field(description='The new picture; call the references "image 1", "image 2", ….'),
+    Field(description='The new image; call the references "image 1", "image 2", ….'),
 ]
 ImageRef = Annotated[
     str,
@@ -85,25 +85,25 @@ Images = Annotated[
 Mask = Annotated[
     str,
     StringConstraints(strip_whitespace=True, min_length=1),
-    Field(description="A picture of the same size: white may change, black stays. With region: where both meet."),
+    Field(description="An image of the same size: white may change, black stays. With region: where both meet."),
 ]
 Region = Annotated[
     list[int],
-    Field(min_length=4, max_length=4, description="[x, y, width, height] in pixels of the picture."),
+    Field(min_length=4, max_length=4, description="[x, y, width, height] in pixels of the image."),
 ]
-Side = Annotated[int, Field(ge=MIN_SIDE, le=MAX_SIDE), BeforeValidator(_text_of_number)]
+Side = Annotated[int, Field(ge=MIN_SIDE, le=MAX_SIDE), BeforeValidator(_whole_number)]
 Width = Annotated[Side, Field(description="Pixels; with height, instead of aspect_ratio.")]
-EditWidth = Annotated[Side, Field(description="Pixels; with height, instead of the picture's own size.")]
+EditWidth = Annotated[Side, Field(description="Pixels; with height, instead of the image's own size.")]
 Height = Annotated[Side, Field(description="Pixels; with width.")]
 Aspect = Annotated[
     Literal["1:1", "4:3", "3:4", "3:2", "2:3", "16:9", "9:16", "21:9", "9:21"],
     Field(description="Shape at the model's best size."),
 ]
-Count = Annotated[int, Field(ge=1, le=4, description="Pictures; the seed counts up.")]
+Count = Annotated[int, Field(ge=1, le=4, description="Number of images; the seed counts up.")]
 Seed = Annotated[
     int,
-    Field(ge=0, le=MAX_SEED, description="Same seed, same picture. Default: random."),
-    BeforeValidator(_text_of_number),
+    Field(ge=0, le=MAX_SEED, description="Same seed, same image. Default: random."),
+    BeforeValidator(_whole_number),
 ]
 Model = Annotated[
     str,
@@ -116,7 +116,7 @@ Show = Annotated[
 ]
 
 
-JobHandle = Annotated[str, Field(min_length=1, max_length=64, description='The "job" of the result before.')]
+JobHandle = Annotated[str, Field(min_length=1, max_length=64, description='The "job" of the previous result.')]
 SavePath = Annotated[
     str,
     StringConstraints(strip_whitespace=True, min_length=1, max_length=2000),
@@ -127,17 +127,17 @@ SaveSize = Annotated[int, Field(ge=16, le=8192, description="Shrink to this long
 Strip = Annotated[bool, Field(description="Leave out how it was made.")]
 Overwrite = Annotated[bool, Field(description="Replace a file that exists.")]
 ViewSize = Annotated[int, Field(ge=64, le=1568, description="Long edge of what you see, in pixels.")]
-Limit = Annotated[int, Field(ge=1, le=100, description="Entries on a page.")]
+Limit = Annotated[int, Field(ge=1, le=100, description="Entries per page.")]
 Search = Annotated[str, Field(max_length=200, description="Words in the prompt, or part of a path.")]
-Cursor = Annotated[str, Field(max_length=40, description='The "next" of the page before.')]
+Cursor = Annotated[str, Field(max_length=40, description='The "next" of the previous page.')]
 
 
 def shape(aspect: str | None, width: int | None, warnings: list[str]) -> tuple[int, int] | None:
-    """ "16:9" as (16, 9), unless a size already says the shape."""
+    """Parse "16:9" as (16, 9); None if width and height already give the shape."""
     if aspect is None:
         return None
     if width is not None:
-        warnings.append("aspect_ratio was ignored: width and height say the shape")
+        warnings.append("aspect_ratio was ignored: width and height give the shape")
         return None
     across, along = aspect.split(":")
     return int(across), int(along)

@@ -1,4 +1,4 @@
-"""generate_image: words in, a new picture out."""
+"""generate_image: makes a new image from words."""
 
 from mcp_types import CallToolResult
 
@@ -6,7 +6,7 @@ from klein_mcp.jobs.context import CallContext
 from klein_mcp.jobs.request import ImageRequest, rounded
 from klein_mcp.jobs.service import Service
 from klein_mcp.mcp_server.tools import fields
-from klein_mcp.mcp_server.tools.image_tool import paint
+from klein_mcp.mcp_server.tools.image_tool import run_request
 from klein_mcp.mcp_server.tools.tool import Tool
 
 
@@ -21,27 +21,27 @@ class GenerateImage(fields.Arguments):
     show: fields.Show | None = None
 
 
-async def run(service: Service, call: CallContext, asked: GenerateImage) -> CallToolResult:
+async def run(service: Service, call: CallContext, arguments: GenerateImage) -> CallToolResult:
     warnings: list[str] = []
-    width, height = rounded(asked.width, asked.height, warnings)
-    order = ImageRequest(
+    width, height = rounded(arguments.width, arguments.height, warnings)
+    request = ImageRequest(
         tool=TOOL.name,
-        prompt=asked.prompt,
+        prompt=arguments.prompt,
         width=width,
         height=height,
-        aspect=fields.shape(asked.aspect_ratio, width, warnings),
-        count=asked.count,
-        seed=service.seed(asked.seed, asked.count),
-        model=service.model(asked.model),
+        aspect=fields.shape(arguments.aspect_ratio, width, warnings),
+        count=arguments.count,
+        seed=service.seed(arguments.seed, arguments.count),
+        model=service.model(arguments.model),
     )
-    return await paint(service, call, order, asked.show, warnings)
+    return await run_request(service, call, request, arguments.show, warnings)
 
 
 TOOL = Tool(
     name="generate_image",
     title="Generate an image",
     description=(
-        "Paint a new picture from words. Returns a handle for edit_image, compose_references, view_image and "
+        "Make a new image from words. Returns a handle for edit_image, compose_references, view_image and "
         "save_image, the seed, the path of the full PNG, and a preview."
     ),
     arguments=GenerateImage,

@@ -1,4 +1,4 @@
-"""What generate, edit, compose and wait_for_job have in common: a picture, or a promise, as a result."""
+"""Runs an image request for a tool and renders its outcome: images, or a job that goes on."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -11,22 +11,23 @@ from klein_mcp.jobs.outcome import JobResult, PendingJob
 from klein_mcp.jobs.request import ImageRequest
 from klein_mcp.jobs.service import Service
 from klein_mcp.mcp_server import results
-from klein_mcp.mcp_server.client_profiles import how_to_show
+from klein_mcp.mcp_server.client_profiles import image_mode
 
 
-async def paint(
-    service: Service, call: CallContext, order: ImageRequest, show: str | None, warnings: Sequence[str] = ()
+async def run_request(
+    service: Service, call: CallContext, request: ImageRequest, show: str | None, warnings: Sequence[str] = ()
 ) -> CallToolResult:
-    """warnings: what the tool itself had to change about the wish."""
-    outcome = await service.paint_within(service.settings.wait_budget, order, call)
+    """Run `request` within the wait budget. warnings: adjustments that the tool itself made."""
+    outcome = await service.paint_within(service.settings.wait_budget, request, call)
     outcome = replace(outcome, warnings=(*warnings, *outcome.warnings))
-    return await told(service, call, outcome, show)
+    return await render(service, call, outcome, show)
 
 
-async def told(
+async def render(
     service: Service, call: CallContext, outcome: JobResult | PendingJob, show: str | None
 ) -> CallToolResult:
+    """Return the tool result, shaped for the client that called."""
     if isinstance(outcome, PendingJob):
-        return CallToolResult(content=[results.promise(outcome)])
-    how = show or service.settings.show or how_to_show(call.name)
-    return await anyio.to_thread.run_sync(lambda: results.painted(outcome, service.store, how, call))
+        return results.pending_result(outcome)
+    mode = show or service.settings.show or image_mode(call.name)
+    return await anyio.to_thread.run_sync(lambda: results.tool_result(outcome, service.store, mode, call))

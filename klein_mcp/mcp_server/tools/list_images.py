@@ -1,4 +1,4 @@
-"""list_images: what is in the library, newest first, as text."""
+"""list_images: lists the library, newest first, as text."""
 
 import time
 
@@ -13,8 +13,8 @@ from klein_mcp.mcp_server import results
 from klein_mcp.mcp_server.tools import fields
 from klein_mcp.mcp_server.tools.tool import Tool
 
-PROMPT_SHOWN = 120
-"""Characters: enough to know a picture by."""
+PROMPT_LENGTH = 120
+"""Characters: enough to recognise an image by."""
 
 
 class ListImages(fields.Arguments):
@@ -23,15 +23,17 @@ class ListImages(fields.Arguments):
     cursor: fields.Cursor | None = None
 
 
-async def run(service: Service, call: CallContext, asked: ListImages) -> CallToolResult:
-    if asked.cursor is not None and not (asked.cursor.isdecimal() and len(asked.cursor) < 19):
-        raise RequestError(f"cursor {asked.cursor!r} is none.", hint='Give the "next" of the page before, or nothing.')
-    before = int(asked.cursor) if asked.cursor else None
+async def run(service: Service, call: CallContext, arguments: ListImages) -> CallToolResult:
+    if arguments.cursor is not None and not (arguments.cursor.isdecimal() and len(arguments.cursor) < 19):
+        raise RequestError(
+            f"{arguments.cursor!r} is not a cursor.", hint='Give the "next" of the previous page, or nothing.'
+        )
+    before = int(arguments.cursor) if arguments.cursor else None
     page, following = await anyio.to_thread.run_sync(
-        lambda: service.store.search(asked.search or "", limit=asked.limit, before=before)
+        lambda: service.store.search(arguments.search or "", limit=arguments.limit, before=before)
     )
-    listed = {"images": [_entry(record) for record in page], "next": None if following is None else str(following)}
-    return CallToolResult(content=[results.text(listed)])
+    payload = {"images": [_entry(record) for record in page], "next": None if following is None else str(following)}
+    return CallToolResult(content=[results.text(payload)])
 
 
 def _entry(record: Record) -> dict[str, object]:
@@ -46,13 +48,13 @@ def _entry(record: Record) -> dict[str, object]:
     if record.prompt is None:
         return {**entry, "source": record.source}
     made = {"seed": record.recipe.get("seed"), "model": record.recipe.get("model")}
-    return {**entry, "prompt": one_line(record.prompt, PROMPT_SHOWN), **made}
+    return {**entry, "prompt": one_line(record.prompt, PROMPT_LENGTH), **made}
 
 
 TOOL = Tool(
     name="list_images",
     title="List images",
-    description="Find earlier pictures: handles, prompts, seeds and parents, newest first. Text only.",
+    description="Find earlier images: handles, prompts, seeds and parents, newest first. Text only.",
     arguments=ListImages,
     run=run,
     read_only=True,

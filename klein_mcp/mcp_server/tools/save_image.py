@@ -1,4 +1,4 @@
-"""save_image: the full picture into the user's project."""
+"""save_image: writes the full image into the user's project."""
 
 from pathlib import Path
 
@@ -23,14 +23,16 @@ class SaveImage(fields.Arguments):
     overwrite: fields.Overwrite = False
 
 
-async def run(service: Service, call: CallContext, asked: SaveImage) -> CallToolResult:
+async def run(service: Service, call: CallContext, arguments: SaveImage) -> CallToolResult:
     from klein_mcp.images import export
 
-    opened = await service.open(asked.image, call)
+    opened = await service.open(arguments.image, call)
     roots = await writable(service.settings, call)
-    wish = export.SaveOptions(asked.path, asked.format, asked.max_size, asked.strip_metadata, asked.overwrite)
-    saved = await anyio.to_thread.run_sync(lambda: export.save(service.store, opened.record, wish, roots))
-    told = {
+    options = export.SaveOptions(
+        arguments.path, arguments.format, arguments.max_size, arguments.strip_metadata, arguments.overwrite
+    )
+    saved = await anyio.to_thread.run_sync(lambda: export.save(service.store, opened.record, options, roots))
+    payload = {
         "image": opened.record.handle,
         "saved": str(saved.path),
         "format": saved.format,
@@ -38,18 +40,18 @@ async def run(service: Service, call: CallContext, asked: SaveImage) -> CallTool
         "height": saved.height,
         "bytes": saved.bytes,
     }
-    return CallToolResult(content=[results.text(told)])
+    return CallToolResult(content=[results.text(payload)])
 
 
 async def writable(settings: Settings, call: CallContext) -> tuple[Path, ...]:
-    """What the settings say; else the client's folders; else the project folder we were started in.
+    """Return the folders open for writing: the settings', else the client's, else the one we were started in.
 
-    Raises Refused where that folder is none inside the home: nobody chose it for pictures.
+    Raises Refused if that last one is not below the user's home: nobody chose it for images.
     """
     if settings.write_roots is not None:
         return settings.write_roots
     if call.link is not None:
-        return ()  # a client elsewhere names folders of its own machine, not of ours
+        return ()  # a remote client names folders of its own machine, not of ours
     if roots := await call.roots():
         return roots
     here, home = Path.cwd().resolve(), Path.home().resolve()
@@ -68,7 +70,7 @@ TOOL = Tool(
     name="save_image",
     title="Save an image",
     description=(
-        "Write the full picture into the user's project as PNG, JPEG or WebP; makes folders, and replaces nothing "
+        "Write the full image into the user's project as PNG, JPEG or WebP; makes folders, and replaces nothing "
         "unless told. The library keeps its own copy."
     ),
     arguments=SaveImage,

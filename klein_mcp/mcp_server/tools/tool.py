@@ -1,6 +1,6 @@
-"""What a tool is: a name, words for the model, arguments, and a function from a call to a result."""
+"""A tool: name, description, arguments, and a function from a call to a result."""
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,10 @@ from klein_mcp.mcp_server.tools.fields import Arguments
 
 @dataclass(frozen=True, slots=True)
 class Tool:
-    """read_only, destructive, idempotent: said to the client in the annotations of the protocol."""
+    """One entry of tools/list.
+
+    read_only, destructive, idempotent: the protocol's annotations. meta: `_meta`, for extensions such as MCP Apps.
+    """
 
     name: str
     title: str
@@ -26,9 +29,10 @@ class Tool:
     read_only: bool = False
     destructive: bool = False
     idempotent: bool = False
+    meta: Mapping[str, Any] | None = None
 
     def listed(self) -> Listed:
-        """As tools/list tells it; no output schema, see results.py."""
+        """Return the entry of tools/list; without an output schema, see results.py."""
         return Listed(
             name=self.name,
             title=self.title,
@@ -40,22 +44,23 @@ class Tool:
                 idempotent_hint=self.idempotent,
                 open_world_hint=False,
             ),
+            _meta=None if self.meta is None else dict(self.meta),
         )
 
     def schema(self) -> dict[str, Any]:
         return _flat(self.arguments.model_json_schema())
 
     def parse(self, arguments: dict[str, Any]) -> Arguments:
-        """Raises RequestError in the model's own words."""
+        """Validate. Raises RequestError in the words of the schema that the model was shown."""
         try:
             return self.arguments.model_validate(arguments)
-        except ValidationError as problem:
-            errors = problem.errors(include_url=False)
+        except ValidationError as exc:
+            errors = exc.errors(include_url=False)
             raise RequestError(argument_errors(self.name, errors, self.schema()["properties"])) from None
 
 
 def _flat(schema: Any) -> Any:
-    """Without what costs tokens and tells nothing: titles, null branches, null defaults, docstrings of classes."""
+    """Drop what costs tokens and tells nothing: titles, null branches, null defaults, docstrings of classes."""
     if isinstance(schema, list):
         return [_flat(item) for item in schema]
     if not isinstance(schema, dict):

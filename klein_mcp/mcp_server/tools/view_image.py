@@ -1,4 +1,4 @@
-"""view_image: look at a picture again, or closer."""
+"""view_image: shows an image again, or a part of it enlarged."""
 
 import anyio.to_thread
 from mcp_types import CallToolResult
@@ -16,31 +16,32 @@ class ViewImage(fields.Arguments):
     max_size: fields.ViewSize = 1024
 
 
-async def run(service: Service, call: CallContext, asked: ViewImage) -> CallToolResult:
-    opened = await service.open(asked.image, call)
+async def run(service: Service, call: CallContext, arguments: ViewImage) -> CallToolResult:
+    opened = await service.open(arguments.image, call)
 
-    def look() -> CallToolResult:
+    def render() -> CallToolResult:
         from klein_mcp.images import codec, preview, region
 
         record, part = opened.record, opened.image
-        facts = {**results.place(service.store, record, call), "width": record.width, "height": record.height}
-        if asked.region:
-            left, top, right, bottom = region.check(asked.region, record.width, record.height)
-            # A small part is shown enlarged: nothing can be told from 40 pixels.
-            part = codec.fitted(part[top:bottom, left:right], asked.max_size)
-            facts["region"] = asked.region
-        data, mime = preview.preview(part, longest=asked.max_size)
-        facts |= {"parents": record.parents, "prompt": record.prompt, "source": record.source}
-        facts["warnings"] = opened.warnings
-        return CallToolResult(content=[results.text(facts), results.picture(data, mime), results.link(record)])
+        metadata = {**results.location(service.store, record, call), "width": record.width, "height": record.height}
+        if arguments.region:
+            left, top, right, bottom = region.check(arguments.region, record.width, record.height)
+            # A small part is shown enlarged: a model sees nothing in 40 pixels.
+            part = codec.fitted(part[top:bottom, left:right], arguments.max_size)
+            metadata["region"] = arguments.region
+        data, mime = preview.preview(part, longest=arguments.max_size)
+        metadata |= {"parents": record.parents, "prompt": record.prompt, "source": record.source}
+        metadata["warnings"] = opened.warnings
+        blocks = [results.text(metadata), results.image_block(data, mime), results.resource_link(record)]
+        return CallToolResult(content=blocks)
 
-    return await anyio.to_thread.run_sync(look)
+    return await anyio.to_thread.run_sync(render)
 
 
 TOOL = Tool(
     name="view_image",
     title="View an image",
-    description="Look at a picture again, or at one region of it enlarged. Any picture: a handle, last, or a path.",
+    description="Look at an image again, or at one region of it enlarged. Any image: a handle, last, or a path.",
     arguments=ViewImage,
     run=run,
     read_only=True,

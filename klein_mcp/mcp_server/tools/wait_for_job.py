@@ -1,11 +1,11 @@
-"""wait_for_job: take on a picture that took longer than a call may."""
+"""wait_for_job: wait for an image that takes longer than a call may."""
 
 from mcp_types import CallToolResult
 
 from klein_mcp.jobs.context import CallContext
 from klein_mcp.jobs.service import Service
 from klein_mcp.mcp_server.tools import fields
-from klein_mcp.mcp_server.tools.image_tool import told
+from klein_mcp.mcp_server.tools.image_tool import render
 from klein_mcp.mcp_server.tools.tool import Tool
 
 
@@ -14,15 +14,15 @@ class WaitForJob(fields.Arguments):
     show: fields.Show | None = None
 
 
-async def run(service: Service, call: CallContext, asked: WaitForJob) -> CallToolResult:
-    outcome = await service.wait_within(service.settings.wait_budget, asked.job, call)
-    return await told(service, call, outcome, asked.show)
+async def run(service: Service, call: CallContext, arguments: WaitForJob) -> CallToolResult:
+    outcome = await service.wait_within(service.settings.wait_budget, arguments.job, call)
+    return await render(service, call, outcome, arguments.show)
 
 
 TOOL = Tool(
     name="wait_for_job",
     title="Wait for a job",
-    description="Go on waiting where a call returned a job, not a picture. The job goes on whether you wait or not.",
+    description="Continue waiting where a call returned a job, not an image. The job goes on whether you wait or not.",
     arguments=WaitForJob,
     run=run,
     read_only=True,

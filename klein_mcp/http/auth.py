@@ -1,0 +1,116 @@
+"""Who may reach which surface: host names, origins, the token, signed links and sessions, in one middleware."""
+
+import hmac
+import secrets
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from mcp.server.transport_security import TransportSecurityMiddleware, TransportSecuritySettings
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Match
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from klein_mcp import atomic
+from klein_mcp.errors import RequestError
+from klein_mcp.http.sessions import Sessions
+from klein_mcp.http.signed_urls import SignedUrls
+from klein_mcp.http.surface import Surface
+
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+SHORTEST_TOKEN = 16
+"""Characters; a token that `serve` makes itself has 43."""
+
+UNKNOWN = Surface("unknown", (), "token")
+"""Paths that no surface has: without the token, nobody learns which exist."""
+
+
+class AuthMiddleware:
+    """Checks Host and Origin, then what the surface of the path demands."""
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        surfaces: Sequence[Surface],
+        security: TransportSecuritySettings,
+        token: str | None,
+        urls: SignedUrls,
+        sessions: Sessions,
+    ) -> None:
+        self._app = app
+        self._surfaces = surfaces
+        self._headers = TransportSecurityMiddleware(security)
+        self._token = token
+        self._urls = urls
+        self._sessions = sessions
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        refusal = await self._refusal(scope) if scope["type"] == "http" else None
+        await (refusal or self._app)(scope, receive, send)
+
+    async def _refusal(self, scope: Scope) -> Response | None:
+        request, surface = Request(scope), self._surface(scope)
+        if not surface.any_host and (refused := await self._headers.validate_request(request)):
+            return refused
+        if surface.auth == "signed" and not self._urls.allows(request):
+            return surface.error(403, "This link is not valid, or no longer; view_image gives a new one.")
+        if surface.auth == "session" and not (self._sessions.allows(request) or self._has_token(request)):
+            return surface.error(401, "No session. Open the one-time link that `klein-mcp studio` prints.")
+        if surface.auth == "token" and self._token is not None and not self._has_token(request):
+            refused = surface.error(401, "Wrong or missing token.")
+            # No resource_metadata: it would send clients to look for an authorization server that does not exist.
+            refused.headers["WWW-Authenticate"] = "Bearer"
+            return refused
+        return None
+
+    def _surface(self, scope: Scope) -> Surface:
+        """The surface whose route the router will choose: the first full match, else the first partial one."""
+        partial = UNKNOWN
+        for surface in self._surfaces:
+            for route in surface.routes:
+                match, _ = route.matches(scope)
+                if match == Match.FULL:
+                    return surface
+                if match == Match.PARTIAL and partial is UNKNOWN:
+                    partial = surface
+        return partial
+
+    def _has_token(self, request: Request) -> bool:
+        scheme, _, given = request.headers.get("authorization", "").partition(" ")
+        expected = self._token
+        return (
+            expected is not None
+            and scheme.lower() == "bearer"
+            and hmac.compare_digest(given.strip().encode(), expected.encode())
+        )
+
+
+def transport_security(hosts: Sequence[str]) -> TransportSecuritySettings:
+    """Accepted Host and Origin headers: a page of another site must not reach us through its visitor."""
+    names = [*LOOPBACK[:2], "[::1]", *hosts]
+    known = [*names, *(f"{name}:*" for name in names)]
+    origins = [f"{scheme}://{name}" for scheme in ("http", "https") for name in known]
+    return TransportSecuritySettings(allowed_hosts=known, allowed_origins=origins)
+
+
+def make_token(path: Path) -> str:
+    """Return the token kept in `path`, made on first use."""
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if not path.exists():
+        # Atomic: an empty file would be a token that everybody has.
+        atomic.write(path, secrets.token_urlsafe(32) + "\n")
+    print(f"clients must send the token in {path}", file=sys.stderr)
+    return read_token(path, "Delete it, and a new one is made.")
+
+
+def read_token(path: Path, hint: str) -> str:
+    """Raises RequestError."""
+    try:
+        token = path.read_text(encoding="utf-8").strip()
+    except OSError as exc:
+        raise RequestError(f"The token file {path} cannot be read: {exc.strerror}.", hint=hint) from None
+    if len(token) < SHORTEST_TOKEN or not token.isascii() or len(token.split()) != 1:
+        raise RequestError(f"{path} must hold one word of at least {SHORTEST_TOKEN} ASCII characters.", hint=hint)
+    return token

@@ -1,0 +1,66 @@
+"""Browser sessions: a one-time link is exchanged for a cookie, so that no token stays in a URL or a log."""
+
+import hashlib
+import hmac
+import secrets
+import time
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+COOKIE = "klein-session"
+CSRF_HEADER = "x-csrf-token"
+
+INVITATION_LIFETIME = 600.0
+"""Seconds in which a one-time link must be opened: long enough to copy it to another machine's browser."""
+
+SESSION_LIFETIME = 30 * 24 * 3600
+"""Seconds a cookie is good for; sessions also end with the process."""
+
+SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
+
+
+class Sessions:
+    """Invitations that are open, and sessions that were made from them. Nothing is written to disk."""
+
+    def __init__(self) -> None:
+        self._secret = secrets.token_bytes(32)
+        self._invitations: dict[str, float] = {}
+        self._sessions: dict[str, float] = {}
+
+    def invite(self) -> str:
+        """Return a code for a one-time link."""
+        code = secrets.token_urlsafe(24)
+        self._invitations[code] = time.monotonic() + INVITATION_LIFETIME
+        return code
+
+    def redeem(self, code: str) -> str | None:
+        """Return a new session id, or None if the code is used, too old or was never given out."""
+        expires = self._invitations.pop(code, None)
+        if expires is None or expires < time.monotonic():
+            return None
+        session = secrets.token_urlsafe(32)
+        self._sessions[session] = time.monotonic() + SESSION_LIFETIME
+        return session
+
+    def set_cookie(self, response: Response, session: str, *, secure: bool = False) -> None:
+        response.set_cookie(
+            COOKIE, session, max_age=SESSION_LIFETIME, httponly=True, samesite="strict", secure=secure, path="/"
+        )
+
+    def find(self, request: Request) -> str | None:
+        """Return the request's session id if it is a living one."""
+        session = request.cookies.get(COOKIE, "")
+        return session if self._sessions.get(session, 0.0) > time.monotonic() else None
+
+    def csrf_token(self, session: str) -> str:
+        """Return what a page of this session must send with every request that changes something."""
+        return hmac.new(self._secret, session.encode(), hashlib.sha256).hexdigest()
+
+    def allows(self, request: Request) -> bool:
+        """True for a living session, which must also prove its page wherever it changes something."""
+        session = self.find(request)
+        if session is None:
+            return False
+        given = request.headers.get(CSRF_HEADER, "")
+        return request.method in SAFE_METHODS or hmac.compare_digest(given.encode(), self.csrf_token(session).encode())

@@ -1,0 +1,58 @@
+"""Signed, expiring download links: whoever has one may fetch that one path for a while, without a token."""
+
+import hashlib
+import hmac
+import ipaddress
+import secrets
+import time
+from collections.abc import Callable
+
+from starlette.requests import Request
+
+LIFETIME = 3600
+"""Seconds a link works; the next result or view_image gives a fresh one."""
+
+
+class SignedUrls:
+    """Makes and checks links. The secret dies with the process, and every link with it."""
+
+    def __init__(self, secret: bytes | None = None) -> None:
+        self._secret = secret or secrets.token_bytes(32)
+
+    def for_client(self, request: Request) -> Callable[[str], str] | None:
+        """Return a maker of download addresses for the sender, or None if it shares our disk."""
+        return None if is_local(request) else self.absolute(request)
+
+    def absolute(self, request: Request) -> Callable[[str], str]:
+        """Return a function from an image's handle to an address under the name the sender used."""
+        base = str(request.base_url).rstrip("/")
+        return lambda handle: base + self.image(handle)
+
+    def image(self, handle: str, now: float | None = None) -> str:
+        return self.sign(f"/images/{handle}.png", now)
+
+    def sign(self, path: str, now: float | None = None) -> str:
+        """Return `path` with an expiry and a signature in its query."""
+        until = int((time.time() if now is None else now) + LIFETIME)
+        return f"{path}?until={until}&signature={self._signature(path, until)}"
+
+    def allows(self, request: Request) -> bool:
+        until = request.query_params.get("until", "")
+        given = request.query_params.get("signature", "")
+        if not (until.isascii() and until.isdecimal() and len(until) < 20):
+            return False
+        expected = self._signature(request.scope["path"], int(until))
+        return hmac.compare_digest(given.encode(), expected.encode()) and time.time() < int(until)
+
+    def _signature(self, path: str, until: int) -> str:
+        return hmac.new(self._secret, f"{path} {until}".encode(), hashlib.sha256).hexdigest()
+
+
+def is_local(request: Request) -> bool:
+    """True for a sender on this machine that connects directly: through a proxy, everybody seems local."""
+    if request.client is None or "x-forwarded-for" in request.headers or "forwarded" in request.headers:
+        return False
+    try:
+        return ipaddress.ip_address(request.client.host).is_loopback
+    except ValueError:
+        return False

@@ -1,0 +1,49 @@
+"""A surface: HTTP routes that belong together, and what a request must show to reach them."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from starlette.responses import JSONResponse, Response
+from starlette.routing import BaseRoute
+
+from klein_mcp.http.sessions import Sessions
+from klein_mcp.http.signed_urls import SignedUrls
+from klein_mcp.jobs.service import Service
+from klein_mcp.mcp_server.server import KleinServer
+
+Auth = Literal["token", "signed", "session", "none"]
+"""token: the server's bearer token, where it has one. signed: a URL that SignedUrls made.
+session: the cookie of a browser that followed a one-time link, or the token. none: nothing."""
+
+
+def json_error(status: int, message: str) -> Response:
+    return JSONResponse({"error": message}, status)
+
+
+@dataclass(frozen=True, slots=True)
+class Surface:
+    """One row of the HTTP server.
+
+    error: makes the response where a request is refused, in the shape that this surface's clients read.
+    any_host: also answer requests whose Host header is not one of ours.
+    """
+
+    name: str
+    routes: Sequence[BaseRoute]
+    auth: Auth
+    error: Callable[[int, str], Response] = json_error
+    any_host: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class HttpContext:
+    """Everything a surface may need; one per server."""
+
+    service: Service
+    server: KleinServer
+    urls: SignedUrls
+    sessions: Sessions
+
+
+SurfaceFactory = Callable[[HttpContext], Surface]

@@ -1,0 +1,38 @@
+"""POST /upload: gives a client's image file a handle."""
+
+import anyio.to_thread
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from klein_mcp.errors import RequestError
+from klein_mcp.http.surface import HttpContext, Surface, json_error
+from klein_mcp.mcp_server.results import uri
+from klein_mcp.mcp_server.server import http_client
+
+MAX_BYTES = 64 * 2**20
+"""As images/codec.MAX_BYTES, which would import Pillow."""
+
+
+def surface(context: HttpContext) -> Surface:
+    service = context.service
+
+    async def upload(request: Request) -> Response:
+        """The file is the body; the response is {"image": handle, …}."""
+        body = bytearray()
+        async for chunk in request.stream():
+            body += chunk
+            if len(body) > MAX_BYTES:
+                return json_error(413, f"More than {MAX_BYTES // 2**20} MiB; send a smaller copy.")
+        client = http_client(request)
+        try:
+            kept = await anyio.to_thread.run_sync(lambda: service.sources.keep(bytes(body), "The upload", client))
+        except RequestError as exc:
+            return json_error(400, str(exc))
+        record = kept.record
+        if kept.new:
+            await context.server.subscriptions.image_added(uri(record.handle))
+        payload = {"image": record.handle, "uri": uri(record.handle), "width": record.width, "height": record.height}
+        return JSONResponse({**payload, "warnings": kept.warnings})
+
+    return Surface("uploads", [Route("/upload", upload, methods=["POST"])], "token")
