@@ -56,6 +56,39 @@ class Record:
         return self.recipe.get("made") if self.tool == "open" else self.recipe
 
 
+@dataclass(frozen=True, slots=True)
+class Pick:
+    """A person's choice for a client. reported: whether one of its results has said so."""
+
+    image: str
+    mask: str | None
+    reported: bool
+
+
+SHEET_SECONDS = 900.0
+"""Images of one call lie at most this far apart: four of the slowest model on the slowest machine."""
+
+
+def sheet_of(record: Record, others: Sequence[Record]) -> list[Record]:
+    """Return those of `others` that the same call made: same parents and size, seeds that count up."""
+    seeds = {
+        int(other.recipe["seed"]): other
+        for other in others
+        if (other.client, other.tool, other.prompt) == (record.client, record.tool, record.prompt)
+        and (other.parents, other.width, other.height) == (record.parents, record.width, record.height)
+        and str(other.recipe.get("seed", "")).isdecimal()
+    }
+    own = str(record.recipe.get("seed", ""))
+    if not own.isdecimal():
+        return [record]
+    first = last = int(own)
+    while first - 1 in seeds:
+        first -= 1
+    while last + 1 in seeds:
+        last += 1
+    return [seeds.get(seed, record) for seed in range(first, last + 1)]
+
+
 _COLUMNS = ", ".join(item.name for item in fields(Record) if item.name != "parents")
 
 
@@ -255,6 +288,69 @@ class Store:
         )
         page = rows[:limit]
         return [self._record(row[:-1]) for row in page], page[-1][-1] if len(rows) > limit else None
+
+    def children(self, handle: str) -> list[Record]:
+        """Return the images made directly from this one, oldest first."""
+        rows = self._rows(
+            f"SELECT {_COLUMNS} FROM pictures WHERE deleted IS NULL"
+            " AND handle IN (SELECT child FROM parents WHERE parent = ?) ORDER BY number",
+            handle,
+        )
+        return [self._record(row) for row in rows]
+
+    def siblings(self, record: Record) -> list[Record]:
+        """Return the images of the call that made this one, itself included, in order of their seeds."""
+        rows = self._rows(
+            f"SELECT {_COLUMNS} FROM pictures WHERE deleted IS NULL AND client = ? AND tool = ? AND prompt = ?"
+            " AND created BETWEEN ? AND ? ORDER BY number LIMIT 64",
+            *(record.client, record.tool, record.prompt),
+            *(record.created - SHEET_SECONDS, record.created + SHEET_SECONDS),
+        )
+        return sheet_of(record, [self._record(row) for row in rows])
+
+    def revision(self) -> tuple[int, int]:
+        """Return another value whenever an image was added or deleted."""
+        newest, deleted = self._rows("SELECT coalesce(max(number), 0), count(deleted) FROM pictures")[0]
+        return newest, deleted
+
+    # -- what a person chose -------------------------------------------------------------------------------------
+
+    def pick(self, client: str, image: str, mask: str | None = None) -> None:
+        """Keep that a person chose this image, and perhaps a mask, for what `client` does next."""
+        with self._lock, self._database:
+            self._database.execute(
+                "INSERT OR REPLACE INTO picks (client, image, mask, created) VALUES (?, ?, ?, ?)",
+                (client, image, mask, time.time()),
+            )
+
+    def picked(self, client: str) -> Pick | None:
+        """Return the person's choice, unless `client` has made an image since."""
+        row = self._row(
+            "SELECT image, mask, reported FROM picks WHERE client = ? AND created >= coalesce((SELECT max(created)"
+            " FROM pictures WHERE client = picks.client AND tool != 'open' AND deleted IS NULL), 0)"
+            " AND image IN (SELECT handle FROM pictures WHERE deleted IS NULL)",
+            client,
+        )
+        return None if row is None else Pick(row[0], row[1], bool(row[2]))
+
+    def report_pick(self, client: str) -> Pick | None:
+        """Return a choice that `client` was not told of; from now on it was."""
+        with self._lock, self._database:
+            row = self._row("SELECT image, mask FROM picks WHERE client = ? AND NOT reported", client)
+            self._database.execute("UPDATE picks SET reported = 1 WHERE client = ?", (client,))
+        return None if row is None else Pick(row[0], row[1], True)
+
+    def picks(self) -> set[str]:
+        """Return the handles of all images that are somebody's choice now."""
+        clients = [client for (client,) in self._rows("SELECT client FROM picks")]
+        return {pick.image for client in clients if (pick := self.picked(client)) is not None}
+
+    def latest_client(self, besides: str) -> str | None:
+        """Return the client that made the newest image, leaving one client out."""
+        row = self._row(
+            "SELECT client FROM pictures WHERE client != ? AND tool != 'open' ORDER BY number DESC LIMIT 1", besides
+        )
+        return None if row is None else row[0]
 
     def everything(self) -> list[Record]:
         """All that is not deleted, oldest first."""

@@ -84,6 +84,10 @@ class ImageResolver:
         return ResolvedImage(codec.decode(self._store.read(record), record.handle).image, record)
 
     def _last(self, client: str, back: int) -> Record:
+        if (pick := self._store.picked(client)) is not None:
+            if back == 0:
+                return self._store.get(pick.image)
+            back -= 1
         record = self._store.latest(client, back)
         if record is None:
             which = "last" if back == 0 else f"last~{back}"

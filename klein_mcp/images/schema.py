@@ -37,6 +37,16 @@ MIGRATIONS = (
     ) WITHOUT ROWID;
     CREATE INDEX parents_by_parent ON parents (parent);
     """,
+    # 2: an image, and where wanted a mask, that a person chose for a client
+    """
+    CREATE TABLE picks (
+        client TEXT PRIMARY KEY,
+        image TEXT NOT NULL,
+        mask TEXT,
+        created REAL NOT NULL,
+        reported INTEGER NOT NULL DEFAULT 0
+    ) WITHOUT ROWID;
+    """,
 )
 """Each runs once, in order, in a transaction of its own; a library's version is how many it has seen."""
 

@@ -1,0 +1,86 @@
+"""Builds the studio's one HTML file from its readable sources.
+
+python -m klein_mcp.studio.build            write studio.html
+python -m klein_mcp.studio.build --check    fail if studio.html is not current
+"""
+
+import re
+import sys
+from pathlib import Path
+
+PAGE = Path(__file__).parent / "page"
+BUILT = Path(__file__).parent / "studio.html"
+
+_IMPORT = re.compile(r'^import \{([^}]*)\} from "\./(\w+)\.js";$', re.MULTILINE)
+_QUOTED = r"""("(?:\\.|[^"\\])*"|`(?:\\.|[^`\\])*`)"""
+_SPACED_JS = re.compile(_QUOTED + r"| *([{}()\[\];,=<>?&|!:]) *")
+# A space before `[`, `(` or `:` means something in a selector.
+_SPACED_CSS = re.compile(_QUOTED + r"| *([{};,>]) *|(:) ")
+_EXPORT = re.compile(r"^export (?=(?:async )?(?:function|const|class) (\w+))", re.MULTILINE)
+
+
+def build() -> str:
+    """Return the page with its style and script inside."""
+    html = (PAGE / "index.html").read_text(encoding="utf-8")
+    style = _shorten((PAGE / "style.css").read_text(encoding="utf-8"), _SPACED_CSS)
+    html = html.replace("/* style.css */", style)
+    return html.replace("/* script.js */", script())
+
+
+def script() -> str:
+    """Return all modules as one script, in the order of their imports."""
+    parts: dict[str, str] = {}
+
+    def add(name: str) -> None:
+        if name in parts:
+            return
+        source = (PAGE / f"{name}.js").read_text(encoding="utf-8")
+        for _, needed in _IMPORT.findall(source):
+            add(needed)
+        parts[name] = _module(name, source)
+
+    add("main")
+    return '"use strict";\n' + "\n".join(parts.values())
+
+
+def exports(source: str) -> list[str]:
+    """Return the names a module exports."""
+    return _EXPORT.findall(source)
+
+
+def _module(name: str, source: str) -> str:
+    body = _IMPORT.sub(r"const {\1} = $\2;", source)
+    body = shorten_script(_EXPORT.sub("", body))
+    return f"const ${name} = (() => {{\n{body}\nreturn {{ {', '.join(exports(source))} }};\n}})();"
+
+
+def shorten_script(source: str) -> str:
+    """Leave out what only readers need."""
+    return _shorten(source, _SPACED_JS)
+
+
+def _shorten(text: str, spaced: re.Pattern[str]) -> str:
+    """Leave out comments, empty lines and spaces beside punctuation.
+
+    Comments must stand on lines of their own. Strings and line breaks stay.
+    """
+    text = re.sub(r"^\s*/\*.*?\*/\s*$", "", text, flags=re.MULTILINE | re.DOTALL)
+    lines = (line.strip() for line in text.splitlines())
+    text = "\n".join(line for line in lines if line and not line.startswith("//"))
+    return spaced.sub(lambda match: match[match.lastindex or 0], text)
+
+
+def main(argv: list[str]) -> int:
+    """Write or check the built page."""
+    built = build()
+    if "--check" in argv:
+        current = BUILT.exists() and BUILT.read_text(encoding="utf-8") == built
+        print("studio.html is current" if current else "studio.html is old: python -m klein_mcp.studio.build")
+        return 0 if current else 1
+    BUILT.write_text(built, encoding="utf-8")
+    print(f"{BUILT.name}: {len(built.encode()):,} bytes")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,204 @@
+// Everything that generates or changes something, whichever button asked for it.
+
+import { ask, h, note } from "./dom.js";
+import { emit, state } from "./state.js";
+
+/** Read a tool result: its line of JSON as an object, and its preview as an address. */
+export function readResult(result) {
+  const blocks = result.content ?? [];
+  const text = blocks.find((block) => block.type === "text")?.text ?? "";
+  const preview = blocks.find((block) => block.type === "image");
+  let line = {};
+  try {
+    line = JSON.parse(text);
+  } catch {
+    // Errors are a sentence.
+  }
+  const handles = line.images?.map((one) => one.image).filter(Boolean) ?? (line.image ? [line.image] : []);
+  const src = preview && `data:${preview.mimeType};base64,${preview.data}`;
+  return { line, text, handles, src, failed: Boolean(result.isError) };
+}
+
+/** Call a tool that makes images, wait for them however long it takes, and show them. */
+export async function run(tool, input) {
+  const call = { tool, prompt: [input.prompt].flat().join(" "), stop: new AbortController() };
+  state.calls.add(call);
+  state.error = "";
+  emit("jobs");
+  emit("shown");
+  try {
+    let result = readResult(await state.bridge.call(tool, input, call.stop.signal));
+    while (!result.failed && result.line.job && !result.handles.length) {
+      result = readResult(await state.bridge.call("wait_for_job", { job: result.line.job }, call.stop.signal));
+    }
+    if (result.failed) throw new Error(result.text);
+    for (const warning of result.line.warnings ?? []) note(warning);
+    const newest = [...state.calls].at(-1) === call;
+    if (newest) await showResult(result);
+    else note(`Ready: ${call.prompt}`, { words: "Open", run: () => open(result.handles[0], result.handles) });
+    return result.handles;
+  } catch (error) {
+    if (call.stop.signal.aborted) note("Cancelled.");
+    else fail(error);
+    return [];
+  } finally {
+    state.calls.delete(call);
+    emit("jobs");
+  }
+}
+
+export function fail(error) {
+  state.error = error.message;
+  emit("error");
+}
+
+/** Show the images of a tool result, at once from its preview and then in full. */
+export async function showResult({ handles, src, line }) {
+  if (!handles.length) return;
+  state.image = { image: handles[0], src: handles.length === 1 ? src : null, sheetSrc: src, ...pickFacts(line) };
+  state.sheet = handles.length > 1 ? handles : [];
+  state.tool = "look";
+  state.view = "create";
+  emit("view");
+  emit("image");
+  await open(handles[0], handles);
+}
+
+function pickFacts(line) {
+  const [width, height] = /^\d+x\d+$/.test(line.size ?? "") ? line.size.split("x").map(Number) : [line.width, line.height];
+  return { prompt: "", parents: [], family: [], ...line, width, height };
+}
+
+/** Put an image on the stage. */
+export async function open(handle, sheet = null) {
+  const token = (open.latest = {});
+  const src = state.image?.image === handle ? state.image.src : null;
+  if (!state.bridge.can.read) {
+    if (src || !state.bridge.can.call) return;
+    state.image = { ...state.image, image: handle, src: await state.bridge.image(handle), family: [], parents: [] };
+    return emit("image");
+  }
+  try {
+    const details = await state.bridge.readJson(`klein://images/${handle}/details`);
+    if (open.latest !== token) return; // a later click was answered first
+    state.image = { ...details, src };
+    state.sheet = sheet?.length > 1 ? sheet : details.siblings;
+    if (!["look", "compare"].includes(state.tool)) state.tool = "look";
+    state.view = "create";
+    emit("view");
+    emit("image");
+    emit("shown");
+  } catch (error) {
+    if (!src) fail(error);
+  }
+}
+
+/** Repeat how an image was made with new seeds. Null for an image that came from elsewhere. */
+export function recipeOf(image) {
+  const { tool, prompt, parents, width, height, region, mask, model } = image;
+  const common = { prompt, ...(model && { model }) };
+  if (tool === "edit_image") return [tool, { image: parents[0], ...common, ...(region && { region }), ...(mask && { mask }) }];
+  if (width % 16 || height % 16) return null;
+  if (tool === "generate_image") return [tool, { ...common, width, height }];
+  if (tool === "compose_references") return [tool, { ...common, images: parents, width, height }];
+  return null;
+}
+
+export function again(count) {
+  const [tool, input] = recipeOf(state.image);
+  return run(tool, { ...input, count });
+}
+
+export async function save(image) {
+  const path = h("input", { name: "path", required: true, value: `${image}.png`, "aria-label": "File name" });
+  const format = h("p", { class: "soft" }, "A file or folder in your project, or an absolute path. The ending chooses PNG, JPEG or WebP.");
+  const answer = await ask({ title: "Save to a folder", fields: [path, format], yes: "Save" });
+  if (!answer) return;
+  try {
+    const result = readResult(await state.bridge.call("save_image", { image, path: answer.path }));
+    if (result.failed) throw new Error(result.text);
+    note(`Saved as ${result.line.saved ?? answer.path}`);
+  } catch (error) {
+    fail(error);
+  }
+}
+
+export async function download(image) {
+  try {
+    await state.bridge.download(image);
+  } catch (error) {
+    fail(error);
+  }
+}
+
+export async function copy(text) {
+  try {
+    await navigator.clipboard.writeText(text);
+  } catch {
+    // Sandboxed frames have no clipboard interface; a selection can still be copied.
+    const field = h("textarea", { value: text, class: "offscreen" });
+    document.body.append(field);
+    field.select();
+    document.execCommand("copy");
+    field.remove();
+  }
+  note(`Copied ${text}`);
+}
+
+/** Keep on the server that the person chose this image; the agent's next result says so. */
+export async function pick(picked) {
+  try {
+    const result = readResult(await state.bridge.pick(picked));
+    if (result.failed) throw new Error(result.text);
+    note(picked.mask ? "Mask kept for the agent." : "Picked: the agent's next “last” is this image.");
+    if (state.image?.image === picked.image) state.image.picked = true;
+    emit("picked");
+  } catch (error) {
+    fail(error);
+  }
+}
+
+export async function remove(images) {
+  const many = images.length === 1 ? "this image" : `${images.length} images`;
+  const sure = await ask({
+    title: `Delete ${many}?`,
+    words: "The files are deleted for good. Images made from them stay.",
+    yes: "Delete",
+    danger: true,
+  });
+  if (!sure) return false;
+  try {
+    await state.bridge.remove(images);
+    if (images.includes(state.image?.image)) {
+      state.image = null;
+      emit("image");
+    }
+    emit("library");
+    return true;
+  } catch (error) {
+    fail(error);
+    return false;
+  }
+}
+
+/** Add an image to the composer's references. */
+export async function addReference(ref, src, words) {
+  if (state.references.length >= (state.engine?.max_references ?? 4)) return note("That is as many references as the model takes.");
+  state.references.push({ ref, src: src ?? (await state.bridge.image(ref, "thumb")), words: words || ref });
+  emit("references");
+}
+
+export async function addFiles(files) {
+  for (const file of files) {
+    if (!file.type.startsWith("image/")) {
+      note(`${file.name} is not an image.`);
+      continue;
+    }
+    try {
+      const ref = await state.bridge.upload(file);
+      await addReference(ref, ref.startsWith("data:") ? ref : null, file.name);
+    } catch (error) {
+      fail(error);
+    }
+  }
+}

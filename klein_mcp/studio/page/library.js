@@ -1,0 +1,156 @@
+// The library: newest first, endless, searchable; several images can be chosen to compose or delete.
+
+import { addReference, fail, open, remove } from "./actions.js";
+import { button, fill, h } from "./dom.js";
+import { emit, on, state } from "./state.js";
+
+const PAGE = 40;
+const RECENT = 9;
+
+function tile(card, { onclick, selected = null }) {
+  const words = card.prompt || card.source || card.image;
+  const picture = h("img", { alt: words, loading: "lazy", class: card.alpha ? "checker" : "" });
+  state.bridge.image(card.image, "thumb").then((src) => (picture.src = src)).catch(() => {});
+  const pressed = selected === null ? null : String(selected);
+  return h(
+    "li",
+    {},
+    h("button", { type: "button", title: words, "aria-pressed": pressed, onclick }, picture),
+    card.picked && h("span", { class: "tag right" }, "Picked"),
+  );
+}
+
+/** The newest few beside the composer, kept up to date. */
+export function createRecent(root) {
+  let token;
+  const load = async () => {
+    const mine = (token = {});
+    try {
+      const page = await state.bridge.readJson(`klein://library?limit=${RECENT}`);
+      if (token === mine) show(page.images);
+    } catch (error) {
+      fail(error);
+    }
+  };
+  const show = (cards) => {
+    root.hidden = !cards.length;
+    const all = button("All images", null, () => ((state.view = "library"), emit("view")), { class: "quiet" });
+    const tiles = cards.map((card) => tile(card, { onclick: () => open(card.image) }));
+    fill(root, h("div", { class: "row" }, h("h2", {}, "Recent"), all), h("ul", { class: "grid" }, tiles));
+  };
+  on("library", load);
+  load();
+}
+
+export function createLibrary(root) {
+  const library = new Library(root);
+  on("library", () => library.refresh());
+  on("view", () => state.view === "library" && library.refresh());
+}
+
+class Library {
+  chosen = new Set();
+  choosing = false;
+  words = "";
+
+  constructor(root) {
+    this.search = h("input", { type: "search", placeholder: "Words in the prompt", "aria-label": "Search", maxlength: 200 });
+    this.search.addEventListener("input", () => {
+      clearTimeout(this.timer);
+      this.timer = setTimeout(() => this.refresh(), 200);
+    });
+    this.bar = h("div", { class: "row end" });
+    this.grid = h("ul", { class: "grid wide" });
+    this.more = button("Load more", null, () => this.load());
+    this.empty = h("p", { class: "soft centre" }, "");
+    root.append(h("div", { class: "row head" }, this.search, this.bar), this.grid, this.empty, h("div", { class: "centre" }, this.more));
+    new IntersectionObserver(([entry]) => entry.isIntersecting && this.load()).observe(this.more);
+    this.renderBar();
+  }
+
+  async refresh() {
+    this.cursor = null;
+    this.ended = false;
+    this.loading = null;
+    await this.load(true);
+  }
+
+  async load(fresh = false) {
+    if (this.loading || this.ended || state.view !== "library") return;
+    const mine = (this.loading = {});
+    const query = new URLSearchParams({ limit: PAGE, search: this.search.value.trim(), cursor: this.cursor ?? "" });
+    try {
+      const page = await state.bridge.readJson(`klein://library?${query}`);
+      if (this.loading !== mine) return; // another search was begun meanwhile
+      if (fresh) this.cards = [];
+      this.cards.push(...page.images);
+      this.cursor = page.next;
+      this.ended = !page.next;
+      this.render();
+    } catch (error) {
+      this.ended = true;
+      fail(error);
+    } finally {
+      if (this.loading === mine) this.loading = null;
+    }
+  }
+
+  render() {
+    const tiles = [];
+    for (const card of this.cards) {
+      const selected = this.choosing ? this.chosen.has(card.image) : null;
+      const item = tile(card, { selected, onclick: () => (this.choosing ? this.toggle(card) : open(card.image)) });
+      // Neighbours of one sheet stand together under one outline.
+      if (card.sheet && tiles.at(-1)?.sheet === card.sheet) tiles.at(-1).items.push(item);
+      else tiles.push({ sheet: card.sheet, items: [item] });
+    }
+    fill(this.grid, tiles.flatMap(({ items }) => (items.length > 1 ? items.map((item) => (item.classList.add("drafts"), item)) : items)));
+    this.more.hidden = this.ended;
+    this.empty.hidden = this.cards.length > 0;
+    this.empty.textContent = this.search.value ? "No image has these words." : "No images yet. The first one appears here.";
+  }
+
+  toggle(card) {
+    if (!this.chosen.delete(card.image)) this.chosen.add(card.image);
+    this.render();
+    this.renderBar();
+  }
+
+  renderBar() {
+    const { size } = this.chosen;
+    const set = (choosing) => {
+      this.choosing = choosing;
+      this.chosen.clear();
+      this.renderBar();
+      this.render();
+    };
+    if (!this.choosing) return fill(this.bar, button("Select", "pick", () => set(true)));
+    const none = size === 0;
+    fill(
+      this.bar,
+      h("span", { class: "soft", role: "status" }, `${size} selected`),
+      button("Combine", "add", () => this.compose(), { class: "primary", disabled: none }),
+      state.bridge.can.remove && button("Delete", "trash", () => this.remove(), { disabled: none }),
+      button("Done", null, () => set(false)),
+    );
+  }
+
+  async compose() {
+    for (const handle of this.chosen) {
+      const card = this.cards.find((each) => each.image === handle);
+      await addReference(handle, null, card?.prompt);
+    }
+    this.chosen.clear();
+    this.choosing = false;
+    this.renderBar();
+    state.view = "create";
+    emit("view");
+    document.getElementById("prompt").focus();
+  }
+
+  async remove() {
+    if (!(await remove([...this.chosen]))) return;
+    this.chosen.clear();
+    this.renderBar();
+  }
+}

@@ -1,0 +1,95 @@
+// Starts the page: as an app inside a client's frame, or as a page of its own in a browser.
+
+import { fail, readResult, showResult } from "./actions.js";
+import { AppBridge } from "./app_bridge.js";
+import { createComposer } from "./composer.js";
+import { createDetails } from "./details.js";
+import { createEngine, loadEngine } from "./engine.js";
+import { createLibrary, createRecent } from "./library.js";
+import { emit, on, state } from "./state.js";
+import { createViewer } from "./viewer.js";
+import { WebBridge } from "./web_bridge.js";
+
+const LISTS = ["list_images"];
+const $ = (id) => document.getElementById(id);
+
+function receiveNow(now) {
+  const before = state.now.library;
+  state.now = now;
+  emit("jobs");
+  if (before !== now.library) emit("library");
+}
+
+/** Show the views' buttons and the one view that is open. */
+function renderView() {
+  for (const view of ["create", "library", "engine"]) $(view).hidden = state.view !== view;
+  for (const tab of document.querySelectorAll("nav button")) {
+    tab.toggleAttribute("aria-current", tab.dataset.view === state.view);
+    if (tab.dataset.view === state.view) tab.setAttribute("aria-current", "page");
+  }
+  document.body.classList.toggle("card", state.card);
+  document.body.classList.toggle("has-image", Boolean(state.image || state.calls.size));
+  $("fullscreen").hidden = !state.bridge.can.fullscreen;
+}
+
+const agentCall = { tool: "", prompt: "", stop: new AbortController() };
+
+/** What a host tells: the tool's input while it runs, then its result, an error or that it was cancelled. */
+const fromHost = {
+  input(input) {
+    agentCall.prompt = [input.prompt ?? ""].flat().join(" ");
+    if (!LISTS.includes(state.bridge.context.toolInfo?.tool?.name) && input.prompt) state.calls.add(agentCall);
+    emit("jobs");
+  },
+  async result(result) {
+    state.calls.delete(agentCall);
+    const read = readResult(result);
+    if (read.failed) return fail(new Error(read.text || "The call failed."));
+    if (read.line.images && !read.src && LISTS.includes(state.bridge.context.toolInfo?.tool?.name)) {
+      state.view = "library";
+      return emit("view");
+    }
+    emit("jobs");
+    await showResult(read);
+  },
+  cancelled() {
+    state.calls.delete(agentCall);
+    emit("jobs");
+    fail(new Error("The call was cancelled."));
+  },
+  context(context) {
+    state.card = context.displayMode !== "fullscreen";
+    emit("view");
+  },
+};
+
+async function start() {
+  const app = window.parent !== window;
+  const lost = () => fail(new Error("This session has ended. Run klein-mcp studio again for a new link."));
+  state.bridge = app ? new AppBridge({ ...fromHost, now: receiveNow }) : new WebBridge({ now: receiveNow, lost });
+  state.card = app;
+  on("view image jobs", renderView);
+  for (const tab of document.querySelectorAll("nav button")) {
+    tab.addEventListener("click", () => ((state.view = tab.dataset.view), emit("view")));
+  }
+  $("fullscreen").addEventListener("click", () => state.bridge.fullscreen().catch(fail));
+  createViewer($("viewer"));
+  createDetails($("details"));
+  document.body.classList.remove("starting");
+  try {
+    await state.bridge.start();
+  } catch (error) {
+    fail(error);
+  }
+  if (state.bridge.can.read) {
+    createComposer($("composer"));
+    createLibrary($("library"));
+    createRecent($("recent"));
+    createEngine($("engine"));
+    loadEngine();
+  }
+  emit("view");
+  emit("image");
+}
+
+start();

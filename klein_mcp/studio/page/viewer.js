@@ -1,0 +1,318 @@
+// The middle of the page: the image, what can be done with it, the next edit, and its family.
+
+import { addReference, again, copy, download, fail, open, pick, recipeOf, run, save } from "./actions.js";
+import { button, fill, h, icon } from "./dom.js";
+import { ownJob, statusWords } from "./jobs.js";
+import { lineage } from "./lineage.js";
+import { Mask } from "./mask.js";
+import { on, state } from "./state.js";
+import { Zoom } from "./zoom.js";
+
+let nodes, zoom, mask, before, shown;
+
+export function createViewer(root) {
+  nodes = {
+    sheet: h("div", { class: "sheet", role: "group", "aria-label": "Images of this sheet", hidden: true }),
+    stage: h("div", { class: "stage", tabindex: "0", role: "region", "aria-label": "Image" }),
+    level: h("output", {}),
+    tools: h("div", { class: "tools" }),
+    edit: h("div", { class: "edit" }),
+    family: h("div", { class: "family" }),
+    error: h("div", { class: "error", role: "alert", hidden: true }),
+  };
+  nodes.zoom = h(
+    "div",
+    { class: "zoom", role: "group", "aria-label": "Zoom" },
+    button("Smaller", null, () => zoom.by(1 / 1.5), { class: "mark", "data-mark": "−" }),
+    nodes.level,
+    button("Larger", null, () => zoom.by(1.5), { class: "mark", "data-mark": "+" }),
+    button("Fit", "fit", () => zoom.fit(), { class: "only-icon" }),
+  );
+  root.append(nodes.error, nodes.sheet, h("div", { class: "around" }, nodes.stage, nodes.zoom), nodes.tools, nodes.edit, nodes.family);
+  zoom = new Zoom(nodes.stage, {
+    wheel: state.bridge.kind === "web",
+    changed: (percent) => (nodes.level.textContent = `${percent} %`),
+  });
+  on("image view", render);
+  on("jobs", renderStage);
+  on("shown", () => {
+    if (matchMedia("(max-width: 760px)").matches) nodes.stage.parentElement.scrollIntoView({ block: "start" });
+  });
+  on("error", renderError);
+  on("picked", renderSheet);
+  render();
+}
+
+function render() {
+  if (shown !== state.image?.image) [shown, mask, before] = [state.image?.image, null, null];
+  if (state.tool !== "mask") mask = null;
+  renderError();
+  renderSheet();
+  renderStage();
+  renderTools();
+  renderEdit();
+  const tree = state.image && !state.card ? lineage(state.image) : null;
+  fill(nodes.family, tree);
+  tree?.querySelector("[aria-current]")?.scrollIntoView({ block: "nearest", inline: "nearest" });
+}
+
+function renderError() {
+  nodes.error.hidden = !state.error;
+  const dismiss = button("Dismiss", "close", () => ((state.error = ""), renderError()), { class: "quiet" });
+  fill(nodes.error, state.error && [h("p", {}, state.error), dismiss]);
+}
+
+/** The images of a sheet as a row of thumbnails with their letters; one of them is the pick. */
+function renderSheet() {
+  const many = state.sheet.length > 1 && (state.bridge.can.read || !state.image?.sheetSrc);
+  nodes.sheet.hidden = !many;
+  if (!many) return;
+  const thumbs = state.sheet.map((handle, index) => {
+    const letter = "ABCDEFGH"[index];
+    const current = handle === state.image?.image;
+    const picture = h("img", { alt: `Image ${letter}`, width: 64, height: 64 });
+    state.bridge.image(handle, "thumb").then((src) => (picture.src = src)).catch(() => {});
+    const select = () => open(handle, state.sheet);
+    return h("button", { type: "button", "aria-pressed": String(current), onclick: select }, picture, h("b", {}, letter));
+  });
+  fill(nodes.sheet, thumbs);
+}
+
+// -- the stage ----------------------------------------------------------------------------------------------------
+
+async function renderStage() {
+  const job = ownJob();
+  const { image } = state;
+  nodes.stage.classList.toggle("empty", !job && !image);
+  nodes.zoom.hidden = !image || Boolean(job);
+  if (job) return renderJob(job);
+  if (!image) return renderEmpty();
+  if (nodes.stage.shown === `${image.image}/${state.tool}` && !nodes.stage.working) return;
+  nodes.stage.shown = `${image.image}/${state.tool}`;
+  nodes.stage.working = null;
+  const src = image.sheetSrc && !state.bridge.can.read ? image.sheetSrc : image.src;
+  const picture = h("img", { class: "picture", alt: image.prompt || image.source || `Image ${image.image}`, draggable: "false" });
+  const frame = h("div", { class: image.alpha ? "frame checker" : "frame" }, picture);
+  fill(nodes.stage, frame);
+  picture.onload = () => {
+    // A preview has the image's shape; without details its own size is the best that is known.
+    if (!image.width) zoom.show(frame, picture.naturalWidth, picture.naturalHeight);
+  };
+  if (src) picture.src = src;
+  const [width, height] = [image.width || 1, image.height || 1];
+  nodes.stage.style.setProperty("--shape", `${width} / ${height}`);
+  zoom.show(frame, width, height);
+  zoom.enabled = state.tool !== "mask";
+  if (state.tool === "mask") startMask(frame, width, height);
+  if (state.tool === "compare") await showCompare(frame);
+  if (state.tool === "changes") await showLayer(frame, `klein://images/${image.image}/changes`, "changes");
+  if (!state.bridge.can.read) return;
+  try {
+    const full = await state.bridge.image(image.image);
+    await preload(full);
+    picture.src = full;
+  } catch (error) {
+    if (!src) fail(error);
+  }
+}
+
+function preload(src) {
+  const image = new Image();
+  image.src = src;
+  return image.decode();
+}
+
+/** The preview of a running job, growing clear, with its progress. */
+function renderJob(job) {
+  if (!nodes.stage.working) {
+    const picture = h("img", { class: "picture preview", alt: "" });
+    const meter = h("progress", { max: 1, "aria-label": "Progress" });
+    const words = h("span", {});
+    const frame = h("div", { class: "frame working" }, picture);
+    const stop = button("Cancel", null, () => cancelOwn(), { class: "quiet" });
+    nodes.stage.working = { picture, meter, words, frame, stop };
+    fill(nodes.stage, frame, h("div", { class: "progress" }, words, meter, stop));
+  }
+  const { picture, meter, words, frame, stop } = nodes.stage.working;
+  words.textContent = statusWords(job);
+  stop.hidden = !state.calls.size;
+  if (job.fraction === null || job.fraction === undefined) meter.removeAttribute("value");
+  else meter.value = job.fraction;
+  const [width, height] = [job.width || 1, job.height || 1];
+  nodes.stage.style.setProperty("--shape", `${width} / ${height}`);
+  if (job.preview && picture.getAttribute("src") !== job.preview) {
+    picture.src = job.preview;
+    // Sharper with each step: a preview is an eighth of the image's size.
+    picture.style.setProperty("--blur", `${(6 * (1 - (job.step ?? 0) / (job.steps || 1))).toFixed(1)}px`);
+  }
+  picture.hidden = !job.preview;
+  zoom.show(frame, width, height);
+}
+
+function cancelOwn() {
+  for (const call of state.calls) call.stop.abort();
+}
+
+function renderEmpty() {
+  nodes.stage.shown = "";
+  nodes.stage.working = null;
+  const examples = (state.engine?.examples ?? []).map((words) =>
+    button(words, null, () => {
+      const prompt = document.getElementById("prompt");
+      prompt.value = words;
+      prompt.focus();
+    }),
+  );
+  const words = state.card ? "The image appears here." : "Describe an image and press Generate, or drop an image to change it.";
+  fill(nodes.stage, h("div", { class: "welcome" }, h("p", {}, words), !state.card && examples));
+}
+
+// -- compare, changes, mask -----------------------------------------------------------------------------------------
+
+export function ancestors(image) {
+  const family = new Map((image.family ?? []).map((card) => [card.image, card]));
+  const found = [];
+  const waiting = [...(image.parents ?? [])];
+  while (waiting.length) {
+    const card = family.get(waiting.shift());
+    if (!card || found.includes(card)) continue;
+    found.push(card);
+    waiting.push(...card.parents);
+  }
+  return found;
+}
+
+async function showCompare(frame) {
+  const choices = ancestors(state.image);
+  before ??= choices[0]?.image;
+  if (!before) return;
+  const old = h("img", { class: "picture before", alt: `Before: ${before}`, draggable: "false" });
+  const slide = (value) => frame.style.setProperty("--at", `${value}%`);
+  const slider = h("input", {
+    type: "range",
+    class: "slider",
+    min: 0,
+    max: 100,
+    step: 1,
+    value: 50,
+    "aria-label": "Before and after",
+    oninput: (event) => slide(event.target.value),
+  });
+  slide(50);
+  const label = (words, side) => h("span", { class: `tag ${side}` }, words);
+  frame.append(old, h("span", { class: "divider" }), label("Before", "left"), label("After", "right"), slider);
+  old.src = await state.bridge.image(before);
+}
+
+async function showLayer(frame, uri, className) {
+  const layer = h("img", { class: `picture ${className}`, alt: "" });
+  frame.append(layer);
+  try {
+    layer.src = await state.bridge.image(state.image.image, "changes");
+  } catch (error) {
+    fail(error);
+  }
+}
+
+function startMask(frame, width, height) {
+  mask ??= new Mask(width, height, renderEditWords);
+  frame.append(mask.canvas, mask.ring);
+  mask.draw();
+}
+
+// -- tools ----------------------------------------------------------------------------------------------------------
+
+function setTool(tool) {
+  state.tool = state.tool === tool ? "look" : tool;
+  mask = null;
+  renderStage();
+  renderTools();
+  renderEdit();
+  if (state.tool === "mask") mask.canvas.focus({ preventScroll: true });
+}
+
+function renderTools() {
+  const { image, bridge, tool } = state;
+  if (!image) return fill(nodes.tools);
+  if (tool === "mask") {
+    const keep = button("Keep for the agent", "pick", () => pick({ image: image.image, mask: mask.png() }));
+    return fill(nodes.tools, mask.controls([keep, button("Done", null, () => setTool("mask"), { class: "primary" })]));
+  }
+  const toggle = (name, words, iconName) =>
+    button(words, iconName, () => setTool(name), { "aria-pressed": String(tool === name) });
+  const recipe = bridge.can.call && recipeOf(image);
+  const actions = [
+    bridge.can.read && image.parents?.length > 0 && toggle("compare", "Compare", "compare"),
+    bridge.can.call && toggle("mask", "Mask", "brush"),
+    bridge.can.read && image.changed?.mask && toggle("changes", "Changes", "changes"),
+    recipe && button("New seed", "again", () => again(1)),
+    recipe && button("Variations", "more", () => again(4)),
+    bridge.can.call && state.engine?.transparent && button("Cut out", "cut", cutOut),
+    !state.card && bridge.can.call && button("Use in prompt", "add", () => addReference(image.image, null, image.prompt)),
+    state.sheet.length > 1 && bridge.can.call && button("Pick", "pick", () => pick({ image: image.image })),
+    state.card && bridge.can.download && button("Download", "save", () => download(image.image)),
+    state.card && bridge.can.call && button("Save", "folder", () => save(image.image)),
+    state.card && button(image.image, "copy", () => copy(image.image), { "aria-label": `Copy handle ${image.image}` }),
+  ];
+  const choices = ancestors(image);
+  const choose = h(
+    "label",
+    { class: "inline" },
+    h("span", {}, "Before"),
+    h(
+      "select",
+      { onchange: (event) => ((before = event.target.value), (nodes.stage.shown = ""), renderStage()) },
+      choices.map((card) => h("option", { value: card.image }, `${card.image} ${card.prompt || card.source || ""}`.slice(0, 48))),
+    ),
+  );
+  const bar = h("div", { class: "bar", role: "group", "aria-label": "Image actions" }, actions);
+  fill(nodes.tools, tool === "compare" && choices.length > 1 && choose, bar);
+}
+
+function cutOut() {
+  run("edit_image", { image: state.image.image, prompt: "remove the background", background: "transparent" });
+}
+
+// -- the next edit --------------------------------------------------------------------------------------------------
+
+function renderEdit() {
+  const { image, bridge } = state;
+  if (!image || !bridge.can.call) return fill(nodes.edit);
+  const words = h("input", {
+    id: "change",
+    required: true,
+    maxlength: 4000,
+    autocomplete: "off",
+    "aria-label": "What should change",
+    placeholder: "What should change? make the background pink",
+  });
+  const form = h("form", {}, words, h("button", { class: "primary" }, icon("brush"), h("span", { id: "edit-words" }, "Edit")));
+  form.addEventListener("submit", (event) => {
+    event.preventDefault();
+    edit(words.value.trim());
+  });
+  // Frames without allow-forms never fire submit.
+  words.addEventListener("keydown", (event) => {
+    if (event.key === "Enter" && state.bridge.kind === "app") (event.preventDefault(), edit(words.value.trim()));
+  });
+  form.querySelector("button").addEventListener("click", (event) => {
+    if (state.bridge.kind === "app") (event.preventDefault(), edit(words.value.trim()));
+  });
+  fill(nodes.edit, form);
+  renderEditWords();
+}
+
+function renderEditWords() {
+  const words = document.getElementById("edit-words");
+  if (words) words.textContent = mask && !mask.empty ? "Edit inside the mask" : "Edit";
+}
+
+async function edit(prompt) {
+  if (!prompt) return document.getElementById("change").focus();
+  const input = { image: state.image.image, prompt };
+  if (mask && !mask.empty) {
+    if (mask.region) input.region = mask.region;
+    else input.mask = mask.png();
+  }
+  await run("edit_image", input);
+}

@@ -1,0 +1,78 @@
+// The bridge of a browser tab: fetch and server-sent events to the server the page came from.
+
+export class WebBridge {
+  kind = "web";
+  can = { read: true, call: true, download: true, fullscreen: false, cancel: true, remove: true };
+  context = {};
+
+  constructor({ now, lost }) {
+    this.listeners = { now, lost };
+  }
+
+  async start() {
+    const session = await this.fetchJson("/studio/session");
+    this.csrf = session.csrf;
+    const events = new EventSource("/studio/events");
+    events.addEventListener("now", (event) => this.listeners.now(JSON.parse(event.data)));
+    events.addEventListener("error", () => this.checkSession(events));
+  }
+
+  /** An EventSource tries again by itself, except where the server refuses it. */
+  async checkSession(events) {
+    if (events.readyState === EventSource.CLOSED) this.listeners.lost();
+  }
+
+  async fetchJson(path, options = {}) {
+    const answer = await fetch(path, { credentials: "same-origin", ...options });
+    if (answer.status === 401) this.listeners.lost();
+    const body = await answer.json().catch(() => ({}));
+    if (!answer.ok) throw new Error(body.error ?? `The server answered ${answer.status}.`);
+    return body;
+  }
+
+  post(path, body, signal) {
+    const headers = { "X-CSRF-Token": this.csrf };
+    if (body instanceof Blob) headers["Content-Type"] = body.type || "application/octet-stream";
+    else headers["Content-Type"] = "application/json";
+    return this.fetchJson(path, { method: "POST", headers, body: body instanceof Blob ? body : JSON.stringify(body), signal });
+  }
+
+  async read(uri) {
+    return (await this.fetchJson(`/studio/read?uri=${encodeURIComponent(uri)}`)).contents;
+  }
+
+  async readJson(uri) {
+    return JSON.parse((await this.read(uri))[0].text);
+  }
+
+  call(tool, input, signal) {
+    return this.post("/studio/call", { tool, arguments: input }, signal);
+  }
+
+  pick(picked) {
+    return this.call("pick", picked);
+  }
+
+  cancel(job) {
+    return this.post("/studio/cancel", { job });
+  }
+
+  remove(images) {
+    return this.post("/studio/delete", { images });
+  }
+
+  async image(handle, part = "") {
+    return `/studio/images/${encodeURIComponent(handle)}${part && "/" + part}`;
+  }
+
+  async upload(file) {
+    return (await this.post("/studio/upload", file)).image;
+  }
+
+  async download(handle) {
+    const link = document.createElement("a");
+    link.href = `/studio/images/${encodeURIComponent(handle)}`;
+    link.download = `${handle}.png`;
+    link.click();
+  }
+}

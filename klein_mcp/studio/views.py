@@ -1,0 +1,129 @@
+"""The library in the shapes of the studio's contract.
+
+Blocking: call from a worker thread.
+"""
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from klein_mcp.images.library import Record, Store, sheet_of
+from klein_mcp.studio.contract import Card, Changed, ImageDetails, LibraryPage
+
+MOST_RELATIVES = 120
+"""Images in one lineage tree; the nearest ones where there are more."""
+
+THUMB_SIDE = 256
+"""Pixels: twice the largest tile of the page, for dense screens."""
+
+
+def card(record: Record, picks: set[str], sheet: str | None = None) -> Card:
+    """Return the list entry of an image."""
+    recipe = record.recipe
+    seed = recipe.get("seed")
+    return {
+        "image": record.handle,
+        "prompt": record.prompt,
+        "source": record.source,
+        "tool": record.tool,
+        "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(record.created)),
+        "width": record.width,
+        "height": record.height,
+        "parents": list(record.parents),
+        "seed": None if seed is None else str(seed),
+        "model": _text(recipe.get("model")),
+        "alpha": bool(recipe.get("alpha")),
+        "picked": record.handle in picks,
+        "sheet": sheet,
+    }
+
+
+def library_page(store: Store, *, search: str = "", cursor: str = "", limit: int = 40) -> LibraryPage:
+    """Return one page, newest first.
+
+    cursor: the `next` of the page before, or nothing.
+    """
+    before = int(cursor) if cursor.isdecimal() and len(cursor) < 19 else None
+    records, following = store.search(search, limit=max(1, min(limit, 100)), before=before)
+    sheets = _sheets(records)
+    picks = store.picks()
+    return {
+        "images": [card(record, picks, sheets.get(record.handle)) for record in records],
+        "next": None if following is None else str(following),
+    }
+
+
+def image_details(store: Store, handle: str) -> ImageDetails:
+    """Return everything the page shows about one image. Raises UnknownImage."""
+    record = store.get(handle)
+    recipe = record.recipe
+    picks = store.picks()
+    siblings = [other.handle for other in store.siblings(record)] if record.prompt else []
+    request = recipe.get("order") or {}
+    region = request.get("region")
+    return {
+        **card(record, picks, siblings[0] if len(siblings) > 1 else None),
+        "bytes": record.bytes,
+        "dtype": _text(recipe.get("dtype")),
+        "steps": recipe.get("steps"),
+        "region": list(region) if region else None,
+        "mask": _text(request.get("mask")),
+        "changed": _changed(recipe.get("changed")),
+        "family": [card(relative, picks) for relative in _family(store, record)],
+        "siblings": siblings if len(siblings) > 1 else [],
+    }
+
+
+def _sheets(records: Sequence[Record]) -> dict[str, str]:
+    """Map each image that came with others to the first of them."""
+    sheets: dict[str, str] = {}
+    for record in records:
+        if record.handle not in sheets and record.prompt:
+            together = sheet_of(record, records)
+            if len(together) > 1:
+                sheets |= dict.fromkeys((other.handle for other in together), together[0].handle)
+    return sheets
+
+
+def _family(store: Store, record: Record) -> list[Record]:
+    """Return the ancestors and the descendants of the oldest, oldest first."""
+    found = {record.handle: record}
+
+    def add(relatives: Sequence[Record]) -> list[Record]:
+        room = MOST_RELATIVES - len(found)
+        new = {each.handle: each for each in relatives if each.handle not in found}
+        new = dict(list(new.items())[:room])
+        found.update(new)
+        return list(new.values())
+
+    waiting = [record]
+    while waiting:
+        parents = [store.find(handle) for handle in waiting.pop(0).parents]
+        waiting += add([parent for parent in parents if parent is not None and parent.deleted is None])
+    root = record
+    while root.parents and (parent := found.get(root.parents[0])) is not None and parent is not root:
+        root = parent
+    # From the image itself first: of a family that is too large, its own descendants matter more than cousins.
+    for start in (record, root):
+        waiting = [start]
+        while waiting:
+            waiting += add(store.children(waiting.pop(0).handle))
+    return sorted(found.values(), key=lambda each: each.created)
+
+
+def _changed(value: Any) -> Changed | None:
+    if isinstance(value, int | float):
+        return {"share": float(value), "box": None, "kept": False, "mask": False}
+    if not isinstance(value, dict) or not isinstance(value.get("share"), int | float):
+        return None
+    box = value.get("box")
+    return {
+        "share": float(value["share"]),
+        "box": list(box) if box else None,
+        "kept": bool(value.get("kept")),
+        "mask": bool(value.get("mask")),
+    }
+
+
+def _text(value: Any) -> str | None:
+    return value if isinstance(value, str) else None

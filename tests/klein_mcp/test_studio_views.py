@@ -1,0 +1,130 @@
+"""Lineage, sheets and picks: what the studio reads from the library and keeps in it."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from klein_mcp.errors import UnknownImage
+from klein_mcp.images.library import Record, Store
+from klein_mcp.studio import views
+
+
+@pytest.fixture
+def library(tmp_path: Path) -> Iterator[Store]:
+    store = Store(tmp_path / "library")
+    yield store
+    store.close()
+
+
+def put(store: Store, prompt: str | None = "an apple", seed: int = 1, client: str = "agent", **more: object) -> Record:
+    handle = store.new_handle()
+    details: dict[str, object] = {
+        "client": client,
+        "tool": "generate_image",
+        "recipe": {"seed": str(seed), "model": "nano"},
+        "prompt": prompt,
+        "size": (64, 64),
+        **more,
+    }
+    return store.put(handle.encode(), handle=handle, pixels=handle, **details)  # type: ignore[arg-type]
+
+
+def sheet(store: Store, seed: int, count: int, **more: object) -> list[str]:
+    return [put(store, seed=seed + k, **more).handle for k in range(count)]
+
+
+def test_page_lists_newest_first_and_goes_on_from_its_cursor(library: Store) -> None:
+    made = [put(library, prompt=f"image {k}", seed=10 * k).handle for k in range(5)]
+    first = views.library_page(library, limit=3)
+    rest = views.library_page(library, limit=3, cursor=first["next"] or "")
+    assert [card["image"] for card in first["images"] + rest["images"]] == made[::-1]
+    assert rest["next"] is None
+    assert [card["image"] for card in views.library_page(library, search="image 2")["images"]] == [made[2]]
+
+
+@pytest.mark.parametrize("cursor", ["", "x", "-1", "9" * 40, "1; DROP TABLE pictures"])
+def test_page_treats_a_broken_cursor_as_none(library: Store, cursor: str) -> None:
+    put(library)
+    assert len(views.library_page(library, cursor=cursor)["images"]) == 1
+
+
+def test_images_of_one_call_share_a_sheet_and_others_do_not(library: Store) -> None:
+    alone = put(library, seed=1).handle
+    handles = sheet(library, 40, 3)
+    put(library, seed=43, prompt="a pear")
+    page = {card["image"]: card["sheet"] for card in views.library_page(library)["images"]}
+    assert [page[handle] for handle in handles] == [handles[0]] * 3
+    assert page[alone] is None
+    assert views.image_details(library, handles[1])["siblings"] == handles
+    assert views.image_details(library, alone)["siblings"] == []
+
+
+def test_family_holds_ancestors_cousins_and_second_references(library: Store) -> None:
+    root = put(library).handle
+    child = put(library, "make it red", parents=[root]).handle
+    cousin = put(library, "make it blue", parents=[root]).handle
+    other = put(library, "a rocket").handle
+    both = put(library, "together", parents=[child, other]).handle
+    put(library, "unrelated", seed=9)
+    for handle in (child, both):
+        family = [card["image"] for card in views.image_details(library, handle)["family"]]
+        assert set(family) == {root, child, cousin, both} | ({other} if handle == both else set())
+    parents = {card["image"]: card["parents"] for card in views.image_details(library, both)["family"]}
+    assert parents[both] == [child, other]
+
+
+def test_family_leaves_out_deleted_images_and_survives_a_large_one(library: Store) -> None:
+    root = put(library).handle
+    children = [put(library, f"edit {k}", parents=[root]).handle for k in range(views.MOST_RELATIVES + 20)]
+    library.delete([children[0]])
+    family = [card["image"] for card in views.image_details(library, children[-1])["family"]]
+    assert len(family) == views.MOST_RELATIVES
+    assert {root, children[-1]} <= set(family)
+    assert children[0] not in family
+
+
+def test_details_of_an_unknown_image_say_so(library: Store) -> None:
+    with pytest.raises(UnknownImage):
+        views.image_details(library, "zzzzzz")
+
+
+def test_pick_is_what_its_client_gets_until_it_makes_another_image(library: Store) -> None:
+    handles = sheet(library, 1, 4)
+    library.pick("agent", handles[1], mask="mmmmmm")
+    pick = library.picked("agent")
+    assert pick is not None
+    assert (pick.image, pick.mask) == (handles[1], "mmmmmm")
+    assert library.picked("someone else") is None
+    assert library.picks() == {handles[1]}
+    put(library, "the next image", seed=77)
+    assert library.picked("agent") is None
+    assert library.picks() == set()
+
+
+def test_pick_is_reported_once(library: Store) -> None:
+    handle = put(library).handle
+    assert library.report_pick("agent") is None
+    library.pick("agent", handle)
+    first = library.report_pick("agent")
+    assert first is not None
+    assert first.image == handle
+    assert library.report_pick("agent") is None
+    library.pick("agent", handle)
+    assert library.report_pick("agent") is not None
+
+
+def test_pick_of_a_deleted_image_counts_no_more(library: Store) -> None:
+    handle = put(library).handle
+    library.pick("agent", handle)
+    library.delete([handle])
+    assert library.picked("agent") is None
+
+
+def test_revision_changes_with_every_new_and_every_deleted_image(library: Store) -> None:
+    revisions = [library.revision()]
+    handle = put(library).handle
+    revisions.append(library.revision())
+    library.delete([handle])
+    revisions.append(library.revision())
+    assert len(set(revisions)) == 3
