@@ -219,14 +219,14 @@ def test_there_is_never_a_second_copy_of_the_weights(tmp_path: Path) -> None:
 import resource, sys, torch
 from pathlib import Path
 from torch import nn
-from engine.memory.device import Placement
+from engine.memory.device import Device
 from engine.families.klein.key_maps import plain
 from engine.checkpoints.loading import Tensors, fill
 with torch.device("meta"):
     net = nn.Sequential(*(nn.Linear(1024, 8192, bias=False) for _ in range(18)))
 tensors = Tensors.open([Path(sys.argv[1])])
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-list(fill(net, tensors, plain(tensors.shapes), Placement(torch.device("cpu"), getattr(torch, sys.argv[2])), what="x"))
+list(fill(net, tensors, plain(tensors.shapes), Device(torch.device("cpu"), getattr(torch, sys.argv[2])), what="x"))
 print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
 """
     for dtype, times in (("bfloat16", 1), ("float32", 2)):

@@ -129,7 +129,7 @@ async def test_the_second_job_finds_it_warm(door):
 
 async def test_the_address_file_is_for_its_owner_alone(door, tmp_path):
     await paint(door)
-    assert stat.S_IMODE((tmp_path / "client.json").stat().st_mode) == 0o600
+    assert stat.S_IMODE((tmp_path / "daemon.json").stat().st_mode) == 0o600
 
 
 async def test_without_the_token_nothing_is_told_but_a_greeting(door, tmp_path):
@@ -246,7 +246,7 @@ async def test_stop_ends_it_and_tells_whoever_waits(door, tmp_path):
     await stopping
     await gone(tmp_path)
     assert await door.status() == {"running": False}
-    assert not (tmp_path / "client.json").exists()
+    assert not (tmp_path / "daemon.json").exists()
 
 
 async def test_sigterm_ends_it_like_stop(door, tmp_path):
@@ -254,7 +254,7 @@ async def test_sigterm_ends_it_like_stop(door, tmp_path):
     (pid,) = daemons(tmp_path)
     os.kill(pid, signal.SIGTERM)
     await gone(tmp_path)
-    assert not (tmp_path / "client.json").exists()
+    assert not (tmp_path / "daemon.json").exists()
     assert isinstance((await paint(door))[-1], Result)
 
 
@@ -284,7 +284,7 @@ async def test_a_daemon_whose_data_folder_was_deleted_leaves(tmp_path):
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"port": "x"}', b'{"port": 1, "pid": 1, "token": "t"}'])
 async def test_an_address_file_that_leads_nowhere_is_written_anew(content, tmp_path):
-    path = tmp_path / "client.json"
+    path = tmp_path / "daemon.json"
     path.write_bytes(content)
     path.chmod(0o600)
     async with a_door(tmp_path) as door:
@@ -319,7 +319,7 @@ async def test_a_stranger_on_a_stale_port_gets_neither_token_nor_picture(tmp_pat
 async def test_an_address_file_that_others_can_read_or_write_is_not_believed(tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as listener:
         addresses.write(tmp_path, addresses.Endpoint(listener.getsockname()[1], 1, "planted"))
-        (tmp_path / "client.json").chmod(0o644)
+        (tmp_path / "daemon.json").chmod(0o644)
         assert addresses.read(tmp_path) is None
 
 
@@ -426,9 +426,9 @@ def test_the_log_rotates_and_is_bounded(tmp_path):
         "_log_to(Path(sys.argv[1]), 'info')\n"
         "for n in range(40_000): logging.getLogger('klein_mcp').info('%06d %s', n, 'x' * 100)"
     )
-    subprocess.run([sys.executable, "-c", script, str(tmp_path / "client.log")], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", script, str(tmp_path / "daemon.log")], check=True, timeout=60)
     logs = sorted(tmp_path.iterdir())
-    assert [log.name for log in logs] == ["client.log", "client.log.1", "client.log.2"]
+    assert [log.name for log in logs] == ["daemon.log", "daemon.log.1", "daemon.log.2"]
     assert sum(log.stat().st_size for log in logs) <= 3 * 2**20
     assert "039999" in logs[0].read_text()
 

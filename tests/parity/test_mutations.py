@@ -20,70 +20,81 @@ T2I, COMPOSE, BASE, KV = (
     "kv, two references",
 )
 
+PIPELINE = "families.klein.pipeline"
+TRANSFORMER = "families.klein.transformer"
+TEXT_ENCODER = "families.klein.text_encoder"
+KEY_MAPS = "families.klein.key_maps"
+LAYERS = "nn.layers"
+AUTOENCODER = "nn.autoencoder"
+TOKENS = "diffusion.tokens"
+SCHEDULE = "diffusion.schedule"
+SAMPLER = "diffusion.sampler"
+CANVAS = "diffusion.canvas"
+
 # trap, module, the line as it is, the line as it must not be, the case that shows it
 MUTATIONS = [
-    ("swapped halves of the final modulation", "layouts", '{"norm_out.linear.weight"}', "()", T2I),
-    ("keys where queries belong", "layouts", '_QKV = ("to_q", "to_k",', '_QKV = ("to_k", "to_q",', T2I),
-    ("image before text", "model.transformer", "x = torch.cat((text, image), dim=1)",
+    ("swapped halves of the final modulation", KEY_MAPS, '{"norm_out.linear.weight"}', "()", T2I),
+    ("keys where queries belong", KEY_MAPS, '_QKV = ("to_q", "to_k",', '_QKV = ("to_k", "to_q",', T2I),
+    ("image before text", TRANSFORMER, "x = torch.cat((text, image), dim=1)",
      "x = torch.cat((image, text), dim=1)", T2I),
-    ("rotary halves as in Qwen3", "model.layers", "(d pair) -> pair b s n d", "(pair d) -> pair b s n d", T2I),
-    ("rotary axes in another order", "model.layers", "positions[:, i].double()", "positions[:, -1 - i].double()", T2I),
-    ("positions in bf16", "model.layers", "positions[:, i].double()", "positions[:, i].bfloat16().double()", T2I),
-    ("canvas before text among the positions", "klein", "torch.cat([text, canvas, *",
+    ("rotary halves as in Qwen3", LAYERS, "(d pair) -> pair b s n d", "(pair d) -> pair b s n d", T2I),
+    ("rotary axes in another order", LAYERS, "positions[:, i].double()", "positions[:, -1 - i].double()", T2I),
+    ("positions in bf16", LAYERS, "positions[:, i].double()", "positions[:, i].bfloat16().double()", T2I),
+    ("canvas before text among the positions", PIPELINE, "torch.cat([text, canvas, *",
      "torch.cat([canvas, text, *", T2I),
-    ("text keys behind the image's", "model.transformer", "torch.cat(pair, dim=1)",
+    ("text keys behind the image's", TRANSFORMER, "torch.cat(pair, dim=1)",
      "torch.cat(pair[::-1], dim=1)", T2I),
-    ("the text's modulation from the image's", "model.transformer", "= mods.text", "= mods.image", T2I),
-    ("time as sines, then cosines", "model.layers", "(angles.cos(), angles.sin())",
+    ("the text's modulation from the image's", TRANSFORMER, "= mods.text", "= mods.image", T2I),
+    ("time as sines, then cosines", LAYERS, "(angles.cos(), angles.sin())",
      "(angles.sin(), angles.cos())", T2I),
-    ("modulation without SiLU", "model.layers", "self.lin(F.silu(vec))", "self.lin(vec)", T2I),
-    ("queries and keys not normed", "model.layers", "return self.query_norm(q), self.key_norm(k)", "return q, k", T2I),
-    ("gate and value swapped", "model.layers", "opening, value = x.chunk", "value, opening = x.chunk", T2I),
-    ("scale without the one", "model.layers", "return (1 + scale) *", "return scale *", T2I),
-    ("zeroed pads", "model.text_encoder", "for layer in self.layers], dim=-1)",
+    ("modulation without SiLU", LAYERS, "self.lin(F.silu(vec))", "self.lin(vec)", T2I),
+    ("queries and keys not normed", LAYERS, "return self.query_norm(q), self.key_norm(k)", "return q, k", T2I),
+    ("gate and value swapped", LAYERS, "opening, value = x.chunk", "value, opening = x.chunk", T2I),
+    ("scale without the one", LAYERS, "return (1 + scale) *", "return scale *", T2I),
+    ("zeroed pads", TEXT_ENCODER, "for layer in self.layers], dim=-1)",
      "for layer in self.layers], dim=-1) * mask[..., None]", T2I),
-    ("pads that see pads", "model.text_encoder", "attention_mask=mask", "attention_mask=torch.ones_like(mask)", T2I),
-    ("hidden states off by one", "model.text_encoder", "out.hidden_states[layer]", "out.hidden_states[layer - 1]", T2I),
-    ("hidden states one further", "model.text_encoder", "out.hidden_states[layer]",
+    ("pads that see pads", TEXT_ENCODER, "attention_mask=mask", "attention_mask=torch.ones_like(mask)", T2I),
+    ("hidden states off by one", TEXT_ENCODER, "out.hidden_states[layer]", "out.hidden_states[layer - 1]", T2I),
+    ("hidden states one further", TEXT_ENCODER, "out.hidden_states[layer]",
      "out.hidden_states[min(layer + 1, 27)]", T2I),
-    ("hidden states in another order", "model.text_encoder", "for layer in self.layers]",
+    ("hidden states in another order", TEXT_ENCODER, "for layer in self.layers]",
      "for layer in self.layers[::-1]]", T2I),
-    ("pads on the left", "model.text_encoder", "[ids + [self._pad] * padding]", "[[self._pad] * padding + ids]", T2I),
-    ("thinking left on", "model.text_encoder", "enable_thinking=False", "enable_thinking=True", T2I),
-    ("latents not normalised", "model.autoencoder", "return (z - mean) / std", "return z", COMPOSE),
-    ("latents not restored", "model.autoencoder", "return z * std + mean", "return z", T2I),
-    ("batch-norm eps of 1e-1", "model.autoencoder", "BN_EPS = 1e-4", "BN_EPS = 1e-1", T2I),
-    ("the posterior's variance for its mean", "model.autoencoder", "x.chunk(2, dim=1)[0]", "x.chunk(2, dim=1)[1]",
+    ("pads on the left", TEXT_ENCODER, "[ids + [self._pad] * padding]", "[[self._pad] * padding + ids]", T2I),
+    ("thinking left on", TEXT_ENCODER, "enable_thinking=False", "enable_thinking=True", T2I),
+    ("latents not normalised", AUTOENCODER, "return (z - mean) / std", "return z", COMPOSE),
+    ("latents not restored", AUTOENCODER, "return z * std + mean", "return z", T2I),
+    ("batch-norm eps of 1e-1", AUTOENCODER, "BN_EPS = 1e-4", "BN_EPS = 1e-1", T2I),
+    ("the posterior's variance for its mean", AUTOENCODER, "x.chunk(2, dim=1)[0]", "x.chunk(2, dim=1)[1]",
      COMPOSE),
-    ("padding on the wrong side", "model.autoencoder", "F.pad(x, (0, 1, 0, 1))", "F.pad(x, (1, 0, 1, 0))", COMPOSE),
-    ("patch channels first", "tokens", "-> b c (h dy) (w dx)", "-> b c (h dx) (w dy)", T2I),
-    ("normalised noise", "klein", "x = pack(noise)", "x = pack(self.autoencoder.bn.normalise(noise))", T2I),
-    ("schedule from all tokens", "klein", "levels = sigmas(steps, rows * columns)",
+    ("padding on the wrong side", AUTOENCODER, "F.pad(x, (0, 1, 0, 1))", "F.pad(x, (1, 0, 1, 0))", COMPOSE),
+    ("patch channels first", TOKENS, "-> b c (h dy) (w dx)", "-> b c (h dx) (w dy)", T2I),
+    ("normalised noise", PIPELINE, "x = pack(noise)", "x = pack(self.autoencoder.bn.normalise(noise))", T2I),
+    ("schedule from all tokens", PIPELINE, "levels = sigmas(steps, rows * columns)",
      "levels = sigmas(steps, len(rope[0]))", T2I),
-    ("schedule without the shift", "schedule", "push = math.exp(shift(steps, canvas_tokens))", "push = 1.0", T2I),
-    ("the scheduler's own shift of 3", "schedule", "push = math.exp(shift(steps, canvas_tokens))", "push = 3.0", T2I),
-    ("sigma for 1000 sigma", "model.transformer", "self.time_in(sigma * 1000)", "self.time_in(sigma)", T2I),
-    ("base without guidance", "klein", "if no_text is not None:", "if False:", BASE),
-    ("a blank for the empty prompt", "klein", 'self._read("", [])', 'self._read(" ", [])', BASE),
-    ("guidance from the wrong side", "sampler", "return away + guidance",
+    ("schedule without the shift", SCHEDULE, "push = math.exp(shift(steps, canvas_tokens))", "push = 1.0", T2I),
+    ("the scheduler's own shift of 3", SCHEDULE, "push = math.exp(shift(steps, canvas_tokens))", "push = 3.0", T2I),
+    ("sigma for 1000 sigma", TRANSFORMER, "self.time_in(sigma * 1000)", "self.time_in(sigma)", T2I),
+    ("base without guidance", PIPELINE, "if no_text is not None:", "if False:", BASE),
+    ("a blank for the empty prompt", PIPELINE, 'self._read("", [])', 'self._read(" ", [])', BASE),
+    ("guidance from the wrong side", SAMPLER, "return away + guidance",
      "return conditional(x, sigma) + guidance", BASE),
-    ("guidance turned round", "sampler", "guidance * (conditional(x, sigma) - away)",
+    ("guidance turned round", SAMPLER, "guidance * (conditional(x, sigma) - away)",
      "guidance * (away - conditional(x, sigma))", BASE),
-    ("swapped references", "klein", "references = list(job.references)", "references = list(job.references[::-1])",
+    ("swapped references", PIPELINE, "references = list(job.references)", "references = list(job.references[::-1])",
      COMPOSE),
-    ("references all at one time", "tokens", "return 10 * (index + 1)", "return 10", COMPOSE),
-    ("references from time zero", "tokens", "return 10 * (index + 1)", "return 10 * index", COMPOSE),
-    ("references cropped at the corner", "pixels",
+    ("references all at one time", TOKENS, "return 10 * (index + 1)", "return 10", COMPOSE),
+    ("references from time zero", TOKENS, "return 10 * (index + 1)", "return 10 * index", COMPOSE),
+    ("references cropped at the corner", CANVAS,
      "top, left = (height - floor_grid(height)) // 2, (width - floor_grid(width)) // 2", "top, left = 0, 0", COMPOSE),
-    ("references turned on their side", "klein",
+    ("references turned on their side", PIPELINE,
      "(image.shape[0] // GRID, image.shape[1] // GRID) for image in references",
      "(image.shape[1] // GRID, image.shape[0] // GRID) for image in references", COMPOSE),
-    ("kept references in plain klein's way", "klein", "rope = self._rope(rows, columns, () if variant.kv else sizes)",
+    ("kept references in plain klein's way", PIPELINE, "rope = self._rope(rows, columns, () if variant.kv else sizes)",
      "seen, kept, rope = self._see(references)[0], None, self._rope(rows, columns, sizes)", KV),
-    ("kept keys without rotation", "model.transformer", "k = rotate(k, rope)\n        references", "references", KV),
-    ("kept references at the wrong timestep", "model.transformer", "torch.zeros(references.shape[0]",
+    ("kept keys without rotation", TRANSFORMER, "k = rotate(k, rope)\n        references", "references", KV),
+    ("kept references at the wrong timestep", TRANSFORMER, "torch.zeros(references.shape[0]",
      "torch.ones(references.shape[0]", KV),
-    ("kept references without positions", "klein", "self.transformer.img_in(tokens), self._reference_rope(sizes)",
+    ("kept references without positions", PIPELINE, "self.transformer.img_in(tokens), self._reference_rope(sizes)",
      "self.transformer.img_in(tokens), self._reference_rope(((1, tokens.shape[1]),))", KV),
 ]  # fmt: skip
 
@@ -114,7 +125,9 @@ def _engine_with(module: str, line: str, wrong: str) -> Iterator[ModuleType]:
     finder = _Mutant(module, line, wrong)
     sys.meta_path.insert(0, finder)
     try:
-        yield importlib.import_module("engine.engine")
+        engine = importlib.import_module("engine.engine")
+        assert finder.used, f"{module} is no module of the engine, so nothing was mutated"
+        yield engine
     finally:
         sys.meta_path.remove(finder)
         for name in [name for name in sys.modules if name.split(".")[0] == "engine"]:
@@ -127,6 +140,7 @@ class _Mutant(importlib.machinery.PathFinder):
 
     def __init__(self, module: str, line: str, wrong: str) -> None:
         self.module, self.line, self.wrong = module, line, wrong
+        self.used = False
 
     def find_spec(self, name: str, path: object = None, target: object = None):  # type: ignore[override]
         if name != self.module:
@@ -136,6 +150,7 @@ class _Mutant(importlib.machinery.PathFinder):
         assert spec.origin is not None
         source = Path(spec.origin).read_text()
         assert source.count(self.line) == 1, f"{self.line!r} stands {source.count(self.line)} times in {name}"
+        self.used = True
         spec.loader = _Source(name, spec.origin, source.replace(self.line, self.wrong))
         return spec
 
