@@ -1,0 +1,133 @@
+"""Content credentials: signed on the way out, checked on the way in."""
+
+import stat
+import sys
+from io import BytesIO
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from klein_mcp.errors import RequestError
+from klein_mcp.images import credentials
+from klein_mcp.images.credentials import Asset, CredentialSigner, from_setting, local_anchors, verify
+
+pytest.importorskip("c2pa", reason="the optional extra c2pa is not installed")
+
+
+def file(kind: str = "PNG", color: str = "red") -> bytes:
+    data = BytesIO()
+    Image.new("RGB", (64, 64), color).save(data, kind)
+    return data.getvalue()
+
+
+def png(title: str, *parents: Asset) -> Asset:
+    return Asset(file(), "image/png", title, {"prompt": title, "seed": "7"}, parents)
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("home")
+
+
+@pytest.fixture(scope="module")
+def signer(home: Path) -> CredentialSigner:
+    signer = from_setting("local", home)
+    assert signer is not None
+    return signer
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
+def test_signed_file_is_valid_and_its_pixels_are_untouched(signer: CredentialSigner, home: Path, kind: str) -> None:
+    media_type, plain = f"image/{kind.lower()}", file(kind)
+    signed = signer.sign(Asset(plain, media_type, "an image"))
+    claim = verify(signed, media_type, local_anchors(home))
+    assert claim is not None
+    assert (claim.error, claim.trusted) == ("", True)
+    assert "made by klein-mcp" in str(claim)
+    assert Image.open(BytesIO(signed)).tobytes() == Image.open(BytesIO(plain)).tobytes()
+    assert len(signed) - len(plain) < 8_000, "no thumbnail is embedded (observed 3,431 bytes)"
+
+
+def test_signer_is_unknown_to_others(signer: CredentialSigner) -> None:
+    claim = verify(signer.sign(png("an apple")), "image/png")
+    assert claim is not None
+    assert str(claim).endswith("valid, signer unknown (klein-mcp on this machine)")
+
+
+def test_changed_byte_breaks_the_signature(signer: CredentialSigner, home: Path) -> None:
+    signed = bytearray(signer.sign(png("an apple")))
+    signed[-20] ^= 1
+    claim = verify(bytes(signed), "image/png", local_anchors(home))
+    assert claim is not None
+    assert "changed after signing" in str(claim)
+
+
+def test_lineage_is_embedded_up_to_the_depth_cap(signer: CredentialSigner) -> None:
+    import json
+
+    import c2pa
+
+    asset = png("root")
+    for generation in range(credentials.MAX_DEPTH + 3):
+        asset = png(f"edit {generation}", asset)
+    signed = signer.sign(asset)
+    with c2pa.Reader("image/png", BytesIO(signed)) as reader:
+        manifests = json.loads(reader.json())["manifests"]
+    assert len(manifests) == credentials.MAX_DEPTH + 1
+    sources = [json.dumps(manifest["assertions"]) for manifest in manifests.values()]
+    assert all("compositeWithTrainedAlgorithmicMedia" in source for source in sources), "each of them is an edit"
+    claim = verify(signed, "image/png")
+    assert claim is not None
+    assert not claim.error
+
+
+def test_composition_names_one_parent_and_its_components(signer: CredentialSigner) -> None:
+    import c2pa
+
+    signed = signer.sign(png("both", png("apple"), png("rocket")))
+    with c2pa.Reader("image/png", BytesIO(signed)) as reader:
+        ingredients = (reader.get_active_manifest() or {})["ingredients"]
+    assert [(part["title"], part["relationship"]) for part in ingredients] == [
+        ("apple", "parentOf"),
+        ("rocket", "componentOf"),
+    ]
+
+
+def test_file_without_credentials_claims_nothing() -> None:
+    assert verify(file(), "image/png") is None
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX permissions")
+def test_key_is_readable_by_its_owner_alone_and_made_once(signer: CredentialSigner, home: Path) -> None:
+    key = home / "credentials" / "key.pem"
+    assert stat.S_IMODE(key.stat().st_mode) == 0o600
+    before = key.read_bytes()
+    from_setting("local", home)
+    assert key.read_bytes() == before
+
+
+def test_own_key_and_chain_in_one_file_sign(home: Path, signer: CredentialSigner, tmp_path: Path) -> None:
+    folder = home / "credentials"
+    both = tmp_path / "identity.pem"
+    both.write_bytes((folder / "chain.pem").read_bytes() + (folder / "key.pem").read_bytes())
+    theirs = from_setting(str(both), tmp_path)
+    assert theirs is not None
+    assert verify(theirs.sign(png("an apple")), "image/png") is not None
+
+
+@pytest.mark.parametrize("text", [b"", b"-----BEGIN CERTIFICATE-----\nx\n-----END CERTIFICATE-----\n", b"\x00\xff"])
+def test_unusable_identity_is_one_clear_line(tmp_path: Path, text: bytes) -> None:
+    path = tmp_path / "identity.pem"
+    path.write_bytes(text)
+    with pytest.raises(RequestError, match="private key"):
+        CredentialSigner.read(path)
+    with pytest.raises(RequestError, match="cannot be read"):
+        CredentialSigner.read(tmp_path / "missing.pem")
+
+
+def test_without_the_extra_there_is_one_clear_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(sys.modules, "c2pa", None)
+    with pytest.raises(RequestError, match=r"klein-mcp\[c2pa\]"):
+        from_setting("local", tmp_path)
+    assert from_setting("off", tmp_path) is None
