@@ -1,8 +1,9 @@
-"""What crosses the border of the engine: a Job in, Events out, and the errors in between. numpy only, no torch."""
+"""Types that cross the engine's border: Job in, Events out, configuration, status and errors. No torch here."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Literal
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     import numpy as np
@@ -10,12 +11,15 @@ if TYPE_CHECKING:
 
     Rgb8 = npt.NDArray[np.uint8]
 else:
-    # A door knows this contract from its first moment, and numpy (80 ms) only from its first picture on.
+    # A front end imports this module at its start, and numpy (80 ms) only with its first image.
     Rgb8 = "numpy.typing.NDArray[numpy.uint8]"
-"""A picture: uint8, [height, width, 3], sRGB, upright, opaque."""
+"""An image: uint8, [height, width, 3], sRGB, upright, opaque."""
 
 CacheUse = Literal["hit", "miss", "none"]
-"""Whether remembered work was used: "none" when the job had nothing of the kind to remember."""
+"""Whether cached tensors were used; "none" when the job has nothing of the kind."""
+
+Mode = Literal["eager", "compiled"]
+"""Which implementation computed an image. Both compute the same function; rounding may differ between them."""
 
 
 def _same(a: object, b: object) -> bool:
@@ -29,7 +33,7 @@ def _same(a: object, b: object) -> bool:
 
 
 class _ByValue:
-    """Equality that looks into arrays: numpy's own == answers with an array, which no dataclass can use."""
+    """Equality by value, arrays included: numpy's own == returns an array, which no dataclass can use."""
 
     __slots__ = ()
 
@@ -44,19 +48,19 @@ class _ByValue:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Job(_ByValue):
-    """One picture to paint: text-to-image with no reference, editing with one, composition with several.
+    """One image to generate: text-to-image without references, an edit with one, a composition with several.
 
-    width, height: pixels of the picture that comes back. None: the size of the first reference as the
-        model sees it, without references the model's native size. Multiples of 16 unless `align` is set.
-    align: the first reference and the canvas are one frame, so that an edit keeps every pixel in its place:
-        both are scaled and padded alike, and the picture comes back at exactly the reference's size.
-    close_up: with `align`, of a reference that is a part of a larger picture: what is smaller than the model's native
-        area is painted enlarged to it, at most four times a side, as the model paints small things badly.
-    aspect: (width, height) of which only the ratio counts: a picture of this shape at the model's native area,
-        where no size is given. Only the engine knows what "auto" will be, and so what is native.
-    seed: 0 … 2**63 - 1; the same job with the same seed gives the same picture.
+    width, height: pixels of the result. None: the size of the first reference as the model sees it; without
+        references the model's native size. Multiples of 16 unless `align` is set.
+    align: the first reference and the canvas share one frame, so that an edit keeps every pixel in its place:
+        both are scaled and padded alike, and the result has exactly the reference's size.
+    close_up: with `align`, the reference is a part of a larger image: below the model's native area it is
+        enlarged to it, at most four times a side, because the model is poor at small areas.
+    aspect: (width, height) of which only the ratio counts: a result of this shape at the model's native area,
+        where no size is given. Only the engine knows what "auto" resolves to, and so the native size.
+    seed: 0 … 2**63 - 1; the same job with the same seed gives the same image.
     model: a variant's name, a diffusers folder, a single file, or "auto".
-    steps, guidance: None for what the variant was made for.
+    steps, guidance: None for the variant's defaults.
     """
 
     prompt: str
@@ -74,7 +78,7 @@ class Job(_ByValue):
 
 @dataclass(frozen=True, slots=True)
 class Queued:
-    """Waiting; `position` jobs are ahead of this one, and its picture is about `seconds` away, where that is known."""
+    """Waiting: `position` jobs are ahead; the result is about `seconds` away, where that is known."""
 
     position: int
     seconds: float | None = None
@@ -82,7 +86,7 @@ class Queued:
 
 @dataclass(frozen=True, slots=True)
 class Loading:
-    """Weights are on their way into memory; fraction is 0 … 1."""
+    """Weights are being loaded; fraction is 0 … 1."""
 
     model: str
     fraction: float
@@ -90,7 +94,7 @@ class Loading:
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """This stage begins now."""
+    """A stage of the pipeline begins."""
 
     name: Literal["prompt", "references", "denoise", "decode"]
 
@@ -109,10 +113,11 @@ class Step(_ByValue):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Result(_ByValue):
-    """The finished picture and what it was really made with.
+    """The finished image and the settings that produced it.
 
-    model, fingerprint: the variant's name and a hash of the weights (LoRAs included) it was painted with.
+    model, fingerprint: the variant's name and a hash of the weights, LoRAs included.
     ms: milliseconds of wall time by stage: load, prompt, references, denoise, decode.
+    dtype: number format of the products, such as bfloat16. mode: the implementation. A replay needs both.
     """
 
     image: Rgb8
@@ -124,25 +129,157 @@ class Result(_ByValue):
     ms: Mapping[str, float] = field(default_factory=dict)
     cache: Mapping[str, CacheUse] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
+    dtype: str = ""
+    mode: Mode = "eager"
 
 
 Event = Queued | Loading | Stage | Step | Result
 
 
-class EngineError(Exception):
-    """Something the caller can be told in one line: what happened, the limit, and (hint) the next step."""
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """Configuration of an engine. Picklable; None leaves the choice to the engine.
 
-    def __init__(self, message: str, *, hint: str = "") -> None:
+    models, hub: folders and files to search for models, and the hub's cache.
+    variant: the klein a single file holds, where the file cannot tell.
+    quant: fp8 or nvfp4 for the transformer's blocks; None keeps the format of the files.
+    loras: names or paths, each with an optional :scale.
+    memory_limit: bytes of the device the process may use.
+    cache_bytes, spill_bytes: kept between jobs on the device and in host memory; None: a share of what is free.
+    compile: "auto" compiles in idle time where that pays, "off" never does. compile_cache: its folder on disk.
+    """
+
+    models: tuple[Path, ...] = ()
+    hub: Path | None = None
+    device: str | None = None
+    dtype: str | None = None
+    threads: int | None = None
+    variant: str | None = None
+    quant: str | None = None
+    loras: tuple[str, ...] = ()
+    decoder: Literal["full", "small"] = "full"
+    memory_limit: int | None = None
+    cache_bytes: int | None = None
+    spill_bytes: int | None = None
+    compile: Literal["auto", "off"] = "auto"
+    compile_cache: Path | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class CacheStats:
+    """Counters of the tensor cache: bytes on the device, bytes spilled to host memory."""
+
+    entries: int = 0
+    bytes: int = 0
+    spilled_bytes: int = 0
+    hits: int = 0
+    misses: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class KnownModel:
+    """A variant klein knows; path is None where it is not installed."""
+
+    name: str
+    licence: str
+    path: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStatus:
+    """State of an engine.
+
+    loaded: the model in memory. placement: where its weights are, in words. tuning: the state of compiling, in words.
+    """
+
+    device: str
+    dtype: str
+    threads: int
+    free_bytes: int
+    loaded: str | None = None
+    placement: str | None = None
+    weights_bytes: int = 0
+    cache: CacheStats = CacheStats()
+    models: tuple[KnownModel, ...] = ()
+    mode: Mode = "eager"
+    tuning: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the fields as JSON values."""
+        return asdict(self) | {"models": [asdict(model) for model in self.models]}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> "EngineStatus":
+        """Build the status from `to_json`."""
+        models = tuple(KnownModel(**model) for model in data["models"])
+        return cls(**{**data, "cache": CacheStats(**data["cache"]), "models": models})
+
+
+Action = Literal["set", "pull", "list"]
+
+
+@dataclass(frozen=True, slots=True)
+class Fix:
+    """A next step, machine-readable; each front end words it for its reader.
+
+    action: "set" a setting (to one of `choices`, if any), "pull" a model, or "list" the models there are.
+    effect: the consequence, where it is known: "it needs 6.4 GB".
+    """
+
+    action: Action
+    setting: str = ""
+    choices: tuple[str, ...] = ()
+    model: str = ""
+    effect: str = ""
+
+    def __str__(self) -> str:
+        effect = f": {self.effect}" if self.effect else ""
+        if self.action == "pull":
+            return f"Pull {self.model}{effect}."
+        if self.action == "list":
+            return "List the installed models."
+        choices = f" to {' or '.join(self.choices)}" if self.choices else ""
+        return f"Set {self.setting}{choices}{effect}."
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    """An installed model and how it would fit into the memory that is free now.
+
+    bytes: to be read, None where that is unknown. placement: where its weights would be, "" where it does not load;
+    then `error` and `fix` say why and the next step.
+    """
+
+    name: str
+    format: str
+    path: str
+    licence: str
+    bytes: int | None = None
+    placement: str = ""
+    error: str = ""
+    fix: Fix | None = None
+
+    @property
+    def fits(self) -> bool:
+        """Whether it would load now."""
+        return not self.error
+
+
+class EngineError(Exception):
+    """A failure explained in one line: what happened, the limit, and the next step (hint, fix)."""
+
+    def __init__(self, message: str, *, hint: str = "", fix: Fix | None = None) -> None:
         super().__init__(message)
         self.message = message
         self.hint = hint
+        self.fix = fix
 
     def __str__(self) -> str:
-        return f"{self.message} {self.hint}".strip()
+        return " ".join(filter(None, (self.message, self.hint, str(self.fix or ""))))
 
 
 class InvalidJob(EngineError):
-    """The job asks for something no model could do: a size, a step count, too many references."""
+    """The job asks for something no model can do: a size, a step count, too many references."""
 
 
 class ModelNotFound(EngineError):
@@ -160,10 +297,10 @@ class OutOfMemory(EngineError):
 class Busy(EngineError):
     """The queue is full. retry_after: seconds until a place should be free."""
 
-    def __init__(self, message: str, *, hint: str = "", retry_after: float = 1.0) -> None:
-        super().__init__(message, hint=hint)
+    def __init__(self, message: str, *, hint: str = "", fix: Fix | None = None, retry_after: float = 1.0) -> None:
+        super().__init__(message, hint=hint, fix=fix)
         self.retry_after = retry_after
 
 
 class EngineFailed(EngineError):
-    """The engine broke off: a bug or a crash, not the caller's doing."""
+    """The engine broke off: a bug or a crash, not the caller's fault."""

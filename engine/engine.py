@@ -1,16 +1,27 @@
-"""Engine: whatever models are asked for, each loaded when it is first needed. The one thing the daemon holds."""
+"""Engine: loads models on demand, runs jobs, prepares for the next job in idle time."""
 
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from engine.contract import EngineError, Event, Job, Loading, OutOfMemory, Result, Rgb8
+from engine.contract import (
+    EngineConfig,
+    EngineError,
+    EngineStatus,
+    Event,
+    Job,
+    KnownModel,
+    Loading,
+    ModelInfo,
+    OutOfMemory,
+    Result,
+    Rgb8,
+)
 from engine.families.klein import lora
-from engine.families.klein.loader import LoadOptions, prepare, room
+from engine.families.klein.loader import LoadOptions, memory_info, prepare
 from engine.families.klein.pipeline import Klein
 from engine.families.klein.variants import EMBEDDED, VARIANTS
 from engine.memory.cache import TensorCache, budgets
@@ -20,96 +31,73 @@ from engine.registry import InstalledModel, ModelRegistry
 
 
 class Engine:
-    """Whatever models are asked for, each loaded when it is first needed; one in memory at a time."""
+    """Runs jobs on one device; holds one model in memory at a time."""
 
-    def __init__(
-        self,
-        models: Sequence[Path] = (),
-        device: str | None = None,
-        dtype: str | None = None,
-        threads: int | None = None,
-        hub: Path | None = None,
-        remember: int | None = None,
-        spill: int | None = None,
-        variant: str | None = None,
-        quant: str | None = None,
-        loras: Sequence[str] = (),
-        memory: float | None = None,
-        decoder: str = "full",
-    ) -> None:
-        """models, hub: where to look for them.
-
-        variant: what the user says a single file is, where it cannot tell itself. quant: fp8 or nvfp4 for the
-        transformer's blocks, None for what the files hold. loras: name or path, each with an optional :scale.
-        memory: GB of the device that may be used, None for all that is free. decoder: full or small.
-
-        remember, spill: bytes kept between jobs for prompts and references, on the device and in the host's memory;
-        None for a share of what is free once the model is loaded.
-        """
-        self.shelf = ModelRegistry(tuple(models), hub, small_decoder=decoder == "small")
-        self.placement = Device.choose(device, dtype)
-        self.memory = TensorCache(remember or 0, spill or 0)
-        self._remember, self._spill = remember, spill
+    def __init__(self, config: EngineConfig | None = None) -> None:
+        """Raises InvalidJob for a device or number format that this machine lacks."""
+        self.config = config = config or EngineConfig()
+        self.registry = ModelRegistry(config.models, config.hub, small_decoder=config.decoder == "small")
+        self.device = Device.choose(config.device, config.dtype)
+        self.cache = TensorCache(config.cache_bytes or 0, config.spill_bytes or 0)
+        self._latest: Rgb8 | None = None  # the image made last, until an edit of it is prepared
         self.previews = False
         """Whether somebody watches: steps then carry a preview. May be set while a job runs."""
-        self._foreseen: Rgb8 | None = None
         self._klein: Klein | None = None
         self._name = self._chosen = ""
         self._auto: tuple[dict[str, Path], str] | None = None  # what was installed, and the best of it
-        self._variant, self._quant, self._loras = variant, quant, tuple(loras)
-        self._limit = None if memory is None else round(memory * 1e9)
-        if threads:
-            torch.set_num_threads(threads)
+        if config.threads:
+            torch.set_num_threads(config.threads)
 
     def run(self, job: Job) -> Iterator[Event]:
-        """Paint `job` with the model it names, loading that first if need be. Raises EngineError.
+        """Run `job` with the model it names, which is loaded first if need be. Raises EngineError.
 
-        If the device runs full, what is remembered is forgotten and the job begun once more.
+        If the device runs out of memory, the cache is cleared and the job started once more.
         """
         for _ in range(2):
             try:
-                yield from self._paint(job)
+                yield from self._run(job)
                 return
-            except (RuntimeError, MemoryError) as problem:
-                if not _ran_full(problem):
+            except (RuntimeError, MemoryError) as exc:
+                if not _is_out_of_memory(exc):
                     raise
             # Not before the exception is gone: its traceback holds the tensors of the job that failed.
-            self._forget()
-        raise self._full()
+            self._clear_cache()
+        raise self._out_of_memory()
 
-    def foresee(self) -> bool:
-        """In idle time: prepare for an edit of the picture just painted. False if there was nothing to do."""
-        image, self._foreseen = self._foreseen, None
+    def prefetch(self, image: "Rgb8 | None" = None) -> bool:
+        """In idle time: prepare for an edit of `image`, or of the latest result. False if there was nothing to do."""
+        latest, self._latest = self._latest, None
+        image = latest if image is None else image
         if image is None or self._klein is None:
             return False
         try:
-            self._klein.foresee(image)
+            self._klein.prefetch(image)
             return True
-        except (RuntimeError, MemoryError) as problem:
-            if not _ran_full(problem):
+        except (RuntimeError, MemoryError) as exc:
+            if not _is_out_of_memory(exc):
                 raise
         # Nobody asked for it; the next job will do this work itself.
-        self._forget()
+        self._clear_cache()
         return True
 
-    def _paint(self, job: Job) -> Iterator[Event]:
+    def _run(self, job: Job) -> Iterator[Event]:
         klein, ms = yield from self._load(job.model)
-        self._foreseen = None
+        self._latest = None
         for event in klein.run(job, lambda: self.previews):
             if isinstance(event, Result):
-                self._foreseen = event.image
+                self._latest = event.image
                 event = replace(event, ms={"load": ms, **event.ms})
             yield event
 
-    def _forget(self) -> None:
-        self.memory.clear()
-        self.placement.empty_cache()
+    def _clear_cache(self) -> None:
+        self.cache.clear()
+        self.device.empty_cache()
 
-    def _full(self) -> OutOfMemory:
-        there = room(self.placement)
+    def _out_of_memory(self) -> OutOfMemory:
+        memory = memory_info(self.device)
         return OutOfMemory(
-            f"The {there.device} ran full twice: of its {gb(there.total)}, weights hold {gb(self._held())} "
-            f"and {gb(there.free)} are free, too little for this picture.",
+            f"The {memory.device} ran full twice: of its {gb(memory.total)}, weights hold {gb(self._weight_bytes())} "
+            f"and {gb(memory.free)} are free, too little for this image.",
             hint="Ask for a smaller size or fewer references, or end what else uses it.",
         )
 
@@ -117,18 +105,24 @@ class Engine:
         name = self._choice() if model == "auto" else model
         if self._klein is not None and self._name == name:
             return self._klein, 0.0
-        checkpoint = self.shelf.find(name, self._variant, self._quant)
-        loras = tuple(lora.find(text, self.shelf.paths) for text in self._loras)
+        checkpoint = self.registry.find(name, self.config.variant, self.config.quant)
+        options = self._options(loras=True)
         self.release()
         start = time.perf_counter()
-        options = LoadOptions(self._quant, loras, self._limit)
-        self._klein = yield from Klein.load(checkpoint, self.placement, self.memory, options)
-        near, far = budgets(self._klein.free(self.placement.free_bytes()), self.placement.host_bytes())
-        self.memory.resize(
-            near if self._remember is None else self._remember, far if self._spill is None else self._spill
+        self._klein = yield from Klein.load(checkpoint, self.device, self.cache, options)
+        cache, spill = budgets(self._klein.free(self.device.free_bytes()), self.device.host_bytes())
+        config = self.config
+        self.cache.resize(
+            cache if config.cache_bytes is None else config.cache_bytes,
+            spill if config.spill_bytes is None else config.spill_bytes,
         )
         self._name = name
         return self._klein, round(1000 * (time.perf_counter() - start), 1)
+
+    def _options(self, *, loras: bool) -> LoadOptions:
+        """Raises ModelNotFound for a LoRA that is not there."""
+        found = tuple(lora.find(text, self.registry.paths) for text in self.config.loras) if loras else ()
+        return LoadOptions(self.config.quant, found, self.config.memory_limit)
 
     def _choice(self) -> str:
         # What auto has once chosen stays while it is loaded: memory that it fills itself must not speak against it.
@@ -137,70 +131,68 @@ class Engine:
         return self._chosen
 
     def best(self) -> str:
-        """The best installed model that this machine holds without streaming its transformer, else the embedded one."""
-        installed = self.shelf.installed()
+        """The best installed model whose transformer stays on the device, else the embedded one."""
+        installed = self.registry.installed()
         if self._klein is None or self._auto is None or self._auto[0] != installed:
             self._auto = installed, best(installed, self._holds) or EMBEDDED
         return self._auto[1]
 
     def _holds(self, name: str) -> bool:
-        """Whether all of the transformer would stay on the device, were nothing else loaded."""
-        held, options = self._held(), LoadOptions(self._quant, (), self._limit)
+        """Whether all of the transformer would stay on the device if nothing else were loaded."""
         try:
-            ready = prepare(self.shelf.find(name, None, self._quant), self.placement, options, held)
+            checkpoint = self.registry.find(name, None, self.config.quant)
+            prepared = prepare(checkpoint, self.device, self._options(loras=False), self._weight_bytes())
         except EngineError:
             return False
-        return ready.plan.blocks == len(ready.needs.blocks)
+        return prepared.plan.blocks == len(prepared.needs.blocks)
 
-    def _held(self) -> int:
+    def _weight_bytes(self) -> int:
         klein = self._klein  # another thread may release it while this one asks
-        return klein.held if klein else 0
+        return klein.weight_bytes if klein else 0
 
     def release(self) -> None:
-        """Give the weights' memory back; the next job loads again."""
+        """Free the memory of weights and cache; the next job loads again."""
         self._klein = None
         self._name = ""
-        self._foreseen = None
-        self._forget()
+        self._latest = None
+        self._clear_cache()
 
-    def status(self) -> dict[str, Any]:
-        """What is installed, loaded and remembered."""
-        installed, klein = self.shelf.installed(), self._klein
-        return {
-            "device": str(self.placement.device),
-            "dtype": str(self.placement.dtype).removeprefix("torch."),
-            "threads": torch.get_num_threads(),
-            "loaded": self._name or None,
-            "weights": klein.lives if klein else None,
-            "weights_bytes": self._held(),
-            "free_bytes": self.placement.free_bytes(),
-            "remembered": self.memory.counts(),
-            "models": [
-                {"name": name, "licence": row.licence, "path": str(installed[name]) if name in installed else None}
+    def status(self) -> EngineStatus:
+        """State of the engine; cheap, from any thread."""
+        installed, klein = self.registry.installed(), self._klein
+        return EngineStatus(
+            device=str(self.device.device),
+            dtype=self.device.dtype_name,
+            threads=torch.get_num_threads(),
+            free_bytes=self.device.free_bytes(),
+            loaded=self._name or None,
+            placement=klein.placement_summary if klein else None,
+            weights_bytes=self._weight_bytes(),
+            cache=self.cache.stats(),
+            models=tuple(
+                KnownModel(name, row.licence, str(installed[name]) if name in installed else None)
                 for name, row in VARIANTS.items()
-            ],
-        }
+            ),
+        )
 
-    def models(self) -> list[dict[str, Any]]:
-        """Every model that is there, and how it would live in the memory that is free now, or why it cannot."""
-        return [self._model(source) for source in self.shelf.sources()]
+    def models(self) -> tuple[ModelInfo, ...]:
+        """Every installed model, and how it would fit into the memory that is free now."""
+        return tuple(self._model_info(source) for source in self.registry.sources())
 
-    def _model(self, source: InstalledModel) -> dict[str, Any]:
-        about: dict[str, Any] = {"name": source.name, "format": source.format, "path": str(source.path)}
-        about["licence"] = VARIANTS[source.name].licence
+    def _model_info(self, source: InstalledModel) -> ModelInfo:
+        info = ModelInfo(source.name, source.format, str(source.path), VARIANTS[source.name].licence)
         try:
-            checkpoint = self.shelf.checkpoint(source)
-            loras = tuple(lora.find(text, self.shelf.paths) for text in self._loras)
-            ready = prepare(checkpoint, self.placement, LoadOptions(self._quant, loras, self._limit))
-        except EngineError as problem:
-            return about | {"bytes": None, "fits": False, "memory": str(problem)}
-        return about | {"bytes": ready.bytes, "fits": True, "memory": ready.plan.says(ready.needs)}
+            checkpoint = self.registry.checkpoint(source)
+            prepared = prepare(checkpoint, self.device, self._options(loras=True))
+        except EngineError as exc:
+            return replace(info, error=f"{exc.message} {exc.hint}".strip(), fix=exc.fix)
+        return replace(info, bytes=prepared.bytes, placement=prepared.plan.summary(prepared.needs))
 
 
-_FULL = ("out of memory", "can't allocate memory", "not enough memory")
-"""How torch says it where it has no exception of its own for it: Metal, Linux, Windows."""
+_OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
+"""Wording of Metal, Linux and Windows, where torch has no exception of its own for it."""
 
 
-def _ran_full(problem: RuntimeError | MemoryError) -> bool:
-    own = isinstance(problem, torch.OutOfMemoryError | MemoryError)
-    return own or any(words in str(problem) for words in _FULL)
+def _is_out_of_memory(exc: RuntimeError | MemoryError) -> bool:
+    own = isinstance(exc, torch.OutOfMemoryError | MemoryError)
+    return own or any(words in str(exc) for words in _OUT_OF_MEMORY)

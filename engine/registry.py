@@ -9,7 +9,7 @@ from typing import Any
 
 from engine import diagnose
 from engine.checkpoints.files.safetensors import Header, Shape, expect, kind_of, storage
-from engine.contract import BadWeights, ModelNotFound
+from engine.contract import BadWeights, Fix, ModelNotFound
 from engine.families.klein import identify
 from engine.families.klein.key_maps import bfl_name, encoder_name
 from engine.families.klein.variants import EMBEDDED, FP8, FULL, NVFP4, VARIANTS, Variant
@@ -105,7 +105,7 @@ class ModelRegistry:
             return self._checkpoint(self._source(model, quant), VARIANTS[model])
         if path.is_absolute() or os.sep in model:
             if not _exists(path):
-                raise ModelNotFound(f"No model at {model}.", hint="Run klein-mcp models to see what is there.")
+                raise ModelNotFound(f"No model at {model}.", fix=Fix("list"))
             return self._checkpoint(path, row)
         raise identify.unknown(model, "or give the path of a folder or file.")
 
@@ -121,7 +121,7 @@ class ModelRegistry:
                 raise BadWeights(broken.why)
             known = dict.fromkeys(source.name for source in there)
             raise ModelNotFound(
-                f"Model {name} is not installed; installed: {', '.join(known)}.", hint=f"Run: klein-mcp pull {name}"
+                f"Model {name} is not installed; installed: {', '.join(known)}.", fix=Fix("pull", model=name)
             )
         return next((source.path for source in ours if source.format == quant), ours[0].path)
 
@@ -203,7 +203,8 @@ class ModelRegistry:
         if first is None:
             raise BadWeights(
                 f"No {part} beside the file, nor in an installed model.",
-                hint=f"Put the model's {part} folder next to it, or run: klein-mcp pull {least}",
+                hint=f"Put the model's {part} folder next to it.",
+                fix=Fix("pull", model=least),
             )
         return first
 

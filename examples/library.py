@@ -27,7 +27,7 @@ def paint(engine: Engine, job: Job) -> Result:
 def main(folder: Path) -> None:
     """One picture from words, one edited, one composed of both."""
     folder.mkdir(parents=True, exist_ok=True)
-    engine = Engine()  # the best installed model on the best device; Engine(device="cpu", dtype="float32") to choose
+    engine = Engine()  # the best installed model on the best device; EngineConfig(device="cpu") chooses
 
     apple = paint(engine, Job("an apple on a yellow background", seed=7))
     green = paint(engine, Job("make the background green", references=(apple.image,), align=True, seed=7))

@@ -3,7 +3,10 @@
 import difflib
 import json
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from engine.contract import EngineError, Fix
 
 
 class RequestError(Exception):
@@ -28,6 +31,31 @@ class UnknownImage(RequestError):
 
 class Refused(RequestError):
     """The settings of this server do not allow it."""
+
+
+def explain(exc: "EngineError") -> str:
+    """Return an engine error in one line, its fix worded as settings and commands of ours."""
+    return one_line(" ".join(filter(None, (exc.message, exc.hint, fix_words(exc.fix)))))
+
+
+def fix_words(fix: "Fix | None") -> str:
+    """Return the sentence that tells a person how to apply `fix`."""
+    if fix is None:
+        return ""
+    if fix.action == "pull":
+        return f"Run: klein-mcp pull {fix.model}"
+    if fix.action == "list":
+        return "Run klein-mcp models to see what is there."
+    option = f"--{fix.setting}" if fix.setting in _OPTIONS else ""
+    names = " or ".join(filter(None, (option, f"KLEIN_{fix.setting.upper()}")))
+    choices = " or ".join(fix.choices) if len(fix.choices) < 3 else ", ".join(fix.choices)
+    if fix.effect:
+        return f"Set {names} to {choices}: {fix.effect}." if choices else f"Set {names}: {fix.effect}."
+    return f"Set {names}: {choices}." if choices else f"Set {names}."
+
+
+_OPTIONS = ("device", "dtype", "quant", "variant")
+"""Settings that commands take as an option, too."""
 
 
 def one_line(text: str, limit: int = 600) -> str:

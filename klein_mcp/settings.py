@@ -13,6 +13,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from engine.contract import EngineConfig
+
 log = logging.getLogger(__name__)
 
 
@@ -173,10 +175,29 @@ class Settings:
         }
         return cls(**values)
 
+    def engine_config(self) -> EngineConfig:
+        """Configuration of an engine; what the settings leave open is the engine's choice."""
+        return EngineConfig(
+            models=(*self.models, self.home / "models"),
+            hub=self.hub,
+            device=_unless_auto(self.device),
+            dtype=_unless_auto(self.dtype),
+            threads=self.threads or None,
+            variant=self.variant or None,
+            quant=_unless_auto(self.quant),
+            loras=self.loras,
+            decoder="small" if self.decoder == "small" else "full",
+            memory_limit=round(self.memory * 1e9) or None,
+        )
+
     @property
     def library(self) -> Path:
         """The folder of the picture library."""
         return self.home / "library"
+
+
+def _unless_auto(value: str) -> str | None:
+    return None if value == "auto" else value
 
 
 def variable(name: str) -> str:

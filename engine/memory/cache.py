@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.contract import Rgb8
+from engine.contract import CacheStats, Rgb8
 
 CacheEntry = tuple[Tensor, ...]
 
@@ -125,15 +125,9 @@ class TensorCache:
     def __len__(self) -> int:
         return len(self._home)
 
-    def counts(self) -> dict[str, int]:
-        """Entries, bytes on the device, bytes spilled, hits and misses."""
-        return {
-            "entries": len(self),
-            "bytes": self._near.held,
-            "spilled_bytes": self._far.held,
-            "hits": self.hits,
-            "misses": self.misses,
-        }
+    def stats(self) -> CacheStats:
+        """Return the counters; safe from any thread."""
+        return CacheStats(len(self), self._near.held, self._far.held, self.hits, self.misses)
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:

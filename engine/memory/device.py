@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from engine.contract import InvalidJob
+from engine.contract import Fix, InvalidJob
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 """fp16 is not among them: the autoencoder overflows in it, and the transformer may."""
@@ -25,6 +25,11 @@ class Device:
         if dtype is not None and dtype not in DTYPES:
             raise InvalidJob(f"dtype is {dtype!r}; allowed: {', '.join(DTYPES)}.")
         return cls(where, DTYPES[dtype] if dtype else _native(where))
+
+    @property
+    def dtype_name(self) -> str:
+        """Name of the number format, such as bfloat16."""
+        return str(self.dtype).removeprefix("torch.")
 
     def free_bytes(self) -> int:
         """Memory free on the device now."""
@@ -149,8 +154,8 @@ def _device(asked: str | None) -> str:
 
 
 def _not_there(asked: str, found: list[str]) -> InvalidJob:
-    hint = "Set KLEIN_DEVICE (for paint: --device) to one of these, or leave it away."
-    return InvalidJob(f"device is {asked!r}; this machine has: {', '.join(found)}.", hint=hint)
+    fix = Fix("set", "device", choices=tuple(found))
+    return InvalidJob(f"device is {asked!r}; this machine has: {', '.join(found)}.", fix=fix)
 
 
 def _native(device: torch.device) -> torch.dtype:

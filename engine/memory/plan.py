@@ -6,7 +6,7 @@ A pure function from sizes to a plan; refuses early, with numbers and the neares
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from engine.contract import OutOfMemory
+from engine.contract import Fix, OutOfMemory
 
 _PREFERENCE = ("klein-9b-kv", "klein-9b", "klein-4b")
 """What `auto` takes first. Base variants are for fine-tuning and slow: only when named."""
@@ -90,8 +90,8 @@ class PlacementPlan:
     peak: int
     asleep: int
 
-    def says(self, needs: WeightSizes) -> str:
-        """In a person's words."""
+    def summary(self, needs: WeightSizes) -> str:
+        """Where the weights are, in words."""
         streamed = [
             f"{what} {there} of {whole} layers"
             for what, there, whole in (
@@ -121,7 +121,7 @@ def plan(
     needs: WeightSizes,
     room: MemoryInfo,
     work: ActivationMemory,
-    alternatives: Sequence[tuple[str, WeightSizes]] = (),
+    alternatives: Sequence[tuple[Fix, WeightSizes]] = (),
     models: Sequence[tuple[str, WeightSizes]] = (),
 ) -> PlacementPlan:
     """The fastest plan that fits: all on the device; else the encoder streams; else as few blocks as must.
@@ -134,9 +134,11 @@ def plan(
     if found is not None:
         return found
     least = _least(needs, room, work)
+    hint, fix = _nearest(needs, room, work, alternatives, models)
     raise OutOfMemory(
         f"{needs.name} needs {gb(least)} of the {room.device} for {work.side}×{work.side}; {_there(room)}",
-        hint=_nearest(needs, room, work, alternatives, models),
+        hint=hint,
+        fix=fix,
     )
 
 
@@ -192,7 +194,7 @@ def _least(needs: WeightSizes, room: MemoryInfo, work: ActivationMemory) -> int:
 def _there(room: MemoryInfo) -> str:
     """What there is, and who keeps the rest: the user's own limit, or whoever holds much of the device."""
     if room.usable < room.free:
-        return f"KLEIN_MEMORY allows {gb(room.usable)}."
+        return f"the memory limit is {gb(room.usable)}."
     others = f" Other programs hold {gb(room.total - room.free)}." if _is_shared(room) else ""
     return f"{gb(room.free)} of {gb(room.total)} are free.{others}"
 
@@ -205,24 +207,25 @@ def _nearest(
     needs: WeightSizes,
     room: MemoryInfo,
     work: ActivationMemory,
-    alternatives: Sequence[tuple[str, WeightSizes]],
+    alternatives: Sequence[tuple[Fix, WeightSizes]],
     models: Sequence[tuple[str, WeightSizes]],
-) -> str:
+) -> tuple[str, Fix | None]:
+    """Return the nearest thing that would fit, as a hint or as a fix."""
     if room.usable < room.free and fits(needs, replace(room, limit=None), work) is not None:
-        return f"Allow more: with {gb(_least(needs, room, work))} it would fit."
+        return "", Fix("set", "memory", effect=f"with {gb(_least(needs, room, work))} it would fit")
     if _is_shared(room) and fits(needs, replace(room, free=room.total), work) is not None:
-        return "End the other program, or choose another device with KLEIN_DEVICE."
-    for say, other in alternatives:
+        return "End the other program, or choose another device.", Fix("set", "device")
+    for way, other in alternatives:
         if (less := fits(other, room, work)) is not None:
-            return f"{say} would fit: it needs {gb(less.peak)}."
+            return "", replace(way, effect=f"it would fit, with {gb(less.peak)}")
     if smaller := next((side for side in SIDES if side < work.side and fits(needs, room, work.at(side))), None):
-        return f"{smaller}×{smaller} would fit."
+        return f"{smaller}×{smaller} would fit.", None
     if room.host is not None and _least(needs, room, work) <= room.usable:
-        return f"The host's memory is what lacks: {gb(room.host)} are free for what has to sleep there."
-    for say, other in models:
+        return f"Host memory is short: {gb(room.host)} are free for the layers that would be offloaded.", None
+    for name, other in models:
         if (less := fits(other, room, work)) is not None:
-            return f"{say} would fit: it needs about {gb(less.peak)}."
-    return "The embedded model (nano) fits anywhere."
+            return f"{name} would fit: it needs about {gb(less.peak)}.", None
+    return "The embedded model (nano) fits anywhere.", None
 
 
 def gb(size: int) -> str:

@@ -13,9 +13,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from engine.contract import EngineError, Job, Result
+from engine.contract import EngineError, Job, ModelInfo, Result
 from engine.families.klein.variants import EMBEDDED, VARIANTS
 from klein_mcp.cli.terminal import ProgressBar, harmless, program
+from klein_mcp.errors import explain, fix_words
 from klein_mcp.settings import Settings, misspelt
 
 OLDEST_PYTHON = (3, 11)
@@ -66,7 +67,7 @@ def look(settings: Settings) -> Iterator[Check]:
             made = engine(settings)
             inside = [_device(made), *_models(settings, made), *_asked(settings, made)]
     except (EngineError, ImportError, OSError) as problem:
-        yield Check("engine", "cannot be made", str(problem))
+        yield Check("engine", "cannot be made", explain(problem) if isinstance(problem, EngineError) else str(problem))
         return
     yield from inside
     with ProgressBar("painting"):
@@ -157,7 +158,7 @@ def _daemon(settings: Settings) -> Check:
 
 def _device(made: Any) -> Check:
     state = made.status()
-    return Check("device", f"{state['device']}, {state['dtype']}, {state['free_bytes'] / 1e9:.1f} GB free")
+    return Check("device", f"{state.device}, {state.dtype}, {state.free_bytes / 1e9:.1f} GB free")
 
 
 def _models(settings: Settings, made: Any) -> Iterator[Check]:
@@ -165,10 +166,9 @@ def _models(settings: Settings, made: Any) -> Iterator[Check]:
 
     there = made.models()
     for model in there:
-        own = model["name"] == EMBEDDED
-        about = model["name"] if own else f"{model['name']} ({model['format']}), {model['licence']}"
-        yield Check("model", f"{about}: {model['memory']}" if model["fits"] else about, _todo(model))
-    for stranger in made.shelf.strangers():
+        about = model.name if model.name == EMBEDDED else f"{model.name} ({model.format}), {model.licence}"
+        yield Check("model", f"{about}: {model.placement}" if model.fits else about, _todo(model))
+    for stranger in made.registry.strangers():
         yield Check("model", f"{stranger.path} cannot be called by a name", stranger.why, works=True)
     for path, why in missing_places(settings):
         yield Check("model", str(path), why, works=True)
@@ -181,14 +181,15 @@ def _asked(settings: Settings, made: Any) -> Iterator[Check]:
     if settings.model == "auto":
         return
     try:
-        made.shelf.find(settings.model, settings.variant or None, None if settings.quant == "auto" else settings.quant)
+        config = settings.engine_config()
+        made.registry.find(settings.model, config.variant, config.quant)
         yield Check("model", f"KLEIN_MODEL is {settings.model}")
     except EngineError as problem:
-        yield Check("model", f"KLEIN_MODEL is {settings.model}", str(problem))
+        yield Check("model", f"KLEIN_MODEL is {settings.model}", explain(problem))
 
 
-def _todo(model: dict[str, Any]) -> str:
-    return "" if model["fits"] else model["memory"]
+def _todo(model: ModelInfo) -> str:
+    return f"{model.error} {fix_words(model.fix)}".strip()
 
 
 def _painting(made: Any, clock: Callable[[], float] = time.perf_counter) -> Check:
@@ -198,7 +199,7 @@ def _painting(made: Any, clock: Callable[[], float] = time.perf_counter) -> Chec
     try:
         *_, painting = made.run(Job("a red ball", width=size, height=size, model=EMBEDDED))
     except EngineError as problem:
-        return Check("test painting", "failed", str(problem))
+        return Check("test painting", "failed", explain(problem))
     assert isinstance(painting, Result)
     if int(painting.image.max()) == int(painting.image.min()):
         return Check("test painting", "came out empty", "Install klein-mcp again: its embedded model is damaged.")

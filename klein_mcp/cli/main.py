@@ -61,9 +61,12 @@ def _is_for_people(problem: Exception) -> bool:
 
 
 def _failed(problem: Exception) -> int:
+    from engine.contract import EngineError
     from klein_mcp.cli.terminal import harmless
+    from klein_mcp.errors import explain
 
-    print("klein-mcp:", " ".join(harmless(str(problem)).split()), file=sys.stderr)
+    said = explain(problem) if isinstance(problem, EngineError) else str(problem)
+    print("klein-mcp:", " ".join(harmless(said).split()), file=sys.stderr)
     return 1
 
 

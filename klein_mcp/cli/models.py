@@ -6,9 +6,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from engine.contract import ModelInfo
 from engine.families.klein.variants import EMBEDDED, VARIANTS
 from klein_mcp.cli.paint import engine
 from klein_mcp.cli.terminal import ProgressBar, harmless
+from klein_mcp.errors import fix_words
 from klein_mcp.settings import Settings
 
 
@@ -18,12 +20,12 @@ def run(settings: Settings, arguments: argparse.Namespace) -> int:
     with ProgressBar("looking at this machine"):
         made = engine(settings)
         there = made.models()
-    others = [(stranger.path, stranger.why) for stranger in made.shelf.strangers()] + list(missing_places(settings))
-    missing = [row for row in VARIANTS.values() if row.name not in {model["name"] for model in there}]
+    others = [(stranger.path, stranger.why) for stranger in made.registry.strangers()] + list(missing_places(settings))
+    missing = [row for row in VARIANTS.values() if row.name not in {model.name for model in there}]
     if arguments.json:
         rows = [{"name": row.name, "licence": row.licence, "gated": row.gated} for row in missing]
         told = [{"path": str(path), "why": why} for path, why in others]
-        print(json.dumps({"installed": there, "available": rows, "not_used": told}))
+        print(json.dumps({"installed": [_as_json(model) for model in there], "available": rows, "not_used": told}))
         return 0
     print(harmless("\n\n".join(map(_in_words, there))))
     if others:
@@ -47,11 +49,21 @@ def missing_places(settings: Settings) -> Iterator[tuple[Path, str]]:
             yield path, "KLEIN_MODELS names it, and it is not there."
 
 
-def _in_words(model: dict[str, Any]) -> str:
-    name = model["name"] if model["name"] == EMBEDDED else f"{model['name']} ({model['format']})"
-    size = "" if model["bytes"] is None else f", {model['bytes'] / 1e9:.1f} GB read"
-    fits = "fits" if model["fits"] else "does not load"
-    return f"{name}: {model['licence']}{size}\n  {model['path']}\n  {fits}: {model['memory']}"
+def _memory(model: ModelInfo) -> str:
+    """How it fits into memory, or why it does not and what to do."""
+    return model.placement or f"{model.error} {fix_words(model.fix)}".strip()
+
+
+def _as_json(model: ModelInfo) -> dict[str, Any]:
+    names = ("name", "format", "path", "licence", "bytes", "fits")
+    return {name: getattr(model, name) for name in names} | {"memory": _memory(model)}
+
+
+def _in_words(model: ModelInfo) -> str:
+    name = model.name if model.name == EMBEDDED else f"{model.name} ({model.format})"
+    size = "" if model.bytes is None else f", {model.bytes / 1e9:.1f} GB read"
+    fits = "fits" if model.fits else "does not load"
+    return f"{name}: {model.licence}{size}\n  {model.path}\n  {fits}: {_memory(model)}"
 
 
 def _sizes(files: Any) -> str:

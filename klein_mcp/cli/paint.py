@@ -101,10 +101,7 @@ def engine(settings: Settings) -> "Engine":
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from engine.engine import Engine
 
-    names = ("device", "dtype", "quant", "decoder", "memory", "variant", "loras", "threads", "hub")
-    options = {name: getattr(settings, name) for name in names}
-    options["models"] = (*settings.models, settings.home / "models")
-    return Engine(**{name: value for name, value in options.items() if value and value != "auto"})
+    return Engine(settings.engine_config())
 
 
 def _read(path: Path) -> bytes:

@@ -27,9 +27,9 @@ def _queue(queue: Mapping[str, Any]) -> str:
 
 
 def _engine(engine: Mapping[str, Any]) -> list[str]:
-    loaded = f"{engine['loaded']}, {engine['weights']}" if engine["loaded"] else "none is loaded"
+    loaded = f"{engine['loaded']}, {engine['placement']}" if engine["loaded"] else "none is loaded"
     installed = [f"{model['name']} ({model['licence']})" for model in engine["models"] if model["path"]]
-    remembered = engine["remembered"]
+    remembered = engine["cache"]
     return [
         f"device: {engine['device']}, {engine['dtype']}, {engine['free_bytes'] / 1e9:.1f} GB free",
         f"model: {loaded}",

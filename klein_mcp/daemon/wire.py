@@ -3,7 +3,7 @@
 import json
 import struct
 from collections.abc import Iterator, Mapping
-from dataclasses import fields
+from dataclasses import asdict, fields
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,7 @@ from engine.contract import (
     EngineError,
     EngineFailed,
     Event,
+    Fix,
     InvalidJob,
     Job,
     Loading,
@@ -117,12 +118,14 @@ class _Pixels:
 
 def _fields(message: Message) -> dict[str, Any]:
     if isinstance(message, EngineError):
-        return dict(vars(message))
+        return {**vars(message), "fix": message.fix and asdict(message.fix)}
     return {field.name: getattr(message, field.name) for field in fields(message)}
 
 
 def _message(kind: str, content: dict[str, Any]) -> Message:
     if kind in _ERRORS:
+        if fix := content.get("fix"):
+            content["fix"] = Fix(**{**fix, "choices": tuple(fix["choices"])})
         return _ERRORS[kind](content.pop("message"), **content)
     # JSON knows no tuples, and no field of a message is a list.
     return _KINDS[kind](**{name: tuple(value) if isinstance(value, list) else value for name, value in content.items()})

@@ -132,11 +132,18 @@ class JobManager:
             job["attempts"] -= 1  # put down, not crashed
             raise
         except Exception as problem:
-            from klein_mcp.errors import RequestError
+            from klein_mcp.errors import RequestError, explain
 
             if not isinstance(problem, EngineError | RequestError):
                 log.exception("an order that was handed over failed")
-            job.update(state="failed", error={"message": str(problem) or type(problem).__name__, "hint": ""})
+            job.update(
+                state="failed",
+                error={
+                    "message": (explain(problem) if isinstance(problem, EngineError) else str(problem))
+                    or type(problem).__name__,
+                    "hint": "",
+                },
+            )
         finally:
             self._tasks.pop(name, None)
             job["since"] = time.time()

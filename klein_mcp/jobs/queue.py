@@ -10,7 +10,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from engine.contract import Busy, EngineError, EngineFailed, Event, Job, Loading, Queued, Result
+from engine.contract import Busy, EngineError, EngineFailed, EngineStatus, Event, Job, Loading, Queued, Result
 from klein_mcp.jobs.timing import TimingHistory
 
 log = logging.getLogger(__name__)
@@ -30,9 +30,9 @@ class Executor(Protocol):
     """What drives the pixels: engine.engine.Engine, or a fake of the same shape in a test."""
 
     def run(self, job: Job) -> Iterator[Event]: ...
-    def status(self) -> dict[str, Any]: ...
+    def status(self) -> EngineStatus: ...
     def release(self) -> None: ...
-    def foresee(self) -> bool: ...
+    def prefetch(self) -> bool: ...
 
 
 @dataclass(eq=False, slots=True)
@@ -162,7 +162,7 @@ class Queue:
             }
             painter = self._painter
         state = {"queue": state, "seconds": self._history.tables()}
-        return {**state, **({"engine": painter.status()} if painter else {})}
+        return {**state, **({"engine": painter.status().to_json()} if painter else {})}
 
     def work(self) -> None:
         """Paint until closed."""
@@ -181,7 +181,7 @@ class Queue:
                     ticket.tell(outcome)
             # Kept while nobody comes, these would keep a job's references and an error's half-loaded weights.
             del ticket, outcome
-            self._foresee()
+            self._prefetch()
 
     def _next(self) -> Ticket | None:
         while True:
@@ -210,13 +210,13 @@ class Queue:
         self._tell_positions()
         return self._running
 
-    def _foresee(self) -> None:
+    def _prefetch(self) -> None:
         """While nobody waits: the engine may do ahead what the next job is likely to need."""
         with self._change:
             if self._change.wait_for(lambda: self._waiting or self._closed, LULL):
                 return
         try:
-            while self._painter and not self._waiting and not self._closed and self._painter.foresee():
+            while self._painter and not self._waiting and not self._closed and self._painter.prefetch():
                 pass
         except Exception:
             # Nobody asked for it, so nobody is told; the job that needs it will meet the problem itself.

@@ -34,7 +34,7 @@ from mcp_types import Tool as Listed
 
 from engine.contract import Busy, EngineError
 from klein_mcp import __version__
-from klein_mcp.errors import RequestError, did_you_mean, one_line, shown
+from klein_mcp.errors import RequestError, did_you_mean, explain, one_line, shown
 from klein_mcp.jobs.context import CallContext
 from klein_mcp.jobs.service import Service
 from klein_mcp.mcp_server import prompts, resources
@@ -107,8 +107,10 @@ class KleinServer(MCPServer):
                 )
             return await tool.run(self.service, self._call_context(context), tool.parse(arguments))
         except Busy as exc:
-            return _error_result(f"{exc} Try again in {exc.retry_after:.0f} s.")
-        except (RequestError, EngineError) as exc:
+            return _error_result(f"{explain(exc)} Try again in {exc.retry_after:.0f} s.")
+        except EngineError as exc:
+            return _error_result(explain(exc))
+        except RequestError as exc:
             return _error_result(str(exc))
         except (OSError, sqlite3.Error) as exc:
             log.exception("%s failed", name)

@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from engine.contract import Job, Result, Rgb8
+from engine.contract import EngineConfig, Job, Result, Rgb8
 from engine.engine import Engine
 from engine.registry import NANO
 from tests.bench.comparisons import HEAD, Row, compare
@@ -56,7 +56,7 @@ def main(rounds: int) -> None:
 
 def engine_rows(model: Path, *, kv: bool, rounds: int) -> Iterator[Row]:
     """The engine beside the pipeline; each call has a prompt of its own unless said."""
-    engine, theirs = Engine(device="cpu", threads=THREADS), _pipeline(model)
+    engine, theirs = Engine(EngineConfig(device="cpu", threads=THREADS)), _pipeline(model)
     fresh = itertools.count()
     known = [_picture(-1 - i) for i in range(4)]
 

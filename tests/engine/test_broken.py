@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from engine.contract import BadWeights, Job
+from engine.contract import BadWeights, EngineConfig, Job
 from engine.engine import Engine
 
 TRANSFORMER = "transformer/diffusion_pytorch_model.safetensors"
@@ -121,7 +121,7 @@ def test_it_is_said_in_one_line(what: str, folder: Path, tmp_path: Path) -> None
     home = Path(shutil.copytree(folder, tmp_path / "broken"))
     change(home)
     with pytest.raises(BadWeights, match=says) as told:
-        list(Engine(device="cpu", dtype="float32").run(Job("x", model=str(home), width=64, height=64)))
+        list(Engine(EngineConfig(device="cpu", dtype="float32")).run(Job("x", model=str(home), width=64, height=64)))
     assert "\n" not in str(told.value)
     assert len(str(told.value)) < 600
 

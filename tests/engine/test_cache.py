@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from engine.contract import Job, Result, Rgb8
+from engine.contract import CacheStats, EngineConfig, Job, Result, Rgb8
 from engine.engine import Engine
 from engine.memory.cache import TensorCache, budgets, content_hash
 from tests import toys
@@ -32,7 +32,7 @@ def test_the_oldest_leaves_for_the_host_and_from_there_for_good() -> None:
     memory = TensorCache(budget=80, spill=40)
     for name in "abc":
         memory.put(name, [tensor(10, ord(name))])  # 40 bytes each
-    assert memory.counts() == {"entries": 3, "bytes": 80, "spilled_bytes": 40, "hits": 0, "misses": 0}
+    assert memory.stats() == CacheStats(entries=3, bytes=80, spilled_bytes=40, hits=0, misses=0)
     assert torch.equal(memory.get("a")[0], tensor(10, ord("a")))  # type: ignore[index]
     memory.put("d", [tensor(10)])
     assert "b" not in memory, "least recently used: a was used since"
@@ -44,7 +44,7 @@ def test_the_oldest_leaves_for_the_host_and_from_there_for_good() -> None:
 def test_what_is_too_large_for_the_device_waits_in_the_host() -> None:
     memory = TensorCache(budget=10, spill=100)
     memory.put("large", [tensor(20)])
-    assert memory.counts()["spilled_bytes"] == 80
+    assert memory.stats().spilled_bytes == 80
     assert memory.get("large") is not None
 
 
@@ -55,10 +55,10 @@ def test_budgets_hold_under_a_thousand_random_jobs(seed: int) -> None:
         key, count = int(rng.integers(40)), int(rng.integers(1, 64))
         (kept,), _ = memory.get_or(key, lambda count=count, key=key: [tensor(count, key)])
         assert (kept == key).all(), "another key's tensors"
-        counts = memory.counts()
-        assert counts["bytes"] <= 400
-        assert counts["spilled_bytes"] <= 700
-        assert counts["hits"] + counts["misses"] == job + 1
+        counts = memory.stats()
+        assert counts.bytes <= 400
+        assert counts.spilled_bytes <= 700
+        assert counts.hits + counts.misses == job + 1
     assert memory.hits > 50
 
 
@@ -78,7 +78,7 @@ def kv_toy(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="module")
 def cold(kv_toy: str) -> Callable[[Job], Rgb8]:
     """What an engine that remembers nothing paints; each job once."""
-    engine, painted = Engine(device="cpu", remember=0, spill=0), {}
+    engine, painted = Engine(EngineConfig(device="cpu", cache_bytes=0, spill_bytes=0)), {}
 
     def paint_once(job: Job) -> Rgb8:
         key = (job.prompt, *map(content_hash, job.references))
@@ -99,40 +99,40 @@ def test_remembering_paints_what_a_cold_engine_paints(
     kv_toy: str, cold: Callable[[Job], Rgb8], remember: int, spill: int
 ) -> None:
     rng = np.random.default_rng(5)
-    engine = Engine(device="cpu", remember=remember, spill=spill)
+    engine = Engine(EngineConfig(device="cpu", cache_bytes=remember, spill_bytes=spill))
     pool = [picture(64, 80, seed) for seed in range(3)]
     for _ in range(24):
         chosen = tuple(pool[i] for i in rng.integers(0, 3, rng.integers(1, 3)))
         job = Job("ab"[rng.integers(2)], model=kv_toy, references=chosen, width=64, height=64, steps=1)
         assert np.array_equal(paint(engine, job).image, cold(job))
-        counts = engine.status()["remembered"]
-        assert counts["bytes"] <= remember
-        assert counts["spilled_bytes"] <= spill
+        counts = engine.status().cache
+        assert counts.bytes <= remember
+        assert counts.spilled_bytes <= spill
     if remember or spill:
-        assert engine.status()["remembered"]["hits"] >= 10  # observed: 11 (tight)
+        assert engine.status().cache.hits >= 10  # observed: 11 (tight)
 
 
 def test_what_is_kept_holds_no_more_memory_than_is_counted(kv_toy: str) -> None:
-    engine = Engine(device="cpu")
+    engine = Engine(EngineConfig(device="cpu"))
     paint(engine, Job("a", model=kv_toy, references=(picture(64, 80), picture(80, 64, 1)), width=64, height=64))
-    kept = [tensor for entry in engine.memory._near.entries.values() for tensor in entry]
+    kept = [tensor for entry in engine.cache._near.entries.values() for tensor in entry]
     assert len(kept) > 8
     assert all(tensor.untyped_storage().nbytes() == tensor.nbytes for tensor in kept)
 
 
 def test_an_edit_of_the_picture_just_painted_starts_warm(kv_toy: str) -> None:
-    engine = Engine(device="cpu")
+    engine = Engine(EngineConfig(device="cpu"))
     painted = paint(engine, Job("a", model=kv_toy, width=70, height=90)).image
-    assert engine.foresee() is True
-    assert engine.foresee() is False, "done once"
+    assert engine.prefetch() is True
+    assert engine.prefetch() is False, "done once"
     edit = Job("b", model=kv_toy, references=(painted,), align=True)
     warm = paint(engine, edit)
     assert warm.cache["references"] == "hit"
-    assert np.array_equal(warm.image, paint(Engine(device="cpu", remember=0), edit).image)
+    assert np.array_equal(warm.image, paint(Engine(EngineConfig(device="cpu", cache_bytes=0)), edit).image)
 
 
 def test_another_model_misses(kv_toy: str, tmp_path: Path) -> None:
-    engine = Engine(device="cpu")
+    engine = Engine(EngineConfig(device="cpu"))
     other = str(toys.save(tmp_path / "other", kv=True, seed=1))
     job = Job("a", model=kv_toy, references=(picture(64, 80),), width=64, height=64)
     first = paint(engine, job)

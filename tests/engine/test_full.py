@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from engine.contract import Job, Loading, OutOfMemory, Result, Stage
+from engine.contract import EngineConfig, Job, Loading, OutOfMemory, Result, Stage
 from engine.engine import Engine
 from engine.families.klein.pipeline import Klein
 from engine.memory.device import Device
@@ -35,7 +35,7 @@ def in_python() -> None:
 
 @pytest.fixture
 def engine() -> Engine:
-    engine = Engine(device="cpu", remember=10**7)
+    engine = Engine(EngineConfig(device="cpu", cache_bytes=10**7))
     paint(engine, DOG)
     return engine
 
@@ -67,7 +67,7 @@ def test_what_is_remembered_is_dropped_and_the_job_painted_after_all(
 ) -> None:
     undisturbed = paint(engine, DOG).image
     paint(engine, Job("remembered until memory is short", model="nano"))
-    assert len(engine.memory) == 2
+    assert len(engine.cache) == 2
     latents = full(engine, monkeypatch, 1, how)
     events = list(engine.run(DOG))
     assert len(latents) == 2
@@ -75,7 +75,7 @@ def test_what_is_remembered_is_dropped_and_the_job_painted_after_all(
     assert isinstance(events[-1], Result)
     assert np.array_equal(events[-1].image, undisturbed)
     assert events[-1].cache["prompt"] == "miss"
-    assert len(engine.memory) == 1, "its own prompt, read again"
+    assert len(engine.cache) == 1, "its own prompt, read again"
 
 
 def test_nothing_of_the_failed_attempt_is_held_when_the_device_is_emptied(
@@ -94,12 +94,12 @@ def test_a_second_time_is_one_line_with_numbers_and_the_next_job_is_painted(
     monkeypatch.setattr(Device, "label", "GPU")
     monkeypatch.setattr(Device, "total_bytes", lambda self: 24 * GB)
     monkeypatch.setattr(Device, "free_bytes", lambda self: 1_234_000_000)
-    monkeypatch.setattr(engine, "_held", lambda: 7_800_000_000)
+    monkeypatch.setattr(engine, "_weight_bytes", lambda: 7_800_000_000)
     with pytest.raises(OutOfMemory) as told:
         list(engine.run(DOG))
     assert len(latents) == 2, "no third attempt"
     assert str(told.value) == (
-        "The GPU ran full twice: of its 24.0 GB, weights hold 7.8 GB and 1.2 GB are free, too little for this picture. "
+        "The GPU ran full twice: of its 24.0 GB, weights hold 7.8 GB and 1.2 GB are free, too little for this image. "
         "Ask for a smaller size or fewer references, or end what else uses it."
     )
     assert paint(engine, DOG).ms["load"] == 0, "the weights stayed"
@@ -136,7 +136,7 @@ def test_a_device_that_runs_full_while_weights_are_read_gets_a_second_chance_too
         return (yield from loading)
 
     monkeypatch.setattr(Klein, "load", classmethod(load_or_fail))
-    engine = Engine(device="cpu")
+    engine = Engine(EngineConfig(device="cpu"))
     if times == 1:
         assert paint(engine, DOG).image.shape == (128, 128, 3)
     else:
@@ -148,7 +148,7 @@ def test_a_device_that_runs_full_while_weights_are_read_gets_a_second_chance_too
 def test_what_nobody_asked_for_fails_in_silence(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     assert engine._klein is not None
     monkeypatch.setattr(engine._klein.autoencoder, "encode", lambda pixels: on_cuda())
-    assert len(engine.memory) == 1
-    assert engine.foresee()
-    assert len(engine.memory) == 0
-    assert not engine.foresee()
+    assert len(engine.cache) == 1
+    assert engine.prefetch()
+    assert len(engine.cache) == 0
+    assert not engine.prefetch()

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from engine.checkpoints.files.safetensors import Header, kind
 from engine.checkpoints.loading import Tensors
-from engine.contract import BadWeights, EngineError, Job, Result
+from engine.contract import BadWeights, EngineConfig, EngineError, Job, Result
 from engine.engine import Engine
 from engine.families.klein import components
 from engine.families.klein.loader import LoadOptions
@@ -318,7 +318,7 @@ def test_what_is_no_klein_is_named_in_one_line(what: str, bfl: dict[str, Tensor]
         shutil.copytree(folder / part, tmp_path / part)
     file = make(tmp_path / "flux-2-klein-4b.safetensors")
     with pytest.raises(BadWeights, match=says) as told:
-        list(Engine(device="cpu", dtype="float32").run(Job("x", model=str(file))))
+        list(Engine(EngineConfig(device="cpu", dtype="float32")).run(Job("x", model=str(file))))
     assert "\n" not in str(told.value)
     assert len(str(told.value)) < 300
 
@@ -343,7 +343,7 @@ def test_the_9b_encoder_with_a_4b_transformer_is_refused(bfl: dict[str, Tensor],
     with pytest.raises(
         BadWeights, match=r"gives 192 numbers a token, the transformer reads 96.*klein 9B with Qwen3-8B"
     ):
-        list(Engine(device="cpu", dtype="float32").run(Job("x", model=str(home))))
+        list(Engine(EngineConfig(device="cpu", dtype="float32")).run(Job("x", model=str(home))))
 
 
 def test_a_file_that_may_not_be_read_says_so(bfl: dict[str, Tensor], folder: Path, tmp_path: Path) -> None:
@@ -376,7 +376,7 @@ def forbidden(file: Path, home: Path) -> Iterator[None]:
 def test_an_error_while_loading_leaves_no_half_a_model(folder: Path, tmp_path: Path) -> None:
     home = tmp_path / "torn"
     shutil.copytree(folder, home)
-    engine = Engine(device="cpu", dtype="float32", remember=0)
+    engine = Engine(EngineConfig(device="cpu", dtype="float32", cache_bytes=0))
     for _ in engine.run(Job("x", model=str(NANO), width=64, height=64, steps=1)):
         pass
     cut(home / "vae" / "diffusion_pytorch_model.safetensors")
@@ -384,7 +384,7 @@ def test_an_error_while_loading_leaves_no_half_a_model(folder: Path, tmp_path: P
         list(engine.run(Job("x", model=str(home))))
     for _ in engine.run(Job("x", model=str(NANO), width=64, height=64, steps=1)):
         pass
-    assert engine.status()["loaded"] == str(NANO)
+    assert engine.status().loaded == str(NANO)
 
 
 def test_the_same_name_in_two_precisions_is_read_once(folder: Path, tmp_path: Path) -> None:
@@ -402,7 +402,7 @@ def test_a_folder_of_pickles_is_refused(folder: Path, tmp_path: Path) -> None:
     file.rename(file.with_suffix(".bin"))
     says = r"only diffusion_pytorch_model\.bin, which is a pickle and could run code\. Only safetensors are read"
     with pytest.raises(BadWeights, match=says):
-        list(Engine(device="cpu", dtype="float32").run(Job("x", model=str(home))))
+        list(Engine(EngineConfig(device="cpu", dtype="float32")).run(Job("x", model=str(home))))
 
 
 def test_an_engine_is_told_its_loras_and_format_in_words(folder: Path, tmp_path: Path) -> None:
@@ -412,16 +412,16 @@ def test_an_engine_is_told_its_loras_and_format_in_words(folder: Path, tmp_path:
     write(bfl_fused(), models / "loras" / "style.safetensors")
     job = Job("x", model="klein-4b", width=64, height=64, steps=1)
     prints = set()
-    for words in ({}, {"loras": ["style:0.5"]}, {"loras": ["style"]}, {"quant": "fp8", "loras": ["style"]}):
-        engine = Engine(models=[models], device="cpu", dtype="float32", **words)  # type: ignore[arg-type]
+    for words in ({}, {"loras": ("style:0.5",)}, {"loras": ("style",)}, {"quant": "fp8", "loras": ("style",)}):
+        engine = Engine(EngineConfig(models=(models,), device="cpu", dtype="float32", **words))  # type: ignore[arg-type]
         *_, painting = engine.run(job)
         assert isinstance(painting, Result)
         prints.add((painting.fingerprint, painting.image.tobytes()))
     assert len({fingerprint for fingerprint, _ in prints}) == len({image for _, image in prints}) == 4
     with pytest.raises(EngineError, match=r"No LoRA 'stile'; there are style"):
-        list(Engine(models=[models], device="cpu", loras=["stile"]).run(job))
+        list(Engine(EngineConfig(models=(models,), device="cpu", loras=("stile",))).run(job))
     with pytest.raises(EngineError, match=r"quant is 'int4'; allowed: fp8, nvfp4"):
-        list(Engine(models=[models], device="cpu", quant="int4").run(job))
+        list(Engine(EngineConfig(models=(models,), device="cpu", quant="int4")).run(job))
 
 
 def test_a_renamed_file_asks_and_the_users_word_answers(bfl: dict[str, Tensor], folder: Path, tmp_path: Path) -> None:
@@ -429,9 +429,9 @@ def test_a_renamed_file_asks_and_the_users_word_answers(bfl: dict[str, Tensor], 
         shutil.copytree(folder / part, tmp_path / part)
     file = published.write(bfl, tmp_path / "mine.safetensors")
     job = Job("x", model=str(file), width=64, height=64, steps=1)
-    with pytest.raises(BadWeights, match="--variant"):
-        list(Engine(device="cpu", dtype="float32").run(job))
-    *_, painting = Engine(device="cpu", dtype="float32", variant="klein-base-4b").run(job)
+    with pytest.raises(BadWeights, match="Set variant to klein-4b or klein-base-4b"):
+        list(Engine(EngineConfig(device="cpu", dtype="float32")).run(job))
+    *_, painting = Engine(EngineConfig(device="cpu", dtype="float32", variant="klein-base-4b")).run(job)
     assert isinstance(painting, Result)
     assert (painting.model, painting.guidance) == ("klein-base-4b", 4.0)
 
@@ -445,8 +445,8 @@ def test_what_lies_in_comfyuis_folders_paints(bfl: dict[str, Tensor], folder: Pa
     encoder = load_file(folder / "text_encoder" / "model.safetensors")
     published.write(encoder, home / "text_encoders" / "qwen_3_4b.safetensors")
     shutil.copytree(folder / "tokenizer", home / "diffusion_models" / "tokenizer")
-    engine = Engine(models=[home], device="cpu", dtype="float32")
+    engine = Engine(EngineConfig(models=(home,), device="cpu", dtype="float32"))
     *_, painting = engine.run(Job("x", model="klein-4b", width=64, height=64, steps=2))
     assert isinstance(painting, Result)
     assert painting.image.std() > 5
-    assert engine.models()[1]["format"] == "fp8"
+    assert engine.models()[1].format == "fp8"

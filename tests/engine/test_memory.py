@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from engine.contract import OutOfMemory
+from engine.contract import Fix, OutOfMemory
 from engine.families.klein.loader import _other_models, work_of
 from engine.families.klein.text_encoder import TextEncoder
 from engine.families.klein.transformer import Transformer, TransformerShape
@@ -135,14 +135,16 @@ def test_a_card_that_others_hold_is_told_of_not_crashed_into() -> None:
         plan(needs("9b"), card(24, free=1.5), work("9b"))
     assert str(told.value) == (
         "klein-9b needs 3.6 GB of the GPU for 1024×1024; 1.5 GB of 24.0 GB are free. Other programs hold 22.5 GB. "
-        "End the other program, or choose another device with KLEIN_DEVICE."
+        "End the other program, or choose another device. Set device."
     )
 
 
 def test_a_refusal_names_the_nearest_thing_that_would_fit() -> None:
     tight = MemoryInfo("memory", 12 * GB, 16 * GB)
-    with pytest.raises(OutOfMemory, match=r"needs 16\.\d GB of the memory.*--quant fp8 would fit: it needs 12|nvfp4"):
-        plan(needs("4b"), tight, work(), [(f"--quant {k}", needs("4b", k)) for k in ("fp8", "nvfp4")])
+    with pytest.raises(OutOfMemory, match=r"needs 16\.\d GB of the memory.*Set quant to nvfp4: it would fit, with \d+"):
+        plan(
+            needs("4b"), tight, work(), [(Fix("set", "quant", choices=(k,)), needs("4b", k)) for k in ("fp8", "nvfp4")]
+        )
     with pytest.raises(OutOfMemory, match=r"for 2048×2048.*1024×1024 would fit\."):
         plan(needs("4b"), card(8, free=6.0), work(side=2048))
     with pytest.raises(OutOfMemory, match=r"nano\) fits anywhere"):
@@ -153,10 +155,10 @@ def test_a_limit_of_the_users_own_is_not_blamed_on_other_programs() -> None:
     with pytest.raises(OutOfMemory) as told:
         plan(needs("9b"), replace(card(24), limit=2 * GB), work("9b"))
     assert str(told.value) == (
-        "klein-9b needs 3.6 GB of the GPU for 1024×1024; KLEIN_MEMORY allows 2.0 GB. "
-        "Allow more: with 3.6 GB it would fit."
+        "klein-9b needs 3.6 GB of the GPU for 1024×1024; the memory limit is 2.0 GB. "
+        "Set memory: with 3.6 GB it would fit."
     )
-    with pytest.raises(OutOfMemory, match=r"KLEIN_MEMORY allows 2\.0 GB\. Allow more: with 32\.\d GB it would fit"):
+    with pytest.raises(OutOfMemory, match=r"the memory limit is 2\.0 GB\. Set memory: with 32\.\d GB it would fit"):
         plan(needs("9b"), MemoryInfo("memory", 60 * GB, 64 * GB, None, 2 * GB), work("9b"))
     assert plan(needs("4b"), replace(card(80), limit=10 * GB), work()).peak <= 10 * GB
     assert plan(needs("4b"), replace(card(8), limit=40 * GB), work()) == plan(needs("4b"), card(8), work())
@@ -174,7 +176,7 @@ def test_a_smaller_model_is_named_where_nothing_helps_this_one() -> None:
 
 
 def test_weights_that_sleep_need_room_in_the_host() -> None:
-    with pytest.raises(OutOfMemory, match=r"host's memory is what lacks: 2\.0 GB"):
+    with pytest.raises(OutOfMemory, match=r"Host memory is short: 2\.0 GB"):
         plan(needs("4b"), card(8, host=2), work())
 
 
@@ -182,8 +184,8 @@ def test_where_device_and_host_share_memory_nothing_sleeps() -> None:
     four = needs("4b")
     found = plan(four, MemoryInfo("memory", 32 * GB, 32 * GB), work())
     assert found == PlacementPlan(80, len(four.encoder), False, four.all + work().bytes + RESERVE, 0)
-    assert "all on the device" in found.says(four)
-    assert "5 of 80" in replace(found, blocks=5).says(four)
+    assert "all on the device" in found.summary(four)
+    assert "5 of 80" in replace(found, blocks=5).summary(four)
 
 
 def test_auto_takes_the_best_that_fits_and_never_a_base_model() -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from engine.checkpoints.quant import fp8
 from engine.checkpoints.quant.fp8 import Fp8Linear
-from engine.contract import Job, OutOfMemory, Result
+from engine.contract import EngineConfig, Job, OutOfMemory, Result
 from engine.engine import Engine
 from engine.families.klein import loader, lora
 from engine.families.klein.loader import LoadOptions
@@ -142,7 +142,9 @@ def cramped(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     """A device that is told to have a memory of its own, and little of it."""
     room = {"free": 0}
     monkeypatch.setattr(
-        loader, "room", lambda placement, limit=None, held=0: MemoryInfo("GPU", room["free"], 24 * 10**9, 64 * 10**9)
+        loader,
+        "memory_info",
+        lambda placement, limit=None, held=0: MemoryInfo("GPU", room["free"], 24 * 10**9, 64 * 10**9),
     )
     monkeypatch.setattr(loader, "work_of", lambda *shapes: ActivationMemory(128, 0))
     monkeypatch.setattr("engine.memory.plan.RESERVE", 0)
@@ -160,7 +162,7 @@ def test_a_model_that_streams_paints_the_same_picture(cramped: dict[str, int]) -
     checkpoint = ModelRegistry().find(str(NANO))
     cramped["free"] = 10**9
     whole = last(Klein.load(checkpoint, PLACEMENT))
-    assert "all on the device" in whole.lives
+    assert "all on the device" in whole.placement_summary
     want = paint(whole).image
     seen = set()
     for megabytes in (40, 28, 24, 20, 17, 14, 11, 8, 6, 5, 4):
@@ -169,7 +171,7 @@ def test_a_model_that_streams_paints_the_same_picture(cramped: dict[str, int]) -
             klein = last(Klein.load(checkpoint, PLACEMENT))
         except OutOfMemory:
             continue
-        plan = klein.lives.rpartition(";")[0]
+        plan = klein.placement_summary.rpartition(";")[0]
         if plan not in seen:
             seen.add(plan)
             assert (paint(klein).image == want).all(), plan
@@ -189,7 +191,7 @@ def test_a_lora_on_streamed_layers_is_the_lora_on_resident_ones(
                 Klein.load(ModelRegistry().find(str(folder)), PLACEMENT, None, LoadOptions(quant, (Lora(file),)))
             )
             streams = any(isinstance(layer, OffloadedModule) for layer in klein.transformer.modules())
-            assert streams == (free < 10**9), klein.lives
+            assert streams == (free < 10**9), klein.placement_summary
             torch.manual_seed(0)
             text = klein.transformer.txt_in(torch.randn(1, 12, 96))
             rope = klein.transformer.rope(torch.zeros(28, 4, dtype=torch.long))
@@ -210,12 +212,12 @@ def test_where_the_native_size_does_not_fit_a_smaller_one_is_planned_for(
     cramped["free"] = needed + 3 * 10**8
     with pytest.raises(OutOfMemory, match=r"needs 1\.0 GB of the GPU for 1024×1024"):
         loader.prepare(checkpoint, PLACEMENT, LoadOptions())
-    assert "all on the device" in last(Klein.load(checkpoint, PLACEMENT)).lives
+    assert "all on the device" in last(Klein.load(checkpoint, PLACEMENT)).placement_summary
 
 
 def test_a_limit_on_memory_is_kept(folder: Path) -> None:
-    engine = Engine(device="cpu", dtype="float32", memory=0.001, models=[folder])
-    with pytest.raises(OutOfMemory, match=r"needs 0\.\d GB of the memory.* KLEIN_MEMORY allows 0\.0 GB\. Allow more"):
+    engine = Engine(EngineConfig(device="cpu", dtype="float32", memory_limit=1_000_000, models=(folder,)))
+    with pytest.raises(OutOfMemory, match=r"needs 0\.\d GB of the memory.* the memory limit is 0\.0 GB\. Set memory"):
         list(engine.run(Job("x", model=str(folder))))
 
 
@@ -229,16 +231,16 @@ def test_auto_is_the_best_that_need_not_stream_its_transformer(
     enough = loader.prepare(small, PLACEMENT, LoadOptions()).needs
     for free, chosen in ((10**9, "klein-9b"), (enough.rest + sum(enough.blocks) + 10**5, "klein-9b"), (MB, "nano")):
         cramped["free"] = free
-        assert Engine(device="cpu", dtype="float32", models=[tmp_path]).best() == chosen, free
+        assert Engine(EngineConfig(device="cpu", dtype="float32", models=(tmp_path,))).best() == chosen, free
     shutil.rmtree(tmp_path / "klein-9b" / "vae")
     cramped["free"] = 10**9
-    assert Engine(device="cpu", dtype="float32", models=[tmp_path]).best() == "klein-4b"
+    assert Engine(EngineConfig(device="cpu", dtype="float32", models=(tmp_path,))).best() == "klein-4b"
 
 
 def test_a_picture_that_memory_cannot_hold_is_refused_before_it_is_begun(monkeypatch: pytest.MonkeyPatch) -> None:
     klein = last(Klein.load(ModelRegistry().find(str(NANO)), PLACEMENT))
     monkeypatch.setattr(
-        "engine.families.klein.pipeline.room", lambda placement: MemoryInfo("GPU", 100_000, 10**9, 10**9)
+        "engine.families.klein.pipeline.memory_info", lambda placement: MemoryInfo("GPU", 100_000, 10**9, 10**9)
     )
     started = []
     with pytest.raises(
@@ -250,8 +252,8 @@ def test_a_picture_that_memory_cannot_hold_is_refused_before_it_is_begun(monkeyp
 
 def test_a_limit_holds_for_pictures_too_and_for_what_is_remembered() -> None:
     klein = last(Klein.load(ModelRegistry().find(str(NANO)), PLACEMENT, None, LoadOptions(limit=10**9)))
-    assert klein.free(10**12) == 10**9 - klein.held
-    klein.limit = klein.held + 100_000
+    assert klein.free(10**12) == 10**9 - klein.weight_bytes
+    klein.limit = klein.weight_bytes + 100_000
     assert klein.free(10**12) == 100_000
     with pytest.raises(OutOfMemory, match=r"takes 0\.0 GB besides the weights; 0\.0 GB of the memory are allowed"):
         next(klein.run(Job("x")))

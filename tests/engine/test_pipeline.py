@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from engine.contract import Event, InvalidJob, Job, Loading, Result, Rgb8, Stage, Step
+from engine.contract import EngineConfig, Event, InvalidJob, Job, Loading, Result, Rgb8, Stage, Step
 from engine.engine import Engine
 from tests import toys
 
@@ -19,7 +19,7 @@ DOG = Job("a dog at the right on a yellow background", model="nano", seed=3)
 
 @pytest.fixture(scope="module")
 def engine() -> Engine:
-    return Engine(device="cpu")
+    return Engine(EngineConfig(device="cpu"))
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +38,7 @@ def picture(width: int, height: int, seed: int = 0) -> Rgb8:
 
 
 def test_events_come_in_order_and_end_with_the_picture(dog: Rgb8) -> None:
-    fresh = Engine(device="cpu")
+    fresh = Engine(EngineConfig(device="cpu"))
     events = list(fresh.run(replace(DOG, prompt="make the background red", references=(dog,))))
     loading = [event.fraction for event in events if isinstance(event, Loading)]
     assert loading[0] == 0.0
@@ -166,19 +166,19 @@ def test_a_yield_does_not_leak_inference_mode_into_its_consumer(engine: Engine) 
 
 
 def test_release_gives_the_weights_back_and_the_next_job_loads_again(dog: Rgb8) -> None:
-    fresh = Engine(device="cpu")
+    fresh = Engine(EngineConfig(device="cpu"))
     paint(fresh, DOG)
-    assert fresh.status()["loaded"] == "nano"
+    assert fresh.status().loaded == "nano"
     fresh.release()
-    assert fresh.status()["loaded"] is None
-    assert fresh.status()["weights_bytes"] == 0
+    assert fresh.status().loaded is None
+    assert fresh.status().weights_bytes == 0
     painting = paint(fresh, DOG)
     assert painting.ms["load"] > 0
     assert np.array_equal(painting.image, dog)
 
 
 def test_a_released_model_leaves_memory_at_once() -> None:
-    fresh = Engine(device="cpu")
+    fresh = Engine(EngineConfig(device="cpu"))
     paint(fresh, DOG)
     assert fresh._klein is not None
     weights = weakref.ref(fresh._klein.transformer)
@@ -191,27 +191,27 @@ def test_a_released_model_leaves_memory_at_once() -> None:
 
 
 def test_what_auto_chose_stays_though_its_own_weights_fill_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    fresh = Engine(device="cpu")
+    fresh = Engine(EngineConfig(device="cpu"))
     assert paint(fresh, replace(DOG, model="auto")).ms["load"] > 0
     monkeypatch.setattr(fresh, "best", lambda: pytest.fail("asked again while its choice is loaded"))
     assert paint(fresh, replace(DOG, model="auto")).ms["load"] == 0
 
 
 def test_auto_may_be_asked_for_after_a_model_by_its_name() -> None:
-    fresh = Engine(device="cpu")
+    fresh = Engine(EngineConfig(device="cpu"))
     paint(fresh, DOG)
     assert paint(fresh, replace(DOG, model="auto")).model == "nano"
 
 
 def test_auto_falls_back_to_the_embedded_model() -> None:
-    assert paint(Engine(device="cpu"), replace(DOG, model="auto")).model == "nano"
+    assert paint(Engine(EngineConfig(device="cpu")), replace(DOG, model="auto")).model == "nano"
 
 
 @pytest.mark.parametrize("kind", ["plain", "kv"])
 def test_what_is_remembered_paints_the_same_bytes(kind: str, tmp_path: Path) -> None:
     folder = toys.save(tmp_path / kind, kv=kind == "kv")
     job = Job("a", model=str(folder), references=(picture(64, 80), picture(80, 64, 1)), width=64, height=64)
-    cold, warm = Engine(device="cpu", remember=0), Engine(device="cpu")
+    cold, warm = Engine(EngineConfig(device="cpu", cache_bytes=0)), Engine(EngineConfig(device="cpu"))
     jobs = [job, job, replace(job, seed=5), replace(job, prompt="b"), replace(job, references=job.references[::-1])]
     known = []
     for each in [*jobs, job]:
@@ -225,12 +225,15 @@ def test_what_is_remembered_paints_the_same_bytes(kind: str, tmp_path: Path) -> 
 
 def test_bf16_paints_nearly_the_same_picture(tmp_path: Path) -> None:
     job = Job("a", model=str(toys.save(tmp_path / "toy")), width=64, height=64)
-    fp32, bf16 = (paint(Engine(device="cpu", dtype=dtype), job).image.astype(int) for dtype in ("float32", "bfloat16"))
+    fp32, bf16 = (
+        paint(Engine(EngineConfig(device="cpu", dtype=dtype)), job).image.astype(int)
+        for dtype in ("float32", "bfloat16")
+    )
     # Observed: mean 1.4 of 255, emulated bf16 on an AVX2 CPU.
     assert 0 < np.abs(fp32 - bf16).mean() < 4
 
 
 def test_a_device_this_machine_has_not_is_refused_with_those_it_has() -> None:
     for device in ("tpu", "cpu:one", "cpu:1"):
-        with pytest.raises(InvalidJob, match=r"this machine has: .*cpu.*KLEIN_DEVICE"):
-            Engine(device=device)
+        with pytest.raises(InvalidJob, match=r"this machine has: .*cpu.*Set device to"):
+            Engine(EngineConfig(device=device))

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from engine.contract import Job, Result, Rgb8, Step
+from engine.contract import EngineConfig, Job, Result, Rgb8, Step
 from engine.diffusion.canvas import to_tensor
 from engine.diffusion.preview import MAX_SIDE, PreviewMap, predict_clean
 from engine.engine import Engine
@@ -20,7 +20,7 @@ APPLE = Job("a red apple on a blue background", model="nano", seed=5)
 
 @pytest.fixture(scope="module")
 def engine() -> Engine:
-    return Engine(device="cpu")
+    return Engine(EngineConfig(device="cpu"))
 
 
 def run(engine: Engine, job: Job, *, previews: bool) -> tuple[list[Step], Result]:
@@ -55,7 +55,7 @@ def test_image_is_the_same_with_and_without_previews(engine: Engine) -> None:
 
 
 def test_unwatched_model_never_fits_a_preview_map() -> None:
-    fresh = Engine(device="cpu")
+    fresh = Engine(EngineConfig(device="cpu"))
     run(fresh, APPLE, previews=False)
     assert fresh._klein is not None
     assert fresh._klein._preview_map is None

@@ -166,9 +166,7 @@ def test_variants_that_look_alike_are_told_by_name_or_asked_for(
     if variant is not None:
         assert ModelRegistry().find(str(file)).variant.name == variant
         return
-    with pytest.raises(
-        BadWeights, match=r"look alike\. Name it with --variant or KLEIN_VARIANT: klein-4b, klein-base-4b, klein-9b"
-    ):
+    with pytest.raises(BadWeights, match=r"look alike\. Set variant to klein-4b or klein-base-4b or klein-9b"):
         ModelRegistry().find(str(file))
     assert ModelRegistry().find(str(file), "klein-base-9b").variant.name == "klein-base-9b"
 
@@ -178,7 +176,7 @@ def test_only_variants_of_the_right_size_are_asked_about(
 ) -> None:
     wide = transformer | {"img_in.weight": torch.zeros(3072, 128)}
     file = named(wide, folder, tmp_path, "mine.safetensors")
-    with pytest.raises(BadWeights, match=r"--variant or KLEIN_VARIANT: klein-4b or klein-base-4b\."):
+    with pytest.raises(BadWeights, match=r"Set variant to klein-4b or klein-base-4b\."):
         ModelRegistry().find(str(file))
     with pytest.raises(BadWeights, match=r"is 3072 wide; klein-9b is 4096\..*klein-4b or klein-base-4b"):
         ModelRegistry().find(str(file), "klein-9b")
@@ -231,7 +229,7 @@ def test_a_near_miss_is_named(tmp_path: Path) -> None:
         ModelRegistry().find("klein-4n")
     with pytest.raises(ModelNotFound, match=r"'klein-9bkv'\. Did you mean klein-9b-kv"):
         ModelRegistry().find(str(tmp_path), "klein-9bkv")
-    with pytest.raises(ModelNotFound, match=r"not installed; installed: nano\. Run: klein-mcp pull klein-9b"):
+    with pytest.raises(ModelNotFound, match=r"not installed; installed: nano\. Pull klein-9b\."):
         ModelRegistry().find("klein-9b")
 
 
@@ -253,7 +251,7 @@ def test_what_a_person_may_miss_is_told_with_the_reason(
     told = {stranger.path: stranger.why for stranger in shelf.strangers()}
     assert told.keys() == {own, unnamed, broken, packed}
     assert "give its path as the model" in told[own]
-    assert "--variant or KLEIN_VARIANT: klein-4b or klein-base-4b" in told[unnamed]
+    assert "Set variant to klein-4b or klein-base-4b" in told[unnamed]
     assert "is not a whole safetensors file" in told[broken]
     assert "is a GGUF file, which is not read yet" in told[packed]
     assert shelf.installed() == {"nano": NANO, "klein-4b": named_well}
@@ -292,19 +290,17 @@ def test_a_folder_that_is_no_model_says_what_it_has(
         published.write(transformer, tmp_path / f"{name}.safetensors")
     with pytest.raises(BadWeights, match=r"has 2 klein files: a\.safetensors, b\.safetensors\. Give one of them"):
         ModelRegistry().find(str(tmp_path))
-    with pytest.raises(ModelNotFound, match=r"No model at /nowhere\. Run klein-mcp models"):
+    with pytest.raises(ModelNotFound, match=r"No model at /nowhere\. List the installed models"):
         ModelRegistry().find("/nowhere")
 
 
 def test_a_missing_part_names_the_least_to_pull(folder: Path, transformer: dict[str, Tensor], tmp_path: Path) -> None:
     """ComfyUI has no tokenizer among its files; nobody should have to fetch a whole model for it."""
     home = comfyui(folder, tmp_path / "models", "flux-2-klein-9b.safetensors", transformer)
-    with pytest.raises(BadWeights, match=r"No tokenizer beside the file, .*run: klein-mcp pull tokenizer$"):
+    with pytest.raises(BadWeights, match=r"No tokenizer beside the file, .*Pull tokenizer\.$"):
         ModelRegistry((home,)).find("klein-9b")
     shutil.rmtree(home / "text_encoders")
-    with pytest.raises(
-        BadWeights, match=r"No text_encoder beside the file, .*run: klein-mcp pull klein-9b-companions$"
-    ):
+    with pytest.raises(BadWeights, match=r"No text_encoder beside the file, .*Pull klein-9b-companions\.$"):
         ModelRegistry((home,)).find("klein-9b")
     pulled = hub(tmp_path / "hub", VARIANTS["klein-4b"].repo, {
         name: path for name, path in tree(folder).items() if name.startswith(("model_index", "tokenizer", "text_enc"))

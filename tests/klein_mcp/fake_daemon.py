@@ -9,11 +9,10 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 
-from engine.contract import Event, InvalidJob, Job, Loading, Result, Stage, Step
+from engine.contract import EngineStatus, Event, InvalidJob, Job, Loading, Result, Stage, Step
 from klein_mcp.settings import Settings
 
 COMMAND = (sys.executable, "-m", "tests.klein_mcp.fake_daemon")
@@ -48,10 +47,11 @@ class FakePainter:
         pixels = np.random.default_rng(job.seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
         yield Result(pixels, job.seed, "fake", "0" * 16, steps, 1.0, ms={"denoise": 1000 * pause * steps})
 
-    def status(self) -> dict[str, Any]:
-        return {"models": ["fake"], "loaded": self.loaded, "released": self.released}
+    def status(self) -> EngineStatus:
+        loaded = "fake" if self.loaded else None
+        return EngineStatus("cpu", "float32", 1, 0, loaded, placement=f"released {self.released}×")
 
-    def foresee(self) -> bool:
+    def prefetch(self) -> bool:
         return False
 
     def release(self) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from engine.contract import Event, Job, OutOfMemory, Result, Step
+from engine.contract import EngineConfig, Event, Job, OutOfMemory, Result, Step
 from engine.engine import Engine
 from klein_mcp.jobs.queue import Queue
 from tests.klein_mcp.test_queue import Waiter
@@ -19,7 +19,7 @@ EDIT = Job("make it green", (np.full((128, 128, 3), 90, np.uint8),), model="nano
 
 @pytest.fixture(scope="module")
 def engine() -> Engine:
-    return Engine(device="cpu", threads=1, remember=10**8)
+    return Engine(EngineConfig(device="cpu", threads=1, cache_bytes=10**8))
 
 
 @pytest.fixture
@@ -53,13 +53,13 @@ def until(condition: Callable[[], bool]) -> None:
 def test_memory_returns_to_its_level_when_a_job_is_cancelled_at_a_step(
     queue: Queue, engine: Engine, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(engine, "foresee", lambda: False)  # or the picture would be remembered at some moment, too
+    monkeypatch.setattr(engine, "prefetch", lambda: False)  # or the picture would be remembered at some moment, too
     over = threading.Event()
     # Once to its end: prompt, reference and the tables of its noise levels are remembered, on purpose.
     queue.put(EDIT, "a", lambda event: over.set() if isinstance(event, Result) else None)
     assert over.wait(120)
     until(lambda: not queue.status()["queue"]["running"])
-    engine._foreseen = None
+    engine._latest = None
     gc.collect()
     level, within = live_bytes(), []
 
@@ -99,4 +99,4 @@ def test_a_device_that_stays_full_is_one_line_with_numbers_and_the_next_job_is_p
     assert "\n" not in str(problem)
     assert str(problem).count(" GB") == 3
     assert isinstance(Waiter(queue, "a dog", "a").end, Result)
-    assert queue.status()["engine"]["remembered"]["entries"] >= 1
+    assert queue.status()["engine"]["cache"]["entries"] >= 1

@@ -5,12 +5,23 @@ import time
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import numpy as np
 import pytest
 
-from engine.contract import Busy, EngineError, EngineFailed, Event, InvalidJob, Job, Queued, Result, Stage, Step
+from engine.contract import (
+    Busy,
+    EngineError,
+    EngineFailed,
+    EngineStatus,
+    Event,
+    InvalidJob,
+    Job,
+    Queued,
+    Result,
+    Stage,
+    Step,
+)
 from klein_mcp.jobs import queue as queues
 from klein_mcp.jobs.queue import Queue
 from klein_mcp.jobs.timing import TimingHistory
@@ -24,7 +35,7 @@ class Executor:
         self.began: list[str] = []
         self.put_down: list[str] = []
         self.steps: list[str] = []
-        self.foreseen: list[int] = []
+        self.prefetched: list[int] = []
         self.released = threading.Event()
 
     def run(self, job: Job) -> Iterator[Event]:
@@ -44,12 +55,12 @@ class Executor:
             self.put_down.append(job.prompt)
             raise
 
-    def status(self) -> dict[str, Any]:
-        return {"began": len(self.began)}
+    def status(self) -> EngineStatus:
+        return EngineStatus("cpu", "float32", 1, free_bytes=len(self.began))
 
-    def foresee(self) -> bool:
+    def prefetch(self) -> bool:
         """Once a lull; remembers how many jobs had begun by then."""
-        self.foreseen.append(len(self.began))
+        self.prefetched.append(len(self.began))
         return False
 
     def release(self) -> None:
@@ -119,8 +130,8 @@ def test_the_engine_works_ahead_only_when_the_next_job_does_not_follow_at_once(m
     with working(painter) as queue:
         for n in range(3):
             assert isinstance(Waiter(queue, f"picture {n}", "one").end, Result)
-        until(lambda: painter.foreseen, "it never worked ahead")
-        assert painter.foreseen == [3]
+        until(lambda: painter.prefetched, "it never worked ahead")
+        assert painter.prefetched == [3]
 
 
 def test_two_clients_that_loop_get_equal_service_though_one_sends_five_at_a_time():

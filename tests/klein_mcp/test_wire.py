@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine import contract
-from engine.contract import Busy, EngineError, Event, InvalidJob, Job, Loading, Queued, Result, Stage, Step
+from engine.contract import Busy, EngineError, Event, Fix, InvalidJob, Job, Loading, Queued, Result, Stage, Step
 from klein_mcp.daemon import wire
 
 texts = st.text(max_size=40)
@@ -145,3 +145,10 @@ def test_a_frame_that_announces_more_than_the_limit_is_refused_before_it_is_read
 def test_an_error_keeps_its_words_and_its_hint():
     error = wire.decode(wire.encode(InvalidJob("Too large.", hint="Ask for less.")))
     assert str(error) == "Too large. Ask for less."
+
+
+def test_an_error_keeps_its_fix():
+    fix = Fix("set", "device", choices=("cpu", "cuda"))
+    error = wire.decode(wire.encode(InvalidJob("device is 'x'.", fix=fix)))
+    assert isinstance(error, InvalidJob)
+    assert error.fix == fix

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from engine.contract import Job, Result, Rgb8
+from engine.contract import EngineConfig, Job, Result, Rgb8
 from engine.engine import Engine
 from tests import toys
 
@@ -110,7 +110,7 @@ def _diffusers(pipes: dict[str, Any], toy: Callable[[str], Path], case: Case) ->
 @pytest.fixture(scope="session")
 def engine() -> Engine:
     """Ours, in fp32 on the CPU, remembering nothing: every case is a cold run."""
-    return Engine(device="cpu", dtype="float32", remember=0)
+    return Engine(EngineConfig(device="cpu", dtype="float32", cache_bytes=0))
 
 
 def paint(engine: Any, job: Job) -> Result:

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from engine.checkpoints.loading import slots
-from engine.contract import BadWeights, ModelNotFound, Rgb8
+from engine.contract import BadWeights, EngineConfig, ModelNotFound, Rgb8
 from engine.engine import Engine
 from engine.families.klein import components
 from engine.families.klein.key_maps import KeyMap, diffusers_autoencoder, diffusers_transformer
@@ -110,13 +110,13 @@ def whole(toy: Callable[[str], Path], engine: Engine) -> Rgb8:
 
 def test_the_single_file_paints_the_folders_picture(toy: Callable[[str], Path], whole: Rgb8, tmp_path: Path) -> None:
     file = single_file(toy("distilled"), tmp_path / "bfl")
-    engine = Engine(device="cpu", dtype="float32", remember=0)
+    engine = Engine(EngineConfig(device="cpu", dtype="float32", cache_bytes=0))
     assert agreement(paint(engine, CASES[COMPOSE].job(file)).image, whole) == (1.0, 0)
 
 
 def test_a_repacked_file_with_a_prefix_paints_the_same(toy: Callable[[str], Path], whole: Rgb8, tmp_path: Path) -> None:
     file = single_file(toy("distilled"), tmp_path / "comfy", "model.diffusion_model.")
-    engine = Engine(device="cpu", dtype="float32", remember=0)
+    engine = Engine(EngineConfig(device="cpu", dtype="float32", cache_bytes=0))
     assert agreement(paint(engine, CASES[COMPOSE].job(file)).image, whole) == (1.0, 0)
 
 
@@ -125,11 +125,11 @@ def test_a_sharded_folder_paints_the_same(toy: Callable[[str], Path], whole: Rgb
     shutil.copytree(toy("distilled"), folder)
     for part in ("transformer", "text_encoder"):
         _shard(folder / part)
-    engine = Engine(device="cpu", dtype="float32", remember=0)
+    engine = Engine(EngineConfig(device="cpu", dtype="float32", cache_bytes=0))
     assert agreement(paint(engine, CASES[COMPOSE].job(folder)).image, whole) == (1.0, 0)
     next((folder / "transformer").glob("*00002*")).unlink()
     with pytest.raises(BadWeights, match=r"lacks .*00002.*index"):
-        paint(Engine(device="cpu", dtype="float32"), CASES[COMPOSE].job(folder))
+        paint(Engine(EngineConfig(device="cpu", dtype="float32")), CASES[COMPOSE].job(folder))
 
 
 def _shard(folder: Path) -> None:
@@ -228,7 +228,7 @@ def test_a_wrong_tensor_is_named(kind: str, toy: Callable[[str], Path], tmp_path
     shutil.copytree(toy("distilled"), folder)
     edit_tensors(folder / "transformer" / "diffusion_pytorch_model.safetensors", change)
     with pytest.raises(BadWeights, match=says):
-        paint(Engine(device="cpu", dtype="float32"), CASES[COMPOSE].job(folder))
+        paint(Engine(EngineConfig(device="cpu", dtype="float32")), CASES[COMPOSE].job(folder))
 
 
 def test_a_file_cut_short_is_refused_with_its_name(toy: Callable[[str], Path], tmp_path: Path) -> None:
@@ -237,26 +237,26 @@ def test_a_file_cut_short_is_refused_with_its_name(toy: Callable[[str], Path], t
     file = folder / "vae" / "diffusion_pytorch_model.safetensors"
     file.write_bytes(file.read_bytes()[:-1000])
     with pytest.raises(BadWeights, match=r"diffusion_pytorch_model\.safetensors .* not a whole safetensors file"):
-        paint(Engine(device="cpu", dtype="float32"), CASES[COMPOSE].job(folder))
+        paint(Engine(EngineConfig(device="cpu", dtype="float32")), CASES[COMPOSE].job(folder))
 
 
 def test_the_wrong_text_encoder_is_refused_by_width(toy: Callable[[str], Path], tmp_path: Path) -> None:
     folder = tmp_path / "mixed"
     toys.save(folder, joint_attention_dim=192)
     with pytest.raises(BadWeights, match="gives 96 numbers a token, the transformer reads 192"):
-        paint(Engine(device="cpu", dtype="float32"), CASES[COMPOSE].job(folder))
+        paint(Engine(EngineConfig(device="cpu", dtype="float32")), CASES[COMPOSE].job(folder))
 
 
 def test_a_model_that_is_not_installed_says_how_to_get_it(tmp_path: Path) -> None:
     job = CASES["text to image"].job(tmp_path)
     for model, says in (
-        ("klein-4b", "klein-mcp pull klein-4b"),
+        ("klein-4b", "Pull klein-4b."),
         ("klein-4d", "Did you mean klein-4b"),
         (str(tmp_path / "nowhere"), "No model at"),
         (str(tmp_path), "model_index.json"),
     ):
         with pytest.raises((ModelNotFound, BadWeights), match=re.escape(says)):
-            paint(Engine(device="cpu", dtype="float32"), job.__class__(job.prompt, model=model))
+            paint(Engine(EngineConfig(device="cpu", dtype="float32")), job.__class__(job.prompt, model=model))
 
 
 def test_shapes_are_read_from_the_files(toy: Callable[[str], Path]) -> None:

@@ -10,7 +10,7 @@ from types import ModuleType
 
 import pytest
 
-from engine.contract import Rgb8
+from engine.contract import EngineConfig, Rgb8
 from tests.parity.conftest import CASES, agreement, paint
 
 T2I, COMPOSE, BASE, KV = (
@@ -104,7 +104,7 @@ def test_a_trap_shows_in_the_picture(
     module: str, line: str, wrong: str, case: str, toy: Callable[[str], Path], official: Callable[[str], Rgb8]
 ) -> None:
     with _engine_with(f"engine.{module}", line, wrong) as klein:
-        engine = klein.Engine(device="cpu", dtype="float32", remember=0)
+        engine = klein.Engine(EngineConfig(device="cpu", dtype="float32", cache_bytes=0))
         job = CASES[case].job(toy(CASES[case].toy))
         equal, worst = agreement(paint(engine, job).image, official(case))
     # Observed: at most 0.92 equal (batch-norm eps); parity itself asks for 0.999.
@@ -113,7 +113,7 @@ def test_a_trap_shows_in_the_picture(
 
 def test_the_engine_as_it_is_passes_the_same_check(toy: Callable[[str], Path], official: Callable[[str], Rgb8]) -> None:
     with _engine_with("engine.families.klein.pipeline", "MAX_STEPS = 200", "MAX_STEPS = 200") as klein:
-        engine = klein.Engine(device="cpu", dtype="float32", remember=0)
+        engine = klein.Engine(EngineConfig(device="cpu", dtype="float32", cache_bytes=0))
         equal, _ = agreement(paint(engine, CASES[COMPOSE].job(toy("distilled"))).image, official(COMPOSE))
     assert equal >= 0.999
 

@@ -136,7 +136,7 @@ async def test_two_minutes_of_six_agents_and_two_crashes(tmp_path: Path):
                     picture.load()
                     assert picture.size == (facts["width"], facts["height"])
         told = json.loads(place.run("-m", "klein_mcp", "status", "--json").stdout)
-        remembered = told["engine"]["remembered"]["bytes"] / 1024
+        remembered = told["engine"]["cache"]["bytes"] / 1024
         place.run("-m", "klein_mcp", "stop")
         deadline = time.monotonic() + 10
         while left := processes(place):

@@ -18,7 +18,7 @@ from engine.memory.device import multiplies_fp8, stores_fp8
 
 Quant = Literal["fp8", "nvfp4"]
 QUANTS: tuple[Quant, ...] = ("fp8", "nvfp4")
-"""What `--quant` may say."""
+"""Formats that a user may ask for."""
 
 Decode = Callable[[dict[str, Tensor], torch.dtype], Tensor]
 
@@ -133,7 +133,7 @@ def check(quant: str | None) -> None:
 def target(stored: Stored | None, wanted: str | None, device: torch.device) -> str | None:
     """The format a layer shall have in memory; None for the model's own dtype.
 
-    wanted: what was asked for with --quant; without it a layer stays as its file holds it.
+    wanted: what was asked for ; without it a layer stays as its file holds it.
     """
     if not stores_fp8(device):
         # Everything is widened as it is read.
@@ -143,7 +143,7 @@ def target(stored: Stored | None, wanted: str | None, device: torch.device) -> s
     if stored is None:
         return None
     # Widening four bits at every step costs more than it saves where fp8 is multiplied as it is; and packing what they
-    # are multiplied with, on Blackwell, is not yet one kernel. Who lacks the memory for fp8 says --quant nvfp4.
+    # are multiplied with, on Blackwell, is not yet one kernel. Who lacks the memory for fp8 asks for nvfp4.
     return "fp8" if stored.kind == "nvfp4" and multiplies_fp8(device) else stored.kind
 
 

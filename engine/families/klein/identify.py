@@ -5,7 +5,7 @@ import hashlib
 from pathlib import Path
 
 from engine.checkpoints.files.safetensors import Header
-from engine.contract import BadWeights, ModelNotFound
+from engine.contract import BadWeights, Fix, ModelNotFound
 from engine.families.klein.key_maps import bfl_name
 from engine.families.klein.variants import EMBEDDED, FP8, FULL, NVFP4, VARIANTS, Variant
 
@@ -72,21 +72,21 @@ def check_width(file: Path, width: int, row: Variant) -> None:
     """Raises BadWeights if the published models that are so wide do not include `row`."""
     widths = {row.hidden for row in VARIANTS.values() if row.hidden}
     if {width, row.hidden} <= widths and row.hidden != width:
-        raise BadWeights(f"{file.name} is {width} wide; {row.name} is {row.hidden}.", hint=_say(width))
+        raise BadWeights(f"{file.name} is {width} wide; {row.name} is {row.hidden}.", fix=_fix(width))
 
 
 def ask(file: Path, width: int) -> BadWeights:
     """What to raise where nothing tells which klein a file is."""
     return BadWeights(
-        f"{file.name} does not say which klein it is; the files of two variants look alike.", hint=_say(width)
+        f"{file.name} does not say which klein it is; the files of two variants look alike.", fix=_fix(width)
     )
 
 
-def _say(width: int) -> str:
-    """Names of the variants that are so wide; all where none is."""
+def _fix(width: int) -> Fix:
+    """Fix that names the variants of this width; all variants where none has it."""
     names = [name for name in VARIANTS if name != EMBEDDED]
     names = [name for name in names if VARIANTS[name].hidden == width] or names
-    return f"Name it with --variant or KLEIN_VARIANT: {' or '.join(names) if len(names) < 3 else ', '.join(names)}."
+    return Fix("set", "variant", choices=tuple(names))
 
 
 def named(variant: str) -> Variant:

@@ -12,7 +12,7 @@ from engine.checkpoints import quant
 from engine.checkpoints.files.safetensors import Shape
 from engine.checkpoints.loading import slots
 from engine.checkpoints.quant import QuantLinear
-from engine.contract import BadWeights, Loading, OutOfMemory
+from engine.contract import BadWeights, Fix, Loading, OutOfMemory
 from engine.diffusion.canvas import GRID
 from engine.families.klein import components, lora
 from engine.families.klein.components import ComponentSpec
@@ -91,7 +91,7 @@ def prepare(
     needs = _needs(variant, transformer, text_encoder, autoencoder, changes, placement.dtype)
     work = work_of(variant, transformer.module, autoencoder.module, placement.dtype)
     fewer = _alternatives(needs, transformer, options, placement)
-    there, models = room(placement, options.limit, held), _other_models(variant, placement)
+    there, models = memory_info(placement, options.limit, held), _other_models(variant, placement)
     try:
         found = plan.plan(needs, there, work, fewer, models)
     except OutOfMemory:
@@ -122,11 +122,11 @@ def load(checkpoint: Checkpoint, placement: Device, options: LoadOptions) -> Gen
         autoencoder=ready.autoencoder.module,
         text_encoder=ready.text_encoder.module,
         fingerprint=_fingerprint((ready.transformer, ready.text_encoder, ready.autoencoder), options),
-        says=ready.plan.says(ready.needs),
+        says=ready.plan.summary(ready.needs),
     )
 
 
-def room(placement: Device, limit: int | None = None, held: int = 0) -> MemoryInfo:
+def memory_info(placement: Device, limit: int | None = None, held: int = 0) -> MemoryInfo:
     """What is free now. held: bytes that count as free too."""
     free = placement.free_bytes() + placement.idle_bytes() + held
     return MemoryInfo(
@@ -201,8 +201,8 @@ def _sizes(module: nn.Module, dtype: torch.dtype) -> dict[str, int]:
 
 def _alternatives(
     needs: WeightSizes, transformer: ComponentSpec[Transformer], options: LoadOptions, placement: Device
-) -> list[tuple[str, WeightSizes]]:
-    """What loading in fewer bits would take."""
+) -> list[tuple[Fix, WeightSizes]]:
+    """Ways to load the model in fewer bits, and their sizes."""
     if (
         options.quant is not None
         or transformer.tensors.quantised
@@ -211,7 +211,9 @@ def _alternatives(
         return []
     values = [size // placement.dtype.itemsize for size in needs.blocks]
     fewer = {"fp8": [count + 4 for count in values], "nvfp4": [count // 2 + count // 16 + 4 for count in values]}
-    return [(f"--quant {kind}", replace(needs, blocks=tuple(sizes))) for kind, sizes in fewer.items()]
+    return [
+        (Fix("set", "quant", choices=(kind,)), replace(needs, blocks=tuple(sizes))) for kind, sizes in fewer.items()
+    ]
 
 
 def _other_models(variant: Variant, placement: Device) -> list[tuple[str, WeightSizes]]:

@@ -26,7 +26,7 @@ from engine.diffusion.preview import PreviewMap, predict_clean
 from engine.diffusion.sampler import Velocity, denoise, guided
 from engine.diffusion.schedule import sigmas
 from engine.diffusion.tokens import grid_positions, pack, reference_time, text_positions, unpack, unpatchify
-from engine.families.klein.loader import LoadOptions, held_bytes, load, room, work_of
+from engine.families.klein.loader import LoadOptions, held_bytes, load, memory_info, work_of
 from engine.families.klein.text_encoder import TextEncoder, Tokenizer
 from engine.families.klein.transformer import KV, Modulations, Transformer
 from engine.families.klein.variants import Variant
@@ -55,23 +55,23 @@ class Klein:
         autoencoder: Autoencoder,
         text_encoder: TextEncoder,
         tokenizer: Tokenizer,
-        placement: Device,
+        device: Device,
         fingerprint: str = "",
-        memory: TensorCache | None = None,
-        lives: str = "",
+        cache: TensorCache | None = None,
+        placement_summary: str = "",
         limit: int | None = None,
     ) -> None:
-        """lives: where its weights are, in a person's words. limit: bytes of the device it may use in all."""
+        """placement_summary: where its weights are, in words. limit: bytes of the device it may use in all."""
         self.variant = variant
-        self.lives = lives
+        self.placement_summary = placement_summary
         self.limit = limit
         self.transformer = transformer
         self.autoencoder = autoencoder
         self.text_encoder = text_encoder
         self.tokenizer = tokenizer
-        self.placement = placement
+        self.device = device
         self.fingerprint = fingerprint
-        self.memory = memory if memory is not None else TensorCache(0)
+        self.cache = cache if cache is not None else TensorCache(0)
         self._ropes: _Latest[Rope] = _Latest(16)
         self._said: _Latest[Modulations] = _Latest(256)
         self._preview_map: PreviewMap | None = None
@@ -80,8 +80,8 @@ class Klein:
     def load(
         cls,
         checkpoint: Checkpoint,
-        placement: Device,
-        memory: TensorCache | None = None,
+        device: Device,
+        cache: TensorCache | None = None,
         options: LoadOptions | None = None,
     ) -> Generator[Loading, None, "Klein"]:
         """Read a model onto the device, telling how far it is; the generator's return value is the model.
@@ -92,28 +92,28 @@ class Klein:
         # First, because it is small: what is wrong with it is said before gigabytes are read.
         tokenizer = Tokenizer(checkpoint.tokenizer, checkpoint.variant.text_length)
         options = options or LoadOptions()
-        networks = yield from load(checkpoint, placement, options)
+        networks = yield from load(checkpoint, device, options)
         return cls(
             checkpoint.variant,
             networks.transformer,
             networks.autoencoder,
             networks.text_encoder,
             tokenizer,
-            placement,
+            device,
             networks.fingerprint,
-            memory,
+            cache,
             networks.says,
             options.limit,
         )
 
     @property
-    def held(self) -> int:
+    def weight_bytes(self) -> int:
         """Bytes of the device that its weights take, without the ring that streamed layers pass through."""
-        return held_bytes((self.transformer, self.autoencoder, self.text_encoder), self.placement.device)
+        return held_bytes((self.transformer, self.autoencoder, self.text_encoder), self.device.device)
 
     def free(self, there: int) -> int:
         """Of the device's `there` free bytes, those that the user's limit leaves to it."""
-        return there if self.limit is None else max(0, min(there, self.limit - self.held))
+        return there if self.limit is None else max(0, min(there, self.limit - self.weight_bytes))
 
     @torch.inference_mode()
     def run(self, job: Job, previews: Callable[[], bool] = lambda: False) -> Iterator[Event]:
@@ -121,7 +121,7 @@ class Klein:
 
         previews: asked before each step whether somebody watches. Raises InvalidJob before anything is computed.
         """
-        variant, clock, warnings = self.variant, _StageClock(self.placement), []
+        variant, clock, warnings = self.variant, _StageClock(self.device), []
         steps, guidance = self._plan(job, warnings)
         frame, references = self._frame(job, warnings)
         self._fits(frame, references)
@@ -149,7 +149,7 @@ class Klein:
         rows, columns = frame.canvas_height // GRID, frame.canvas_width // GRID
         generator = torch.Generator().manual_seed(job.seed)
         noise = torch.randn((1, self.transformer.shape.channels, rows, columns), generator=generator)
-        x = pack(noise).to(self.placement.device, self.placement.dtype)
+        x = pack(noise).to(self.device.device, self.device.dtype)
 
         # 4. From noise to latent, one Euler step at a time.
         yield Stage("denoise")
@@ -188,7 +188,7 @@ class Klein:
         )
 
     @torch.inference_mode()
-    def foresee(self, image: Rgb8) -> None:
+    def prefetch(self, image: Rgb8) -> None:
         """Do now what an edit of `image` will need, so that it starts warm."""
         seen = Canvas.of(image.shape[1], image.shape[0], self.variant.max_size**2).lay(image)
         if self.variant.kv:
@@ -206,7 +206,7 @@ class Klein:
 
     def _encode_plain(self, images: Tensor) -> Tensor:
         """[b, 3, 8h, 8w] -> latents before patches and normalisation, [b, c, h, w]."""
-        return self.autoencoder.encoder(images.to(self.placement.device, self.placement.dtype))
+        return self.autoencoder.encoder(images.to(self.device.device, self.device.dtype))
 
     def _plan(self, job: Job, warnings: list[str]) -> tuple[int, float]:
         """Steps and guidance, after checking what can be checked before any work."""
@@ -259,11 +259,11 @@ class Klein:
         """Refuse early what the memory that is free now cannot hold. Raises OutOfMemory."""
         pixels = frame.canvas_width * frame.canvas_height
         seen = sum(image.shape[0] * image.shape[1] for image in references)
-        shapes = (self.variant, self.transformer, self.autoencoder, self.placement.dtype)
+        shapes = (self.variant, self.transformer, self.autoencoder, self.device.dtype)
         work = work_of(*shapes, pixels=pixels, references=seen)
-        there = room(self.placement)
+        there = memory_info(self.device)
         # What is remembered can be forgotten for it.
-        free = self.free(there.free + self.memory.counts()["bytes"])
+        free = self.free(there.free + self.cache.stats().bytes)
         if work.bytes <= free:
             return
         sides = (side for side in (1024, 768, 512, 256) if side**2 < pixels)
@@ -287,19 +287,19 @@ class Klein:
             )
 
         def read() -> list[Tensor]:
-            ids, mask = tokens.ids.to(self.placement.device), tokens.mask.to(self.placement.device)
+            ids, mask = tokens.ids.to(self.device.device), tokens.mask.to(self.device.device)
             return [self.transformer.txt_in(self.text_encoder(ids, mask))]
 
-        (states,), hit = self.memory.get_or((self.fingerprint, "prompt", prompt), read)
+        (states,), hit = self.cache.get_or((self.fingerprint, "prompt", prompt), read)
         return states, hit
 
     def _latents(self, image: Rgb8, key: str) -> tuple[Tensor, bool]:
         """A reference's latent tokens, [1, tokens, channels]."""
 
         def encode() -> list[Tensor]:
-            return [pack(self.autoencoder.encode(to_tensor(image).to(self.placement.device, self.placement.dtype)))]
+            return [pack(self.autoencoder.encode(to_tensor(image).to(self.device.device, self.device.dtype)))]
 
-        (tokens,), hit = self.memory.get_or((self.fingerprint, "latent", key), encode)
+        (tokens,), hit = self.cache.get_or((self.fingerprint, "latent", key), encode)
         return tokens, hit
 
     def _see(self, images: list[Rgb8]) -> tuple[Tensor, bool]:
@@ -317,7 +317,7 @@ class Klein:
             kept = self.transformer.prefill(self.transformer.img_in(tokens), self._reference_rope(sizes))
             return [tensor for kv in kept for tensor in kv]
 
-        flat, hit = self.memory.get_or((self.fingerprint, "kv", keys), prefill)
+        flat, hit = self.cache.get_or((self.fingerprint, "kv", keys), prefill)
         return list(zip(flat[::2], flat[1::2], strict=True)), hit
 
     def _velocity(self, text: Tensor, rope: Rope, seen: Tensor | None, kept: Sequence[KV] | None) -> Velocity:
@@ -328,8 +328,8 @@ class Klein:
 
     def _make_modulations(self, sigma: float) -> Modulations:
         # Rounded to the model's dtype in units of 1000, as in training and in diffusers; Euler keeps the exact sigma.
-        thousandths = torch.tensor([1000.0 * sigma]).to(self.placement.dtype)
-        return self.transformer.modulations((thousandths / 1000).to(self.placement.device))
+        thousandths = torch.tensor([1000.0 * sigma]).to(self.device.dtype)
+        return self.transformer.modulations((thousandths / 1000).to(self.device.device))
 
     def _rope(self, rows: int, columns: int, references: tuple[tuple[int, int], ...]) -> Rope:
         return self._ropes.get_or((rows, columns, references), lambda: self._make_rope(rows, columns, references))
@@ -379,13 +379,13 @@ class _Latest(Generic[Thing]):
 class _StageClock:
     """Milliseconds of wall time by stage."""
 
-    def __init__(self, placement: Device) -> None:
+    def __init__(self, device: Device) -> None:
         self.ms: dict[str, float] = {}
-        self._placement = placement
+        self._device = device
 
     @contextmanager
     def __call__(self, stage: str) -> Iterator[None]:
         start = time.perf_counter()
         yield
-        self._placement.sync()
+        self._device.sync()
         self.ms[stage] = round(self.ms.get(stage, 0.0) + 1000 * (time.perf_counter() - start), 1)
