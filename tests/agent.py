@@ -18,32 +18,32 @@ def steps(markdown: str) -> list[dict[str, Any]]:
 
 @dataclass
 class Agent:
-    """calls: (tool, arguments, facts) of each call made."""
+    """calls: (tool, arguments, payload) of each call made."""
 
     client: Client
     calls: list[tuple[str, dict[str, Any], dict[str, Any]]] = field(default_factory=list)
     _named: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     async def follow(self, markdown: str) -> list[str]:
-        """Make every call; the paths of the pictures that were saved."""
+        """Make every call and return the paths of saved images."""
         saved = []
         for step in steps(markdown):
-            facts = await self.call(step["tool"], self._filled(step["arguments"]))
+            payload = await self.call(step["tool"], self._filled(step["arguments"]))
             if "as" in step:
-                self._named[step["as"]] = facts
+                self._named[step["as"]] = payload
             if step["tool"] == "save_image":
-                saved.append(facts["saved"])
+                saved.append(payload["saved"])
         return saved
 
     async def call(self, tool: str, arguments: dict[str, Any]) -> dict[str, Any]:
         result = await self.client.call_tool(tool, arguments)
         text = result.content[0].text  # type: ignore[union-attr]
         assert not result.is_error, f"{tool} {arguments}: {text}"
-        facts = json.loads(text)
-        while "job" in facts:
-            facts = await self.call("wait_for_job", {"job": facts["job"]})
-        self.calls.append((tool, arguments, facts))
-        return facts
+        payload = json.loads(text)
+        while "job" in payload:
+            payload = await self.call("wait_for_job", {"job": payload["job"]})
+        self.calls.append((tool, arguments, payload))
+        return payload
 
     def _filled(self, value: Any) -> Any:
         """With the handles of earlier results where a step says <name> or <name.B>."""
@@ -55,7 +55,7 @@ class Agent:
         return self._handle(*place.groups()) if place else value
 
     def _handle(self, name: str, label: str | None) -> str:
-        facts = self._named[name]
+        payload = self._named[name]
         if label is None:
-            return facts["image"]
-        return next(one["image"] for one in facts["images"] if one["label"] == label)
+            return payload["image"]
+        return next(one["image"] for one in payload["images"] if one["label"] == label)

@@ -21,12 +21,12 @@ class Living:
         """The user's own environment without their settings of klein-mcp."""
         theirs = {key: value for key, value in os.environ.items() if not key.startswith("KLEIN_")}
         ours = {"KLEIN_HOME": str(self.home), "KLEIN_MODEL": "nano", "KLEIN_THREADS": "1", "OMP_NUM_THREADS": "1"}
-        # An engine that starts on a busy machine may take longer than a client would wait: still a picture, not a job.
+        # An engine that starts on a busy machine may take longer than a client would wait: still an image, not a job.
         ours["KLEIN_WAIT_BUDGET"] = "120"
         return {**theirs, **ours, **more}
 
     def stdio(self, *arguments: str, **more: str) -> StdioServerParameters:
-        """How a client starts the server."""
+        """Return how a client starts the server."""
         return StdioServerParameters(
             command=sys.executable, args=["-m", "klein_mcp", *arguments], env=self.environment(**more)
         )

@@ -1,4 +1,4 @@
-"""The main job, as a user's client has it: a real server, a real engine, the embedded model, pictures one can check."""
+"""The main job, as a user's client has it: a real server, a real engine, the embedded model, images one can check."""
 
 import json
 import struct
@@ -33,7 +33,7 @@ def background(path: Path) -> np.ndarray:
     return np.median(np.concatenate([corner.reshape(-1, 3) for corner in corners]), axis=0)
 
 
-def test_the_demos_pictures_have_the_backgrounds_that_were_asked_for(living: Living, tmp_path: Path) -> None:
+def test_demo_images_have_the_requested_backgrounds(living: Living, tmp_path: Path) -> None:
     shown = living.run("-m", "klein_mcp", "demo", "--json", "--out", str(tmp_path))
     assert shown.returncode == 0, shown.stderr
     calls = json.loads(shown.stdout)
@@ -46,7 +46,7 @@ def test_the_demos_pictures_have_the_backgrounds_that_were_asked_for(living: Liv
         assert np.abs(background(Path(entry["path"])) - colour).max() < 25, entry
 
 
-def test_the_demos_pictures_show_the_objects_that_were_asked_for(living: Living, tmp_path: Path) -> None:
+def test_demo_images_show_the_requested_objects(living: Living, tmp_path: Path) -> None:
     """By the strict scorer of the embedded model: nearest of all its sprites, and of the right outline."""
     living.run("-m", "klein_mcp", "demo", "--out", str(tmp_path))
 
@@ -61,8 +61,8 @@ def test_the_demos_pictures_show_the_objects_that_were_asked_for(living: Living,
         scene("blue", apple=(-1, 0), rocket=(1, 0)),
     )
     for path, wanted in zip(sorted(tmp_path.glob("*.png")), asked, strict=True):
-        picture = np.asarray(Image.open(path).convert("RGB"))
-        assert composed(picture, wanted), path.name
+        image = np.asarray(Image.open(path).convert("RGB"))
+        assert composed(image, wanted), path.name
 
 
 def claims(width: int, height: int) -> bytes:
@@ -76,14 +76,14 @@ def claims(width: int, height: int) -> bytes:
 
 
 @pytest.fixture
-def shelf(tmp_path: Path) -> Path:
+def folder(tmp_path: Path) -> Path:
     """Files nobody should have to paint from."""
-    picture = file(noise(128, 128))
-    (tmp_path / "good.png").write_bytes(picture)
-    (tmp_path / "cut.png").write_bytes(picture[: len(picture) // 2])
+    image = file(noise(128, 128))
+    (tmp_path / "good.png").write_bytes(image)
+    (tmp_path / "cut.png").write_bytes(image[: len(image) // 2])
     (tmp_path / "empty.png").write_bytes(b"")
     (tmp_path / "huge.png").write_bytes(claims(50_000, 50_000))
-    (tmp_path / "text.png").write_text("not a picture")
+    (tmp_path / "text.png").write_text("not an image")
     broken = tmp_path / "broken"
     for source in NANO.rglob("*"):
         target = broken / source.relative_to(NANO)
@@ -105,56 +105,56 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
     ("generate_image", {"prompt": "a cat", "model": "klein-9b"}, "klein-mcp pull klein-9b"),
     ("generate_image", {"prompt": "a cat", "model": "klien-4b"}, "klein-4b"),
     ("edit_image", {"prompt": "a cat", "image": "zzzzzz"}, "list_images"),
-    ("edit_image", {"prompt": "a cat", "image": "{shelf}/cut.png"}, "cut.png"),
-    ("edit_image", {"prompt": "a cat", "image": "{shelf}/empty.png"}, "empty"),
-    ("edit_image", {"prompt": "a cat", "image": "{shelf}/huge.png"}, "50000×50000"),
-    ("edit_image", {"prompt": "a cat", "image": "{shelf}/text.png"}, "not"),
-    ("edit_image", {"prompt": "a cat", "image": "{shelf}/nowhere.png"}, "nowhere.png"),
-    ("compose_references", {"prompt": "a cat", "images": ["{shelf}/good.png"] * 12}, "1 to 4"),
+    ("edit_image", {"prompt": "a cat", "image": "{folder}/cut.png"}, "cut.png"),
+    ("edit_image", {"prompt": "a cat", "image": "{folder}/empty.png"}, "empty"),
+    ("edit_image", {"prompt": "a cat", "image": "{folder}/huge.png"}, "50000×50000"),
+    ("edit_image", {"prompt": "a cat", "image": "{folder}/text.png"}, "not"),
+    ("edit_image", {"prompt": "a cat", "image": "{folder}/nowhere.png"}, "nowhere.png"),
+    ("compose_references", {"prompt": "a cat", "images": ["{folder}/good.png"] * 12}, "1 to 4"),
     ("compose_references", {"prompt": "a cat", "images": []}, "images"),
 ]
 
 
-def _on(shelf: Path, value: Any) -> Any:
+def _on(folder: Path, value: Any) -> Any:
     if isinstance(value, list):
-        return [_on(shelf, each) for each in value]
-    return value.replace("{shelf}", str(shelf)) if isinstance(value, str) else value
+        return [_on(folder, each) for each in value]
+    return value.replace("{folder}", str(folder)) if isinstance(value, str) else value
 
 
-async def test_bad_input_gets_one_line_and_the_next_call_works(living: Living, shelf: Path) -> None:
+async def test_bad_input_gets_one_line_and_the_next_call_works(living: Living, folder: Path) -> None:
     async with Client(living.stdio()) as client:
         for tool, arguments, says in BAD:
-            said = await refused(client, tool, **{key: _on(shelf, value) for key, value in arguments.items()})
-            assert says in said, f"{tool} {str(arguments)[:80]}: {said}"
+            message = await refused(client, tool, **{key: _on(folder, value) for key, value in arguments.items()})
+            assert says in message, f"{tool} {str(arguments)[:80]}: {message}"
         after = await call(client, "generate_image", prompt="a cat in the snow", seed=1)
         assert Path(after["path"]).is_file()
-        assert await call(client, "edit_image", image=str(shelf / "good.png"), prompt="make the background red")
+        assert await call(client, "edit_image", image=str(folder / "good.png"), prompt="make the background red")
 
 
-async def test_weights_cut_short_are_named_and_the_engine_lives_on(living: Living, shelf: Path) -> None:
-    async with Client(living.stdio(KLEIN_MODEL=str(shelf / "broken"))) as client:
-        said = await refused(client, "generate_image", prompt="a cat")
-        assert "diffusion_pytorch_model.safetensors" in said
-        assert "Download it again" in said
+async def test_truncated_weights_are_named_and_the_engine_survives(living: Living, folder: Path) -> None:
+    async with Client(living.stdio(KLEIN_MODEL=str(folder / "broken"))) as client:
+        message = await refused(client, "generate_image", prompt="a cat")
+        assert "diffusion_pytorch_model.safetensors" in message
+        assert "Download it again" in message
         assert await call(client, "generate_image", prompt="a cat", model="nano")
 
 
-async def test_sizes_off_16_are_rounded_and_said(living: Living) -> None:
+async def test_sizes_are_rounded_to_16_with_a_warning(living: Living) -> None:
     async with Client(living.stdio()) as client:
-        facts = await call(client, "generate_image", prompt="a cat in the snow", width=100, height=70, seed=1)
-        assert (facts["width"], facts["height"]) == (96, 64)
-        assert any("16" in warning for warning in facts["warnings"])
+        payload = await call(client, "generate_image", prompt="a cat in the snow", width=100, height=70, seed=1)
+        assert (payload["width"], payload["height"]) == (96, 64)
+        assert any("16" in warning for warning in payload["warnings"])
 
 
 async def test_progress_reaches_the_client_for_every_step(living: Living) -> None:
-    told: list[tuple[float, str]] = []
+    payload: list[tuple[float, str]] = []
 
     async def hear(progress: float, total: float | None, message: str | None) -> None:
-        told.append((progress, message or ""))
+        payload.append((progress, message or ""))
 
     async with Client(living.stdio()) as client:
         await client.call_tool("generate_image", {"prompt": "a dog on yellow", "seed": 2}, progress_callback=hear)
-    values = [progress for progress, _ in told]
+    values = [progress for progress, _ in payload]
     assert values == sorted(set(values)), "strictly increasing"
     for step in range(1, 5):
-        assert any(f"{step}/4" in message or f"{step} of 4" in message for _, message in told), told
+        assert any(f"{step}/4" in message or f"{step} of 4" in message for _, message in payload), payload

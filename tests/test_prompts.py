@@ -1,4 +1,4 @@
-"""Each prompt, followed by an agent on the embedded model through the real server, ends with saved pictures."""
+"""Each prompt, followed by an agent on the embedded model through the real server, ends with saved images."""
 
 import json
 import re
@@ -83,15 +83,15 @@ def runs(living: Living, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
                 try:
                     saved = [Path(path) for path in await agent.follow(text)]
                     done[name] = Run(chosen, folder, text, agent.calls, saved)
-                except (AssertionError, KeyError, MCPError) as problem:
-                    done[name] = problem
+                except (AssertionError, KeyError, MCPError) as exc:
+                    done[name] = exc
 
     anyio.run(follow_all)
     return done
 
 
 @pytest.mark.parametrize("name", PROMPTS)
-def test_a_prompt_followed_to_the_letter_ends_with_saved_pictures(runs: dict[str, Any], name: str) -> None:
+def test_following_a_prompt_saves_images(runs: dict[str, Any], name: str) -> None:
     run = runs[name]
     if isinstance(run, BaseException):
         raise run
@@ -100,34 +100,34 @@ def test_a_prompt_followed_to_the_letter_ends_with_saved_pictures(runs: dict[str
     shown = []
     for path, arguments in zip(run.saved, asked, strict=True):
         assert path.is_relative_to(run.project / (PROMPTS[name].arguments["folder"].default or ""))
-        with Image.open(path) as picture:
-            assert max(picture.size) <= arguments.get("max_size", 2048)
-            shown.append(np.asarray(picture.convert("RGB")).std())
+        with Image.open(path) as image:
+            assert max(image.size) <= arguments.get("max_size", 2048)
+            shown.append(np.asarray(image.convert("RGB")).std())
     # One step of several may ask for what lies outside nano's world, and get an empty ground for it.
-    assert max(shown) > 5, "a flat picture shows nothing"
+    assert max(shown) > 5, "a flat image shows nothing"
 
 
 def test_a_background_asked_for_in_a_prompt_is_in_the_saved_picture(runs: dict[str, Any]) -> None:
-    """What the embedded model does reliably, seen from the far end of the road."""
+    """Checks an ability that the embedded model has reliably."""
     run = runs["new_background"]
     assert run.arguments["backgrounds"] == "a green background; a blue background"
     strongest = []
     for path in run.saved:
-        with Image.open(path) as picture:
-            pixels = np.asarray(picture.convert("RGB"))
+        with Image.open(path) as image:
+            pixels = np.asarray(image.convert("RGB"))
         corners = [pixels[y, x] for y in (2, -3) for x in (2, -3)]
         strongest.append(int(np.argmax(np.mean(corners, axis=0))))
     assert strongest == [1, 2], "green and blue, by the strongest channel in the corners"
 
 
-def test_edits_of_a_prompt_have_the_picture_before_as_their_parent(runs: dict[str, Any]) -> None:
-    made = {tool: (arguments, facts) for tool, arguments, facts in runs["iterate"].calls}
-    arguments, facts = made["edit_image"]
-    assert facts["parents"] == [arguments["image"]]
+def test_edits_of_a_prompt_have_the_previous_image_as_parent(runs: dict[str, Any]) -> None:
+    made = {tool: (arguments, payload) for tool, arguments, payload in runs["iterate"].calls}
+    arguments, payload = made["edit_image"]
+    assert payload["parents"] == [arguments["image"]]
 
 
 @pytest.mark.anyio
-async def test_a_review_within_a_region_leaves_every_pixel_outside_as_it_was(living: Living, tmp_path: Path) -> None:
+async def test_review_within_a_region_keeps_every_pixel_outside(living: Living, tmp_path: Path) -> None:
     given = {"image": "last", "change": "make the background green", "region": "0, 0, 64,128", "folder": str(tmp_path)}
     async with Client(living.stdio(KLEIN_WRITE_ROOTS=str(tmp_path))) as client:
         first = await Agent(client).call("generate_image", {"prompt": "an apple on a yellow background", "seed": 7})
@@ -140,7 +140,7 @@ async def test_a_review_within_a_region_leaves_every_pixel_outside_as_it_was(liv
     assert not changed[:, 64:].any()
 
 
-def test_there_are_the_prompts_that_were_promised_and_one_per_file() -> None:
+def test_every_promised_prompt_has_a_file() -> None:
     files = {path.stem for path in (Path(__file__).parents[1] / "prompts").glob("[!_]*.md")}
     assert set(PROMPTS) == files
     assert set(PROMPTS) >= ASKED_FOR
@@ -157,7 +157,7 @@ def chosen(file: PromptFile, *, optional: bool = False) -> dict[str, str]:
 
 @pytest.mark.parametrize("optional", [False, True])
 @pytest.mark.parametrize("file", PROMPTS.values(), ids=PROMPTS)
-def test_every_call_of_a_prompt_is_one_that_the_tool_accepts(file: PromptFile, optional: bool) -> None:
+def test_every_call_of_a_prompt_is_accepted_by_its_tool(file: PromptFile, optional: bool) -> None:
     named: set[str] = set()
     for step in steps(file.render(chosen(file, optional=optional))):
         assert set(step) <= {"tool", "as", "arguments"}
@@ -168,8 +168,8 @@ def test_every_call_of_a_prompt_is_one_that_the_tool_accepts(file: PromptFile, o
 
 
 @pytest.mark.parametrize("file", PROMPTS.values(), ids=PROMPTS)
-def test_a_prompt_words_its_calls_as_the_guide_advises(file: PromptFile) -> None:
-    """What is there, never what is not; and references by their number."""
+def test_prompts_word_their_calls_as_the_guide_advises(file: PromptFile) -> None:
+    """Prompts describe presence, never absence, and number their references."""
     calls = [step["arguments"] for step in steps(file.render(chosen(file)))]
     for call in calls:
         words = call.get("prompt", "a.")
@@ -198,7 +198,7 @@ def test_every_argument_can_be_completed_or_has_a_default(file: PromptFile) -> N
 
 @settings(deadline=None)
 @given(st.text(min_size=1, max_size=200).filter(str.strip))
-def test_whatever_is_typed_each_block_stays_one_tool_call_and_says_it(typed: str) -> None:
+def test_each_block_stays_one_tool_call_whatever_is_typed(typed: str) -> None:
     file = PROMPTS["logo_exploration"]
     calls = steps(file.render({"name": typed, "idea": "a star"}))
     lockup = next(call for call in calls if call.get("as") == "lockup")
@@ -206,7 +206,7 @@ def test_whatever_is_typed_each_block_stays_one_tool_call_and_says_it(typed: str
     assert len(calls) == 8
 
 
-def test_what_looks_like_a_template_is_left_as_it_was_typed() -> None:
+def test_template_syntax_in_arguments_is_left_as_typed() -> None:
     text = PROMPTS["iterate"].render({"idea": 'a "{{ 7 * 7 }}" {% raw %} <drafts>'})
     assert 'a "{{ 7 * 7 }}" {% raw %} <drafts>' in text
     assert "49" not in text
@@ -222,7 +222,7 @@ def test_a_list_may_be_split_by_commas_semicolons_or_lines() -> None:
 
 
 @pytest.mark.anyio
-async def test_completions_offer_what_fits_and_the_library_s_pictures(client: Client) -> None:
+async def test_completions_offer_matching_values_and_library_images(client: Client) -> None:
     async def offered(prompt: str, argument: str, typed: str) -> list[str]:
         reference = PromptReference(type="ref/prompt", name=prompt)
         return list((await client.complete(reference, {"name": argument, "value": typed})).completion.values)
@@ -238,7 +238,7 @@ async def test_completions_offer_what_fits_and_the_library_s_pictures(client: Cl
 
 @pytest.mark.anyio
 @pytest.mark.parametrize(
-    ("name", "arguments", "said"),
+    ("name", "arguments", "message"),
     [
         ("icon_set", {}, "subjects is missing: what the icons show, separated by commas."),
         ("icon_set", {"subject": "x"}, 'icon_set has no argument "subject". Did you mean subjects?'),
@@ -257,22 +257,22 @@ async def test_completions_offer_what_fits_and_the_library_s_pictures(client: Cl
         ),
     ],
 )
-async def test_a_prompt_asked_for_wrongly_says_what_is_wrong(
-    client: Client, name: str, arguments: dict[str, str], said: str
+async def test_wrong_prompt_arguments_are_explained(
+    client: Client, name: str, arguments: dict[str, str], message: str
 ) -> None:
-    with pytest.raises(MCPError) as problem:
+    with pytest.raises(MCPError) as exc:
         await client.get_prompt(name, arguments)
-    assert problem.value.error.message.startswith(said)
-    assert "\n" not in problem.value.error.message
+    assert exc.value.error.message.startswith(message)
+    assert "\n" not in exc.value.error.message
 
 
 @pytest.mark.anyio
-async def test_what_an_agent_reads_once_fits_every_client(client: Client) -> None:
-    """Claude Code cuts instructions and descriptions at 2 KB; claude.ai drops tools with schemas over 16 KB."""
+async def test_tools_and_instructions_fit_the_limits_of_every_client(client: Client) -> None:
+    """Claude Code cuts descriptions at 2 KB, claude.ai drops schemas over 16 KB."""
     tools = (await client.list_tools()).tools
-    said = [tool.model_dump(mode="json", by_alias=True, exclude_none=True) for tool in tools]
-    assert len(json.dumps(said, separators=(",", ":"))) <= 10_000
-    for tool in said:
+    message = [tool.model_dump(mode="json", by_alias=True, exclude_none=True) for tool in tools]
+    assert len(json.dumps(message, separators=(",", ":"))) <= 10_000
+    for tool in message:
         assert 40 <= len(tool["description"].encode()) < 2000
         assert len(json.dumps(tool["inputSchema"])) < 16_000
     assert client.instructions is not None
@@ -280,7 +280,7 @@ async def test_what_an_agent_reads_once_fits_every_client(client: Client) -> Non
 
 
 @pytest.mark.anyio
-async def test_the_guide_can_be_read_and_names_all_that_the_embedded_model_knows(client: Client) -> None:
+async def test_guide_names_everything_the_embedded_model_knows(client: Client) -> None:
     from engine.nano import words
 
     taught = set(json.loads((Path(words.__file__).parent / "weights" / "klein.json").read_text())["words"])
@@ -288,9 +288,9 @@ async def test_the_guide_can_be_read_and_names_all_that_the_embedded_model_knows
     assert listed["klein://guide"].mime_type == "text/markdown"
     (content,) = (await client.read_resource("klein://guide")).contents
     guide = content.text  # type: ignore[union-attr]
-    said = set(re.findall(r"\w+", guide))
+    message = set(re.findall(r"\w+", guide))
     world = {*words.NOUNS, *words.SHAPES, *words.COLOURS, *words.SCENES}
-    assert world & taught <= said
+    assert world & taught <= message
     things = re.findall(r"- things: (.*)", guide)[0].split(", ")
     assert set(things) == {*words.NOUNS} & taught, "nothing is promised that it was not taught"
     assert "paints {0} × {0} pixels".format(VARIANTS[EMBEDDED].native_size) in guide

@@ -45,6 +45,6 @@ def kinds(result: CallToolResult) -> list[str]:
 
 
 def preview(result: CallToolResult) -> Rgb8:
-    """The one picture in a result."""
+    """The one image in a result."""
     (block,) = (block for block in result.content if block.type == "image")
     return pixels(base64.b64decode(block.data))

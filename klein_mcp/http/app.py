@@ -1,4 +1,4 @@
-"""The HTTP front end: the list of surfaces, and the process that serves them.
+"""The HTTP front end: its surfaces, and the process that serves them.
 
 TLS is left to a reverse proxy in front of it.
 """
@@ -38,7 +38,10 @@ GRACE = 1
 
 @dataclass(frozen=True, slots=True)
 class HttpOptions:
-    """The command line's options. allowed_hosts: names by which clients reach us, each with or without a port."""
+    """The command line's options.
+
+    allowed_hosts: names by which clients reach us, each with or without a port.
+    """
 
     host: str = "127.0.0.1"
     port: int = 8765
@@ -62,7 +65,10 @@ class HttpOptions:
 
 
 def run(settings: Settings, options: HttpOptions) -> NoReturn:
-    """Serve until a signal, then end the process. Raises RequestError or OSError if it cannot start."""
+    """Serve until a signal, then end the process.
+
+    Raises RequestError or OSError if it cannot start.
+    """
     from klein_mcp.daemon.client import DaemonBackend
 
     logging.basicConfig(
@@ -104,7 +110,7 @@ def application(
     hosts: Sequence[str] = (),
     surfaces: Sequence[SurfaceFactory] = SURFACES,
 ) -> Starlette:
-    """Return the ASGI application; without a token, everybody who reaches it is let in."""
+    """Return the ASGI application. Without a token, every client is let in."""
     served = [make(context) for make in surfaces]
     check = Middleware(
         auth.AuthMiddleware,
@@ -122,7 +128,7 @@ def application(
 
 
 def token_for(settings: Settings, options: HttpOptions) -> str | None:
-    """Return the token clients must send, or None where only this machine can connect."""
+    """Return the token clients must send, None if only this machine connects."""
     if options.token_file:
         return auth.read_token(options.token_file, "Without --token-file one is made for you.")
     # A name to be served under means a reverse proxy, and so other machines, even where we listen on loopback alone.

@@ -1,4 +1,4 @@
-"""Who may reach which surface: host names, origins, the token, signed links and sessions, in one middleware."""
+"""Authorisation in one middleware: host names, origins, token, signed links, sessions."""
 
 import hmac
 import secrets
@@ -66,7 +66,10 @@ class AuthMiddleware:
         return None
 
     def _surface(self, scope: Scope) -> Surface:
-        """The surface whose route the router will choose: the first full match, else the first partial one."""
+        """Return the surface whose route the router will choose.
+
+        That is the first full match, else the first partial one (a wrong method).
+        """
         partial = UNKNOWN
         for surface in self._surfaces:
             for route in surface.routes:
@@ -88,7 +91,10 @@ class AuthMiddleware:
 
 
 def transport_security(hosts: Sequence[str]) -> TransportSecuritySettings:
-    """Accepted Host and Origin headers: a page of another site must not reach us through its visitor."""
+    """Return the accepted Host and Origin headers.
+
+    A page of another site must not reach us through its visitor's browser.
+    """
     names = [*LOOPBACK[:2], "[::1]", *hosts]
     known = [*names, *(f"{name}:*" for name in names)]
     origins = [f"{scheme}://{name}" for scheme in ("http", "https") for name in known]

@@ -1,4 +1,4 @@
-"""/mcp and /sse: Streamable HTTP of both protocol eras, and the older SSE transport."""
+"""/mcp and /sse: Streamable HTTP of both eras, and the older transport."""
 
 from mcp.server.transport_security import TransportSecuritySettings
 

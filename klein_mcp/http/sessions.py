@@ -1,4 +1,7 @@
-"""Browser sessions: a one-time link is exchanged for a cookie, so that no token stays in a URL or a log."""
+"""Browser sessions: a one-time link is exchanged for a cookie.
+
+So no token stays in a URL, a browser's history or a log.
+"""
 
 import hashlib
 import hmac
@@ -21,7 +24,7 @@ SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
 
 
 class Sessions:
-    """Invitations that are open, and sessions that were made from them. Nothing is written to disk."""
+    """Open invitations and the sessions made from them, in memory only."""
 
     def __init__(self) -> None:
         self._secret = secrets.token_bytes(32)
@@ -35,7 +38,7 @@ class Sessions:
         return code
 
     def redeem(self, code: str) -> str | None:
-        """Return a new session id, or None if the code is used, too old or was never given out."""
+        """Return a new session id, None for a used or expired code."""
         expires = self._invitations.pop(code, None)
         if expires is None or expires < time.monotonic():
             return None
@@ -49,16 +52,16 @@ class Sessions:
         )
 
     def find(self, request: Request) -> str | None:
-        """Return the request's session id if it is a living one."""
+        """Return the request's session id if it is valid."""
         session = request.cookies.get(COOKIE, "")
         return session if self._sessions.get(session, 0.0) > time.monotonic() else None
 
     def csrf_token(self, session: str) -> str:
-        """Return what a page of this session must send with every request that changes something."""
+        """Return the token a page must send with every change it requests."""
         return hmac.new(self._secret, session.encode(), hashlib.sha256).hexdigest()
 
     def allows(self, request: Request) -> bool:
-        """True for a living session, which must also prove its page wherever it changes something."""
+        """True for a valid session. Unsafe methods need its CSRF token too."""
         session = self.find(request)
         if session is None:
             return False

@@ -1,4 +1,4 @@
-"""Signed, expiring download links: whoever has one may fetch that one path for a while, without a token."""
+"""Signed, expiring links: permission to fetch one path without a token."""
 
 import hashlib
 import hmac
@@ -14,17 +14,17 @@ LIFETIME = 3600
 
 
 class SignedUrls:
-    """Makes and checks links. The secret dies with the process, and every link with it."""
+    """Makes and checks links, which end with the process."""
 
     def __init__(self, secret: bytes | None = None) -> None:
         self._secret = secret or secrets.token_bytes(32)
 
     def for_client(self, request: Request) -> Callable[[str], str] | None:
-        """Return a maker of download addresses for the sender, or None if it shares our disk."""
+        """Return a maker of addresses, None if the sender is local."""
         return None if is_local(request) else self.absolute(request)
 
     def absolute(self, request: Request) -> Callable[[str], str]:
-        """Return a function from an image's handle to an address under the name the sender used."""
+        """Return a function from a handle to its absolute download address."""
         base = str(request.base_url).rstrip("/")
         return lambda handle: base + self.image(handle)
 
@@ -49,7 +49,7 @@ class SignedUrls:
 
 
 def is_local(request: Request) -> bool:
-    """True for a sender on this machine that connects directly: through a proxy, everybody seems local."""
+    """True for a sender on this machine that connects without a proxy."""
     if request.client is None or "x-forwarded-for" in request.headers or "forwarded" in request.headers:
         return False
     try:

@@ -1,4 +1,4 @@
-"""A surface: HTTP routes that belong together, and what a request must show to reach them."""
+"""A surface: HTTP routes that belong together, and their kind of authorisation."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -38,7 +38,7 @@ class Surface:
 
 @dataclass(frozen=True, slots=True)
 class HttpContext:
-    """Everything a surface may need; one per server."""
+    """The parts of one HTTP server that surfaces share."""
 
     service: Service
     server: KleinServer

@@ -18,7 +18,7 @@ def surface(context: HttpContext) -> Surface:
     service = context.service
 
     async def upload(request: Request) -> Response:
-        """The file is the body; the response is {"image": handle, …}."""
+        """Import the request's body and respond with {"image": handle, …}."""
         body = bytearray()
         async for chunk in request.stream():
             body += chunk

@@ -1,11 +1,15 @@
-"""Table of known MCP clients: whether each shows the model an image that comes in a result."""
+"""Known MCP clients, and whether each shows images to its model."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True)
 class ClientProfile:
-    """One client. name: prefix of clientInfo's, in lower case. source: where it was reported. verified: by us."""
+    """One row of CLIENTS.
+
+    name: prefix of clientInfo's name, in lower case. image_mode: inline, link or none.
+    source: where its behaviour was reported. verified: whether our own tests confirm it.
+    """
 
     name: str
     image_mode: str
@@ -35,6 +39,9 @@ CLIENTS = (
 
 
 def image_mode(name: str) -> str:
-    """Return inline, link or none; inline for unknown clients, as one preview is within every known limit."""
+    """Return inline, link or none for a client's name.
+
+    Unknown clients get inline: one preview is within every known limit.
+    """
     known = [client for client in CLIENTS if name.lower().startswith(client.name)]
     return max(known, key=lambda client: len(client.name)).image_mode if known else "inline"

@@ -111,14 +111,14 @@ class PromptFile:
 
 
 def prompt_files() -> list[PromptFile]:
-    """Return every file of prompts/ by name; those with a leading underscore are parts of others."""
+    """Return the files of prompts/ by name, except shared parts (`_…`)."""
     found = [file for file in _folder().iterdir() if file.name.endswith(".md") and not file.name.startswith("_")]
     named = sorted(found, key=lambda file: file.name)
     return [PromptFile(file.name.removesuffix(".md"), file.read_text(encoding="utf-8")) for file in named]
 
 
 def guide() -> str:
-    """Return the text of klein://guide: how to prompt klein, and what the embedded model knows."""
+    """Return the text of klein://guide."""
     return files("klein_mcp.mcp_server").joinpath("guide.md").read_text(encoding="utf-8")
 
 
@@ -155,7 +155,7 @@ def register(server: MCPServer, recent: Callable[[str], Sequence[str]]) -> None:
 
 
 class _FilePrompt(Prompt):
-    """The SDK's prompt with our own error messages: the SDK's hide the cause from the user."""
+    """The SDK's prompt, with error messages that name the cause."""
 
     @classmethod
     def create(cls, file: PromptFile) -> "_FilePrompt":
@@ -183,7 +183,7 @@ def _described(argument: Argument) -> str:
 
 
 def _matching(typed: str, offered: Sequence[str]) -> list[str]:
-    """Return values that begin with the typed text, then those that contain it."""
+    """Return values that start with `typed`, then those that contain it."""
     typed = typed.lower().strip()
     found = (value for value in offered if typed in value.lower())
     return sorted(found, key=lambda value: not value.lower().startswith(typed))
@@ -198,7 +198,7 @@ def _steps() -> str:
 
 
 def _escaped_in_blocks(text: str) -> str:
-    """Return the template with every value inside a ```json block passed through `in_json`."""
+    """Pass every value inside a ```json block through the filter `in_json`."""
 
     def escape(block: re.Match[str]) -> str:
         return re.sub(r"\{\{(.*?)\}\}", r"{{ (\1) | in_json }}", block[0])

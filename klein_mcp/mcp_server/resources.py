@@ -1,4 +1,4 @@
-"""Images as MCP resources: the list, each image, its preview and its recipe; and subscriptions to new ones."""
+"""Images as MCP resources, and subscriptions to new ones."""
 
 import json
 from typing import Any
@@ -121,8 +121,8 @@ def _json(value: Any) -> ReadResourceContents:
 class ResourceSubscriptions:
     """Notifies clients of new images, in both eras of the protocol.
 
-    Modern clients listen on the bus. The SDK keeps no list of legacy ones, so we do: every legacy connection is told
-    that the list changed, and about the addresses it subscribed to.
+    Modern clients listen on the bus. The SDK keeps no list of legacy ones, so we do: every legacy connection is
+    notified that the list changed, and of changes to the addresses it subscribed to.
     """
 
     def __init__(self, bus: SubscriptionBus) -> None:

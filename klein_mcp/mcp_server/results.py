@@ -1,4 +1,4 @@
-"""Tool results with images: one JSON line first, then one preview, then a link for the user.
+"""Tool results with images: a JSON line, one preview, links.
 
 No structuredContent: several clients drop the image where there is any.
 """
@@ -21,7 +21,7 @@ MIME = "image/png"
 
 
 def tool_result(outcome: "JobResult", store: Store, show: str, call: CallContext) -> CallToolResult:
-    """Return the result of generate, edit and compose. Blocking: the preview is made here."""
+    """Return the result of generate, edit and compose. Blocking."""
     first = outcome.made[0]
     locations = [location(store, made.record, call) for made in outcome.made]
     common = {
@@ -55,7 +55,7 @@ def pending_result(pending: "PendingJob") -> CallToolResult:
 
 
 def location(store: Store, record: Record, call: CallContext) -> dict[str, str]:
-    """Return an image's handle and where to get it: a path, or over HTTP an address."""
+    """Return an image's handle with its path, or URL for remote clients."""
     at = {"path": str(store.path(record))} if call.link is None else {"url": call.link(record.handle)}
     return {"image": record.handle, "uri": uri(record.handle), **at}
 
@@ -74,7 +74,10 @@ def image_block(data: bytes, mime: str) -> ImageContent:
 
 
 def resource_link(record: Record) -> ResourceLink:
-    """Return a link for the user alone: VS Code would otherwise fetch the full image for the model."""
+    """Return a link whose audience is the user alone.
+
+    VS Code would otherwise fetch the full image for the model.
+    """
     return ResourceLink(
         type="resource_link",
         uri=uri(record.handle),

@@ -1,4 +1,4 @@
-"""The MCP server behind every transport: our tools, with errors worded for the model that reads them."""
+"""The MCP server behind every transport."""
 
 import hashlib
 import logging
@@ -61,12 +61,15 @@ Link = Callable[[Any], Callable[[str], str] | None]
 
 
 async def _set_level(context: Any, params: SetLevelRequestParams) -> EmptyResult:
-    """Accept any level: everything about a call is in its result, and the rest goes to stderr."""
+    """Accept any level and ignore it: the log goes to stderr."""
     return EmptyResult()
 
 
 class KleinServer(MCPServer):
-    """MCPServer with tools of our own: the SDK's ignore unknown arguments and word errors for programmers."""
+    """MCPServer with tools of our own.
+
+    The SDK's tools ignore unknown arguments, and word errors for programmers instead of models.
+    """
 
     def __init__(self, service: Service, link: Link | None, extensions: Sequence[Extension]) -> None:
         self.service = service
@@ -168,7 +171,7 @@ class KleinServer(MCPServer):
 
 
 async def _roots(session: Any) -> tuple[Path, ...] | None:
-    """Return the client's folders, or None if it has none, does not say, or takes too long."""
+    """Return the client's folders, None if it names none in time."""
     offered = session.client_capabilities
     if not session.can_send_request or offered is None or offered.roots is None:
         return None
@@ -182,7 +185,7 @@ async def _roots(session: Any) -> tuple[Path, ...] | None:
 
 
 def http_client(request: Any) -> str:
-    """Return the name that `last` belongs to: one legacy session, else one token."""
+    """Return the owner of `last`: one legacy session, else one token."""
     session = request.headers.get("mcp-session-id") or request.query_params.get("session_id")
     if session:
         return f"session-{session}"
@@ -195,7 +198,7 @@ def _error_result(message: str) -> CallToolResult:
 
 
 def create_server(service: Service, *, link: Link | None = None, extensions: Sequence[Extension] = ()) -> KleinServer:
-    """Make the server of one front end; it opens nothing until the first call.
+    """Make the server of one front end, which opens nothing until called.
 
     extensions: what else it offers, such as MCP Apps; the SDK takes them at construction only.
     """

@@ -1,4 +1,7 @@
-"""The stdio front end: one client on stdin and stdout; ends within a second of end of file or a signal."""
+"""The stdio front end: one client on stdin and stdout.
+
+It ends within a second of end of file or a signal.
+"""
 
 import asyncio
 import logging
@@ -31,7 +34,10 @@ def run(settings: Settings) -> NoReturn:
 
 
 async def serve(settings: Settings) -> int:
-    """Serve until end of file, SIGTERM or SIGINT; cancel running jobs and return the exit code."""
+    """Serve until end of file or a signal, return the exit code.
+
+    Running jobs are cancelled.
+    """
     from klein_mcp.daemon.client import DaemonBackend
 
     backend = DaemonBackend(settings)
@@ -87,7 +93,10 @@ class _Lines:
 
 
 def _exit_soon(code: int) -> None:
-    """End the process after GRACE even if a worker thread still runs: the library survives that."""
+    """End the process after GRACE, even if a worker thread still runs.
+
+    The library survives that.
+    """
     timer = threading.Timer(GRACE, exit_now, (code,))
     timer.daemon = True
     timer.start()

@@ -1,8 +1,8 @@
-"""What the conformance suite wants to find on a server besides its own tools: fixtures by the names it asks for.
+"""Fixtures the conformance suite expects on a server, under the names it uses.
 
 `python -m tests.conformance.fixtures` serves our own application with them and prints its address; the product knows
 nothing of them.
-Each name is what a scenario of the suite calls; what it must answer is said in the scenario's description.
+Each name is what a scenario of the suite calls; what it must answer is message in the scenario's description.
 """
 
 import base64
@@ -62,7 +62,7 @@ WAV = base64.b64encode(_wav()).decode()
 
 
 def described(register: Any) -> Any:
-    """Tools and prompts must have a description; these are named after what they do."""
+    """Register with a description, which tools and prompts must have."""
     return lambda function: register(description=f"A fixture: {function.__name__}.")(function)
 
 
@@ -176,12 +176,12 @@ def _notifications(server: MCPServer) -> None:
     @described(server.tool)
     async def test_trigger_tool_change(context: Context) -> str:
         await context.notify_tools_changed()
-        return "Told."
+        return "Payload."
 
     @described(server.tool)
     async def test_trigger_prompt_change(context: Context) -> str:
         await context.notify_prompts_changed()
-        return "Told."
+        return "Payload."
 
 
 def _questions(server: MCPServer) -> None:
@@ -189,7 +189,7 @@ def _questions(server: MCPServer) -> None:
     async def test_sampling(prompt: str, context: Context) -> str:
         messages = [SamplingMessage(role="user", content=text(prompt))]
         answer = await context.session.create_message(messages=messages, max_tokens=100)
-        return f"The model said: {answer.content.text}"  # type: ignore[union-attr]
+        return f"The model message: {answer.content.text}"  # type: ignore[union-attr]
 
     @described(server.tool)
     async def test_elicitation(message: str, context: Context) -> str:

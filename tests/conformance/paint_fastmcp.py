@@ -1,4 +1,4 @@
-"""Generate, edit and compose through the fastmcp client: one line of JSON per picture. Argument: the Python to use."""
+"""Generate, edit and compose through the fastmcp client: one line of JSON per image. Argument: the Python to use."""
 
 import asyncio
 import json
@@ -12,10 +12,10 @@ from fastmcp.client.transports import StdioTransport  # type: ignore[import-not-
 
 async def paint(client: Client, tool: str, **arguments: Any) -> str:
     result = await client.call_tool(tool, arguments)
-    facts = json.loads(result.content[0].text)
+    payload = json.loads(result.content[0].text)
     preview = next(block.data for block in result.content if block.type == "image")
-    print(json.dumps({"facts": facts, "preview": preview}))
-    return facts["image"]
+    print(json.dumps({"payload": payload, "preview": preview}))
+    return payload["image"]
 
 
 async def main() -> None:

@@ -42,8 +42,8 @@ def node(tmp_path_factory: pytest.TempPathFactory) -> Path:
         install = ["npm", "install", "--no-audit", "--no-fund", "--prefix", str(folder), *PACKAGES]
         try:
             subprocess.run(install, check=True, capture_output=True, timeout=400)
-        except (OSError, subprocess.SubprocessError) as problem:
-            pytest.skip(f"no Node packages: {problem}")
+        except (OSError, subprocess.SubprocessError) as exc:
+            pytest.skip(f"no Node packages: {exc}")
     return folder
 
 
@@ -114,17 +114,17 @@ def inspect(
 
 @pytest.fixture(scope="module")
 def warm(living: Living, tmp_path_factory: pytest.TempPathFactory) -> None:
-    """The engine is up, so that a picture comes within the call and within the Inspector's patience of a minute."""
+    """The engine is up, so that an image comes within the call and within the Inspector's patience of a minute."""
     assert living.run("-m", "klein_mcp", "demo", "--out", str(tmp_path_factory.mktemp("demo"))).returncode == 0
 
 
 @pytest.mark.usefixtures("warm")
 @pytest.mark.parametrize("era", ["legacy", "modern"])
-@pytest.mark.parametrize("door", ["stdio", "http"])
-def test_the_inspector_finds_no_fault_with_the_tools_and_paints(node, living, door, era):
+@pytest.mark.parametrize("front_end", ["stdio", "http"])
+def test_the_inspector_finds_no_fault_with_the_tools_and_paints(node, living, front_end, era):
     environment = living.environment()
     with serving(living) as url:
-        target = ["--server-url", f"{url}/mcp"] if door == "http" else [*handed_on(environment), *SERVER]
+        target = ["--server-url", f"{url}/mcp"] if front_end == "http" else [*handed_on(environment), *SERVER]
         listed = inspect(node, target, era, "tools/list", "--strict", environment=environment)
         assert listed.returncode == 0, listed.stdout[-3000:] + listed.stderr[-3000:]
         asked = ["--tool-name", "generate_image", "--tool-args-json", json.dumps({"prompt": "a cat on red", "seed": 1})]
@@ -145,7 +145,7 @@ def test_the_typescript_client_paints_edits_and_composes(node, living):
     done = run(node, "node", str(script), sys.executable, **living.environment())
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     results = [json.loads(line) for line in done.stdout.splitlines()]
-    check([(result["facts"], result["preview"]) for result in results])
+    check([(result["payload"], result["preview"]) for result in results])
 
 
 def test_the_fastmcp_client_paints_edits_and_composes(living, tmp_path):
@@ -155,8 +155,8 @@ def test_the_fastmcp_client_paints_edits_and_composes(living, tmp_path):
         subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True, capture_output=True, timeout=120)
         pip = [str(folder / "bin" / "python"), "-m", "pip", "install", "--quiet", "fastmcp==4.1.2"]
         subprocess.run(pip, check=True, capture_output=True, timeout=300)
-    except (OSError, subprocess.SubprocessError) as problem:
-        pytest.skip(f"no fastmcp: {problem}")
+    except (OSError, subprocess.SubprocessError) as exc:
+        pytest.skip(f"no fastmcp: {exc}")
     done = subprocess.run(
         [str(folder / "bin" / "python"), str(HERE / "paint_fastmcp.py"), sys.executable],
         env=living.environment(),
@@ -167,13 +167,13 @@ def test_the_fastmcp_client_paints_edits_and_composes(living, tmp_path):
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     results = [json.loads(line) for line in done.stdout.splitlines()]
-    check([(result["facts"], result["preview"]) for result in results])
+    check([(result["payload"], result["preview"]) for result in results])
 
 
 def check(results: list[tuple[dict, str]]) -> None:
-    generated, edited, composed = (facts for facts, _ in results)
+    generated, edited, composed = (payload for payload, _ in results)
     assert edited["parents"] == [generated["image"]]
     assert composed["parents"] == [generated["image"], edited["image"]]
-    for facts, preview in results:
-        assert Path(facts["path"]).read_bytes().startswith(b"\x89PNG")
+    for payload, preview in results:
+        assert Path(payload["path"]).read_bytes().startswith(b"\x89PNG")
         assert base64.b64decode(preview).startswith(b"\xff\xd8")

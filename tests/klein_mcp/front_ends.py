@@ -1,4 +1,4 @@
-"""Every door of the real program, as a client opens it."""
+"""Every front end of the real program, as a client opens it."""
 
 import subprocess
 import sys
@@ -10,7 +10,7 @@ from mcp.client.sse import sse_client
 
 from tests.real_server import Living
 
-DOORS = ("stdio", "stdio legacy", "http", "http legacy", "sse")
+FRONT_ENDS = ("stdio", "stdio legacy", "http", "http legacy", "sse")
 
 
 @contextmanager
@@ -32,11 +32,11 @@ def serving_process(living: Living) -> Iterator[tuple[str, subprocess.Popen[str]
     )
     assert process.stderr
     try:
-        said = process.stderr.readline()
-        while said and " serves http://" not in said:
-            said = process.stderr.readline()
-        assert said, f"serve ended with {process.wait(10)}"
-        yield said.split()[-1].removesuffix("/mcp"), process
+        message = process.stderr.readline()
+        while message and " serves http://" not in message:
+            message = process.stderr.readline()
+        assert message, f"serve ended with {process.wait(10)}"
+        yield message.split()[-1].removesuffix("/mcp"), process
     finally:
         process.terminate()
         process.wait(10)
@@ -44,9 +44,9 @@ def serving_process(living: Living) -> Iterator[tuple[str, subprocess.Popen[str]
 
 
 @asynccontextmanager
-async def through(door: str, living: Living, url: str) -> AsyncIterator[Client]:
-    """A client behind this door. url: of `serving`, for the doors over HTTP."""
-    mode = "legacy" if "legacy" in door or door == "sse" else "auto"
-    over_http = sse_client(f"{url}/sse") if door == "sse" else f"{url}/mcp"
-    async with Client(living.stdio() if door.startswith("stdio") else over_http, mode=mode) as client:
+async def through(front_end: str, living: Living, url: str) -> AsyncIterator[Client]:
+    """Connect a client. url: from `serving`, for the front ends over HTTP."""
+    mode = "legacy" if "legacy" in front_end or front_end == "sse" else "auto"
+    over_http = sse_client(f"{url}/sse") if front_end == "sse" else f"{url}/mcp"
+    async with Client(living.stdio() if front_end.startswith("stdio") else over_http, mode=mode) as client:
         yield client

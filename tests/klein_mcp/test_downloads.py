@@ -1,4 +1,4 @@
-"""Pictures over plain HTTP: links that are signed and expire, and uploads with the caps of every other input."""
+"""Images over plain HTTP: links that are signed and expire, and uploads with the caps of every other input."""
 
 import time
 from collections.abc import AsyncIterator
@@ -49,75 +49,75 @@ def announced(context: HttpContext, monkeypatch: pytest.MonkeyPatch) -> list[str
     return uris
 
 
-async def test_a_link_leads_to_the_exact_picture(client: Client, http: httpx2.AsyncClient, urls: SignedUrls):
-    told = await call(client, "generate_image", prompt="a dot")
-    answer = await http.get(urls.image(told["image"]))
+async def test_link_leads_to_the_exact_image(client: Client, http: httpx2.AsyncClient, urls: SignedUrls):
+    payload = await call(client, "generate_image", prompt="a dot")
+    answer = await http.get(urls.image(payload["image"]))
     assert (answer.status_code, answer.headers["content-type"]) == (200, "image/png")
-    with open(told["path"], "rb") as same:
+    with open(payload["path"], "rb") as same:
         assert answer.content == same.read()
 
 
-async def test_a_link_is_for_one_picture_and_one_while(client: Client, http: httpx2.AsyncClient, urls: SignedUrls):
-    told = await call(client, "generate_image", prompt="a dot")
+async def test_link_is_valid_for_one_image_and_a_while(client: Client, http: httpx2.AsyncClient, urls: SignedUrls):
+    payload = await call(client, "generate_image", prompt="a dot")
     other = await call(client, "generate_image", prompt="another")
-    good = urls.image(told["image"])
+    good = urls.image(payload["image"])
     for bad in (
-        good.replace(told["image"], other["image"]),
+        good.replace(payload["image"], other["image"]),
         good.replace("until=", "until=1"),
         good[:-1] + ("0" if good[-1] != "0" else "1"),
         good.split("?")[0],
         good.split("&")[0],
-        urls.image(told["image"], now=time.time() - LIFETIME - 1),
-        SignedUrls().image(told["image"]),
-        f"/images/{told['image']}.png?until=²&signature=x",
+        urls.image(payload["image"], now=time.time() - LIFETIME - 1),
+        SignedUrls().image(payload["image"]),
+        f"/images/{payload['image']}.png?until=²&signature=x",
     ):
         answer = await http.get(bad)
         assert answer.status_code == 403, bad
         assert "view_image gives a new one" in answer.json()["error"]
 
 
-async def test_a_link_to_a_deleted_picture_is_said(
+async def test_link_to_a_deleted_image_is_not_found(
     client: Client, http: httpx2.AsyncClient, urls: SignedUrls, service: Service
 ):
-    told = await call(client, "generate_image", prompt="a dot")
-    service.store.delete([told["image"]])
-    answer = await http.get(urls.image(told["image"]))
+    payload = await call(client, "generate_image", prompt="a dot")
+    service.store.delete([payload["image"]])
+    answer = await http.get(urls.image(payload["image"]))
     assert (answer.status_code, "was deleted on" in answer.json()["error"]) == (404, True)
 
 
-async def test_an_upload_becomes_a_handle_that_tools_take(client: Client, http: httpx2.AsyncClient):
+async def test_upload_returns_a_handle_that_tools_accept(client: Client, http: httpx2.AsyncClient):
     answer = await http.post("/upload", content=file(scene(64, 48), "BMP"))
-    told = answer.json()
-    assert (answer.status_code, told["width"], told["height"], told["warnings"]) == (200, 64, 48, [])
-    edited = await call(client, "edit_image", image=told["image"], prompt="x")
-    assert edited["parents"] == [told["image"]]
+    payload = answer.json()
+    assert (answer.status_code, payload["width"], payload["height"], payload["warnings"]) == (200, 64, 48, [])
+    edited = await call(client, "edit_image", image=payload["image"], prompt="x")
+    assert edited["parents"] == [payload["image"]]
 
 
-async def test_an_upload_is_announced_once(http: httpx2.AsyncClient, announced: list[str]):
-    told = [(await http.post("/upload", content=file(scene(64, 48), kind))).json() for kind in ("PNG", "BMP")]
-    assert announced == [told[0]["uri"]] == [told[1]["uri"]]
+async def test_upload_is_announced_once(http: httpx2.AsyncClient, announced: list[str]):
+    payload = [(await http.post("/upload", content=file(scene(64, 48), kind))).json() for kind in ("PNG", "BMP")]
+    assert announced == [payload[0]["uri"]] == [payload[1]["uri"]]
 
 
-async def test_an_upload_is_nobodys_last(client: Client, http: httpx2.AsyncClient):
+async def test_upload_does_not_become_last(client: Client, http: httpx2.AsyncClient):
     await http.post("/upload", content=file(scene(64, 48)))
     await refused(client, "view_image", image="last")
 
 
 @pytest.mark.parametrize(
-    ("body", "said"),
+    ("body", "message"),
     [
         (b"", "is empty (0 bytes)"),
         (b"hello", "is not a picture that can be read"),
         (file(scene(64, 64))[:150], "cannot be read"),
     ],
 )
-async def test_a_bad_upload_is_refused_with_one_line(http: httpx2.AsyncClient, body: bytes, said: str):
+async def test_bad_upload_is_refused_with_one_line(http: httpx2.AsyncClient, body: bytes, message: str):
     answer = await http.post("/upload", content=body)
     assert answer.status_code == 400
-    assert said in answer.json()["error"]
+    assert message in answer.json()["error"]
 
 
-async def test_an_upload_is_cut_off_at_the_cap(http: httpx2.AsyncClient, monkeypatch: pytest.MonkeyPatch):
+async def test_upload_is_cut_off_at_its_size_limit(http: httpx2.AsyncClient, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(uploads, "MAX_BYTES", 100_000)
     sent = 0
 
@@ -137,7 +137,7 @@ def request(client: Any = ("127.0.0.1", 1), **headers: str) -> Request:
     return Request({**scope, "server": ("klein.example", 443), "headers": [(b"host", b"klein.example"), *encoded]})
 
 
-def test_who_shares_our_disk_gets_paths_and_everybody_else_addresses(urls: SignedUrls):
+def test_local_clients_get_paths_and_remote_ones_addresses(urls: SignedUrls):
     assert urls.for_client(request()) is None
     assert urls.for_client(request(("::1", 1))) is None
     for other in (request(("10.0.0.7", 1)), request(x_forwarded_for="10.0.0.7"), request(None)):
@@ -146,7 +146,7 @@ def test_who_shares_our_disk_gets_paths_and_everybody_else_addresses(urls: Signe
         assert make("k7f3q2").startswith("https://klein.example/images/k7f3q2.png?until=")
 
 
-async def test_pixels_of_a_download_are_the_pictures_own(client: Client, http: httpx2.AsyncClient, urls: SignedUrls):
-    told = (await http.post("/upload", content=file(scene(64, 48)))).json()
-    answer = await http.get(urls.image(told["image"]))
+async def test_download_has_the_pixels_of_the_upload(client: Client, http: httpx2.AsyncClient, urls: SignedUrls):
+    payload = (await http.post("/upload", content=file(scene(64, 48)))).json()
+    answer = await http.get(urls.image(payload["image"]))
     assert (pixels(answer.content) == scene(64, 48)).all()

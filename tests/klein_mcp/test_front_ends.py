@@ -1,4 +1,4 @@
-"""The same tools and the same pictures through every door, on the real program and the embedded model."""
+"""The same tools and the same images through every front end, on the real program and the embedded model."""
 
 import json
 import time
@@ -9,7 +9,7 @@ import anyio
 import pytest
 from mcp import Client
 
-from tests.klein_mcp.front_ends import DOORS, serving, through
+from tests.klein_mcp.front_ends import FRONT_ENDS, serving, through
 from tests.real_server import Living
 
 pytestmark = pytest.mark.anyio
@@ -22,7 +22,7 @@ def url(living: Living) -> Iterator[str]:
 
 
 async def call(client: Client, tool: str, **arguments: Any) -> dict[str, Any]:
-    """What the text line says; fails if the picture is missing."""
+    """Return the JSON line, and fail if the image is missing."""
     result = await client.call_tool(tool, arguments)
     assert not result.is_error, result.content
     assert [block.type for block in result.content] == ["text", "image", "resource_link"]
@@ -30,17 +30,17 @@ async def call(client: Client, tool: str, **arguments: Any) -> dict[str, Any]:
     return json.loads(result.content[0].text)  # type: ignore[union-attr]
 
 
-async def pixels(client: Client, facts: dict[str, Any]) -> bytes:
-    """The full picture, as any client can get it."""
-    (content,) = (await client.read_resource(facts["uri"])).contents
+async def pixels(client: Client, payload: dict[str, Any]) -> bytes:
+    """The full image, as any client can get it."""
+    (content,) = (await client.read_resource(payload["uri"])).contents
     return content.blob.encode()  # type: ignore[union-attr]
 
 
-def without_names(facts: dict[str, Any]) -> dict[str, Any]:
-    """What must not depend on the door: all but handles, places and clocks."""
+def without_names(payload: dict[str, Any]) -> dict[str, Any]:
+    """Drop what may depend on the front end: handles, locations, timings."""
     return {
         key: value
-        for key, value in facts.items()
+        for key, value in payload.items()
         if key not in ("image", "uri", "path", "ms", "parents", "cache", "warnings")
     }
 
@@ -58,9 +58,9 @@ async def paint_all(client: Client) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module", autouse=True)
 async def expected(living: Living, url: str) -> list[dict[str, Any]]:
-    """What each door must give; and the engine is warm, so that no test meets the wait budget while torch loads."""
+    """The expected results. Also warms the engine, so that no test meets the wait budget."""
     async with through("stdio", living, url) as client:
-        return [without_names(facts) for facts in await paint_all(client)]
+        return [without_names(payload) for payload in await paint_all(client)]
 
 
 @pytest.fixture(scope="module")
@@ -68,32 +68,32 @@ def anyio_backend() -> str:
     return "asyncio"
 
 
-@pytest.mark.parametrize("door", DOORS)
-async def test_three_tools_paint_the_same_through_every_door(door, living, url, expected):
-    async with through(door, living, url) as client:
-        assert [without_names(facts) for facts in await paint_all(client)] == expected
+@pytest.mark.parametrize("front_end", FRONT_ENDS)
+async def test_tools_give_the_same_images_through_every_front_end(front_end, living, url, expected):
+    async with through(front_end, living, url) as client:
+        assert [without_names(payload) for payload in await paint_all(client)] == expected
 
 
-@pytest.mark.parametrize("door", DOORS)
-async def test_progress_rises_and_names_every_stage_through_every_door(door, living, url):
-    told: list[tuple[float, str]] = []
+@pytest.mark.parametrize("front_end", FRONT_ENDS)
+async def test_progress_rises_and_names_every_stage(front_end, living, url):
+    payload: list[tuple[float, str]] = []
 
     async def hear(progress: float, total: float | None, message: str | None) -> None:
-        told.append((progress, message or ""))
+        payload.append((progress, message or ""))
 
-    async with through(door, living, url) as client:
+    async with through(front_end, living, url) as client:
         await client.call_tool("generate_image", {"prompt": "a cat", "seed": 1}, progress_callback=hear)
-    shares = [share for share, _ in told]
+    shares = [share for share, _ in payload]
     assert shares == sorted(set(shares))
-    said = " ".join(message for _, message in told)
+    message = " ".join(message for _, message in payload)
     for part in ("queue", "reading the prompt", "step 1 of 4", "step 4 of 4", "developing", "saving"):
-        assert part in said
+        assert part in message
 
 
-@pytest.mark.parametrize("door", DOORS)
-async def test_a_cancelled_call_frees_the_engine_through_every_door(door, living, url):
-    """Four pictures of four steps are asked for; none of them may be painted to its end."""
-    async with through(door, living, url) as client, through("stdio", living, url) as other:
+@pytest.mark.parametrize("front_end", FRONT_ENDS)
+async def test_cancelled_call_frees_the_engine(front_end, living, url):
+    """Cancels four images of four steps at the first step."""
+    async with through(front_end, living, url) as client, through("stdio", living, url) as other:
         begun = anyio.Event()
 
         async def hear(progress: float, total: float | None, message: str | None) -> None:
@@ -121,7 +121,7 @@ async def test_a_cancelled_call_frees_the_engine_through_every_door(door, living
         await call(client, "generate_image", prompt="a dog on yellow", seed=2)
 
 
-async def test_last_is_each_clients_own(living, url):
+async def test_last_belongs_to_each_client(living, url):
     async with through("stdio", living, url) as one, through("http legacy", living, url) as other:
         mine = await call(one, "generate_image", prompt="a cat on red", seed=1)
         theirs = await call(other, "generate_image", prompt="a dog on blue", seed=2)
@@ -129,8 +129,8 @@ async def test_last_is_each_clients_own(living, url):
         assert (await call(other, "edit_image", image="last", prompt="make it green"))["parents"] == [theirs["image"]]
 
 
-@pytest.mark.parametrize("door", DOORS)
-async def test_a_picture_can_be_read_back_through_every_door(door, living, url):
-    async with through(door, living, url) as client:
-        facts = await call(client, "generate_image", prompt="a fish in the ocean", seed=4)
-        assert (await pixels(client, facts)).startswith(b"iVBORw0KGgo")  # PNG, in base64
+@pytest.mark.parametrize("front_end", FRONT_ENDS)
+async def test_image_can_be_read_back_as_a_resource(front_end, living, url):
+    async with through(front_end, living, url) as client:
+        payload = await call(client, "generate_image", prompt="a fish in the ocean", seed=4)
+        assert (await pixels(client, payload)).startswith(b"iVBORw0KGgo")  # PNG, in base64

@@ -1,4 +1,4 @@
-"""Who is let in over HTTP, what strangers hear, and what becomes of malformed requests."""
+"""Who is let in over HTTP, what unauthorised clients hear, and what becomes of malformed requests."""
 
 import asyncio
 import json
@@ -93,7 +93,7 @@ async def post(url: str, body: bytes, path: str = "/mcp", **headers: str) -> htt
         return await client.post(url + path, content=body, headers={**ACCEPT, **headers})
 
 
-async def test_health_is_told_to_anybody_and_says_nothing_else(guarded):
+async def test_health_check_needs_neither_token_nor_known_host(guarded):
     answer = await get(guarded, "/healthz", host="any.name")
     assert answer.status_code == 200
 
@@ -102,24 +102,24 @@ HOSTS = ("evil.example", "evil.example:80", "127.0.0.1.evil.example", "localhost
 ORIGINS = ("http://evil.example", "https://localhost.evil.example", "null", "file://")
 
 
-async def test_a_forged_host_is_refused_on_every_path(url):
+async def test_forged_host_is_refused_on_every_path(url):
     for path, host in product(PATHS, HOSTS):
         assert (await get(url, path, host=host)).status_code == 421, (path, host)
 
 
-async def test_a_page_of_another_site_is_refused_on_every_path(url):
+async def test_foreign_origin_is_refused_on_every_path(url):
     for path, origin in product(PATHS, ORIGINS):
         assert (await get(url, path, origin=origin)).status_code == 403, (path, origin)
 
 
-async def test_a_page_of_our_own_is_let_in(url):
+async def test_local_origin_is_accepted(url):
     assert (await post(url, json.dumps(initialize()).encode(), origin="http://localhost:3000")).status_code == 200
 
 
 WRONG = ({}, bearer("wrong"), {"authorization": "Bearer"}, bearer(TOKEN + "x"), {"authorization": TOKEN})
 
 
-async def test_without_the_token_nobody_comes_in(guarded):
+async def test_missing_or_wrong_token_is_refused_on_every_path(guarded):
     for path, headers in product(PATHS, WRONG):
         if path.startswith("/images/"):
             continue  # there the signature counts
@@ -129,44 +129,44 @@ async def test_without_the_token_nobody_comes_in(guarded):
         assert answer.json() == {"error": "Wrong or missing token."}
 
 
-async def test_with_the_token_a_client_paints(guarded):
+async def test_client_with_the_token_generates_an_image(guarded):
     async with connected(guarded, bearer()) as client:
         assert (await call(client, "generate_image", prompt="a cat"))["width"] == 128
 
 
-async def test_the_names_that_were_allowed_are_let_in_with_and_without_a_port(guarded):
+async def test_allowed_hosts_are_accepted_with_and_without_port(guarded):
     body = json.dumps(initialize()).encode()
     for host in ("downloads.example.org", "downloads.example.org:443"):
         assert (await post(guarded, body, host=host, **bearer())).status_code == 200
 
 
-async def test_a_sender_from_elsewhere_gets_a_signed_link_that_works_without_the_token(service):
+async def test_remote_client_gets_a_signed_link_that_needs_no_token(service):
     # Through a proxy, as which the test itself acts: `forwarded` says so.
     async with serving(service, token=TOKEN) as url:
         async with connected(url, {**bearer(), "forwarded": "for=192.0.2.7"}) as client:
-            facts = await call(client, "generate_image", prompt="a cat")
-        assert "path" not in facts
-        async with httpx2.AsyncClient() as stranger:
-            assert (await stranger.get(facts["url"])).content.startswith(b"\x89PNG")
+            payload = await call(client, "generate_image", prompt="a cat")
+        assert "path" not in payload
+        async with httpx2.AsyncClient() as browser:
+            assert (await browser.get(payload["url"])).content.startswith(b"\x89PNG")
             spoiled = [
-                facts["url"][:-1] + "0",
-                facts["url"][:-1] + "1",
-                facts["url"].split("?")[0],
-                facts["url"].replace("until=", "until=9"),
+                payload["url"][:-1] + "0",
+                payload["url"][:-1] + "1",
+                payload["url"].split("?")[0],
+                payload["url"].replace("until=", "until=9"),
             ]
-            answers = [(await stranger.get(address)).status_code for address in spoiled]
+            answers = [(await browser.get(address)).status_code for address in spoiled]
             assert answers.count(403) >= 3  # one of the last digits may be the right one
 
 
-async def test_an_upload_becomes_a_handle_and_needs_the_token(guarded):
+async def test_upload_needs_the_token_and_returns_a_handle(guarded):
     data = file(scene(80, 64))
     assert (await post(guarded, data, "/upload")).status_code == 401
     answer = await post(guarded, data, "/upload", **bearer())
     assert answer.status_code == 200
     async with connected(guarded, bearer()) as client:
-        facts = await call(client, "edit_image", image=answer.json()["image"], prompt="make it green")
-    assert (facts["width"], facts["height"]) == (80, 64)
-    assert (await post(guarded, b"no picture", "/upload", **bearer())).status_code == 400
+        payload = await call(client, "edit_image", image=answer.json()["image"], prompt="make it green")
+    assert (payload["width"], payload["height"]) == (80, 64)
+    assert (await post(guarded, b"no image", "/upload", **bearer())).status_code == 400
 
 
 BROKEN = [
@@ -184,14 +184,14 @@ BROKEN = [
 
 
 @pytest.mark.parametrize("body", BROKEN, ids=range(len(BROKEN)))
-async def test_malformed_json_rpc_is_refused_and_the_next_request_is_answered(url, body):
+async def test_server_survives_malformed_json_rpc(url, body):
     answer = await post(url, body)
     assert 400 <= answer.status_code < 500
     assert "Traceback" not in answer.text
     assert (await post(url, json.dumps(initialize()).encode())).status_code == 200
 
 
-async def test_an_oversized_body_is_refused_whether_or_not_it_says_its_length(url):
+async def test_oversized_body_is_refused_with_and_without_content_length(url):
     huge = json.dumps(initialize(padding="x" * 5_000_000)).encode()
     assert (await post(url, huge)).status_code == 413
 
@@ -203,7 +203,7 @@ async def test_an_oversized_body_is_refused_whether_or_not_it_says_its_length(ur
         assert (await client.post(f"{url}/mcp", content=chunks(), headers=ACCEPT)).status_code == 413
 
 
-def test_any_address_but_loopback_needs_a_name_or_nothing_is_served(living: Living):
+def test_serving_beyond_loopback_needs_an_allowed_host(living: Living):
     done = living.run("-m", "klein_mcp", "serve", "--host", "0.0.0.0")
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
@@ -211,38 +211,38 @@ def test_any_address_but_loopback_needs_a_name_or_nothing_is_served(living: Livi
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.1", "127.0.0.2", "", "gpu.example.org"])
-def test_only_what_is_known_to_be_loopback_counts_as_such(host):
+def test_only_known_loopback_names_count_as_local(host):
     with pytest.raises(ValueError, match="allowed-host"):
         http_app.HttpOptions.from_arguments(Namespace(host=host, port=1, token_file=None, allowed_host=[]))
 
 
 @pytest.mark.parametrize("token", ["", "short", "two words that are long enough", "ünïcödé-and-long-enough"])
-def test_a_token_that_protects_nobody_is_refused(settings, tmp_path, token):
+def test_weak_token_file_is_refused(settings, tmp_path, token):
     (tmp_path / "token").write_text(token, encoding="utf-8")
     with pytest.raises(RequestError, match="at least 16"):
         http_app.token_for(settings, http_app.HttpOptions(token_file=tmp_path / "token"))
 
 
-def test_an_empty_token_of_our_own_is_refused_too(settings):
+def test_empty_generated_token_is_refused(settings):
     settings.home.mkdir(parents=True)
     (settings.home / "http-token").write_text("")
     with pytest.raises(RequestError, match="Delete it"):
         http_app.token_for(settings, http_app.HttpOptions(host="0.0.0.0", allowed_hosts=("pics.example.com",)))
 
 
-def test_a_name_to_be_served_under_asks_for_a_token_on_loopback_too(settings):
+def test_allowed_host_demands_a_token_on_loopback_too(settings):
     assert http_app.token_for(settings, http_app.HttpOptions()) is None
     assert http_app.token_for(settings, http_app.HttpOptions(allowed_hosts=("localhost",))) is None
     assert http_app.token_for(settings, http_app.HttpOptions(allowed_hosts=("pics.example.com",)))
 
 
-def test_a_missing_token_file_is_one_line(living: Living, tmp_path):
+def test_missing_token_file_is_one_line(living: Living, tmp_path):
     done = living.run("-m", "klein_mcp", "serve", "--token-file", str(tmp_path / "nothing"))
     assert done.returncode == 1
     assert done.stderr.count("\n") == 1
 
 
-def test_a_port_taken_by_something_else_is_one_line(living: Living):
+def test_occupied_port_is_one_line(living: Living):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         done = living.run("-m", "klein_mcp", "serve", "--port", str(port))
@@ -252,7 +252,7 @@ def test_a_port_taken_by_something_else_is_one_line(living: Living):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-async def test_a_signal_ends_it_though_clients_hold_streams_open(living: Living, number: signal.Signals):
+async def test_signal_ends_the_server_despite_open_streams(living: Living, number: signal.Signals):
     with serving_process(living) as (url, process):
         async with httpx2.AsyncClient() as client, client.stream("GET", f"{url}/sse") as stream:
             assert stream.status_code == 200
@@ -264,13 +264,13 @@ async def test_a_signal_ends_it_though_clients_hold_streams_open(living: Living,
     assert process.returncode == 128 + number
 
 
-def test_a_token_that_we_make_is_kept_and_for_its_owner_alone(settings, capsys):
+def test_generated_token_is_kept_and_readable_by_its_owner_alone(settings, capsys):
     options = http_app.HttpOptions(host="0.0.0.0", allowed_hosts=("a.example",))
     token = http_app.token_for(settings, options)
     assert token
     assert http_app.token_for(settings, options) == token
     path = settings.home / "http-token"
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
-    said = capsys.readouterr().err
-    assert str(path) in said
-    assert token not in said
+    message = capsys.readouterr().err
+    assert str(path) in message
+    assert token not in message

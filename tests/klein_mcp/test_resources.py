@@ -1,4 +1,4 @@
-"""Pictures as resources: listed, read within a message's limit, completed, and announced in both eras."""
+"""Images as resources: listed, read within a message's limit, completed, and announced in both eras."""
 
 import base64
 import json
@@ -30,49 +30,47 @@ async def read(client: Client, uri: str) -> Any:
     return (await client.read_resource(uri)).contents
 
 
-async def test_each_picture_is_listed_and_read_exactly(client: Client, painter: FakePainter):
-    told = await call(client, "generate_image", prompt="a red dot")
+async def test_each_image_is_listed_and_read_exactly(client: Client, painter: FakePainter):
+    payload = await call(client, "generate_image", prompt="a red dot")
     listed = {resource.uri: resource for resource in (await client.list_resources()).resources}
-    assert listed[told["uri"]].title == "a red dot"
-    (content,) = await read(client, told["uri"])
+    assert listed[payload["uri"]].title == "a red dot"
+    (content,) = await read(client, payload["uri"])
     assert content.mime_type == "image/png"
     assert (pixels(base64.b64decode(content.blob)) == painter.paint(painter.jobs[0])).all()
 
 
 async def test_preview_and_recipe_are_resources_of_their_own(client: Client):
     first = await call(client, "generate_image", prompt="a dot", seed=7)
-    told = await call(client, "edit_image", image="last", prompt="blue", seed=8)
-    (content,) = await read(client, f"{told['uri']}/preview")
+    payload = await call(client, "edit_image", image="last", prompt="blue", seed=8)
+    (content,) = await read(client, f"{payload['uri']}/preview")
     assert (content.mime_type, base64.b64decode(content.blob)[:2]) == ("image/jpeg", b"\xff\xd8")
-    (content,) = await read(client, f"{told['uri']}/recipe")
+    (content,) = await read(client, f"{payload['uri']}/recipe")
     recipe = json.loads(content.text)
     assert (recipe["seed"], recipe["parents"], recipe["order"]["prompt"]) == ("8", [first["image"]], "blue")
     (content,) = await read(client, ALL)
-    assert [one["image"] for one in json.loads(content.text)] == [told["image"], first["image"]]
+    assert [one["image"] for one in json.loads(content.text)] == [payload["image"], first["image"]]
 
 
-async def test_the_templates_name_what_can_be_read(client: Client):
+async def test_templates_name_every_readable_resource(client: Client):
     templates = {template.uri_template for template in (await client.list_resource_templates()).resource_templates}
     assert templates >= {f"{ALL}/{{handle}}", f"{ALL}/{{handle}}/preview", f"{ALL}/{{handle}}/recipe"}
 
 
-async def test_a_picture_too_large_for_a_message_comes_smaller_with_the_way_to_the_exact_one(
-    client: Client, painter: FakePainter
-):
+async def test_image_too_large_for_a_message_is_read_smaller(client: Client, painter: FakePainter):
     def worst(job: Job) -> Rgb8:
         return noise(2048, 2048)
 
     painter.paint = worst
-    told = await call(client, "generate_image", prompt="noise", width=2048, height=2048)
-    result = await client.read_resource(told["uri"])
+    payload = await call(client, "generate_image", prompt="noise", width=2048, height=2048)
+    result = await client.read_resource(payload["uri"])
     assert len(result.model_dump_json(by_alias=True)) < 1_000_000
     smaller, exact = result.contents
     assert smaller.mime_type == "image/jpeg"
-    assert json.loads(exact.text)["path"] == told["path"]  # type: ignore[union-attr]
+    assert json.loads(exact.text)["path"] == payload["path"]  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("path", ["zzzzzz", "zzzzzz/preview", "", "../secret", "{handle}"])
-async def test_what_is_no_resource_is_a_protocol_error_that_names_it(client: Client, path: str):
+async def test_unknown_resource_is_a_protocol_error(client: Client, path: str):
     with pytest.raises(MCPError) as caught:
         await client.read_resource(f"{ALL}/{path}")
     assert caught.value.error.code == -32602
@@ -88,7 +86,7 @@ async def test_handles_are_completed_newest_first(client: Client):
     assert all(value.startswith(handles[1][:4]) for value in found.completion.values)
 
 
-async def test_a_legacy_client_hears_of_a_new_picture(connect: Any):
+async def test_legacy_client_is_notified_of_a_new_image(connect: Any):
     heard: list[Any] = []
 
     async def hear(message: Any) -> None:
@@ -115,7 +113,7 @@ async def test_a_legacy_client_hears_of_a_new_picture(connect: Any):
         assert [type(one).__name__ for one in heard] == ["ResourceListChangedNotification"]
 
 
-async def test_a_modern_client_hears_of_a_new_picture(connect: Any):
+async def test_modern_client_is_notified_of_a_new_image(connect: Any):
     async with connect() as client:
         assert client.server_capabilities.resources.list_changed
         heard: list[str] = []
@@ -129,7 +127,7 @@ async def test_a_modern_client_hears_of_a_new_picture(connect: Any):
     assert heard == ["ResourcesListChanged", "ResourceUpdated"]
 
 
-async def test_a_picture_that_was_opened_is_announced_once(connect: Any, tmp_path: Path):
+async def test_imported_image_is_announced_once(connect: Any, tmp_path: Path):
     (tmp_path / "photo.png").write_bytes(file(scene(64, 48)))
     heard: list[Any] = []
 
@@ -143,7 +141,7 @@ async def test_a_picture_that_was_opened_is_announced_once(connect: Any, tmp_pat
     assert [type(one).__name__ for one in heard] == ["ResourceListChangedNotification"]
 
 
-async def test_a_client_that_does_not_read_holds_up_nobody(monkeypatch: pytest.MonkeyPatch):
+async def test_stuck_client_does_not_delay_notifications(monkeypatch: pytest.MonkeyPatch):
     class Connection:
         def __init__(self, reads: bool) -> None:
             self.reads = reads
@@ -168,9 +166,9 @@ def context_of(connection: Any) -> Any:
     return SimpleNamespace(session=SimpleNamespace(_connection=connection))
 
 
-async def test_a_deleted_picture_says_when(client: Client, service: Service):
-    told = await call(client, "generate_image", prompt="a dot")
-    service.store.delete([told["image"]])
-    assert "was deleted on" in await refused(client, "view_image", image=told["image"])
+async def test_deleted_image_says_when_it_was_deleted(client: Client, service: Service):
+    payload = await call(client, "generate_image", prompt="a dot")
+    service.store.delete([payload["image"]])
+    assert "was deleted on" in await refused(client, "view_image", image=payload["image"])
     with pytest.raises(MCPError, match="was deleted on"):
-        await client.read_resource(told["uri"])
+        await client.read_resource(payload["uri"])

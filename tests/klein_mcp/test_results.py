@@ -1,4 +1,4 @@
-"""Every result: one JSON line, one preview, one link for the user; and never more than a message may hold."""
+"""Tool results: a JSON line, a preview, a link, within the message limit."""
 
 import base64
 import json
@@ -22,54 +22,54 @@ MESSAGE = 1_000_000
 """Bytes: Claude Desktop refuses a larger result."""
 
 
-async def test_the_line_says_all_that_a_blind_client_needs(client: Client):
-    told = line(await client.call_tool("generate_image", {"prompt": "a dot", "seed": 7}))
-    assert set(told) == {
+async def test_json_line_holds_everything_a_text_only_client_needs(client: Client):
+    payload = line(await client.call_tool("generate_image", {"prompt": "a dot", "seed": 7}))
+    assert set(payload) == {
         *("image", "uri", "path", "width", "height", "seed", "model", "steps", "parents", "ms", "cache", "warnings")
     }
-    assert set(told["ms"]) == {*("queue", "load", "prompt", "references", "denoise", "decode", "save", "total")}
-    assert told["uri"] == f"klein://images/{told['image']}"
-    assert (told["seed"], told["model"], told["steps"], told["parents"]) == ("7", "nano", 4, [])
-    assert told["cache"] == {"prompt": "miss", "references": "none"}
+    assert set(payload["ms"]) == {*("queue", "load", "prompt", "references", "denoise", "decode", "save", "total")}
+    assert payload["uri"] == f"klein://images/{payload['image']}"
+    assert (payload["seed"], payload["model"], payload["steps"], payload["parents"]) == ("7", "nano", 4, [])
+    assert payload["cache"] == {"prompt": "miss", "references": "none"}
 
 
-async def test_the_path_leads_to_the_exact_picture(client: Client, painter: FakePainter):
-    told = await call(client, "generate_image", prompt="a dot", seed=7)
-    with open(told["path"], "rb") as file:
+async def test_path_leads_to_the_exact_image(client: Client, painter: FakePainter):
+    payload = await call(client, "generate_image", prompt="a dot", seed=7)
+    with open(payload["path"], "rb") as file:
         assert (pixels(file.read()) == painter.paint(painter.jobs[0])).all()
 
 
-async def test_text_comes_first_then_one_preview_then_a_link_for_the_user(client: Client):
+async def test_result_is_text_then_preview_then_user_link(client: Client):
     result = await client.call_tool("generate_image", {"prompt": "a dot"})
     assert kinds(result) == ["text", "image", "resource_link"]
     assert result.structured_content is None
     link = result.content[2].model_dump(mode="json", by_alias=True, exclude_none=True)
-    told = line(result)
-    assert link["uri"] == told["uri"]
+    payload = line(result)
+    assert link["uri"] == payload["uri"]
     assert (link["mimeType"], link["annotations"]["audience"]) == ("image/png", ["user"])
 
 
-async def test_several_pictures_come_as_one_labelled_sheet(client: Client, painter: FakePainter):
+async def test_several_images_come_as_one_labelled_sheet(client: Client, painter: FakePainter):
     painter.paint = lambda job: scene(128, 128)
     result = await client.call_tool("generate_image", {"prompt": "a dot", "count": 4, "seed": 10})
     assert kinds(result) == ["text", "image", *["resource_link"] * 4]
-    told = line(result)
-    assert [one["label"] for one in told["images"]] == ["A", "B", "C", "D"]
-    assert [one["seed"] for one in told["images"]] == ["10", "11", "12", "13"]
-    assert len({one["image"] for one in told["images"]}) == 4
+    payload = line(result)
+    assert [one["label"] for one in payload["images"]] == ["A", "B", "C", "D"]
+    assert [one["seed"] for one in payload["images"]] == ["10", "11", "12", "13"]
+    assert len({one["image"] for one in payload["images"]}) == 4
     sheet = preview(result)
     assert sheet.shape == (272, 272, 3)  # two by two, a margin of 4 around each
     cells = [sheet[:136, :136], sheet[:136, 136:], sheet[136:, :136], sheet[136:, 136:]]
     corners = [cell[4:34, 4:34] for cell in cells]
-    # Equal pictures, so what differs in the corners is the letter, white on black.
+    # Equal images, so what differs in the corners is the letter, white on black.
     assert len({corner.tobytes() for corner in corners}) == 4
     assert all((corner < 40).any() and (corner > 215).any() for corner in corners)
 
 
-async def test_a_picture_of_a_count_equals_the_one_painted_alone(client: Client):
-    told = await call(client, "generate_image", prompt="a dot", count=3, seed=10)
+async def test_image_of_a_count_equals_the_one_generated_alone(client: Client):
+    payload = await call(client, "generate_image", prompt="a dot", count=3, seed=10)
     alone = await call(client, "generate_image", prompt="a dot", seed=12)
-    with open(told["images"][2]["path"], "rb") as one, open(alone["path"], "rb") as other:
+    with open(payload["images"][2]["path"], "rb") as one, open(alone["path"], "rb") as other:
         assert (pixels(one.read()) == pixels(other.read())).all()
 
 
@@ -85,8 +85,8 @@ async def test_show_decides_what_comes_with_the_line(client: Client, show: str, 
     assert kinds(await client.call_tool("generate_image", {"prompt": "a dot", "show": show})) == expected
 
 
-async def test_the_call_wins_over_the_setting_and_the_setting_over_the_client(service: Any, connect: Any):
-    lost = Implementation(name="zed", version="1")  # drops pictures
+async def test_show_argument_overrides_setting_which_overrides_client_profile(service: Any, connect: Any):
+    lost = Implementation(name="zed", version="1")  # drops images
     async with connect(client_info=lost) as client:
         assert kinds(await client.call_tool("generate_image", {"prompt": "a dot"})) == ["text", "resource_link"]
         service.settings = replace(service.settings, show="none")
@@ -97,24 +97,24 @@ async def test_the_call_wins_over_the_setting_and_the_setting_over_the_client(se
 
 @pytest.mark.parametrize("mode", ["legacy", "auto"])
 @pytest.mark.parametrize("row", CLIENTS, ids=lambda row: row.name)
-async def test_each_known_client_gets_what_it_can_show(connect: Any, row: Any, mode: str):
+async def test_each_known_client_gets_its_image_mode(connect: Any, row: Any, mode: str):
     async with connect(mode=mode, client_info=Implementation(name=row.name, version="1")) as client:
         shown = kinds(await client.call_tool("generate_image", {"prompt": "a dot"}))
     assert ("image" in shown) == (row.image_mode == "inline")
 
 
-def test_the_table_of_clients_names_its_sources_and_what_nobody_verified():
+def test_client_profiles_name_their_sources():
     assert all(row.source for row in CLIENTS)
     assert [row.name for row in CLIENTS if row.verified] == ["mcp"]
 
 
-def test_an_unknown_client_gets_a_preview_and_a_longer_name_is_recognised():
+def test_unknown_client_gets_a_preview_and_longer_names_match():
     assert image_mode("somebody-new") == "inline"
     assert image_mode("Zed Preview 1.2") == "link"
 
 
 @pytest.mark.parametrize("count", [1, 4])
-async def test_the_worst_picture_stays_within_a_message(client: Client, painter: FakePainter, count: int):
+async def test_noisiest_image_stays_within_the_message_limit(client: Client, painter: FakePainter, count: int):
     def worst(job: Job) -> Rgb8:
         return noise(2048, 2048, job.seed)
 
@@ -129,15 +129,15 @@ async def test_the_worst_picture_stays_within_a_message(client: Client, painter:
     assert len(json.dumps(again.model_dump(mode="json", by_alias=True, exclude_none=True))) < MESSAGE
 
 
-async def test_the_demo_model_is_named_once_per_client(client: Client):
+async def test_demo_model_warning_comes_once_per_client(client: Client):
     first = await call(client, "generate_image", prompt="a dot")
     second = await call(client, "generate_image", prompt="a dot")
     assert (DEMO in first["warnings"], DEMO in second["warnings"]) == (True, False)
 
 
-async def test_the_demo_model_is_no_surprise_to_whoever_asked_for_it(client: Client):
-    told = await call(client, "generate_image", prompt="a dot", model="nano")
-    assert DEMO not in told["warnings"]
+async def test_no_demo_warning_when_nano_is_requested(client: Client):
+    payload = await call(client, "generate_image", prompt="a dot", model="nano")
+    assert DEMO not in payload["warnings"]
 
 
 async def test_view_image_shows_a_small_region_enlarged(client: Client, painter: FakePainter):
@@ -150,14 +150,14 @@ async def test_view_image_shows_a_small_region_enlarged(client: Client, painter:
     assert right > left > 180  # red grows to the right, and this is the right quarter
 
 
-async def test_view_image_never_changes_what_last_is(client: Client):
+async def test_view_image_does_not_change_last(client: Client):
     first = await call(client, "generate_image", prompt="one")
     second = await call(client, "generate_image", prompt="two")
     await call(client, "view_image", image=first["image"])
     assert (await call(client, "view_image", image="last"))["image"] == second["image"]
 
 
-async def test_list_images_is_text_with_parents_newest_first_and_pages(client: Client):
+async def test_list_images_pages_newest_first_with_parents(client: Client):
     first = await call(client, "generate_image", prompt="a red dot")
     second = await call(client, "edit_image", image="last", prompt="make it blue")
     page = await call(client, "list_images", limit=1)
@@ -175,7 +175,7 @@ async def test_list_images_is_text_with_parents_newest_first_and_pages(client: C
     assert (await call(client, "list_images", search="%"))["images"] == []
 
 
-async def test_a_preview_is_a_jpeg_of_at_most_1024(client: Client):
+async def test_preview_is_a_jpeg_of_at_most_1024_pixels(client: Client):
     result = await client.call_tool("generate_image", {"prompt": "x", "width": 2048, "height": 1024})
     (block,) = (block for block in result.content if block.type == "image")
     assert block.mime_type == "image/jpeg"

@@ -1,4 +1,4 @@
-"""The stdio door as a process: quick to answer, quick to leave, and a whole afternoon's work through it."""
+"""The stdio front end as a process: quick to answer, quick to end, and a whole session through it."""
 
 import json
 import os
@@ -29,7 +29,7 @@ LEFT_WITHIN = 1.0
 # -- coming and going --------------------------------------------------------------------------------------------
 
 
-class Door:
+class FrontEnd:
     """The process itself, spoken to by hand."""
 
     def __init__(self, living: Living) -> None:
@@ -90,33 +90,33 @@ class Door:
 LEAVING = [("end of file", 0), (signal.SIGTERM, 128 + signal.SIGTERM), (signal.SIGINT, 128 + signal.SIGINT)]
 
 
-def leave(door: Door, how: Any) -> tuple[int, float]:
-    door.close() if how == "end of file" else door.send(how)
-    return door.left()
+def leave(front_end: FrontEnd, how: Any) -> tuple[int, float]:
+    front_end.close() if how == "end of file" else front_end.send(how)
+    return front_end.left()
 
 
 @pytest.mark.parametrize(("how", "code"), LEAVING, ids=["end of file", "SIGTERM", "SIGINT"])
-def test_an_idle_door_leaves_at_once(living: Living, how: Any, code: int):
-    left, seconds = leave(Door(living), how)
+def test_idle_front_end_ends_at_once(living: Living, how: Any, code: int):
+    left, seconds = leave(FrontEnd(living), how)
     assert left == code
     assert seconds < LEFT_WITHIN
 
 
 @pytest.mark.parametrize(("how", "code"), LEAVING, ids=["end of file", "SIGTERM", "SIGINT"])
-def test_a_busy_door_leaves_as_quickly_and_its_job_is_put_down(living: Living, studio: "Studio", how: Any, code: int):
+def test_busy_front_end_ends_quickly_and_its_job_is_cancelled(living: Living, studio: "Studio", how: Any, code: int):
     before = studio.status()["queue"]["done"]
-    door = Door(living)
-    door.start_painting()
-    left, seconds = leave(door, how)
+    front_end = FrontEnd(living)
+    front_end.start_painting()
+    left, seconds = leave(front_end, how)
     assert left == code
     assert seconds < LEFT_WITHIN
     deadline = time.monotonic() + 5
     while studio.status()["queue"]["running"] and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert studio.status()["queue"]["done"] - before < 4  # of four pictures
+    assert studio.status()["queue"]["done"] - before < 4  # of four images
 
 
-def test_until_the_first_picture_nothing_heavy_is_imported():
+def test_nothing_heavy_is_imported_before_the_first_image():
     code = """
 import sys, anyio
 from mcp import Client
@@ -136,11 +136,11 @@ print([name for name in ("numpy", "PIL", "torch", "transformers", "jinja2") if n
     assert done.stdout.strip() == "[]", done.stderr
 
 
-# -- an afternoon's work -----------------------------------------------------------------------------------------
+# -- a whole session --------------------------------------------------------------------------------------------
 
 
 class Studio:
-    """One client of one real door, for as long as these tests last."""
+    """One client of one real front end, for as long as these tests last."""
 
     def __init__(self, portal: BlockingPortal, client: Client, project: Path, living: Living) -> None:
         self._portal = portal
@@ -172,8 +172,8 @@ class Studio:
         return json.loads(done.stdout)
 
 
-def picture(told: dict[str, Any]) -> Any:
-    return pixels(Path(told["path"]).read_bytes())
+def image(payload: dict[str, Any]) -> Any:
+    return pixels(Path(payload["path"]).read_bytes())
 
 
 @pytest.fixture(scope="module")
@@ -181,44 +181,44 @@ def studio(living: Living, tmp_path_factory: pytest.TempPathFactory) -> Iterator
     project = tmp_path_factory.mktemp("project")
     roots = {"KLEIN_WRITE_ROOTS": str(project), "KLEIN_READ_ROOTS": str(project), "KLEIN_ALLOW_URLS": "1"}
     with start_blocking_portal() as portal:
-        door: AbstractContextManager[Client] = portal.wrap_async_context_manager(Client(living.stdio(**roots)))
-        with door as client:
+        front_end: AbstractContextManager[Client] = portal.wrap_async_context_manager(Client(living.stdio(**roots)))
+        with front_end as client:
             studio = Studio(portal, client, project, living)
             studio.call("generate_image", prompt="a red circle on a blue background")  # the engine is up from here on
             yield studio
 
 
-def test_a_result_is_a_line_a_preview_and_a_link(studio: Studio):
+def test_result_is_a_line_a_preview_and_a_link(studio: Studio):
     result = studio.result("generate_image", prompt="a red circle on a blue background", seed=3)
     assert kinds(result) == ["text", "image", "resource_link"]
-    told = line(result)
-    assert (told["seed"], told["model"], told["parents"]) == ("3", "nano", [])
-    assert preview(result).shape == picture(told).shape
+    payload = line(result)
+    assert (payload["seed"], payload["model"], payload["parents"]) == ("3", "nano", [])
+    assert preview(result).shape == image(payload).shape
 
 
-def test_four_pictures_come_as_one_sheet_and_each_equals_the_one_painted_alone(studio: Studio):
+def test_each_image_of_a_sheet_equals_the_one_generated_alone(studio: Studio):
     result = studio.result("generate_image", prompt="a green square", count=4, seed=20)
     assert kinds(result) == ["text", "image", *["resource_link"] * 4]
-    told = line(result)["images"]
-    assert [one["seed"] for one in told] == ["20", "21", "22", "23"]
+    payload = line(result)["images"]
+    assert [one["seed"] for one in payload] == ["20", "21", "22", "23"]
     alone = studio.call("generate_image", prompt="a green square", seed=22)
-    assert (picture(told[2]) == picture(alone)).all()
+    assert (image(payload[2]) == image(alone)).all()
 
 
-def test_a_shape_is_kept_and_show_is_heeded(studio: Studio):
+def test_aspect_ratio_and_show_are_honoured(studio: Studio):
     wide = studio.result("generate_image", prompt="a red circle", aspect_ratio="16:9", show="link")
     assert kinds(wide) == ["text", "resource_link"]
     assert line(wide)["width"] / line(wide)["height"] == pytest.approx(16 / 9, rel=0.15)
     assert kinds(studio.result("generate_image", prompt="a red circle", show="none")) == ["text"]
 
 
-def test_a_photo_is_edited_at_its_own_size_and_outside_the_region_stays_byte_for_byte(studio: Studio):
+def test_edit_keeps_size_and_every_byte_outside_the_region(studio: Studio):
     photo = studio.project / "photo.png"
     photo.write_bytes(file(scene(301, 187)))
     whole = studio.call("edit_image", image=str(photo), prompt="make the background green")
     assert (whole["width"], whole["height"]) == (301, 187)
     part = studio.call("edit_image", image=str(photo), prompt="a yellow circle", region=[120, 60, 90, 80])
-    different = np.any(picture(part) != scene(301, 187), axis=2)
+    different = np.any(image(part) != scene(301, 187), axis=2)
     assert part["changed"] == round(float(different.mean()), 4) > 0
     different[60:140, 120:210] = False
     assert not different.any()
@@ -226,26 +226,26 @@ def test_a_photo_is_edited_at_its_own_size_and_outside_the_region_stays_byte_for
     mask[20:60, 20:90] = 255
     (studio.project / "mask.png").write_bytes(file(mask))
     masked = studio.call("edit_image", image=str(photo), prompt="x", mask=str(studio.project / "mask.png"))
-    different = np.any(picture(masked) != scene(301, 187), axis=2)
+    different = np.any(image(masked) != scene(301, 187), axis=2)
     assert not different[mask[..., 0] == 0].any()
-    said = studio.refused("edit_image", image=masked["parents"][0], prompt="x", mask="last~5", region=[0, 0, 9, 9])
-    assert "mask" in said
+    message = studio.refused("edit_image", image=masked["parents"][0], prompt="x", mask="last~5", region=[0, 0, 9, 9])
+    assert "mask" in message
 
 
-def test_pictures_are_found_again_by_words_handle_resource_and_last(studio: Studio):
-    told = studio.call("generate_image", prompt="a purple triangle, the one I look for")
+def test_images_are_found_by_words_handle_resource_and_last(studio: Studio):
+    payload = studio.call("generate_image", prompt="a purple triangle, the one I look for")
     edited = studio.call("edit_image", image="last", prompt="make it yellow")
-    assert edited["parents"] == [told["image"]]
+    assert edited["parents"] == [payload["image"]]
     found = studio.call("list_images", search="the one I look for")["images"]
-    assert [one["image"] for one in found] == [told["image"]]
-    assert studio.call("view_image", image="last~1")["image"] == told["image"]
+    assert [one["image"] for one in found] == [payload["image"]]
+    assert studio.call("view_image", image="last~1")["image"] == payload["image"]
     (content,) = studio.read(f"klein://images/{edited['image']}/recipe")
-    assert json.loads(content.text)["parents"] == [told["image"]]
+    assert json.loads(content.text)["parents"] == [payload["image"]]
 
 
 @pytest.mark.anyio
 @pytest.mark.parametrize("mode", ["legacy", "auto"])
-async def test_a_client_hears_of_a_new_picture(studio: Studio, mode: str):
+async def test_client_is_notified_of_a_new_image(studio: Studio, mode: str):
     heard: list[str] = []
 
     async def hear(message: Any) -> None:
@@ -261,44 +261,44 @@ async def test_a_client_hears_of_a_new_picture(studio: Studio, mode: str):
     assert ("ResourceListChangedNotification" if mode == "legacy" else "ResourcesListChanged") in heard
 
 
-def test_saved_pictures_keep_their_history_in_every_format(studio: Studio):
-    told = studio.call("generate_image", prompt="a red circle", seed=8)
+def test_saved_images_keep_their_recipe_in_every_format(studio: Studio):
+    payload = studio.call("generate_image", prompt="a red circle", seed=8)
     for name in ("out/hero.png", "out/hero.jpg", "out/hero.webp"):
-        saved = studio.call("save_image", image=told["image"], path=name)
+        saved = studio.call("save_image", image=payload["image"], path=name)
         info = studio.terminal("info", saved["saved"])
-        assert (info["in_library"], info["recipe"]["seed"]) == (told["image"], "8")
-        assert "exists" in studio.refused("save_image", image=told["image"], path=name)
-    bare = studio.call("save_image", image=told["image"], path="out/bare.webp", strip_metadata=True)
+        assert (info["in_library"], info["recipe"]["seed"]) == (payload["image"], "8")
+        assert "exists" in studio.refused("save_image", image=payload["image"], path=name)
+    bare = studio.call("save_image", image=payload["image"], path="out/bare.webp", strip_metadata=True)
     assert studio.terminal("info", bare["saved"])["made_by_klein_mcp"] is False
-    assert "outside the folders" in studio.refused("save_image", image=told["image"], path="/tmp/escape.png")
+    assert "outside the folders" in studio.refused("save_image", image=payload["image"], path="/tmp/escape.png")
 
 
-def test_the_same_chain_on_this_machine_gives_the_same_pixels(studio: Studio):
+def test_replayed_chain_gives_the_same_pixels(studio: Studio):
     first = studio.call("generate_image", prompt="a red circle on a blue background", seed=1)
     second = studio.call("edit_image", image="last", prompt="make the background green", seed=2)
     third = studio.call("edit_image", image="last", prompt="make the circle yellow", seed=3, region=[32, 32, 64, 64])
     again = studio.terminal("replay", third["image"])
     assert len(again) == 3
     for old, new in zip((first, second, third), again, strict=True):
-        assert (picture(old) == picture(new)).all()
+        assert (image(old) == image(new)).all()
     base = studio.call("generate_image", prompt="a white square on black", seed=9)
     onto = studio.terminal("replay", third["image"], "--onto", base["image"], "--seed", "5")
     assert [one["recipe"]["seed"] for one in onto] == ["5", "5"]
     assert onto[0]["parents"] == [base["image"]]
 
 
-def test_the_terminal_lists_what_tools_painted(studio: Studio):
-    told = studio.call("generate_image", prompt="a star for the list")
-    assert studio.terminal("list", "--search", "star for the list")[0]["image"] == told["image"]
+def test_terminal_lists_images_made_by_tools(studio: Studio):
+    payload = studio.call("generate_image", prompt="a star for the list")
+    assert studio.terminal("list", "--search", "star for the list")[0]["image"] == payload["image"]
 
 
-def test_hostile_files_are_one_line_each_and_the_door_lives(studio: Studio):
-    for name, (data, said) in HOSTILE.items():
+def test_hostile_files_are_one_line_each_and_the_server_survives(studio: Studio):
+    for name, (data, message) in HOSTILE.items():
         path = studio.project / f"hostile {name}.png"
         path.write_bytes(data)
-        told = studio.refused("edit_image", image=str(path), prompt="x")
-        assert path.name in told
-        assert said in told
+        payload = studio.refused("edit_image", image=str(path), prompt="x")
+        assert path.name in payload
+        assert message in payload
     os.mkfifo(studio.project / "fifo.png")
     (studio.project / "out.png").symlink_to("/etc/hostname")
     for path in (studio.project / "fifo.png", studio.project / "out.png", "/dev/zero", "/etc/hostname"):
@@ -307,7 +307,7 @@ def test_hostile_files_are_one_line_each_and_the_door_lives(studio: Studio):
     assert studio.call("generate_image", prompt="a red circle")["image"]
 
 
-def test_addresses_that_lead_inside_are_refused_with_one_line(studio: Studio):
+def test_private_addresses_are_refused_with_one_line(studio: Studio):
     for url in (
         "http://example.com/x.png",
         "https://localhost/x.png",
@@ -318,12 +318,12 @@ def test_addresses_that_lead_inside_are_refused_with_one_line(studio: Studio):
         "https://[::ffff:10.0.0.1]/x.png",
         "https://169.254.169.254/latest/meta-data",
     ):
-        told = studio.refused("view_image", image=url)
-        assert "not https" in told or "not on the public internet" in told or "is not known" in told
+        payload = studio.refused("view_image", image=url)
+        assert "not https" in payload or "not on the public internet" in payload or "is not known" in payload
 
 
-def test_a_picture_takes_less_than_a_second_when_the_engine_is_warm(studio: Studio):
-    """Of twenty edits, the middle one; observed 0.3 s on two cores."""
+def test_warm_edit_takes_less_than_a_second(studio: Studio):
+    """Measures the median of twenty edits, observed 0.3 s on two cores."""
     studio.call("generate_image", prompt="a red circle")
     seconds = []
     for _ in range(20):

@@ -1,4 +1,4 @@
-"""What a client reads in tools/list, and what it is told when it calls a tool wrongly."""
+"""The contents of tools/list, and the errors of wrong calls."""
 
 import json
 from typing import Any
@@ -22,11 +22,11 @@ async def listed(client: Client) -> list[dict[str, Any]]:
     return [tool.model_dump(mode="json", by_alias=True, exclude_none=True) for tool in tools]
 
 
-async def test_the_whole_list_is_short(listed: list[dict[str, Any]]):
+async def test_tools_list_fits_its_size_limit(listed: list[dict[str, Any]]):
     assert len(json.dumps(listed, separators=(",", ":"))) <= 10_000
 
 
-async def test_schemas_are_flat_closed_and_without_noise(listed: list[dict[str, Any]]):
+async def test_schemas_are_flat_closed_and_compact(listed: list[dict[str, Any]]):
     for tool in listed:
         schema = tool["inputSchema"]
         assert schema["additionalProperties"] is False
@@ -37,38 +37,38 @@ async def test_schemas_are_flat_closed_and_without_noise(listed: list[dict[str, 
             assert described["description"], (tool["name"], name)
 
 
-async def test_every_tool_says_all_four_annotations(listed: list[dict[str, Any]]):
+async def test_every_tool_has_all_four_annotations(listed: list[dict[str, Any]]):
     for tool in listed:
         assert set(tool["annotations"]) == {"readOnlyHint", "destructiveHint", "idempotentHint", "openWorldHint"}
 
 
 async def test_no_tool_has_an_output_schema(listed: list[dict[str, Any]]):
-    # Several clients drop the picture where there is structured content.
+    # Several clients drop the image where there is structured content.
     assert not [tool["name"] for tool in listed if "outputSchema" in tool]
 
 
-async def test_the_models_offered_are_the_variants(listed: list[dict[str, Any]]):
+async def test_offered_models_are_the_variants(listed: list[dict[str, Any]]):
     for tool in listed:
         if tool["name"] in PAINTING:
             assert tool["inputSchema"]["properties"]["model"]["enum"] == ["auto", *VARIANTS]
 
 
-async def test_the_list_is_the_same_in_both_eras(connect: Any):
+async def test_tools_list_is_the_same_in_both_eras(connect: Any):
     async with connect(mode="legacy") as old, connect() as new:
         assert (await old.list_tools()).tools == (await new.list_tools()).tools
 
 
-async def test_an_unknown_argument_is_an_error_with_the_nearest_one(client: Client):
-    said = await refused(client, "generate_image", prompt="a dot", aspectratio="1:1")
-    assert 'no argument "aspectratio". Did you mean aspect_ratio?' in said
+async def test_unknown_argument_is_an_error_with_the_nearest_name(client: Client):
+    message = await refused(client, "generate_image", prompt="a dot", aspectratio="1:1")
+    assert 'no argument "aspectratio". Did you mean aspect_ratio?' in message
 
 
-async def test_an_unknown_tool_is_an_error_with_the_nearest_one(client: Client):
+async def test_unknown_tool_is_an_error_with_the_nearest_name(client: Client):
     assert "Did you mean generate_image?" in await refused(client, "generate_images")
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         ({}, "prompt is missing"),
         ({"prompt": ""}, 'prompt is ""; it must be text of 1 to 4000 characters'),
@@ -82,70 +82,70 @@ async def test_an_unknown_tool_is_an_error_with_the_nearest_one(client: Client):
         ({"prompt": "x", "width": "wide", "height": 64}, 'width is "wide"; it must be a whole number'),
         ({"prompt": "x", "count": 5}, "count is 5; it must be a whole number, 1 to 4"),
         ({"prompt": "x", "seed": -1}, "seed is -1; it must be a whole number, 0 to 9223372036854775807"),
-        ({"prompt": "x", "seed": 2**63 - 1, "count": 2}, "leaves no room for 2 pictures"),
+        ({"prompt": "x", "seed": 2**63 - 1, "count": 2}, "leaves no room for 2"),
         ({"prompt": "x", "model": "klein4b"}, "Did you mean klein-4b?"),
         ({"prompt": "x", "aspect_ratio": "16-9"}, "Did you mean 16:9?"),
         ({"prompt": "x", "show": "yes"}, 'show is "yes"; it must be one of inline, link, none'),
     ],
 )
-async def test_a_wrong_argument_is_named_with_what_is_allowed(client: Client, arguments: dict[str, Any], said: str):
-    assert said in await refused(client, "generate_image", **arguments)
+async def test_wrong_argument_is_named_with_its_allowed_values(client: Client, arguments: dict[str, Any], message: str):
+    assert message in await refused(client, "generate_image", **arguments)
 
 
 @pytest.mark.parametrize("region", [[0, 0, 10], [0, 0, 0, 10], [-1, 0, 10, 10], [120, 0, 10, 10], "[0, 0, 999, 9]"])
-async def test_a_region_that_does_not_fit_is_an_error(client: Client, region: Any):
+async def test_region_outside_the_image_is_an_error(client: Client, region: Any):
     await call(client, "generate_image", prompt="a dot")
-    said = await refused(client, "edit_image", image="last", prompt="x", region=region)
-    assert "region" in said
+    message = await refused(client, "edit_image", image="last", prompt="x", region=region)
+    assert "region" in message
 
 
-async def test_what_clients_send_in_other_clothes_is_understood(client: Client, painter: FakePainter):
+async def test_loosely_typed_arguments_are_understood(client: Client, painter: FakePainter):
     """Numbers as text, lists as JSON text, null for what is left out."""
     await call(client, "generate_image", prompt="a dot", width="128", height="96", seed="5", count="1", show=None)
     await call(client, "edit_image", image="last", prompt="x", region="[0, 0, 32, 32]")
     assert (painter.jobs[0].width, painter.jobs[0].height, painter.jobs[0].seed) == (128, 96, 5)
 
 
-async def test_a_seed_as_large_as_can_be_arrives_exactly(client: Client, painter: FakePainter):
-    told = await call(client, "generate_image", prompt="a dot", seed=2**63 - 1)
+async def test_largest_seed_arrives_exactly(client: Client, painter: FakePainter):
+    payload = await call(client, "generate_image", prompt="a dot", seed=2**63 - 1)
     assert painter.jobs[0].seed == 2**63 - 1
-    assert told["seed"] == "9223372036854775807"
+    assert payload["seed"] == "9223372036854775807"
 
 
 @pytest.mark.parametrize("reference", ["k7f3q2", "no such thing", "last", "last~3", "klein://images/k7f3q2"])
-async def test_a_reference_to_nothing_says_how_to_find_something(client: Client, reference: str):
-    said = await refused(client, "edit_image", image=reference, prompt="x")
-    assert "list_images" in said
+async def test_unknown_reference_names_list_images(client: Client, reference: str):
+    message = await refused(client, "edit_image", image=reference, prompt="x")
+    assert "list_images" in message
 
 
-async def test_too_many_references_are_refused_by_the_limit_of_the_model(client: Client):
+async def test_reference_limit_is_the_models(client: Client):
     await call(client, "generate_image", prompt="a dot")
     assert "nano takes at most 3" in await refused(client, "compose_references", images=["last"] * 4, prompt="x")
-    said = await refused(client, "compose_references", images=["last"] * 5, prompt="x")
-    assert "images is" in said
-    assert "it must be a list of 1 to 4 image references." in said
+    message = await refused(client, "compose_references", images=["last"] * 5, prompt="x")
+    assert "images is" in message
+    assert "it must be a list of 1 to 4 image references." in message
 
 
-async def test_what_the_engine_says_reaches_the_model_word_for_word(client: Client, painter: FakePainter):
+async def test_engine_error_reaches_the_model_word_for_word(client: Client, painter: FakePainter):
     painter.error = ModelNotFound("Model klein-4b is not installed.", hint="Run: klein-mcp pull klein-4b")
-    said = await refused(client, "generate_image", prompt="x", model="klein-4b")
-    assert said == "Model klein-4b is not installed. Run: klein-mcp pull klein-4b"
+    message = await refused(client, "generate_image", prompt="x", model="klein-4b")
+    assert message == "Model klein-4b is not installed. Run: klein-mcp pull klein-4b"
 
 
-async def test_a_full_queue_says_when_to_try_again(client: Client, painter: FakePainter):
+async def test_full_queue_says_when_to_try_again(client: Client, painter: FakePainter):
     painter.error = Busy("32 jobs are waiting; at most 32.", retry_after=7.0)
     assert "Try again in 7 s." in await refused(client, "generate_image", prompt="x")
 
 
-async def test_a_bug_is_one_line_and_the_next_call_works(client: Client, painter: FakePainter):
+async def test_internal_error_is_one_line_and_the_next_call_works(client: Client, painter: FakePainter):
     painted, painter.paint = painter.paint, lambda job: 1 / 0  # type: ignore[assignment,return-value]
-    said = await refused(client, "generate_image", prompt="x")
-    assert "ZeroDivisionError" in said
+    message = await refused(client, "generate_image", prompt="x")
+    assert "ZeroDivisionError" in message
     painter.paint = painted
     await call(client, "generate_image", prompt="x")
 
 
-async def test_after_every_kind_of_error_the_server_lives_on(client: Client, painter: FakePainter):
+async def test_server_survives_every_kind_of_error(client: Client, painter: FakePainter):
     painter.error = InvalidJob("steps is 0; it must lie in 1 … 200.")
     await refused(client, "generate_image", prompt="x")
     painter.error = None
@@ -153,19 +153,19 @@ async def test_after_every_kind_of_error_the_server_lives_on(client: Client, pai
     assert (await call(client, "generate_image", prompt="x"))["image"]
 
 
-async def test_status_is_text_and_needs_no_picture(client: Client):
-    told = await call(client, "engine_status")
-    assert told["model_setting"] == "auto"
-    assert told["model_in_use"] is None
-    assert told["running"] is True
+async def test_status_is_text_and_needs_no_image(client: Client):
+    payload = await call(client, "engine_status")
+    assert payload["model_setting"] == "auto"
+    assert payload["model_in_use"] is None
+    assert payload["running"] is True
 
 
-async def test_status_tells_the_model_in_use_apart_from_the_setting(
+async def test_status_separates_model_in_use_from_setting(
     client: Client, painter: FakePainter, monkeypatch: pytest.MonkeyPatch
 ):
     async def status() -> dict[str, Any]:
         return {"running": True, "engine": {"loaded": "klein-4b"}}
 
     monkeypatch.setattr(painter, "status", status)
-    told = await call(client, "engine_status")
-    assert (told["model_setting"], told["model_in_use"]) == ("auto", "klein-4b")
+    payload = await call(client, "engine_status")
+    assert (payload["model_setting"], payload["model_in_use"]) == ("auto", "klein-4b")

@@ -1,4 +1,4 @@
-"""TOOLS: the tools a client may call, in the order in which a model reads them."""
+"""All tools, in the order a model reads them."""
 
 from klein_mcp.mcp_server.tools import (
     compose_references,

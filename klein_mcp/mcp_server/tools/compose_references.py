@@ -42,7 +42,7 @@ async def run(service: Service, call: CallContext, arguments: ComposeReferences)
 
 
 def _unknown_images(arguments: ComposeReferences) -> list[str]:
-    """Return a warning for each image that the prompt names and the call does not give."""
+    """Warn of each image that the prompt names and the call lacks."""
     given = len(arguments.images)
     named = {int(number) for number in re.findall(r"\bimage (\d{1,2})\b", arguments.prompt, re.IGNORECASE)}
     were = "1 reference was given" if given == 1 else f"{given} references were given"

@@ -1,4 +1,4 @@
-"""Arguments that several tools share: each one's type, limits and line for the model."""
+"""Arguments that several tools share: type, limits, description."""
 
 import json
 from typing import Annotated, Any, Literal
@@ -24,14 +24,17 @@ MAX_REFERENCES = max(row.max_references for row in VARIANTS.values())
 
 
 class Arguments(BaseModel):
-    """Base model of tool arguments; unknown arguments are errors, not ignored."""
+    """Base model of tool arguments. Unknown arguments are errors."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
 
     @field_validator("*", mode="before")
     @classmethod
     def _unquoted(cls, value: Any, info: ValidationInfo) -> Any:
-        """Accept a list as JSON text, and null for an omitted argument: some clients send these."""
+        """Accept a list as JSON text, and null for an omitted argument.
+
+        Some clients send these.
+        """
         field = cls.model_fields[info.field_name or ""]
         if value is None and not field.is_required():
             return field.default
@@ -133,7 +136,7 @@ Cursor = Annotated[str, Field(max_length=40, description='The "next" of the prev
 
 
 def shape(aspect: str | None, width: int | None, warnings: list[str]) -> tuple[int, int] | None:
-    """Parse "16:9" as (16, 9); None if width and height already give the shape."""
+    """Parse "16:9" as (16, 9), None if width and height are given."""
     if aspect is None:
         return None
     if width is not None:

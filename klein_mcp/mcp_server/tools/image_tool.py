@@ -1,4 +1,4 @@
-"""Runs an image request for a tool and renders its outcome: images, or a job that goes on."""
+"""Runs a tool's image request and renders images or a pending job."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -17,7 +17,10 @@ from klein_mcp.mcp_server.client_profiles import image_mode
 async def run_request(
     service: Service, call: CallContext, request: ImageRequest, show: str | None, warnings: Sequence[str] = ()
 ) -> CallToolResult:
-    """Run `request` within the wait budget. warnings: adjustments that the tool itself made."""
+    """Run `request` within the wait budget.
+
+    warnings: adjustments that the tool itself made.
+    """
     outcome = await service.paint_within(service.settings.wait_budget, request, call)
     outcome = replace(outcome, warnings=(*warnings, *outcome.warnings))
     return await render(service, call, outcome, show)

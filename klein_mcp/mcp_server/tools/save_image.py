@@ -44,7 +44,9 @@ async def run(service: Service, call: CallContext, arguments: SaveImage) -> Call
 
 
 async def writable(settings: Settings, call: CallContext) -> tuple[Path, ...]:
-    """Return the folders open for writing: the settings', else the client's, else the one we were started in.
+    """Return the folders open for writing.
+
+    Those of the settings, else the client's roots, else the folder this server was started in.
 
     Raises Refused if that last one is not below the user's home: nobody chose it for images.
     """
@@ -71,7 +73,7 @@ TOOL = Tool(
     title="Save an image",
     description=(
         "Write the full image into the user's project as PNG, JPEG or WebP; makes folders, and replaces nothing "
-        "unless told. The library keeps its own copy."
+        "unless asked to. The library keeps its own copy."
     ),
     arguments=SaveImage,
     run=run,

@@ -1,4 +1,4 @@
-"""A tool: name, description, arguments, and a function from a call to a result."""
+"""A tool: name, description, arguments, and the function it runs."""
 
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
@@ -32,7 +32,7 @@ class Tool:
     meta: Mapping[str, Any] | None = None
 
     def listed(self) -> Listed:
-        """Return the entry of tools/list; without an output schema, see results.py."""
+        """Return the entry of tools/list, without an output schema (see results.py)."""
         return Listed(
             name=self.name,
             title=self.title,
@@ -51,7 +51,7 @@ class Tool:
         return _flat(self.arguments.model_json_schema())
 
     def parse(self, arguments: dict[str, Any]) -> Arguments:
-        """Validate. Raises RequestError in the words of the schema that the model was shown."""
+        """Validate. Raises RequestError that quotes the published schema."""
         try:
             return self.arguments.model_validate(arguments)
         except ValidationError as exc:
@@ -60,7 +60,10 @@ class Tool:
 
 
 def _flat(schema: Any) -> Any:
-    """Drop what costs tokens and tells nothing: titles, null branches, null defaults, docstrings of classes."""
+    """Drop what costs tokens without informing the model.
+
+    These are titles, null branches, null defaults, and docstrings of classes.
+    """
     if isinstance(schema, list):
         return [_flat(item) for item in schema]
     if not isinstance(schema, dict):

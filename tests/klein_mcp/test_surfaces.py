@@ -1,0 +1,135 @@
+"""Surfaces of the HTTP front end: each kind of authorisation, and the extension points of the MCP server."""
+
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import replace
+
+import httpx2
+import pytest
+from mcp import Client
+from mcp.server.extension import Extension
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse, Response
+from starlette.routing import Route
+
+from klein_mcp.http import app, sessions
+from klein_mcp.http.sessions import COOKIE, CSRF_HEADER
+from klein_mcp.http.surface import Auth, HttpContext, Surface, SurfaceFactory
+from klein_mcp.jobs.service import Service
+from klein_mcp.mcp_server.server import create_server
+from klein_mcp.mcp_server.tools import TOOLS
+
+pytestmark = pytest.mark.anyio
+
+TOKEN = "a-token-of-our-own-making"
+
+
+def surface(auth: Auth) -> SurfaceFactory:
+    async def answer(request: Request) -> Response:
+        return PlainTextResponse(auth)
+
+    return lambda context: Surface(auth, [Route(f"/{auth}", answer, methods=["GET", "POST"])], auth)
+
+
+@pytest.fixture
+def context(service: Service) -> HttpContext:
+    return app.make_context(service)
+
+
+@pytest.fixture
+def connect_http(context: HttpContext) -> Callable[..., object]:
+    @asynccontextmanager
+    async def connect(token: str | None = TOKEN, **headers: str) -> AsyncIterator[httpx2.AsyncClient]:
+        served = app.application(
+            context, token=token, surfaces=[surface(a) for a in ("token", "signed", "session", "none")]
+        )
+        transport = httpx2.ASGITransport(app=served)
+        async with httpx2.AsyncClient(transport=transport, base_url="http://localhost", headers=headers) as client:
+            yield client
+
+    return connect
+
+
+async def status(client: httpx2.AsyncClient, path: str, method: str = "GET", **headers: str) -> int:
+    return (await client.request(method, path, headers=headers)).status_code
+
+
+async def test_each_surface_demands_its_own_kind_of_authorisation(connect_http, context: HttpContext):
+    async with connect_http() as client:
+        assert await status(client, "/none") == 200
+        assert await status(client, "/token") == 401
+        assert await status(client, "/session") == 401
+        assert await status(client, "/signed") == 403
+        assert await status(client, "/token", authorization=f"Bearer {TOKEN}") == 200
+        assert await status(client, "/session", authorization=f"Bearer {TOKEN}") == 200
+        assert await status(client, context.urls.sign("/signed")) == 200
+        assert await status(client, context.urls.sign("/other").replace("/other", "/signed")) == 403
+
+
+async def test_without_a_token_only_sessions_and_signatures_count(connect_http):
+    async with connect_http(token=None) as client:
+        assert await status(client, "/token") == 200
+        assert await status(client, "/session", authorization="Bearer anything") == 401
+        assert await status(client, "/signed") == 403
+
+
+async def test_a_wrong_method_does_not_bypass_authorisation(connect_http):
+    async with connect_http() as client:
+        assert await status(client, "/token", "DELETE") == 401
+        assert await status(client, "/signed", "DELETE") == 403
+        assert await status(client, "/token/", "GET") == 401
+
+
+async def test_one_time_link_opens_one_session(connect_http, context: HttpContext):
+    code = context.sessions.invite()
+    session = context.sessions.redeem(code)
+    assert session
+    assert context.sessions.redeem(code) is None
+    assert context.sessions.redeem("made up") is None
+    async with connect_http() as client:
+        assert await status(client, "/session", cookie=f"{COOKIE}={session}") == 200
+        assert await status(client, "/session", cookie=f"{COOKIE}=made-up") == 401
+        assert await status(client, "/token", cookie=f"{COOKIE}={session}") == 401
+
+
+async def test_a_change_needs_the_csrf_token_of_its_session(connect_http, context: HttpContext):
+    mine, other = (context.sessions.redeem(context.sessions.invite()) or "" for _ in range(2))
+    cookie = {"cookie": f"{COOKIE}={mine}"}
+    async with connect_http() as client:
+        assert await status(client, "/session", "POST", **cookie) == 401
+        foreign = {CSRF_HEADER: context.sessions.csrf_token(other)}
+        assert await status(client, "/session", "POST", **cookie, **foreign) == 401
+        own = {CSRF_HEADER: context.sessions.csrf_token(mine)}
+        assert await status(client, "/session", "POST", **cookie, **own) == 200
+
+
+async def test_invitations_and_sessions_expire(context: HttpContext, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(sessions, "INVITATION_LIFETIME", -1.0)
+    assert context.sessions.redeem(context.sessions.invite()) is None
+    monkeypatch.setattr(sessions, "INVITATION_LIFETIME", 60.0)
+    monkeypatch.setattr(sessions, "SESSION_LIFETIME", -1)
+    session = context.sessions.redeem(context.sessions.invite())
+    request = Request({"type": "http", "method": "GET", "headers": [(b"cookie", f"{COOKIE}={session}".encode())]})
+    assert not context.sessions.allows(request)
+
+
+async def test_surfaces_have_distinct_names_and_paths(context: HttpContext):
+    surfaces = [make(context) for make in app.SURFACES]
+    assert len({surface.name for surface in surfaces}) == len(surfaces)
+    paths = [route.path for surface in surfaces for route in surface.routes]  # type: ignore[attr-defined]
+    assert len(set(paths)) == len(paths)
+
+
+class Apps(Extension):
+    identifier = "io.modelcontextprotocol/ui"
+
+
+async def test_server_announces_its_extensions(service: Service):
+    async with Client(create_server(service, extensions=[Apps()])) as client:
+        assert (client.server_capabilities.extensions or {}).keys() == {Apps.identifier}
+
+
+async def test_a_tool_may_carry_meta():
+    tool = replace(TOOLS["view_image"], meta={"ui": {"resourceUri": "ui://klein/studio.html"}})
+    listed = tool.listed().model_dump(mode="json", by_alias=True, exclude_none=True)
+    assert listed["_meta"] == {"ui": {"resourceUri": "ui://klein/studio.html"}}
