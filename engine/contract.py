@@ -10,9 +10,10 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     Rgb8 = npt.NDArray[np.uint8]
+    Grey8 = npt.NDArray[np.uint8]
 else:
     # A front end imports this module at its start, and numpy (80 ms) only with its first image.
-    Rgb8 = "numpy.typing.NDArray[numpy.uint8]"
+    Rgb8 = Grey8 = "numpy.typing.NDArray[numpy.uint8]"
 """An image: uint8, [height, width, 3], sRGB, upright, opaque."""
 
 CacheUse = Literal["hit", "miss", "none"]
@@ -61,6 +62,7 @@ class Job(_ByValue):
     seed: 0 … 2**63 - 1; the same job with the same seed gives the same image.
     model: a variant's name, a diffusers folder, a single file, or "auto".
     steps, guidance: None for the variant's defaults.
+    find_change: with `align`, return where the result differs from the first reference.
     """
 
     prompt: str
@@ -74,6 +76,26 @@ class Job(_ByValue):
     model: str = "auto"
     steps: int | None = None
     guidance: float | None = None
+    find_change: bool = False
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ChangeMask(_ByValue):
+    """Where an aligned edit differs from the round trip of its reference through the autoencoder.
+
+    opacity: uint8, [height, width] of the image: 0 where nothing changed, rising to 255 inside the change.
+    whole: the edit changed the whole image, or so much of it that nothing is to be kept.
+    faint, faint_box: share and place (x, y, width, height) of what came near the threshold and was not taken.
+    shift: pixels (right, down) by which the model had moved the image, undone in the result.
+    drift: mean change of colour outside the change, of 255, undone in the result.
+    """
+
+    opacity: Grey8
+    whole: bool = False
+    faint: float = 0.0
+    faint_box: tuple[int, int, int, int] | None = None
+    shift: tuple[int, int] = (0, 0)
+    drift: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,8 +138,9 @@ class Result(_ByValue):
     """The finished image and the settings that produced it.
 
     model, fingerprint: the variant's name and a hash of the weights, LoRAs included.
-    ms: milliseconds of wall time by stage: load, prompt, references, denoise, decode.
+    ms: milliseconds of wall time by stage: load, prompt, references, denoise, decode, change.
     dtype: number format of the products, such as bfloat16. mode: the implementation. A replay needs both.
+    change: the change mask, where `find_change` was asked for.
     """
 
     image: Rgb8
@@ -131,6 +154,7 @@ class Result(_ByValue):
     warnings: tuple[str, ...] = ()
     dtype: str = ""
     mode: Mode = "eager"
+    change: ChangeMask | None = None
 
 
 Event = Queued | Loading | Stage | Step | Result

@@ -9,7 +9,7 @@ from einops import rearrange
 from PIL import Image
 from torch import Tensor
 
-from engine.contract import InvalidJob, Rgb8
+from engine.contract import Grey8, InvalidJob, Rgb8
 
 GRID = 16
 """Picture pixels a token spans on each side: every size the model sees is a multiple of it."""
@@ -137,3 +137,11 @@ class Canvas:
     def lift(self, canvas: Rgb8) -> Rgb8:
         """The picture at its exact size, off a painted canvas."""
         return resize(canvas[: self.inner_height, : self.inner_width], self.width, self.height)
+
+    def lift_mask(self, mask: Grey8) -> Grey8:
+        """The part of a mask that `lift` returns, at the picture's exact size."""
+        content = mask[: self.inner_height, : self.inner_width]
+        if content.shape == (self.height, self.width):
+            return content
+        # Bilinear never rings, so that 0 stays 0 away from a change.
+        return np.asarray(Image.fromarray(content).resize((self.width, self.height), Image.Resampling.BILINEAR))

@@ -8,6 +8,7 @@ import argparse
 import json
 import os
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
+from engine.diffusion.change_mask import find_change
 from engine.nano.training.compositor import BACKGROUNDS
 from engine.nano.training.folder import WEIGHTS
 from engine.nano.training.model import Nano
@@ -41,6 +43,10 @@ ROWS = 300
 CHAINS = 30
 CHAIN_LENGTH = 10
 BATCH = 20
+SHOULD_CHANGE = 8
+"""Of 255, in the channel that differs most: less is no change that anybody asked for."""
+CHAINED = "ten edits in a row: untouched part (of 255)"
+CHAINED_PRESERVED = "ten edits in a row, the original put back around each: untouched part (of 255)"
 
 Question = tuple[str, int, Example]
 """(part of the list, seed, what is asked). A chain is CHAIN_LENGTH questions of one seed, each on the last answer."""
@@ -134,7 +140,31 @@ def answers(nano: Nano, asked: list[Question], steps: int) -> list[Picture]:
     return [painted[i] for i in range(len(asked))]
 
 
-def chained(nano: Nano, asked: list[Question], steps: int) -> list[tuple[list[Example], Picture]]:
+@dataclass
+class Preserved:
+    """An edit with the original put back around its change. mask: bool, where it may differ from the original."""
+
+    picture: Picture
+    mask: np.ndarray
+    whole: bool
+
+
+def preserved(nano: Nano, edited: list[Picture], originals: list[Picture]) -> list[Preserved]:
+    """What the server makes of edits: unchanged parts are the original's, found by the engine's change mask."""
+    kept = []
+    for picture, original in zip(edited, originals, strict=True):
+        round_trip = nano.decode(nano.encode(_tensor([original]).to(nano.device)))
+        change = find_change(_tensor([picture]).to(nano.device), round_trip)
+        opacity = change.opacity.cpu().numpy()[..., None]
+        painted = ((change.painted[0] + 1) * 127.5).permute(1, 2, 0).cpu().numpy()
+        mixed = np.rint(original + opacity * (painted - original)).astype(np.uint8)
+        kept.append(Preserved(mixed, opacity[..., 0] > 0, change.whole))
+    return kept
+
+
+def chained(
+    nano: Nano, asked: list[Question], steps: int, preserve: bool = False
+) -> list[tuple[list[Example], Picture]]:
     """Each chain, and the picture after its last edit: every edit is of the picture painted before."""
     chains: dict[int, list[Example]] = {}
     for _, seed, example in asked:
@@ -144,7 +174,8 @@ def chained(nano: Nano, asked: list[Question], steps: int) -> list[tuple[list[Ex
     for step in range(CHAIN_LENGTH):
         prompts = [chains[seed][step].prompt for seed in seeds]
         references = _tensor(pictures)[:, None].to(nano.device)
-        pictures = _pictures(nano.paint(prompts, [seed * CHAIN_LENGTH + step for seed in seeds], references, steps))
+        edited = _pictures(nano.paint(prompts, [seed * CHAIN_LENGTH + step for seed in seeds], references, steps))
+        pictures = [kept.picture for kept in preserved(nano, edited, pictures)] if preserve else edited
     return list(zip(chains.values(), pictures, strict=True))
 
 
@@ -207,19 +238,53 @@ def evaluate(nano: Nano, asked: list[Question], steps: int = 4) -> tuple[Table, 
     table.add("edit keeps the rest (of 255)", [rest_kept(picture, q[2]) for q, picture in each("edit")])
     shown += [(q, picture, done[id(q)]) for q, picture in each("edit")]
 
+    _add_preserved(table, nano, each("edit"))
+
     together = {id(q): composed(picture, q[2].target) for q, picture in each("compose")}
     table.add("compose: every object there", list(together.values()))
     table.add("compose: background right", [background_right(picture, q[2].target) for q, picture in each("compose")])
     shown += [(q, picture, together[id(q)]) for q, picture in each("compose")]
 
     if parts["chain"]:
-        drift = []
-        for chain, picture in chained(nano, parts["chain"], steps):
-            same = untouched(tuple(box for example in chain for box in example.touched))
-            (original,) = draw(chain[0].references[0])
-            drift.append(float(np.abs(original[same].astype(int) - picture[same]).mean()))
-        table.add("ten edits in a row: untouched part (of 255)", drift)
+        table.add(CHAINED, _drifts(chained(nano, parts["chain"], steps)))
+        table.add(CHAINED_PRESERVED, _drifts(chained(nano, parts["chain"], steps, preserve=True)))
     return table, shown
+
+
+def _drifts(chains: list[tuple[list[Example], Picture]]) -> list[float]:
+    """Mean difference, of 255, of what no edit of a chain should have touched."""
+    drift = []
+    for chain, picture in chains:
+        same = untouched(tuple(box for example in chain for box in example.touched))
+        (original,) = draw(chain[0].references[0])
+        drift.append(float(np.abs(original[same].astype(int) - picture[same]).mean()))
+    return drift
+
+
+def _add_preserved(table: Table, nano: Nano, edits: list[tuple[Question, Picture]]) -> None:
+    """How well the change mask of each edit meets the pixels that should have changed."""
+    originals = [draw(q[2].references[0])[0] for q, _ in edits]
+    kept = preserved(nano, [picture for _, picture in edits], originals)
+    rows: dict[str, list[float]] = defaultdict(list)
+    for (q, picture), original, result in zip(edits, originals, kept, strict=True):
+        (target,) = draw(q[2].target)
+        kind = "global" if q[2].task == "background" else "local"
+        rows[f"{kind} edits: error as painted (of 255)"].append(_error(picture, target))
+        rows[f"{kind} edits: error with the original put back (of 255)"].append(_error(result.picture, target))
+        rows[f"{kind} edits: taken for global"].append(result.whole)
+        if kind == "local":
+            should = np.abs(target.astype(int) - original).max(axis=2) > SHOULD_CHANGE
+            same = (result.picture == original).all(axis=2)
+            rows["local edits: pixels that should change, found"].append((result.mask & should).sum() / should.sum())
+            rows["local edits: pixels that should stay, byte-identical"].append(
+                (same & ~should).sum() / (~should).sum()
+            )
+    for name, values in rows.items():
+        table.add(name, values)
+
+
+def _error(picture: Picture, target: Picture) -> float:
+    return float(np.abs(picture.astype(int) - target).mean())
 
 
 def montage(shown: list[tuple[Question, Picture, bool]], path: Path, columns: int = 8) -> None:

@@ -1,6 +1,7 @@
 """What a job and its events look like on the wire: length-prefixed frames of one JSON header and raw RGB8 bytes."""
 
 import json
+import math
 import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, fields
@@ -11,6 +12,7 @@ import numpy as np
 from engine.contract import (
     BadWeights,
     Busy,
+    ChangeMask,
     EngineError,
     EngineFailed,
     Event,
@@ -50,7 +52,9 @@ def encode(message: Message) -> bytes:
     def set_aside(value: object) -> object:
         if isinstance(value, np.ndarray):
             pixels.append(np.ascontiguousarray(value, np.uint8).tobytes())
-            return {"rgb8": value.shape[:2]}
+            return {"rgb8" if value.ndim == 3 else "grey8": value.shape[:2]}
+        if isinstance(value, ChangeMask):
+            return {"change_mask": _fields(value)}
         if isinstance(value, Mapping):
             return dict(value)
         raise TypeError(f"{type(value).__name__} cannot cross the wire")
@@ -105,18 +109,26 @@ class _Pixels:
         self.left = left
 
     def put_back(self, value: dict[str, Any]) -> object:
-        if value.keys() != {"rgb8"}:
+        if value.keys() == {"change_mask"}:
+            return ChangeMask(**_tuples(value["change_mask"]))
+        if value.keys() not in ({"rgb8"}, {"grey8"}):
             return value
-        height, width = value["rgb8"]
-        size = height * width * 3
+        ((kind, (height, width)),) = value.items()
+        shape = (height, width, 3) if kind == "rgb8" else (height, width)
+        size = math.prod(shape)
         if not 0 < size <= len(self.left):
             raise BadFrame("Fewer pixels than the header speaks of.")
-        image = np.frombuffer(self.left[:size], np.uint8).reshape(height, width, 3)
+        image = np.frombuffer(self.left[:size], np.uint8).reshape(shape)
         self.left = self.left[size:]
         return image
 
 
-def _fields(message: Message) -> dict[str, Any]:
+def _tuples(content: dict[str, Any]) -> dict[str, Any]:
+    """JSON knows no tuples, and no field of a message is a list."""
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in content.items()}
+
+
+def _fields(message: Message | ChangeMask) -> dict[str, Any]:
     if isinstance(message, EngineError):
         return {**vars(message), "fix": message.fix and asdict(message.fix)}
     return {field.name: getattr(message, field.name) for field in fields(message)}
@@ -127,5 +139,4 @@ def _message(kind: str, content: dict[str, Any]) -> Message:
         if fix := content.get("fix"):
             content["fix"] = Fix(**{**fix, "choices": tuple(fix["choices"])})
         return _ERRORS[kind](content.pop("message"), **content)
-    # JSON knows no tuples, and no field of a message is a list.
-    return _KINDS[kind](**{name: tuple(value) if isinstance(value, list) else value for name, value in content.items()})
+    return _KINDS[kind](**_tuples(content))

@@ -161,6 +161,13 @@ def resize(image: Rgb8, width: int, height: int) -> Rgb8:
     return np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.LANCZOS))
 
 
+def resize_mask(mask: npt.NDArray[np.uint8], width: int, height: int) -> npt.NDArray[np.uint8]:
+    """Bilinear, which never rings: 0 stays 0 away from what is not."""
+    if mask.shape == (height, width):
+        return mask
+    return np.asarray(Image.fromarray(mask).resize((width, height), Image.Resampling.BILINEAR))
+
+
 def fitted(image: Rgb8, longest: int) -> Rgb8:
     """`longest` pixels on the long edge, the shape kept."""
     height, width = image.shape[:2]

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from engine.contract import Rgb8
+from engine.contract import ChangeMask, Rgb8
 from klein_mcp.errors import RequestError
-from klein_mcp.images import codec
+from klein_mcp.images import codec, preserve
 from klein_mcp.jobs.request import MAX_AREA
 
 SEAM = 16
@@ -53,18 +53,24 @@ class EditRegion:
         scale = (WORK_AREA / (width * height)) ** 0.5
         return part if scale >= 1 else codec.resize(part, max(1, int(width * scale)), max(1, int(height * scale)))
 
-    def paste(self, painted: Rgb8, image: Rgb8) -> Rgb8:
-        """The picture with the painted part in it; every byte outside the mask is the picture's own."""
+    def opacity(self, change: ChangeMask | None = None) -> npt.NDArray[np.uint8] | None:
+        """0 where the part keeps the image's own bytes, 255 where it is painted; None where all of it is painted.
+
+        change: where the engine found that the edit changed anything, in pixels of what `cut` returned.
+        """
+        left, top, right, bottom = self.box
+        seam = None if self.mask is None else _seam(self.mask[top:bottom, left:right])
+        if change is None or change.whole:
+            return seam
+        found = codec.resize_mask(change.opacity, right - left, bottom - top)
+        return found if seam is None else np.minimum(seam, found)
+
+    def paste(self, painted: Rgb8, image: Rgb8, change: ChangeMask | None = None) -> Rgb8:
+        """Return the image with the painted part in it; where the opacity is 0, every byte is the image's own."""
         left, top, right, bottom = self.box
         part = codec.resize(painted, right - left, bottom - top)
-        if self.mask is None:
-            return part
-        opacity = _seam(self.mask[top:bottom, left:right])[..., None]
-        result = image.copy()
-        old = image[top:bottom, left:right].astype(np.float32)
-        # With opacity 0 this is the old value exactly: float32 holds every uint8.
-        result[top:bottom, left:right] = (old + opacity * (part.astype(np.float32) - old) + 0.5).astype(np.uint8)
-        return result
+        opacity = self.opacity(change)
+        return part if opacity is None else preserve.put_back(part, image, opacity, (left, top))
 
 
 def patch(image: Rgb8, region: Sequence[int] | None, mask: "Rgb8 | None") -> EditRegion:
@@ -133,8 +139,8 @@ def _surroundings(box: Box, width: int, height: int) -> Box:
     return max(0, left - across), max(0, top - along), min(width, right + across), min(height, bottom + along)
 
 
-def _seam(mask: Mask) -> npt.NDArray[np.float32]:
-    """0 outside; inside, rising over at most SEAM pixels from the mask's edge. The picture's own edge is none.
+def _seam(mask: Mask) -> npt.NDArray[np.uint8]:
+    """0 outside; inside, rising to 255 over at most SEAM pixels from the mask's edge. The picture's own edge is none.
 
     mask: of a patch, which reaches beyond the white on every side where there is more picture.
     """
@@ -149,7 +155,7 @@ def _seam(mask: Mask) -> npt.NDArray[np.float32]:
     deepest = depth
     for _ in range(SEAM):
         deepest = _spread(deepest, mask)
-    return depth.astype(np.float32) / np.maximum(deepest, 1).astype(np.float32)
+    return np.rint(255 * depth.astype(np.float32) / np.maximum(deepest, 1)).astype(np.uint8)
 
 
 def _eroded(mask: Mask) -> Mask:

@@ -10,7 +10,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine import contract
-from engine.contract import Busy, EngineError, Event, Fix, InvalidJob, Job, Loading, Queued, Result, Stage, Step
+from engine.contract import (
+    Busy,
+    ChangeMask,
+    EngineError,
+    Event,
+    Fix,
+    InvalidJob,
+    Job,
+    Loading,
+    Queued,
+    Result,
+    Stage,
+    Step,
+)
 from klein_mcp.daemon import wire
 
 texts = st.text(max_size=40)
@@ -35,6 +48,16 @@ jobs = st.builds(
     model=texts,
     steps=st.none() | st.integers(1, 50),
     guidance=st.none() | numbers,
+    find_change=st.booleans(),
+)
+changes = st.builds(
+    ChangeMask,
+    opacity=pictures.map(lambda picture: picture[:, :, 0]),
+    whole=st.booleans(),
+    faint=numbers,
+    faint_box=st.none() | st.tuples(*[st.integers(0, 9)] * 4),
+    shift=st.tuples(st.integers(-9, 9), st.integers(-9, 9)),
+    drift=numbers,
 )
 paintings = st.builds(
     Result,
@@ -47,6 +70,7 @@ paintings = st.builds(
     ms=st.dictionaries(texts, numbers, max_size=3),
     cache=st.dictionaries(st.sampled_from(["prompt", "references"]), st.sampled_from(["hit", "miss", "none"])),
     warnings=st.lists(texts, max_size=3).map(tuple),
+    change=st.none() | changes,
 )
 messages = st.one_of(
     jobs,

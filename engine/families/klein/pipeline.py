@@ -11,6 +11,7 @@ from torch import Tensor
 
 from engine.contract import (
     CacheUse,
+    ChangeMask,
     Event,
     InvalidJob,
     Job,
@@ -22,6 +23,7 @@ from engine.contract import (
     Step,
 )
 from engine.diffusion.canvas import GRID, Canvas, fit_reference, shaped, to_rgb8, to_tensor
+from engine.diffusion.change_mask import find_change
 from engine.diffusion.preview import PreviewMap, predict_clean
 from engine.diffusion.sampler import Velocity, denoise, guided
 from engine.diffusion.schedule import sigmas
@@ -174,9 +176,13 @@ class Klein:
         # 5. From latent to picture.
         yield Stage("decode")
         with clock("decode"):
-            picture = to_rgb8(self.autoencoder.decode(unpack(x, rows)))
+            decoded = self.autoencoder.decode(unpack(x, rows))
+        change: ChangeMask | None = None
+        if job.find_change:
+            with clock("change"):
+                decoded, change = self._find_change(decoded, references[0], frame)
         yield Result(
-            image=frame.lift(picture),
+            image=frame.lift(to_rgb8(decoded)),
             seed=job.seed,
             model=variant.name,
             fingerprint=self.fingerprint,
@@ -185,6 +191,7 @@ class Klein:
             ms=clock.ms,
             cache={"prompt": "hit" if prompt_known else "miss", "references": known},
             warnings=tuple(warnings),
+            change=change,
         )
 
     @torch.inference_mode()
@@ -195,6 +202,28 @@ class Klein:
             self._keep([seen])
         else:
             self._latents(seen, content_hash(seen))
+        self._round_trip(seen)
+
+    def _find_change(self, decoded: Tensor, reference: Rgb8, frame: Canvas) -> tuple[Tensor, ChangeMask]:
+        """The decoded edit, matched to its reference outside the change, and the change mask."""
+        size = slice(frame.inner_height), slice(frame.inner_width)
+        round_trip = self._round_trip(reference).float() / 127.5 - 1
+        found = find_change(decoded[:, :, *size], round_trip[:, :, *size])
+        opacity = frame.lift_mask((found.opacity * 255).round().byte().cpu().numpy())
+        across, down = frame.width / frame.inner_width, frame.height / frame.inner_height
+        box = found.faint_box and _scaled(found.faint_box, across, down)
+        shift = round(found.shift[0] * across), round(found.shift[1] * down)
+        return found.painted, ChangeMask(opacity, found.whole, found.faint, box, shift, found.drift)
+
+    def _round_trip(self, image: Rgb8) -> Tensor:
+        """What the autoencoder makes of a reference: [1, 3, h, w] uint8 on the device."""
+        key = content_hash(image)
+
+        def decode() -> list[Tensor]:
+            decoded = self.autoencoder.decode(unpack(self._latents(image, key)[0], image.shape[0] // GRID))
+            return [((decoded.float().clamp(-1, 1) + 1) * 127.5).round().byte()]
+
+        return self.memory.get_or((self.fingerprint, "round trip", key), decode)[0][0]
 
     def _preview(self, latent: Tensor, canvas: Canvas) -> Rgb8:
         """Return the small image that a normalised latent stands for."""
@@ -216,6 +245,8 @@ class Klein:
                 f"{len(job.references)} references; {variant.name} takes at most {variant.max_references}.",
                 hint="Compose in two rounds.",
             )
+        if job.find_change and not job.align:
+            raise InvalidJob("find_change needs align: only what lies in one frame can be compared.")
         if not 0 <= job.seed <= MAX_SEED:
             raise InvalidJob(f"seed is {job.seed}; it must lie in 0 … 2^63-1.")
         steps = variant.steps if job.steps is None else job.steps
@@ -350,6 +381,12 @@ def _size(job: Job, seen: list[Rgb8], variant: Variant) -> tuple[int, int]:
         return shaped(job.aspect, variant.native_size**2)
     height, width = seen[0].shape[:2] if seen else (variant.native_size, variant.native_size)
     return job.width or width, job.height or height
+
+
+def _scaled(box: tuple[int, int, int, int], across: float, down: float) -> tuple[int, int, int, int]:
+    """A box of the canvas in pixels of the picture."""
+    x, y, width, height = box
+    return round(x * across), round(y * down), max(1, round(width * across)), max(1, round(height * down))
 
 
 def _reference_positions(sizes: tuple[tuple[int, int], ...]) -> list[Tensor]:
