@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from engine.contract import InvalidJob, Job, Result, Rgb8
+from engine.contract import EngineConfig, InvalidJob, Job, Result, Rgb8
 from engine.diffusion.change_mask import Change, find_change
 from engine.engine import Engine
 
@@ -150,7 +150,7 @@ def test_seam_lies_inside_the_mask() -> None:
 
 @pytest.fixture(scope="module")
 def engine() -> Engine:
-    return Engine(device="cpu")
+    return Engine(EngineConfig(device="cpu"))
 
 
 def paint(engine: Engine, job: Job) -> Result:

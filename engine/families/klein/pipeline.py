@@ -223,7 +223,7 @@ class Klein:
             decoded = self.autoencoder.decode(unpack(self._latents(image, key)[0], image.shape[0] // GRID))
             return [((decoded.float().clamp(-1, 1) + 1) * 127.5).round().byte()]
 
-        return self.memory.get_or((self.fingerprint, "round trip", key), decode)[0][0]
+        return self.cache.get_or((self.fingerprint, "round trip", key), decode)[0][0]
 
     def _preview(self, latent: Tensor, canvas: Canvas) -> Rgb8:
         """Return the small image that a normalised latent stands for."""
