@@ -130,7 +130,7 @@ def variables() -> str:
 
 def commands() -> str:
     """From the command line's parser."""
-    (subparsers,) = (action for action in cli._parser()._actions if isinstance(action, argparse._SubParsersAction))
+    (subparsers,) = (action for action in cli.build_parser()._actions if isinstance(action, argparse._SubParsersAction))
     rows = [(f"`klein-mcp {action.dest}`", action.help or "") for action in subparsers._choices_actions]
     return table(("Command", "What it does"), ("`klein-mcp`", "the MCP server over stdio"), *rows)
 

@@ -1,4 +1,4 @@
-"""klein-mcp: any number of agents share one warm FLUX.2 [klein] engine, and every call returns its image."""
+"""klein-mcp: an MCP server for FLUX.2 [klein]."""
 
 from klein_mcp import _own_packages
 

@@ -1,4 +1,4 @@
-"""What went wrong with a request, in one line that a model can mend its call by."""
+"""Request errors, each one line to correct a call by."""
 
 import difflib
 import json
@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 
 class RequestError(Exception):
-    """The caller can mend this: what happened, the limit, and (hint) the next step, in one line."""
+    """An error the caller can correct, with the next step as hint."""
 
     def __init__(self, message: str, *, hint: str = "") -> None:
         super().__init__(message)
@@ -22,19 +22,19 @@ class RequestError(Exception):
 
 
 class BadImage(RequestError):
-    """These bytes are no picture that can be used."""
+    """Bytes that are no usable image."""
 
 
 class UnknownImage(RequestError):
-    """This reference leads to no picture."""
+    """A reference that leads to no image."""
 
 
 class Refused(RequestError):
-    """The settings of this server do not allow it."""
+    """A request that the settings of this server do not allow."""
 
 
 def explain(exc: "EngineError") -> str:
-    """Return an engine error in one line, its fix worded as settings and commands of ours."""
+    """Return an engine error and its fix in one line."""
     return one_line(" ".join(filter(None, (exc.message, exc.hint, fix_words(exc.fix)))))
 
 
@@ -59,66 +59,71 @@ _OPTIONS = ("device", "dtype", "quant", "variant")
 
 
 def one_line(text: str, limit: int = 600) -> str:
-    """Whatever strangers put into a message, it stays one line of bounded length."""
+    """Collapse whitespace and shorten to `limit` characters."""
     line = " ".join(text.split())
     return line if len(line) <= limit else line[: limit - 1] + "…"
 
 
-def shown(value: Any, limit: int = 60) -> str:
-    """A value as the caller wrote it, shortened: a data URL is no help in a message."""
+def quote(value: Any, limit: int = 60) -> str:
+    """Return a value as the caller wrote it, shortened for a message."""
     text = json.dumps(value, ensure_ascii=False, default=str)
     return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
+shown = quote  # until every caller uses the new name
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """Return a sentence that names the nearest match, or ""."""
     near = difflib.get_close_matches(word, list(known), 1)
     return f"Did you mean {near[0]}?" if near else ""
 
 
-def argument_errors(tool: str, problems: Iterable[Mapping[str, Any]], properties: Mapping[str, Any]) -> str:
-    """pydantic's findings in the model's words: which argument, what was said, what is allowed, the nearest match.
+def argument_errors(tool: str, errors: Iterable[Mapping[str, Any]], properties: Mapping[str, Any]) -> str:
+    """Describe pydantic's validation errors in the words of the tool's schema.
 
     properties: the tool's own schema, so that message and schema cannot disagree.
     """
-    # A union finds fault once per branch; the first word about an argument is enough.
+    # A union reports one error per branch; the first error of an argument is enough.
     first: dict[str, Mapping[str, Any]] = {}
-    for problem in problems:
-        first.setdefault(str(problem["loc"][0]) if problem["loc"] else "", problem)
-    return one_line(" ".join(_argument_error(tool, name, problem, properties) for name, problem in first.items()))
+    for error in errors:
+        first.setdefault(str(error["loc"][0]) if error["loc"] else "", error)
+    return one_line(" ".join(_argument_error(tool, name, error, properties) for name, error in first.items()))
 
 
-def _argument_error(tool: str, name: str, problem: Mapping[str, Any], properties: Mapping[str, Any]) -> str:
-    if problem["type"] == "extra_forbidden":
-        meant = did_you_mean(name, properties)
-        return f"{tool} has no argument {shown(name)}. {meant} It takes {', '.join(properties)}."
+def _argument_error(tool: str, name: str, error: Mapping[str, Any], properties: Mapping[str, Any]) -> str:
+    if error["type"] == "extra_forbidden":
+        return (
+            f"{tool} has no argument {quote(name)}. {did_you_mean(name, properties)} It takes {', '.join(properties)}."
+        )
     if not name:
-        return problem["ctx"]["error"].args[0] if problem["type"] == "value_error" else f"{tool}: {problem['msg']}."
+        return error["ctx"]["error"].args[0] if error["type"] == "value_error" else f"{tool}: {error['msg']}."
     allowed = describe(properties[name])
-    if problem["type"] == "missing":
+    if error["type"] == "missing":
         return f"{name} is missing; it must be {allowed}."
-    value = problem["input"]
-    meant = did_you_mean(value, properties[name].get("enum", ())) if isinstance(value, str) else ""
-    return f"{name} is {shown(value)}; it must be {allowed}. {meant}"
+    value = error["input"]
+    suggestion = did_you_mean(value, properties[name].get("enum", ())) if isinstance(value, str) else ""
+    return f"{name} is {quote(value)}; it must be {allowed}. {suggestion}"
 
 
-_KINDS = {"string": "text", "integer": "a whole number", "number": "a number", "boolean": "true or false"}
-_MANY = {"string": "image references", "integer": "whole numbers"}
-"""What the tools take lists of."""
+_TYPE_NAMES = {"string": "text", "integer": "a whole number", "number": "a number", "boolean": "true or false"}
+_ITEM_NAMES = {"string": "image references", "integer": "whole numbers"}
+"""Names for the items of list arguments."""
 
 
 def describe(schema: Mapping[str, Any]) -> str:
-    """What a property of a flat JSON schema allows, in words."""
+    """Describe in words what a property of a flat JSON schema allows."""
     if "enum" in schema:
         return "one of " + ", ".join(map(str, schema["enum"]))
     if schema.get("type") == "array":
         low, high = schema.get("minItems", 0), schema.get("maxItems")
-        many = f"{low}" if low == high else f"{low} to {high}" if high else f"{low} or more"
-        return f"a list of {many} {_MANY.get(schema.get('items', {}).get('type', ''), 'values')}"
-    kind = _KINDS.get(schema.get("type", ""), "a value")
+        count = f"{low}" if low == high else f"{low} to {high}" if high else f"{low} or more"
+        return f"a list of {count} {_ITEM_NAMES.get(schema.get('items', {}).get('type', ''), 'values')}"
+    type_name = _TYPE_NAMES.get(schema.get("type", ""), "a value")
     low, high = schema.get("minimum"), schema.get("maximum")
     if low is not None and high is not None:
-        return f"{kind}, {low} to {high}"
+        return f"{type_name}, {low} to {high}"
     if schema.get("type") == "string":
         least, most = schema.get("minLength", 0), schema.get("maxLength")
-        return kind + (f" of {least} to {most} characters" if most else "" if not least else ", not empty")
-    return kind
+        return type_name + (f" of {least} to {most} characters" if most else "" if not least else ", not empty")
+    return type_name

@@ -1,4 +1,4 @@
-"""Ends the process of a front end at once."""
+"""End a process at once."""
 
 import logging
 import os

@@ -1,4 +1,4 @@
-"""What this installation may do and where it keeps things: the only reader of environment and config file.
+"""Settings, read from the environment and `config.toml` only here.
 
 `KLEIN_<FIELD>` in the environment wins over `<field>` in `config.toml` in the home folder, which wins over the default.
 """
@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 
 
 class SettingsError(Exception):
-    """One line: which variable or key, what it said, what is allowed."""
+    """A setting with a value that is not allowed, in one line."""
 
 
 def _text(value: str) -> str:
@@ -59,7 +59,7 @@ def _flag(value: str) -> bool:
 def _path(value: str) -> Path:
     path = Path(value).expanduser()
     if not path.is_absolute():
-        # Desktop clients start servers in a folder nobody chose; a relative path would lie somewhere else each time.
+        # Desktop clients start servers in an arbitrary folder, so a relative path would change its meaning.
         raise ValueError("an absolute path")
     return path
 
@@ -87,7 +87,7 @@ def default_home() -> Path:
 
 
 def default_hub(environ: Mapping[str, str] = MappingProxyType({})) -> Path:
-    """Where huggingface_hub keeps what it downloads, by its own variables."""
+    """Return the cache folder that huggingface_hub uses, by its own variables."""
     if cache := environ.get("HF_HUB_CACHE") or environ.get("HUGGINGFACE_HUB_CACHE"):
         return Path(cache).expanduser()
     caches = environ.get("XDG_CACHE_HOME") or "~/.cache"
@@ -96,14 +96,14 @@ def default_hub(environ: Mapping[str, str] = MappingProxyType({})) -> Path:
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """Read once, handed down; nobody else looks at the environment."""
+    """All settings, read once and passed down."""
 
     home: Path = field(
         default_factory=default_home,
-        metadata={"parse": _path, "doc": "Folder of the picture library, the configuration and the engine's address."},
+        metadata={"parse": _path, "doc": "Folder of the image library, the configuration and the engine's address."},
     )
-    model: str = _setting("auto", _text, "Model where a call names none: a variant, a folder, a file, or auto.")
-    variant: str = _setting("", _text, "Which klein a single file is, where neither its name nor its hash tells.")
+    model: str = _setting("auto", _text, "Default model: a variant, a folder, a file, or auto.")
+    variant: str = _setting("", _text, "Which klein a single file is, if neither its name nor its hash shows it.")
     models: tuple[Path, ...] = _setting(
         (), _paths, "Folders and files of models besides the hub's cache, such as ComfyUI's models folder."
     )
@@ -111,7 +111,7 @@ class Settings:
         default_factory=default_hub,
         metadata={
             "parse": _path,
-            "doc": "The hub's cache, where pull puts models. Unset: what HF_HOME and the like say.",
+            "doc": "The hub's cache, where pull puts models. Unset: what HF_HOME and similar variables name.",
         },
     )
     device: str = _setting("auto", _text, "Device of the engine: auto, cpu, cuda, cuda:1, mps.")
@@ -126,27 +126,29 @@ class Settings:
     decoder: str = _setting(
         "full",
         _choice("full", "small"),
-        "small takes the distilled decoder, faster and in less memory, if it is there.",
+        "small uses the distilled decoder, which is faster and needs less memory, if it is installed.",
     )
     memory: float = _setting(
-        0.0, _number(float, 0, 10_000, "GB"), "GB of the GPU the engine may use; 0: all that is free."
+        0.0, _number(float, 0, 10_000, "GB"), "GB of GPU memory the engine may use; 0: all that is free."
     )
-    threads: int = _setting(0, _number(int, 0, 1024, "threads"), "CPU threads of the engine; 0 leaves it to torch.")
+    threads: int = _setting(0, _number(int, 0, 1024, "threads"), "CPU threads of the engine; 0: torch's default.")
     loras: tuple[str, ...] = _setting((), _words, "LoRA files to load, each with an optional :scale, comma-separated.")
     show: str | None = _setting(
         None,
         _choice("inline", "link", "none"),
-        "How pictures come back where a call does not say: inline, link, none. Unset: what the client can show.",
+        "How images are returned by default: inline, link, none. Unset: what the client can show.",
     )
     wait_budget: float = _setting(
-        25.0, _number(float, 0, 3600, "seconds"), "Seconds a call waits for its picture before it returns a job."
+        25.0, _number(float, 0, 3600, "seconds"), "Seconds a call waits for its image before it returns a job."
     )
-    queue_size: int = _setting(32, _number(int, 1, 100_000, "jobs"), "Jobs that may wait; one more is told to retry.")
+    queue_size: int = _setting(
+        32, _number(int, 1, 100_000, "jobs"), "Jobs that may wait; further ones are refused with a time to retry."
+    )
     keep_alive: float = _setting(
-        600.0, _number(float, 0, 1e9, "seconds"), "Seconds without work until the weights leave the device."
+        600.0, _number(float, 0, 1e9, "seconds"), "Idle seconds until the weights leave the device."
     )
     exit_after: float = _setting(
-        3600.0, _number(float, 0, 1e9, "seconds"), "Seconds without work until the engine's process ends."
+        3600.0, _number(float, 0, 1e9, "seconds"), "Idle seconds until the engine's process ends."
     )
     read_roots: tuple[Path, ...] | None = _setting(
         None, _roots, "Folders from which tools may open files. Unset: your home and the temp folder."
@@ -157,9 +159,9 @@ class Settings:
         "Folders into which save_image may write. Unset: the client's roots, or the project folder it started in, "
         "if it lies inside your home.",
     )
-    allow_urls: bool = _setting(False, _flag, "1 lets a call name a picture by https address (public hosts only).")
+    allow_urls: bool = _setting(False, _flag, "1 allows image references by https URL (public hosts only).")
     log_level: str = _setting(
-        "warning", _choice("debug", "info", "warning", "error"), "What is logged: debug, info, warning, error."
+        "warning", _choice("debug", "info", "warning", "error"), "Log level: debug, info, warning, error."
     )
 
     @classmethod
@@ -176,7 +178,7 @@ class Settings:
         return cls(**values)
 
     def engine_config(self) -> EngineConfig:
-        """Configuration of an engine; what the settings leave open is the engine's choice."""
+        """Return the engine's configuration."""
         return EngineConfig(
             models=(*self.models, self.home / "models"),
             hub=self.hub,
@@ -192,7 +194,7 @@ class Settings:
 
     @property
     def library(self) -> Path:
-        """The folder of the picture library."""
+        """Return the folder of the image library."""
         return self.home / "library"
 
 
@@ -201,16 +203,17 @@ def _unless_auto(value: str) -> str | None:
 
 
 def variable(name: str) -> str:
-    """The environment variable of a field."""
+    """Return the environment variable of a field."""
     return f"KLEIN_{name.upper()}"
 
 
-def misspelt(environ: Mapping[str, str] = os.environ) -> Iterator[tuple[str, str]]:
-    """(variable that is no setting, the one that was probably meant). What is near to none may be another program's."""
+def misspelled(environ: Mapping[str, str] = os.environ) -> Iterator[tuple[str, str]]:
+    """Yield (unknown variable, the setting probably meant)."""
     known = [item.name for item in fields(Settings)]
     for name in sorted(environ):
         rest = name.removeprefix("KLEIN_").lower()
-        # 0.75: KLEIN_MODLE is near to KLEIN_MODEL; KLEIN_DEV_VENV, which is dev.py's, is near to nothing.
+        # 0.75: KLEIN_MODLE is near to KLEIN_MODEL; KLEIN_DEV_VENV, which is dev.py's, is near to none.
+        # A variable near to none may belong to another program.
         if (
             name.startswith("KLEIN_")
             and rest not in known
@@ -219,23 +222,26 @@ def misspelt(environ: Mapping[str, str] = os.environ) -> Iterator[tuple[str, str
             yield name, variable(near[0])
 
 
-def warn_of_misspelt() -> None:
-    """One line of log for each."""
-    for name, meant in misspelt():
-        log.warning("%s is no setting and changes nothing. Did you mean %s?", name, meant)
+def warn_misspelled() -> None:
+    """Log one line per misspelled variable."""
+    for name, meant in misspelled():
+        log.warning("%s is no setting and has no effect. Did you mean %s?", name, meant)
+
+
+warn_of_misspelt = warn_misspelled  # until every caller uses the new name
 
 
 def table() -> Iterator[tuple[str, str, str]]:
-    """(variable, default, meaning) of each setting, for the README."""
+    """Yield (variable, default, meaning) of each setting, for the README."""
     for item in fields(Settings):
-        default = _PLACES.get(item.name) or _shown(item.default)
+        default = _COMPUTED_DEFAULTS.get(item.name) or _default_text(item.default)
         yield variable(item.name), default, item.metadata["doc"]
 
 
-_PLACES = {"home": "the platform's data folder", "hub": "~/.cache/huggingface/hub"}
+_COMPUTED_DEFAULTS = {"home": "the platform's data folder", "hub": "~/.cache/huggingface/hub"}
 
 
-def _shown(value: Any) -> str:
+def _default_text(value: Any) -> str:
     if value is None or value == ():
         return ""
     if isinstance(value, bool):
@@ -246,8 +252,8 @@ def _shown(value: Any) -> str:
 def _parse(source: str, value: str, parse: Callable[[str], Any]) -> Any:
     try:
         return parse(value)
-    except ValueError as problem:
-        raise SettingsError(f"{source} is {value!r}; it must be {problem}.") from None
+    except ValueError as exc:
+        raise SettingsError(f"{source} is {value!r}; it must be {exc}.") from None
 
 
 def _from_environ(environ: Mapping[str, str]) -> dict[str, Any]:
@@ -263,28 +269,31 @@ def _from_file(path: Path) -> dict[str, Any]:
         data = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError) as problem:
-        raise SettingsError(f"{path} cannot be read: {problem}.") from None
+    except (OSError, ValueError) as exc:
+        raise SettingsError(f"{path} cannot be read: {exc}.") from None
     known = {item.name: item.metadata["parse"] for item in fields(Settings) if item.name != "home"}
     for name in data:
         if name not in known:
             near = difflib.get_close_matches(name, known, 1)
-            meant = f" Did you mean {near[0]}?" if near else ""
-            raise SettingsError(f"{path} sets {name}, which is no setting.{meant}")
+            suggestion = f" Did you mean {near[0]}?" if near else ""
+            raise SettingsError(f"{path} sets {name}, which is no setting.{suggestion}")
     return {
         name: _parse(f"{name} in {path}", _as_text(value, known[name]), known[name]) for name, value in data.items()
     }
 
 
 def _as_text(value: Any, parse: Callable[[str], Any]) -> str:
-    """A TOML value as the environment would spell it, so that both go through one parser."""
+    """Spell a TOML value as the environment would."""
     if isinstance(value, list):
         return ("," if parse is _words else os.pathsep).join(map(_item, value))
     return str(int(value)) if isinstance(value, bool) else str(value)
 
 
 def _item(value: Any) -> str:
-    """One of a list; a LoRA may be a table: {path = "…" or name = "…", scale = 0.8}."""
-    if isinstance(value, dict) and (what := value.get("path") or value.get("name")):
-        return f"{what}:{value.get('scale', 1)}"
+    """Spell one list item.
+
+    A LoRA may be a table: {path = "…" or name = "…", scale = 0.8}.
+    """
+    if isinstance(value, dict) and (source := value.get("path") or value.get("name")):
+        return f"{source}:{value.get('scale', 1)}"
     return str(value)

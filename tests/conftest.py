@@ -1,4 +1,4 @@
-"""What most tests start from: settings in a folder of their own, a fake painter, a client connected in memory."""
+"""Shared fixtures: settings in a temporary folder, a fake painter, a client connected in memory."""
 
 import os
 from collections.abc import AsyncIterator, Iterator
@@ -6,9 +6,10 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-# Before torch is imported, here and in every process the tests start: several engines of as many threads as there are
-# cores, each spinning while it waits, took twice as long as with one thread each (2 cores: 8m25 against 5 minutes).
+# Before torch is imported, here and in every process the tests start: several engines with as many threads as cores,
+# each spinning while it waits, took twice as long as with one thread each (2 cores: 8m25 against 5 minutes).
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import pytest
 from mcp import Client
@@ -17,8 +18,7 @@ from klein_mcp.jobs.service import Service
 from klein_mcp.mcp_server.server import create_server
 from klein_mcp.settings import Settings
 from tests.fakes import FakePainter
-from tests.real_server import Living
-from tests.real_server import living as living_in
+from tests.real_server import RealServer, real_server
 
 
 @pytest.fixture
@@ -45,7 +45,7 @@ def service(settings: Settings, painter: FakePainter) -> Any:
 
 @pytest.fixture
 def connect(service: Service) -> Any:
-    """connect(mode="legacy", …): a client of a new door to the same service."""
+    """Return connect(mode="legacy", …): a client of a new front end on the same service."""
 
     @asynccontextmanager
     async def connect(**options: Any) -> AsyncIterator[Client]:
@@ -62,7 +62,13 @@ async def client(connect: Any) -> AsyncIterator[Client]:
 
 
 @pytest.fixture(scope="session")
-def living(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Living]:
-    """The real program on the embedded model; one engine for all tests that ask for it."""
-    with living_in(tmp_path_factory.mktemp("living")) as place:
-        yield place
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RealServer]:
+    """The real program on the embedded model, one engine for all tests that ask for it."""
+    with real_server(tmp_path_factory.mktemp("server")) as started:
+        yield started
+
+
+@pytest.fixture(scope="session")
+def living(server: RealServer) -> RealServer:
+    """The same, until every test uses the new name."""
+    return server

@@ -251,7 +251,7 @@ def test_the_container_copies_what_is_there_and_the_server_takes_its_command() -
     from klein_mcp.http import app
 
     command = json.loads(dict(_instructions())["CMD"])
-    parsed = main._parser().parse_args(command)
+    parsed = main.build_parser().parse_args(command)
     assert app.HttpOptions.from_arguments(parsed) == app.HttpOptions("0.0.0.0", 8765, None, ("localhost",))
 
 

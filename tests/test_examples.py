@@ -208,7 +208,7 @@ async def test_http_client_waits_for_a_job_and_says_what_a_tool_says(
     await http_client.paint(client, tmp_path)
     assert list(pictures(tmp_path).values()) == [(128, 128)]
     assert len(painter.kept_orders) == 1
-    with pytest.raises(RuntimeError, match="view_image: There is no picture"):
+    with pytest.raises(RuntimeError, match="view_image: There is no image"):
         await http_client.call(client, "view_image", image="zzzzzz")
 
 

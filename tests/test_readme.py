@@ -148,7 +148,7 @@ def test_every_setting_command_and_client_it_speaks_of_exists() -> None:
     subcommands = set(re.findall(r"`klein-mcp (\w+)", README)) | {
         line.split()[1] for line in commands() if line.startswith("klein-mcp ")
     }
-    (parsers,) = (action for action in main._parser()._actions if action.dest == "command" or action.choices)
+    (parsers,) = (action for action in main.build_parser()._actions if action.dest == "command" or action.choices)
     assert subcommands <= set(parsers.choices or ())
     for client in configurations.CLIENTS:
         assert f"<b>{client.title}</b>" in README

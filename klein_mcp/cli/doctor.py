@@ -1,4 +1,4 @@
-"""`klein-mcp doctor`: is everything there that painting needs? Each line says ok, or what to do."""
+"""`klein-mcp doctor`: check everything image generation needs."""
 
 import argparse
 import json
@@ -15,49 +15,54 @@ from typing import Any
 
 from engine.contract import EngineError, Job, ModelInfo, Result
 from engine.families.klein.variants import EMBEDDED, VARIANTS
-from klein_mcp.cli.terminal import ProgressBar, harmless, program
+from klein_mcp.cli.daemon import ask_daemon
+from klein_mcp.cli.terminal import ProgressBar, program, strip_control_chars
 from klein_mcp.errors import explain, fix_words
-from klein_mcp.settings import Settings, misspelt
+from klein_mcp.settings import Settings, misspelled
 
 OLDEST_PYTHON = (3, 11)
-ROOM = 5 * 10**9
-"""Bytes of disk under which pictures and a download get into each other's way."""
+LEAST_DISK = 5 * 10**9
+"""Bytes of free disk below which images or a download may fail."""
 
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """What was looked at, what was found, and what to do about it; `todo` is empty where nothing is.
+    """One finding.
 
-    works: painting works without it; it is advice.
+    todo: what to do about it, "" if nothing. optional: generation works without it, so it is advice.
     """
 
-    what: str
+    subject: str
     found: str
     todo: str = ""
-    works: bool = False
+    optional: bool = False
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Take no arguments."""
 
 
 def run(settings: Settings, arguments: argparse.Namespace) -> int:
-    """0 if painting works, else 1."""
+    """Return 0 if generation works, else 1."""
     findings = []
-    for finding in look(settings):
+    for finding in checks(settings):
         findings.append(finding)
         if not arguments.json:
             mark = "todo" if finding.todo else "ok  "
             todo = f" → {finding.todo}" if finding.todo else ""
-            print(harmless(f"{mark}  {finding.what}: {finding.found}{todo}"), flush=True)
+            print(strip_control_chars(f"{mark}  {finding.subject}: {finding.found}{todo}"), flush=True)
     if arguments.json:
-        print(json.dumps([{"what": f.what, "ok": not f.todo, "found": f.found, "todo": f.todo} for f in findings]))
-    return 1 if any(finding.todo and not finding.works for finding in findings) else 0
+        print(json.dumps([{"what": f.subject, "ok": not f.todo, "found": f.found, "todo": f.todo} for f in findings]))
+    return 1 if any(finding.todo and not finding.optional for finding in findings) else 0
 
 
-def look(settings: Settings) -> Iterator[Check]:
-    """Cheap things first; each as soon as it is known."""
+def checks(settings: Settings) -> Iterator[Check]:
+    """Yield each finding as soon as it is known, cheap ones first."""
     yield _python()
     yield _torch()
     yield _disk(settings)
-    for name, meant in misspelt():
-        yield Check("settings", f"{name} is no setting and changes nothing", f"Did you mean {meant}?", works=True)
+    for name, meant in misspelled():
+        yield Check("settings", f"{name} is no setting and has no effect", f"Did you mean {meant}?", optional=True)
     yield _clients(Path.home())
     yield _daemon(settings)
     try:
@@ -65,14 +70,14 @@ def look(settings: Settings) -> Iterator[Check]:
 
         with ProgressBar("starting the engine"):
             made = engine(settings)
-            inside = [_device(made), *_models(settings, made), *_asked(settings, made)]
-    except (EngineError, ImportError, OSError) as problem:
-        yield Check("engine", "cannot be made", explain(problem) if isinstance(problem, EngineError) else str(problem))
+            findings = [_device(made), *_models(settings, made), *_default_model(settings, made)]
+    except (EngineError, ImportError, OSError) as error:
+        yield Check("engine", "cannot be created", explain(error) if isinstance(error, EngineError) else str(error))
         return
-    yield from inside
-    with ProgressBar("painting"):
-        painting = _painting(made)
-    yield painting
+    yield from findings
+    with ProgressBar("generating a test image"):
+        finding = _test_image(made)
+    yield finding
 
 
 def _python() -> Check:
@@ -89,16 +94,16 @@ def _torch() -> Check:
 
 
 def _disk(settings: Settings) -> Check:
-    said = []
+    found = []
     for place in dict.fromkeys((settings.home, settings.hub)):
-        there = next(folder for folder in (place, *place.parents) if folder.exists())
-        if not os.access(there, os.W_OK):
-            return Check("disk", f"{there} cannot be written", "Change its owner, or set KLEIN_HOME and KLEIN_HUB.")
-        free = shutil.disk_usage(there).free
-        said.append(f"{free / 1e9:.0f} GB free for {place}")
-        if free < ROOM:
-            return Check("disk", said[-1], "Make room: klein-mcp prune deletes old pictures.")
-    return Check("disk", ", ".join(said))
+        existing = next(folder for folder in (place, *place.parents) if folder.exists())
+        if not os.access(existing, os.W_OK):
+            return Check("disk", f"{existing} cannot be written", "Change its owner, or set KLEIN_HOME and KLEIN_HUB.")
+        free = shutil.disk_usage(existing).free
+        found.append(f"{free / 1e9:.0f} GB free for {place}")
+        if free < LEAST_DISK:
+            return Check("disk", found[-1], "Free some space: klein-mcp prune deletes old images.")
+    return Check("disk", ", ".join(found))
 
 
 CONFIGURATIONS = {
@@ -112,16 +117,18 @@ CONFIGURATIONS = {
     "VS Code": ".config/Code/User/mcp.json",
     "LM Studio": ".lmstudio/mcp.json",
 }
-"""Clients' files under the home folder. What is configured per project is not looked for."""
+"""Clients' configuration files under the home folder; configurations per project are not searched."""
 
 
 def _clients(home: Path) -> Check:
-    there = {name: home / path for name, path in CONFIGURATIONS.items() if (home / path).is_file()}
-    know = [name for name, path in there.items() if "klein" in _text(path)]
-    if know:
-        return Check("clients", f"{', '.join(know)} start klein-mcp")
-    found = f"none of {', '.join(there)} starts klein-mcp" if there else "no client's configuration found"
-    return Check("clients", found, f"Add it, for example: claude mcp add klein -- {shlex.join(program())}", works=True)
+    installed = {name: home / path for name, path in CONFIGURATIONS.items() if (home / path).is_file()}
+    configured = [name for name, path in installed.items() if "klein" in _text(path)]
+    if configured:
+        return Check("clients", f"configured in {', '.join(configured)}")
+    found = f"not configured in {', '.join(installed)}" if installed else "no client's configuration found"
+    return Check(
+        "clients", found, f"Add it, for example: claude mcp add klein -- {shlex.join(program())}", optional=True
+    )
 
 
 def _text(path: Path) -> str:
@@ -132,22 +139,12 @@ def _text(path: Path) -> str:
 
 
 def _daemon(settings: Settings) -> Check:
-    import anyio
-
     from klein_mcp import __version__
-    from klein_mcp.daemon.client import DaemonBackend
-
-    async def ask() -> dict[str, Any]:
-        backend = DaemonBackend(settings)
-        try:
-            return await backend.status()
-        finally:
-            await backend.aclose()
 
     try:
-        state = anyio.run(ask)
-    except Exception as problem:
-        return Check("daemon", f"does not answer ({problem})", f"Run: {shlex.join([*program(), 'stop'])}")
+        state = ask_daemon(settings, "status")
+    except Exception as error:
+        return Check("daemon", f"does not answer ({error})", f"Run: {shlex.join([*program(), 'stop'])}")
     if not state.get("pid"):
         return Check("daemon", "not running; the first call starts it")
     if state.get("version") not in (None, __version__):
@@ -164,43 +161,43 @@ def _device(made: Any) -> Check:
 def _models(settings: Settings, made: Any) -> Iterator[Check]:
     from klein_mcp.cli.models import missing_places
 
-    there = made.models()
-    for model in there:
+    installed = made.models()
+    for model in installed:
         about = model.name if model.name == EMBEDDED else f"{model.name} ({model.format}), {model.licence}"
         yield Check("model", f"{about}: {model.placement}" if model.fits else about, _todo(model))
     for stranger in made.registry.strangers():
-        yield Check("model", f"{stranger.path} cannot be called by a name", stranger.why, works=True)
+        yield Check("model", f"{stranger.path} cannot be called by a name", stranger.why, optional=True)
     for path, why in missing_places(settings):
-        yield Check("model", str(path), why, works=True)
-    if len(there) == 1 and settings.model in ("auto", EMBEDDED):
-        yield Check("model", "only the embedded demo model is installed", "Run: klein-mcp pull klein-4b", works=True)
+        yield Check("model", str(path), why, optional=True)
+    if len(installed) == 1 and settings.model in ("auto", EMBEDDED):
+        yield Check("model", "only the embedded demo model is installed", "Run: klein-mcp pull klein-4b", optional=True)
 
 
-def _asked(settings: Settings, made: Any) -> Iterator[Check]:
-    """The model that every call takes which names none."""
+def _default_model(settings: Settings, made: Any) -> Iterator[Check]:
+    """Check the model that is used when a call names none."""
     if settings.model == "auto":
         return
     try:
         config = settings.engine_config()
         made.registry.find(settings.model, config.variant, config.quant)
         yield Check("model", f"KLEIN_MODEL is {settings.model}")
-    except EngineError as problem:
-        yield Check("model", f"KLEIN_MODEL is {settings.model}", explain(problem))
+    except EngineError as error:
+        yield Check("model", f"KLEIN_MODEL is {settings.model}", explain(error))
 
 
 def _todo(model: ModelInfo) -> str:
     return f"{model.error} {fix_words(model.fix)}".strip()
 
 
-def _painting(made: Any, clock: Callable[[], float] = time.perf_counter) -> Check:
-    """With the embedded model: whether painting works at all, not how well."""
+def _test_image(made: Any, clock: Callable[[], float] = time.perf_counter) -> Check:
+    """Generate one image with the embedded model."""
     start = clock()
     size = VARIANTS[EMBEDDED].native_size
     try:
-        *_, painting = made.run(Job("a red ball", width=size, height=size, model=EMBEDDED))
-    except EngineError as problem:
-        return Check("test painting", "failed", explain(problem))
-    assert isinstance(painting, Result)
-    if int(painting.image.max()) == int(painting.image.min()):
-        return Check("test painting", "came out empty", "Install klein-mcp again: its embedded model is damaged.")
-    return Check("test painting", f"{size}×{size} with {EMBEDDED} in {clock() - start:.1f} s, loading included")
+        *_, result = made.run(Job("a red ball", width=size, height=size, model=EMBEDDED))
+    except EngineError as error:
+        return Check("test image", "failed", explain(error))
+    assert isinstance(result, Result)
+    if int(result.image.max()) == int(result.image.min()):
+        return Check("test image", "is empty", "Install klein-mcp again: its embedded model is damaged.")
+    return Check("test image", f"{size}×{size} with {EMBEDDED} in {clock() - start:.1f} s, loading included")

@@ -14,6 +14,10 @@ from klein_mcp.errors import fix_words
 from klein_mcp.settings import Settings
 
 
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Take no arguments."""
+
+
 def run(settings: Settings, arguments: argparse.Namespace) -> int:
     """Raises EngineError."""
     # Most of the wait is the libraries that know the device.

@@ -1,5 +1,6 @@
 """One picture in this process, without a daemon: what `klein-mcp paint` does."""
 
+import argparse
 import json
 import os
 import secrets
@@ -7,11 +8,12 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from engine.contract import Event, InvalidJob, Job, Result
+from klein_mcp.cli.arguments import image_size
 from klein_mcp.cli.terminal import ProgressBar, harmless
 from klein_mcp.errors import RequestError
 from klein_mcp.jobs.progress import read
@@ -37,7 +39,51 @@ class PaintOptions:
     out: Path | None = None
 
 
-def run(settings: Settings, order: PaintOptions, *, as_json: bool = False) -> int:
+def configure(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("prompt", metavar="PROMPT")
+    parser.add_argument("--ref", type=Path, action="append", default=[], metavar="IMG", help="a reference; repeatable")
+    parser.add_argument("--model", metavar="M", help="a variant, a folder or a file; default: auto")
+    parser.add_argument("--seed", type=int, metavar="N", help="default: a random one, which is printed")
+    parser.add_argument(
+        "--size", type=image_size, metavar="WxH", help="default: the first reference's, else the model's own"
+    )
+    parser.add_argument("--steps", type=int, metavar="N")
+    parser.add_argument("--guidance", type=float, metavar="G")
+    parser.add_argument("--device", metavar="D", help="cpu, cuda or mps")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"))
+    parser.add_argument("--quant", choices=("fp8", "nvfp4"), help="format of the weights in memory")
+    parser.add_argument("--variant", metavar="V", help="which klein a single file is, if it cannot tell")
+    parser.add_argument("--lora", action="append", default=[], metavar="L[:scale]", help="repeatable")
+    parser.add_argument(
+        "-o", dest="out", type=_output, metavar="PATH", help="default: ./klein-<seed>.png; not in the library"
+    )
+
+
+def run(settings: Settings, arguments: argparse.Namespace) -> int:
+    """Raises EngineError, RequestError, OSError."""
+    options = PaintOptions(
+        prompt=arguments.prompt,
+        references=tuple(arguments.ref),
+        model=arguments.model or settings.model,
+        seed=arguments.seed,
+        size=arguments.size,
+        steps=arguments.steps,
+        guidance=arguments.guidance,
+        out=arguments.out,
+    )
+    changes: dict[str, Any] = {name: getattr(arguments, name) for name in ("device", "dtype", "quant", "variant")}
+    changes["loras"] = tuple(arguments.lora)
+    settings = replace(settings, **{name: value for name, value in changes.items() if value})
+    return paint(settings, options, as_json=arguments.json)
+
+
+def _output(text: str) -> Path:
+    if Path(text).suffix.lower() not in KINDS:
+        raise argparse.ArgumentTypeError(f"{text!r} does not end in {', '.join(KINDS)}")
+    return Path(text)
+
+
+def paint(settings: Settings, order: PaintOptions, *, as_json: bool = False) -> int:
     """Raises EngineError, RequestError, OSError."""
     from klein_mcp.images import codec
 
@@ -120,7 +166,7 @@ def _prompt(text: str) -> str:
 
 
 def _told(event: Event, bar: ProgressBar) -> Event:
-    bar.tell(*read(event))
+    bar.update(*read(event))
     return event
 
 

@@ -74,6 +74,13 @@ def names() -> list[str]:
     return [*whole, *quantised, *(f"{name}-{BESIDE}" for name in whole), SMALL, TOKENIZER]
 
 
+def configure(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("name", metavar="NAME", help="klein-4b, klein-9b, klein-4b-fp8 …; a wrong one lists them all")
+    parser.add_argument(
+        "--accept-licence", action="store_true", help="agree to a non-commercial licence without asking"
+    )
+
+
 def run(settings: Settings, arguments: argparse.Namespace) -> int:
     """Raises RequestError, OSError."""
     row, wishes = _wishes(arguments.name)

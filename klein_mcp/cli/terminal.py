@@ -1,4 +1,4 @@
-"""For whoever sits at a terminal: a bar while something long is done, the name to call us by, text that stays text."""
+"""Terminal output: a progress bar, this program's command, harmless text."""
 
 import shutil
 import sys
@@ -12,44 +12,47 @@ if TYPE_CHECKING:
 
 
 def program() -> list[str]:
-    """How this program was started, by its whole path: what a client needs that does not see this terminal's PATH."""
-    called = Path(sys.argv[0]).absolute()
-    return [str(called)] if called.stem == "klein-mcp" else [sys.executable, "-m", "klein_mcp"]
+    """Return how this program was started, by absolute path."""
+    started = Path(sys.argv[0]).absolute()
+    return [str(started)] if started.stem == "klein-mcp" else [sys.executable, "-m", "klein_mcp"]
 
 
-def lasting() -> list[str]:
-    """The same for a configuration: what uvx has put into its cache may be gone tomorrow, uvx is not."""
+def stable_command() -> list[str]:
+    """Return `program()`, or uvx instead of a file in its cache."""
     command = program()
     uvx = shutil.which("uvx")
     return [uvx, "klein-mcp"] if uvx and "archive-v0" in Path(command[0]).parts else command
 
 
-def harmless(text: str) -> str:
-    """What strangers wrote, without what could move the cursor, change the terminal or turn its text round."""
-    return "".join(map(_harmless, text))
+def strip_control_chars(text: str) -> str:
+    """Remove characters that could control the terminal or reverse its text."""
+    return "".join(map(_strip, text))
 
 
-def _harmless(c: str) -> str:
+harmless = strip_control_chars  # until every caller uses the new name
+
+
+def _strip(c: str) -> str:
     if c in "\n\t":
         return c
     if c.isspace():
         return " "  # a vertical tab, a carriage return
     if unicodedata.category(c) == "Cs":
-        return "?"  # half of a pair: JSON and file names can hold it, no terminal can show it
-    return "" if unicodedata.category(c) == "Cc" or unicodedata.bidirectional(c) in _TURNS else c
+        return "?"  # a lone surrogate: JSON and file names can hold one, no terminal can show it
+    return "" if unicodedata.category(c) == "Cc" or unicodedata.bidirectional(c) in _BIDI_CONTROLS else c
 
 
-_TURNS = {"LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI"}
+_BIDI_CONTROLS = {"LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI"}
 
 
 class ProgressBar:
-    """`with Bar("loading") as bar: bar.tell(0.4, "step 2 of 4")`; gone from the screen when it is over.
+    """A progress bar on stderr, only on a terminal, erased afterwards.
 
-    stdout stays what a script would want, and rich keeps to NO_COLOR and to terminals that can do nothing.
+    `with ProgressBar("loading") as bar: bar.update(0.4, "step 2 of 4")`. rich honours NO_COLOR and dumb terminals.
     """
 
-    def __init__(self, words: str) -> None:
-        self._words = words
+    def __init__(self, message: str) -> None:
+        self._message = message
         self._progress: Progress | None = None
 
     def __enter__(self) -> Self:
@@ -66,18 +69,18 @@ class ProgressBar:
                 transient=True,
             )
             self._progress.start()
-            self._task = self._progress.add_task(self._words, total=None)
+            self._task = self._progress.add_task(self._message, total=None)
         return self
 
-    def tell(self, fraction: float, words: str) -> None:
-        """fraction: 0 … 1 of the whole."""
+    def update(self, fraction: float, message: str) -> None:
+        """Show `fraction` (0 … 1) of the total and a message."""
         if self._progress is not None:
-            new, self._words = words != self._words, words
-            # New words at once: ten times a second is too seldom for a step that is over in less.
-            self._progress.update(self._task, completed=fraction, total=1.0, description=words, refresh=new)
+            changed, self._message = message != self._message, message
+            # A new message at once: ten refreshes a second would miss short steps.
+            self._progress.update(self._task, completed=fraction, total=1.0, description=message, refresh=changed)
 
     def __exit__(
-        self, kind: type[BaseException] | None, problem: BaseException | None, trace: TracebackType | None
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._progress is not None:
             self._progress.stop()

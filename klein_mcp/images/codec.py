@@ -1,4 +1,4 @@
-"""Bytes of strangers <-> upright, opaque RGB8: what may come in, and how it goes out again."""
+"""Image files <-> upright, opaque RGB8."""
 
 import io
 import warnings as python_warnings
@@ -17,9 +17,9 @@ from klein_mcp.images import png, provenance
 MAX_BYTES = 64 * 2**20
 """A 4096² PNG of pure noise is 50 MB."""
 MAX_PIXELS = 64_000_000
-"""The largest picture of an ordinary phone is 50 MP; decoded, 64 MP are 192 MB."""
+"""The largest image of an ordinary phone is 50 MP; decoded, 64 MP are 192 MB."""
 
-# Pillow's own guard is for all of a process and says nothing of use; ours looks before anything is decoded.
+# Pillow's own limit applies to the whole process with an unhelpful message; ours is checked before decoding.
 Image.MAX_IMAGE_PIXELS = None
 
 READABLE = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
@@ -30,14 +30,17 @@ _HINTS = {
     b"<svg": "SVG is a drawing, not pixels: export it as PNG.",
     b"<?xm": "SVG is a drawing, not pixels: export it as PNG.",
     b"%PDF": "Export the page as PNG.",
-    b"<!DO": "It is a web page: use the address of the picture itself.",
-    b"<htm": "It is a web page: use the address of the picture itself.",
+    b"<!DO": "It is a web page: use the URL of the image itself.",
+    b"<htm": "It is a web page: use the URL of the image itself.",
 }
 
 
 @dataclass(frozen=True, slots=True)
 class Decoded:
-    """recipe: what the file says about how it was made, if klein-mcp made it. flattened: it had been transparent."""
+    """A decoded file.
+
+    recipe: how it was made, if klein-mcp made it. flattened: whether it was transparent.
+    """
 
     image: Rgb8
     warnings: tuple[str, ...]
@@ -46,7 +49,10 @@ class Decoded:
 
 
 def decode(data: bytes, name: str, backdrop: int = 255) -> Decoded:
-    """name: what the caller called it, for messages. backdrop: the grey behind what is transparent. Raises BadImage."""
+    """Decode a file. Raises BadImage.
+
+    name: how the caller refers to it, for messages. backdrop: the grey behind transparent pixels.
+    """
     if not data:
         raise BadImage(f"{name} is empty (0 bytes).")
     if len(data) > MAX_BYTES:
@@ -57,15 +63,15 @@ def decode(data: bytes, name: str, backdrop: int = 255) -> Decoded:
         with python_warnings.catch_warnings():
             # Pillow warns about odd metadata.
             python_warnings.simplefilter("ignore")
-            with Image.open(io.BytesIO(data), formats=READABLE) as picture:
-                return _upright_rgb8(picture, name, backdrop)
+            with Image.open(io.BytesIO(data), formats=READABLE) as opened:
+                return _upright_rgb8(opened, name, backdrop)
     except BadImage:
         raise
     except UnidentifiedImageError:
-        raise BadImage(f"{name} is not a picture that can be read.", hint=_hint(data)) from None
-    except Exception as problem:  # Pillow's decoders raise whatever a broken file makes them stumble over
-        broken = "is cut short" if "truncated" in str(problem).lower() else "is damaged"
-        raise BadImage(f"{name} {broken} and cannot be read.", hint="Send it again, or another copy.") from problem
+        raise BadImage(f"{name} is not an image that can be read.", hint=_hint(data)) from None
+    except Exception as error:  # on broken files Pillow's decoders raise exceptions of any type
+        broken = "is cut short" if "truncated" in str(error).lower() else "is damaged"
+        raise BadImage(f"{name} {broken} and cannot be read.", hint="Send it again, or another copy.") from error
 
 
 def _hint(data: bytes) -> str:
@@ -75,65 +81,65 @@ def _hint(data: bytes) -> str:
     return _HINTS.get(start, "It takes PNG, JPEG, WebP, GIF, BMP, TIFF and AVIF.")
 
 
-def _upright_rgb8(picture: ImageFile.ImageFile, name: str, backdrop: int) -> Decoded:
-    width, height = picture.size
+def _upright_rgb8(opened: ImageFile.ImageFile, name: str, backdrop: int) -> Decoded:
+    width, height = opened.size
     if width * height > MAX_PIXELS:
         raise BadImage(
             f"{name} is {width}×{height} = {width * height / 1e6:.0f} MP; at most {MAX_PIXELS // 10**6} MP.",
             hint="Send a smaller copy.",
         )
     warnings = []
-    # A phone's JPEG often has a thumbnail or a depth map as its second picture (MPO): nothing is lost without it.
-    if getattr(picture, "is_animated", False) and picture.format != "MPO":
+    # A phone's JPEG often has a thumbnail or a depth map as its second frame (MPO), which is not needed.
+    if getattr(opened, "is_animated", False) and opened.format != "MPO":
         warnings.append(f"{name} has several frames; only the first one is used.")
-    picture.load()
-    recipe = provenance.read(picture)
-    opaque, alpha = _split_alpha(_upright(picture))
-    rgb = _to_srgb(_eight_bit(opaque), picture.info.get("icc_profile"), name, warnings)
+    opened.load()
+    recipe = provenance.read(opened)
+    opaque, alpha = _split_alpha(_upright(opened))
+    rgb = _to_srgb(_eight_bit(opaque), opened.info.get("icc_profile"), name, warnings)
     pixels = np.asarray(rgb)
     flattened = alpha is not None and bool(np.any(alpha < 255))
     if alpha is not None and flattened:
         colour = "white" if backdrop else "black"
-        warnings.append(f"{name} is transparent in places; they count as {colour}.")
+        warnings.append(f"{name} is partly transparent; transparent pixels count as {colour}.")
         pixels = _flattened(pixels, alpha, backdrop)
     return Decoded(np.ascontiguousarray(pixels), tuple(warnings), recipe, flattened)
 
 
-def _upright(picture: Image.Image) -> Image.Image:
+def _upright(image: Image.Image) -> Image.Image:
     try:
-        return ImageOps.exif_transpose(picture)
-    except Exception:  # EXIF that cannot be parsed says nothing about which way is up
-        return picture
+        return ImageOps.exif_transpose(image)
+    except Exception:  # unreadable EXIF says nothing about the orientation
+        return image
 
 
-def _split_alpha(picture: Image.Image) -> tuple[Image.Image, npt.NDArray[np.uint8] | None]:
-    if picture.mode in ("P", "PA") or ("transparency" in picture.info and picture.mode in ("1", "L", "RGB")):
-        picture = picture.convert("RGBA")
-    if picture.mode not in ("RGBA", "LA"):
-        return picture, None
-    # Greyscale stays greyscale: its colour profile fits nothing else.
-    return picture.convert("L" if picture.mode == "LA" else "RGB"), np.asarray(picture.getchannel("A"))
+def _split_alpha(image: Image.Image) -> tuple[Image.Image, npt.NDArray[np.uint8] | None]:
+    if image.mode in ("P", "PA") or ("transparency" in image.info and image.mode in ("1", "L", "RGB")):
+        image = image.convert("RGBA")
+    if image.mode not in ("RGBA", "LA"):
+        return image, None
+    # Greyscale stays greyscale: its colour profile fits no other mode.
+    return image.convert("L" if image.mode == "LA" else "RGB"), np.asarray(image.getchannel("A"))
 
 
-def _eight_bit(picture: Image.Image) -> Image.Image:
-    """Deep greyscale comes as I;16, I or F, which Pillow's convert() would clip rather than scale."""
-    if not (picture.mode.startswith("I") or picture.mode == "F"):
-        return picture
-    values = np.asarray(picture, np.float64)
-    top = 255.0 if picture.mode == "F" and values.max(initial=0) > 1 else 1.0 if picture.mode == "F" else 65535.0
+def _eight_bit(image: Image.Image) -> Image.Image:
+    """Scale deep greyscale to 8 bits, which convert() would clip."""
+    if not (image.mode.startswith("I") or image.mode == "F"):
+        return image
+    values = np.asarray(image, np.float64)
+    top = 255.0 if image.mode == "F" and values.max(initial=0) > 1 else 1.0 if image.mode == "F" else 65535.0
     return Image.fromarray(np.clip(np.nan_to_num(values) * (255 / top) + 0.5, 0, 255).astype(np.uint8))
 
 
-def _to_srgb(picture: Image.Image, profile: bytes | None, name: str, warnings: list[str]) -> Image.Image:
+def _to_srgb(image: Image.Image, profile: bytes | None, name: str, warnings: list[str]) -> Image.Image:
     if profile:
         try:
             source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-            converted = ImageCms.profileToProfile(picture, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
+            converted = ImageCms.profileToProfile(image, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
             if converted is not None:
                 return converted
         except (ImageCms.PyCMSError, OSError, ValueError):
-            warnings.append(f"{name} has a colour profile that cannot be used; its colours are taken as sRGB.")
-    return picture.convert("RGB")
+            warnings.append(f"{name} has an unusable colour profile; its colours are taken as sRGB.")
+    return image.convert("RGB")
 
 
 def _flattened(pixels: Rgb8, alpha: npt.NDArray[np.uint8], backdrop: int) -> Rgb8:
@@ -142,7 +148,7 @@ def _flattened(pixels: Rgb8, alpha: npt.NDArray[np.uint8], backdrop: int) -> Rgb
 
 
 def encode(image: Rgb8, kind: Format = "png", recipe: Mapping[str, Any] | None = None) -> bytes:
-    """recipe: written into the file as provenance; None for a file that tells nothing."""
+    """Encode an image with `recipe` as its provenance."""
     if kind == "png":
         return png.encode(image, provenance.texts(recipe) if recipe else ())
     out = io.BytesIO()
@@ -155,7 +161,7 @@ def encode(image: Rgb8, kind: Format = "png", recipe: Mapping[str, Any] | None =
 
 
 def resize(image: Rgb8, width: int, height: int) -> Rgb8:
-    """Lanczos; the picture itself where nothing changes."""
+    """Resize with Lanczos unless the size is already right."""
     if image.shape[:2] == (height, width):
         return image
     return np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.LANCZOS))
@@ -168,8 +174,11 @@ def resize_mask(mask: npt.NDArray[np.uint8], width: int, height: int) -> npt.NDA
     return np.asarray(Image.fromarray(mask).resize((width, height), Image.Resampling.BILINEAR))
 
 
-def fitted(image: Rgb8, longest: int) -> Rgb8:
-    """`longest` pixels on the long edge, the shape kept."""
+def fit(image: Rgb8, longest: int) -> Rgb8:
+    """Resize to `longest` pixels on the long edge, keeping the aspect ratio."""
     height, width = image.shape[:2]
     scale = longest / max(width, height)
     return resize(image, max(1, round(width * scale)), max(1, round(height * scale)))
+
+
+fitted = fit  # until every caller uses the new name

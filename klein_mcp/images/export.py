@@ -1,4 +1,4 @@
-"""A picture into the user's project: inside an allowed folder, under a new name, whole or not at all."""
+"""Save an image into an allowed folder, atomically."""
 
 import contextlib
 import os
@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 
-from klein_mcp.errors import Refused, RequestError, did_you_mean, shown
+from klein_mcp.errors import Refused, RequestError, did_you_mean, quote
 from klein_mcp.images import codec
 from klein_mcp.images.library import Record, Store
 
@@ -20,7 +20,10 @@ ALLOW = (
 
 @dataclass(frozen=True, slots=True)
 class SaveOptions:
-    """path: as the caller wrote it; a relative one counts from the first allowed folder."""
+    """Options of one save.
+
+    path: as the caller wrote it; a relative one starts at the first allowed folder.
+    """
 
     path: str
     format: codec.Format | None = None
@@ -30,7 +33,9 @@ class SaveOptions:
 
 
 @dataclass(frozen=True, slots=True)
-class Saved:
+class SavedFile:
+    """A file that was written."""
+
     path: Path
     format: codec.Format
     width: int
@@ -38,45 +43,45 @@ class Saved:
     bytes: int
 
 
-def save(store: Store, record: Record, wish: SaveOptions, roots: Iterable[Path]) -> Saved:
-    """roots: folders that may be written into. Raises RequestError. Blocking."""
-    target, kind = resolve(wish, record.handle, tuple(roots))
+def save(store: Store, record: Record, options: SaveOptions, roots: Iterable[Path]) -> SavedFile:
+    """Write the image below one of `roots`. Raises RequestError. Blocking."""
+    target, kind = resolve(options, record.handle, tuple(roots))
     try:
-        data, width, height = _rendered(store, record, wish, kind)
-    except ValueError as problem:
-        raise RequestError(f"{kind} cannot hold it: {problem}.", hint="Choose png, or a max_size.") from None
+        data, width, height = _rendered(store, record, options, kind)
+    except ValueError as error:
+        raise RequestError(f"{kind} cannot store it: {error}.", hint="Choose png, or a max_size.") from None
     try:
-        _write(target, data, wish.overwrite)
+        _write(target, data, options.overwrite)
     except FileExistsError:
         raise RequestError(f"{target} exists.", hint="Choose another name, or say overwrite: true.") from None
-    except (OSError, ValueError) as problem:
-        reason = getattr(problem, "strerror", None) or problem
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
         raise RequestError(f"{target} cannot be written: {reason}.", hint="Choose another path.") from None
-    return Saved(target, kind, width, height, len(data))
+    return SavedFile(target, kind, width, height, len(data))
 
 
-def resolve(wish: SaveOptions, handle: str, roots: tuple[Path, ...]) -> tuple[Path, codec.Format]:
-    """Where the file will really lie, links followed, and in which format. Raises RequestError."""
+def resolve(options: SaveOptions, handle: str, roots: tuple[Path, ...]) -> tuple[Path, codec.Format]:
+    """Return the final path, links resolved, and the format. Raises RequestError."""
     if not roots:
         raise Refused("No folder is open for writing here.", hint=ALLOW)
-    if any(ord(letter) < 32 for letter in wish.path):
+    if any(ord(letter) < 32 for letter in options.path):
         raise RequestError("path has control characters in it.")
     try:
-        path = Path(wish.path).expanduser()
+        path = Path(options.path).expanduser()
     except RuntimeError:
-        raise RequestError(f"{wish.path} begins with a user there is not.", hint="Give an absolute path.") from None
-    if ".." in PurePath(wish.path).parts:
-        raise Refused(f"{wish.path} goes up with '..'.", hint="Give the folder itself.")
+        raise RequestError(f"{options.path} begins with an unknown user.", hint="Give an absolute path.") from None
+    if ".." in PurePath(options.path).parts:
+        raise Refused(f"{options.path} goes up with '..'.", hint="Give the folder itself.")
     if not path.is_absolute():
         path = roots[0] / path
     try:
-        if wish.path.endswith(("/", os.sep)) or path.is_dir():
-            path = path / f"{handle}.{'jpg' if wish.format == 'jpeg' else wish.format or 'png'}"
-        path, kind = _with_suffix(path, wish.format)
+        if options.path.endswith(("/", os.sep)) or path.is_dir():
+            path = path / f"{handle}.{'jpg' if options.format == 'jpeg' else options.format or 'png'}"
+        path, kind = _with_suffix(path, options.format)
         real = path.parent.resolve() / path.name
         inside = any(real.parent.is_relative_to(root.resolve()) for root in roots)
-    except (OSError, RuntimeError, ValueError) as problem:  # a name too long, a loop of links
-        raise RequestError(f"{shown(wish.path)} is no usable path: {problem}.") from None
+    except (OSError, RuntimeError, ValueError) as error:  # a name too long, a loop of links
+        raise RequestError(f"{quote(options.path)} is no usable path: {error}.") from None
     if not inside:
         folders = ", ".join(map(str, roots))
         raise Refused(f"{path} is outside the folders that may be written ({folders}).", hint=ALLOW)
@@ -86,32 +91,32 @@ def resolve(wish: SaveOptions, handle: str, roots: tuple[Path, ...]) -> tuple[Pa
 def _with_suffix(path: Path, asked: codec.Format | None) -> tuple[Path, codec.Format]:
     kind = _SUFFIXES.get(path.suffix.lower())
     if kind is None and path.suffix and asked is None:
-        meant = did_you_mean(path.suffix.lower(), _SUFFIXES)
-        raise RequestError(f"{path.name} ends in {path.suffix}; it can be {', '.join(_SUFFIXES)}. {meant}")
+        suggestion = did_you_mean(path.suffix.lower(), _SUFFIXES)
+        raise RequestError(f"{path.name} ends in {path.suffix}; it can be {', '.join(_SUFFIXES)}. {suggestion}")
     if kind is None:
         kind = asked or "png"
         return path.with_name(path.name + (".jpg" if kind == "jpeg" else f".{kind}")), kind
     if asked is not None and asked != kind:
-        raise RequestError(f"{path.name} says {kind}, format says {asked}.", hint="Leave out format, or rename.")
+        raise RequestError(f"{path.name} ends like {kind}, but format is {asked}.", hint="Leave out format, or rename.")
     return path, kind
 
 
-def _rendered(store: Store, record: Record, wish: SaveOptions, kind: codec.Format) -> tuple[bytes, int, int]:
-    """The library's own bytes where nothing is to be changed."""
+def _rendered(store: Store, record: Record, options: SaveOptions, kind: codec.Format) -> tuple[bytes, int, int]:
+    """Return (bytes, width, height): the library's own bytes if nothing changes."""
     data = store.read(record)
     longest = max(record.width, record.height)
-    smaller = wish.max_size is not None and wish.max_size < longest
-    if kind == "png" and not smaller and not wish.strip_metadata:
+    smaller = options.max_size is not None and options.max_size < longest
+    if kind == "png" and not smaller and not options.strip_metadata:
         return data, record.width, record.height
     image = codec.decode(data, record.handle).image
-    if smaller and wish.max_size:
-        image = codec.fitted(image, wish.max_size)
+    if smaller and options.max_size:
+        image = codec.fit(image, options.max_size)
     height, width = image.shape[:2]
-    return codec.encode(image, kind, None if wish.strip_metadata else record.provenance), width, height
+    return codec.encode(image, kind, None if options.strip_metadata else record.provenance), width, height
 
 
 def _write(target: Path, data: bytes, overwrite: bool) -> None:
-    """First beside its place under another name, then there at once. Raises FileExistsError."""
+    """Write a temporary file, then rename it. Raises FileExistsError."""
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
     except FileExistsError:
@@ -120,28 +125,31 @@ def _write(target: Path, data: bytes, overwrite: bool) -> None:
         raise OSError("the folder was replaced by a link meanwhile")
     if not overwrite and os.path.lexists(target):
         raise FileExistsError
-    beside = target.parent / f".{target.name[:100]}.{secrets.token_hex(4)}"
+    temporary = target.parent / f".{target.name[:100]}.{secrets.token_hex(4)}"
     try:
-        with open(beside, "xb") as file:
+        with open(temporary, "xb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
         if overwrite:
-            os.replace(beside, target)
+            os.replace(temporary, target)
         else:
-            _appear(beside, target)
+            _create(temporary, target)
     finally:
-        beside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
-def _appear(beside: Path, target: Path) -> None:
-    """A hard link fails where a name is taken, even by somebody quicker; some file systems have none."""
+def _create(temporary: Path, target: Path) -> None:
+    """Create `target` only if the name is free.
+
+    A hard link fails if the name is taken, without a race; some file systems have none.
+    """
     with contextlib.suppress(PermissionError, NotImplementedError):
         try:
-            os.link(beside, target)
+            os.link(temporary, target)
             return
-        except OSError as problem:
-            if isinstance(problem, FileExistsError):
+        except OSError as error:
+            if isinstance(error, FileExistsError):
                 raise
     with open(target, "xb") as file:
-        file.write(beside.read_bytes())
+        file.write(temporary.read_bytes())

@@ -1,8 +1,8 @@
-"""The picture library: handles, records and lineage in SQLite; the pictures themselves in files named by content.
+"""The image library: records in SQLite, images in files named by content.
 
-A picture is there from the moment its row is committed. Its file is written first, into a folder of this process's own,
-and moved to its place after the commit; whoever dies between leaves either a file without a row, which the next start
-deletes, or a row whose file still lies in that folder, which the next start moves.
+An image exists from the moment its row is committed. Its file is written first, into a folder of this process, and is
+moved to its final path after the commit. A process that dies between leaves either a file without a row, which the next
+start deletes, or a row whose file is still in that folder, which the next start moves.
 """
 
 import hashlib
@@ -19,7 +19,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from klein_mcp.errors import UnknownImage, did_you_mean, shown
+from klein_mcp.errors import UnknownImage, did_you_mean, quote
 from klein_mcp.images.schema import exclusively, open_database
 
 ALPHABET = "23456789abcdefghjkmnpqrstvwxyz"  # no 0/o, 1/i/l, u: a handle is read aloud and typed
@@ -28,11 +28,11 @@ HANDLE_LENGTH = 6
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One picture of the library.
+    """One image of the library.
 
-    file: SHA-256 of the file's bytes, and its name. pixels: a hash of size and RGB8 values, whatever the file.
-    tool: what made it; source: the path or address it was opened from, where it was.
-    recipe: seed (text), model, fingerprint, steps, guidance, region and whatever else it takes to paint it again.
+    file: SHA-256 of the file's bytes, and its name. pixels: a hash of size and RGB8 values, independent of the file.
+    tool: what made it; source: the path or URL it was opened from, if any.
+    recipe: seed (text), model, fingerprint, steps, guidance, region and what else generating it again needs.
     """
 
     handle: str
@@ -52,13 +52,13 @@ class Record:
 
     @property
     def provenance(self) -> Mapping[str, Any] | None:
-        """What a file of it says about how it was made; None for a picture that came from elsewhere."""
+        """Return the provenance in its file, None for a foreign image."""
         return self.recipe.get("made") if self.tool == "open" else self.recipe
 
 
 @dataclass(frozen=True, slots=True)
 class Pick:
-    """A person's choice for a client. reported: whether one of its results has said so."""
+    """A person's choice for a client. reported: whether a result mentioned it."""
 
     image: str
     mask: str | None
@@ -70,7 +70,7 @@ SHEET_SECONDS = 900.0
 
 
 def sheet_of(record: Record, others: Sequence[Record]) -> list[Record]:
-    """Return those of `others` that the same call made: same parents and size, seeds that count up."""
+    """Return those of `others` that the same call made."""
     seeds = {
         int(other.recipe["seed"]): other
         for other in others
@@ -93,37 +93,37 @@ _COLUMNS = ", ".join(item.name for item in fields(Record) if item.name != "paren
 
 
 class Store:
-    """One open library; any number of processes may have it open. Methods may be called from any thread."""
+    """An open library, shared by any number of processes and threads."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.files = folder / "files"
         self._incoming = folder / "incoming"
         self._lock = threading.RLock()
-        # One by one: of several made at once, mkdir gives the mode to the last alone. Prompts are nobody else's.
-        for each in (*reversed(folder.parents[:1]), folder, self._incoming, self.files):
-            each.mkdir(parents=True, exist_ok=True, mode=0o700)
-        self._mine: Path | None = None
+        # One by one: mkdir(parents=True) gives the mode only to the last. Prompts are private.
+        for path in (*reversed(folder.parents[:1]), folder, self._incoming, self.files):
+            path.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self._landing: Path | None = None
         self._claim: FileLock | None = None
-        # One process at a time opens, recovers and claims a folder: short work, and no race to think through.
-        self._door = FileLock(folder / "open.lock", timeout=30, thread_local=False)
-        with self._door:
+        # One process at a time opens, recovers and claims a folder, which is short work and excludes races.
+        self._open_lock = FileLock(folder / "open.lock", timeout=30, thread_local=False)
+        with self._open_lock:
             self._database = open_database(folder / "library.sqlite3")
         self.recover()
 
     def close(self) -> None:
         with self._lock:
             self._database.close()
-            if self._claim is not None and self._mine is not None:
-                shutil.rmtree(self._mine, ignore_errors=True)
+            if self._claim is not None and self._landing is not None:
+                shutil.rmtree(self._landing, ignore_errors=True)
                 Path(self._claim.lock_file).unlink(missing_ok=True)
                 self._claim.release()
-                self._claim = self._mine = None
+                self._claim = self._landing = None
 
     # -- saving --------------------------------------------------------------------------------------------------
 
     def new_handle(self) -> str:
-        """Never one that was ever given out, deleted pictures included."""
+        """Return a handle never used before, not even by a deleted image."""
         while True:
             handle = secrets.choice(ALPHABET[8:]) + "".join(secrets.choice(ALPHABET) for _ in range(HANDLE_LENGTH - 1))
             if self._row("SELECT 1 FROM pictures WHERE handle = ?", handle) is None:
@@ -143,16 +143,16 @@ class Store:
         source: str | None = None,
         prompt: str | None = None,
     ) -> Record:
-        """Keep the PNG `data` under `handle`; when this returns it survives the machine going down."""
+        """Store the PNG `data` under `handle`, durable when this returns."""
         name = hashlib.sha256(data).hexdigest()
         record = Record(
             handle, name, pixels, *size, len(data), time.time(), client, tool, source, prompt, recipe, tuple(parents)
         )
         with self._lock:
-            landed = self._land(name, data)
+            temporary = self._write_incoming(name, data)
             with self._database:
                 self._insert(record)
-            self._move(landed)
+            self._move(temporary)
         return record
 
     def _insert(self, record: Record) -> None:
@@ -165,8 +165,8 @@ class Store:
             [(record.handle, position, parent) for position, parent in enumerate(record.parents)],
         )
 
-    def _land(self, name: str, data: bytes) -> Path:
-        """The file in this process's own folder, on the disk."""
+    def _write_incoming(self, name: str, data: bytes) -> Path:
+        """Write and sync the file in this process's own folder."""
         folder = self._own_folder()
         path = folder / f"{name}.png"
         with open(path, "wb") as file:
@@ -177,38 +177,38 @@ class Store:
         return path
 
     def _own_folder(self) -> Path:
-        if self._mine is None:
+        if self._landing is None:
             name = secrets.token_hex(8)
-            with self._door:
+            with self._open_lock:
                 claim = FileLock(self._incoming / f"{name}.lock", thread_local=False)
                 claim.acquire(timeout=0)
-                self._claim, self._mine = claim, self._incoming / name
-                self._mine.mkdir()
+                self._claim, self._landing = claim, self._incoming / name
+                self._landing.mkdir()
                 _sync_folder(self._incoming)
-        return self._mine
+        return self._landing
 
-    def _move(self, landed: Path) -> None:
-        place = self._place(landed.stem)
-        place.parent.mkdir(exist_ok=True)
-        # Not waited for: should the machine go down before this move is on the disk, the file still lies where it
-        # landed, and the next start moves it. The wait was a quarter of a save (7 of 30 ms on a virtual disk).
-        os.replace(landed, place)
+    def _move(self, incoming: Path) -> None:
+        final = self._file_path(incoming.stem)
+        final.parent.mkdir(exist_ok=True)
+        # Not synced: if the machine goes down before this move is on the disk, the file is still in the incoming
+        # folder, and the next start moves it. The sync was a quarter of a save (7 of 30 ms on a virtual disk).
+        os.replace(incoming, final)
 
-    def _place(self, name: str) -> Path:
+    def _file_path(self, name: str) -> Path:
         return self.files / name[:2] / f"{name}.png"
 
     def recover(self) -> None:
-        """Bring home or delete what processes left behind that died while saving or deleting."""
-        with self._lock, self._door:
+        """Finish the saves and deletions of processes that died during them."""
+        with self._lock, self._open_lock:
             for lock in self._incoming.glob("*.lock"):
                 claim = FileLock(lock)
                 try:
                     claim.acquire(timeout=0)
                 except Timeout:
                     continue  # its process is alive
-                for landed in (lock.parent / lock.stem).glob("*"):
-                    known = self._row("SELECT 1 FROM pictures WHERE file = ? AND deleted IS NULL", landed.stem)
-                    self._move(landed) if known else landed.unlink()
+                for incoming in (lock.parent / lock.stem).glob("*"):
+                    known = self._row("SELECT 1 FROM pictures WHERE file = ? AND deleted IS NULL", incoming.stem)
+                    self._move(incoming) if known else incoming.unlink()
                 shutil.rmtree(lock.parent / lock.stem, ignore_errors=True)
                 lock.unlink(missing_ok=True)
                 claim.release()
@@ -217,7 +217,7 @@ class Store:
     # -- deleting ------------------------------------------------------------------------------------------------
 
     def delete(self, handles: Sequence[str]) -> None:
-        """The records stay, so that no handle is given out twice and lineage keeps its names; the files go."""
+        """Delete files but not records, which keep handles unique."""
         with self._lock:
             with self._database:
                 self._database.executemany(
@@ -227,42 +227,48 @@ class Store:
             self._remove_files_of_deleted()
 
     def _remove_files_of_deleted(self) -> None:
-        """An emptied `file` says that it is done; whoever dies before that leaves it to the next recovery."""
+        """Unlink files of deleted images and empty their `file` column.
+
+        A process that dies before that leaves the rest to the next recovery.
+        """
         with exclusively(self._database):
             for (name,) in self._rows("SELECT DISTINCT file FROM pictures WHERE deleted IS NOT NULL AND file != ''"):
                 if self._row("SELECT 1 FROM pictures WHERE file = ? AND deleted IS NULL", name) is None:
-                    self._place(name).unlink(missing_ok=True)
+                    self._file_path(name).unlink(missing_ok=True)
                 self._database.execute("UPDATE pictures SET file = '' WHERE file = ? AND deleted IS NOT NULL", (name,))
 
     # -- finding -------------------------------------------------------------------------------------------------
 
     def get(self, handle: str) -> Record:
-        """Raises UnknownImage, for a deleted picture too."""
+        """Return a record. Raises UnknownImage, for a deleted image too."""
         record = self.find(handle)
         if record is None:
             raise UnknownImage(
-                f"There is no picture {shown(handle)}. {did_you_mean(handle, self.handles('', 1000))}",
+                f"There is no image {quote(handle)}. {did_you_mean(handle, self.handles('', 1000))}",
                 hint="list_images shows all.",
             )
         if record.deleted is not None:
             day = time.strftime("%Y-%m-%d", time.gmtime(record.deleted))
-            raise UnknownImage(f"The picture {handle} was deleted on {day}.", hint="list_images shows what is there.")
+            raise UnknownImage(f"The image {handle} was deleted on {day}.", hint="list_images shows the others.")
         return record
 
     def find(self, handle: str) -> Record | None:
-        """The record of any handle ever given out."""
+        """Return the record of any handle ever used, or None."""
         row = self._row(f"SELECT {_COLUMNS} FROM pictures WHERE handle = ?", handle)
         return None if row is None else self._record(row)
 
     def by_pixels(self, pixels: str) -> Record | None:
-        """The first picture of exactly these pixels: the painted one, where a copy of it was opened later."""
+        """Return the first image of exactly these pixels.
+
+        It is the generated one, if a copy of it was opened later.
+        """
         row = self._row(
             f"SELECT {_COLUMNS} FROM pictures WHERE pixels = ? AND deleted IS NULL ORDER BY number LIMIT 1", pixels
         )
         return None if row is None else self._record(row)
 
     def latest(self, client: str, back: int) -> Record | None:
-        """What `client` painted last, or `back` paintings before that."""
+        """Return the last image `client` generated, or the one `back` before it."""
         row = self._row(
             f"SELECT {_COLUMNS} FROM pictures WHERE client = ? AND tool != 'open' AND deleted IS NULL"
             " ORDER BY number DESC LIMIT 1 OFFSET ?",
@@ -272,9 +278,9 @@ class Store:
         return None if row is None else self._record(row)
 
     def search(self, text: str = "", *, limit: int, before: int | None = None) -> tuple[list[Record], int | None]:
-        """Newest first, those whose prompt or source has every word of `text`, or whose handle it is.
+        """Return matching images, newest first, and where the next page begins.
 
-        And where the next page begins.
+        A match has every word of `text` in its prompt or source, or is its handle.
         """
         words = [word.replace("\\", "\\\\").replace("%", "\\%").replace("_", "\\_") for word in text.split()]
         has_word = "coalesce(prompt, '') || ' ' || coalesce(source, '') LIKE ? ESCAPE '\\'"
@@ -299,7 +305,7 @@ class Store:
         return [self._record(row) for row in rows]
 
     def siblings(self, record: Record) -> list[Record]:
-        """Return the images of the call that made this one, itself included, in order of their seeds."""
+        """Return the images of the call that made this one."""
         rows = self._rows(
             f"SELECT {_COLUMNS} FROM pictures WHERE deleted IS NULL AND client = ? AND tool = ? AND prompt = ?"
             " AND created BETWEEN ? AND ? ORDER BY number LIMIT 64",
@@ -316,7 +322,7 @@ class Store:
     # -- what a person chose -------------------------------------------------------------------------------------
 
     def pick(self, client: str, image: str, mask: str | None = None) -> None:
-        """Keep that a person chose this image, and perhaps a mask, for what `client` does next."""
+        """Record a person's choice of an image for `client`'s next call."""
         with self._lock, self._database:
             self._database.execute(
                 "INSERT OR REPLACE INTO picks (client, image, mask, created) VALUES (?, ?, ?, ?)",
@@ -334,7 +340,7 @@ class Store:
         return None if row is None else Pick(row[0], row[1], bool(row[2]))
 
     def report_pick(self, client: str) -> Pick | None:
-        """Return a choice that `client` was not told of; from now on it was."""
+        """Return an unreported choice and mark it as reported."""
         with self._lock, self._database:
             row = self._row("SELECT image, mask FROM picks WHERE client = ? AND NOT reported", client)
             self._database.execute("UPDATE picks SET reported = 1 WHERE client = ?", (client,))
@@ -353,12 +359,12 @@ class Store:
         return None if row is None else row[0]
 
     def everything(self) -> list[Record]:
-        """All that is not deleted, oldest first."""
+        """Return all images that are not deleted, oldest first."""
         rows = self._rows(f"SELECT {_COLUMNS} FROM pictures WHERE deleted IS NULL ORDER BY number")
         return [self._record(row) for row in rows]
 
     def handles(self, prefix: str, limit: int) -> list[str]:
-        """Newest first, for completions."""
+        """Return handles with a prefix, newest first, for completions."""
         rows = self._rows(
             "SELECT handle FROM pictures WHERE deleted IS NULL AND substr(handle, 1, ?) = ?"
             " ORDER BY number DESC LIMIT ?",
@@ -369,16 +375,18 @@ class Store:
         return [row[0] for row in rows]
 
     def path(self, record: Record) -> Path:
-        """Where its file lies. Raises UnknownImage if somebody took it away."""
-        place = self._place(record.file)
-        if not place.exists():
+        """Return the path of its file. Raises UnknownImage if it is missing."""
+        final = self._file_path(record.file)
+        if not final.exists():
             # Committed by a process that has not moved it yet, or died before it could.
             self.recover()
-            for path in (place, *self._incoming.glob(f"*/{place.name}")):
+            for path in (final, *self._incoming.glob(f"*/{final.name}")):
                 if path.exists():
                     return path
-            raise UnknownImage(f"The file of {record.handle} is gone: {place}.", hint="Restore it, or paint it again.")
-        return place
+            raise UnknownImage(
+                f"The file of {record.handle} is missing: {final}.", hint="Restore it, or generate it again."
+            )
+        return final
 
     def read(self, record: Record) -> bytes:
         return self.path(record).read_bytes()
@@ -399,7 +407,7 @@ class Store:
 
 
 def _sync_folder(folder: Path) -> None:
-    """A new name is on the disk only once its folder is. Windows has no such call."""
+    """Make new names in a folder durable, except on Windows."""
     if os.name == "posix":
         descriptor = os.open(folder, os.O_RDONLY)
         try:

@@ -1,7 +1,7 @@
-"""A PNG writer for pictures that are made often and read seldom: one cheap filter, one fast deflate.
+"""A fast PNG writer: one cheap filter, one fast deflate.
 
 Pillow tries five filters a line and compresses at level 6: about half a second at 1024². Subtracting the left neighbour
-and deflating at level 1 gives nearly the same size in a small part of the time.
+and deflating at level 1 gives nearly the same size in a fraction of the time.
 """
 
 import struct
@@ -28,7 +28,10 @@ _deflate = _deflater()
 
 
 def encode(image: npt.NDArray[np.uint8], texts: Iterable[tuple[str, str]] = ()) -> bytes:
-    """[height, width, 3 or 4] uint8 -> PNG. texts: (keyword, text) pairs, kept as iTXt."""
+    """Encode [height, width, 3 or 4] uint8 as PNG.
+
+    texts: (keyword, text) pairs, stored as iTXt chunks.
+    """
     height, width, channels = image.shape
     header = struct.pack("!IIBBBBB", width, height, 8, _COLOUR_TYPES[channels], 0, 0, 0)
     return b"".join(
@@ -44,14 +47,14 @@ def encode(image: npt.NDArray[np.uint8], texts: Iterable[tuple[str, str]] = ()) 
 
 
 def _sub_filtered(image: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
-    """Each line behind its filter's number (1, Sub): the difference to the pixel on the left, modulo 256."""
+    """Apply filter type 1 (Sub): subtract the left pixel modulo 256."""
     height, width, channels = image.shape
-    lines = np.empty((height, 1 + width * channels), np.uint8)
-    lines[:, 0] = 1
-    differences = lines[:, 1:].reshape(height, width, channels)
+    rows = np.empty((height, 1 + width * channels), np.uint8)
+    rows[:, 0] = 1
+    differences = rows[:, 1:].reshape(height, width, channels)
     differences[:, 0] = image[:, 0]
     np.subtract(image[:, 1:], image[:, :-1], out=differences[:, 1:])
-    return lines
+    return rows
 
 
 def _chunk(kind: bytes, data: bytes) -> bytes:
@@ -59,5 +62,5 @@ def _chunk(kind: bytes, data: bytes) -> bytes:
 
 
 def _itxt(keyword: str, text: str) -> bytes:
-    """Keyword, not compressed, no language, no translated keyword, UTF-8 text."""
+    """Build the body of an uncompressed iTXt chunk."""
     return keyword.encode("latin-1") + b"\0\0\0\0\0" + text.encode()

@@ -1,4 +1,4 @@
-"""The one small picture in a result: within a budget whatever it shows; several pictures become one labelled sheet."""
+"""The small preview image in a result, or a sheet of several."""
 
 import io
 import math
@@ -17,21 +17,24 @@ QUALITIES = (85, 75, 65, 50)
 LABELS = "ABCD"
 
 Pixels = npt.NDArray[np.uint8]
-"""[height, width, 3 or 4]: RGB, or RGBA where transparency is to be seen."""
+"""[height, width, 3 or 4]: RGB, or RGBA if transparency is to be visible."""
 
 
 def preview(
     image: Pixels, *, longest: int = LONG_EDGE, aim: int = AIM_BYTES, most: int = MAX_BYTES
 ) -> tuple[bytes, str]:
-    """(bytes, MIME): JPEG, or PNG where there is alpha. Quality goes down first, then size, until it fits."""
-    picture = Image.fromarray(image)
-    kind = "PNG" if picture.mode == "RGBA" and picture.getextrema()[3][0] < 255 else "JPEG"  # type: ignore[index]
+    """Return (bytes, MIME): JPEG, or PNG if there is alpha.
+
+    Quality goes down first, then size, until it fits.
+    """
+    full = Image.fromarray(image)
+    kind = "PNG" if full.mode == "RGBA" and full.getextrema()[3][0] < 255 else "JPEG"  # type: ignore[index]
     if kind == "JPEG":
-        picture = picture.convert("RGB")
-    scale = min(1.0, longest / max(picture.size))
+        full = full.convert("RGB")
+    scale = min(1.0, longest / max(full.size))
     while True:
-        width, height = (max(1, round(edge * scale)) for edge in picture.size)
-        small = picture if scale == 1 else picture.resize((width, height), Image.Resampling.LANCZOS)
+        width, height = (max(1, round(edge * scale)) for edge in full.size)
+        small = full if scale == 1 else full.resize((width, height), Image.Resampling.LANCZOS)
         data = b""
         for data in _encodings(small, kind):
             if len(data) <= aim:
@@ -42,26 +45,26 @@ def preview(
         scale *= min(0.75, (most / len(data)) ** 0.5)
 
 
-def _encodings(picture: Image.Image, kind: str) -> Iterator[bytes]:
+def _encodings(image: Image.Image, kind: str) -> Iterator[bytes]:
     for options in [{"quality": quality} for quality in QUALITIES] if kind == "JPEG" else [{"compress_level": 6}]:
         out = io.BytesIO()
-        picture.save(out, kind, **options)
+        image.save(out, kind, **options)
         yield out.getvalue()
 
 
 def contact_sheet(images: Sequence[Pixels]) -> Pixels:
-    """Two columns of equal cells, each picture whole and labelled A, B, C, D in its corner."""
+    """Arrange images in two columns, labelled A, B, C, D."""
     columns = 2
     rows = math.ceil(len(images) / columns)
     cell = LONG_EDGE // columns
     shrunk = [Image.fromarray(image) for image in images]
-    for picture in shrunk:
-        picture.thumbnail((cell - 8, cell - 8), Image.Resampling.LANCZOS)
-    width, height = (max(picture.size[axis] for picture in shrunk) + 8 for axis in (0, 1))
+    for thumbnail in shrunk:
+        thumbnail.thumbnail((cell - 8, cell - 8), Image.Resampling.LANCZOS)
+    width, height = (max(thumbnail.size[axis] for thumbnail in shrunk) + 8 for axis in (0, 1))
     sheet = Image.new("RGB", (columns * width, rows * height), "white")
-    for index, picture in enumerate(shrunk):
+    for index, thumbnail in enumerate(shrunk):
         left, top = index % columns * width, index // columns * height
-        sheet.paste(picture, (left + (width - picture.width) // 2, top + (height - picture.height) // 2))
+        sheet.paste(thumbnail, (left + (width - thumbnail.width) // 2, top + (height - thumbnail.height) // 2))
         _label(ImageDraw.Draw(sheet), LABELS[index], left + 4, top + 4)
     return np.asarray(sheet)
 

@@ -1,4 +1,4 @@
-"""Changing a part and nothing else: where an edit may paint, what the model sees of it, and how it is put back."""
+"""Edit a part of an image: crop for the model, composite back."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,18 +12,18 @@ from klein_mcp.images import codec, preserve
 from klein_mcp.jobs.request import MAX_AREA
 
 SEAM = 16
-"""Pixels inside the mask over which old turns into new."""
+"""Pixels inside the mask over which the old image fades into the new."""
 
 WORK_AREA = MAX_AREA
-"""Pixels: the most that is sent to the engine; what is larger is worked on at this size."""
+"""Pixels: the most that is sent to the engine; larger crops are scaled down to it."""
 
-# A region smaller than this share of the picture is shown to the model close up, with as much again around it.
+# A region smaller than this share of the image is cropped for the model, with a margin of the same size.
 _SMALL = 0.25
-_LEAST_SURROUNDINGS = 128
+_LEAST_MARGIN = 128
 
-# Of 255: so near to black or white is what JPEG makes of them. Soft edges stay below the share.
-_NEARLY = 48
-_UNCLEAR = 0.2
+# Of 255: JPEG turns black and white into values this near. Soft edges stay below the share.
+_NEAR_EXTREME = 48
+_GREY_SHARE = 0.2
 
 Mask = npt.NDArray[np.bool_]
 Box = tuple[int, int, int, int]
@@ -32,21 +32,21 @@ Box = tuple[int, int, int, int]
 
 @dataclass(frozen=True, slots=True)
 class EditRegion:
-    """The part of a picture that the model works on, and where in it it may leave a trace.
+    """The crop for the model, and its pixels that may change.
 
-    box: the part, in pixels of the picture. mask: [height, width] of the whole picture; None where all may change.
+    box: the crop, in pixels of the image. mask: [height, width] of the whole image; None if all may change.
     """
 
     box: Box
     mask: Mask | None
 
     @property
-    def part_of_more(self) -> bool:
-        """Whether the model sees less than the whole picture."""
+    def is_partial(self) -> bool:
+        """Return whether the model sees less than the whole image."""
         return self.mask is not None and (self.box[3] - self.box[1], self.box[2] - self.box[0]) != self.mask.shape
 
-    def cut(self, image: Rgb8) -> Rgb8:
-        """What the model gets to see."""
+    def crop(self, image: Rgb8) -> Rgb8:
+        """Return the part for the model, scaled down to WORK_AREA."""
         left, top, right, bottom = self.box
         part = np.ascontiguousarray(image[top:bottom, left:right])
         height, width = part.shape[:2]
@@ -54,67 +54,73 @@ class EditRegion:
         return part if scale >= 1 else codec.resize(part, max(1, int(width * scale)), max(1, int(height * scale)))
 
     def opacity(self, change: ChangeMask | None = None) -> npt.NDArray[np.uint8] | None:
-        """0 where the part keeps the image's own bytes, 255 where it is painted; None where all of it is painted.
+        """Return each pixel's share of the new image, of 255.
 
-        change: where the engine found that the edit changed anything, in pixels of what `cut` returned.
+        change: where the engine found that the edit changed anything, in pixels of what `crop` returned.
         """
         left, top, right, bottom = self.box
-        seam = None if self.mask is None else _seam(self.mask[top:bottom, left:right])
+        feather = None if self.mask is None else _feather(self.mask[top:bottom, left:right])
         if change is None or change.whole:
-            return seam
+            return feather
         found = codec.resize_mask(change.opacity, right - left, bottom - top)
-        return found if seam is None else np.minimum(seam, found)
+        return found if feather is None else np.minimum(feather, found)
 
-    def paste(self, painted: Rgb8, image: Rgb8, change: ChangeMask | None = None) -> Rgb8:
-        """Return the image with the painted part in it; where the opacity is 0, every byte is the image's own."""
+    def composite(self, generated: Rgb8, image: Rgb8, change: ChangeMask | None = None) -> Rgb8:
+        """Blend the generated crop into the image by its opacity."""
         left, top, right, bottom = self.box
-        part = codec.resize(painted, right - left, bottom - top)
+        part = codec.resize(generated, right - left, bottom - top)
         opacity = self.opacity(change)
         return part if opacity is None else preserve.put_back(part, image, opacity, (left, top))
 
+    # Until every caller uses the new names.
+    cut, paste, part_of_more = crop, composite, is_partial
 
-def patch(image: Rgb8, region: Sequence[int] | None, mask: "Rgb8 | None") -> EditRegion:
-    """region: x, y, width, height. mask: white where it may change. Both: where they meet. Raises RequestError."""
+
+def edit_region(image: Rgb8, region: Sequence[int] | None, mask: "Rgb8 | None") -> EditRegion:
+    """Combine region and mask: their intersection may change. Raises RequestError.
+
+    region: x, y, width, height. mask: white where the image may change.
+    """
     height, width = image.shape[:2]
     if region is None and mask is None:
         return EditRegion((0, 0, width, height), None)
-    may = np.ones((height, width), bool)
+    allowed = np.ones((height, width), bool)
     if mask is not None:
-        may &= _white(mask, width, height)
+        allowed &= _white(mask, width, height)
     if region is not None:
-        may &= _inside(region, width, height)
-    if not may.any():
+        allowed &= _inside(region, width, height)
+    if not allowed.any():
         raise RequestError(
-            "Region and mask do not meet." if region is not None else "The mask is black everywhere.",
+            "Region and mask do not overlap." if region is not None else "The mask is black everywhere.",
             hint="White in the mask is what may change.",
         )
-    rows, columns = np.flatnonzero(may.any(1)), np.flatnonzero(may.any(0))
+    rows, columns = np.flatnonzero(allowed.any(1)), np.flatnonzero(allowed.any(0))
     box = (int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1)
-    return EditRegion(_surroundings(box, width, height), may)
+    return EditRegion(_with_margin(box, width, height), allowed)
 
 
-def doubt(mask: Rgb8) -> tuple[str, ...]:
-    """A word where a mask looks like a picture: it is cut at half brightness, whatever it shows."""
+def mask_warnings(mask: Rgb8) -> tuple[str, ...]:
+    """Warn if a mask has much grey, which is cut at half."""
     low, high = mask.min(axis=2), mask.max(axis=2)
-    unclear = float(((high >= _NEARLY) & (low <= 255 - _NEARLY)).mean())
-    if unclear <= _UNCLEAR:
+    grey = float(((high >= _NEAR_EXTREME) & (low <= 255 - _NEAR_EXTREME)).mean())
+    if grey <= _GREY_SHARE:
         return ()
-    return (f"{unclear:.0%} of the mask is neither black nor white; what is brighter than half was taken as white",)
+    return (f"{grey:.0%} of the mask is neither black nor white; pixels brighter than half count as white",)
 
 
-def check(region: Sequence[int], width: int, height: int) -> Box:
-    """Raises RequestError for a region that is not wholly inside a picture of this size."""
+def region_box(region: Sequence[int], width: int, height: int) -> Box:
+    """Convert a region to a box. Raises RequestError if outside."""
     x, y, wide, high = region
     if x < 0 or y < 0 or wide < 1 or high < 1 or x + wide > width or y + high > height:
         raise RequestError(
-            f"region {list(region)} does not fit: the picture is {width}×{height}.",
-            hint="region is [x, y, width, height] in pixels, x + width and y + height within the picture.",
+            f"region {list(region)} does not fit: the image is {width}×{height}.",
+            hint="region is [x, y, width, height] in pixels, x + width and y + height within the image.",
         )
     return x, y, x + wide, y + high
 
 
 def _inside(region: Sequence[int], width: int, height: int) -> Mask:
-    left, top, right, bottom = check(region, width, height)
+    left, top, right, bottom = region_box(region, width, height)
     inside = np.zeros((height, width), bool)
     inside[top:bottom, left:right] = True
     return inside
@@ -123,35 +129,35 @@ def _inside(region: Sequence[int], width: int, height: int) -> Mask:
 def _white(mask: Rgb8, width: int, height: int) -> Mask:
     if mask.shape[:2] != (height, width):
         raise RequestError(
-            f"The mask is {mask.shape[1]}×{mask.shape[0]} but the picture is {width}×{height}.",
-            hint="Send a mask of the picture's own size.",
+            f"The mask is {mask.shape[1]}×{mask.shape[0]} but the image is {width}×{height}.",
+            hint="Send a mask of the image's own size.",
         )
     return mask.mean(axis=2) > 127
 
 
-def _surroundings(box: Box, width: int, height: int) -> Box:
-    """The whole picture; for a small region, the region in the middle of twice its sides."""
+def _with_margin(box: Box, width: int, height: int) -> Box:
+    """Return the whole image, or a small region with its margin."""
     left, top, right, bottom = box
     if (right - left) * (bottom - top) >= _SMALL * width * height and width * height <= WORK_AREA:
         return 0, 0, width, height
-    across = max(right - left, _LEAST_SURROUNDINGS) // 2
-    along = max(bottom - top, _LEAST_SURROUNDINGS) // 2
+    across = max(right - left, _LEAST_MARGIN) // 2
+    along = max(bottom - top, _LEAST_MARGIN) // 2
     return max(0, left - across), max(0, top - along), min(width, right + across), min(height, bottom + along)
 
 
-def _seam(mask: Mask) -> npt.NDArray[np.uint8]:
-    """0 outside; inside, rising to 255 over at most SEAM pixels from the mask's edge. The picture's own edge is none.
+def _feather(mask: Mask) -> npt.NDArray[np.uint8]:
+    """Return opacity that rises to 255 inside the mask's edge.
 
-    mask: of a patch, which reaches beyond the white on every side where there is more picture.
+    The image's own border is no edge. mask: of a crop, which reaches beyond the white wherever there is more image.
     """
     depth = np.zeros(mask.shape, np.uint8)
-    left = mask.copy()
+    remaining = mask.copy()
     for _ in range(SEAM):
-        depth += left
-        left = _eroded(left)
-        if not left.any():
+        depth += remaining
+        remaining = _eroded(remaining)
+        if not remaining.any():
             break
-    # Full strength is the deepest place near by: a thin line beside a broad spot may change as much as the spot.
+    # Relative to the deepest pixel nearby: a thin line beside a broad spot may change as much as the spot.
     deepest = depth
     for _ in range(SEAM):
         deepest = _spread(deepest, mask)
@@ -164,7 +170,10 @@ def _eroded(mask: Mask) -> Mask:
 
 
 def _spread(depth: npt.NDArray[np.uint8], mask: Mask) -> npt.NDArray[np.uint8]:
-    """Each place of the mask as deep as the deepest of its neighbours."""
+    """Raise each pixel of the mask to the deepest of its neighbours."""
     padded = np.pad(depth, 1)
     across = np.maximum(np.maximum(padded[:, :-2], padded[:, 1:-1]), padded[:, 2:])
     return np.maximum(np.maximum(across[:-2], across[1:-1]), across[2:]) * mask
+
+
+patch, doubt, check = edit_region, mask_warnings, region_box  # until every caller uses the new names

@@ -1,4 +1,4 @@
-"""One reference string -> pixels: a handle, `last`, a path, an https address, or a data URL; and what is allowed."""
+"""Resolve an image reference (handle, `last`, path, URL) under a read policy."""
 
 import base64
 import binascii
@@ -13,7 +13,7 @@ from urllib.parse import unquote_to_bytes, urlsplit
 from urllib.request import url2pathname
 
 from engine.contract import Rgb8
-from klein_mcp.errors import BadImage, Refused, UnknownImage, shown
+from klein_mcp.errors import BadImage, Refused, UnknownImage, quote
 from klein_mcp.images import codec
 from klein_mcp.images.library import ALPHABET, HANDLE_LENGTH, Record, Store
 from klein_mcp.settings import Settings
@@ -25,9 +25,9 @@ _READ = os.O_RDONLY | sum(getattr(os, flag, 0) for flag in ("O_NONBLOCK", "O_NOF
 
 @dataclass(frozen=True, slots=True)
 class ResolvedImage:
-    """A reference that was found: its pixels, and the record under which the library knows them.
+    """The pixels of a reference and their record in the library.
 
-    new: whether the library did not know them before.
+    new: whether this call added the record.
     """
 
     image: Rgb8
@@ -37,50 +37,52 @@ class ResolvedImage:
 
 
 class ImageResolver:
-    """Opens references for one library under one policy. Blocking: call from a worker thread."""
+    """Opens references for one library under one policy. Blocking."""
 
     def __init__(self, settings: Settings, store: Store) -> None:
         self._settings = settings
         self._store = store
 
     def open(self, reference: str, client: str, *, backdrop: int = 255) -> ResolvedImage:
-        """client: whose `last` is meant. backdrop: the grey that shows where a file is transparent.
+        """Open one reference. Raises RequestError.
 
-        Raises RequestError.
+        client: whose `last` is meant. backdrop: the grey behind transparent pixels.
         """
         reference = reference.strip()
         if match := _LAST.fullmatch(reference):
-            return self._painted(self._last(client, int(match[1] or 0)))
+            return self._from_library(self._last(client, int(match[1] or 0)))
         if reference.startswith("klein://images/"):
-            return self._painted(self._store.get(reference.removeprefix("klein://images/").split("/")[0]))
+            return self._from_library(self._store.get(reference.removeprefix("klein://images/").split("/")[0]))
         if reference[:5].lower() == "data:":
-            return self._keep(_data_url(reference), "the data URL", None, client, backdrop)
+            return self._import(_data_url(reference), "the data URL", None, client, backdrop)
         if re.match(r"https?://", reference, re.IGNORECASE):
-            return self._keep(self._fetch(reference), shown(reference), reference, client, backdrop)
+            return self._import(self._fetch(reference), quote(reference), reference, client, backdrop)
         try:
             if reference.startswith("file://"):
                 reference = url2pathname(urlsplit(reference).path)
             path = Path(reference).expanduser()
         except (RuntimeError, ValueError):
-            raise UnknownImage(f"{shown(reference)} names no file.", hint="Give an absolute path.") from None
+            raise UnknownImage(f"{quote(reference)} names no file.", hint="Give an absolute path.") from None
         if path.is_absolute():
             real = self._allowed(path)
-            return self._keep(_read(real), str(path), str(real), client, backdrop)
+            return self._import(_read(real), str(path), str(real), client, backdrop)
         if _HANDLE.fullmatch(reference):
-            return self._painted(self._store.get(reference))
+            return self._from_library(self._store.get(reference))
         if "/" in reference or os.sep in reference or path.suffix:
-            # Where a relative path begins is the client's to know: this server was started in a folder of its own.
-            raise UnknownImage(f"{shown(reference)} is a relative path.", hint="Give an absolute one, or a handle.")
+            # Relative to the client's folder, which is unknown: this server was started in another.
+            raise UnknownImage(f"{quote(reference)} is a relative path.", hint="Give an absolute one, or a handle.")
         raise UnknownImage(
-            f"{shown(reference)} names no picture.",
+            f"{quote(reference)} names no image.",
             hint="Give a handle such as k7f3q2, last, last~1, or an absolute path; list_images shows the handles.",
         )
 
-    def keep(self, data: bytes, name: str, client: str) -> ResolvedImage:
-        """A file that a client sent by itself. Raises BadImage."""
-        return self._keep(data, name, None, client, 255)
+    def add(self, data: bytes, name: str, client: str) -> ResolvedImage:
+        """Add a file that a client uploaded. Raises BadImage."""
+        return self._import(data, name, None, client, 255)
 
-    def _painted(self, record: Record) -> ResolvedImage:
+    keep = add  # until every caller uses the new name
+
+    def _from_library(self, record: Record) -> ResolvedImage:
         return ResolvedImage(codec.decode(self._store.read(record), record.handle).image, record)
 
     def _last(self, client: str, back: int) -> Record:
@@ -92,13 +94,13 @@ class ImageResolver:
         if record is None:
             which = "last" if back == 0 else f"last~{back}"
             raise UnknownImage(
-                f"There is no {which}: this client has not painted {'anything' if back == 0 else 'so many'} yet.",
-                hint="Paint one, or name a handle; list_images shows them.",
+                f"There is no {which}: this client has not generated {'anything' if back == 0 else 'so many'} yet.",
+                hint="Generate one, or name a handle; list_images shows them.",
             )
         return record
 
-    def _keep(self, data: bytes, name: str, source: str | None, client: str, backdrop: int) -> ResolvedImage:
-        """What was opened becomes a picture of the library, so that lineage can name it and replay can find it."""
+    def _import(self, data: bytes, name: str, source: str | None, client: str, backdrop: int) -> ResolvedImage:
+        """Import a file, so that lineage and replay can refer to it."""
         decoded = codec.decode(data, name, backdrop)
         pixels = fingerprint(decoded.image)
         record = self._store.by_pixels(pixels)
@@ -125,11 +127,11 @@ class ImageResolver:
         roots = self._settings.read_roots or (Path.home(), Path(tempfile.gettempdir()))
         try:
             real = path.resolve()
-            # Our own results name paths in the library, whose pictures any caller may open by handle.
+            # Our own results name paths in the library, whose images any caller may open by handle.
             inside = any(real.is_relative_to(root.resolve()) for root in (*roots, self._store.files))
         except (OSError, RuntimeError, ValueError):  # a loop of links, a name no file can have
-            raise UnknownImage(f"There is no file {shown(str(path))} that can be read.", hint="Check it.") from None
-        if not inside:  # said before anybody looks whether it exists
+            raise UnknownImage(f"There is no file {quote(str(path))} that can be read.", hint="Check it.") from None
+        if not inside:  # before any check whether it exists
             raise Refused(
                 f"{path} is outside the folders that may be read ({', '.join(map(str, roots))}).",
                 hint="The user can allow more with KLEIN_READ_ROOTS.",
@@ -139,7 +141,7 @@ class ImageResolver:
     def _fetch(self, url: str) -> bytes:
         if not self._settings.allow_urls:
             raise Refused(
-                "Pictures from the web are off.", hint="Save the picture as a file, or set KLEIN_ALLOW_URLS=1."
+                "Images from the web are not allowed.", hint="Save the image as a file, or set KLEIN_ALLOW_URLS=1."
             )
         from klein_mcp.images import fetch
 
@@ -147,18 +149,18 @@ class ImageResolver:
 
 
 def fingerprint(image: Rgb8) -> str:
-    """A hash of size and values: equal for equal pictures, whatever file they came in."""
+    """Hash size and values: equal for equal images, independent of the file."""
     return hashlib.blake2b(b"%d %d " % image.shape[:2] + image.tobytes(), digest_size=16).hexdigest()
 
 
 def _read(path: Path) -> bytes:
     try:
-        # A fifo would block: O_NONBLOCK lets open() return so that we can look. A link put there since is not followed.
+        # O_NONBLOCK: opening a FIFO must not block. O_NOFOLLOW: a link put there since the check is refused.
         descriptor = os.open(path, _READ)
     except FileNotFoundError:
         raise UnknownImage(f"There is no file {path} that can be read.", hint="Check the path.") from None
-    except OSError as problem:
-        raise UnknownImage(f"{path} cannot be read: {problem.strerror}.", hint="Check the path.") from None
+    except OSError as error:
+        raise UnknownImage(f"{path} cannot be read: {error.strerror}.", hint="Check the path.") from None
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise BadImage(f"{path} is not a file.")
@@ -177,4 +179,4 @@ def _data_url(url: str) -> bytes:
     try:
         return base64.b64decode(body, validate=True)
     except (binascii.Error, ValueError):
-        raise BadImage("The data URL is no valid base64; it may have been cut.", hint="Give a path instead.") from None
+        raise BadImage("The data URL is no valid base64; it may be cut short.", hint="Give a path instead.") from None

@@ -1,4 +1,4 @@
-"""The library's tables, and how those of an older klein-mcp are brought up to date."""
+"""The library's SQLite schema and its migrations."""
 
 import sqlite3
 from collections.abc import Iterator
@@ -8,7 +8,7 @@ from pathlib import Path
 from klein_mcp.errors import RequestError
 
 MIGRATIONS = (
-    # 1: the first library
+    # 1: the first library; its table of images is called pictures
     """
     CREATE TABLE pictures (
         number INTEGER PRIMARY KEY AUTOINCREMENT,
@@ -48,11 +48,14 @@ MIGRATIONS = (
     ) WITHOUT ROWID;
     """,
 )
-"""Each runs once, in order, in a transaction of its own; a library's version is how many it has seen."""
+"""Each runs once, in order, in its own transaction; a library's version is the number applied."""
 
 
 def open_database(path: Path) -> sqlite3.Connection:
-    """Created, or brought up to date. One process at a time. Raises RequestError for a newer library."""
+    """Open the database, created or migrated as needed.
+
+    One process at a time. Raises RequestError for a newer library.
+    """
     database = sqlite3.connect(path, timeout=30, check_same_thread=False)
     database.execute("PRAGMA journal_mode = WAL")
     database.execute("PRAGMA synchronous = FULL")
@@ -74,7 +77,7 @@ def open_database(path: Path) -> sqlite3.Connection:
 
 @contextmanager
 def exclusively(database: sqlite3.Connection) -> Iterator[None]:
-    """One transaction that holds the library's write lock from its beginning."""
+    """Hold the library's write lock for one transaction."""
     database.execute("BEGIN IMMEDIATE")
     with database:
         yield

@@ -1,5 +1,6 @@
-"""The library in the terminal, and a picture's history painted again."""
+"""The library commands, and replay of an image's history."""
 
+import argparse
 import itertools
 import json
 import re
@@ -14,7 +15,11 @@ from hypothesis import settings as examples
 from hypothesis import strategies as st
 from mcp import Client
 
-from klein_mcp.cli import library
+from klein_mcp.cli.arguments import age, byte_size
+from klein_mcp.cli.info import format_facts, info
+from klein_mcp.cli.list import list_images
+from klein_mcp.cli.prune import prune, select_for_deletion
+from klein_mcp.cli.records import expect_handle, for_terminal
 from klein_mcp.errors import RequestError
 from klein_mcp.images.library import Record
 from klein_mcp.jobs.context import CallContext
@@ -30,17 +35,17 @@ pytestmark = pytest.mark.anyio
 ME = CallContext("replay")
 
 
-def shown(capsys: pytest.CaptureFixture[str]) -> Any:
+def printed_json(capsys: pytest.CaptureFixture[str]) -> Any:
     return json.loads(capsys.readouterr().out)
 
 
-def picture(told: dict[str, Any]) -> Any:
-    return pixels(Path(told["path"]).read_bytes())
+def image_of(facts: dict[str, Any]) -> Any:
+    return pixels(Path(facts["path"]).read_bytes())
 
 
 @pytest.fixture
 async def history(client: Client, tmp_path: Path) -> list[dict[str, Any]]:
-    """A photo, two edits of it, a new picture, and the edit composed with it."""
+    """Make a photo, two edits of it, a new image, and a composition of both."""
     photo = tmp_path / "photo.png"
     photo.write_bytes(file(scene(64, 48)))
     first = await call(client, "edit_image", image=str(photo), prompt="one", seed=1)
@@ -50,43 +55,43 @@ async def history(client: Client, tmp_path: Path) -> list[dict[str, Any]]:
     return [first, second, other, last]
 
 
-async def test_the_same_chain_gives_the_same_pixels(service: Service, history: list[dict[str, Any]]):
+async def test_replay_reproduces_the_same_pixels(service: Service, history: list[dict[str, Any]]):
     made = await replay(service, history[3]["image"], ME)
-    assert [one.record.prompt for one in made] == ["one", "two", "other", "both"]
+    assert [image.record.prompt for image in made] == ["one", "two", "other", "both"]
     for old, new in zip(history, made, strict=True):
         assert new.record.handle != old["image"]
-        assert (new.image == picture(old)).all()
+        assert (new.image == image_of(old)).all()
     assert made[3].record.parents == (made[1].record.handle, made[2].record.handle)
 
 
-async def test_onto_another_base_only_what_came_from_the_base_is_painted_again(
+async def test_replay_onto_another_base_repeats_only_its_descendants(
     service: Service, history: list[dict[str, Any]], tmp_path: Path
 ):
     base = scene(64, 48)[::-1].copy()
     (tmp_path / "base.png").write_bytes(file(base))
     made = await replay(service, history[3]["image"], ME, onto=str(tmp_path / "base.png"))
-    assert [one.record.prompt for one in made] == ["one", "two", "both"]
+    assert [image.record.prompt for image in made] == ["one", "two", "both"]
     assert made[2].record.parents == (made[1].record.handle, history[2]["image"])
-    assert not (made[0].image == picture(history[0])).all()
+    assert not (made[0].image == image_of(history[0])).all()
     # The region held on the new base as well.
     assert (made[1].image[:8] == made[0].image[:8]).all()
 
 
-async def test_the_order_of_a_chain_does_not_hang_on_the_clock(
+async def test_replay_order_does_not_depend_on_the_clock(
     service: Service, client: Client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    clock = itertools.count(2_000_000_000, -1)  # set back between any two pictures
+    clock = itertools.count(2_000_000_000, -1)  # set back between any two images
     monkeypatch.setattr("klein_mcp.images.library.time.time", lambda: float(next(clock)))
     await call(client, "generate_image", prompt="base", seed=1)
     await call(client, "edit_image", image="last", prompt="one", seed=2)
     last = await call(client, "edit_image", image="last", prompt="two", seed=3)
     (tmp_path / "other.png").write_bytes(file(scene(128, 128)))
     made = await replay(service, last["image"], ME, onto=str(tmp_path / "other.png"))
-    assert [one.record.prompt for one in made] == ["one", "two"]
+    assert [image.record.prompt for image in made] == ["one", "two"]
     assert made[1].record.parents == (made[0].record.handle,)
 
 
-async def test_another_seed_is_taken_for_every_step(
+async def test_replay_with_a_seed_uses_it_for_every_step(
     service: Service, painter: FakePainter, history: list[dict[str, Any]]
 ):
     painter.jobs.clear()
@@ -94,64 +99,62 @@ async def test_another_seed_is_taken_for_every_step(
     assert [job.seed for job in painter.jobs] == [99] * 4
 
 
-async def test_a_chain_is_painted_with_the_model_it_was_painted_with(
-    service: Service, painter: FakePainter, history: list[dict[str, Any]]
-):
+async def test_replay_uses_the_original_model(service: Service, painter: FakePainter, history: list[dict[str, Any]]):
     painter.jobs.clear()
     await replay(service, history[0]["image"], ME)
     assert painter.jobs[0].model == "nano"
 
 
-async def test_a_deleted_step_is_painted_again_from_its_recipe(service: Service, history: list[dict[str, Any]]):
-    expected = picture(history[1])
+async def test_replay_repeats_a_deleted_step_from_its_recipe(service: Service, history: list[dict[str, Any]]):
+    expected = image_of(history[1])
     service.store.delete([history[0]["image"]])
     made = await replay(service, history[1]["image"], ME)
     assert (made[-1].image == expected).all()
 
 
-async def test_what_cannot_be_replayed_says_why(service: Service, history: list[dict[str, Any]], client: Client):
-    with pytest.raises(RequestError, match="was not made from another picture"):
+async def test_replay_errors_say_why(service: Service, history: list[dict[str, Any]], client: Client):
+    with pytest.raises(RequestError, match="was not made from another"):
         plan(service.store, history[2]["image"], onto=True)
     photo = history[0]["parents"][0]
-    with pytest.raises(RequestError, match="was opened from a file, not painted"):
+    with pytest.raises(RequestError, match="was opened from a file"):
         plan(service.store, photo, onto=False)
-    with pytest.raises(RequestError, match="There is no picture"):
+    with pytest.raises(RequestError, match="There is no image"):
         plan(service.store, "zzzzzz", onto=False)
 
 
-async def test_what_is_no_handle_says_what_it_is(
+async def test_argument_that_is_no_handle_says_what_it_is(
     settings: Settings, service: Service, client: Client, history: list[dict[str, Any]], tmp_path: Path
 ):
     service.settings = replace(settings, write_roots=(tmp_path,))
     await call(client, "save_image", image=history[1]["image"], path=str(tmp_path / "out.png"))
     (tmp_path / "other.png").write_bytes(file(scene(48, 48)))
-    for name, said in {
+    for name, message in {
         "last~1": "last~1 is for MCP clients. klein-mcp list shows handles.",
         str(tmp_path / "out.png"): f"This takes a handle; that of {tmp_path}/out.png is {history[1]['image']}.",
         str(tmp_path / "other.png"): f"{tmp_path}/other.png is not in the library. klein-mcp list shows all.",
         "nofile.png": 'There is no file or handle "nofile.png". klein-mcp list shows handles.',
     }.items():
-        with pytest.raises(RequestError, match=re.escape(said)), library.in_a_terminal():
-            library._expect_handle(service.store, name)
+        with pytest.raises(RequestError, match=re.escape(message)), for_terminal():
+            expect_handle(service.store, name)
     with pytest.raises(RequestError, match="There is no file or handle"):
-        library.info(settings, "nofile.png")
+        info(settings, "nofile.png")
 
 
-async def test_list_shows_pictures_with_their_parents(
+async def test_list_shows_images_with_their_parents(
     settings: Settings, history: list[dict[str, Any]], capsys: pytest.CaptureFixture[str]
 ):
-    library.show(settings)
+    list_images(settings)
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 5
     assert history[3]["image"] in lines[0]
     assert "← " + " ".join(history[3]["parents"]) in lines[0]
-    library.show(settings, search="two", as_json=True)
-    assert [one["image"] for one in shown(capsys)] == [history[1]["image"]]
-    library.show(settings, search="nothing like it")
-    assert "no pictures with 'nothing like it'" in capsys.readouterr().out
+    list_images(settings, search="two", as_json=True)
+    assert [item["image"] for item in printed_json(capsys)] == [history[1]["image"]]
+    list_images(settings, search="nothing like it")
+    assert "no images with 'nothing like it'" in capsys.readouterr().out
 
 
-async def test_info_reads_a_files_recipe_and_its_ancestors(
+async def test_info_reads_recipe_and_ancestors_of_a_file(
     settings: Settings,
     service: Service,
     client: Client,
@@ -161,31 +164,31 @@ async def test_info_reads_a_files_recipe_and_its_ancestors(
 ):
     service.settings = replace(settings, write_roots=(tmp_path,))
     await call(client, "save_image", image=history[1]["image"], path=str(tmp_path / "out.jpg"))
-    library.info(settings, str(tmp_path / "out.jpg"), as_json=True)
-    told = shown(capsys)
-    assert told["made_by_klein_mcp"]
-    assert (told["in_library"], told["recipe"]["seed"]) == (history[1]["image"], "2")
-    assert told["ancestors"] == [history[0]["image"], history[0]["parents"][0]]
-    library.info(settings, history[1]["image"])
+    info(settings, str(tmp_path / "out.jpg"), as_json=True)
+    facts = printed_json(capsys)
+    assert facts["made_by_klein_mcp"]
+    assert (facts["in_library"], facts["recipe"]["seed"]) == (history[1]["image"], "2")
+    assert facts["ancestors"] == [history[0]["image"], history[0]["parents"][0]]
+    info(settings, history[1]["image"])
     assert "prompt: two" in capsys.readouterr().out
-    library.info(settings, str(tmp_path / "out.jpg"))
+    info(settings, str(tmp_path / "out.jpg"))
     lines = capsys.readouterr().out.splitlines()
     assert "made by klein mcp: yes" in lines
     assert lines.index("recipe:") < lines.index("  seed: 2")
     assert f"ancestors: {history[0]['image']}, {history[0]['parents'][0]}" in lines
-    library.info(settings, str(tmp_path / "photo.png"), as_json=True)
-    assert shown(capsys)["made_by_klein_mcp"] is False
+    info(settings, str(tmp_path / "photo.png"), as_json=True)
+    assert printed_json(capsys)["made_by_klein_mcp"] is False
 
 
-def test_what_a_strangers_file_says_moves_no_cursor():
-    told = {"prompt": "a cat\x1b[2J\x9b31m\nand a dog\u202e", "recipe": {"a\x1b[2J\nkey": ["\ud800", True]}}
-    assert [*library._in_words(told)] == ["prompt: a cat[2J31m and a dog", "recipe:", "  a[2J key: ?, yes"]
+def test_info_strips_control_characters_from_foreign_files():
+    facts = {"prompt": "a cat\x1b[2J\x9b31m\nand a dog\u202e", "recipe": {"a\x1b[2J\nkey": ["\ud800", True]}}
+    assert [*format_facts(facts)] == ["prompt: a cat[2J31m and a dog", "recipe:", "  a[2J key: ?, yes"]
     family = "\N{MAN}\N{ZERO WIDTH JOINER}\N{WOMAN} שלום"
-    assert [*library._in_words({"prompt": family, "recipe": {}})] == [f"prompt: {family}", "recipe: none"]
+    assert [*format_facts({"prompt": family, "recipe": {}})] == [f"prompt: {family}", "recipe: none"]
     deep: dict[str, Any] = {}
     for _ in range(50):
         deep = {"deeper": deep}
-    assert len([*library._in_words(deep)]) < 10
+    assert len([*format_facts(deep)]) < 10
 
 
 async def test_prune_asks_before_it_deletes(
@@ -197,27 +200,25 @@ async def test_prune_asks_before_it_deletes(
         asked.append(question)
         return ""
 
-    assert library.prune(settings, max_size=0, ask=no) == 1
-    assert "Delete 5 pictures" in asked[0]
+    assert prune(settings, max_size=0, ask=no) == 1
+    assert "Delete 5 images" in asked[0]
     assert "nothing was deleted" in capsys.readouterr().out
     assert len(service.store.everything()) == 5
-    assert library.prune(settings, max_size=0, ask=lambda _: "y") == 0
+    assert prune(settings, max_size=0, ask=lambda _: "y") == 0
     assert service.store.everything() == []
 
 
-async def test_prune_without_a_terminal_needs_a_yes(
-    settings: Settings, history: list[dict[str, Any]], service: Service
-):
+async def test_prune_without_a_terminal_needs_yes(settings: Settings, history: list[dict[str, Any]], service: Service):
     with pytest.raises(RequestError, match="Say --yes to delete them"):
-        library.prune(settings, older_than=0.0)
+        prune(settings, older_than=0.0)
     assert len(service.store.everything()) == 5
 
 
-async def test_prune_tells_a_script_what_is_gone(
+async def test_prune_prints_json_for_scripts(
     settings: Settings, history: list[dict[str, Any]], capsys: pytest.CaptureFixture[str]
 ):
-    library.prune(settings, max_size=0, yes=True, as_json=True)
-    assert len(shown(capsys)["deleted"]) == 5
+    prune(settings, max_size=0, yes=True, as_json=True)
+    assert len(printed_json(capsys)["deleted"]) == 5
 
 
 @examples(deadline=None)
@@ -226,44 +227,44 @@ async def test_prune_tells_a_script_what_is_gone(
     st.none() | st.floats(0, 100),
     st.none() | st.integers(0, 500),
 )
-def test_prune_takes_the_oldest_and_no_more_than_it_must(
-    pictures: list[tuple[float, int]], older_than: float | None, max_size: int | None
+def test_prune_deletes_the_oldest_and_no_more_than_needed(
+    images: list[tuple[float, int]], older_than: float | None, max_size: int | None
 ):
     now = time.time()
     records = [
         Record(str(n), "f", "p", 1, 1, size, now - age, "c", "t", None, None)
-        for n, (age, size) in enumerate(sorted(pictures, reverse=True))
+        for n, (age, size) in enumerate(sorted(images, reverse=True))
     ]
-    gone = library.too_many(records, older_than=older_than, max_size=max_size, now=now)
+    gone = select_for_deletion(records, older_than=older_than, max_size=max_size, now=now)
     assert gone == records[: len(gone)]
-    kept = records[len(gone) :]
+    remaining = records[len(gone) :]
     if max_size is not None:
-        assert sum(record.bytes for record in kept) <= max_size
+        assert sum(record.bytes for record in remaining) <= max_size
     if older_than is not None:
-        assert all(now - record.created <= older_than for record in kept)
+        assert all(now - record.created <= older_than for record in remaining)
     if gone:
         last = gone[-1]
         too_old = older_than is not None and now - last.created > older_than
-        assert too_old or (max_size is not None and sum(record.bytes for record in (last, *kept)) > max_size)
+        assert too_old or (max_size is not None and sum(record.bytes for record in (last, *remaining)) > max_size)
 
 
 @pytest.mark.parametrize(("text", "seconds"), [("12h", 43200), ("30d", 2592000), ("1.5W", 907200), ("1y", 31536000)])
 def test_ages_are_read(text: str, seconds: float):
-    assert library.age(text) == pytest.approx(seconds, rel=0.02)
+    assert age(text) == pytest.approx(seconds, rel=0.02)
 
 
 @pytest.mark.parametrize(("text", "count"), [("500", 500), ("500MB", 5e8), ("5 gb", 5e9), ("1.5k", 1500)])
 def test_sizes_are_read(text: str, count: float):
-    assert library.size(text) == count
+    assert byte_size(text) == count
 
 
 @pytest.mark.parametrize("text", ["", "soon", "-1d", "5", "d"])
-def test_what_is_no_age_is_refused(text: str):
-    with pytest.raises(ValueError, match="no age like"):
-        library.age(text)
+def test_wrong_age_is_refused(text: str):
+    with pytest.raises(argparse.ArgumentTypeError, match="no age like"):
+        age(text)
 
 
 @pytest.mark.parametrize("text", ["", "big", "-1", "5 hours"])
-def test_what_is_no_size_is_refused(text: str):
-    with pytest.raises(ValueError, match="no size like"):
-        library.size(text)
+def test_wrong_size_is_refused(text: str):
+    with pytest.raises(argparse.ArgumentTypeError, match="no size like"):
+        byte_size(text)

@@ -163,13 +163,13 @@ def text_bomb() -> bytes:
 
 HOSTILE = {
     "nothing": (b"", "is empty (0 bytes)"),
-    "not a picture": (b"hello world" * 10, "is not a picture that can be read"),
+    "not a picture": (b"hello world" * 10, "is not an image that can be read"),
     "SVG": (b'<svg xmlns="http://www.w3.org/2000/svg"/>', "export it as PNG"),
     "SVG with a prologue": (b'<?xml version="1.0"?><svg/>', "export it as PNG"),
     "PDF": (b"%PDF-1.7 ...", "Export the page"),
     "web page": (b"<!DOCTYPE html><html>", "web page"),
     "HEIC": (b"\0\0\0\x18ftypheic" + b"\0" * 64, "HEIC is not supported"),
-    "PostScript": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n", "is not a picture"),
+    "PostScript": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n", "is not an image"),
     "50,000 squared": (giant(50_000, 50_000), "50000×50000 = 2500 MP; at most 64 MP"),
     "as many pixels in one line": (giant(2**31 - 1, 2), "at most 64 MP"),
     "65,535 squared as GIF": (

@@ -107,7 +107,7 @@ async def test_upload_does_not_become_last(client: Client, http: httpx2.AsyncCli
     ("body", "message"),
     [
         (b"", "is empty (0 bytes)"),
-        (b"hello", "is not a picture that can be read"),
+        (b"hello", "is not an image that can be read"),
         (file(scene(64, 64))[:150], "cannot be read"),
     ],
 )

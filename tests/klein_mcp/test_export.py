@@ -196,7 +196,7 @@ async def test_a_path_that_may_not_be_written_is_refused(client: Client, project
 async def test_format_and_name_must_agree(client: Client, project: Path):
     await painted(client)
     said = await refused(client, "save_image", image="last", path="hero.png", format="jpeg")
-    assert "hero.png says png, format says jpeg" in said
+    assert "hero.png ends like png, but format is jpeg" in said
 
 
 async def test_a_link_in_place_of_the_file_is_replaced_never_followed(client: Client, project: Path):

@@ -80,10 +80,10 @@ def test_every_spelling_of_this_machine_is_refused(url: str):
     [
         ("http://example.com/x.png", "is not https"),
         ("ftp://example.com/x.png", "is not https"),
-        ("https:///x.png", "no valid address"),
-        ("https://user:secret@example.com/x.png", "no valid address"),
-        ("https://example.com:99999/x.png", "no valid address"),
-        ("https://[::1/x.png", "no valid address"),
+        ("https:///x.png", "no valid URL"),
+        ("https://user:secret@example.com/x.png", "no valid URL"),
+        ("https://example.com:99999/x.png", "no valid URL"),
+        ("https://[::1/x.png", "no valid URL"),
     ],
 )
 def test_an_address_that_is_none_of_ours_is_refused(url: str, said: str):
@@ -269,7 +269,7 @@ def test_a_host_without_trust_is_refused(get: Callable[..., bytes]):
     ("path", "said"),
     [
         ("/missing", "answered 404"),
-        ("/short", "was cut short on its way"),
+        ("/short", "was cut short in transfer"),
         ("/endless", "larger than"),
     ],
 )

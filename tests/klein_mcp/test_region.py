@@ -205,8 +205,8 @@ async def test_a_mask_that_lost_its_transparency_is_an_error(client: Client, pho
     ("box", "size", "said"),
     [
         ((0, 0, 0, 0), (320, 200), "The mask is black everywhere"),
-        ((0, 0, 10, 10), (100, 100), "The mask is 100×100 but the picture is 320×200"),
-        ((0, 0, 10, 10), (320, 200), "Region and mask do not meet"),
+        ((0, 0, 10, 10), (100, 100), "The mask is 100×100 but the image is 320×200"),
+        ((0, 0, 10, 10), (320, 200), "Region and mask do not overlap"),
     ],
 )
 async def test_a_mask_that_cannot_be_honoured_is_an_error(

@@ -55,9 +55,9 @@ async def test_a_data_url_is_taken_though_never_asked_for(client: Client, painte
     ("url", "said"),
     [
         ("data:image/png;base64", "has no comma"),
-        ("data:image/png;base64,%%%", "no valid base64; it may have been cut"),
-        ("data:image/png;base64,AAAA", "is not a picture that can be read"),
-        ("data:,hello", "is not a picture that can be read"),
+        ("data:image/png;base64,%%%", "no valid base64; it may be cut short"),
+        ("data:image/png;base64,AAAA", "is not an image that can be read"),
+        ("data:,hello", "is not an image that can be read"),
         ("data:text/html;base64,PGh0bWw+", "web page"),
     ],
 )
@@ -151,7 +151,7 @@ async def test_a_relative_path_is_no_reference(client: Client):
     for path in ("photos/cat.png", "cat.png"):
         said = await refused(client, "view_image", image=path)
         assert said == f'"{path}" is a relative path. Give an absolute one, or a handle.'
-    assert "names no picture" in await refused(client, "view_image", image="the cat")
+    assert "names no image" in await refused(client, "view_image", image="the cat")
 
 
 async def test_a_truncated_file_is_refused_and_the_next_call_works(client: Client, photo: Path):

@@ -1,35 +1,35 @@
-"""Settings come from the environment and config.toml; what is wrong with them is said in one line."""
+"""Settings from the environment and config.toml, with errors of one line."""
 
 from dataclasses import FrozenInstanceError, fields
 from pathlib import Path
 
 import pytest
 
-from klein_mcp.settings import Settings, SettingsError, default_home, misspelt, table, variable
+from klein_mcp.settings import Settings, SettingsError, default_home, misspelled, table, variable
 
 
 def load(home: Path, **environ: str) -> Settings:
     return Settings.load({"KLEIN_HOME": str(home), **environ})
 
 
-def test_without_a_word_everything_is_at_its_default():
+def test_defaults_without_any_setting():
     assert Settings.load({}) == Settings(home=default_home())
 
 
-def test_the_environment_wins_over_the_file_and_the_file_over_the_default(tmp_path: Path):
+def test_environment_overrides_file_overrides_default(tmp_path: Path):
     (tmp_path / "config.toml").write_text('model = "klein-4b"\nqueue_size = 5\nallow_urls = true\n')
     settings = load(tmp_path, KLEIN_QUEUE_SIZE="7")
     assert (settings.model, settings.queue_size, settings.allow_urls) == ("klein-4b", 7, True)
 
 
-def test_a_list_may_be_written_as_one_in_the_file(tmp_path: Path):
+def test_file_may_contain_lists(tmp_path: Path):
     (tmp_path / "config.toml").write_text('read_roots = ["/a", "/b"]\nloras = ["/x.safetensors:0.5"]\n')
     settings = load(tmp_path)
     assert settings.read_roots == (Path("/a"), Path("/b"))
     assert settings.loras == ("/x.safetensors:0.5",)
 
 
-def test_path_lists_are_separated_as_the_platform_does(tmp_path: Path):
+def test_path_lists_use_the_platforms_separator(tmp_path: Path):
     assert load(tmp_path, KLEIN_WRITE_ROOTS="/a:/b").write_roots == (Path("/a"), Path("/b"))
 
 
@@ -44,37 +44,37 @@ def test_path_lists_are_separated_as_the_platform_does(tmp_path: Path):
         ("KLEIN_READ_ROOTS", "pictures", "an absolute path"),
     ],
 )
-def test_a_bad_value_is_named_with_what_is_allowed(tmp_path: Path, name: str, value: str, allowed: str):
+def test_bad_value_is_named_with_the_allowed_ones(tmp_path: Path, name: str, value: str, allowed: str):
     with pytest.raises(SettingsError, match=allowed) as caught:
         load(tmp_path, **{name: value})
     assert name in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
-def test_an_unknown_key_in_the_file_is_an_error_with_the_nearest_one(tmp_path: Path):
+def test_unknown_key_in_the_file_is_an_error_with_a_suggestion(tmp_path: Path):
     (tmp_path / "config.toml").write_text("queue_siez = 3\n")
     with pytest.raises(SettingsError, match=r"Did you mean queue_size\?"):
         load(tmp_path)
 
 
-def test_a_file_that_is_no_toml_is_named(tmp_path: Path):
+def test_file_that_is_no_toml_is_named(tmp_path: Path):
     (tmp_path / "config.toml").write_text("model = \n")
     with pytest.raises(SettingsError, match=r"config\.toml cannot be read"):
         load(tmp_path)
 
 
-def test_nobody_can_change_settings_once_they_are_read(tmp_path: Path):
+def test_settings_are_immutable(tmp_path: Path):
     with pytest.raises(FrozenInstanceError):
         load(tmp_path).model = "other"  # type: ignore[misc]
 
 
-def test_the_table_has_a_line_for_every_setting():
+def test_table_has_a_row_for_every_setting():
     rows = list(table())
     assert [name for name, _, _ in rows] == [f"KLEIN_{field.name.upper()}" for field in fields(Settings)]
     assert all(meaning.endswith(".") for _, _, meaning in rows)
 
 
-def test_the_hubs_own_variables_say_where_its_cache_is(tmp_path: Path):
+def test_hub_folder_follows_the_hubs_own_variables(tmp_path: Path):
     assert load(tmp_path).hub == Path("~/.cache/huggingface/hub").expanduser()
     assert load(tmp_path, XDG_CACHE_HOME="/c").hub == Path("/c/huggingface/hub")
     assert load(tmp_path, HF_HOME="/h", XDG_CACHE_HOME="/c").hub == Path("/h/hub")
@@ -82,7 +82,7 @@ def test_the_hubs_own_variables_say_where_its_cache_is(tmp_path: Path):
     assert load(tmp_path, KLEIN_HUB="/e", HF_HUB_CACHE="/d").hub == Path("/e")
 
 
-def test_a_lora_may_be_a_table_in_the_file(tmp_path: Path):
+def test_lora_may_be_a_table_in_the_file(tmp_path: Path):
     (tmp_path / "config.toml").write_text('loras = [{name = "ink", scale = 0.8}, {path = "/oil.safetensors"}]\n')
     assert load(tmp_path).loras == ("ink:0.8", "/oil.safetensors:1")
 
@@ -91,10 +91,10 @@ def test_a_lora_may_be_a_table_in_the_file(tmp_path: Path):
     ("name", "meant"),
     [("KLEIN_MODLE", "KLEIN_MODEL"), ("KLEIN_LORA", "KLEIN_LORAS"), ("KLEIN_WAITBUDGET", "KLEIN_WAIT_BUDGET")],
 )
-def test_a_misspelt_variable_is_told_with_the_one_that_was_meant(name: str, meant: str):
-    assert list(misspelt({"PATH": "/bin", name: "1"})) == [(name, meant)]
+def test_misspelled_variable_is_reported_with_a_suggestion(name: str, meant: str):
+    assert list(misspelled({"PATH": "/bin", name: "1"})) == [(name, meant)]
 
 
-def test_what_is_a_setting_or_another_programs_is_not_misspelt():
+def test_settings_and_foreign_variables_are_not_misspelled():
     ours = [variable(item.name) for item in fields(Settings)]
-    assert not list(misspelt(dict.fromkeys([*ours, "KLEIN_DEV_VENV", "KLEIN_TEST_NODE", "KLEINE", "MODLE"], "1")))
+    assert not list(misspelled(dict.fromkeys([*ours, "KLEIN_DEV_VENV", "KLEIN_TEST_NODE", "KLEINE", "MODLE"], "1")))

@@ -1,0 +1,21 @@
+"""One question to this user's daemon, asked from a command."""
+
+from typing import Any
+
+from klein_mcp.settings import Settings
+
+
+def ask_daemon(settings: Settings, method: str) -> Any:
+    """Call a method of the daemon's client that takes no arguments."""
+    import anyio
+
+    from klein_mcp.daemon.client import DaemonBackend
+
+    async def ask() -> Any:
+        backend = DaemonBackend(settings)
+        try:
+            return await getattr(backend, method)()
+        finally:
+            await backend.aclose()
+
+    return anyio.run(ask)

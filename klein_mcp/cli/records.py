@@ -1,0 +1,87 @@
+"""Library records and image files as facts for the terminal."""
+
+import re
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from klein_mcp.errors import UnknownImage, quote
+from klein_mcp.images.library import ALPHABET, HANDLE_LENGTH, Record, Store
+
+
+@contextmanager
+def for_terminal() -> Iterator[None]:
+    """Replace MCP tools in hints by the commands for a terminal."""
+    try:
+        yield
+    except UnknownImage as error:
+        raise UnknownImage(error.message, hint=error.hint.replace("list_images", "klein-mcp list")) from None
+
+
+def expect_handle(store: Store, name: str) -> None:
+    """Raise UnknownImage with advice if `name` cannot be a handle."""
+    if re.fullmatch(rf"[{ALPHABET}]{{{HANDLE_LENGTH}}}", name):
+        return
+    if re.fullmatch(r"last(~\d+)?", name):
+        raise UnknownImage(f"{name} is for MCP clients.", hint="list_images shows handles.")
+    if Path(name).expanduser().is_file():
+        handle = describe_file(store, Path(name))["in_library"]
+        known = f"that of {name} is {handle}." if handle else f"{name} is not in the library."
+        raise UnknownImage(f"This takes a handle; {known}", hint="" if handle else "list_images shows all.")
+    raise UnknownImage(f"There is no file or handle {quote(name)}.", hint="list_images shows handles.")
+
+
+def describe_record(store: Store, record: Record) -> dict[str, Any]:
+    """Return all that the library knows about an image."""
+    return {
+        "image": record.handle,
+        "path": str(store.path(record)),
+        "width": record.width,
+        "height": record.height,
+        "bytes": record.bytes,
+        "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(record.created)),
+        "tool": record.tool,
+        "prompt": record.prompt,
+        "source": record.source,
+        "parents": list(record.parents),
+        "ancestors": _ancestors(store, record),
+        "recipe": dict(record.recipe),
+    }
+
+
+def describe_file(store: Store, path: Path) -> dict[str, Any]:
+    """Return the file's own facts and what the library knows about it."""
+    from klein_mcp.images import codec, resolver
+
+    decoded = codec.decode(path.expanduser().read_bytes(), str(path))
+    recipe = decoded.recipe or {}
+    known = store.by_pixels(resolver.fingerprint(decoded.image)) or store.find(str(recipe.get("image", "")))
+    height, width = decoded.image.shape[:2]
+    return {
+        "file": str(path),
+        "width": width,
+        "height": height,
+        "made_by_klein_mcp": decoded.recipe is not None,
+        "recipe": recipe,
+        "in_library": known.handle if known else None,
+        "ancestors": _ancestors(store, known) if known else [],
+    }
+
+
+def _ancestors(store: Store, record: Record) -> list[str]:
+    """Return handles, nearest first."""
+    found: dict[str, None] = {}
+    waiting = list(record.parents)
+    while waiting:
+        handle = waiting.pop(0)
+        if handle not in found and (parent := store.find(handle)) is not None:
+            found[handle] = None
+            waiting += parent.parents
+    return list(found)
+
+
+def local_day(seconds: float) -> str:
+    """Format a Unix time as local date and minute."""
+    return time.strftime("%Y-%m-%d %H:%M", time.localtime(seconds))

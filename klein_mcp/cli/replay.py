@@ -1,0 +1,60 @@
+"""`klein-mcp replay`: generate an image's history again with this machine's engine."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from klein_mcp.cli.records import describe_record, expect_handle, for_terminal
+from klein_mcp.cli.terminal import ProgressBar, strip_control_chars
+from klein_mcp.errors import one_line
+from klein_mcp.settings import Settings
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("handle", metavar="HANDLE")
+    parser.add_argument("--onto", metavar="IMG", help="another image at the root of its history: a file or a handle")
+    parser.add_argument("--seed", type=int, metavar="N", help="another seed; default: each image's own")
+
+
+def run(settings: Settings, arguments: argparse.Namespace) -> int:
+    import anyio
+
+    onto = arguments.onto
+    if onto is not None and Path(onto).expanduser().exists():
+        onto = str(Path(onto).expanduser().resolve())  # a terminal has a working directory; a reference has none
+    with for_terminal():
+        return anyio.run(_replay, settings, arguments.handle, onto, arguments.seed, arguments.json)
+
+
+async def _replay(settings: Settings, handle: str, onto: str | None, seed: int | None, as_json: bool) -> int:
+    from klein_mcp.daemon.client import DaemonBackend
+    from klein_mcp.jobs.context import CallContext
+    from klein_mcp.jobs.replay import changed_weights, plan, replay
+    from klein_mcp.jobs.service import Service
+
+    backend = DaemonBackend(settings)
+    service = Service(settings, backend)
+    try:
+        expect_handle(service.store, handle)
+        steps = plan(service.store, handle, onto=onto is not None).steps
+        with ProgressBar("starting the engine") as bar:
+
+            async def show_progress(done: float, total: float, message: str) -> None:
+                bar.update(done / total, message)
+
+            made = await replay(service, handle, CallContext("replay", tell=show_progress), onto=onto, seed=seed)
+        facts = [describe_record(service.store, image.record) for image in made]
+        different = changed_weights(steps, made)
+    finally:
+        await backend.aclose()
+        service.close()
+    if as_json:
+        print(json.dumps(facts))
+    else:
+        for old, new in zip(steps, facts, strict=True):
+            print(f"{old.handle} → {new['image']}  {one_line(strip_control_chars(str(new['prompt'])), 60)}")
+        print(facts[-1]["path"])
+    if different:
+        print(f"generated with other weights than the first time: {', '.join(different)}", file=sys.stderr)
+    return 0

@@ -1,0 +1,17 @@
+"""`klein-mcp stop`: end this user's engine, and wait until it is gone."""
+
+import argparse
+import json
+
+from klein_mcp.cli.daemon import ask_daemon
+from klein_mcp.settings import Settings
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Take no arguments."""
+
+
+def run(settings: Settings, arguments: argparse.Namespace) -> int:
+    stopped = ask_daemon(settings, "stop")
+    print(json.dumps({"stopped": stopped}) if arguments.json else "stopped" if stopped else "no engine was running")
+    return 0
