@@ -40,12 +40,14 @@ class Decoded:
     """A decoded file.
 
     recipe: how it was made, if klein-mcp made it. flattened: whether it was transparent.
+    alpha: [height, width] of a file that is transparent somewhere; `image` has it flattened.
     """
 
     image: Rgb8
     warnings: tuple[str, ...]
     recipe: dict[str, Any] | None
     flattened: bool
+    alpha: npt.NDArray[np.uint8] | None = None
 
 
 def decode(data: bytes, name: str, backdrop: int = 255) -> Decoded:
@@ -102,7 +104,7 @@ def _upright_rgb8(opened: ImageFile.ImageFile, name: str, backdrop: int) -> Deco
         colour = "white" if backdrop else "black"
         warnings.append(f"{name} is partly transparent; transparent pixels count as {colour}.")
         pixels = _flattened(pixels, alpha, backdrop)
-    return Decoded(np.ascontiguousarray(pixels), tuple(warnings), recipe, flattened)
+    return Decoded(np.ascontiguousarray(pixels), tuple(warnings), recipe, flattened, alpha if flattened else None)
 
 
 def _upright(image: Image.Image) -> Image.Image:

@@ -1,0 +1,208 @@
+"""Fields of /v1/images/*: one parser each, for JSON and form text."""
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from engine.families.klein.variants import VARIANTS
+from klein_mcp.errors import did_you_mean, shown
+from klein_mcp.http.openai.errors import ApiError
+from klein_mcp.jobs.request import MAX_SEED, MAX_SIDE, MIN_SIDE
+
+MAX_PROMPT = 32_000
+"""Characters, OpenAI's own limit. klein reads about the first 2,000 and the result warns of the rest."""
+
+MAX_IMAGES = 10
+
+ImageFormat = Literal["png", "jpeg", "webp"]
+
+FOREIGN_MODEL = re.compile(r"(?:openai/)?(?:gpt-image|chatgpt-image|dall-e)\b.*", re.IGNORECASE)
+"""Models that front ends have hard-coded; they mean whatever is installed."""
+
+WITHOUT_EFFECT = frozenset({"moderation", "user", "safety_identifier", "style", "complexity", "input_fidelity"})
+"""Standard fields that klein has nothing for. Not worth a warning: most clients send them always."""
+
+UNSUPPORTED = {
+    "markup": "markup is not supported. Send the drawing as a second image, or a mask.",
+    "mask_image": "mask_image is not a field of this API. Send the mask as mask.",
+}
+"""Fields that would change the image if they were honoured: ignoring them would be a wrong answer."""
+
+
+@dataclass(frozen=True, slots=True)
+class ImageCall:
+    """A validated call.
+
+    size: None for auto. as_url: signed links instead of base64. ignored: fields that this server does not know.
+    """
+
+    prompt: str
+    model: str = "auto"
+    n: int = 1
+    size: tuple[int, int] | None = None
+    quality: str = "medium"
+    transparent: bool = False
+    output_format: ImageFormat = "png"
+    compression: int = 100
+    as_url: bool = False
+    stream: bool = False
+    partial_images: int = 0
+    seed: int | None = None
+    steps: int | None = None
+    guidance: float | None = None
+    ignored: tuple[str, ...] = ()
+
+    @property
+    def background(self) -> str:
+        return "transparent" if self.transparent else "opaque"
+
+
+def parse(fields: Mapping[str, Any]) -> ImageCall:
+    """Validate the fields of a body, without its images. Raises ApiError."""
+    for name in UNSUPPORTED.keys() & fields.keys():
+        raise ApiError(400, UNSUPPORTED[name], name, "unsupported_parameter")
+    given = {name: value for name, value in fields.items() if value is not None and value != ""}
+    values: dict[str, Any] = {}
+    for name, value in given.items():
+        if name in PARSERS:
+            target, parser = PARSERS[name]
+            values.setdefault(target, parser(name, value))
+    if "prompt" not in values:
+        raise ApiError(400, "prompt is missing: what the image shows, or what to change.", "prompt")
+    unknown = given.keys() - PARSERS.keys() - WITHOUT_EFFECT
+    call = ImageCall(**values, ignored=tuple(sorted(unknown)))
+    _check_together(call)
+    return call
+
+
+def _check_together(call: ImageCall) -> None:
+    if call.transparent and call.output_format == "jpeg":
+        raise ApiError(400, "JPEG has no transparency. Take png or webp as output_format.", "output_format")
+    if call.partial_images and not call.stream:
+        raise ApiError(400, "partial_images needs stream: true.", "partial_images")
+    if call.stream and call.as_url:
+        raise ApiError(400, "A stream carries b64_json, not URLs.", "response_format")
+    if call.seed is not None and call.seed > MAX_SEED - call.n + 1:
+        raise ApiError(400, f"seed {call.seed} leaves no room for {call.n} images.", "seed")
+
+
+def _invalid(name: str, value: Any, allowed: str) -> ApiError:
+    return ApiError(400, f"{name} is {shown(value)}; it must be {allowed}.", name, "invalid_value")
+
+
+def _prompt(name: str, value: Any) -> str:
+    if not isinstance(value, str):
+        raise _invalid(name, value, "text")
+    if len(value) > MAX_PROMPT:
+        raise ApiError(400, f"prompt has {len(value)} characters; at most {MAX_PROMPT}.", name)
+    if not value.strip():
+        raise ApiError(400, "prompt is empty.", name)
+    return value.strip()
+
+
+def _model(name: str, value: Any) -> str:
+    if isinstance(value, str) and (value in VARIANTS or value == "auto"):
+        return value
+    if isinstance(value, str) and FOREIGN_MODEL.fullmatch(value):
+        return "auto"
+    nearest = did_you_mean(str(value), VARIANTS)
+    known = ", ".join(["auto", *VARIANTS])
+    raise ApiError(
+        404,
+        f"There is no model {shown(value)}. {nearest} There are {known}.".replace("  ", " "),
+        name,
+        "model_not_found",
+    )
+
+
+def _size(name: str, value: Any) -> tuple[int, int] | None:
+    if value == "auto":
+        return None
+    match = re.fullmatch(r"(\d{1,5})[x×](\d{1,5})", value.strip().lower()) if isinstance(value, str) else None
+    if not match or not all(MIN_SIDE <= int(side) <= MAX_SIDE for side in match.groups()):
+        raise _invalid(name, value, f'"auto" or WIDTHxHEIGHT, each side {MIN_SIDE} to {MAX_SIDE}')
+    return int(match[1]), int(match[2])
+
+
+def _integer(low: int, high: int) -> Callable[[str, Any], int]:
+    def parse(name: str, value: Any) -> int:
+        whole = isinstance(value, int | float) and not isinstance(value, bool) and value == int(value)
+        text = isinstance(value, str) and re.fullmatch(r"\d{1,20}", value.strip())
+        if not (whole or text) or not low <= int(value) <= high:
+            raise _invalid(name, value, f"a whole number, {low} to {high}")
+        return int(value)
+
+    return parse
+
+
+def _number(low: float, high: float) -> Callable[[str, Any], float]:
+    def parse(name: str, value: Any) -> float:
+        try:
+            number = float("nan") if isinstance(value, bool) else float(value)
+        except (TypeError, ValueError):
+            number = float("nan")
+        if not low <= number <= high:
+            raise _invalid(name, value, f"a number, {low:g} to {high:g}")
+        return number
+
+    return parse
+
+
+def _flag(name: str, value: Any) -> bool:
+    known = {"true": True, "1": True, "false": False, "0": False}
+    text = str(value).lower()
+    if text not in known:
+        raise _invalid(name, value, "true or false")
+    return known[text]
+
+
+def _choice(**allowed: Any) -> Callable[[str, Any], Any]:
+    def parse(name: str, value: Any) -> Any:
+        if not isinstance(value, str) or value.lower() not in allowed:
+            raise _invalid(name, value, "one of " + ", ".join(allowed))
+        return allowed[value.lower()]
+
+    return parse
+
+
+def _seed(name: str, value: Any) -> int | None:
+    # A1111's clients, and others after them, write -1 for a random seed.
+    return None if str(value).strip() == "-1" else _integer(0, MAX_SEED)(name, value)
+
+
+_steps, _guidance = _integer(1, 200), _number(0, 100)
+
+PARSERS: Mapping[str, tuple[str, Callable[[str, Any], Any]]] = {
+    "prompt": ("prompt", _prompt),
+    "model": ("model", _model),
+    "n": ("n", _integer(1, MAX_IMAGES)),
+    "size": ("size", _size),
+    "quality": (
+        "quality",
+        # Echoed as one of the five that the SDKs know: klein has no such setting.
+        _choice(
+            auto="medium",
+            low="low",
+            medium="medium",
+            high="high",
+            xhigh="xhigh",
+            max="max",
+            standard="medium",
+            hd="high",
+        ),
+    ),
+    "background": ("transparent", _choice(auto=False, opaque=False, transparent=True)),
+    "output_format": ("output_format", _choice(png="png", jpeg="jpeg", webp="webp", jpg="jpeg")),
+    "output_compression": ("compression", _integer(0, 100)),
+    "response_format": ("as_url", _choice(b64_json=False, url=True)),
+    "stream": ("stream", _flag),
+    "partial_images": ("partial_images", _integer(0, 3)),
+    "seed": ("seed", _seed),
+    "steps": ("steps", _steps),
+    "num_inference_steps": ("steps", _steps),
+    "guidance": ("guidance", _guidance),
+    "guidance_scale": ("guidance", _guidance),
+    "cfg_scale": ("guidance", _guidance),
+}
+"""Field -> attribute of ImageCall, and its parser. seed, steps and guidance are extensions, under their usual names."""
