@@ -63,6 +63,7 @@ class Job(_ByValue):
     model: a variant's name, a diffusers folder, a single file, or "auto".
     steps, guidance: None for the variant's defaults.
     find_change: with `align`, return where the result differs from the first reference.
+    partials: how many steps also return the image they head for, decoded at full size. Never changes the result.
     """
 
     prompt: str
@@ -77,6 +78,7 @@ class Job(_ByValue):
     steps: int | None = None
     guidance: float | None = None
     find_change: bool = False
+    partials: int = 0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -126,11 +128,13 @@ class Step(_ByValue):
     """Euler step `done` of `total` is finished.
 
     preview: the image the sampler is heading for, at most 128 pixels a side; None while nobody watches.
+    partial: that image at full size, for some steps of a job with `partials`.
     """
 
     done: int
     total: int
     preview: "Rgb8 | None" = None
+    partial: "Rgb8 | None" = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -34,6 +34,11 @@ def predict_clean(before: Tensor, x: Tensor, sigma_before: float, sigma: float) 
     return x.float() - sigma * velocity
 
 
+def spread_steps(steps: int, count: int) -> set[int]:
+    """Return up to `count` steps, spread over those before the last."""
+    return {round(steps * part / (count + 1)) for part in range(1, count + 1)} - {0, steps}
+
+
 @dataclass(frozen=True, slots=True)
 class PreviewMap:
     """Linear map from latent channels to RGB at an eighth of the image's size.

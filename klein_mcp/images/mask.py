@@ -1,4 +1,7 @@
-"""The two readings of a mask: transparent pixels change (OpenAI's), or white ones do (ours)."""
+"""Two readings of a mask: transparent pixels change, or white ones do.
+
+The first is OpenAI's, the second that of most other tools.
+"""
 
 import numpy as np
 
@@ -17,7 +20,7 @@ TRACE = 0.001
 
 
 def to_brightness(mask: Decoded, name: str, *, alpha_only: bool = False) -> Rgb8:
-    """Return the mask as black and white, white where the edit may change.
+    """Return the mask in grey, white where the edit may change.
 
     mask: decoded with transparent pixels on black. alpha_only: a mask with transparency is always read by it, as the
     OpenAI API defines. Otherwise a mask that could mean either raises RequestError, which names both readings.

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from engine.contract import EngineConfig, Job, Result, Rgb8, Step
 from engine.diffusion.canvas import to_tensor
-from engine.diffusion.preview import MAX_SIDE, PreviewMap, predict_clean
+from engine.diffusion.preview import MAX_SIDE, PreviewMap, predict_clean, spread_steps
 from engine.engine import Engine
 from klein_mcp.daemon import wire
 
@@ -112,3 +112,38 @@ def test_map_recovers_a_linear_encoder() -> None:
     preview = to_tensor(preview_map(encode(image), 96, 64))
     # One level of 255 is 0.0078; the ridge moves it by about as much.
     assert float((preview - F.avg_pool2d(image, 8)).abs().max()) < 0.03
+
+
+@pytest.mark.parametrize(
+    ("steps", "count", "expected"),
+    [(4, 0, set()), (4, 1, {2}), (4, 2, {1, 3}), (4, 3, {1, 2, 3}), (1, 3, set()), (2, 3, {1}), (50, 3, {12, 25, 38})],
+)
+def test_partials_are_spread_over_the_steps_before_the_last(steps: int, count: int, expected: set[int]) -> None:
+    assert spread_steps(steps, count) == expected
+
+
+def test_partials_are_full_size_and_come_closer_to_the_image(engine: Engine) -> None:
+    steps, result = run(engine, replace(APPLE, partials=3), previews=False)
+    partials = [step.partial for step in steps if step.partial is not None]
+    assert [step.done for step in steps if step.partial is not None] == [1, 2, 3]
+    assert all(partial.shape == result.image.shape for partial in partials)
+    errors = [float(np.abs(partial.astype(int) - result.image).mean()) for partial in partials]
+    # Observed 0.56, 0.45, 0.38 of 255: nano is distilled, and sees the whole image at once.
+    assert errors == sorted(errors, reverse=True)
+    assert errors[-1] < 2
+
+
+def test_image_is_the_same_with_and_without_partials(engine: Engine) -> None:
+    _, plain = run(engine, APPLE, previews=False)
+    steps, with_partials = run(engine, replace(APPLE, partials=2), previews=True)
+    assert np.array_equal(plain.image, with_partials.image)
+    assert all(step.preview is not None for step in steps)
+
+
+def test_partial_of_an_edit_has_the_size_of_its_reference(engine: Engine) -> None:
+    _, apple = run(engine, APPLE, previews=False)
+    reference = apple.image[:90, :101].copy()
+    edit = replace(APPLE, prompt="make the background green", references=(reference,), align=True, partials=1)
+    steps, result = run(engine, edit, previews=False)
+    (partial,) = (step.partial for step in steps if step.partial is not None)
+    assert partial.shape == reference.shape == result.image.shape

@@ -24,7 +24,7 @@ from engine.contract import (
 )
 from engine.diffusion.canvas import GRID, Canvas, fit_reference, shaped, to_rgb8, to_tensor
 from engine.diffusion.change_mask import find_change
-from engine.diffusion.preview import PreviewMap, predict_clean
+from engine.diffusion.preview import PreviewMap, predict_clean, spread_steps
 from engine.diffusion.sampler import Velocity, denoise, guided
 from engine.diffusion.schedule import sigmas
 from engine.diffusion.tokens import grid_positions, pack, reference_time, text_positions, unpack, unpatchify
@@ -162,16 +162,22 @@ class Klein:
             velocity = guided(velocity, self._velocity(no_text, rope, seen, kept), guidance)
         levels = sigmas(steps, rows * columns)
         stepping = denoise(velocity, x, levels)
+        partial_steps = spread_steps(steps, job.partials)
         for i in range(steps):
-            # A copy, since a sampler may step in place; only while somebody watches.
-            before = x.clone() if previews() else None
+            watched, decoding = previews(), i + 1 in partial_steps
+            # A copy, since a sampler may step in place; only where it is looked at.
+            before = x.clone() if watched or decoding else None
             with clock("denoise"):
                 x = next(stepping)
-            preview = None
+            preview = partial = None
             if before is not None:
-                clean = predict_clean(before, x, levels[i], levels[i + 1])
-                preview = self._preview(unpack(clean, rows), frame)
-            yield Step(i + 1, steps, preview)
+                clean = unpack(predict_clean(before, x, levels[i], levels[i + 1]), rows)
+                preview = self._preview(clean, frame) if watched else None
+            if before is not None and decoding:
+                with clock("decode"):
+                    decoded = self.autoencoder.decode(clean.to(self.device.dtype))
+                    partial = frame.lift(to_rgb8(decoded))
+            yield Step(i + 1, steps, preview, partial)
 
         # 5. From latent to picture.
         yield Stage("decode")

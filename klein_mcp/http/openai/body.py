@@ -1,4 +1,4 @@
-"""Reads the body of an images call: JSON, or a form with files, within limits."""
+"""Reads the body of an images call, JSON or form, within limits."""
 
 import json
 import re
@@ -34,7 +34,10 @@ IMAGE_FIELDS = ("image", "image[]", "images", "images[]", "url", "url[]")
 
 @dataclass(frozen=True, slots=True)
 class Body:
-    """fields: everything but the images. images, mask: a file's bytes, or a reference as text."""
+    """The body of an edit.
+
+    fields: everything but the images. images, mask: a file's bytes, or a reference as text.
+    """
 
     fields: Mapping[str, Any]
     images: tuple[bytes | str, ...] = ()
@@ -74,7 +77,7 @@ def _listed(value: Any) -> list[Any]:
 
 
 def _reference(value: Any, name: str) -> str:
-    """Accept text, {"url": …}, {"image_url": …} and {"b64_json": …}: each is in use somewhere."""
+    """Accept text, {"url": …}, {"image_url": …} and {"b64_json": …}."""
     if isinstance(value, Mapping):
         if isinstance(encoded := value.get("b64_json"), str):
             return f"data:;base64,{encoded}"

@@ -18,7 +18,7 @@ KEEP_ALIVE = b": waiting\n\n"
 
 
 def usage(prompt: str, references: Iterable[tuple[int, int]], images: Sequence[tuple[int, int]]) -> dict[str, Any]:
-    """Count tokens: one per 16 × 16 pixels or four bytes of text.
+    """Count tokens, one per 16 × 16 pixels or four bytes.
 
     The text's share is an estimate: front ends have no tokenizer. references, images: sizes in pixels.
     """
