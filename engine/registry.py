@@ -20,8 +20,10 @@ EXTRAS = "klein.json"
 """Beside model_index.json: what a klein that is not one of the published ones was made for."""
 
 _WHOLE, _WHOLES, _WORDS = "a whole number above 0", "a list of whole numbers above 0", "a list of words"
+_WORDS_OF_WORDS = "words with a list of words each"
 _EXTRA_KEYS = {
     "text_length": _WHOLE, "text_layers": _WHOLES, "native_size": _WHOLE, "max_references": _WHOLE, "words": _WORDS,
+    "nouns": _WORDS_OF_WORDS, "shapes": _WORDS, "colours": _WORDS,
 }  # fmt: skip
 """What it may say, and of what kind, for it is written by hand."""
 _DENOISERS = ("Flux2KleinPipeline", "Flux2KleinKVPipeline", "Flux2KleinInpaintPipeline")
@@ -283,8 +285,9 @@ def _with_extras(variant: Variant, folder: Path) -> Variant:
             raise BadWeights(f"{folder / EXTRAS}: {key} is {str(value)[:40]!r}; it must be {_EXTRA_KEYS[key]}.")
     if "text_layers" in extras:
         extras["text_layers"] = tuple(extras["text_layers"])
-    if "words" in extras:
-        extras["words"] = frozenset(extras["words"])
+    extras |= {key: frozenset(extras[key]) for key in ("words", "shapes", "colours") if key in extras}
+    if "nouns" in extras:
+        extras["nouns"] = {noun: tuple(colours) for noun, colours in extras["nouns"].items()}
     if "native_size" in extras:
         # A small klein was made for one area: it neither paints nor sees more than that.
         extras |= {"max_size": extras["native_size"], "reference_size": min(1024, extras["native_size"])}
@@ -292,6 +295,8 @@ def _with_extras(variant: Variant, folder: Path) -> Variant:
 
 
 def _is(value: Any, kind: str) -> bool:
+    if kind == _WORDS_OF_WORDS:
+        return isinstance(value, dict) and all(each == [] or _is(each, _WORDS) for each in value.values())
     each = [value] if kind == _WHOLE else value if isinstance(value, list) else []
     return bool(each) and all(isinstance(one, str) if kind == _WORDS else type(one) is int and one > 0 for one in each)
 

@@ -29,6 +29,7 @@ from engine.diffusion.sampler import Velocity, denoise, guided
 from engine.diffusion.schedule import sigmas
 from engine.diffusion.tokens import grid_positions, pack, reference_time, text_positions, unpack, unpatchify
 from engine.families.klein.loader import LoadOptions, held_bytes, load, memory_info, work_of
+from engine.families.klein.reading import read_prompt
 from engine.families.klein.text_encoder import TextEncoder, Tokenizer
 from engine.families.klein.transformer import KV, Modulations, Transformer
 from engine.families.klein.variants import Variant
@@ -131,7 +132,9 @@ class Klein:
         # 1. The prompt, as states the transformer reads; a guided model also reads an empty one.
         yield Stage("prompt")
         with clock("prompt"):
-            text, prompt_known = self._read(job.prompt, warnings)
+            reading = read_prompt(job.prompt, variant)
+            warnings += reading.warnings
+            text, prompt_known = self._read(reading.text, warnings)
             no_text = self._read("", [])[0] if guidance > 1 else None
 
         # 2. The references, as tokens that take part in every step, or as keys and values kept for all of them.
@@ -198,6 +201,7 @@ class Klein:
             cache={"prompt": "hit" if prompt_known else "miss", "references": known},
             warnings=tuple(warnings),
             change=change,
+            read_as="" if reading.text == job.prompt else reading.text,
         )
 
     @torch.inference_mode()
@@ -315,8 +319,6 @@ class Klein:
     def _read(self, prompt: str, warnings: list[str]) -> tuple[Tensor, bool]:
         """Prompt states after the transformer's own projection: [1, text_length, hidden]."""
         tokens = self.tokenizer(prompt)
-        if strange := self.variant.unknown_words(prompt):
-            warnings.append(f"{self.variant.name} was never taught {', '.join(strange)}, and guesses")
         if tokens.cut:
             warnings.append(
                 f"the prompt is {tokens.cut} tokens longer than the {self.variant.text_length} {self.variant.name} "
