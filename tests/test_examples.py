@@ -1,4 +1,4 @@
-"""Each example, run as a user would; each client's configuration, read back as that client would."""
+"""Examples and client configurations, run and read as users would."""
 
 import json
 import os
@@ -22,7 +22,7 @@ from examples import http_client
 from examples.configurations import Launch
 from klein_mcp.jobs.service import Service
 from tests.fakes import FakePainter
-from tests.real_server import Living
+from tests.real_server import RealServer
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 LAUNCHES = [
@@ -59,13 +59,13 @@ MANUALS: dict[str, dict[str, object]] = {
 
 
 @pytest.mark.parametrize("client", clients.CLIENTS, ids=lambda client: client.title)
-def test_a_configuration_has_the_form_of_its_client_s_manual(client: clients.Client) -> None:
+def test_configuration_has_form_of_its_client_s_manual(client: clients.Client) -> None:
     load = {"json": json.loads, "toml": tomllib.loads, "yaml": yaml.safe_load}[client.file.rsplit(".", 1)[1]]
     launch = Launch("/opt/klein-mcp", ("serve",), {"KLEIN_MODEL": "nano"})
     assert load(client.write(launch)) == MANUALS[client.title]
 
 
-def test_terminal_commands_have_the_form_of_their_client_s_manual() -> None:
+def test_terminal_commands_have_form_of_their_client_s_manual() -> None:
     launch = Launch("/opt/klein-mcp", ("serve",), {"KLEIN_MODEL": "nano"})
     assert {title: write(launch) for title, (write, _) in clients.COMMANDS.items()} == {
         "Claude Code": "claude mcp add klein -e KLEIN_MODEL=nano -- /opt/klein-mcp serve",
@@ -75,7 +75,7 @@ def test_terminal_commands_have_the_form_of_their_client_s_manual() -> None:
 
 @pytest.mark.parametrize("launch", LAUNCHES, ids=["uvx", "a path with a space", "Windows with an environment"])
 @pytest.mark.parametrize("client", clients.CLIENTS, ids=lambda client: client.title)
-def test_a_client_s_configuration_says_the_command_it_was_made_for(client: clients.Client, launch: Launch) -> None:
+def test_client_s_configuration_reports_command_it_was_made_for(client: clients.Client, launch: Launch) -> None:
     assert client.read(client.write(launch)) == launch
 
 
@@ -87,7 +87,7 @@ def test_links_and_terminal_commands_say_it_too(launch: Launch) -> None:
         assert read(write(launch)) == launch
 
 
-def test_the_configurations_in_the_folder_all_start_the_same_command() -> None:
+def test_configurations_in_folder_all_start_same_command() -> None:
     read = {client.title: client.read((clients.FOLDER / client.file).read_text()) for client in clients.CLIENTS}
     assert set(read) == {
         "Claude Desktop",
@@ -104,7 +104,7 @@ def test_the_configurations_in_the_folder_all_start_the_same_command() -> None:
     assert {path.name for path in clients.FOLDER.iterdir()} == {client.file for client in clients.CLIENTS}
 
 
-def test_the_links_have_the_form_their_programs_expect() -> None:
+def test_links_have_form_their_programs_expect() -> None:
     assert clients.vscode_link(clients.LAUNCH).startswith(
         "https://vscode.dev/redirect?url=vscode%3Amcp%2Finstall%3F%257B"
     )
@@ -113,8 +113,8 @@ def test_the_links_have_the_form_their_programs_expect() -> None:
     )
 
 
-def test_the_configurations_can_be_printed_for_a_command_of_one_s_own(living: Living) -> None:
-    ran = living.run("-m", "examples.configurations", "/opt/klein/bin/klein-mcp", cwd=EXAMPLES.parent)
+def test_configurations_can_be_printed_for_command_of_one_s_own(server: RealServer) -> None:
+    ran = server.run("-m", "examples.configurations", "/opt/klein/bin/klein-mcp", cwd=EXAMPLES.parent)
     assert ran.returncode == 0
     for client in clients.CLIENTS:
         assert f"{client.title}: {client.where}" in ran.stdout
@@ -122,91 +122,91 @@ def test_the_configurations_can_be_printed_for_a_command_of_one_s_own(living: Li
     assert "uvx" not in ran.stdout
 
 
-def test_the_command_of_the_configurations_is_a_program_of_the_package() -> None:
+def test_command_of_configurations_is_program_of_package() -> None:
     project = tomllib.loads((EXAMPLES.parent / "pyproject.toml").read_text())["project"]
     assert Launch("uvx", (project["name"],)) == clients.LAUNCH
     assert project["name"] in project["scripts"], "uvx runs the program of the package's own name"
 
 
-def pictures(folder: Path) -> dict[str, tuple[int, int]]:
-    """Every picture of a folder, opened."""
+def images(folder: Path) -> dict[str, tuple[int, int]]:
+    """Every image of a folder, opened."""
     found = {}
     for path in sorted(folder.glob("*.png")):
-        with Image.open(path) as picture:
-            picture.load()
-            found[path.name] = picture.size
+        with Image.open(path) as opened:
+            opened.load()
+            found[path.name] = opened.size
     return found
 
 
-def test_iterate_keeps_the_calmest_draft_and_saves_the_edited_one(living: Living, tmp_path: Path) -> None:
-    ran = living.run(str(EXAMPLES / "iterate.py"), str(tmp_path / "out"))
+def test_iterate_keeps_calmest_draft_and_saves_edited_one(server: RealServer, tmp_path: Path) -> None:
+    ran = server.run(str(EXAMPLES / "iterate.py"), str(tmp_path / "out"))
     assert ran.returncode == 0, ran.stderr
     assert re.search(r"kept draft [A-D], seed [1-4]\n", ran.stdout)
-    assert pictures(tmp_path / "out") == {"iterated.png": (128, 128)}
-    with Image.open(tmp_path / "out" / "iterated.png") as picture:
-        red, _, blue = picture.convert("RGB").getpixel((3, 64))  # type: ignore[misc]
+    assert images(tmp_path / "out") == {"iterated.png": (128, 128)}
+    with Image.open(tmp_path / "out" / "iterated.png") as opened:
+        red, _, blue = opened.convert("RGB").getpixel((3, 64))  # type: ignore[misc]
     assert blue > red + 40, "the last background asked for is blue"
 
 
-def test_the_library_paints_edits_and_composes_and_paints_what_the_server_does(living: Living, tmp_path: Path) -> None:
-    """Same words, same seed: the demo's first picture and the library's are one."""
-    ran = living.run(str(EXAMPLES / "library.py"), str(tmp_path))
+def test_library_paints_edits_and_composes_and_paints_what_server_does(server: RealServer, tmp_path: Path) -> None:
+    """Same words, same seed: the demo's first image and the library's are one."""
+    ran = server.run(str(EXAMPLES / "library.py"), str(tmp_path))
     assert ran.returncode == 0, ran.stderr
-    assert pictures(tmp_path) == dict.fromkeys(("apple.png", "both.png", "green.png"), (128, 128))
-    assert living.run("-m", "klein_mcp", "demo", "--out", str(tmp_path / "demo")).returncode == 0
-    with Image.open(tmp_path / "apple.png") as ours, Image.open(tmp_path / "demo" / "1-apple.png") as theirs:
-        assert ours.convert("RGB").tobytes() == theirs.convert("RGB").tobytes()
+    assert images(tmp_path) == dict.fromkeys(("apple.png", "both.png", "green.png"), (128, 128))
+    assert server.run("-m", "klein_mcp", "demo", "--out", str(tmp_path / "demo")).returncode == 0
+    with Image.open(tmp_path / "apple.png") as ours, Image.open(tmp_path / "demo" / "1-apple.png") as expected:
+        assert ours.convert("RGB").tobytes() == expected.convert("RGB").tobytes()
 
 
-def test_timing_prints_a_row_of_the_speed_table(living: Living) -> None:
-    ran = living.run(str(EXAMPLES / "timing.py"), "--calls", "2", "--model", "nano")
+def test_timing_prints_row_of_speed_table(server: RealServer) -> None:
+    ran = server.run(str(EXAMPLES / "timing.py"), "--calls", "2", "--model", "nano")
     assert ran.returncode == 0, ran.stderr
     assert re.fullmatch(r"\| nano, 128×128 \|( \d+ ms \|){3} \d+\.\d s \|\n", ran.stdout)
 
 
-def test_http_client_shows_its_token_hears_the_progress_and_fetches_the_picture(living: Living, tmp_path: Path) -> None:
+def test_http_client_shows_its_token_hears_progress_and_fetches_image(server: RealServer, tmp_path: Path) -> None:
     token = tmp_path / "token"
     token.write_text("a-word-that-is-long-enough-to-be-a-token\n")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     url = f"http://127.0.0.1:{port}/mcp"
-    nobody = living.run(str(EXAMPLES / "http_client.py"), url, str(tmp_path))
+    nobody = server.run(str(EXAMPLES / "http_client.py"), url, str(tmp_path))
     assert (nobody.returncode, nobody.stderr.count("\n")) == (1, 1), nobody.stderr
     assert f"no server answers at {url}" in nobody.stderr
     serve = [sys.executable, "-m", "klein_mcp", "serve", "--port", str(port), "--token-file", str(token)]
-    with subprocess.Popen(serve, env=living.environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as server:
+    with subprocess.Popen(serve, env=server.environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as server:
         try:
             _wait_for(port, server)
-            stranger = living.run(str(EXAMPLES / "http_client.py"), url, str(tmp_path))
+            refused = server.run(str(EXAMPLES / "http_client.py"), url, str(tmp_path))
             known = "--token-file", str(token)
-            lost = living.run(str(EXAMPLES / "http_client.py"), url.replace("mcp", "nothing"), str(tmp_path), *known)
-            deep = living.run(str(EXAMPLES / "http_client.py"), url.replace("mcp", "healthz"), str(tmp_path), *known)
-            wrong = living.run(str(EXAMPLES / "http_client.py"), url, str(tmp_path), "--token-file", "nowhere")
-            ran = living.run(str(EXAMPLES / "http_client.py"), url, str(tmp_path), *known)
+            lost = server.run(str(EXAMPLES / "http_client.py"), url.replace("mcp", "nothing"), str(tmp_path), *known)
+            deep = server.run(str(EXAMPLES / "http_client.py"), url.replace("mcp", "healthz"), str(tmp_path), *known)
+            wrong = server.run(str(EXAMPLES / "http_client.py"), url, str(tmp_path), "--token-file", "nowhere")
+            ran = server.run(str(EXAMPLES / "http_client.py"), url, str(tmp_path), *known)
         finally:
             server.terminate()
     assert ran.returncode == 0, ran.stderr
-    assert (stranger.returncode, stranger.stderr.count("\n")) == (1, 1)
-    assert "refuses calls without a token" in stranger.stderr
+    assert (refused.returncode, refused.stderr.count("\n")) == (1, 1)
+    assert "refuses calls without a token" in refused.stderr
     assert (wrong.returncode, wrong.stderr.count("\n")) == (1, 1)
     assert "nowhere cannot be read: No such file" in wrong.stderr
     assert (lost.returncode, lost.stderr.count("\n")) == (1, 1), lost.stderr
     assert "is no MCP server's address; klein-mcp serve has its own at /mcp" in lost.stderr
     assert (deep.returncode, deep.stderr.count("\n")) == (1, 1), deep.stderr
     assert "step 4 of 4" in ran.stdout
-    (size,) = pictures(tmp_path).values()
+    (size,) = images(tmp_path).values()
     assert size == (128, 128)
 
 
 @pytest.mark.anyio
-async def test_http_client_waits_for_a_job_and_says_what_a_tool_says(
+async def test_http_client_waits_for_job_and_reports_what_tool_says(
     client: Client, service: Service, painter: FakePainter, tmp_path: Path
 ) -> None:
     painter.service, service.settings = service, replace(service.settings, wait_budget=0)
     painter.seconds_per_step = 0.1
     await http_client.paint(client, tmp_path)
-    assert list(pictures(tmp_path).values()) == [(128, 128)]
+    assert list(images(tmp_path).values()) == [(128, 128)]
     assert len(painter.kept_orders) == 1
     with pytest.raises(RuntimeError, match="view_image: There is no image"):
         await http_client.call(client, "view_image", image="zzzzzz")
@@ -225,21 +225,21 @@ def _wait_for(port: int, server: subprocess.Popen[bytes]) -> None:
 
 
 @pytest.mark.conformance
-def test_the_typescript_example_compiles_and_saves_a_picture(living: Living, tmp_path: Path) -> None:
+def test_typescript_example_compiles_and_saves_image(server: RealServer, tmp_path: Path) -> None:
     npm = shutil.which("npm") or pytest.skip("npm is not installed")
     folder = tmp_path / "typescript"
     shutil.copytree(EXAMPLES / "typescript", folder, ignore=shutil.ignore_patterns("node_modules", "build"))
     subprocess.run([npm, "install", "--silent", "--no-audit", "--no-fund"], cwd=folder, check=True, timeout=300)
     start = [npm, "start", "--silent", "--", str(tmp_path / "out"), sys.executable, "-m", "klein_mcp"]
     ran = subprocess.run(
-        start, cwd=folder, env=living.environment(PATH=os.environ["PATH"]), capture_output=True, text=True
+        start, cwd=folder, env=server.environment(PATH=os.environ["PATH"]), capture_output=True, text=True
     )
     assert ran.returncode == 0, ran.stdout + ran.stderr
     assert "8 tools: generate_image, edit_image" in ran.stdout
-    assert pictures(tmp_path / "out") == {"together.png": (128, 128)}
+    assert images(tmp_path / "out") == {"together.png": (128, 128)}
 
 
-def test_the_typescript_example_names_released_versions_only() -> None:
+def test_typescript_example_names_released_versions_only() -> None:
     package = json.loads((EXAMPLES / "typescript" / "package.json").read_text())
     for version in {**package["dependencies"], **package["devDependencies"]}.values():
         assert re.fullmatch(r"\d+\.\d+\.\d+", version)

@@ -1,4 +1,4 @@
-"""The README cannot lie: its tables are made from code, its pictures by the program, its commands run here."""
+"""The README cannot lie: its tables are made from code, its images by the program, its commands run here."""
 
 import json
 import re
@@ -17,7 +17,7 @@ from examples import configurations, make
 from klein_mcp import settings
 from klein_mcp.cli import main
 from klein_mcp.images.provenance import read
-from tests.real_server import Living
+from tests.real_server import RealServer
 
 ROOT = Path(__file__).parents[1]
 README = make.README.read_text(encoding="utf-8")
@@ -26,7 +26,7 @@ UNTESTED = ("needs a GPU", "needs Docker", "downloads some gigabytes")
 
 
 @pytest.mark.parametrize("path", make.PARTS, ids=lambda path: path.name)
-def test_each_table_is_as_the_code_makes_it(path: Path) -> None:
+def test_each_table_is_as_code_makes_it(path: Path) -> None:
     """If not: python -m examples.make."""
     assert path.read_text(encoding="utf-8") == make.made(path)
 
@@ -40,7 +40,7 @@ def commands() -> list[str]:
     return [line for block in blocks("sh") for line in block.splitlines() if line.strip()]
 
 
-def test_the_two_commands_come_first_and_are_what_the_check_runs() -> None:
+def test_two_commands_come_first_and_are_what_check_runs() -> None:
     first, second, *_ = (command.split("#")[0].strip() for command in commands())
     assert (first, second) == ("python3 dev.py demo", "python3 dev.py test")
     check = (ROOT / ".ci" / "run").read_text()
@@ -48,7 +48,7 @@ def test_the_two_commands_come_first_and_are_what_the_check_runs() -> None:
     assert re.search(r"^python3 dev\.py test$", check, re.MULTILINE)
 
 
-def test_the_pictures_come_before_everything_else() -> None:
+def test_images_come_before_everything_else() -> None:
     assert README.index("<img") < README.index("##")
     shown = re.findall(r'<img src="([^"]+)"', README)
     assert len(shown) == 4
@@ -56,14 +56,14 @@ def test_the_pictures_come_before_everything_else() -> None:
 
 
 @pytest.fixture(scope="module")
-def checkout(living: Living, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def checkout(server: RealServer, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder to run README's commands in, from the first to the last."""
     folder = tmp_path_factory.mktemp("checkout")
     (folder / "examples").symlink_to(ROOT / "examples")
     return folder
 
 
-def test_every_command_works_or_says_what_it_needs(living: Living, checkout: Path) -> None:
+def test_every_command_works_or_reports_what_it_needs(server: RealServer, checkout: Path) -> None:
     """In the order of the README, in one folder, as somebody would who tries them all."""
     elsewhere = {"python3 dev.py demo", "python3 dev.py test"}  # by .ci/run, on a bare checkout
     elsewhere |= {f"python examples/{name}.py pictures" for name in ("library", "iterate")}  # test_examples.py
@@ -74,11 +74,11 @@ def test_every_command_works_or_says_what_it_needs(living: Living, checkout: Pat
             command = line.split(" #")[0].strip()
             if command in elsewhere or any(need in line for need in UNTESTED):
                 continue
-            words = _translated(living, command, checkout)
+            words = _translated(server, command, checkout)
             if "serve" in words:
-                servers.append(_serving(living, words, checkout))
+                servers.append(_serving(server, words, checkout))
             else:
-                ran = living.run(*words, cwd=checkout)
+                ran = server.run(*words, cwd=checkout)
                 assert ran.returncode == 0, f"{command}: {ran.stderr or ran.stdout}"
     finally:
         for server in servers:
@@ -88,21 +88,21 @@ def test_every_command_works_or_says_what_it_needs(living: Living, checkout: Pat
     assert list((checkout / "pictures").glob("*.png"))
 
 
-def _translated(living: Living, command: str, checkout: Path) -> list[str]:
-    """As arguments of this Python: the project is installed here, and not under the user's names for it."""
+def _translated(server: RealServer, command: str, checkout: Path) -> list[str]:
+    """Translate a command into arguments of this Python."""
     command = command.removeprefix("python3 dev.py run ").replace("$PWD", str(checkout))
     program, *words = shlex.split(command)
     if "HANDLE" in words:
-        listed = json.loads(living.run("-m", "klein_mcp", "list", "--json").stdout)
+        listed = json.loads(server.run("-m", "klein_mcp", "list", "--json").stdout)
         words = [listed[0]["image"] if word == "HANDLE" else word for word in words]
     return {"klein-mcp": ["-m", "klein_mcp"], "python": []}[program] + words
 
 
-def _serving(living: Living, words: list[str], folder: Path) -> "subprocess.Popen[bytes]":
+def _serving(server: RealServer, words: list[str], folder: Path) -> "subprocess.Popen[bytes]":
     server = subprocess.Popen(
         [sys.executable, *words],
         cwd=folder,
-        env=living.environment(),
+        env=server.environment(),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
@@ -119,10 +119,10 @@ def _serving(living: Living, words: list[str], folder: Path) -> "subprocess.Pope
     raise AssertionError(f"{words} did not listen within 30 seconds")
 
 
-def test_the_pictures_are_those_that_the_command_beside_them_paints(living: Living, tmp_path: Path) -> None:
-    """If the embedded model has changed: python -m examples.make pictures."""
+def test_images_are_those_that_command_beside_them_paints(server: RealServer, tmp_path: Path) -> None:
+    """If the embedded model has changed: python -m examples.make images."""
     assert "`python3 dev.py demo --out pictures`" in README
-    painted = living.run("-m", "klein_mcp", "demo", "--out", str(tmp_path))
+    painted = server.run("-m", "klein_mcp", "demo", "--out", str(tmp_path))
     assert painted.returncode == 0, painted.stderr
     shown = sorted(make.PICTURES.glob("*.png"))
     assert [path.name for path in shown] == sorted(path.name for path in tmp_path.glob("*.png"))
@@ -154,7 +154,7 @@ def test_every_setting_command_and_client_it_speaks_of_exists() -> None:
         assert f"<b>{client.title}</b>" in README
 
 
-def test_every_configuration_in_it_starts_the_same_command() -> None:
+def test_every_configuration_in_it_starts_same_command() -> None:
     links = dict(re.findall(r"\[\*\*Install in (VS Code|Cursor)\*\*\]\(([^)]+)\)", README))
     assert configurations.read_vscode_link(links["VS Code"]) == configurations.LAUNCH
     assert configurations.read_cursor_link(links["Cursor"]) == configurations.LAUNCH
@@ -167,7 +167,7 @@ def test_every_configuration_in_it_starts_the_same_command() -> None:
         assert read_back(write(configurations.LAUNCH)) == configurations.LAUNCH, title
 
 
-def test_every_address_of_the_repository_is_the_one_constant() -> None:
+def test_every_address_of_repository_is_one_constant() -> None:
     for path in ("README.md", "server.json", "packaging/mcpb/manifest.json", "Dockerfile", "pyproject.toml"):
         for name in re.findall(r"github\.com/([\w-]+/[\w-]+)", (ROOT / path).read_text()):
             if "klein" in name and not name.startswith("black-forest-labs"):

@@ -1,7 +1,7 @@
 """Toy kleins: the real layout, the real architecture, random weights, a few hundred kilobytes.
 
-The weights are drawn so that pictures do not saturate and every input shows in them: a comparison of two grey
-pictures would pass whatever the code does. `tests/parity/test_toys.py` holds both.
+The weights are drawn so that images do not saturate and every input shows in them: a comparison of two grey
+images would pass whatever the code does. `tests/parity/test_toys.py` holds both.
 """
 
 import json

@@ -43,7 +43,7 @@ def test_ordinary_files_of_every_kind_are_read(kind: str):
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_a_picture_that_says_it_lies_on_its_side_is_put_upright(orientation: int):
+def test_image_that_reports_it_lies_on_its_side_is_put_upright(orientation: int):
     exif = Image.Exif()
     exif[0x0112] = orientation
     lying = {  # how the stored pixels must be turned to show the scene
@@ -61,7 +61,7 @@ def test_a_picture_that_says_it_lies_on_its_side_is_put_upright(orientation: int
     assert (decoded(file(np.ascontiguousarray(lying), "PNG", exif=exif)).image == SCENE).all()
 
 
-def test_transparency_becomes_white_and_is_said():
+def test_transparency_becomes_white_with_warning():
     rgba = np.dstack([SCENE, np.full(SCENE.shape[:2], 255, np.uint8)])
     assert decoded(file(rgba)).warnings == ()
     rgba[:16, :, 3] = 0
@@ -77,7 +77,7 @@ def test_half_transparent_is_half_white():
     assert off_by(decoded(file(grey)).image, np.full((8, 8, 3), 178, np.uint8)) <= 1
 
 
-def test_a_palette_with_a_transparent_colour_is_read():
+def test_palette_with_transparent_colour_is_read():
     paletted = Image.fromarray(SCENE).quantize(8)
     found = decoded(file(paletted, "PNG", transparency=0))
     assert "transparent" in found.warnings[0]
@@ -119,14 +119,14 @@ def test_another_colour_space_becomes_srgb():
     assert found.warnings == ()
 
 
-def test_a_broken_colour_profile_is_said_and_does_no_harm():
+def test_broken_colour_profile_is_reported_and_does_no_harm():
     found = decoded(file(SCENE, "PNG", icc_profile=b"not a profile" * 100))
     assert (found.image == SCENE).all()
     assert "colour profile" in found.warnings[0]
 
 
 @pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG", "TIFF"])
-def test_of_several_frames_the_first_is_used_and_it_is_said(kind: str):
+def test_of_several_frames_first_is_used_with_warning(kind: str):
     frames = [Image.fromarray(np.full((16, 16, 3), shade, np.uint8)) for shade in (10, 240)]
     out = io.BytesIO()
     frames[0].save(out, kind, save_all=True, append_images=frames[1:], duration=100)
@@ -143,7 +143,7 @@ def chunk(kind: bytes, data: bytes) -> bytes:
 
 
 def giant(width: int, height: int) -> bytes:
-    """A few hundred bytes that say they are a huge picture."""
+    """A few hundred bytes that say they are a huge image."""
     header = struct.pack("!IIBBBBB", width, height, 8, 2, 0, 0, 0)
     return png.SIGNATURE + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 1000)) + chunk(b"IEND", b"")
 
@@ -197,12 +197,12 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_a_hostile_file_is_refused_with_one_line(name: str):
-    data, said = HOSTILE[name]
+def test_hostile_file_is_refused_with_one_line(name: str):
+    data, message = HOSTILE[name]
     began = time.monotonic()
     with pytest.raises(BadImage) as caught:
         codec.decode(data, "it")
-    assert said in str(caught.value)
+    assert message in str(caught.value)
     assert "\n" not in str(caught.value)
     assert time.monotonic() - began < 2
 
@@ -212,12 +212,12 @@ def test_more_bytes_than_allowed_are_refused_before_decoding():
         codec.decode(b"\x89PNG" + bytes(65 * 2**20), "it")
 
 
-def test_an_honest_file_of_another_name_is_read_by_what_it_is():
+def test_honest_file_of_another_name_is_read_by_what_it_is():
     assert (decoded(file(SCENE, "BMP")).image == SCENE).all()
 
 
-def test_what_hangs_behind_a_picture_is_not_looked_at():
-    """A polyglot: a picture to us, a web page or an archive to others."""
+def test_what_hangs_behind_image_is_not_looked_at():
+    """A polyglot: an image to us, a web page or an archive to others."""
     for tail in (b"<script>alert(1)</script>", b"PK\x03\x04" + bytes(100)):
         found = decoded(file(SCENE) + tail)
         assert (found.image == SCENE).all()
@@ -241,30 +241,30 @@ def test_garbage_in_any_file_is_read_or_refused_and_nothing_else(garbage: bytes,
 
 @settings(deadline=None)
 @given(arrays.arrays(np.uint8, st.tuples(st.integers(1, 40), st.integers(1, 40), st.sampled_from([3, 4]))))
-def test_a_png_of_ours_is_read_by_pillow_pixel_for_pixel(image: Any):
-    with Image.open(io.BytesIO(png.encode(image))) as picture:
-        assert picture.mode == ("RGB" if image.shape[2] == 3 else "RGBA")
-        assert (np.asarray(picture) == image).all()
+def test_png_of_ours_is_read_by_pillow_pixel_for_pixel(image: Any):
+    with Image.open(io.BytesIO(png.encode(image))) as opened:
+        assert opened.mode == ("RGB" if image.shape[2] == 3 else "RGBA")
+        assert (np.asarray(opened) == image).all()
 
 
-def test_without_isal_the_same_pixels_come_from_zlib(monkeypatch: pytest.MonkeyPatch):
+def test_without_isal_same_pixels_come_from_zlib(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(png, "_deflate", zlib)
     assert (pixels(png.encode(SCENE)) == SCENE).all()
 
 
-def test_texts_in_a_png_come_back_in_any_script():
+def test_texts_in_png_come_back_in_any_script():
     data = png.encode(SCENE, [("klein-mcp", "ein Bär, 熊, 🐻")])
-    with Image.open(io.BytesIO(data)) as picture:
-        assert picture.text["klein-mcp"] == "ein Bär, 熊, 🐻"  # type: ignore[attr-defined]
+    with Image.open(io.BytesIO(data)) as opened:
+        assert opened.text["klein-mcp"] == "ein Bär, 熊, 🐻"  # type: ignore[attr-defined]
 
 
-def test_a_png_takes_at_most_a_tenth_of_pillows_time():
-    """At 1024², on a smooth picture with some grain, as paintings are; the best of three, in one run."""
+def test_png_takes_at_most_tenth_of_pillows_time():
+    """At 1024², on a smooth image with grain: the best of three."""
     grain = noise(1024, 1024) // 16
     image = np.clip(scene(1024, 1024).astype(int) + grain, 0, 255).astype(np.uint8)
     ours = min(timed(lambda: png.encode(image)) for _ in range(5))
-    theirs = min(timed(lambda: file(image)) for _ in range(3))
-    assert ours <= theirs / 10, f"{1000 * ours:.1f} ms, Pillow {1000 * theirs:.0f} ms"  # observed: 13 and 480 ms
+    expected = min(timed(lambda: file(image)) for _ in range(3))
+    assert ours <= expected / 10, f"{1000 * ours:.1f} ms, Pillow {1000 * expected:.0f} ms"  # observed: 13 and 480 ms
 
 
 def timed(work: Any) -> float:

@@ -1,4 +1,4 @@
-"""save_image writes the full picture whole or not at all, and tells how it was made unless told not to."""
+"""save_image: atomic writes, formats and provenance."""
 
 import json
 import os
@@ -42,23 +42,23 @@ async def painted(client: Client, **more: Any) -> dict[str, Any]:
 pytestmark = pytest.mark.anyio
 
 
-async def test_a_png_is_the_librarys_own_bytes(client: Client, project: Path):
-    told = await painted(client)
+async def test_png_is_librarys_own_bytes(client: Client, project: Path):
+    facts = await painted(client)
     saved = await call(client, "save_image", image="last", path=str(project / "deep" / "er" / "hero.png"))
     assert saved["saved"] == str(project / "deep" / "er" / "hero.png")
-    assert Path(saved["saved"]).read_bytes() == Path(told["path"]).read_bytes()
-    assert (saved["image"], saved["format"], saved["width"], saved["height"]) == (told["image"], "png", 128, 128)
+    assert Path(saved["saved"]).read_bytes() == Path(facts["path"]).read_bytes()
+    assert (saved["image"], saved["format"], saved["width"], saved["height"]) == (facts["image"], "png", 128, 128)
 
 
 @pytest.mark.parametrize("name", ["hero.png", "hero.jpg", "hero.jpeg", "hero.webp"])
 async def test_every_format_tells_how_it_was_made(client: Client, project: Path, name: str):
-    told = await painted(client)
+    facts = await painted(client)
     await call(client, "save_image", image="last", path=str(project / name))
-    with Image.open(project / name) as picture:
-        recipe = provenance.read(picture)
-        packet = picture.info.get("xmp") or picture.info.get("XML:com.adobe.xmp")
+    with Image.open(project / name) as opened:
+        recipe = provenance.read(opened)
+        packet = opened.info.get("xmp") or opened.info.get("XML:com.adobe.xmp")
     assert recipe is not None
-    assert (recipe["image"], recipe["seed"], recipe["model"]) == (told["image"], "5", "nano")
+    assert (recipe["image"], recipe["seed"], recipe["model"]) == (facts["image"], "5", "nano")
     assert recipe["order"]["prompt"] == "a dot — “quoted” <&> 熊"
     assert packet
     root = ElementTree.fromstring(packet.strip(b"\0 ") if isinstance(packet, bytes) else packet)
@@ -67,12 +67,12 @@ async def test_every_format_tells_how_it_was_made(client: Client, project: Path,
     assert kind == IPTC + "trainedAlgorithmicMedia"
 
 
-async def test_an_edit_is_called_a_composite(client: Client, project: Path):
+async def test_edit_is_called_composite(client: Client, project: Path):
     await painted(client)
     await call(client, "edit_image", image="last", prompt="x")
     await call(client, "save_image", image="last", path=str(project / "edit.webp"))
-    with Image.open(project / "edit.webp") as picture:
-        assert (IPTC + "compositeWithTrainedAlgorithmicMedia").encode() in picture.info["xmp"]
+    with Image.open(project / "edit.webp") as opened:
+        assert (IPTC + "compositeWithTrainedAlgorithmicMedia").encode() in opened.info["xmp"]
 
 
 @pytest.mark.parametrize("name", ["hero.png", "hero.jpg", "hero.webp"])
@@ -84,41 +84,37 @@ async def test_strip_metadata_leaves_nothing_but_pixels(client: Client, project:
         assert trace not in data
 
 
-async def test_a_photo_is_not_called_a_painting(client: Client, project: Path, tmp_path: Path):
+async def test_photo_is_not_called_painting(client: Client, project: Path, tmp_path: Path):
     (tmp_path / "photo.png").write_bytes(file(scene(64, 48)))
     await call(client, "save_image", image=str(tmp_path / "photo.png"), path=str(project / "copy.png"))
     assert b"klein" not in (project / "copy.png").read_bytes()
 
 
 @pytest.mark.parametrize("name", ["hero.png", "hero.jpg", "hero.webp"])
-async def test_a_saved_picture_opened_again_finds_its_ancestors(
-    client: Client, project: Path, tmp_path: Path, name: str
-):
-    told = await painted(client)
+async def test_saved_image_opened_again_finds_its_ancestors(client: Client, project: Path, tmp_path: Path, name: str):
+    facts = await painted(client)
     await call(client, "save_image", image="last", path=str(project / name))
     again = await call(client, "view_image", image=str(project / name))
     if name.endswith("png"):
-        assert again["image"] == told["image"]
+        assert again["image"] == facts["image"]
     else:
-        assert again["parents"] == [told["image"]]
+        assert again["parents"] == [facts["image"]]
 
 
 @pytest.mark.parametrize("name", ["hero.jpg", "hero.webp"])
-async def test_a_saved_picture_that_comes_back_as_a_png_still_tells_how_it_was_made(
-    client: Client, project: Path, tmp_path: Path, name: str
-):
-    told = await painted(client)
+async def test_saved_image_reopened_as_png_keeps_its_recipe(client: Client, project: Path, tmp_path: Path, name: str):
+    facts = await painted(client)
     await call(client, "save_image", image="last", path=name)
     await call(client, "save_image", image=str(project / name), path="again.png")
-    with Image.open(project / "again.png") as picture:
-        recipe = provenance.read(picture)
+    with Image.open(project / "again.png") as opened:
+        recipe = provenance.read(opened)
     assert recipe is not None
-    assert (recipe["image"], recipe["seed"]) == (told["image"], "5")
+    assert (recipe["image"], recipe["seed"]) == (facts["image"], "5")
     await call(client, "save_image", image=str(project / name), path="bare.png", strip_metadata=True)
     assert b"klein" not in (project / "bare.png").read_bytes()
 
 
-async def test_a_smaller_copy_keeps_its_shape_and_nothing_is_enlarged(client: Client, project: Path):
+async def test_smaller_copy_keeps_its_shape_and_nothing_is_enlarged(client: Client, project: Path):
     await painted(client, width=256, height=128)
     small = await call(client, "save_image", image="last", path="small.png", max_size=64)
     assert (small["width"], small["height"]) == (64, 32)
@@ -126,7 +122,7 @@ async def test_a_smaller_copy_keeps_its_shape_and_nothing_is_enlarged(client: Cl
     assert (large["width"], large["height"]) == (256, 128)
 
 
-async def test_a_jpeg_is_close_to_the_picture(client: Client, project: Path, painter: FakePainter):
+async def test_jpeg_is_close_to_image(client: Client, project: Path, painter: FakePainter):
     painter.paint = lambda job: scene(128, 128)
     await painted(client)
     await call(client, "save_image", image="last", path="hero.jpg")
@@ -134,18 +130,18 @@ async def test_a_jpeg_is_close_to_the_picture(client: Client, project: Path, pai
     assert error.max() <= 6
 
 
-async def test_nothing_is_overwritten_unless_told(client: Client, project: Path):
+async def test_nothing_is_overwritten_unless_reported(client: Client, project: Path):
     (project / "hero.png").write_text("mine")
     await painted(client)
-    said = await refused(client, "save_image", image="last", path=str(project / "hero.png"))
-    assert "exists. Choose another name, or say overwrite: true" in said
+    message = await refused(client, "save_image", image="last", path=str(project / "hero.png"))
+    assert "exists. Choose another name, or say overwrite: true" in message
     assert (project / "hero.png").read_text() == "mine"
     await call(client, "save_image", image="last", path=str(project / "hero.png"), overwrite=True)
     assert (project / "hero.png").read_bytes().startswith(b"\x89PNG")
     assert [path.name for path in project.iterdir()] == ["hero.png"]
 
 
-async def test_a_failed_write_leaves_nothing_behind(client: Client, project: Path, monkeypatch: pytest.MonkeyPatch):
+async def test_failed_write_leaves_nothing_behind(client: Client, project: Path, monkeypatch: pytest.MonkeyPatch):
     await painted(client)
 
     def full(descriptor: int) -> None:
@@ -153,25 +149,25 @@ async def test_a_failed_write_leaves_nothing_behind(client: Client, project: Pat
 
     (project / "hero.png").write_text("mine")
     monkeypatch.setattr("klein_mcp.images.export.os.fsync", full)
-    said = await refused(client, "save_image", image="last", path=str(project / "hero.png"), overwrite=True)
-    assert "No space left on device" in said
+    message = await refused(client, "save_image", image="last", path=str(project / "hero.png"), overwrite=True)
+    assert "No space left on device" in message
     assert (project / "hero.png").read_text() == "mine"
     assert [path.name for path in project.iterdir()] == ["hero.png"]
 
 
-async def test_a_folder_gets_a_file_named_by_the_handle(client: Client, project: Path):
-    told = await painted(client)
+async def test_folder_gets_file_named_by_handle(client: Client, project: Path):
+    facts = await painted(client)
     saved = await call(client, "save_image", image="last", path=str(project), format="webp")
-    assert saved["saved"] == str(project / f"{told['image']}.webp")
+    assert saved["saved"] == str(project / f"{facts['image']}.webp")
 
 
-async def test_a_relative_path_counts_from_the_project(client: Client, project: Path):
+async def test_relative_path_counts_from_project(client: Client, project: Path):
     await painted(client)
     assert (await call(client, "save_image", image="last", path="art/hero"))["saved"] == str(project / "art/hero.png")
 
 
 @pytest.mark.parametrize(
-    ("path", "said"),
+    ("path", "message"),
     [
         ("/etc/hero.png", "outside the folders that may be written"),
         ("../hero.png", "goes up with '..'"),
@@ -185,21 +181,21 @@ async def test_a_relative_path_counts_from_the_project(client: Client, project: 
         ("mine.txt/hero.png", "cannot be written"),
     ],
 )
-async def test_a_path_that_may_not_be_written_is_refused(client: Client, project: Path, path: str, said: str):
+async def test_path_that_may_not_be_written_is_refused(client: Client, project: Path, path: str, message: str):
     (project / "out").symlink_to(project.parent)
     (project / "mine.txt").write_text("mine")
     await painted(client)
-    assert said in await refused(client, "save_image", image="last", path=path)
+    assert message in await refused(client, "save_image", image="last", path=path)
     assert not (project.parent / "hero.png").exists()
 
 
 async def test_format_and_name_must_agree(client: Client, project: Path):
     await painted(client)
-    said = await refused(client, "save_image", image="last", path="hero.png", format="jpeg")
-    assert "hero.png ends like png, but format is jpeg" in said
+    message = await refused(client, "save_image", image="last", path="hero.png", format="jpeg")
+    assert "hero.png ends like png, but format is jpeg" in message
 
 
-async def test_a_link_in_place_of_the_file_is_replaced_never_followed(client: Client, project: Path):
+async def test_link_in_place_of_file_is_replaced_never_followed(client: Client, project: Path):
     (project.parent / "secret.png").write_text("secret")
     (project / "hero.png").symlink_to(project.parent / "secret.png")
     await painted(client)
@@ -216,7 +212,7 @@ def offering(*folders: Path) -> Any:
     return roots
 
 
-async def test_without_a_setting_the_clients_folders_are_the_bounds(connect: Any, tmp_path: Path):
+async def test_without_setting_clients_folders_are_bounds(connect: Any, tmp_path: Path):
     folder = tmp_path / "their project"
     folder.mkdir()
     async with connect(mode="legacy", list_roots_callback=offering(folder)) as client:
@@ -225,25 +221,25 @@ async def test_without_a_setting_the_clients_folders_are_the_bounds(connect: Any
         await refused(client, "save_image", image="last", path=str(tmp_path / "b.png"))
 
 
-async def test_a_setting_is_a_hard_bound_whatever_the_client_offers(connect: Any, project: Path, tmp_path: Path):
+async def test_setting_is_hard_bound_whatever_client_offers(connect: Any, project: Path, tmp_path: Path):
     async with connect(mode="legacy", list_roots_callback=offering(tmp_path)) as client:
         await painted(client)
         await refused(client, "save_image", image="last", path=str(tmp_path / "b.png"))
 
 
-async def test_without_any_folder_it_says_the_line_that_allows_one(
+async def test_without_any_folder_it_reports_line_that_allows_one(
     client: Client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir("/")
     await painted(client)
-    said = await refused(client, "save_image", image="last", path=str(tmp_path / "a.png"))
-    assert "KLEIN_WRITE_ROOTS=/path/to/project" in said
-    assert ": /, in which this server was started, is not a folder below your home, or is the home itself" in said
-    assert said.endswith('("env" in a client\'s configuration).')
+    message = await refused(client, "save_image", image="last", path=str(tmp_path / "a.png"))
+    assert "KLEIN_WRITE_ROOTS=/path/to/project" in message
+    assert ": /, in which this server was started, is not a folder below your home, or is the home itself" in message
+    assert message.endswith('("env" in a client\'s configuration).')
 
 
-async def test_a_project_folder_inside_the_home_is_allowed_by_itself_but_not_the_home(
+async def test_project_folder_inside_home_is_allowed_by_itself_but_not_home(
     client: Client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -273,27 +269,27 @@ def test_whatever_path_is_asked_for_it_lies_inside_or_is_refused(
     path = ("/" if leading else "") + "/".join(parts)
     try:
         target, _ = resolve(SaveOptions(path or "x", form), "k7f3q2", (root,))
-    except RequestError as problem:
-        assert "\n" not in str(problem)  # noqa: PT017
+    except RequestError as exc:
+        assert "\n" not in str(exc)  # noqa: PT017
         return
     real = Path(os.path.realpath(target.parent)) / target.name
     assert real.is_relative_to(root)
     assert target.suffix in (".png", ".jpg", ".jpeg", ".webp") or target.suffix.lower() in (".png", ".jpg", ".webp")
 
 
-def test_a_packet_of_a_stranger_is_read_without_harm():
+def test_foreign_packet_is_read_without_harm():
     bomb = '<?xpacket?><!DOCTYPE lolz [<!ENTITY a "aaaaaaaaaa">]><x:xmpmeta xmlns:x="adobe:ns:meta/">&a;</x:xmpmeta>'
     for packet in (bomb, "<x:xmpmeta", "\0" * 100, "<a>" * 20_000, b"\xff\xfe<"):
-        picture = Image.new("RGB", (4, 4))
-        picture.info["xmp"] = packet
-        assert provenance.read(picture) is None
+        opened = Image.new("RGB", (4, 4))
+        opened.info["xmp"] = packet
+        assert provenance.read(opened) is None
     for text in ("[1]", "{", json.dumps("x"), "[" * 10_000):
-        picture = Image.new("RGB", (4, 4))
-        picture.info["klein-mcp"] = text
-        assert provenance.read(picture) is None
+        opened = Image.new("RGB", (4, 4))
+        opened.info["klein-mcp"] = text
+        assert provenance.read(opened) is None
 
 
-def test_the_longest_prompt_fits_into_a_jpeg(tmp_path: Path):
+def test_longest_prompt_fits_into_jpeg(tmp_path: Path):
     from klein_mcp.images import codec
     from klein_mcp.mcp_server.tools.fields import MAX_PROMPT
 

@@ -1,4 +1,4 @@
-"""Pictures from the web come from public hosts only, whatever a name, a redirect or a number pretends to be."""
+"""Images from the web come from public hosts only, whatever a name, a redirect or a number pretends to be."""
 
 import datetime
 import http.server
@@ -38,12 +38,12 @@ PUBLIC = "93.184.215.14"
         "2002:7f00:1::", "::127.0.0.1", "2001:0:a00:1::f5ff:fffe",
     ],
 )  # fmt: skip
-def test_an_address_inside_is_not_public(address: str):
+def test_address_inside_is_not_public(address: str):
     assert not fetch.is_public(address)
 
 
 @pytest.mark.parametrize("address", [PUBLIC, "8.8.8.8", "2606:4700::1111", "::ffff:8.8.8.8", "64:ff9b::808:808"])
-def test_an_address_of_the_world_is_public(address: str):
+def test_address_of_world_is_public(address: str):
     assert fetch.is_public(address)
 
 
@@ -76,7 +76,7 @@ def test_every_spelling_of_this_machine_is_refused(url: str):
 
 
 @pytest.mark.parametrize(
-    ("url", "said"),
+    ("url", "message"),
     [
         ("http://example.com/x.png", "is not https"),
         ("ftp://example.com/x.png", "is not https"),
@@ -86,17 +86,17 @@ def test_every_spelling_of_this_machine_is_refused(url: str):
         ("https://[::1/x.png", "no valid URL"),
     ],
 )
-def test_an_address_that_is_none_of_ours_is_refused(url: str, said: str):
-    with pytest.raises(RequestError, match=said):
+def test_address_that_is_none_of_ours_is_refused(url: str, message: str):
+    with pytest.raises(RequestError, match=message):
         fetch.get(url, limit=LIMIT, resolve=resolving(PUBLIC))
 
 
-def test_a_name_with_one_address_inside_is_refused_as_a_whole():
+def test_name_with_one_address_inside_is_refused_as_whole():
     with pytest.raises(Refused, match="not on the public internet"):
         fetch.get("https://both.example/x.png", limit=LIMIT, resolve=resolving(PUBLIC, "10.0.0.1"))
 
 
-def test_a_name_nobody_knows_is_said():
+def test_name_nobody_knows_is_reported():
     def unknown(host: str, port: int) -> list[str]:
         raise OSError("no such host")
 
@@ -196,7 +196,7 @@ def host(certificate: Path) -> Iterator[Any]:
 
 @pytest.fixture
 def get(host: Any, certificate: Path) -> Callable[..., bytes]:
-    """fetch.get with *.example on loopback; picture.example counts as public, everything else does not."""
+    """fetch.get with *.example on loopback, where only image.example is public."""
 
     real = fetch.get
 
@@ -217,22 +217,22 @@ def get(host: Any, certificate: Path) -> Callable[..., bytes]:
     return get
 
 
-def test_a_picture_of_a_public_host_arrives(get: Callable[..., bytes], host: Any):
+def test_image_of_public_host_arrives(get: Callable[..., bytes], host: Any):
     assert get("/picture.png?a=b c&d=é") == file(scene(32, 24))
     assert host.asked == [(f"picture.example:{host.server_port}", "/picture.png?a=b%20c&d=%C3%A9")]
 
 
-def test_a_redirect_to_another_place_of_a_public_host_is_followed(get: Callable[..., bytes]):
+def test_redirect_to_another_place_of_public_host_is_followed(get: Callable[..., bytes]):
     assert get("/once") == file(scene(32, 24))
 
 
-def test_a_redirect_to_the_inside_is_refused_before_anybody_is_asked(get: Callable[..., bytes], host: Any):
+def test_redirect_to_inside_is_refused_before_anybody_is_asked(get: Callable[..., bytes], host: Any):
     with pytest.raises(Refused, match=r'"inside\.example" is not on the public internet'):
         get("/inside")
     assert [path for _, path in host.asked] == ["/inside"]
 
 
-def test_a_redirect_away_from_https_is_refused(get: Callable[..., bytes]):
+def test_redirect_away_from_https_is_refused(get: Callable[..., bytes]):
     with pytest.raises(Refused, match="is not https"):
         get("/plain")
 
@@ -243,13 +243,13 @@ def test_redirects_end(get: Callable[..., bytes], host: Any):
     assert len(host.asked) == 6
 
 
-def test_a_name_that_moves_inside_after_it_was_checked_is_not_asked_again(get: Callable[..., bytes], host: Any):
+def test_name_that_moves_inside_after_it_was_checked_is_not_asked_again(get: Callable[..., bytes], host: Any):
     answers = iter([["127.0.0.1"]])  # a second question would find the iterator empty
 
     assert get("/picture.png", resolve=lambda name, port: next(answers)) == file(scene(32, 24))
 
 
-def test_a_certificate_of_another_name_is_no_certificate(host: Any, certificate: Path):
+def test_certificate_of_another_name_is_no_certificate(host: Any, certificate: Path):
     with pytest.raises(BadImage, match=r"cannot be fetched: .*certificate"):
         fetch.get(
             f"https://other.example:{host.server_port}/picture.png",
@@ -260,25 +260,25 @@ def test_a_certificate_of_another_name_is_no_certificate(host: Any, certificate:
         )
 
 
-def test_a_host_without_trust_is_refused(get: Callable[..., bytes]):
+def test_host_without_trust_is_refused(get: Callable[..., bytes]):
     with pytest.raises(BadImage, match="certificate"):
         get("/picture.png", context=ssl.create_default_context())
 
 
 @pytest.mark.parametrize(
-    ("path", "said"),
+    ("path", "message"),
     [
         ("/missing", "answered 404"),
         ("/short", "was cut short in transfer"),
         ("/endless", "larger than"),
     ],
 )
-def test_what_a_host_does_wrong_is_said(get: Callable[..., bytes], path: str, said: str):
-    with pytest.raises(BadImage, match=said):
+def test_what_host_does_wrong_is_reported(get: Callable[..., bytes], path: str, message: str):
+    with pytest.raises(BadImage, match=message):
         get(path)
 
 
-def test_a_host_that_sends_a_byte_now_and_then_is_left(get: Callable[..., bytes], monkeypatch: pytest.MonkeyPatch):
+def test_host_that_sends_byte_now_and_then_is_left(get: Callable[..., bytes], monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(fetch, "SECONDS", 0.5)
     began = time.monotonic()
     with pytest.raises(BadImage, match="took longer than"):
@@ -286,9 +286,7 @@ def test_a_host_that_sends_a_byte_now_and_then_is_left(get: Callable[..., bytes]
     assert time.monotonic() - began < 2
 
 
-def test_a_host_that_is_slow_to_be_reached_gets_no_more_time_for_its_answer(
-    get: Callable[..., bytes], monkeypatch: pytest.MonkeyPatch
-):
+def test_slow_connection_leaves_less_time_for_the_response(get: Callable[..., bytes], monkeypatch: pytest.MonkeyPatch):
     real = fetch.socket.create_connection
 
     def late(*where: Any) -> Any:
@@ -303,7 +301,7 @@ def test_a_host_that_is_slow_to_be_reached_gets_no_more_time_for_its_answer(
     assert time.monotonic() - began < 2
 
 
-def test_a_host_that_is_not_there_is_said():
+def test_host_that_is_not_there_is_reported():
     with pytest.raises(BadImage, match="cannot be fetched"):
         fetch.get(
             "https://picture.example:1/x.png",
@@ -314,12 +312,12 @@ def test_a_host_that_is_not_there_is_said():
 
 
 @pytest.mark.anyio
-async def test_through_the_server_a_web_picture_becomes_a_parent_with_its_address(
+async def test_through_server_web_image_becomes_parent_with_its_address(
     client: Client, service: Service, get: Callable[..., bytes], monkeypatch: pytest.MonkeyPatch
 ):
     service.settings = replace(service.settings, allow_urls=True)
     assert "not on the public internet" in await refused(client, "view_image", image="https://127.0.0.1/x.png")
     monkeypatch.setattr(fetch, "get", lambda url, limit: get("/picture.png"))
-    told = await call(client, "edit_image", image="https://picture.example/cat.png", prompt="x")
-    parent = await call(client, "view_image", image=told["parents"][0])
+    facts = await call(client, "edit_image", image="https://picture.example/cat.png", prompt="x")
+    parent = await call(client, "view_image", image=facts["parents"][0])
     assert parent["source"] == "https://picture.example/cat.png"

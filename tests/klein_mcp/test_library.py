@@ -44,7 +44,7 @@ def left_over(folder: Path) -> list[Path]:
     return list((folder / "incoming").iterdir())
 
 
-def test_what_was_put_is_found_after_a_restart(library: Store):
+def test_what_was_put_is_found_after_restart(library: Store):
     put(library, b"first")
     record = put(library, b"second", parents=["aaaaaa"], prompt="a dot", recipe={"seed": "5"}, source="/x.png")
     library.close()
@@ -55,7 +55,7 @@ def test_what_was_put_is_found_after_a_restart(library: Store):
     again.close()
 
 
-def test_equal_bytes_are_kept_once_and_live_as_long_as_one_picture_needs_them(library: Store):
+def test_equal_files_are_stored_once_until_the_last_image_is_deleted(library: Store):
     one, other = put(library, b"same"), put(library, b"same")
     assert one.handle != other.handle
     assert len(files(library.folder)) == 1
@@ -65,7 +65,7 @@ def test_equal_bytes_are_kept_once_and_live_as_long_as_one_picture_needs_them(li
     assert files(library.folder) == []
 
 
-def test_each_new_name_is_on_the_disk_before_the_handle_is_returned(library: Store, monkeypatch: pytest.MonkeyPatch):
+def test_each_new_name_is_on_disk_before_handle_is_returned(library: Store, monkeypatch: pytest.MonkeyPatch):
     synced: list[Path] = []
     monkeypatch.setattr(module, "_sync_folder", synced.append)
     put(library)
@@ -81,9 +81,7 @@ def test_handles_are_short_random_and_easy_to_read_aloud(library: Store):
     assert not set("".join(handles)) & set("01oilu")
 
 
-def test_a_handle_is_never_given_out_twice_even_when_its_picture_is_gone(
-    library: Store, monkeypatch: pytest.MonkeyPatch
-):
+def test_handle_is_never_given_out_twice_even_when_its_image_is_gone(library: Store, monkeypatch: pytest.MonkeyPatch):
     record = put(library)
     library.delete([record.handle])
     letters = iter(record.handle + "zzzzzz")
@@ -91,7 +89,7 @@ def test_a_handle_is_never_given_out_twice_even_when_its_picture_is_gone(
     assert library.new_handle() == "zzzzzz"
 
 
-def test_a_deleted_picture_is_named_with_its_day_and_its_lineage_stays(library: Store):
+def test_deleted_image_is_named_with_its_day_and_its_lineage_stays(library: Store):
     parent = put(library, b"parent")
     child = put(library, b"child", parents=[parent.handle])
     library.delete([parent.handle])
@@ -101,20 +99,20 @@ def test_a_deleted_picture_is_named_with_its_day_and_its_lineage_stays(library: 
     assert library.find(parent.handle) is not None
 
 
-def test_an_unknown_handle_gets_the_nearest_one(library: Store):
+def test_unknown_handle_gets_nearest_one(library: Store):
     record = put(library)
     with pytest.raises(UnknownImage, match=f"Did you mean {record.handle}?"):
         library.get(record.handle[:-1])
 
 
-def test_a_file_somebody_took_away_is_an_error_that_names_it(library: Store):
+def test_file_somebody_took_away_is_error_that_names_it(library: Store):
     record = put(library)
     library.path(record).unlink()
     with pytest.raises(UnknownImage, match="The file of"):
         library.read(record)
 
 
-def test_latest_counts_back_what_a_client_painted(library: Store):
+def test_latest_counts_back_what_client_painted(library: Store):
     painted = [put(library, str(n).encode()) for n in range(3)]
     put(library, b"opened", tool="open")
     put(library, b"theirs", client="other")
@@ -149,7 +147,7 @@ def test_many_threads_share_one_store(library: Store):
     assert len(set(found)) == 60
 
 
-def test_an_older_library_is_brought_up_to_date_with_all_its_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_older_library_is_brought_up_to_date_with_all_its_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     old = Store(tmp_path)
     record = put(old)
     old.close()
@@ -163,7 +161,7 @@ def test_an_older_library_is_brought_up_to_date_with_all_its_pictures(tmp_path: 
     new.close()
 
 
-def test_an_upgrade_that_fails_leaves_the_library_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_upgrade_that_fails_leaves_library_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     old = Store(tmp_path)
     record = put(old)
     old.close()
@@ -176,7 +174,7 @@ def test_an_upgrade_that_fails_leaves_the_library_as_it_was(tmp_path: Path, monk
     old.close()
 
 
-def test_a_newer_library_is_not_touched(tmp_path: Path):
+def test_newer_library_is_not_touched(tmp_path: Path):
     Store(tmp_path).close()
     with sqlite3.connect(tmp_path / "library.sqlite3") as database:
         database.execute(f"PRAGMA user_version = {len(schema.MIGRATIONS) + 1}")
@@ -185,7 +183,7 @@ def test_a_newer_library_is_not_touched(tmp_path: Path):
 
 
 @pytest.mark.parametrize("moment", ["landed", "committed"])
-def test_death_between_file_and_row_or_row_and_place_is_mended_by_the_next_start(
+def test_interrupted_save_is_finished_or_removed_by_next_start(
     tmp_path: Path, moment: str, monkeypatch: pytest.MonkeyPatch
 ):
     class Death(BaseException):
@@ -210,10 +208,8 @@ def test_death_between_file_and_row_or_row_and_place_is_mended_by_the_next_start
     other.close()
 
 
-def test_a_picture_can_be_read_before_its_writer_has_put_it_in_its_place(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    """Another door may see the row in the moment between commit and move."""
+def test_image_can_be_read_before_its_file_was_moved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Another front end may see the row in the moment between commit and move."""
     writer, reader = Store(tmp_path), Store(tmp_path)
     monkeypatch.setattr(writer, "_move", lambda landed: None)
     record = put(writer, b"on its way")
@@ -222,7 +218,7 @@ def test_a_picture_can_be_read_before_its_writer_has_put_it_in_its_place(
     writer.close()
 
 
-def test_a_deletion_that_was_cut_off_is_finished_by_the_next_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_deletion_that_was_cut_off_is_finished_by_next_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     store = Store(tmp_path)
     record = put(store)
     monkeypatch.setattr(store, "_remove_files_of_deleted", lambda: None)
@@ -292,7 +288,7 @@ from pathlib import Path
 from klein_mcp.images.library import Store
 store = Store(Path(sys.argv[1]))
 for n in range(int(sys.argv[2])):
-    data = b"picture %d %d " % (os.getpid(), n) + os.urandom(20_000)
+    data = b"image %d %d " % (os.getpid(), n) + os.urandom(20_000)
     record = store.put(data, handle=store.new_handle(), pixels=str(n), size=(8, 8), client="c", tool="t", recipe={})
     sys.stdout.write(f"{record.handle} {record.file}\\n")
     sys.stdout.flush()

@@ -1,4 +1,4 @@
-"""A preview always fits, whatever it shows; several pictures become one labelled sheet."""
+"""Previews always fit their budget, and sheets show each image."""
 
 import io
 from typing import Any
@@ -21,7 +21,7 @@ from tests.images import noise, scene
     alpha=st.sampled_from([None, "opaque", "noise", "half"]),
     longest=st.sampled_from([64, LONG_EDGE, 1568]),
 )
-def test_a_preview_fits_whatever_it_shows(width: int, height: int, grain: int, alpha: str | None, longest: int):
+def test_preview_fits_whatever_it_shows(width: int, height: int, grain: int, alpha: str | None, longest: int):
     image: Any = scene(width, height)
     random = np.random.default_rng(0)
     if grain:
@@ -35,22 +35,22 @@ def test_a_preview_fits_whatever_it_shows(width: int, height: int, grain: int, a
         image = np.dstack([image, opacity])
     data, mime = preview(image, longest=longest)
     assert len(data) <= MAX_BYTES
-    with Image.open(io.BytesIO(data)) as picture:
-        assert max(picture.size) <= longest
-        assert Image.MIME[picture.format or ""] == mime
-        scale = max(picture.size) / max(width, height)
-        assert picture.size == (max(1, round(width * scale)), max(1, round(height * scale))) or (
-            abs(picture.width - width * scale) <= 1 and abs(picture.height - height * scale) <= 1
+    with Image.open(io.BytesIO(data)) as opened:
+        assert max(opened.size) <= longest
+        assert Image.MIME[opened.format or ""] == mime
+        scale = max(opened.size) / max(width, height)
+        assert opened.size == (max(1, round(width * scale)), max(1, round(height * scale))) or (
+            abs(opened.width - width * scale) <= 1 and abs(opened.height - height * scale) <= 1
         )
         sees_through = alpha in ("noise", "half") and np.any(np.asarray(image)[..., 3] < 255)
-        assert (mime, "A" in picture.getbands()) == (("image/png", True) if sees_through else ("image/jpeg", False))
+        assert (mime, "A" in opened.getbands()) == (("image/png", True) if sees_through else ("image/jpeg", False))
 
 
-def test_a_picture_that_fits_keeps_its_quality_and_its_size():
+def test_image_that_fits_keeps_its_quality_and_its_size():
     data, _ = preview(scene(1024, 768))
-    with Image.open(io.BytesIO(data)) as picture:
-        assert picture.size == (1024, 768)
-        error = np.abs(np.asarray(picture).astype(int) - scene(1024, 768).astype(int))
+    with Image.open(io.BytesIO(data)) as opened:
+        assert opened.size == (1024, 768)
+        error = np.abs(np.asarray(opened).astype(int) - scene(1024, 768).astype(int))
     assert len(data) < AIM_BYTES
     assert error.mean() < 2
 
@@ -58,19 +58,19 @@ def test_a_picture_that_fits_keeps_its_quality_and_its_size():
 def test_quality_goes_down_before_size():
     busy = (noise(1024, 1024) // 2 + 60).astype(np.uint8)
     data, _ = preview(busy)
-    with Image.open(io.BytesIO(data)) as picture:
-        assert picture.size == (1024, 1024)  # between aim and limit at the lowest quality: kept at full size
-        assert np.abs(np.asarray(picture).astype(int) - busy).mean() > 2  # and it cost quality
+    with Image.open(io.BytesIO(data)) as opened:
+        assert opened.size == (1024, 1024)  # between aim and limit at the lowest quality: kept at full size
+        assert np.abs(np.asarray(opened).astype(int) - busy).mean() > 2  # and it cost quality
     assert len(data) <= MAX_BYTES
 
 
 @pytest.mark.parametrize("count", [2, 3, 4])
-def test_a_sheet_shows_each_picture_whole(count: int):
+def test_sheet_shows_each_image_whole(count: int):
     shades = [40, 90, 140, 190]
     sheet = contact_sheet([np.full((300, 200, 3), shade, np.uint8) for shade in shades[:count]])
     for index, shade in enumerate(shades[:count]):
         assert (sheet == shade).all(axis=2).sum() > 200 * 300 * 0.9, index
 
 
-def test_a_sheet_of_large_pictures_is_no_larger_than_a_preview():
+def test_sheet_of_large_images_is_no_larger_than_preview():
     assert max(contact_sheet([scene(2048, 1024)] * 4).shape) <= LONG_EDGE

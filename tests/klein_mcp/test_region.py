@@ -32,7 +32,7 @@ def mask_of(width: int, height: int, box: tuple[int, int, int, int]) -> Any:
     blobs=st.integers(0, 4),
     seed=st.integers(0, 99),
 )
-def test_outside_every_byte_is_the_pictures_own(
+def test_outside_every_byte_is_images_own(
     width: int, height: int, spot: tuple[float, float, float, float], blobs: int, seed: int
 ):
     image = noise(width, height, seed)
@@ -57,7 +57,7 @@ def test_outside_every_byte_is_the_pictures_own(
     assert (result[~may] == image[~may]).all()
 
 
-def test_the_seam_lies_inside_and_is_no_wider_than_it_may_be():
+def test_seam_lies_inside_and_is_no_wider_than_it_may_be():
     black, white = np.zeros((200, 200, 3), np.uint8), np.full((200, 200, 3), WHITE, np.uint8)
     part = patch(black, (50, 50, 100, 100), None)
     seen = part.cut(black)
@@ -71,21 +71,21 @@ def test_the_seam_lies_inside_and_is_no_wider_than_it_may_be():
     assert rising[0] > 0
 
 
-def test_a_region_at_the_edge_of_the_picture_has_no_seam_there():
+def test_region_at_edge_of_image_has_no_seam_there():
     black, white = np.zeros((100, 100, 3), np.uint8), np.full((100, 100, 3), WHITE, np.uint8)
     part = patch(black, (0, 0, 60, 100), None)
     result = part.paste(white[: part.cut(black).shape[0], : part.cut(black).shape[1]], black)
     assert (result[:, 0] == WHITE).all()
 
 
-def test_a_mask_thinner_than_two_seams_still_reaches_full_strength():
+def test_mask_thinner_than_two_seams_still_reaches_full_strength():
     black, white = np.zeros((100, 100, 3), np.uint8), np.full((100, 100, 3), WHITE, np.uint8)
     part = patch(black, (40, 40, 7, 7), None)
     seen = part.cut(black)
     assert part.paste(white[: seen.shape[0], : seen.shape[1]], black).max() == WHITE
 
 
-def test_a_thin_line_beside_a_broad_spot_may_change_as_much():
+def test_thin_line_beside_broad_spot_may_change_as_much():
     black, white = np.zeros((200, 200, 3), np.uint8), np.full((200, 200, 3), WHITE, np.uint8)
     spot, line, tail = mask_of(200, 200, (20, 20, 100, 100)), (20, 150, 180, 153), (100, 58, 180, 61)
     part = patch(black, None, spot | mask_of(200, 200, line) | mask_of(200, 200, tail))
@@ -98,7 +98,7 @@ def test_a_thin_line_beside_a_broad_spot_may_change_as_much():
     assert rising[0] < 30
 
 
-def test_of_a_large_region_the_model_sees_the_whole_picture_of_a_small_one_its_surroundings():
+def test_of_large_region_model_sees_whole_image_of_small_one_its_surroundings():
     image = scene(800, 600)
     assert patch(image, (100, 100, 500, 400), None).cut(image).shape == (600, 800, 3)
     small = patch(image, (400, 300, 100, 60), None)
@@ -108,12 +108,12 @@ def test_of_a_large_region_the_model_sees_the_whole_picture_of_a_small_one_its_s
     assert tiny.box == (0, 0, 68, 68)
 
 
-def test_the_largest_picture_of_ours_is_worked_on_pixel_for_pixel():
+def test_largest_image_of_ours_is_worked_on_pixel_for_pixel():
     image = scene(2048, 2048)
     assert (patch(image, None, None).cut(image) == image).all()
 
 
-def test_of_a_huge_picture_the_model_sees_no_more_than_it_can_work_on():
+def test_of_huge_image_model_sees_no_more_than_it_can_work_on():
     image = scene(3000, 3000)
     seen = patch(image, (0, 0, 2900, 2900), None).cut(image)
     assert seen.shape[0] * seen.shape[1] <= WORK_AREA
@@ -136,23 +136,23 @@ def mask(tmp_path: Path) -> str:
     return str(path)
 
 
-def result_of(told: dict[str, Any]) -> Any:
-    return pixels(Path(told["path"]).read_bytes())
+def result_of(facts: dict[str, Any]) -> Any:
+    return pixels(Path(facts["path"]).read_bytes())
 
 
-async def test_a_region_changes_only_itself_and_the_line_says_how_much(client: Client, photo: str):
-    told = await call(client, "edit_image", image=photo, prompt="a dot", region=[100, 50, 80, 60])
-    result, image = result_of(told), scene(320, 200)
+async def test_region_changes_only_itself_and_line_reports_how_much(client: Client, photo: str):
+    facts = await call(client, "edit_image", image=photo, prompt="a dot", region=[100, 50, 80, 60])
+    result, image = result_of(facts), scene(320, 200)
     different = np.any(result != image, axis=2)
     assert not different[:, :100].any()
     assert not different[:, 180:].any()
     assert not different[:50].any()
     assert not different[110:].any()
-    assert told["changed"] == round(float(different.mean()), 4)
-    assert 0.05 < told["changed"] <= 80 * 60 / (320 * 200)
+    assert facts["changed"] == round(float(different.mean()), 4)
+    assert 0.05 < facts["changed"] <= 80 * 60 / (320 * 200)
 
 
-async def test_a_small_region_is_painted_close_up_and_all_else_as_it_is(
+async def test_small_region_is_painted_close_up_and_all_else_as_it_is(
     client: Client, painter: FakePainter, tmp_path: Path
 ):
     path = tmp_path / "wide.png"
@@ -163,82 +163,82 @@ async def test_a_small_region_is_painted_close_up_and_all_else_as_it_is(
     assert [job.references[0].shape[:2] for job in painter.jobs] == [(188, 228), (600, 800), (600, 800)]
 
 
-async def test_a_mask_changes_only_what_is_white(client: Client, photo: str, mask: str):
-    told = await call(client, "edit_image", image=photo, prompt="a dot", mask=mask)
-    different = np.any(result_of(told) != scene(320, 200), axis=2)
+async def test_mask_changes_only_what_is_white(client: Client, photo: str, mask: str):
+    facts = await call(client, "edit_image", image=photo, prompt="a dot", mask=mask)
+    different = np.any(result_of(facts) != scene(320, 200), axis=2)
     assert different[60:100, 60:100].mean() > 0.9
     different[40:120, 40:120] = False
     assert not different.any()
 
 
 async def test_region_and_mask_together_mean_where_they_meet(client: Client, photo: str, mask: str):
-    told = await call(client, "edit_image", image=photo, prompt="a dot", mask=mask, region=[80, 0, 240, 200])
-    different = np.any(result_of(told) != scene(320, 200), axis=2)
+    facts = await call(client, "edit_image", image=photo, prompt="a dot", mask=mask, region=[80, 0, 240, 200])
+    different = np.any(result_of(facts) != scene(320, 200), axis=2)
     assert different[60:100, 90:110].any()
     different[40:120, 80:120] = False
     assert not different.any()
 
 
-async def test_a_mask_is_a_parent_too(client: Client, photo: str, mask: str):
-    told = await call(client, "edit_image", image=photo, prompt="a dot", mask=mask)
+async def test_mask_is_parent_too(client: Client, photo: str, mask: str):
+    facts = await call(client, "edit_image", image=photo, prompt="a dot", mask=mask)
     masked = await call(client, "view_image", image=mask)
-    assert told["parents"][1] == masked["image"]
+    assert facts["parents"][1] == masked["image"]
 
 
-async def test_in_a_transparent_mask_only_what_is_painted_white_may_change(client: Client, photo: str, tmp_path: Path):
+async def test_in_transparent_mask_only_what_is_painted_white_may_change(client: Client, photo: str, tmp_path: Path):
     see_through = np.dstack([mask_of(320, 200, (40, 40, 80, 80)), mask_of(320, 200, (40, 40, 80, 80))[..., 0]])
     path = tmp_path / "see-through.png"
     path.write_bytes(file(see_through))
-    told = await call(client, "edit_image", image=photo, prompt="a dot", mask=str(path))
-    assert told["changed"] <= 40 * 40 / (320 * 200)
+    facts = await call(client, "edit_image", image=photo, prompt="a dot", mask=str(path))
+    assert facts["changed"] <= 40 * 40 / (320 * 200)
 
 
-async def test_a_mask_that_lost_its_transparency_is_an_error(client: Client, photo: str, tmp_path: Path):
+async def test_mask_that_lost_its_transparency_is_error(client: Client, photo: str, tmp_path: Path):
     path = tmp_path / "see-through.png"
     path.write_bytes(file(np.dstack([mask_of(320, 200, (0, 0, 9, 9)), mask_of(320, 200, (0, 0, 9, 9))[..., 0]])))
     seen = await call(client, "view_image", image=str(path))
-    said = await refused(client, "edit_image", image=photo, prompt="x", mask=seen["image"])
-    assert "Give the mask's own file" in said
+    message = await refused(client, "edit_image", image=photo, prompt="x", mask=seen["image"])
+    assert "Give the mask's own file" in message
 
 
 @pytest.mark.parametrize(
-    ("box", "size", "said"),
+    ("box", "size", "message"),
     [
         ((0, 0, 0, 0), (320, 200), "The mask is black everywhere"),
         ((0, 0, 10, 10), (100, 100), "The mask is 100×100 but the image is 320×200"),
         ((0, 0, 10, 10), (320, 200), "Region and mask do not overlap"),
     ],
 )
-async def test_a_mask_that_cannot_be_honoured_is_an_error(
-    client: Client, painter: FakePainter, photo: str, tmp_path: Path, box: Any, size: tuple[int, int], said: str
+async def test_mask_that_cannot_be_honoured_is_error(
+    client: Client, painter: FakePainter, photo: str, tmp_path: Path, box: Any, size: tuple[int, int], message: str
 ):
     path = tmp_path / "mask.png"
     path.write_bytes(file(mask_of(*size, box)))
-    region = {"region": [200, 100, 50, 50]} if "Region" in said else {}
-    assert said in await refused(client, "edit_image", image=photo, prompt="x", mask=str(path), **region)
+    region = {"region": [200, 100, 50, 50]} if "Region" in message else {}
+    assert message in await refused(client, "edit_image", image=photo, prompt="x", mask=str(path), **region)
     assert painter.jobs == []
 
 
-async def test_a_mask_that_looks_like_a_picture_is_said(client: Client, photo: str, mask: str, tmp_path: Path):
-    told = await call(client, "edit_image", image=photo, prompt="x", mask=mask)
-    assert not any("mask" in warning for warning in told["warnings"])
+async def test_mask_that_looks_like_image_is_reported(client: Client, photo: str, mask: str, tmp_path: Path):
+    facts = await call(client, "edit_image", image=photo, prompt="x", mask=mask)
+    assert not any("mask" in warning for warning in facts["warnings"])
     colours = tmp_path / "colours.png"
     colours.write_bytes(file(scene(320, 200)))
-    told = await call(client, "edit_image", image=photo, prompt="x", mask=str(colours))
-    assert any("of the mask is neither black nor white" in warning for warning in told["warnings"])
+    facts = await call(client, "edit_image", image=photo, prompt="x", mask=str(colours))
+    assert any("of the mask is neither black nor white" in warning for warning in facts["warnings"])
 
 
 async def test_region_and_size_exclude_each_other(client: Client, photo: str):
-    said = await refused(client, "edit_image", image=photo, prompt="x", region=[0, 0, 9, 9], width=64, height=64)
-    assert "Leave out width and height" in said
+    message = await refused(client, "edit_image", image=photo, prompt="x", region=[0, 0, 9, 9], width=64, height=64)
+    assert "Leave out width and height" in message
 
 
-async def test_the_rest_of_a_picture_over_four_megapixels_stays_as_it_was(client: Client, tmp_path: Path):
+async def test_rest_of_image_over_four_megapixels_stays_as_it_was(client: Client, tmp_path: Path):
     image = noise(2600, 1700)
     path = tmp_path / "large.png"
     path.write_bytes(file(image, compress_level=1))
-    told = await call(client, "edit_image", image=str(path), prompt="x", region=[100, 100, 2300, 1400])
-    result = result_of(told)
+    facts = await call(client, "edit_image", image=str(path), prompt="x", region=[100, 100, 2300, 1400])
+    result = result_of(facts)
     assert result.shape == image.shape
     different = np.any(result != image, axis=2)
     assert different[400:1200, 400:2000].mean() > 0.9

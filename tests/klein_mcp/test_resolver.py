@@ -1,4 +1,4 @@
-"""Every way to name a picture, what it becomes in the library, and what may not be opened."""
+"""Every way to name an image, what it becomes in the library, and what may not be opened."""
 
 import base64
 import os
@@ -25,15 +25,15 @@ def photo(tmp_path: Path) -> Path:
     return path
 
 
-async def test_a_path_becomes_a_picture_of_the_library_and_a_parent(client: Client, photo: Path):
-    told = await call(client, "edit_image", image=str(photo), prompt="x")
-    (parent,) = told["parents"]
+async def test_path_becomes_image_of_library_and_parent(client: Client, photo: Path):
+    facts = await call(client, "edit_image", image=str(photo), prompt="x")
+    (parent,) = facts["parents"]
     listed = (await call(client, "list_images"))["images"]
-    assert [(one["image"], one["tool"]) for one in listed] == [(told["image"], "edit_image"), (parent, "open")]
+    assert [(one["image"], one["tool"]) for one in listed] == [(facts["image"], "edit_image"), (parent, "open")]
     assert listed[1]["source"] == str(photo)
 
 
-async def test_the_same_file_is_the_same_picture_whatever_its_name_and_format(client: Client, photo: Path):
+async def test_same_file_is_same_image_whatever_its_name_and_format(client: Client, photo: Path):
     first = await call(client, "view_image", image=str(photo))
     other = photo.with_suffix(".bmp")
     other.write_bytes(file(scene(64, 48), "BMP"))
@@ -42,7 +42,7 @@ async def test_the_same_file_is_the_same_picture_whatever_its_name_and_format(cl
     assert (await call(client, "view_image", image=str(photo)))["image"] != first["image"]
 
 
-async def test_a_data_url_is_taken_though_never_asked_for(client: Client, painter: FakePainter):
+async def test_data_url_is_taken_though_never_asked_for(client: Client, painter: FakePainter):
     url = "data:image/png;base64," + base64.b64encode(file(scene(64, 48))).decode()
     await call(client, "edit_image", image=url, prompt="x")
     assert (painter.jobs[0].references[0] == scene(64, 48)).all()
@@ -52,7 +52,7 @@ async def test_a_data_url_is_taken_though_never_asked_for(client: Client, painte
 
 
 @pytest.mark.parametrize(
-    ("url", "said"),
+    ("url", "message"),
     [
         ("data:image/png;base64", "has no comma"),
         ("data:image/png;base64,%%%", "no valid base64; it may be cut short"),
@@ -61,11 +61,11 @@ async def test_a_data_url_is_taken_though_never_asked_for(client: Client, painte
         ("data:text/html;base64,PGh0bWw+", "web page"),
     ],
 )
-async def test_a_bad_data_url_is_refused(client: Client, url: str, said: str):
-    assert said in await refused(client, "view_image", image=url)
+async def test_bad_data_url_is_refused(client: Client, url: str, message: str):
+    assert message in await refused(client, "view_image", image=url)
 
 
-async def test_whether_a_file_outside_exists_is_not_told(client: Client):
+async def test_whether_file_outside_exists_is_not_reported(client: Client):
     there = await refused(client, "view_image", image="/etc/hostname")
     missing = await refused(client, "view_image", image="/etc/no-such-file")
     assert there.replace("hostname", "no-such-file") == missing
@@ -73,27 +73,25 @@ async def test_whether_a_file_outside_exists_is_not_told(client: Client):
 
 async def test_file_addresses_and_resource_addresses_are_understood(client: Client, photo: Path):
     spaced = photo.rename(photo.with_name("my photo.png"))
-    told = await call(client, "view_image", image=f"file://{quote(str(spaced))}")
-    assert (await call(client, "view_image", image=told["uri"]))["image"] == told["image"]
-    assert (await call(client, "view_image", image=f"{told['uri']}/preview"))["image"] == told["image"]
+    facts = await call(client, "view_image", image=f"file://{quote(str(spaced))}")
+    assert (await call(client, "view_image", image=facts["uri"]))["image"] == facts["image"]
+    assert (await call(client, "view_image", image=f"{facts['uri']}/preview"))["image"] == facts["image"]
 
 
-async def test_outside_the_roots_nothing_is_opened(client: Client, tmp_path: Path):
-    said = await refused(client, "view_image", image="/etc/hostname")
-    assert "outside the folders that may be read" in said
-    assert "KLEIN_READ_ROOTS" in said
+async def test_outside_roots_nothing_is_opened(client: Client, tmp_path: Path):
+    message = await refused(client, "view_image", image="/etc/hostname")
+    assert "outside the folders that may be read" in message
+    assert "KLEIN_READ_ROOTS" in message
 
 
-async def test_a_path_from_a_result_can_be_opened_wherever_the_library_lies(
-    client: Client, service: Service, tmp_path: Path
-):
+async def test_path_from_result_can_be_opened_wherever_library_lies(client: Client, service: Service, tmp_path: Path):
     service.settings = replace(service.settings, read_roots=(tmp_path / "elsewhere",))
-    told = await call(client, "generate_image", prompt="a dot")
-    assert (await call(client, "view_image", image=told["path"]))["image"] == told["image"]
+    facts = await call(client, "generate_image", prompt="a dot")
+    assert (await call(client, "view_image", image=facts["path"]))["image"] == facts["image"]
     await refused(client, "view_image", image=str(service.settings.library / "library.sqlite3"))
 
 
-async def test_a_link_that_leads_out_of_the_roots_is_not_followed(
+async def test_link_that_leads_out_of_roots_is_not_followed(
     client: Client, service: Service, photo: Path, tmp_path: Path
 ):
     inside = tmp_path / "inside"
@@ -112,7 +110,7 @@ async def test_what_is_no_file_is_refused_at_once(client: Client, tmp_path: Path
     os.mkfifo(tmp_path / "fifo.png")
     (tmp_path / "folder.png").mkdir()
     (tmp_path / "loop.png").symlink_to(tmp_path / "loop.png")
-    for name, said in (
+    for name, message in (
         ("fifo.png", "is not a file"),
         ("folder.png", "is not a file"),
         ("loop.png", "There is no file"),
@@ -120,17 +118,17 @@ async def test_what_is_no_file_is_refused_at_once(client: Client, tmp_path: Path
         ("photo.png/inside.png", "There is no file"),
         ("x" * 300, "cannot be read: File name too long"),
     ):
-        assert said in await refused(client, "view_image", image=str(tmp_path / name))
+        assert message in await refused(client, "view_image", image=str(tmp_path / name))
 
 
-async def test_a_device_is_refused(client: Client, service: Service):
+async def test_device_is_refused(client: Client, service: Service):
     service.settings = replace(service.settings, read_roots=(Path("/"),))
     for device in ("/dev/zero", "/dev/stdin", "/dev/urandom"):
-        said = await refused(client, "view_image", image=device)
-        assert "is not a file" in said or "There is no file" in said or "cannot be read" in said
+        message = await refused(client, "view_image", image=device)
+        assert "is not a file" in message or "There is no file" in message or "cannot be read" in message
 
 
-async def test_a_file_nobody_may_read_is_refused(client: Client, photo: Path, monkeypatch: pytest.MonkeyPatch):
+async def test_file_nobody_may_read_is_refused(client: Client, photo: Path, monkeypatch: pytest.MonkeyPatch):
     real = os.open
 
     def forbidden(path: Any, *more: Any, **options: Any) -> int:
@@ -142,19 +140,19 @@ async def test_a_file_nobody_may_read_is_refused(client: Client, photo: Path, mo
     assert "Permission denied" in await refused(client, "view_image", image=str(photo))
 
 
-async def test_a_library_that_cannot_be_opened_is_said_with_its_folder(client: Client, service: Service):
+async def test_library_that_cannot_be_opened_is_reported_with_its_folder(client: Client, service: Service):
     service.settings.home.write_text("a file where the folder should be")
     assert str(service.settings.home) in await refused(client, "generate_image", prompt="x")
 
 
-async def test_a_relative_path_is_no_reference(client: Client):
+async def test_relative_path_is_no_reference(client: Client):
     for path in ("photos/cat.png", "cat.png"):
-        said = await refused(client, "view_image", image=path)
-        assert said == f'"{path}" is a relative path. Give an absolute one, or a handle.'
+        message = await refused(client, "view_image", image=path)
+        assert message == f'"{path}" is a relative path. Give an absolute one, or a handle.'
     assert "names no image" in await refused(client, "view_image", image="the cat")
 
 
-async def test_a_truncated_file_is_refused_and_the_next_call_works(client: Client, photo: Path):
+async def test_truncated_file_is_refused_and_next_call_works(client: Client, photo: Path):
     whole = file(noise(64, 64))
     photo.write_bytes(whole[: len(whole) // 2])
     assert "is cut short" in await refused(client, "view_image", image=str(photo))
@@ -162,20 +160,20 @@ async def test_a_truncated_file_is_refused_and_the_next_call_works(client: Clien
     await call(client, "view_image", image=str(photo))
 
 
-async def test_pictures_from_the_web_are_off_unless_allowed(client: Client):
-    said = await refused(client, "view_image", image="https://example.com/cat.png")
-    assert "KLEIN_ALLOW_URLS=1" in said
+async def test_images_from_web_are_off_unless_allowed(client: Client):
+    message = await refused(client, "view_image", image="https://example.com/cat.png")
+    assert "KLEIN_ALLOW_URLS=1" in message
 
 
-async def test_warnings_about_a_reference_reach_the_result(client: Client, tmp_path: Path):
+async def test_warnings_about_reference_reach_result(client: Client, tmp_path: Path):
     import numpy as np
 
     path = tmp_path / "sticker.png"
     path.write_bytes(file(np.zeros((32, 32, 4), np.uint8)))
-    told = await call(client, "edit_image", image=str(path), prompt="x")
-    assert any("transparent" in warning for warning in told["warnings"])
+    facts = await call(client, "edit_image", image=str(path), prompt="x")
+    assert any("transparent" in warning for warning in facts["warnings"])
 
 
-async def test_a_tilde_is_the_users_home(client: Client, photo: Path, monkeypatch: pytest.MonkeyPatch):
+async def test_tilde_is_users_home(client: Client, photo: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("HOME", str(photo.parent))
     await call(client, "view_image", image="~/photo.png")

@@ -1,4 +1,4 @@
-"""Two minutes of what six agents and a bad day do: mixed doors, random cancels, two kills of the engine's process."""
+"""Two minutes of six agents, random cancels and two kills of the engine."""
 
 import io
 import json
@@ -20,7 +20,7 @@ from PIL import Image
 
 from klein_mcp.daemon import endpoint as addresses
 from tests.klein_mcp.front_ends import DOORS, serving, through
-from tests.real_server import Living, living
+from tests.real_server import RealServer, server
 from tests.tool_calls import complaint
 
 pytestmark = [pytest.mark.anyio, pytest.mark.soak]
@@ -36,7 +36,7 @@ CANCELLED = 0.2
 
 @dataclass
 class Diary:
-    """What happened to every call."""
+    """Outcome of every call."""
 
     started: float = field(default_factory=time.monotonic)
     painted: list[dict[str, Any]] = field(default_factory=list)
@@ -90,7 +90,7 @@ def choice(dice: random.Random, mine: list[str]) -> tuple[str, dict[str, Any]]:
     return "generate_image", common
 
 
-async def watch(place: Living, diary: Diary) -> None:
+async def watch(place: RealServer, diary: Diary) -> None:
     """Kill the engine when it is time, and look at its memory."""
     while diary.now < SECONDS:
         address = addresses.read(place.home)
@@ -107,7 +107,7 @@ def resident(pid: int) -> int:
     return next(int(line.split()[1]) for line in lines if line.startswith("VmRSS"))
 
 
-def processes(place: Living) -> list[str]:
+def processes(place: RealServer) -> list[str]:
     """Whatever still runs in this home, zombies not counted."""
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
@@ -121,7 +121,7 @@ def processes(place: Living) -> list[str]:
 
 async def test_two_minutes_of_six_agents_and_two_crashes(tmp_path: Path):
     doors = (*DOORS, "stdio")
-    with living(tmp_path / "home") as place:
+    with server(tmp_path / "home") as place:
         with serving(place) as url:
             async with AsyncExitStack() as stack:
                 clients = [await stack.enter_async_context(through(door, place, url)) for door in doors]
@@ -132,11 +132,11 @@ async def test_two_minutes_of_six_agents_and_two_crashes(tmp_path: Path):
                         tasks.start_soon(agent, client, diary, random.Random(number))
                     tasks.start_soon(watch, place, diary)
             for facts in diary.painted:
-                with Image.open(io.BytesIO(Path(facts["path"]).read_bytes())) as picture:
-                    picture.load()
-                    assert picture.size == (facts["width"], facts["height"])
-        told = json.loads(place.run("-m", "klein_mcp", "status", "--json").stdout)
-        remembered = told["engine"]["cache"]["bytes"] / 1024
+                with Image.open(io.BytesIO(Path(facts["path"]).read_bytes())) as opened:
+                    opened.load()
+                    assert opened.size == (facts["width"], facts["height"])
+        reported = json.loads(place.run("-m", "klein_mcp", "status", "--json").stdout)
+        remembered = reported["engine"]["cache"]["bytes"] / 1024
         place.run("-m", "klein_mcp", "stop")
         deadline = time.monotonic() + 10
         while left := processes(place):
