@@ -1,8 +1,10 @@
 """The real program on the embedded model, in a data folder of its own."""
 
 import os
+import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -55,6 +57,20 @@ def real_server(home: Path) -> Iterator[RealServer]:
         yield server
     finally:
         server.run("-m", "klein_mcp", "stop")
+
+
+def wait_until_listening(port: int, process: "subprocess.Popen[bytes]") -> None:
+    """Wait until a process accepts connections on a port of loopback."""
+    deadline = time.monotonic() + PATIENCE
+    while time.monotonic() < deadline:
+        assert process.poll() is None, f"ended with {process.returncode}"
+        try:
+            socket.create_connection(("127.0.0.1", port), 1).close()
+        except OSError:
+            time.sleep(0.05)
+        else:
+            return
+    raise AssertionError(f"nothing listened on port {port} within {PATIENCE} seconds")
 
 
 Living, living = RealServer, real_server  # until every test uses the new names

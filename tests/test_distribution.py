@@ -22,8 +22,7 @@ from PIL import Image
 
 from examples import make
 from klein_mcp import __version__, settings
-from tests.real_server import RealServer
-from tests.real_server import server as real_server
+from tests.real_server import RealServer, real_server
 
 ROOT = Path(__file__).parents[1]
 SCHEMA = Path(__file__).parent / "data" / "server.schema.json"

@@ -7,7 +7,6 @@ import shutil
 import socket
 import subprocess
 import sys
-import time
 import tomllib
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +21,7 @@ from examples import http_client
 from examples.configurations import Launch
 from klein_mcp.jobs.service import Service
 from tests.fakes import FakePainter
-from tests.real_server import RealServer
+from tests.real_server import RealServer, wait_until_listening
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 LAUNCHES = [
@@ -175,9 +174,11 @@ def test_http_client_shows_its_token_hears_progress_and_fetches_image(server: Re
     assert (nobody.returncode, nobody.stderr.count("\n")) == (1, 1), nobody.stderr
     assert f"no server answers at {url}" in nobody.stderr
     serve = [sys.executable, "-m", "klein_mcp", "serve", "--port", str(port), "--token-file", str(token)]
-    with subprocess.Popen(serve, env=server.environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as server:
+    with subprocess.Popen(
+        serve, env=server.environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    ) as serving:
         try:
-            _wait_for(port, server)
+            wait_until_listening(port, serving)
             refused = server.run(str(EXAMPLES / "http_client.py"), url, str(tmp_path))
             known = "--token-file", str(token)
             lost = server.run(str(EXAMPLES / "http_client.py"), url.replace("mcp", "nothing"), str(tmp_path), *known)
@@ -185,7 +186,7 @@ def test_http_client_shows_its_token_hears_progress_and_fetches_image(server: Re
             wrong = server.run(str(EXAMPLES / "http_client.py"), url, str(tmp_path), "--token-file", "nowhere")
             ran = server.run(str(EXAMPLES / "http_client.py"), url, str(tmp_path), *known)
         finally:
-            server.terminate()
+            serving.terminate()
     assert ran.returncode == 0, ran.stderr
     assert (refused.returncode, refused.stderr.count("\n")) == (1, 1)
     assert "refuses calls without a token" in refused.stderr
@@ -210,18 +211,6 @@ async def test_http_client_waits_for_job_and_reports_what_tool_says(
     assert len(painter.kept_orders) == 1
     with pytest.raises(RuntimeError, match="view_image: There is no image"):
         await http_client.call(client, "view_image", image="zzzzzz")
-
-
-def _wait_for(port: int, server: subprocess.Popen[bytes]) -> None:
-    for _ in range(300):
-        assert server.poll() is None, server.stderr.read() if server.stderr else ""
-        try:
-            socket.create_connection(("127.0.0.1", port), 1).close()
-        except OSError:
-            time.sleep(0.1)
-        else:
-            return
-    raise AssertionError("the server did not listen within 30 seconds")
 
 
 @pytest.mark.conformance

@@ -3,10 +3,8 @@
 import json
 import re
 import shlex
-import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +15,7 @@ from examples import configurations, make
 from klein_mcp import settings
 from klein_mcp.cli import main
 from klein_mcp.images.provenance import read
-from tests.real_server import RealServer
+from tests.real_server import PATIENCE, RealServer, wait_until_listening
 
 ROOT = Path(__file__).parents[1]
 README = make.README.read_text(encoding="utf-8")
@@ -81,9 +79,9 @@ def test_every_command_works_or_reports_what_it_needs(server: RealServer, checko
                 ran = server.run(*words, cwd=checkout)
                 assert ran.returncode == 0, f"{command}: {ran.stderr or ran.stdout}"
     finally:
-        for server in servers:
-            server.terminate()
-            server.wait(30)
+        for process in servers:
+            process.terminate()
+            process.wait(PATIENCE)
     assert (checkout / "apple.png").exists()
     assert list((checkout / "pictures").glob("*.png"))
 
@@ -99,7 +97,7 @@ def _translated(server: RealServer, command: str, checkout: Path) -> list[str]:
 
 
 def _serving(server: RealServer, words: list[str], folder: Path) -> "subprocess.Popen[bytes]":
-    server = subprocess.Popen(
+    process = subprocess.Popen(
         [sys.executable, *words],
         cwd=folder,
         env=server.environment(),
@@ -108,15 +106,8 @@ def _serving(server: RealServer, words: list[str], folder: Path) -> "subprocess.
         stderr=subprocess.DEVNULL,
     )
     port = int(words[words.index("--port") + 1])
-    for _ in range(300):
-        assert server.poll() is None, f"{words} ended with {server.returncode}"
-        try:
-            socket.create_connection(("127.0.0.1", port), 1).close()
-        except OSError:
-            time.sleep(0.1)
-        else:
-            return server
-    raise AssertionError(f"{words} did not listen within 30 seconds")
+    wait_until_listening(port, process)
+    return process
 
 
 def test_images_are_those_that_command_beside_them_paints(server: RealServer, tmp_path: Path) -> None:

@@ -19,8 +19,8 @@ from mcp_types import CallToolResult
 from PIL import Image
 
 from klein_mcp.daemon import endpoint as addresses
-from tests.klein_mcp.front_ends import DOORS, serving, through
-from tests.real_server import RealServer, server
+from tests.klein_mcp.front_ends import FRONT_ENDS, serving, through
+from tests.real_server import RealServer, real_server
 from tests.tool_calls import complaint
 
 pytestmark = [pytest.mark.anyio, pytest.mark.soak]
@@ -120,11 +120,11 @@ def processes(place: RealServer) -> list[str]:
 
 
 async def test_two_minutes_of_six_agents_and_two_crashes(tmp_path: Path):
-    doors = (*DOORS, "stdio")
-    with server(tmp_path / "home") as place:
+    front_ends = (*FRONT_ENDS, "stdio")
+    with real_server(tmp_path / "home") as place:
         with serving(place) as url:
             async with AsyncExitStack() as stack:
-                clients = [await stack.enter_async_context(through(door, place, url)) for door in doors]
+                clients = [await stack.enter_async_context(through(front_end, place, url)) for front_end in front_ends]
                 await clients[0].call_tool("generate_image", {"prompt": "warm"})
                 diary = Diary()
                 async with anyio.create_task_group() as tasks:
@@ -151,7 +151,7 @@ async def test_two_minutes_of_six_agents_and_two_crashes(tmp_path: Path):
     assert len(diary.painted) > 50
     assert diary.cancelled > 10
     # A kill can meet a job that the kill before it had already been retried for; nothing else goes wrong.
-    assert len(diary.errors) <= len(doors)
+    assert len(diary.errors) <= len(front_ends)
     assert all("crashed" in error or "went away" in error for error in diary.errors), diary.errors
     half = len(diary.memory) // 2
     before, after = statistics.median(diary.memory[:half]), statistics.median(diary.memory[half:])
