@@ -6,7 +6,6 @@
 A made part of a Markdown file lies between `<!-- made: NAME -->` and `<!-- end -->`; tests/test_readme.py compares.
 """
 
-import argparse
 import html
 import json
 import os
@@ -23,8 +22,8 @@ from PIL import Image
 from engine.families.klein.variants import EMBEDDED, VARIANTS, Variant
 from engine.nano import words
 from examples import configurations as clients
+from examples import reference
 from klein_mcp import __version__, settings
-from klein_mcp.cli import main as cli
 from klein_mcp.images.provenance import read
 from klein_mcp.mcp_server import prompts
 from klein_mcp.mcp_server.tools import TOOLS
@@ -35,6 +34,7 @@ GUIDE = ROOT / "klein_mcp" / "mcp_server" / "guide.md"
 PICTURES = ROOT / "examples" / "pictures"
 BUNDLE = ROOT / "packaging" / "mcpb"
 ICON = BUNDLE / "icon.png"
+DOCS = ROOT / "docs"
 SPEED = ROOT / "engine" / "SPEED.md"
 WEIGHTS = ROOT / "engine" / "nano" / "weights"
 
@@ -100,7 +100,16 @@ def recipes() -> str:
 
 
 def models() -> str:
-    """From VARIANTS."""
+    """Return the models with licence and memory."""
+    rows = [
+        (f"`{row.name}`", row.licence + (", gated" if row.gated else ""), str(row.steps), f"{row.memory_gb:g} GB")
+        for row in VARIANTS.values()
+    ]
+    return table(("Model", "Licence", "Steps", "Memory, all of it in bf16"), *rows)
+
+
+def models_in_full() -> str:
+    """Return every column of VARIANTS."""
     return table(
         ("Model", "What it is", "Licence", "Steps", "Size", "References", "Memory", "Single files", "Get it"),
         *map(_model, VARIANTS.values()),
@@ -120,19 +129,6 @@ def _model(row: Variant) -> tuple[str, ...]:
         ", ".join(f"{file.format} {file.bytes / 1e9:.1f} GB" if file.bytes else file.format for file in row.files),
         get,
     )
-
-
-def variables() -> str:
-    """From Settings."""
-    rows = [(f"`{name}`", f"`{default}`" if default else "", meaning) for name, default, meaning in settings.table()]
-    return table(("Variable", "Default", "Meaning"), *rows)
-
-
-def commands() -> str:
-    """From the command line's parser."""
-    (subparsers,) = (action for action in cli.build_parser()._actions if isinstance(action, argparse._SubParsersAction))
-    rows = [(f"`klein-mcp {action.dest}`", action.help or "") for action in subparsers._choices_actions]
-    return table(("Command", "What it does"), ("`klein-mcp`", "the MCP server over stdio"), *rows)
 
 
 def speed() -> str:
@@ -166,9 +162,8 @@ PARTS: dict[Path, dict[str, Callable[[], str]]] = {
         "prompts": recipes,
         "models": models,
         "speed": speed,
-        "settings": variables,
-        "commands": commands,
     },
+    DOCS / "models.md": {"models": models_in_full},
     GUIDE: {"words": vocabulary},
 }
 
@@ -263,6 +258,7 @@ def files() -> dict[Path, str]:
         ROOT / "server.json": json.dumps(registry(), indent=2, ensure_ascii=False) + "\n",
         BUNDLE / "manifest.json": json.dumps(bundle(), indent=2, ensure_ascii=False) + "\n",
         BUNDLE / "pyproject.toml": project_of_bundle(),
+        **{DOCS / name: page() for name, page in reference.PAGES.items()},
     }
 
 

@@ -48,6 +48,15 @@ def _number(kind: type, low: float, high: float, unit: str) -> Callable[[str], A
     return parse
 
 
+def _credentials(value: str) -> str:
+    if value in ("off", "local"):
+        return value
+    try:
+        return str(_path(value))
+    except ValueError:
+        raise ValueError("off, local, or an absolute path") from None
+
+
 def _flag(value: str) -> bool:
     if value.lower() in ("1", "true", "yes", "on"):
         return True
@@ -158,6 +167,12 @@ class Settings:
         _roots,
         "Folders into which save_image may write. Unset: the client's roots, or the project folder it started in, "
         "if it lies inside your home.",
+    )
+    credentials: str = _setting(
+        "off",
+        _credentials,
+        "Sign files that leave the library (C2PA): off, local (a key made here once), or the path of a PEM file with "
+        "key and certificate chain. Needs klein-mcp[c2pa].",
     )
     allow_urls: bool = _setting(False, _flag, "1 allows image references by https URL (public hosts only).")
     log_level: str = _setting(

@@ -29,8 +29,13 @@ def test_each_table_is_as_code_makes_it(path: Path) -> None:
     assert path.read_text(encoding="utf-8") == make.made(path)
 
 
+DOCS = {path.name: path.read_text(encoding="utf-8") for path in sorted(make.DOCS.glob("*.md"))}
+PAGES = "\n".join((README, *DOCS.values()))
+"""Everything a user reads, the front page first."""
+
+
 def blocks(kind: str) -> list[str]:
-    return re.findall(rf"^```{kind}\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+    return re.findall(rf"^```{kind}\n(.*?)^```", PAGES, re.DOTALL | re.MULTILINE)
 
 
 def commands() -> list[str]:
@@ -38,12 +43,19 @@ def commands() -> list[str]:
     return [line for block in blocks("sh") for line in block.splitlines() if line.strip()]
 
 
-def test_two_commands_come_first_and_are_what_check_runs() -> None:
-    first, second, *_ = (command.split("#")[0].strip() for command in commands())
-    assert (first, second) == ("python3 dev.py demo", "python3 dev.py test")
+def test_readme_names_the_two_commands_that_the_check_runs() -> None:
+    section = README.split("## Try it without installing")[1].split("\n## ")[0]
+    lines = [line.split("#")[0].strip() for line in section.splitlines() if line.startswith("python3 dev.py")]
+    assert lines == ["python3 dev.py demo", "python3 dev.py test"]
     check = (ROOT / ".ci" / "run").read_text()
     assert re.search(r"^python3 dev\.py demo\b", check, re.MULTILINE)
     assert re.search(r"^python3 dev\.py test$", check, re.MULTILINE)
+
+
+def test_readme_says_what_it_is_in_few_words() -> None:
+    visible = re.sub(r"<details>.*?</details>|<!--.*?-->|<[^>]+>", "", README, flags=re.DOTALL)
+    assert len(visible.split()) <= 900
+    assert "MCP server" in visible[:200], "the first sentence says what it is"
 
 
 def test_images_come_before_everything_else() -> None:
@@ -83,7 +95,7 @@ def test_every_command_works_or_reports_what_it_needs(server: RealServer, checko
             process.terminate()
             process.wait(PATIENCE)
     assert (checkout / "apple.png").exists()
-    assert list((checkout / "pictures").glob("*.png"))
+    assert list((checkout / "images").glob("*.png"))
 
 
 def _translated(server: RealServer, command: str, checkout: Path) -> list[str]:
@@ -135,8 +147,8 @@ def test_every_file_that_is_linked_is_there() -> None:
 
 def test_every_setting_command_and_client_it_speaks_of_exists() -> None:
     known = {name for name, _, _ in settings.table()}
-    assert set(re.findall(r"\bKLEIN_[A-Z_]*[A-Z]\b", README)) <= known
-    subcommands = set(re.findall(r"`klein-mcp (\w+)", README)) | {
+    assert set(re.findall(r"\bKLEIN_[A-Z_]*[A-Z]\b", PAGES)) <= known
+    subcommands = set(re.findall(r"`klein-mcp (\w+)", PAGES)) | {
         line.split()[1] for line in commands() if line.startswith("klein-mcp ")
     }
     (parsers,) = (action for action in main.build_parser()._actions if action.dest == "command" or action.choices)

@@ -33,7 +33,9 @@ def info(settings: Settings, target: str, *, as_json: bool = False) -> int:
             is_file = Path(target).expanduser().exists()
             if not is_file:
                 expect_handle(store, target)
-            facts = describe_file(store, Path(target)) if is_file else describe_record(store, store.get(target))
+                facts = describe_record(store, store.get(target))
+            else:
+                facts = describe_file(store, Path(target), settings.home)
     finally:
         store.close()
     print(json.dumps(facts) if as_json else "\n".join(format_facts(facts)))

@@ -51,11 +51,16 @@ def describe_record(store: Store, record: Record) -> dict[str, Any]:
     }
 
 
-def describe_file(store: Store, path: Path) -> dict[str, Any]:
-    """Return the file's own facts and what the library knows about it."""
-    from klein_mcp.images import codec, resolver
+def describe_file(store: Store, path: Path, home: Path | None = None) -> dict[str, Any]:
+    """Return the file's own facts and what the library knows about it.
 
-    decoded = codec.decode(path.expanduser().read_bytes(), str(path))
+    home: data folder whose certificate counts as known; None leaves content credentials unchecked.
+    """
+    from klein_mcp.images import codec, credentials, resolver
+
+    data = path.expanduser().read_bytes()
+    decoded = codec.decode(data, str(path))
+    claim = credentials.describe(data, home) if home else None
     recipe = decoded.recipe or {}
     known = store.by_pixels(resolver.fingerprint(decoded.image)) or store.find(str(recipe.get("image", "")))
     height, width = decoded.image.shape[:2]
@@ -65,6 +70,7 @@ def describe_file(store: Store, path: Path) -> dict[str, Any]:
         "height": height,
         "made_by_klein_mcp": decoded.recipe is not None,
         "recipe": recipe,
+        **({"credentials": claim} if claim else {}),
         "in_library": known.handle if known else None,
         "ancestors": _ancestors(store, known) if known else [],
     }

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from klein_mcp import __version__
 from klein_mcp.errors import RequestError
+from klein_mcp.images.library import Record, Store
 
 if TYPE_CHECKING:
     import c2pa
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
 MAX_DEPTH = 5
 """Generations of parents that are embedded. Each adds about 5.8 KB to a PNG (measured with c2pa-python 0.38.1)."""
 
+_MARK = b"c2pa"
+"""The label of every manifest store (JUMBF), in whichever format it is embedded."""
+_MAGIC = {b"\x89PNG": "image/png", b"\xff\xd8": "image/jpeg", b"RIFF": "image/webp"}
 _VALID_FOR = timedelta(days=3650)
 _RECIPE = "io.github.klein-mcp.recipe"
 _SOURCE_TYPES = "http://cv.iptc.org/newscodes/digitalsourcetype/"
@@ -133,11 +137,22 @@ class CredentialSigner:
         return signed.getvalue()
 
 
-def is_installed() -> bool:
-    """Tell whether the optional library is there."""
-    from importlib.util import find_spec
+def sign_record(store: Store, record: Record, data: bytes, media_type: str, signer: CredentialSigner) -> bytes:
+    """Sign a file made of a library image, its ancestors as ingredients. Raises RequestError. Blocking."""
+    asset = Asset(data, media_type, record.handle, record.provenance, _parents(store, record, MAX_DEPTH))
+    return signer.sign(asset)
 
-    return find_spec("c2pa") is not None
+
+def _parents(store: Store, record: Record, depth: int) -> tuple[Asset, ...]:
+    """Read the ancestors that are still there, one generation more than is embedded."""
+    if depth < 0:
+        return ()
+    found = (store.find(handle) for handle in record.parents)
+    present = [parent for parent in found if parent is not None and parent.deleted is None]
+    return tuple(
+        Asset(store.read(parent), "image/png", parent.handle, parent.provenance, _parents(store, parent, depth - 1))
+        for parent in present
+    )
 
 
 def from_setting(setting: str, home: Path) -> CredentialSigner | None:
@@ -169,6 +184,18 @@ def verify(data: bytes, media_type: str, anchors: str = "") -> Claim | None:
     signer = str((manifest.get("signature_info") or {}).get("common_name", "unknown"))
     error = ", ".join(errors) or ("invalid" if state == "Invalid" else "")
     return Claim(made_by, signer, trusted=_UNTRUSTED not in failures, error=error)
+
+
+def describe(data: bytes, home: Path) -> str | None:
+    """Say what a file claims about its origin and whether that holds, None where it claims nothing."""
+    media_type = next((kind for magic, kind in _MAGIC.items() if data.startswith(magic)), None)
+    if media_type is None or _MARK not in data:
+        return None
+    try:
+        claim = verify(data, media_type, local_anchors(home))
+    except RequestError as exc:
+        return f"present, not checked. {exc.hint}"
+    return None if claim is None else str(claim)
 
 
 def local_anchors(home: Path) -> str:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePath
 
 from klein_mcp.errors import Refused, RequestError, did_you_mean, quote
-from klein_mcp.images import codec
+from klein_mcp.images import codec, credentials
 from klein_mcp.images.library import Record, Store
 
 _SUFFIXES: dict[str, codec.Format] = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp"}
@@ -43,11 +43,22 @@ class SavedFile:
     bytes: int
 
 
-def save(store: Store, record: Record, options: SaveOptions, roots: Iterable[Path]) -> SavedFile:
-    """Write the image below one of `roots`. Raises RequestError. Blocking."""
+def save(
+    store: Store,
+    record: Record,
+    options: SaveOptions,
+    roots: Iterable[Path],
+    signer: credentials.CredentialSigner | None = None,
+) -> SavedFile:
+    """Write the image below one of `roots`. Raises RequestError. Blocking.
+
+    signer: signs the file, unless its metadata is stripped.
+    """
     target, kind = resolve(options, record.handle, tuple(roots))
     try:
         data, width, height = _rendered(store, record, options, kind)
+        if signer is not None and not options.strip_metadata:
+            data = credentials.sign_record(store, record, data, f"image/{kind}", signer)
     except ValueError as error:
         raise RequestError(f"{kind} cannot store it: {error}.", hint="Choose png, or a max_size.") from None
     try:

@@ -6,11 +6,15 @@ from io import BytesIO
 from pathlib import Path
 
 import pytest
+from mcp.client import Client
+from mcp.client.stdio import stdio_client
 from PIL import Image
 
 from klein_mcp.errors import RequestError
 from klein_mcp.images import credentials
 from klein_mcp.images.credentials import Asset, CredentialSigner, from_setting, local_anchors, verify
+from tests.real_server import RealServer
+from tests.tool_calls import call
 
 pytest.importorskip("c2pa", reason="the optional extra c2pa is not installed")
 
@@ -131,3 +135,22 @@ def test_without_the_extra_there_is_one_clear_line(monkeypatch: pytest.MonkeyPat
     with pytest.raises(RequestError, match=r"klein-mcp\[c2pa\]"):
         from_setting("local", tmp_path)
     assert from_setting("off", tmp_path) is None
+
+
+@pytest.mark.anyio
+async def test_saved_file_is_signed_with_its_lineage_and_info_says_so(server: RealServer, tmp_path: Path) -> None:
+    settings = {"KLEIN_CREDENTIALS": "local", "KLEIN_WRITE_ROOTS": str(tmp_path)}
+    async with Client(stdio_client(server.stdio(**settings))) as client:
+        first = await call(client, "generate_image", prompt="an apple on a yellow background", seed=7)
+        edit = await call(client, "edit_image", image=first["image"], prompt="make the background pink", seed=7)
+        await call(client, "save_image", image=edit["image"], path="signed.jpg")
+        await call(client, "save_image", image=edit["image"], path="plain.jpg", strip_metadata=True)
+    signed = (tmp_path / "signed.jpg").read_bytes()
+    claim = verify(signed, "image/jpeg", local_anchors(server.home))
+    assert claim is not None
+    assert claim.trusted
+    assert not claim.error
+    assert verify((tmp_path / "plain.jpg").read_bytes(), "image/jpeg") is None
+    printed = server.run("-m", "klein_mcp", "info", str(tmp_path / "signed.jpg")).stdout
+    assert "credentials: made by klein-mcp" in printed
+    assert "valid, signed by klein-mcp on this machine" in printed

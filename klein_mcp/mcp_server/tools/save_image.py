@@ -24,14 +24,20 @@ class SaveImage(fields.Arguments):
 
 
 async def run(service: Service, call: CallContext, arguments: SaveImage) -> CallToolResult:
-    from klein_mcp.images import export
+    from klein_mcp.images import credentials, export
 
     opened = await service.open(arguments.image, call)
     roots = await writable(service.settings, call)
     options = export.SaveOptions(
         arguments.path, arguments.format, arguments.max_size, arguments.strip_metadata, arguments.overwrite
     )
-    saved = await anyio.to_thread.run_sync(lambda: export.save(service.store, opened.record, options, roots))
+    settings = service.settings
+
+    def save() -> export.SavedFile:
+        signer = credentials.from_setting(settings.credentials, settings.home)
+        return export.save(service.store, opened.record, options, roots, signer)
+
+    saved = await anyio.to_thread.run_sync(save)
     payload = {
         "image": opened.record.handle,
         "saved": str(saved.path),

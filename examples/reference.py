@@ -1,0 +1,192 @@
+"""Write the reference pages that are made from code: `python -m examples.reference`.
+
+docs/settings.md, docs/cli.md and docs/errors.md; tests/test_docs.py compares them with what this writes.
+"""
+
+import argparse
+import ast
+import re
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+
+from klein_mcp import settings
+from klein_mcp.cli import main as cli
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCS = ROOT / "docs"
+
+ERRORS = {
+    "RequestError": "The call can be mended",
+    "Refused": "This server's settings do not allow it",
+    "UnknownImage": "The reference leads to no image",
+    "BadImage": "The file is no image that can be used",
+    "InvalidJob": "No model could do this",
+    "ModelNotFound": "The model is not installed",
+    "BadWeights": "The model's files cannot be used",
+    "OutOfMemory": "Memory does not suffice",
+    "Busy": "The queue is full",
+    "EngineFailed": "The engine broke off",
+    "SettingsError": "A setting has a wrong value",
+}
+"""Error classes by what they mean to a reader, in the order of the page."""
+
+
+def settings_page() -> str:
+    """Return docs/settings.md: every setting with its default and meaning."""
+    rows = [
+        f'| <a id="{name.lower()}"></a>`{name}` | {f"`{default}`" if default else "unset"} | {_cell(meaning)} |'
+        for name, default, meaning in settings.table()
+    ]
+    return "\n".join(
+        (
+            "# Settings",
+            "",
+            "Set them as environment variables, in a client's configuration:",
+            "",
+            "```json",
+            '"env": {"KLEIN_MODEL": "klein-4b"}',
+            "```",
+            "",
+            'or in `config.toml` in the data folder, in lower case and without `KLEIN_`: `model = "klein-4b"`. The',
+            "environment wins. Settings of the engine (models, device, number formats, memory) come from whichever",
+            "client starts it: after `klein-mcp stop` the next call starts it with its own.",
+            "",
+            "| Setting | Default | Meaning |",
+            "| --- | --- | --- |",
+            *rows,
+            "",
+        )
+    )
+
+
+def cli_page() -> str:
+    """Return docs/cli.md: every command with its usage, arguments and options."""
+    parser = cli.build_parser()
+    (commands,) = (action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
+    about = {action.dest: action.help or "" for action in commands._choices_actions}
+    parts = [
+        "# Command line",
+        "",
+        "Without a command, `klein-mcp` is the MCP server over stdio, which a client starts.",
+        "",
+        "Exit codes: 0 done, 1 failed with one line on stderr, 2 wrong usage, 130 interrupted, 143 a server ended by",
+        "SIGTERM. `--json` prints machine-readable output. Progress is shown on a terminal only.",
+        "",
+        "```sh",
+        'klein-mcp paint "an apple on a yellow background" --seed 7 -o apple.png',
+        'klein-mcp paint "make the background green" --ref apple.png --seed 7 -o green.png',
+        "```",
+        "",
+        "`paint` writes its image where you say, and not into the library.",
+        "",
+    ]
+    for name, command in commands.choices.items():
+        parts += [f"## klein-mcp {name}", "", f"{_sentence(about.get(name, ''))}", "", *_arguments(command), ""]
+    return "\n".join(parts).rstrip() + "\n"
+
+
+def _arguments(command: argparse.ArgumentParser) -> Iterator[str]:
+    yield from ("```", re.sub(r"\s+", " ", command.format_usage().removeprefix("usage: ")).strip(), "```")
+    rows = []
+    for action in command._actions:
+        if isinstance(action, argparse._HelpAction):
+            continue
+        value = action.metavar or (action.dest.upper() if action.nargs != 0 and action.option_strings else "")
+        value = " ".join(value) if isinstance(value, tuple) else value
+        names = ", ".join(action.option_strings) or str(action.metavar or action.dest)
+        label = f"{names} {value}".strip() if action.option_strings else names
+        rows.append(f"| `{label}` | {_cell(action.help or '')} |")
+    if rows:
+        yield from ("", "| Argument | Meaning |", "| --- | --- |", *rows)
+
+
+def errors_page() -> str:
+    """Return docs/errors.md: every message in the source with its next step."""
+    found = messages()
+    parts = [
+        "# Errors",
+        "",
+        "Every error is one line: what happened, the limit, and the next step. Words in braces are filled in. After an",
+        "error nothing is lost, and the next call works.",
+        "",
+    ]
+    for name, meaning in ERRORS.items():
+        if rows := sorted(found.get(name, ())):
+            parts += [f"## {meaning}", "", "| Message | Next step |", "| --- | --- |"]
+            parts += [f"| {_cell(message)} | {_cell(hint)} |" for message, hint in rows] + [""]
+    return "\n".join(parts).rstrip() + "\n"
+
+
+def messages() -> dict[str, set[tuple[str, str]]]:
+    """Return (message, next step) of every error that is constructed in `engine` and `klein_mcp`, by class."""
+    found: dict[str, set[tuple[str, str]]] = defaultdict(set)
+    for path in (*ROOT.glob("engine/**/*.py"), *ROOT.glob("klein_mcp/**/*.py")):
+        if "training" in path.parts:
+            continue
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not (isinstance(node, ast.Call) and node.args and isinstance(node.func, ast.Name)):
+                continue
+            message = _text(node.args[0])
+            if node.func.id in ERRORS and message:
+                keywords = {keyword.arg: keyword.value for keyword in node.keywords}
+                hint = _text(keywords["hint"]) if "hint" in keywords else _fix(keywords.get("fix"))
+                found[node.func.id].add((message, hint))
+    return found
+
+
+def _text(node: ast.expr) -> str:
+    """Return a string literal as a reader sees it, its placeholders named by what fills them; "" for anything else."""
+    if isinstance(node, ast.Constant):
+        return node.value if isinstance(node.value, str) else ""
+    if isinstance(node, ast.JoinedStr):
+        return "".join(_text(part) if isinstance(part, ast.Constant) else _placeholder(part) for part in node.values)
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
+        return _text(node.left) + _text(node.right)
+    return ""
+
+
+def _placeholder(node: ast.expr) -> str:
+    expression = ast.unparse(node.value if isinstance(node, ast.FormattedValue) else node)
+    names = [word for word in re.findall(r"[A-Za-z_]\w*", expression) if word not in _NOISE]
+    return "{" + (names[-1].strip("_").replace("_", " ").lower() if names else "value") + "}"
+
+
+_NOISE = {"f", "s", "if", "else", "str", "len", "join", "map", "self", "round", "sorted", "quote", "format_size"}
+
+
+def _fix(node: ast.expr | None) -> str:
+    """Word a literal `Fix(…)` as the front ends do; "" where it is computed."""
+    if not (isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant)):
+        return ""
+    words = [_text(argument) for argument in node.args if _text(argument)]
+    match words:
+        case ["set", setting, *_]:
+            return f"Set KLEIN_{setting.upper()}."
+        case ["pull", *_]:
+            return "Run: klein-mcp pull {model}"
+        case ["list", *_]:
+            return "Run klein-mcp models to see what is there."
+    return ""
+
+
+def _cell(text: str) -> str:
+    text = re.sub(r"\s+", " ", text).strip()
+    return text.replace("|", "\\|").replace("<", "&lt;").replace("*", "\\*").replace("[", "\\[") or " "
+
+
+def _sentence(text: str) -> str:
+    return f"{text[:1].upper()}{text[1:].rstrip('.')}." if text else ""
+
+
+PAGES = {"settings.md": settings_page, "cli.md": cli_page, "errors.md": errors_page}
+
+
+def main() -> None:
+    """Write every page."""
+    for name, make in PAGES.items():
+        (DOCS / name).write_text(make(), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,34 @@
+"""The reference pages hold: their code runs, their names exist."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from klein_mcp import settings
+
+DOCS = Path(__file__).parents[1] / "docs"
+PAGES = sorted(DOCS.glob("*.md"))
+
+
+def test_python_of_the_engine_page_runs_from_top_to_bottom(capsys: pytest.CaptureFixture[str]) -> None:
+    page = (DOCS / "engine.md").read_text(encoding="utf-8")
+    names: dict[str, object] = {}
+    for block in re.findall(r"^```python\n(.*?)^```", page, re.DOTALL | re.MULTILINE):
+        exec(compile(block, "docs/engine.md", "exec"), names)
+    printed = capsys.readouterr().out
+    assert "step 4 of 4" in printed
+    assert "uint8 nano 7" in printed
+    assert "steps" in printed.splitlines()[-1], "the error names what is wrong"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_setting_a_page_names_exists(page: Path) -> None:
+    known = {name for name, _, _ in settings.table()}
+    assert set(re.findall(r"\bKLEIN_[A-Z_]*[A-Z]\b", page.read_text(encoding="utf-8"))) <= known
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_linked_page_exists(page: Path) -> None:
+    for target in re.findall(r"\]\(([\w.-]+\.md)(?:#[\w-]+)?\)", page.read_text(encoding="utf-8")):
+        assert (DOCS / target).exists(), target
