@@ -21,7 +21,8 @@ from engine.contract import (
     Rgb8,
 )
 from engine.families.klein import lora
-from engine.families.klein.loader import LoadOptions, memory_info, prepare
+from engine.families.klein.footprint import memory_info
+from engine.families.klein.loader import LoadOptions, prepare
 from engine.families.klein.pipeline import Klein
 from engine.families.klein.variants import EMBEDDED, VARIANTS
 from engine.memory.cache import TensorCache, budgets
@@ -105,7 +106,7 @@ class Engine:
         name = self._choice() if model == "auto" else model
         if self._klein is not None and self._name == name:
             return self._klein, 0.0
-        checkpoint = self.registry.find(name, self.config.variant, self.config.quant)
+        checkpoint = self.registry.resolve(name, self.config.variant, self.config.quant)
         options = self._options(loras=True)
         self.release()
         start = time.perf_counter()
@@ -121,7 +122,7 @@ class Engine:
 
     def _options(self, *, loras: bool) -> LoadOptions:
         """Raises ModelNotFound for a LoRA that is not there."""
-        found = tuple(lora.find(text, self.registry.paths) for text in self.config.loras) if loras else ()
+        found = tuple(lora.resolve_lora(text, self.registry.paths) for text in self.config.loras) if loras else ()
         return LoadOptions(self.config.quant, found, self.config.memory_limit)
 
     def _choice(self) -> str:
@@ -140,11 +141,11 @@ class Engine:
     def _holds(self, name: str) -> bool:
         """Whether all of the transformer would stay on the device if nothing else were loaded."""
         try:
-            checkpoint = self.registry.find(name, None, self.config.quant)
+            checkpoint = self.registry.resolve(name, None, self.config.quant)
             prepared = prepare(checkpoint, self.device, self._options(loras=False), self._weight_bytes())
         except EngineError:
             return False
-        return prepared.plan.blocks == len(prepared.needs.blocks)
+        return prepared.is_resident
 
     def _weight_bytes(self) -> int:
         klein = self._klein  # another thread may release it while this one asks
@@ -177,7 +178,7 @@ class Engine:
 
     def models(self) -> tuple[ModelInfo, ...]:
         """Every installed model, and how it would fit into the memory that is free now."""
-        return tuple(self._model_info(source) for source in self.registry.sources())
+        return tuple(self._model_info(source) for source in self.registry.installed_models())
 
     def _model_info(self, source: InstalledModel) -> ModelInfo:
         info = ModelInfo(source.name, source.format, str(source.path), VARIANTS[source.name].licence)

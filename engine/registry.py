@@ -1,134 +1,181 @@
-"""A model's name to its files: which variant a folder or a single file is, and where its companions lie."""
+"""ModelRegistry: a model's name or path -> its files, searched in the user's folders and the hub's cache."""
 
-import json
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from engine import diagnose
-from engine.checkpoints.files.safetensors import Header, Shape, expect, kind_of, storage
-from engine.contract import BadWeights, Fix, ModelNotFound
-from engine.families.klein import identify
-from engine.families.klein.key_maps import bfl_name, encoder_name
-from engine.families.klein.variants import EMBEDDED, FP8, FULL, NVFP4, VARIANTS, Variant
+from engine.checkpoints.files import SUFFIXES, read_header
+from engine.contract import BadWeights, EngineError, Fix, ModelNotFound
+from engine.families.klein import companions, components, foreign, identify, signatures
+from engine.families.klein.answers import Answers
+from engine.families.klein.checkpoint import Checkpoint
+from engine.families.klein.companions import Companion, Needs
+from engine.families.klein.folder import INDEX, forbidden, is_complete, read_json, read_variant
+from engine.families.klein.variants import EMBEDDED, FULL, VARIANTS, Variant
 
 NANO = Path(__file__).parent / "nano" / "weights"
-INDEX = "model_index.json"
-EXTRAS = "klein.json"
-"""Beside model_index.json: what a klein that is not one of the published ones was made for."""
-
-_WHOLE, _WHOLES, _WORDS = "a whole number above 0", "a list of whole numbers above 0", "a list of words"
-_WORDS_OF_WORDS = "words with a list of words each"
-_EXTRA_KEYS = {
-    "text_length": _WHOLE, "text_layers": _WHOLES, "native_size": _WHOLE, "max_references": _WHOLE, "words": _WORDS,
-    "nouns": _WORDS_OF_WORDS, "shapes": _WORDS, "colours": _WORDS,
-}  # fmt: skip
-"""What it may say, and of what kind, for it is written by hand."""
-_DENOISERS = ("Flux2KleinPipeline", "Flux2KleinKVPipeline", "Flux2KleinInpaintPipeline")
 _DEPTH = 3
 """Folders below a given one that are searched: ComfyUI's models/diffusion_models/flux/x.safetensors."""
-
-
-@dataclass(frozen=True, slots=True)
-class Checkpoint:
-    """Where each part of a model lies: a folder or a single file each; the tokenizer is always a folder."""
-
-    variant: Variant
-    transformer: Path
-    vae: Path
-    text_encoder: Path
-    tokenizer: Path
+_HUB_WORDS = ("klein", "flux", "qwen3")
+"""In the names of the hub's repositories that can hold a klein or its companions."""
 
 
 @dataclass(frozen=True, slots=True)
 class InstalledModel:
-    """An installed model. path: its diffusers folder or single file. format: how its transformer is stored."""
+    """A model that can be called by name. path: its diffusers folder or single file. bits: a weight is stored in."""
 
     name: str
     path: Path
     format: str
+    bits: float = 16.0
 
 
 @dataclass(frozen=True, slots=True)
 class UnusableModel:
-    """What a person may miss among the sources. why: it is none, and what to do."""
+    """A file or folder that looks like a model but is not usable. error: says why, and what to do."""
 
     path: Path
-    why: str
+    error: EngineError
 
 
 @dataclass(frozen=True, slots=True)
 class ModelRegistry:
-    """Where models may lie.
+    """The places that are searched for models, and how their parts are chosen.
 
     paths: folders that are models or hold models (ComfyUI's `models` among them), and single files.
     hub: the hub's cache folder. small_decoder: take the distilled autoencoder where one is found.
+    variant: the klein that single files hold where they cannot tell. text_encoder, vae: a file's name or path that is
+    taken before any other. answers: what was found out before.
     """
 
     paths: tuple[Path, ...] = ()
     hub: Path | None = None
     small_decoder: bool = False
+    variant: str | None = None
+    text_encoder: str | None = None
+    vae: str | None = None
+    answers: Answers = field(default_factory=Answers)
 
-    def sources(self) -> list[InstalledModel]:
-        """Every model that is there and whose name is known, full precision first."""
+    def installed_models(self) -> list[InstalledModel]:
+        """Return every model whose variant is known: published before fine-tuned, the finest format first."""
         found = [InstalledModel(EMBEDDED, NANO, FULL)]
-        for place in self._places():
-            row = identify.by_place(place)
-            if row and place.is_dir() and _is_whole(place):
-                found.append(InstalledModel(row.name, place, _folder_format(place)))
-            elif row and place.suffix == _SUFFIX and kind_of(place) == "transformer":
-                found.append(InstalledModel(row.name, place, storage(Header.read(place))))
-        return sorted(found, key=lambda source: (FULL, FP8, NVFP4).index(source.format))
+        for path in self._places():
+            if (row := self._known_variant(path)) is None:
+                continue
+            if path.is_dir() and is_complete(path):
+                found.append(InstalledModel(row.name, path, *_folder_format(path)))
+            elif path.is_file():
+                found.append(InstalledModel(row.name, path, *companions.stored_format(read_header(path))))
+        return sorted(dict.fromkeys(found), key=lambda model: (not _is_published(model.path), -model.bits))
 
-    def strangers(self) -> list[UnusableModel]:
-        """What lies here, looks like a klein, and cannot be called by a name: under another one, broken, not read."""
-        found = ((place, _strange(place)) for place in self._places())
-        return [UnusableModel(place, why) for place, why in found if why]
+    def unusable_models(self) -> list[UnusableModel]:
+        """Return what looks like a klein and cannot be called by name: unnamed, broken, or not read."""
+        found = ((path, self._reason(path)) for path in self._places())
+        return [UnusableModel(path, error) for path, error in dict(found).items() if error is not None]
 
     def installed(self) -> dict[str, Path]:
-        """Variant name -> its folder or file, for every published variant that is there."""
+        """Return the folder or file of every published variant that is installed, by name."""
         found: dict[str, Path] = {}
-        for source in self.sources():
-            found.setdefault(source.name, source.path)
+        for model in self.installed_models():
+            found.setdefault(model.name, model.path)
         return {name: found[name] for name in VARIANTS if name in found}
 
-    def find(self, model: str, variant: str | None = None, quant: str | None = None) -> Checkpoint:
-        """The checkpoint of a variant's name, a diffusers folder, or a single file.
+    def resolve(
+        self,
+        model: str,
+        variant: str | None = None,
+        quant: str | None = None,
+        prefer: Callable[[Checkpoint], bool] | None = None,
+    ) -> Checkpoint:
+        """Resolve a variant's name, a diffusers folder, or a single file.
 
-        variant: what the user says the files are, where they cannot tell themselves.
-        quant: the format that is preferred where a variant is there in several.
-        Raises ModelNotFound or BadWeights.
+        variant: the klein that the user says the files are, where they cannot tell. quant: the format that is preferred
+        where a variant is installed in several. prefer: tells which of several should be taken, such as one that fits.
+        Of a variant's files the first that is complete is taken. Raises ModelNotFound or BadWeights.
         """
         path = Path(model).expanduser()
         row = identify.named(variant) if variant else None
         if model in VARIANTS:
-            return self._checkpoint(self._source(model, quant), VARIANTS[model])
+            return self._resolve_name(model, quant, prefer)
         if path.is_absolute() or os.sep in model:
             if not _exists(path):
                 raise ModelNotFound(f"No model at {model}.", fix=Fix("list"))
-            return self._checkpoint(path, row)
-        raise identify.unknown(model, "or give the path of a folder or file.")
+            checkpoint = self._checkpoint(path, row)
+            if row is not None and checkpoint.transformer.is_file():
+                self.answers.remember(checkpoint.transformer, variant=row.name)
+            return checkpoint
+        raise identify.unknown_name(model, "or give the path of a folder or file.")
 
-    def checkpoint(self, source: InstalledModel) -> Checkpoint:
-        """Of an installed model. Raises BadWeights."""
-        return self._checkpoint(source.path, VARIANTS[source.name])
+    def checkpoint(self, model: InstalledModel) -> Checkpoint:
+        """Return the files of an installed model. Raises BadWeights."""
+        return self._checkpoint(model.path, VARIANTS[model.name])
 
-    def _source(self, name: str, quant: str | None) -> Path:
-        there = self.sources()
-        ours = [source for source in there if source.name == name]
-        if not ours:
-            if broken := next((s for s in self.strangers() if identify.by_place(s.path) is VARIANTS[name]), None):
-                raise BadWeights(broken.why)
-            known = dict.fromkeys(source.name for source in there)
-            raise ModelNotFound(
-                f"Model {name} is not installed; installed: {', '.join(known)}.", fix=Fix("pull", model=name)
-            )
-        return next((source.path for source in ours if source.format == quant), ours[0].path)
+    def _resolve_name(self, name: str, quant: str | None, prefer: Callable[[Checkpoint], bool] | None) -> Checkpoint:
+        installed = self.installed_models()
+        models = [model for model in installed if model.name == name]
+        models.sort(key=lambda model: model.format != quant)
+        if not models:
+            raise self._not_installed(name, installed)
+        complete: list[Checkpoint] = []
+        errors: list[EngineError] = []
+        for model in models:
+            try:
+                checkpoint = self.checkpoint(model)
+                components.verify(checkpoint)
+            except BadWeights as error:
+                errors.append(error)
+                continue
+            if prefer is None or model.format == quant or prefer(checkpoint):
+                return checkpoint
+            complete.append(checkpoint)
+        if not complete:
+            raise errors[0]
+        return complete[0]
+
+    def _not_installed(self, name: str, installed: list[InstalledModel]) -> EngineError:
+        for model in self.unusable_models():
+            if identify.by_path(model.path) is VARIANTS[name]:
+                return model.error
+        known = dict.fromkeys(model.name for model in installed)
+        return ModelNotFound(
+            f"Model {name} is not installed; installed: {', '.join(known)}.", fix=Fix("pull", model=name)
+        )
+
+    def _known_variant(self, path: Path) -> Variant | None:
+        """Return the variant of a folder, or of a file that holds a transformer that is read."""
+        if path.is_dir():
+            return identify.by_path(path) if not _foreign_folder(path) else None
+        if signatures.TRANSFORMER not in signatures.components_of(path) or path.suffix.lower() not in SUFFIXES:
+            return None
+        header = read_header(path)
+        row = identify.by_path(path) or identify.by_answer(path, self.answers)
+        row = row or (VARIANTS.get(self.variant) if self.variant else None)
+        if row is None or foreign.format_of(header):
+            return None
+        try:
+            identify.check_width(path, identify.width(header), row)
+        except BadWeights:
+            return None
+        return row
+
+    def _reason(self, path: Path) -> EngineError | None:
+        """Return why a folder with an index, or a file, is not among the installed models, if it looks like a klein."""
+        if path.is_file():
+            return None if self._known_variant(path) else diagnose.reason(path)
+        if error := _foreign_folder(path):
+            return error
+        if identify.by_path(path) or not is_complete(path):
+            return None
+        try:
+            read_variant(path)
+        except BadWeights:
+            return None
+        return BadWeights("It is a klein, under a name of its own: give its path as the model.")
 
     def _places(self) -> Iterator[Path]:
-        """Folders with an index, and single files."""
+        """Yield folders with an index, and single files."""
         for path in self.paths:
             yield from _walk(path, _DEPTH)
         if self.hub is not None:
@@ -137,21 +184,21 @@ class ModelRegistry:
     def _checkpoint(self, path: Path, variant: Variant | None) -> Checkpoint:
         if path.is_dir():
             if not os.access(path, os.R_OK | os.X_OK):
-                raise _forbidden(path)
-            if (path / INDEX).is_file() or not (alone := _only_transformer(path)):
+                raise forbidden(path)
+            if (path / INDEX).is_file() or not (single := _only_transformer(path)):
                 return self._folder(path, variant)
-            path = alone
+            path = single
         return self._single_file(path, variant)
 
     def _folder(self, folder: Path, variant: Variant | None) -> Checkpoint:
         if not (folder / INDEX).is_file():
-            raise diagnose.in_place_of_a_model(folder, list(_files(folder, "transformer")), INDEX)
+            raise diagnose.not_a_model(folder, list(_transformers(folder)), INDEX)
         for part in ("transformer", "vae", "text_encoder", "tokenizer"):
             if not (folder / part).is_dir():
                 raise BadWeights(f"{folder} has no {part} folder.", hint="Download it again.")
         vae = folder / "vae"
         if self.small_decoder:
-            vae = self._companion([folder], "vae", _autoencoders, _is_small, "small-decoder")
+            vae = self._small_autoencoder(folder)
         return Checkpoint(
             variant=read_variant(folder, variant),
             transformer=folder / "transformer",
@@ -161,187 +208,155 @@ class ModelRegistry:
         )
 
     def _single_file(self, file: Path, variant: Variant | None) -> Checkpoint:
-        """Companions come from the file's own folder and those beside it, then from what is installed."""
-        header = Header.read(file)
-        expect(header, "transformer")
+        """Resolve the companions: from the file itself, its own folder and those beside it, then what is installed."""
+        header = read_header(file)
+        signatures.expect(header, signatures.TRANSFORMER)
+        foreign.refuse(header)
         if not (width := identify.width(header)):
             raise BadWeights(f"{file.name} is not a FLUX.2 [klein] transformer: it has no img_in.weight.")
-        row = variant or _of_file(file, width)
+        row = variant or self._variant_of_file(file, width)
         identify.check_width(file, width, row)
-        shapes = {bfl_name(name): entry.shape for name, entry in header.entries.items()}
-        context = next((shapes[name][1] for name in ("txt_in.weight", "context_embedder.weight") if name in shapes), 0)
-        near = [file.parent, *(file.parent.parent / name for name in _COMFYUI)]
-        small, least = self.small_decoder, f"{row.name if row.repo else 'klein-4b'}-companions"
-
-        def reads(encoder: Path) -> bool:
-            return len(row.text_layers) * _encoder_width(encoder) == context
-
+        needs = Needs.of(file, row)
         return Checkpoint(
             variant=row,
             transformer=file,
-            vae=self._companion(near, "vae", _autoencoders, lambda path: _is_small(path) == small, least),
-            text_encoder=self._companion(near, "text_encoder", _encoders, reads, least),
-            tokenizer=self._companion(near, "tokenizer", _tokenizers, lambda path: True, "tokenizer"),
+            vae=self._autoencoder(needs),
+            text_encoder=self._text_encoder(needs),
+            tokenizer=self._tokenizer(needs),
         )
 
-    def _companion(
-        self,
-        near: list[Path],
-        part: str,
-        inside: "Callable[[Path], Iterator[Path]]",
-        suits: Callable[[Path], bool],
-        least: str,
-    ) -> Path:
-        """The first that suits; else the first at all, so that the error says what does not fit together.
+    def _variant_of_file(self, file: Path, width: int) -> Variant:
+        """Identify a file by the index beside it, its name, an answer, or its hash. Raises BadWeights to ask."""
+        if (file.parent / INDEX).is_file():
+            return read_variant(file.parent)
+        found = identify.by_path(file) or identify.by_answer(file, self.answers)
+        if found is None and file.parent.name == "transformer" and (file.parent.parent / INDEX).is_file():
+            raise BadWeights(f"{file.name} is a part of the model in {file.parent.parent}.", hint="Give that folder.")
+        found = found or identify.by_hash(file, self.answers)
+        if found is None and self.variant:
+            found = identify.named(self.variant)
+        if found is None:
+            raise identify.ambiguous_variant(file, width)
+        return found
 
-        least: what to pull where there is none.
-        """
-        first: Path | None = None
-        for home in (*near, *self._places()):
-            for found in inside(home):
-                if suits(found):
-                    return found
-                first = first or found
-        if first is None:
-            raise BadWeights(
-                f"No {part} beside the file, nor in an installed model.",
-                hint=f"Put the model's {part} folder next to it.",
-                fix=Fix("pull", model=least),
-            )
-        return first
+    def _homes(self, file: Path) -> Iterator[Path]:
+        """Yield the places of companions: the file, its folder, ComfyUI's beside it, and all that is searched."""
+        yield file
+        yield file.parent
+        for folder in list(file.parents)[1:3]:
+            yield from (folder / name for name in companions.COMFYUI_FOLDERS)
+        yield from self._places()
 
+    def _companions(self, needs: Needs, component: str) -> list[Companion]:
+        found = (companion for home in self._homes(needs.file) for companion in companions.candidates(home, component))
+        return sorted(dict.fromkeys(found), key=needs.rank)
 
-_COMFYUI = ("vae", "text_encoders", "clip")
-"""Folders of ComfyUI beside the one that holds transformers."""
+    def _text_encoder(self, needs: Needs) -> Path:
+        found = self._companions(needs, signatures.TEXT_ENCODER)
+        if self.text_encoder is not None:
+            return _named(self.text_encoder, found, "text encoder")
+        return _first(found, needs.suits_encoder, "text_encoder", _companions_of(needs.variant))
 
+    def _autoencoder(self, needs: Needs) -> Path:
+        found = self._companions(needs, signatures.AUTOENCODER)
+        if self.vae is not None:
+            return _named(self.vae, found, "autoencoder")
 
-def _autoencoders(home: Path) -> Iterator[Path]:
-    if (home / "vae" / "config.json").is_file():
-        yield home / "vae"
-    yield from _files(home, "autoencoder")
+        def suits(path: Path) -> bool:
+            return needs.suits_autoencoder(path) and companions.has_small_decoder(path) == self.small_decoder
 
+        pull = "small-decoder" if self.small_decoder and found else _companions_of(needs.variant)
+        return _first(found, suits, "vae", pull)
 
-def _encoders(home: Path) -> Iterator[Path]:
-    if (home / "text_encoder" / "config.json").is_file():
-        yield home / "text_encoder"
-    yield from _files(home, "text encoder")
+    def _small_autoencoder(self, folder: Path) -> Path:
+        homes = (folder, *self._places())
+        found = [c for home in homes for c in companions.candidates(home, signatures.AUTOENCODER)]
+        return _first(found, companions.has_small_decoder, "vae", "small-decoder")
 
-
-def _tokenizers(home: Path) -> Iterator[Path]:
-    if (home / "tokenizer").is_dir():
-        yield home / "tokenizer"
-
-
-def _files(home: Path, kind: str) -> Iterator[Path]:
-    files = [home] if home.is_file() else sorted(home.glob("*.safetensors"))
-    yield from (file for file in files if kind_of(file) == kind)
-
-
-def _shapes(path: Path) -> dict[str, Shape]:
-    files = [path] if path.is_file() else path.glob("*.safetensors")
-    return {name: entry.shape for file in files for name, entry in Header.read(file).entries.items()}
+    def _tokenizer(self, needs: Needs) -> Path:
+        for home in self._homes(needs.file):
+            for found in companions.tokenizers(home):
+                return found
+        raise _missing("tokenizer", "tokenizer")
 
 
-def _encoder_width(path: Path) -> int:
-    if path.is_dir():
-        return int(_json(path / "config.json").get("hidden_size", 0))
-    names = {encoder_name(name): shape for name, shape in _shapes(path).items()}
-    return names.get("model.embed_tokens.weight", (0, 0))[1]
+def _companions_of(variant: Variant) -> str:
+    return f"{variant.name if variant.repo else 'klein-4b'}-companions"
 
 
-def _is_small(path: Path) -> bool:
-    """Whether an autoencoder's decoder is narrower than its encoder."""
-    shapes = _shapes(path)
-    return shapes.get("decoder.conv_in.weight", (0,))[0] < shapes.get("encoder.conv_out.weight", (0, 0))[1]
+def _first(found: list[Companion], suits: Callable[[Path], bool], part: str, pull: str) -> Path:
+    """Return the first that suits; else the first at all, so that the error says what does not fit together."""
+    if not found:
+        raise _missing(part, pull)
+    return next((companion.path for companion in found if suits(companion.path)), found[0].path)
 
 
-def read_variant(folder: Path, variant: Variant | None = None) -> Variant:
-    """What a diffusers folder was made for: its index and klein.json overrule the row it starts from."""
-    index = _json(folder / INDEX)
-    kind = index.get("_class_name", "")
-    if kind not in _DENOISERS:
-        raise BadWeights(f"{folder / INDEX} names {kind or 'no pipeline'}; klein is one of {', '.join(_DENOISERS)}.")
-    kv = kind == "Flux2KleinKVPipeline"
-    # diffusers' default for is_distilled is False in the plain pipeline, True in the KV one.
-    distilled = bool(index.get("is_distilled", kv))
-    if variant is None:
-        variant = identify.by_place(folder)
-    if variant is None or (variant.kv, variant.distilled) != (kv, distilled):
-        like = VARIANTS["klein-4b"] if distilled else VARIANTS["klein-base-4b"]
-        variant = replace(
-            like, name=folder.name, title=folder.name, repo="", licence="unknown", kv=kv, memory_gb=0.0, files=()
-        )
-    return _with_extras(variant, folder)
+def _missing(part: str, pull: str) -> BadWeights:
+    return BadWeights(
+        f"No {part} beside the file, nor in an installed model.",
+        hint=f"Put the model's {part} folder next to it, or pull it.",
+        fix=Fix("pull", model=pull),
+    )
 
 
-def _with_extras(variant: Variant, folder: Path) -> Variant:
-    if not (folder / EXTRAS).is_file():
-        return variant
-    extras = _json(folder / EXTRAS)
-    if unknown := extras.keys() - _EXTRA_KEYS:
-        raise BadWeights(f"{folder / EXTRAS} has {min(unknown)!r}; known: {', '.join(sorted(_EXTRA_KEYS))}.")
-    for key, value in extras.items():
-        if not _is(value, _EXTRA_KEYS[key]):
-            raise BadWeights(f"{folder / EXTRAS}: {key} is {str(value)[:40]!r}; it must be {_EXTRA_KEYS[key]}.")
-    if "text_layers" in extras:
-        extras["text_layers"] = tuple(extras["text_layers"])
-    extras |= {key: frozenset(extras[key]) for key in ("words", "shapes", "colours") if key in extras}
-    if "nouns" in extras:
-        extras["nouns"] = {noun: tuple(colours) for noun, colours in extras["nouns"].items()}
-    if "native_size" in extras:
-        # A small klein was made for one area: it neither paints nor sees more than that.
-        extras |= {"max_size": extras["native_size"], "reference_size": min(1024, extras["native_size"])}
-    return replace(variant, **extras)
+def _named(wanted: str, found: list[Companion], what: str) -> Path:
+    """Return the companion that a setting names by path or by the file's name."""
+    path = Path(wanted).expanduser()
+    if path.is_absolute() and path.exists():
+        return path
+    for companion in found:
+        if wanted in (companion.path.name, companion.path.stem):
+            return companion.path
+    names = ", ".join(companion.path.name for companion in found) or "none"
+    raise ModelNotFound(f"There is no {what} {wanted!r}; found: {names}.", hint="Give its absolute path.")
 
 
-def _is(value: Any, kind: str) -> bool:
-    if kind == _WORDS_OF_WORDS:
-        return isinstance(value, dict) and all(each == [] or _is(each, _WORDS) for each in value.values())
-    each = [value] if kind == _WHOLE else value if isinstance(value, list) else []
-    return bool(each) and all(isinstance(one, str) if kind == _WORDS else type(one) is int and one > 0 for one in each)
+def _transformers(folder: Path) -> Iterator[Path]:
+    for file in companions.weights_files(folder):
+        if signatures.TRANSFORMER in signatures.components_of(file):
+            yield file
 
 
-def _of_file(file: Path, width: int) -> Variant:
-    """Which klein a single file is: by the index beside it, by its name, by its hash. Raises BadWeights to ask."""
-    if (file.parent / INDEX).is_file():
-        return read_variant(file.parent)
-    if row := identify.by_place(file) or identify.by_hash(file):
-        return row
-    if file.parent.name == "transformer" and (file.parent.parent / INDEX).is_file():
-        raise BadWeights(f"{file.name} is a part of the model in {file.parent.parent}.", hint="Give that folder.")
-    raise identify.ask(file, width)
+def _only_transformer(folder: Path) -> Path | None:
+    found = list(_transformers(folder))
+    return found[0] if len(found) == 1 else None
 
 
-def _strange(place: Path) -> str:
-    """Why a folder with an index or a file is not among the sources, if it looks like a klein."""
-    if place.is_file():
-        return diagnose.why(place)
-    if identify.by_place(place) or not _is_whole(place):
-        return ""
+def _is_published(path: Path) -> bool:
+    return path.is_dir() or identify.is_published_name(path.stem)
+
+
+def _foreign_folder(folder: Path) -> BadWeights | None:
+    """Return the error for a folder whose transformer another program quantised."""
     try:
-        read_variant(place)
+        if (config := folder / "transformer" / "config.json").is_file():
+            foreign.refuse_config(read_json(config), folder)
+    except BadWeights as error:
+        return error
+    return None
+
+
+def _folder_format(folder: Path) -> tuple[str, float]:
+    try:
+        return companions.stored_format(read_header(next((folder / "transformer").glob("*.safetensors"))))
     except BadWeights:
-        return ""
-    return "It is a klein, under a name of its own: give its path as the model."
-
-
-_SUFFIX = ".safetensors"
+        return FULL, 16.0
 
 
 def _walk(path: Path, depth: int) -> Iterator[Path]:
     try:
-        if path.suffix in (_SUFFIX, *diagnose.UNREAD) and path.is_file():
+        if path.suffix.lower() in (*SUFFIXES, *diagnose.UNREAD_SUFFIXES) and path.is_file():
             yield path
         elif path.is_dir():
             if (path / INDEX).is_file():
                 yield path
-                yield from sorted(path.glob("*.safetensors"))
+                yield from companions.weights_files(path)
             elif depth >= 0:
                 for child in sorted(path.iterdir()):
                     if not child.name.startswith("."):
                         yield from _walk(child, depth - 1)
-    except PermissionError:
-        # A folder among many that is not ours to see: what can be read is enough.
+    except OSError:
+        # One of many folders that this user may not read, or that is none, as in /proc: the rest is enough.
         return
 
 
@@ -349,47 +364,16 @@ def _exists(path: Path) -> bool:
     try:
         return path.exists()
     except PermissionError:
-        raise _forbidden(path) from None
-
-
-def _forbidden(path: Path) -> BadWeights:
-    return BadWeights(f"{path} may not be read by this user.", hint="Change its permissions or its owner.")
-
-
-def _is_whole(folder: Path) -> bool:
-    """Whether a folder with an index has a transformer: the hub's cache may hold the companions alone."""
-    return (folder / INDEX).is_file() and any((folder / "transformer").glob("*.safetensors"))
-
-
-def _folder_format(folder: Path) -> str:
-    try:
-        return storage(Header.read(next((folder / "transformer").glob("*.safetensors"))))
-    except BadWeights:
-        return FULL
-
-
-def _only_transformer(folder: Path) -> Path | None:
-    found = list(_files(folder, "transformer"))
-    return found[0] if len(found) == 1 else None
+        raise forbidden(path) from None
 
 
 def _snapshots(hub: Path) -> Iterator[Path]:
-    """What the hub's cache holds of klein: folders with an index, and the files of flat repositories."""
-    for repo in sorted(hub.glob("models--*")):
-        if "klein" in repo.name.lower() or "flux" in repo.name.lower():
-            for snapshot in sorted((repo / "snapshots").glob("*")):
-                yield from _walk(snapshot, 1)
-
-
-def _json(file: Path) -> dict[str, Any]:
+    """Yield what the hub's cache holds of klein: folders with an index, and the files of other repositories."""
     try:
-        said = json.loads(file.read_text())
-    except FileNotFoundError:
-        raise BadWeights(f"{file} is not there.", hint="Download it again.") from None
-    except PermissionError:
-        raise _forbidden(file) from None
-    except ValueError as error:
-        raise BadWeights(f"{file} is not JSON: {error}.", hint="Download it again.") from None
-    if not isinstance(said, dict):
-        raise BadWeights(f"{file} is not a JSON object.", hint="Download it again.")
-    return said
+        repos = sorted(hub.glob("models--*"))
+    except OSError:
+        return
+    for repo in repos:
+        if any(word in repo.name.lower() for word in _HUB_WORDS):
+            for snapshot in sorted((repo / "snapshots").glob("*")):
+                yield from _walk(snapshot, _DEPTH)

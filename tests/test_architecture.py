@@ -96,7 +96,7 @@ def test_the_stdio_door_leaves_numpy_and_pillow_to_the_first_picture() -> None:
     assert reached.stdout.split() == ["False", "False"]
 
 
-STORAGE = ("engine.checkpoints.loading", "engine.checkpoints.files.safetensors", "engine.checkpoints.quant")
+STORAGE = ("engine.checkpoints.reader", "engine.checkpoints.files", "engine.checkpoints.quant")
 """They name the number formats of files; which one to paint with is still decided in one place."""
 
 

@@ -1,336 +1,186 @@
-"""Safetensors into modules: every tensor straight to its place, strictly; what is amiss is named."""
+"""Load tensors into modules: every tensor straight to its place, strictly, with an error that names what is wrong."""
 
-import hashlib
-import json
-import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack
-from dataclasses import dataclass, field
-from io import FileIO
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from engine.checkpoints import quant
-from engine.checkpoints.files.safetensors import Entry, Header, Shape
-from engine.checkpoints.quant import QuantLinear, Stored
+from engine.checkpoints.files import Shape
+from engine.checkpoints.key_map import KeyMap, ParamSlice
+from engine.checkpoints.quant import MEMORY_SCHEMES, QuantLinear, StoredWeight, shape_of
+from engine.checkpoints.reader import CODE_DTYPES, DTYPES, TensorReader
+from engine.checkpoints.tensors import Tensors
 from engine.contract import BadWeights
-from engine.families.klein.key_maps import KeyMap, ParamSlice
-from engine.memory.device import CopyStream, Device, StreamEvent, has_own_memory, host_memory, stores_fp8
+from engine.memory.device import Device
 
-DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "U8": torch.uint8,
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "I64": torch.int64,
-}  # fmt: skip
-"""The formats that klein's files use, and torch's names for them."""
+Allocator = Callable[[str, Shape, torch.dtype], Tensor]
+"""(our name, shape, dtype) -> uninitialised memory for it: the placement plan says where each tensor goes."""
 
-
-@dataclass(frozen=True, slots=True)
-class Tensors:
-    """The tensors of one or several safetensors files, by name; nothing is read until asked for.
-
-    shapes: what is meant, whatever it is stored as. quantised: by the weight's name. absent: files that an index
-    names and that are not there, by tensor.
-    """
-
-    files: tuple[Path, ...]
-    entries: dict[str, Entry]
-    shapes: dict[str, Shape]
-    quantised: dict[str, Stored]
-    absent: dict[str, str] = field(default_factory=dict)
-
-    @classmethod
-    def open(
-        cls, files: Iterable[Path], rename: Callable[[str], str] = str, absent: Mapping[str, str] | None = None
-    ) -> "Tensors":
-        """Read the headers. Raises BadWeights for a file that is not whole safetensors."""
-        headers = [Header.read(file) for file in files]
-        entries = {rename(name): entry for header in headers for name, entry in header.entries.items()}
-        metadata = {key: value for header in headers for key, value in header.metadata.items()}
-        quantised, used = quant.stored_layers(entries, metadata, _small)
-        shapes = {name: entry.shape for name, entry in entries.items() if name not in used}
-        shapes |= {name: stored.shape for name, stored in quantised.items()}
-        return cls(tuple(header.file for header in headers), entries, shapes, quantised, dict(absent or {}))
-
-    @classmethod
-    def folder(cls, folder: Path, rename: Callable[[str], str] = str) -> "Tensors":
-        """All safetensors of a diffusers or transformers folder, sharded or not."""
-        files = sorted(folder.glob("*.safetensors"))
-        if not files:
-            pickles = [file.name for kind in ("*.bin", "*.pt", "*.ckpt") for file in folder.glob(kind)]
-            found = f"only {pickles[0]}, which is a pickle and could run code" if pickles else "nothing"
-            raise BadWeights(f"No *.safetensors in {folder}: {found}.", hint="Only safetensors are read.")
-        index = next(iter(folder.glob("*.safetensors.index.json")), None)
-        if index is None:
-            # Beside the whole model there may be a copy in another precision.
-            whole = [file for file in files if file.stem in ("model", "diffusion_pytorch_model")]
-            return cls.open(whole or files, rename)
-        shards = _shards(index)
-        there = {file.name for file in files}
-        absent = {rename(name): shard for name, shard in shards.items() if shard not in there}
-        return cls.open([file for file in files if file.name in set(shards.values())], rename, absent)
-
-    def bytes(self, name: str) -> int:
-        """Of a tensor as it lies in its file, scales included."""
-        if name in self.quantised:
-            return self.quantised[name].bytes
-        return self.entries[name].bytes if name in self.entries else 0
-
-    def fingerprint(self) -> str:
-        """Tells these weights from others: headers and a sample of every file, not gigabytes of hashing."""
-        digest = hashlib.sha256()
-        for file in self.files:
-            size = file.stat().st_size
-            with file.open("rb") as stream:
-                for offset in (0, size // 3, size // 2, max(0, size - _SAMPLE)):
-                    stream.seek(offset)
-                    digest.update(stream.read(_SAMPLE))
-            digest.update(str(size).encode())
-        return digest.hexdigest()
+_DECODED_AT_ONCE = 1 << 22
+"""Weights decoded at once: 16 MB in fp32, so that the intermediates stay small and in the processor's cache."""
 
 
-_SAMPLE = 1 << 20
-
-
-def _shards(index: Path) -> dict[str, str]:
-    try:
-        return dict(json.loads(index.read_text())["weight_map"])
-    except (ValueError, KeyError, TypeError, OSError) as problem:
-        raise BadWeights(f"{index} makes no sense: {problem}.", hint="Download it again.") from None
-
-
-def _small(entry: Entry) -> bytes:
-    with entry.file.open("rb") as stream:
-        stream.seek(entry.begin)
-        return stream.read(entry.bytes)
-
-
-class Reader:
-    """Reads tensors straight into memory that is already theirs, without a copy in between where none is needed."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._open: dict[Path, FileIO] = {}
-        self._closing = ExitStack()
-        self._courier = CopyStream(device)
-        self._stage: list[tuple[Tensor, StreamEvent]] = []
-
-    def __enter__(self) -> "Reader":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._closing.close()
-
-    def read(self, entry: Entry, into: Tensor, *, start: int = 0) -> Iterator[int]:
-        """Fill the contiguous `into` with the elements of `entry` from `start` on; yields bytes as they are read."""
-        dtype = DTYPES[entry.format]
-        flat = into.reshape(-1) if into.is_contiguous() else _not_contiguous()
-        at = entry.begin + start * dtype.itemsize
-        if flat.device.type == "cpu" and flat.dtype == dtype:
-            for part in flat.split(_PIECE // dtype.itemsize):
-                self._fill(entry.file, at, part)
-                at += part.nbytes
-                yield part.nbytes
-            return
-        for part in flat.split(_STAGE // dtype.itemsize):
-            count = part.numel() * dtype.itemsize
-            self._through_stage(entry.file, at, count, dtype, part)
-            at += count
-            yield count
-
-    def load(self, entry: Entry) -> Tensor:
-        """A whole tensor as it is stored: on the device, or in the host's memory where the device knows no fp8."""
-        where = self._device if stores_fp8(self._device) else _HOST
-        tensor = torch.empty(entry.shape, dtype=DTYPES[entry.format], device=where)
-        for _ in self.read(entry, tensor):
-            pass
-        return tensor
-
-    def _through_stage(self, file: Path, at: int, count: int, dtype: torch.dtype, target: Tensor) -> None:
-        """By way of a small buffer, because the target is on a device or in another format."""
-        if not self._stage:
-            # Two where the device copies by itself: one is read into while the other is on its way.
-            buffers = 2 if has_own_memory(self._device) else 1
-            self._stage = [(host_memory((_STAGE,), torch.uint8, self._device), None) for _ in range(buffers)]
-        buffer, sent = self._stage.pop(0)
-        self._courier.settle(sent)
-        self._fill(file, at, buffer[:count])
-        # Where no mark tells that a copy has arrived, it is waited for: Metal too would copy behind our back.
-        target.copy_(buffer[:count].view(dtype), non_blocking=has_own_memory(self._device))
-        self._stage.append((buffer, self._courier.mark()))
-
-    def _fill(self, file: Path, at: int, target: Tensor) -> None:
-        stream = self._open.get(file)
-        if stream is None:
-            stream = self._open[file] = self._closing.enter_context(file.open("rb", buffering=0))
-        view = memoryview(target.view(torch.uint8).numpy())  # type: ignore[arg-type]
-        stream.seek(at)
-        while view.nbytes:
-            count = stream.readinto(view)
-            if not count:
-                raise BadWeights(f"{file.name} ends while it is being read.", hint="Is it still being written?")
-            view = view[count:]
-
-
-_HOST = torch.device("cpu")
-_PIECE = 64 << 20
-"""Bytes read between two words of progress."""
-_STAGE = 16 << 20
-"""Bytes of a buffer between file and device: it should stay in the processor's cache when only the format changes."""
-
-
-def _not_contiguous() -> Tensor:
-    raise AssertionError("only whole row ranges are filled")
-
-
-Home = Callable[[str, Shape, torch.dtype], Tensor]
-"""(our name, shape, dtype) -> memory for it, uninitialised: where a tensor lives is the memory plan's to say."""
-
-
-def on(device: torch.device) -> Home:
-    """Everything on one device."""
+def allocate_on(device: torch.device) -> Allocator:
+    """Allocate everything on one device."""
     return lambda name, shape, dtype: torch.empty(shape, dtype=dtype, device=device)
 
 
-def fill(
+def load_into(
     module: nn.Module,
     tensors: Tensors,
-    table: KeyMap,
-    placement: Device,
+    key_map: KeyMap,
+    device: Device,
     *,
     what: str,
     ignore: Callable[[str], bool] = lambda name: False,
-    home: Home | None = None,
+    allocate: Allocator | None = None,
 ) -> Iterator[int]:
-    """Fill `module` (made on the meta device) with `tensors`, placed by `table`; yields bytes as they are read.
+    """Fill `module` (made on the meta device) with `tensors`, placed by `key_map`; yield bytes as they are read.
 
-    what: names the part in errors. ignore: published names that are known and not needed.
+    what: names the component in errors. ignore: names that are known and not needed.
     Raises BadWeights for a missing, extra or misshapen tensor, before anything is read.
     """
-    home = home or on(placement.device)
-    ours = slots(module)
-    table = {their: place for their, place in table.items() if place.name in ours}
-    _verify(ours, tensors, table, what, ignore)
+    allocate = allocate or allocate_on(device.device)
+    shapes = param_shapes(module)
+    key_map = {source: place for source, place in key_map.items() if place.name in shapes}
+    check_tensors(module, tensors, key_map, what, ignore)
     pieces: dict[str, list[tuple[str, ParamSlice]]] = {}
     # In the order of the files: a disk, or a network behind it, reads ahead.
-    for their in sorted(table, key=lambda name: (tensors.entries[name].file, tensors.entries[name].begin)):
-        pieces.setdefault(table[their].name, []).append((their, table[their]))
-    with Reader(placement.device) as reader:
+    for source in sorted(key_map, key=lambda name: (tensors.entries[name].file, tensors.entries[name].begin)):
+        pieces.setdefault(key_map[source].name, []).append((source, key_map[source]))
+    with TensorReader(device.device) as reader:
         for name, parts in pieces.items():
-            yield from _ParamLoader(module, name, ours[name], placement, home).fill(reader, tensors, parts)
+            yield from _ParamLoader(module, name, shapes[name], device, allocate).load(reader, tensors, parts)
 
 
 @dataclass(frozen=True, slots=True)
 class _ParamLoader:
-    """One of our tensors, or one quantised layer, and how it is filled."""
+    """Loads one of our parameters, or one quantised layer."""
 
     module: nn.Module
     name: str
     shape: Shape
-    placement: Device
-    home: Home
+    device: Device
+    allocate: Allocator
 
-    def fill(self, reader: Reader, tensors: Tensors, parts: list[tuple[str, ParamSlice]]) -> Iterator[int]:
+    def load(self, reader: TensorReader, tensors: Tensors, parts: list[tuple[str, ParamSlice]]) -> Iterator[int]:
         owner = self.module.get_submodule(self.name.rpartition(".")[0])
         if not isinstance(owner, QuantLinear):
-            tensor = self.home(self.name, self.shape, self.placement.dtype)
-            yield from self._widened(tensor, reader, tensors, parts)
-            _put(self.module, self.name, tensor)
+            tensor = self.allocate(self.name, self.shape, self.device.dtype)
+            yield from self._widen(tensor, reader, tensors, parts)
+            _assign(self.module, self.name, tensor)
             return
-        their, place = parts[0]
-        stored = tensors.quantised.get(their)
-        if stored is not None and place.parts == 1 and not place.swap and _same_codes(stored, owner):
-            held = {}
+        scheme = MEMORY_SCHEMES[owner.scheme]
+        source, place = parts[0]
+        stored = tensors.quantised.get(source)
+        if stored is not None and place.parts == 1 and not place.swap and scheme.keeps(stored):
+            codes = {}
             for name, entry in stored.entries.items():
-                held[name] = self.home(f"{self.name}:{name}", entry.shape, DTYPES[entry.format])
-                yield from reader.read(entry, held[name])
-            owner.take(held)
+                codes[name] = self.allocate(f"{self.name}:{name}", entry.shape, CODE_DTYPES[entry.storage_dtype])
+                yield from reader.read(entry, codes[name])
+            owner.load_tensors(codes)
             return
-        # Another format than the file's: widened for a moment on the device, one layer at a time.
-        tensor = torch.empty(self.shape, dtype=self.placement.dtype, device=self.placement.device)
-        yield from self._widened(tensor, reader, tensors, parts)
-        owner.take({
-            name: self._moved(f"{self.name}:{name}", value) for name, value in quant.ENCODE[owner.kind](tensor).items()
+        # Another scheme than the file's: widened for a moment on the device, one layer at a time.
+        tensor = torch.empty(self.shape, dtype=self.device.dtype, device=self.device.device)
+        yield from self._widen(tensor, reader, tensors, parts)
+        owner.load_tensors({
+            name: self._moved(f"{self.name}:{name}", value) for name, value in scheme.encode(tensor).items()
         })  # fmt: skip
 
     def _moved(self, name: str, value: Tensor) -> Tensor:
-        return self.home(name, tuple(value.shape), value.dtype).copy_(value)
+        return self.allocate(name, tuple(value.shape), value.dtype).copy_(value)
 
-    def _widened(
-        self, tensor: Tensor, reader: Reader, tensors: Tensors, parts: list[tuple[str, ParamSlice]]
+    def _widen(
+        self, tensor: Tensor, reader: TensorReader, tensors: Tensors, parts: list[tuple[str, ParamSlice]]
     ) -> Iterator[int]:
-        for their, place in parts:
+        for source, place in parts:
             rows = tensor if place.parts == 1 else tensor.tensor_split(place.parts)[place.part]
-            stored = tensors.quantised.get(their)
-            if stored is not None:
+            # The halves change places where they are written: first and second half of the file, then of our rows.
+            halves = tuple(reversed(rows.chunk(2))) if place.swap else (rows,)
+            stored = tensors.quantised.get(source)
+            begin = 0
+            for target in halves:
+                if stored is None:
+                    columns = target[0].numel() if target.ndim else 1
+                    yield from reader.read(tensors.entries[source], target, start=begin * columns)
+                elif stored.by_rows:
+                    yield from _decode_rows(stored, reader, target, begin)
+                begin += len(target) if target.ndim else 1
+            if stored is not None and not stored.by_rows:
                 codes = {name: reader.load(entry) for name, entry in stored.entries.items()}
-                weight = quant.DECODE[stored.kind](codes, tensor.dtype)
-                rows.copy_(torch.cat(tuple(reversed(weight.chunk(2)))) if place.swap else weight)
+                weight = stored.scheme.decode(codes, tensor.dtype, stored.options)
+                for target, source_rows in zip(halves, weight.chunk(len(halves)), strict=True):
+                    target.copy_(source_rows)
                 yield stored.bytes
-            elif place.swap:
-                first, second = rows.chunk(2)
-                yield from reader.read(tensors.entries[their], second)
-                yield from reader.read(tensors.entries[their], first, start=second.numel())
-            else:
-                yield from reader.read(tensors.entries[their], rows)
 
 
-def _same_codes(stored: Stored, layer: QuantLinear) -> bool:
-    scale = stored.entries.get("weight_scale")
-    if layer.kind == "fp8":
-        one_scale = scale is None or math.prod(scale.shape) == 1
-        return stored.kind == "fp8" and one_scale and stored.entries["weight"].format == "F8_E4M3"
-    return stored.kind == layer.kind
+def _decode_rows(stored: StoredWeight, reader: TensorReader, target: Tensor, offset: int) -> Iterator[int]:
+    """Decode the rows from `offset` on into `target`, some at a time: there is never a second copy of a layer."""
+    for begin, end in stored.pieces(_DECODED_AT_ONCE):
+        first, last = max(begin, offset), min(end, offset + len(target))
+        if first < last:
+            entries = stored.rows(first, last)
+            codes = {name: reader.load(entry) for name, entry in entries.items()}
+            target[first - offset : last - offset].copy_(stored.scheme.decode(codes, target.dtype, stored.options))
+            # A scale of the whole matrix is read for every piece, and counts once.
+            yield sum(e.bytes for name, e in entries.items() if first == 0 or e is not stored.entries[name])
 
 
-def slots(module: nn.Module) -> dict[str, Shape]:
-    """What has to be filled, by name; a quantised layer counts as the one weight that it means."""
+def param_shapes(module: nn.Module) -> dict[str, Shape]:
+    """Return the shape of every parameter and buffer to load; a quantised layer counts as the weight it means."""
     found: dict[str, Shape] = {}
     for path, owner in module.named_modules():
         prefix = f"{path}." if path else ""
         if isinstance(owner, QuantLinear):
-            found[f"{prefix}weight"] = (owner.out_features, owner.in_features)
+            found[f"{prefix}weight"] = shape_of(owner)
             continue
         found |= {prefix + name: tuple(p.shape) for name, p in owner._parameters.items() if p is not None}
-        kept = owner._buffers.items() if owner._buffers else ()
         skipped = owner._non_persistent_buffers_set
-        found |= {prefix + name: tuple(b.shape) for name, b in kept if b is not None and name not in skipped}
+        buffers = owner._buffers.items() if owner._buffers else ()
+        found |= {prefix + name: tuple(b.shape) for name, b in buffers if b is not None and name not in skipped}
     return found
 
 
-def _verify(ours: dict[str, Shape], tensors: Tensors, table: KeyMap, what: str, ignore: Callable[[str], bool]) -> None:
-    for their, place in table.items():
-        want = _shape(ours[place.name], place)
-        if their in tensors.absent:
+def check_tensors(
+    module: nn.Module, tensors: Tensors, key_map: KeyMap, what: str, ignore: Callable[[str], bool]
+) -> None:
+    """Raise BadWeights for a missing, extra or misshapen tensor, or one of a dtype that is not read."""
+    shapes = param_shapes(module)
+    key_map = {source: place for source, place in key_map.items() if place.name in shapes}
+    for source, place in key_map.items():
+        expected = _part_shape(shapes[place.name], place)
+        if source in tensors.absent:
             raise BadWeights(
-                f"The {what} lacks the file {tensors.absent[their]}, which its index names.", hint="Download it again."
+                f"The {what} lacks the file {tensors.absent[source]}, which its index names.", hint="Download it again."
             )
-        if their not in tensors.shapes:
-            raise BadWeights(f"The {what} lacks the tensor {their}.", hint="Download it again.")
-        if their not in tensors.quantised and (stored := tensors.entries[their].format) not in DTYPES:
+        if source not in tensors.shapes:
+            raise BadWeights(f"The {what} lacks the tensor {source}.", hint="Download it again.")
+        if source not in tensors.quantised and (stored := tensors.entries[source].storage_dtype) not in DTYPES:
             raise BadWeights(
-                f"In the {what}, {their} is stored as {stored}, which is not read; read are {', '.join(DTYPES)}."
+                f"In the {what}, {source} is stored as {stored}, which is not read; read are {', '.join(DTYPES)}."
             )
-        if not _fits(tensors.shapes[their], want):
-            raise BadWeights(f"In the {what}, {their} is {tensors.shapes[their]}; expected {want}.")
-    for their in tensors.shapes:
-        if their not in table and not ignore(their):
-            raise BadWeights(f"The {what} has a tensor klein does not know: {their}.", hint="Is it another model?")
-    if unfilled := ours.keys() - {place.name for place in table.values()}:
-        raise BadWeights(f"The {what} lacks the tensor {min(unfilled)}.", hint="Download it again.")
+        if not _shape_matches(tensors.shapes[source], expected):
+            raise BadWeights(f"In the {what}, {source} is {tensors.shapes[source]}; expected {expected}.")
+    for source in tensors.shapes:
+        if source not in key_map and not ignore(source):
+            raise BadWeights(
+                f"The {what} has a tensor klein does not know: {source[:100]}.", hint="Is it another model?"
+            )
+    if missing := shapes.keys() - {place.name for place in key_map.values()}:
+        raise BadWeights(f"The {what} lacks the tensor {min(missing)}.", hint="Download it again.")
 
 
-def _shape(whole: Shape, place: ParamSlice) -> Shape:
-    return whole if place.parts == 1 else (whole[0] // place.parts, *whole[1:])
+def _part_shape(shape: Shape, place: ParamSlice) -> Shape:
+    return shape if place.parts == 1 else (shape[0] // place.parts, *shape[1:])
 
 
-def _fits(theirs: Shape, ours: Shape) -> bool:
-    """Equal, or a 1×1 convolution where we keep a matrix."""
-    return theirs == ours or theirs == (*ours, 1, 1)
+def _shape_matches(found: Shape, expected: Shape) -> bool:
+    """Return whether they are equal, or a 1×1 convolution where we keep a matrix."""
+    return found == expected or found == (*expected, 1, 1)
 
 
-def _put(module: nn.Module, name: str, tensor: Tensor) -> None:
+def _assign(module: nn.Module, name: str, tensor: Tensor) -> None:
     owner_name, _, leaf = name.rpartition(".")
     owner = module.get_submodule(owner_name)
     if leaf in owner._parameters:

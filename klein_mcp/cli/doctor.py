@@ -165,8 +165,8 @@ def _models(settings: Settings, made: Any) -> Iterator[Check]:
     for model in installed:
         about = model.name if model.name == EMBEDDED else f"{model.name} ({model.format}), {model.licence}"
         yield Check("model", f"{about}: {model.placement}" if model.fits else about, _todo(model))
-    for stranger in made.registry.strangers():
-        yield Check("model", f"{stranger.path} cannot be called by a name", stranger.why, optional=True)
+    for model in made.registry.unusable_models():
+        yield Check("model", f"{model.path} cannot be called by a name", explain(model.error), optional=True)
     for path, why in missing_places(settings):
         yield Check("model", str(path), why, optional=True)
     if len(installed) == 1 and settings.model in ("auto", EMBEDDED):
@@ -179,7 +179,7 @@ def _default_model(settings: Settings, made: Any) -> Iterator[Check]:
         return
     try:
         config = settings.engine_config()
-        made.registry.find(settings.model, config.variant, config.quant)
+        made.registry.resolve(settings.model, config.variant, config.quant)
         yield Check("model", f"KLEIN_MODEL is {settings.model}")
     except EngineError as error:
         yield Check("model", f"KLEIN_MODEL is {settings.model}", explain(error))

@@ -10,7 +10,7 @@ from engine.contract import ModelInfo
 from engine.families.klein.variants import EMBEDDED, VARIANTS
 from klein_mcp.cli.paint import engine
 from klein_mcp.cli.terminal import ProgressBar, harmless
-from klein_mcp.errors import fix_words
+from klein_mcp.errors import explain, fix_words
 from klein_mcp.settings import Settings
 
 
@@ -24,7 +24,8 @@ def run(settings: Settings, arguments: argparse.Namespace) -> int:
     with ProgressBar("looking at this machine"):
         made = engine(settings)
         there = made.models()
-    others = [(stranger.path, stranger.why) for stranger in made.registry.strangers()] + list(missing_places(settings))
+    unusable = [(model.path, explain(model.error)) for model in made.registry.unusable_models()]
+    others = unusable + list(missing_places(settings))
     missing = [row for row in VARIANTS.values() if row.name not in {model.name for model in there}]
     if arguments.json:
         rows = [{"name": row.name, "licence": row.licence, "gated": row.gated} for row in missing]

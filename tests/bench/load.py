@@ -19,8 +19,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from engine.checkpoints.loading import Tensors, fill
-from engine.families.klein.key_maps import plain
+from engine.checkpoints.key_map import identity_map
+from engine.checkpoints.loading import load_into
+from engine.checkpoints.tensors import Tensors
 from engine.memory.device import Device
 
 GOAL = 0.8
@@ -65,7 +66,9 @@ def ours(file: Path, shapes: list[tuple[int, int]], dtype: torch.dtype) -> None:
     with torch.device("meta"):
         net = nn.Sequential(*(nn.Linear(columns, rows, bias=False) for rows, columns in shapes))
     tensors = Tensors.open([file])
-    for _ in fill(net, tensors, plain(tensors.shapes), Device(torch.device("cpu"), dtype), what="benchmark"):
+    for _ in load_into(
+        net, tensors, identity_map(tensors.shapes), Device(torch.device("cpu"), dtype), what="benchmark"
+    ):
         pass
 
 

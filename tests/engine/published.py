@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from diffusers import AutoencoderKLFlux2
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -70,6 +71,13 @@ def quantised(tensors: dict[str, Tensor], kind: str, keep: str = r"(?!)") -> tup
         out |= {f"{layer}.{leaf}": value.contiguous() for leaf, value in quantise(tensor).items()}
         layers[layer] = {"format": name_of}
     return out, {"_quantization_metadata": json.dumps({"format_version": "1.0", "layers": layers})}
+
+
+def small_decoder(work: Path) -> dict[str, Tensor]:
+    """BFL's autoencoder file of a toy whose decoder is narrower than its encoder."""
+    narrow = AutoencoderKLFlux2(**toys.AUTOENCODER, decoder_block_out_channels=(32, 32, 32, 32))
+    narrow.save_pretrained(work / "vae")
+    return bfl_autoencoder(work)
 
 
 def toy(folder: Path, **changes: object) -> Path:

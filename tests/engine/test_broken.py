@@ -109,9 +109,9 @@ BROKEN: dict[str, tuple[Change, str]] = {
     ),
     "layers in words": (
         saying("klein.json", text_layers="9, 18, 27"),
-        r"klein\.json: text_layers is '9, 18, 27'; it must be a list of whole numbers above 0",
+        r"klein\.json: text_layers is '9, 18, 27'; it must be a list of positive integers",
     ),
-    "no text at all": (saying("klein.json", text_length=0), r"text_length is '0'; it must be a whole number above 0"),
+    "no text at all": (saying("klein.json", text_length=0), r"text_length is '0'; it must be a positive integer"),
 }
 
 

@@ -17,14 +17,16 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from engine.checkpoints.files.safetensors import Header, kind
-from engine.checkpoints.loading import Tensors
+from engine.checkpoints.files import read_header
+from engine.checkpoints.tensors import Tensors
 from engine.contract import BadWeights, EngineConfig, EngineError, Job, Result
 from engine.engine import Engine
 from engine.families.klein import components
+from engine.families.klein.components import QuantPolicy
 from engine.families.klein.loader import LoadOptions
 from engine.families.klein.lora import Lora
 from engine.families.klein.pipeline import Klein
+from engine.families.klein.signatures import component
 from engine.memory.device import Device
 from engine.registry import NANO, ModelRegistry
 from tests.engine import published
@@ -58,13 +60,13 @@ def test_of_the_text_encoder_only_the_layers_that_are_read_are_loaded(folder: Pa
     whole = load_file(file)
     published.write(whole | {"lm_head.weight": whole["model.embed_tokens.weight"] + 1}, file)
     part = components.text_encoder(home, LAYERS)
-    entries = Header.read(file).entries
+    entries = read_header(file).entries
     wanted = {name: entry.bytes for name, entry in entries.items() if name.startswith("model.embed_tokens")}
     wanted |= {
         n: e.bytes for n, e in entries.items() if (m := re.match(r"model\.layers\.(\d+)\.", n)) and int(m[1]) < 27
     }
     with bytes_read() as read:
-        told = sum(part.fill(CPU))
+        told = sum(part.load(CPU))
     assert told == sum(wanted.values()) == part.bytes
     assert told <= read[0] < told + 20_000
     # Of the toy's 29 layers two are above the cut, of the real one's 36 nine.
@@ -75,9 +77,9 @@ def test_of_the_text_encoder_only_the_layers_that_are_read_are_loaded(folder: Pa
 def test_every_byte_of_a_transformer_is_read_once(folder: Path, bfl: dict[str, Tensor], tmp_path: Path) -> None:
     eight = published.write(published.quantised(bfl, "fp8")[0], tmp_path / "fp8.safetensors")
     for path, wanted in ((folder / "transformer", None), (folder / "transformer", "fp8"), (eight, None)):
-        part = components.transformer(path, wanted)
+        part = components.transformer(path, QuantPolicy(wanted))
         with bytes_read() as read:
-            told = sum(part.fill(CPU))
+            told = sum(part.load(CPU))
         assert told == part.bytes <= read[0] < told + 20_000
 
 
@@ -98,11 +100,11 @@ def test_shards_above_the_cut_may_be_missing(folder: Path, tmp_path: Path) -> No
     (home / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
     (home / "model-c.safetensors").unlink()
     part = components.text_encoder(home, LAYERS)
-    list(part.fill(CPU))
+    list(part.load(CPU))
     assert not any(parameter.is_meta for parameter in part.module.parameters())
     (home / "model-b.safetensors").unlink()
     with pytest.raises(BadWeights, match=r"text encoder lacks the file model-b\.safetensors, which its index names"):
-        list(components.text_encoder(home, LAYERS).fill(CPU))
+        list(components.text_encoder(home, LAYERS).load(CPU))
 
 
 @pytest.mark.parametrize("prefix", ["", "text_encoders.qwen3_4b.transformer."])
@@ -111,10 +113,10 @@ def test_an_encoder_in_a_single_file_needs_no_config(prefix: str, bare: bool, fo
     whole = load_file(folder / "text_encoder" / "model.safetensors")
     tensors = {prefix + (name.removeprefix("model.") if bare else name): tensor for name, tensor in whole.items()}
     file = published.write(tensors, tmp_path / "qwen_3_4b.safetensors")
-    assert kind(Header.read(file)) == "text encoder"
+    assert component(read_header(file)) == "text encoder"
     one, other = (components.text_encoder(path, LAYERS) for path in (folder / "text_encoder", file))
     for part in (one, other):
-        list(part.fill(CPU))
+        list(part.load(CPU))
         part.module.finish(torch.device("cpu"))
     ids, mask = torch.randint(0, 100, (1, 24)), torch.ones(1, 24, dtype=torch.long)
     # The toy's rotary base is Qwen3Config's default; every published Qwen3 has a million.
@@ -138,7 +140,7 @@ def test_a_quantised_encoder_is_read_layer_by_layer(folder: Path, tmp_path: Path
         else:
             tensors[name] = tensor
     part = components.text_encoder(published.write(tensors, tmp_path / "mixed.safetensors"), LAYERS)
-    list(part.fill(CPU))
+    list(part.load(CPU))
     layers = [layer for name, layer in part.module.named_modules() if name.endswith("up_proj")]
     assert len(layers) == 27
     for i, layer in enumerate(layers):
@@ -149,9 +151,9 @@ def test_a_quantised_encoder_is_read_layer_by_layer(folder: Path, tmp_path: Path
 
 def test_an_autoencoder_in_fp32_becomes_what_is_painted_in(folder: Path, tmp_path: Path) -> None:
     file = published.write(published.bfl_autoencoder(folder), tmp_path / "flux2-vae.safetensors")
-    assert kind(Header.read(file)) == "autoencoder"
+    assert component(read_header(file)) == "autoencoder"
     part = components.autoencoder(file)
-    list(part.fill(Device(torch.device("cpu"), torch.bfloat16)))
+    list(part.load(Device(torch.device("cpu"), torch.bfloat16)))
     assert {tensor.dtype for tensor in part.module.state_dict().values()} == {torch.bfloat16}
 
 
@@ -163,20 +165,20 @@ def test_the_small_decoder_is_read_from_its_shapes(folder: Path, tmp_path: Path)
     narrow = AutoencoderKLFlux2(**toys.AUTOENCODER, decoder_block_out_channels=(32, 32, 32, 32))
     narrow.save_pretrained(tmp_path / "small" / "vae")
     part = components.autoencoder(tmp_path / "small" / "vae")
-    list(part.fill(CPU))
+    list(part.load(CPU))
     assert part.module.shape.encoder == (32, 32, 64, 64)
     assert part.module.shape.decoder == (32, 32, 32, 32)
     latent = torch.randn(1, 128, 2, 2)
     single = published.write(published.bfl_autoencoder(tmp_path / "small"), tmp_path / "small.safetensors")
     again = components.autoencoder(single)
-    list(again.fill(CPU))
+    list(again.load(CPU))
     assert torch.equal(part.module.decode(latent), again.module.decode(latent))
 
 
 def test_in_every_dtype_the_weights_are_the_files_rounded(folder: Path, bfl: dict[str, Tensor]) -> None:
     for dtype in (torch.float32, torch.bfloat16):
         part = components.transformer(folder / "transformer")
-        list(part.fill(Device(torch.device("cpu"), dtype)))
+        list(part.load(Device(torch.device("cpu"), dtype)))
         for name, tensor in part.module.state_dict().items():
             assert torch.equal(tensor, bfl[name].to(dtype)), name
 
@@ -184,7 +186,7 @@ def test_in_every_dtype_the_weights_are_the_files_rounded(folder: Path, bfl: dic
 def test_a_lora_and_a_format_change_the_fingerprint(folder: Path, tmp_path: Path) -> None:
     """What is remembered is kept by it: other weights must never meet old states."""
     file = write(bfl_fused(), tmp_path / "style.safetensors")
-    checkpoint = ModelRegistry().find(str(folder))
+    checkpoint = ModelRegistry().resolve(str(folder))
     options = (
         LoadOptions(),
         LoadOptions("fp8"),
@@ -200,7 +202,7 @@ def test_a_quantised_model_paints_nearly_the_same_picture(folder: Path) -> None:
     job = Job("a lighthouse of brass", seed=5, width=64, height=64, steps=2)
     pictures = []
     for quant in (None, "fp8"):
-        klein = last(Klein.load(ModelRegistry().find(str(folder)), CPU, None, LoadOptions(quant)))
+        klein = last(Klein.load(ModelRegistry().resolve(str(folder)), CPU, None, LoadOptions(quant)))
         *_, painting = klein.run(job)
         assert isinstance(painting, Result)
         pictures.append(painting.image.astype(float))
@@ -220,13 +222,15 @@ import resource, sys, torch
 from pathlib import Path
 from torch import nn
 from engine.memory.device import Device
-from engine.families.klein.key_maps import plain
-from engine.checkpoints.loading import Tensors, fill
+from engine.checkpoints.key_map import identity_map
+from engine.checkpoints.loading import load_into
+from engine.checkpoints.tensors import Tensors
 with torch.device("meta"):
     net = nn.Sequential(*(nn.Linear(1024, 8192, bias=False) for _ in range(18)))
 tensors = Tensors.open([Path(sys.argv[1])])
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-list(fill(net, tensors, plain(tensors.shapes), Device(torch.device("cpu"), getattr(torch, sys.argv[2])), what="x"))
+device = Device(torch.device("cpu"), getattr(torch, sys.argv[2]))
+list(load_into(net, tensors, identity_map(tensors.shapes), device, what="x"))
 print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
 """
     for dtype, times in (("bfloat16", 1), ("float32", 2)):
@@ -289,13 +293,13 @@ def not_klein(transformer: dict[str, Tensor]) -> dict[str, tuple[Callable[[Path]
         "endless header": (endless_header, r"is not a whole safetensors file: its header is cut short or is none"),
         "empty": (lambda file: (file.write_bytes(b""), file)[1], r"\(0 bytes\) is not a whole safetensors file"),
         "overlapping": (overlapping, r"b does not lie where its header says"),
-        "GGUF": (starting(b"GGUF"), r"is a GGUF file, which is not read yet"),
-        "pickle": (starting(b"PK\x03\x04"), r"is a pickle, which could run code; only safetensors are read"),
+        "GGUF": (starting(b"GGUF"), r"is not a whole GGUF file: its version is 0"),
+        "pickle": (starting(b"PK\x03\x04"), r"is a pickle, which could run code; only safetensors and GGUF are read"),
         "old pickle": (starting(b"\x80\x02"), r"is a pickle"),
         "git-lfs": (starting(b"version https://git-lfs"), r"is a pointer of git-lfs"),
         "LoRA": (
             holding("transformer.transformer_blocks.0.attn.to_q.lora_A.weight"),
-            r"is a LoRA, .* \(give it with --lora\), not a klein",
+            r"is a LoRA, which changes a model and is none, not a klein",
         ),
         "SDXL": (
             holding("model.diffusion_model.input_blocks.0.0.weight", "conditioner.embedders.0.x"),
@@ -327,7 +331,7 @@ def test_a_pickle_by_its_name_is_refused_unopened(tmp_path: Path) -> None:
     file = tmp_path / "flux-2-klein-4b.ckpt"
     file.write_bytes(b"\x80\x02anything")
     with pytest.raises(BadWeights, match="is a pickle"):
-        ModelRegistry().find(str(file))
+        ModelRegistry().resolve(str(file))
 
 
 def test_the_9b_encoder_with_a_4b_transformer_is_refused(bfl: dict[str, Tensor], folder: Path, tmp_path: Path) -> None:
@@ -351,7 +355,7 @@ def test_a_file_that_may_not_be_read_says_so(bfl: dict[str, Tensor], folder: Pat
         shutil.copytree(folder / part, tmp_path / part)
     file = published.write(bfl, tmp_path / "flux-2-klein-4b.safetensors")
     with forbidden(file, tmp_path), pytest.raises(BadWeights, match=r"may not be read by this user\. Change its perm"):
-        ModelRegistry().find(str(file))
+        ModelRegistry().resolve(str(file))
 
 
 @contextmanager

@@ -1,6 +1,5 @@
 """LoRAs of every producer change the same rows by the same amount, as diffusers does where it reads them."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from engine.contract import BadWeights, InvalidJob, ModelNotFound
 from engine.families.klein import components, lora
+from engine.families.klein.components import QuantPolicy
 from engine.families.klein.lora import Lora, LoraLinear
 from engine.families.klein.transformer import Transformer
 from engine.memory.device import Device
@@ -94,14 +94,14 @@ def write(tensors: dict[str, Tensor], file: Path) -> Path:
 
 
 def load(path: Path, wanted: str | None = None) -> Transformer:
-    part = components.transformer(path, wanted)
-    list(part.fill(CPU))
+    part = components.transformer(path, QuantPolicy(wanted))
+    list(part.load(CPU))
     return part.module
 
 
 def changed(folder: Path, *loras: Lora, wanted: str | None = None) -> Transformer:
     module = load(folder / "transformer", wanted)
-    lora.apply(module, [change for one in loras for change in lora.read(one, module)])
+    lora.apply(module, [change for one in loras for change in lora.read(one, module).deltas])
     return module
 
 
@@ -270,9 +270,10 @@ def test_another_base_is_refused_with_both_shapes(folder: Path, tmp_path: Path) 
     ("key", "says"),
     [
         ("transformer.transformer_blocks.7.attn.to_q.lora_A.weight", r"changes transformer\.transformer_blocks\.7"),
-        ("lora_te_model_layers_0_self_attn_q_proj.lora_down.weight", "changes the text encoder"),
+        ("lora_te_model_layers_0_self_attn_q_proj.lora_down.weight", "changes only the text encoder"),
         ("diffusion_model.double_blocks.0.img_attn.qkv.lora_A.weight", "lacks half of"),
-        ("diffusion_model.double_blocks.0.img_attn.qkv.hada_w1_a", "uses hada_w1_a"),
+        ("diffusion_model.double_blocks.0.img_attn.qkv.hada_w1_a", "lacks half of"),
+        ("diffusion_model.double_blocks.0.img_attn.qkv.oft_R.weight", "uses oft_R"),
         ("img_in.weight", "something unknown, not a LoRA"),
     ],
 )
@@ -285,8 +286,8 @@ def test_what_is_not_read_is_named(key: str, says: str, folder: Path, tmp_path: 
 @pytest.mark.parametrize(
     ("told", "says"),
     [
-        (json.dumps({"transformer.use_rslora": True}), r"odd\.safetensors was trained as rsLoRA, which is not read"),
-        ("[]", r"What LoRA odd\.safetensors says of itself makes no sense"),
+        ("[]", r"The training settings of LoRA odd\.safetensors make no sense: they are a list"),
+        ("{", r"The training settings of LoRA odd\.safetensors make no sense"),
     ],
 )
 def test_a_training_that_is_not_understood_is_named(told: str, says: str, folder: Path, tmp_path: Path) -> None:
@@ -305,18 +306,22 @@ def test_a_lora_is_found_by_path_or_name_with_a_scale(tmp_path: Path) -> None:
     file = tmp_path / "models" / "loras" / "style" / "ink.safetensors"
     file.parent.mkdir(parents=True)
     save_file({"x": torch.zeros(1)}, file)
-    assert lora.find(f"{file}:0.8", []) == Lora(file, 0.8)
-    assert lora.find("ink:-0.5", [tmp_path]) == Lora(file, -0.5)
-    assert lora.find("ink.safetensors", [tmp_path]) == Lora(file, 1.0)
+    assert lora.resolve_lora(f"{file}:0.8", []) == Lora(file, 0.8)
+    assert lora.resolve_lora("ink:-0.5", [tmp_path]) == Lora(file, -0.5)
+    assert lora.resolve_lora("ink.safetensors", [tmp_path]) == Lora(file, 1.0)
     dotted = file.with_name("ink-v1.5.safetensors")
     save_file({"x": torch.zeros(1)}, dotted)
-    assert lora.find("ink-v1.5", [tmp_path]) == lora.find("ink-v1.5.safetensors:1", [tmp_path]) == Lora(dotted)
+    assert (
+        lora.resolve_lora("ink-v1.5", [tmp_path])
+        == lora.resolve_lora("ink-v1.5.safetensors:1", [tmp_path])
+        == Lora(dotted)
+    )
     with pytest.raises(ModelNotFound, match=r"No LoRA 'oil'; there are ink, ink-v1\.5"):
-        lora.find("oil", [tmp_path])
+        lora.resolve_lora("oil", [tmp_path])
     with pytest.raises(ModelNotFound, match="No LoRA at"):
-        lora.find("/nowhere/x.safetensors:1", [])
+        lora.resolve_lora("/nowhere/x.safetensors:1", [])
     with pytest.raises(InvalidJob, match="scale of LoRA 'ink:strong' is 'strong'"):
-        lora.find("ink:strong", [tmp_path])
+        lora.resolve_lora("ink:strong", [tmp_path])
 
 
 def test_the_fingerprint_follows_content_and_scale(tmp_path: Path) -> None:

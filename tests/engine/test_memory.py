@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engine.contract import Fix, OutOfMemory
-from engine.families.klein.loader import _other_models, work_of
+from engine.families.klein.footprint import activation_memory, smaller_models
 from engine.families.klein.text_encoder import TextEncoder
 from engine.families.klein.transformer import Transformer, TransformerShape
 from engine.families.klein.variants import VARIANTS
@@ -57,7 +57,7 @@ def needs(size: str, kind: str = "bf16") -> WeightSizes:
 
 def work(size: str = "4b", side: int = 1024) -> ActivationMemory:
     transformer, _, autoencoder = nets(size)
-    return work_of(VARIANTS[f"klein-{size}"], transformer, autoencoder, torch.bfloat16, pixels=side**2)
+    return activation_memory(VARIANTS[f"klein-{size}"], transformer, autoencoder, torch.bfloat16, pixels=side**2)
 
 
 def card(gigabytes: float, free: float | None = None, host: float = 64) -> MemoryInfo:
@@ -166,12 +166,12 @@ def test_a_limit_of_the_users_own_is_not_blamed_on_other_programs() -> None:
 
 def test_a_smaller_model_is_named_where_nothing_helps_this_one() -> None:
     nine = VARIANTS["klein-9b"]
-    others = _other_models(nine, Device(torch.device("cpu"), torch.bfloat16))
+    others = smaller_models(nine, Device(torch.device("cpu"), torch.bfloat16))
     assert [name for name, _ in others] == ["klein-4b"]
     with pytest.raises(OutOfMemory, match=r"klein-4b would fit: it needs about 15\.\d GB\.$"):
         plan(needs("9b"), MemoryInfo("memory", 20 * GB, 24 * GB), work("9b"), models=others)
-    assert not _other_models(VARIANTS["klein-4b"], Device(torch.device("cpu"), torch.bfloat16))
-    base = _other_models(VARIANTS["klein-base-9b"], Device(torch.device("cpu"), torch.float32))
+    assert not smaller_models(VARIANTS["klein-4b"], Device(torch.device("cpu"), torch.bfloat16))
+    base = smaller_models(VARIANTS["klein-base-9b"], Device(torch.device("cpu"), torch.float32))
     assert [(name, other.all) for name, other in base] == [("klein-base-4b", 27 * GB)]
 
 

@@ -87,7 +87,7 @@ def test_no_file_is_read_in_a_way_that_metal_cannot_do(
 ) -> None:
     """Codes are widened before they come to the device."""
     monkeypatch.setattr("engine.checkpoints.quant.stores_fp8", lambda device: device.type != "meta")
-    monkeypatch.setattr("engine.checkpoints.loading.stores_fp8", lambda device: device.type != "meta")
+    monkeypatch.setattr("engine.checkpoints.reader.stores_fp8", lambda device: device.type != "meta")
     tensors, metadata = bfl, None
     if kind == "raw fp8":
         tensors = {name: tensor.to(torch.float8_e4m3fn) for name, tensor in bfl.items()}
@@ -96,7 +96,7 @@ def test_no_file_is_read_in_a_way_that_metal_cannot_do(
     metal = Device(torch.device("meta"), torch.bfloat16)
     part = components.transformer(published.write(tensors, tmp_path / "x.safetensors", metadata), None, metal.device)
     with Metal():
-        assert sum(part.fill(metal)) == part.bytes
+        assert sum(part.load(metal)) == part.bytes
     assert {parameter.dtype for parameter in part.module.parameters()} == {torch.bfloat16}
 
 

@@ -9,10 +9,11 @@ import pytest
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from engine.checkpoints.files import safetensors
-from engine.checkpoints.files.safetensors import Header
+from engine.checkpoints.files import read_header
 from engine.checkpoints.quant import QuantLinear
 from engine.families.klein import components
+from engine.families.klein.companions import stored_format
+from engine.families.klein.signatures import component
 from engine.families.klein.transformer import Transformer, TransformerShape
 from engine.families.klein.variants import VARIANTS, File
 from engine.nn.autoencoder import Autoencoder, AutoencoderShape
@@ -77,9 +78,9 @@ def sparse(file: Path, found: list[Tensor], metadata: dict[str, str] | None = No
 def test_a_published_file_is_known_to_the_byte(row, file: File, tmp_path: Path) -> None:
     path = sparse(tmp_path / file.name, *tensors(SHAPES[row.hidden], file.format))
     assert path.stat().st_size == file.bytes
-    header = Header.read(path)
-    assert safetensors.kind(header) == "transformer"
-    assert safetensors.storage(header) == file.format
+    header = read_header(path)
+    assert component(header) == "transformer"
+    assert stored_format(header)[0] == file.format
     part = components.transformer(path)
     assert part.module.shape == SHAPES[row.hidden]
     blocks = [layer for layer in part.module.modules() if isinstance(layer, QuantLinear)]
@@ -90,7 +91,7 @@ def test_a_published_file_is_known_to_the_byte(row, file: File, tmp_path: Path) 
 def test_a_folder_of_all_published_files_is_told_apart_by_names(tmp_path: Path) -> None:
     for row, file in EXACT:
         sparse(tmp_path / file.name, *tensors(SHAPES[row.hidden], file.format))
-    sources = {(source.name, source.format) for source in ModelRegistry((tmp_path,)).sources()}
+    sources = {(source.name, source.format) for source in ModelRegistry((tmp_path,)).installed_models()}
     assert sources - {("nano", "bf16")} == {(row.name, file.format) for row, file in EXACT}
 
 
@@ -121,7 +122,7 @@ def test_the_published_autoencoder_is_known_to_the_byte(tmp_path: Path) -> None:
              for name, t in net.state_dict().items()]  # fmt: skip
     path = sparse(tmp_path / "flux2-vae.safetensors", [*found, ("bn.num_batches_tracked", "I64", ())])
     assert path.stat().st_size == 336_211_292
-    assert safetensors.kind(Header.read(path)) == "autoencoder"
+    assert component(read_header(path)) == "autoencoder"
     assert components.autoencoder(path).module.shape == AutoencoderShape()
 
 

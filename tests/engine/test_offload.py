@@ -13,9 +13,10 @@ from engine.checkpoints.quant import fp8
 from engine.checkpoints.quant.fp8 import Fp8Linear
 from engine.contract import EngineConfig, Job, OutOfMemory, Result
 from engine.engine import Engine
-from engine.families.klein import loader, lora
+from engine.families.klein import footprint, loader, lora
 from engine.families.klein.loader import LoadOptions
 from engine.families.klein.lora import Lora
+from engine.families.klein.lora.deltas import LowRank
 from engine.families.klein.pipeline import Klein
 from engine.memory.device import CopyStream, Device
 from engine.memory.offload import CpuEmbedding, OffloadedModule, OffloadRing, stream
@@ -111,9 +112,10 @@ def test_a_slot_is_not_written_before_its_layer_is_done() -> None:
 def test_quantised_layers_and_loras_stream_too() -> None:
     weight = torch.randn(64, 64)
     layer = Fp8Linear(64, 64)
-    layer.take(fp8.encode(weight))
+    layer.load_tensors(fp8.encode(weight))
     rows = lora.RowRange("0", 0, 64)
-    beside = lora.LoraLinear(layer, [lora.WeightDelta(rows, torch.randn(64, 4), torch.randn(4, 64))], weight)
+    delta = lora.WeightDelta(rows, LowRank(torch.randn(64, 4), torch.randn(4, 64)))
+    beside = lora.LoraLinear(layer, [delta], weight)
     module = nn.Sequential(beside)
     x = torch.randn(2, 64)
     want = module(x)
@@ -142,11 +144,11 @@ def cramped(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     """A device that is told to have a memory of its own, and little of it."""
     room = {"free": 0}
     monkeypatch.setattr(
-        loader,
+        footprint,
         "memory_info",
         lambda placement, limit=None, held=0: MemoryInfo("GPU", room["free"], 24 * 10**9, 64 * 10**9),
     )
-    monkeypatch.setattr(loader, "work_of", lambda *shapes: ActivationMemory(128, 0))
+    monkeypatch.setattr(footprint, "activation_memory", lambda *shapes: ActivationMemory(128, 0))
     monkeypatch.setattr("engine.memory.plan.RESERVE", 0)
     return room
 
@@ -159,7 +161,7 @@ def paint(klein: Klein):
 
 def test_a_model_that_streams_paints_the_same_picture(cramped: dict[str, int]) -> None:
     """The embedded model in less and less memory: the picture is the same to the last bit."""
-    checkpoint = ModelRegistry().find(str(NANO))
+    checkpoint = ModelRegistry().resolve(str(NANO))
     cramped["free"] = 10**9
     whole = last(Klein.load(checkpoint, PLACEMENT))
     assert "all on the device" in whole.placement_summary
@@ -188,7 +190,7 @@ def test_a_lora_on_streamed_layers_is_the_lora_on_resident_ones(
         for free in (10**9, round(little * MB)):
             cramped["free"] = free
             klein = last(
-                Klein.load(ModelRegistry().find(str(folder)), PLACEMENT, None, LoadOptions(quant, (Lora(file),)))
+                Klein.load(ModelRegistry().resolve(str(folder)), PLACEMENT, None, LoadOptions(quant, (Lora(file),)))
             )
             streams = any(isinstance(layer, OffloadedModule) for layer in klein.transformer.modules())
             assert streams == (free < 10**9), klein.placement_summary
@@ -205,10 +207,10 @@ def test_where_the_native_size_does_not_fit_a_smaller_one_is_planned_for(
     folder: Path, cramped: dict[str, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What the refusal of a large picture names as fitting has to be had."""
-    checkpoint = ModelRegistry().find(str(folder))
+    checkpoint = ModelRegistry().resolve(str(folder))
     cramped["free"] = 10**9
     needed = loader.prepare(checkpoint, PLACEMENT, LoadOptions()).plan.peak
-    monkeypatch.setattr(loader, "work_of", lambda *shapes: ActivationMemory(1024, 10**9))
+    monkeypatch.setattr(footprint, "activation_memory", lambda *shapes: ActivationMemory(1024, 10**9))
     cramped["free"] = needed + 3 * 10**8
     with pytest.raises(OutOfMemory, match=r"needs 1\.0 GB of the GPU for 1024×1024"):
         loader.prepare(checkpoint, PLACEMENT, LoadOptions())
@@ -226,7 +228,7 @@ def test_auto_is_the_best_that_need_not_stream_its_transformer(
 ) -> None:
     for name in ("klein-4b", "klein-9b", "klein-base-4b"):
         shutil.copytree(folder, tmp_path / name)
-    small = ModelRegistry().find(str(folder))
+    small = ModelRegistry().resolve(str(folder))
     cramped["free"] = 10**9
     enough = loader.prepare(small, PLACEMENT, LoadOptions()).needs
     for free, chosen in ((10**9, "klein-9b"), (enough.rest + sum(enough.blocks) + 10**5, "klein-9b"), (MB, "nano")):
@@ -238,7 +240,7 @@ def test_auto_is_the_best_that_need_not_stream_its_transformer(
 
 
 def test_a_picture_that_memory_cannot_hold_is_refused_before_it_is_begun(monkeypatch: pytest.MonkeyPatch) -> None:
-    klein = last(Klein.load(ModelRegistry().find(str(NANO)), PLACEMENT))
+    klein = last(Klein.load(ModelRegistry().resolve(str(NANO)), PLACEMENT))
     monkeypatch.setattr(
         "engine.families.klein.pipeline.memory_info", lambda placement: MemoryInfo("GPU", 100_000, 10**9, 10**9)
     )
@@ -251,7 +253,7 @@ def test_a_picture_that_memory_cannot_hold_is_refused_before_it_is_begun(monkeyp
 
 
 def test_a_limit_holds_for_pictures_too_and_for_what_is_remembered() -> None:
-    klein = last(Klein.load(ModelRegistry().find(str(NANO)), PLACEMENT, None, LoadOptions(limit=10**9)))
+    klein = last(Klein.load(ModelRegistry().resolve(str(NANO)), PLACEMENT, None, LoadOptions(limit=10**9)))
     assert klein.free(10**12) == 10**9 - klein.weight_bytes
     klein.limit = klein.weight_bytes + 100_000
     assert klein.free(10**12) == 100_000

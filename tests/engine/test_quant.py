@@ -15,6 +15,7 @@ from engine.checkpoints.quant.fp8 import Fp8Linear
 from engine.checkpoints.quant.nvfp4 import Nvfp4Linear
 from engine.contract import BadWeights
 from engine.families.klein import components
+from engine.families.klein.components import QuantPolicy
 from engine.families.klein.transformer import Transformer
 from engine.memory.device import Device, multiplies_fp4, multiplies_fp8
 from tests.engine import published
@@ -26,8 +27,8 @@ ALLOWED = {"fp8": 0.04, "nvfp4": 0.15}
 
 
 def load(path: Path, wanted: str | None = None, placement: Device = CPU) -> Transformer:
-    part = components.transformer(path, wanted, placement.device)
-    list(part.fill(placement))
+    part = components.transformer(path, QuantPolicy(wanted), placement.device)
+    list(part.load(placement))
     return part.module
 
 
@@ -62,7 +63,7 @@ def test_every_layer_is_the_original_within_its_format(kind: str, file: Path, bf
     for layer in layers(bfl):
         linear = module.get_submodule(layer)
         assert isinstance(linear, QuantLinear)
-        assert linear.kind == kind
+        assert linear.scheme == kind
         assert error(weight(module, layer), bfl[f"{layer}.weight"]) <= ALLOWED[kind], layer
     for name, tensor in bfl.items():
         if not published.BLOCK_LINEAR.fullmatch(name):
@@ -141,7 +142,7 @@ def test_any_file_can_be_quantised_while_it_loads(kind: str, folder: Path, bfl: 
     for layer in layers(bfl):
         linear = module.get_submodule(layer)
         assert isinstance(linear, QuantLinear)
-        assert linear.kind == kind
+        assert linear.scheme == kind
         assert error(weight(module, layer), bfl[f"{layer}.weight"]) <= ALLOWED[kind]
     assert isinstance(module.img_in, nn.Linear)
 
@@ -161,7 +162,7 @@ def test_a_native_layer_multiplies_what_a_widened_one_does(bfl: dict[str, Tensor
     x = torch.randn(2, 32, original.shape[1], dtype=torch.bfloat16)
     for input_scale in (None, torch.tensor(4.5 / 448)):
         layer = Fp8Linear(original.shape[1], original.shape[0], native=True)
-        layer.take(fp8.encode(original) | ({} if input_scale is None else {"input_scale": input_scale}))
+        layer.load_tensors(fp8.encode(original) | ({} if input_scale is None else {"input_scale": input_scale}))
         native = layer(x)
         layer.native = False
         assert native.dtype == torch.bfloat16
@@ -191,7 +192,7 @@ def test_on_blackwell_four_bits_are_multiplied_as_they_are(
     x = torch.randn(2, 30, original.shape[1], dtype=torch.bfloat16)
     for input_scale in (None, torch.tensor(4.5 / (448 * 6))):
         layer = Nvfp4Linear(original.shape[1], original.shape[0], native=True)
-        layer.take(published.nvfp4(original) | ({} if input_scale is None else {"input_scale": input_scale}))
+        layer.load_tensors(published.nvfp4(original) | ({} if input_scale is None else {"input_scale": input_scale}))
         if input_scale is None:
             layer.input_scale = None
         native = layer(x)
@@ -218,8 +219,8 @@ def test_a_device_that_multiplies_four_bits_wrongly_or_not_at_all_is_not_trusted
         monkeypatch.setattr(torch, "_scaled_mm", product)
         with torch.device("meta"):
             linear = nn.Linear(128, 128, bias=False)
-            assert quant.make("nvfp4", linear, cpu).native is native
-            assert quant.make("nvfp4", linear, cpu, full_precision=True).native is False
+            assert quant.MEMORY_SCHEMES["nvfp4"].make(linear, cpu, full_precision=False).native is native
+            assert quant.MEMORY_SCHEMES["nvfp4"].make(linear, cpu, full_precision=True).native is False
     nvfp4.multiplies.cache_clear()
     for capability, native in (((8, 9), False), ((9, 0), False), ((10, 0), True), ((12, 0), True)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, c=capability: c)
@@ -275,14 +276,14 @@ def test_other_formats_are_refused_by_name(bfl: dict[str, Tensor], tmp_path: Pat
 def test_scales_of_other_formats_are_refused_before_anything_is_read(
     kind: str, bfl: dict[str, Tensor], tmp_path: Path
 ) -> None:
-    """mxfp8 without a marker, one scale a column, blocks of another size, two scales for one layer."""
+    """Powers of two for 64 weights, a scale a column, blocks of another size, two scales for one layer."""
     name = "single_blocks.0.linear1.weight_scale"
-    e8m0 = torch.zeros(9 * 128, 4, dtype=torch.uint8).view(torch.float8_e8m0fnu)
+    e8m0 = torch.zeros(9 * 128, 2, dtype=torch.uint8).view(torch.float8_e8m0fnu)
     one_of_32 = torch.zeros(9 * 128, 4).to(torch.float8_e4m3fn)
     for scale in (e8m0, torch.ones(1, 128), one_of_32, torch.ones(2)):
         tensors, metadata = published.quantised(bfl, kind)
         file = published.write(tensors | {name: scale}, tmp_path / "odd.safetensors", metadata)
-        with pytest.raises(BadWeights, match=rf"{name} is \w+ \[.*\]: a scaling that is not read; read are"):
+        with pytest.raises(BadWeights, match=rf"{name} is \w+ \[.*\]: a scaling that is not read"):
             components.transformer(file)
 
 
@@ -300,8 +301,8 @@ def test_metal_gets_everything_widened_because_it_knows_no_fp8(kind: str, file: 
     """A faked device: what is decided for it, not what it computes."""
     part = components.transformer(file, None, torch.device("mps"))
     assert not any(isinstance(layer, QuantLinear) for layer in part.module.modules())
-    assert quant.target(None, "fp8", torch.device("mps")) is None
-    list(part.fill(CPU))
+    assert quant.memory_scheme(None, "fp8", torch.device("mps")) is None
+    list(part.load(CPU))
     assert not any(parameter.is_meta for parameter in part.module.parameters())
 
 
@@ -312,16 +313,16 @@ def test_fp8_is_native_from_ada_on(monkeypatch: pytest.MonkeyPatch) -> None:
         assert multiplies_fp8(cuda) is native
         linear = nn.Linear(128, 128, bias=False, device="meta")
         with torch.device("meta"):
-            assert quant.make("fp8", linear, cuda).native is native  # type: ignore[union-attr]
-            assert quant.make("fp8", linear, cuda, full_precision=True).native is False  # type: ignore[union-attr]
+            assert quant.MEMORY_SCHEMES["fp8"].make(linear, cuda, full_precision=False).native is native  # type: ignore[union-attr]
+            assert quant.MEMORY_SCHEMES["fp8"].make(linear, cuda, full_precision=True).native is False  # type: ignore[union-attr]
     assert not multiplies_fp8(torch.device("cpu"))
 
 
 def test_a_quantised_layer_takes_the_memory_of_its_codes(bfl: dict[str, Tensor]) -> None:
     weight = bfl["single_blocks.0.linear1.weight"].bfloat16()
     eight, four = Fp8Linear(128, weight.shape[0]), Nvfp4Linear(128, weight.shape[0])
-    eight.take(fp8.encode(weight))
-    four.take(nvfp4.encode(weight))
+    eight.load_tensors(fp8.encode(weight))
+    four.load_tensors(nvfp4.encode(weight))
     sizes = [sum(b.nbytes for b in layer.buffers()) for layer in (eight, four)]
     assert sizes == [weight.numel() + 4, weight.numel() // 2 + weight.numel() // 16 + 4]
 

@@ -56,20 +56,20 @@ def comfyui(folder: Path, home: Path, name: str, tensors: dict[str, Tensor]) -> 
 
 def test_the_embedded_model_is_always_there(tmp_path: Path) -> None:
     assert ModelRegistry().installed() == {"nano": NANO}
-    assert ModelRegistry().find("nano").variant.name == "nano"
+    assert ModelRegistry().resolve("nano").variant.name == "nano"
 
 
 def test_a_diffusers_folder_is_found_by_name_in_a_folder_of_models(folder: Path, tmp_path: Path) -> None:
     place = installed(folder, tmp_path / "models")
-    shelf = ModelRegistry((tmp_path,))
-    assert shelf.installed()["klein-4b"] == place
-    found = shelf.find("klein-4b")
+    registry = ModelRegistry((tmp_path,))
+    assert registry.installed()["klein-4b"] == place
+    found = registry.resolve("klein-4b")
     assert (found.variant, found.transformer) == (VARIANTS["klein-4b"], place / "transformer")
 
 
 def test_the_hubs_cache_is_searched_by_repository(folder: Path, tmp_path: Path) -> None:
     snapshot = hub(tmp_path, VARIANTS["klein-4b"].repo, tree(folder))
-    assert ModelRegistry(hub=tmp_path).find("klein-4b").transformer == snapshot / "transformer"
+    assert ModelRegistry(hub=tmp_path).resolve("klein-4b").transformer == snapshot / "transformer"
 
 
 def test_a_flat_repository_takes_its_companions_from_another(
@@ -81,9 +81,9 @@ def test_a_flat_repository_takes_its_companions_from_another(
     cache = tmp_path / "hub"
     file = hub(cache, fp8.repo, {fp8.name: eight}) / fp8.name
     whole = hub(cache, VARIANTS["klein-4b"].repo, {n: p for n, p in tree(folder).items() if "transformer/" not in n})
-    shelf = ModelRegistry(hub=cache)
-    assert [(s.name, s.format) for s in shelf.sources()] == [("nano", "bf16"), ("klein-4b", "fp8")]
-    found = shelf.find("klein-4b")
+    registry = ModelRegistry(hub=cache)
+    assert [(s.name, s.format) for s in registry.installed_models()] == [("nano", "bf16"), ("klein-4b", "fp8")]
+    found = registry.resolve("klein-4b")
     assert (found.transformer, found.vae, found.text_encoder, found.tokenizer) == (
         file, whole / "vae", whole / "text_encoder", whole / "tokenizer",
     )  # fmt: skip
@@ -99,10 +99,10 @@ def test_of_two_formats_full_precision_comes_first_unless_told(
 ) -> None:
     place = installed(folder, tmp_path)
     file = published.write(*_quantised(transformer, tmp_path / "flux-2-klein-4b-fp8.safetensors"))
-    shelf = ModelRegistry((tmp_path,))
-    assert shelf.find("klein-4b").transformer == place / "transformer"
-    assert shelf.find("klein-4b", quant="fp8").transformer == file
-    assert shelf.find("klein-4b", quant="nvfp4").transformer == place / "transformer"
+    registry = ModelRegistry((tmp_path,))
+    assert registry.resolve("klein-4b").transformer == place / "transformer"
+    assert registry.resolve("klein-4b", quant="fp8").transformer == file
+    assert registry.resolve("klein-4b", quant="nvfp4").transformer == place / "transformer"
 
 
 def test_comfyuis_folders_are_understood_by_content(
@@ -113,9 +113,9 @@ def test_comfyuis_folders_are_understood_by_content(
     published.write({"x.lora_A.weight": torch.zeros(2, 2)}, home / "loras" / "klein-4b.safetensors")
     shutil.copytree(folder / "tokenizer", tmp_path / "tokens" / "tokenizer")
     (tmp_path / "tokens" / "model_index.json").write_text((folder / "model_index.json").read_text())
-    shelf = ModelRegistry((home, tmp_path / "tokens"))
-    assert set(shelf.installed()) == {"nano", "klein-base-4b"}
-    found = shelf.find("klein-base-4b")
+    registry = ModelRegistry((home, tmp_path / "tokens"))
+    assert set(registry.installed()) == {"nano", "klein-base-4b"}
+    found = registry.resolve("klein-base-4b")
     assert found.vae == home / "vae" / "flux2-vae.safetensors"
     assert found.text_encoder == home / "text_encoders" / "qwen_3_4b.safetensors"
     assert found.tokenizer == tmp_path / "tokens" / "tokenizer"
@@ -128,17 +128,16 @@ def test_the_encoder_is_chosen_by_the_width_that_the_transformer_reads(
     wider = {"model.embed_tokens.weight": torch.zeros(9, 64), "model.layers.0.self_attn.q_norm.weight": torch.zeros(4)}
     published.write(wider, home / "text_encoders" / "a_wider_one.safetensors")
     shutil.copytree(folder / "tokenizer", home / "diffusion_models" / "tokenizer")
-    assert ModelRegistry((home,)).find("klein-4b").text_encoder.name == "qwen_3_4b.safetensors"
+    assert ModelRegistry((home,)).resolve("klein-4b").text_encoder.name == "qwen_3_4b.safetensors"
 
 
 def test_the_small_decoder_is_taken_where_it_is_asked_for(folder: Path, tmp_path: Path) -> None:
     place = installed(folder, tmp_path)
-    small = {"decoder.conv_in.weight": torch.zeros(4, 1, 1, 1), "encoder.conv_out.weight": torch.zeros(1, 8, 1, 1),
-             "decoder.post_quant_conv.weight": torch.zeros(1), "bn.running_mean": torch.zeros(1)}  # fmt: skip
+    small = published.small_decoder(tmp_path / ".work")
     file = published.write(small, tmp_path / "full_encoder_small_decoder.safetensors")
-    assert ModelRegistry((tmp_path,)).find("klein-4b").vae == place / "vae"
+    assert ModelRegistry((tmp_path,)).resolve("klein-4b").vae == place / "vae"
     # A folder's own autoencoder comes first, but it is not small.
-    assert ModelRegistry((tmp_path,), small_decoder=True).find("klein-4b").vae == file
+    assert ModelRegistry((tmp_path,), small_decoder=True).resolve("klein-4b").vae == file
 
 
 def named(transformer: dict[str, Tensor], folder: Path, home: Path, name: str) -> Path:
@@ -164,11 +163,11 @@ def test_variants_that_look_alike_are_told_by_name_or_asked_for(
 ) -> None:
     file = named(transformer, folder, tmp_path, name)
     if variant is not None:
-        assert ModelRegistry().find(str(file)).variant.name == variant
+        assert ModelRegistry().resolve(str(file)).variant.name == variant
         return
     with pytest.raises(BadWeights, match=r"look alike\. Set variant to klein-4b or klein-base-4b or klein-9b"):
-        ModelRegistry().find(str(file))
-    assert ModelRegistry().find(str(file), "klein-base-9b").variant.name == "klein-base-9b"
+        ModelRegistry().resolve(str(file))
+    assert ModelRegistry().resolve(str(file), "klein-base-9b").variant.name == "klein-base-9b"
 
 
 def test_only_variants_of_the_right_size_are_asked_about(
@@ -177,9 +176,9 @@ def test_only_variants_of_the_right_size_are_asked_about(
     wide = transformer | {"img_in.weight": torch.zeros(3072, 128)}
     file = named(wide, folder, tmp_path, "mine.safetensors")
     with pytest.raises(BadWeights, match=r"Set variant to klein-4b or klein-base-4b\."):
-        ModelRegistry().find(str(file))
+        ModelRegistry().resolve(str(file))
     with pytest.raises(BadWeights, match=r"is 3072 wide; klein-9b is 4096\..*klein-4b or klein-base-4b"):
-        ModelRegistry().find(str(file), "klein-9b")
+        ModelRegistry().resolve(str(file), "klein-9b")
 
 
 def test_a_published_file_is_known_by_its_hash_whatever_it_is_called(
@@ -190,10 +189,10 @@ def test_a_published_file_is_known_by_its_hash_whatever_it_is_called(
     row = VARIANTS["klein-base-4b"]
     known = File("x", "y.safetensors", bytes=file.stat().st_size, sha256=digest[:8])
     monkeypatch.setitem(variants.VARIANTS, "klein-base-4b", replace(row, files=(known,)))
-    assert ModelRegistry().find(str(file)).variant.name == "klein-base-4b"
+    assert ModelRegistry().resolve(str(file)).variant.name == "klein-base-4b"
     monkeypatch.setitem(variants.VARIANTS, "klein-base-4b", replace(row, files=(replace(known, sha256="0" * 8),)))
     with pytest.raises(BadWeights, match="look alike"):
-        ModelRegistry().find(str(file))
+        ModelRegistry().resolve(str(file))
 
 
 def test_a_blob_of_the_hub_is_known_by_its_name_without_reading_it(
@@ -208,29 +207,29 @@ def test_a_blob_of_the_hub_is_known_by_its_name_without_reading_it(
     known = File("x", "y.safetensors", bytes=blob.stat().st_size, sha256=digest[:8])
     monkeypatch.setitem(variants.VARIANTS, "klein-9b", replace(VARIANTS["klein-9b"], files=(known,), hidden=0))
     monkeypatch.setattr(identify, "sha256", lambda file: pytest.fail("read the whole file"))
-    assert ModelRegistry().find(str(file)).variant.name == "klein-9b"
+    assert ModelRegistry().resolve(str(file)).variant.name == "klein-9b"
 
 
 def test_the_index_beside_a_file_says_what_it_is(folder: Path, transformer: dict[str, Tensor], tmp_path: Path):
     file = named(transformer, folder, tmp_path / "mine", "whatever.safetensors")
     index = json.loads((folder / "model_index.json").read_text())
     (tmp_path / "mine" / "model_index.json").write_text(json.dumps(index | {"is_distilled": False}))
-    found = ModelRegistry().find(str(file)).variant
+    found = ModelRegistry().resolve(str(file)).variant
     assert (found.name, found.steps, found.guidance) == ("mine", 50, 4.0)
 
 
 def test_a_folder_with_one_klein_file_is_that_file(folder: Path, transformer: dict[str, Tensor], tmp_path: Path):
     file = named(transformer, folder, tmp_path / "flat", "flux-2-klein-4b.safetensors")
-    assert ModelRegistry().find(str(tmp_path / "flat")).transformer == file
+    assert ModelRegistry().resolve(str(tmp_path / "flat")).transformer == file
 
 
 def test_a_near_miss_is_named(tmp_path: Path) -> None:
     with pytest.raises(ModelNotFound, match=r"'klein-4n'\. Did you mean klein-4b"):
-        ModelRegistry().find("klein-4n")
+        ModelRegistry().resolve("klein-4n")
     with pytest.raises(ModelNotFound, match=r"'klein-9bkv'\. Did you mean klein-9b-kv"):
-        ModelRegistry().find(str(tmp_path), "klein-9bkv")
+        ModelRegistry().resolve(str(tmp_path), "klein-9bkv")
     with pytest.raises(ModelNotFound, match=r"not installed; installed: nano\. Pull klein-9b\."):
-        ModelRegistry().find("klein-9b")
+        ModelRegistry().resolve("klein-9b")
 
 
 def test_what_a_person_may_miss_is_told_with_the_reason(
@@ -247,22 +246,22 @@ def test_what_a_person_may_miss_is_told_with_the_reason(
     other.write_bytes(b"PK\x03\x04")
     named_well = installed(folder, tmp_path)
     published.write({"x.lora_A.weight": torch.zeros(2, 2)}, tmp_path / "klein-style.safetensors")
-    shelf = ModelRegistry((tmp_path,))
-    told = {stranger.path: stranger.why for stranger in shelf.strangers()}
+    registry = ModelRegistry((tmp_path,))
+    told = {model.path: str(model.error) for model in registry.unusable_models()}
     assert told.keys() == {own, unnamed, broken, packed}
     assert "give its path as the model" in told[own]
     assert "Set variant to klein-4b or klein-base-4b" in told[unnamed]
     assert "is not a whole safetensors file" in told[broken]
-    assert "is a GGUF file, which is not read yet" in told[packed]
-    assert shelf.installed() == {"nano": NANO, "klein-4b": named_well}
+    assert "is not a whole GGUF file: its version is 0" in told[packed]
+    assert registry.installed() == {"nano": NANO, "klein-4b": named_well}
     with pytest.raises(BadWeights, match=r"flux-2-klein-9b\.safetensors .* not a whole safetensors file"):
-        shelf.find("klein-9b")
+        registry.resolve("klein-9b")
 
 
 @pytest.mark.parametrize(
     ("keys", "says"),
     [
-        (["x.lora_A.weight"], "is a LoRA, .*give it with --lora"),
+        (["x.lora_A.weight"], "is a LoRA, which changes a model and is none"),
         (["model.diffusion_model.input_blocks.0.0.weight"], "is an SDXL or SD checkpoint, not a klein transformer"),
         (["double_blocks.0.img_mod.lin.weight"], r"is a FLUX\.1 model"),
         (["decoder.post_quant_conv.weight", "bn.running_mean"], "is an autoencoder, not a klein transformer"),
@@ -272,37 +271,37 @@ def test_what_a_person_may_miss_is_told_with_the_reason(
 def test_what_is_no_klein_is_not_asked_which_klein_it_is(keys: list[str], says: str, tmp_path: Path) -> None:
     file = published.write({name: torch.zeros(2, 2) for name in keys}, tmp_path / "whatever.safetensors")
     with pytest.raises(BadWeights, match=says):
-        ModelRegistry().find(str(file))
+        ModelRegistry().resolve(str(file))
 
 
 def test_a_folder_that_is_no_model_says_what_it_has(
     folder: Path, transformer: dict[str, Tensor], tmp_path: Path
 ) -> None:
     with pytest.raises(BadWeights, match=rf"is a part of the model in {folder}\. Give that folder"):
-        ModelRegistry().find(str(folder / "vae"))
+        ModelRegistry().resolve(str(folder / "vae"))
     for path in (folder / "transformer", folder / "transformer" / "diffusion_pytorch_model.safetensors"):
         with pytest.raises(BadWeights, match=rf"is a part of the model in {folder}\. Give that folder"):
-            ModelRegistry().find(str(path))
+            ModelRegistry().resolve(str(path))
     (tmp_path / "klein.gguf").write_bytes(b"GGUF" + b"\0" * 9)
-    with pytest.raises(BadWeights, match=r"klein\.gguf is a GGUF file, which is not read yet"):
-        ModelRegistry().find(str(tmp_path))
+    with pytest.raises(BadWeights, match=r"klein\.gguf \(13 bytes\) is not a whole GGUF file"):
+        ModelRegistry().resolve(str(tmp_path))
     for name in ("a", "b"):
         published.write(transformer, tmp_path / f"{name}.safetensors")
     with pytest.raises(BadWeights, match=r"has 2 klein files: a\.safetensors, b\.safetensors\. Give one of them"):
-        ModelRegistry().find(str(tmp_path))
+        ModelRegistry().resolve(str(tmp_path))
     with pytest.raises(ModelNotFound, match=r"No model at /nowhere\. List the installed models"):
-        ModelRegistry().find("/nowhere")
+        ModelRegistry().resolve("/nowhere")
 
 
 def test_a_missing_part_names_the_least_to_pull(folder: Path, transformer: dict[str, Tensor], tmp_path: Path) -> None:
     """ComfyUI has no tokenizer among its files; nobody should have to fetch a whole model for it."""
     home = comfyui(folder, tmp_path / "models", "flux-2-klein-9b.safetensors", transformer)
     with pytest.raises(BadWeights, match=r"No tokenizer beside the file, .*Pull tokenizer\.$"):
-        ModelRegistry((home,)).find("klein-9b")
+        ModelRegistry((home,)).resolve("klein-9b")
     shutil.rmtree(home / "text_encoders")
     with pytest.raises(BadWeights, match=r"No text_encoder beside the file, .*Pull klein-9b-companions\.$"):
-        ModelRegistry((home,)).find("klein-9b")
+        ModelRegistry((home,)).resolve("klein-9b")
     pulled = hub(tmp_path / "hub", VARIANTS["klein-4b"].repo, {
         name: path for name, path in tree(folder).items() if name.startswith(("model_index", "tokenizer", "text_enc"))
     })  # fmt: skip
-    assert ModelRegistry((home,), tmp_path / "hub").find("klein-9b").tokenizer == pulled / "tokenizer"
+    assert ModelRegistry((home,), tmp_path / "hub").resolve("klein-9b").tokenizer == pulled / "tokenizer"

@@ -116,7 +116,7 @@ def test_unusable_model_file_is_advice(settings: Settings, tmp_path: Path) -> No
     file.write_bytes(b"GGUF" + b"\0" * 20)
     changed = Settings(home=settings.home, hub=settings.hub, device="cpu", models=(file.parent, tmp_path / "typo"))
     advice = {line.found: line for line in doctor.checks(changed) if line.subject == "model" and line.todo}
-    assert "not read yet" in advice[f"{file} cannot be called by a name"].todo
+    assert "is not a whole GGUF file" in advice[f"{file} cannot be called by a name"].todo
     assert "KLEIN_MODELS" in advice[str(tmp_path / "typo")].todo
     assert all(line.optional for line in advice.values())
 

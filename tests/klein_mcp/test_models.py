@@ -71,7 +71,7 @@ def test_what_cannot_be_called_by_a_name_is_listed_with_the_reason(
     assert run(there) == 0
     said = capsys.readouterr().out
     assert f"  {home / 'mine'}\n    It is a klein, under a name of its own: give its path as the model." in said
-    assert "flux-2-klein-4b-Q8_0.gguf is a GGUF file, which is not read yet" in said
+    assert "flux-2-klein-4b-Q8_0.gguf (24 bytes) is not a whole GGUF file: its version is 0" in said
     assert f"  {tmp_path / 'typo'}\n    KLEIN_MODELS names it, and it is not there." in said
     assert run(there, as_json=True) == 0
     assert len(json.loads(capsys.readouterr().out)["not_used"]) == 3

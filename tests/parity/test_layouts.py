@@ -14,11 +14,12 @@ from diffusers.models.transformers.transformer_flux2 import Flux2Transformer2DMo
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from engine.checkpoints.loading import slots
+from engine.checkpoints.key_map import KeyMap
+from engine.checkpoints.loading import param_shapes
 from engine.contract import BadWeights, EngineConfig, ModelNotFound, Rgb8
 from engine.engine import Engine
 from engine.families.klein import components
-from engine.families.klein.key_maps import KeyMap, diffusers_autoencoder, diffusers_transformer
+from engine.families.klein.key_maps import diffusers_autoencoder, diffusers_transformer
 from engine.families.klein.transformer import Transformer, TransformerShape
 from engine.memory.device import Device
 from engine.nn.autoencoder import Autoencoder, AutoencoderShape
@@ -148,7 +149,7 @@ def _shard(folder: Path) -> None:
 
 def shapes_in(module: nn.Module, table: KeyMap) -> dict[str, tuple[int, ...]]:
     """Published name -> shape, as our module would be filled from them."""
-    ours = slots(module)
+    ours = param_shapes(module)
     rows = {their: (ours[place.name], place.parts) for their, place in table.items() if place.name in ours}
     return {their: (whole[0] // parts, *whole[1:]) for their, (whole, parts) in rows.items()}
 
@@ -268,8 +269,8 @@ def test_the_text_encoder_stops_at_the_last_layer_that_is_read(toy: Callable[[st
     part = components.text_encoder(toy("distilled") / "text_encoder", (9, 18, 27))
     assert len(part.module.model.layers) == 27
     assert not any(
-        name.startswith(("model.layers.27", "model.layers.28", "lm_head", "model.norm")) for name in part.table
+        name.startswith(("model.layers.27", "model.layers.28", "lm_head", "model.norm")) for name in part.key_map
     )
     assert all(p.dtype == torch.float32 for p in part.module.parameters())
-    list(part.fill(Device(torch.device("cpu"), torch.float32)))
+    list(part.load(Device(torch.device("cpu"), torch.float32)))
     assert not any(p.is_meta for p in part.module.parameters())

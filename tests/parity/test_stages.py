@@ -32,7 +32,7 @@ def theirs(toy: Callable[[str], Path]) -> Any:
 
 @pytest.fixture(scope="module")
 def ours(toy: Callable[[str], Path]) -> Klein:
-    loading = Klein.load(ModelRegistry().find(str(toy("distilled"))), CPU)
+    loading = Klein.load(ModelRegistry().resolve(str(toy("distilled"))), CPU)
     while True:
         try:
             next(loading)

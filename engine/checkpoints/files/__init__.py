@@ -1,0 +1,49 @@
+"""Container formats: one reader per file and one row here, chosen by content."""
+
+import stat
+from functools import lru_cache
+from pathlib import Path
+
+from engine.checkpoints.files import gguf, safetensors
+from engine.checkpoints.files.foreign import foreign_format
+from engine.checkpoints.files.header import Container, Entry, Header, Shape
+from engine.contract import BadWeights
+
+CONTAINERS: tuple[Container, ...] = (safetensors, gguf)
+
+SUFFIXES = tuple(suffix for container in CONTAINERS for suffix in container.SUFFIXES)
+"""Of files that may hold weights that are read."""
+
+
+def read_header(file: Path) -> Header:
+    """Read the header of a weights file, and keep it until the file changes.
+
+    Raises BadWeights, with the reason, for anything but a complete file in one of the containers.
+    """
+    try:
+        status = file.stat()
+        if not stat.S_ISREG(status.st_mode):
+            raise BadWeights(f"{file} is no regular file.")
+        return _read(file, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+    except PermissionError:
+        raise BadWeights(
+            f"{file} may not be read by this user.", hint="Change its permissions (chmod u+r) or its owner."
+        ) from None
+    except OSError as error:
+        raise BadWeights(f"{file} cannot be read: {error.strerror}.", hint="Download it again.") from None
+
+
+@lru_cache(maxsize=256)
+def _read(file: Path, size: int, modified: int, changed: int) -> Header:
+    with file.open("rb") as stream:
+        start = stream.read(64)
+        stream.seek(0)
+        for container in CONTAINERS:
+            if container.matches(start, size):
+                return container.read(file, size, stream)
+        if name := foreign_format(start):
+            raise BadWeights(f"{file.name} is {name}.", hint="Get the model as safetensors or GGUF.")
+        return safetensors.read(file, size, stream)
+
+
+__all__ = ["CONTAINERS", "SUFFIXES", "Container", "Entry", "Header", "Shape", "read_header"]

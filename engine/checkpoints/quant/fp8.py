@@ -1,11 +1,20 @@
-"""fp8: weights as float8_e4m3fn with one scale a layer; multiplied as they are where the device can, else widened.
+"""fp8: weights as float8_e4m3fn with one scale a layer or a row, multiplied natively where the device can.
 
 Layout of BFL's files: `weight` F8_E4M3 [out, in], `weight_scale` and `input_scale` F32 []. W = weight · weight_scale.
+Converters also write a scale a row, [out] or [out, 1].
 """
+
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from engine.checkpoints.files.header import Entry
+from engine.checkpoints.quant.checks import FLOATS, check_scale
+from engine.checkpoints.quant.scheme import Marker, QuantLinear, StoredWeight
+from engine.memory.device import multiplies_fp8
 
 CODE = torch.float8_e4m3fn
 LARGEST = 448.0
@@ -13,13 +22,13 @@ LARGEST = 448.0
 
 
 def _scale(values: Tensor) -> Tensor:
-    """What makes the largest of `values` the largest code."""
+    """Scale that maps the largest absolute value to the largest fp8 code."""
     low, high = torch.aminmax(values)
     return (torch.maximum(-low, high).float() / LARGEST).clamp_min(torch.finfo(torch.float32).tiny)
 
 
 def encode(weight: Tensor) -> dict[str, Tensor]:
-    """Codes and scale of [out, in]; the largest value becomes the largest code. A row at a time: no second copy."""
+    """Quantise [out, in] with one scale, some rows at a time so that there is no second copy."""
     scale = _scale(weight)
     codes = torch.empty(weight.shape, dtype=CODE, device=weight.device)
     for rows, into in zip(weight.split(_ROWS), codes.split(_ROWS), strict=True):
@@ -28,7 +37,7 @@ def encode(weight: Tensor) -> dict[str, Tensor]:
 
 
 def decode(stored: dict[str, Tensor], dtype: torch.dtype) -> Tensor:
-    """[out, in] in `dtype`. A scale may be one number or one a row; without one the codes are the values."""
+    """Return [out, in] in `dtype`. A scale is one number or one a row; without one the codes are the values."""
     codes, scale = stored["weight"], stored.get("weight_scale")
     if scale is None:
         return codes.to(dtype)
@@ -44,13 +53,10 @@ def _by_rows(codes: Tensor, scale: Tensor) -> tuple[tuple[Tensor, ...], tuple[Te
     return codes.split(_ROWS), scale.expand(codes.shape[0], 1).split(_ROWS)
 
 
-class Fp8Linear(nn.Module):
-    """A linear layer without bias whose weights stay in fp8.
+class Fp8Linear(QuantLinear):
+    """A linear layer whose weights stay in fp8. native: multiply in fp8, activations too."""
 
-    native: multiply in fp8, activations too; else widen this layer's weights for the moment of use.
-    """
-
-    kind = "fp8"
+    scheme = "fp8"
     weight: Tensor
     weight_scale: Tensor
     input_scale: Tensor | None
@@ -62,18 +68,19 @@ class Fp8Linear(nn.Module):
         self.register_buffer("weight_scale", torch.empty((), dtype=torch.float32))
         self.register_buffer("input_scale", None)
 
-    def take(self, stored: dict[str, Tensor]) -> None:
-        """Hold what `encode` gave or a file held."""
-        self.weight = stored["weight"]
-        self.weight_scale = stored.get("weight_scale", torch.ones((), device=self.weight.device)).float().reshape(())
-        scale = stored.get("input_scale")
-        self.input_scale = None if scale is None else scale.float().reshape(())
+    def load_tensors(self, tensors: dict[str, Tensor]) -> None:
+        """Hold what `encode` returned or a file stores."""
+        self.weight = tensors["weight"]
+        scale = tensors.get("weight_scale", torch.ones((), device=self.weight.device)).float()
+        self.weight_scale = scale.reshape(()) if scale.numel() == 1 else scale.reshape(-1)
+        input_scale = tensors.get("input_scale")
+        self.input_scale = None if input_scale is None else input_scale.float().reshape(())
 
     def forward(self, x: Tensor) -> Tensor:
         if self.native:
             return self._multiply(x)
-        # The scale on the way out: the codes widen exactly, and a row of outputs is shorter than a matrix.
-        return F.linear(x, self.weight.to(x.dtype)) * self.weight_scale
+        # Scale the outputs: the codes widen exactly, and a row of outputs is shorter than a matrix.
+        return (F.linear(x, self.weight.to(x.dtype)) * self.weight_scale).to(x.dtype)
 
     def _multiply(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, self.in_features)
@@ -81,7 +88,56 @@ class Fp8Linear(nn.Module):
         if scale is None:
             scale = _scale(rows)
         codes = (rows / scale).clamp(-LARGEST, LARGEST).to(CODE)
+        one_scale = self.weight_scale.ndim == 0
         out = torch._scaled_mm(
-            codes, self.weight.t(), scale_a=scale, scale_b=self.weight_scale, out_dtype=x.dtype, use_fast_accum=True
+            codes,
+            self.weight.t(),
+            scale_a=scale,
+            scale_b=self.weight_scale if one_scale else torch.ones_like(scale),
+            out_dtype=x.dtype,
+            use_fast_accum=True,
         )
+        if not one_scale:
+            out = (out * self.weight_scale).to(x.dtype)
         return out.reshape(*x.shape[:-1], self.out_features)
+
+
+class _Fp8:
+    name = "fp8"
+    markers = frozenset({"float8_e4m3fn", "float8_e5m2", "float8_e4m3fn_rowwise"})
+    siblings = frozenset({"weight_scale", "input_scale"})
+
+    def detect(self, weight: Entry, siblings: Mapping[str, Entry]) -> bool:
+        return weight.storage_dtype in ("F8_E4M3", "F8_E5M2")
+
+    def store(self, weight: Entry, siblings: Mapping[str, Entry], marker: Marker) -> StoredWeight:
+        rows = weight.shape[0]
+        check_scale(siblings.get("weight_scale"), FLOATS, {1, rows})
+        check_scale(siblings.get("input_scale"), FLOATS, {1})
+        full = bool(marker.get("full_precision_matrix_mult", False))
+        return StoredWeight(self, {"weight": weight, **siblings}, weight.shape, by_rows=True, full_precision=full)
+
+    def decode(self, tensors: dict[str, Tensor], dtype: torch.dtype, options: Mapping[str, Any]) -> Tensor:
+        return decode(tensors, dtype)
+
+    def memory_scheme(self, stored: StoredWeight, device: torch.device) -> str | None:
+        return self.name
+
+    def encode(self, weight: Tensor) -> dict[str, Tensor]:
+        return encode(weight)
+
+    def fits(self, layer: nn.Linear) -> bool:
+        return True
+
+    def make(self, layer: nn.Linear, device: torch.device, *, full_precision: bool) -> QuantLinear:
+        native = multiplies_fp8(device) and not full_precision
+        return Fp8Linear(layer.in_features, layer.out_features, native=native)
+
+    def keeps(self, stored: StoredWeight) -> bool:
+        return stored.scheme is self and stored.entries["weight"].storage_dtype == "F8_E4M3"
+
+    def bytes_for(self, weights: int) -> int:
+        return weights + 4
+
+
+SCHEME = _Fp8()

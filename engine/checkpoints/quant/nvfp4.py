@@ -1,21 +1,27 @@
-"""nvfp4: two weights a byte, one fp8 scale for sixteen of them, one fp32 scale a layer; multiplied as they are where
-the device can, else widened.
+"""nvfp4: two weights a byte, one fp8 scale for sixteen of them, one fp32 scale a layer.
 
 Layout of BFL's files: `weight` U8 [out, in/2], the element of even index in the high nibble; `weight_scale` F8_E4M3
 [out, in/16], lying in cuBLAS's 128 × 4 blocks whatever its shape reads; `weight_scale_2` F32 [].
-W = value · weight_scale · weight_scale_2. Source: comfy-kitchen; sglang found the same two traps.
+W = value · weight_scale · weight_scale_2. `pre_quant_scale` [in], where there is one, multiplies the inputs (AWQ): the
+same as multiplying the columns of W. Source: comfy-kitchen; sglang found the same two traps.
 """
 
 import itertools
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from functools import lru_cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from engine.memory.device import multiplies_fp4
+from engine.checkpoints.files.header import Entry
+from engine.checkpoints.quant.checks import FLOATS, check_scale
+from engine.checkpoints.quant.scheme import Marker, QuantLinear, StoredWeight
+from engine.contract import BadWeights
+from engine.memory.device import multiplies_fp4, multiplies_fp8
 
 VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 """Of the low three bits of a nibble; the fourth is the sign."""
@@ -28,7 +34,7 @@ _ROWS = 1024
 
 
 def unpack(codes: Tensor, dtype: torch.dtype) -> Tensor:
-    """[rows, in/2] bytes -> [rows, in] values."""
+    """Unpack [rows, in/2] bytes into [rows, in] values."""
     table = torch.tensor([*VALUES, *(-value for value in VALUES)], dtype=dtype, device=codes.device)
     # One look-up gives both values of a byte: 256 pairs, high nibble first.
     pairs = torch.stack([table.repeat_interleave(16), table.repeat(16)], dim=-1)
@@ -36,48 +42,48 @@ def unpack(codes: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def linear_order(scales: Tensor) -> Tensor:
-    """Scales [out, groups] from cuBLAS's order into reading order; out a multiple of 128, groups of 4."""
+    """Reorder scales [out, groups] from cuBLAS's blocks into rows; out a multiple of 128, groups of 4."""
     rows, groups = scales.shape
     blocks = scales.reshape(rows // 128, groups // 4, 32, 4, 4)
     return rearrange(blocks, "R C low high c -> (R high low) (C c)")
 
 
 def blocked_order(scales: Tensor) -> Tensor:
-    """The reverse of `linear_order`."""
+    """Reverse `linear_order`."""
     blocks = rearrange(scales, "(R high low) (C c) -> R C low high c", high=4, low=32, c=4)
     return blocks.reshape(scales.shape)
 
 
-def encode(weight: Tensor, whole: Tensor | None = None) -> dict[str, Tensor]:
-    """[out, in] in the layout of the published files, each weight rounded to the nearest value.
+def encode(weight: Tensor, tensor_scale: Tensor | None = None) -> dict[str, Tensor]:
+    """Quantise [out, in] into the layout of the published files, each weight to the nearest value.
 
-    whole: the scale of all, None for the one that makes the largest of `weight` the largest value. Some rows at a
-    time: what is computed on the way is many times as large as what comes of it.
+    tensor_scale: None for the one that maps the largest weight to the largest value. Some rows at a time: the
+    intermediates are many times as large as the result.
     """
     rows, columns = weight.shape
-    whole = _whole(weight) if whole is None else whole
+    scale = _tensor_scale(weight) if tensor_scale is None else tensor_scale
     codes = torch.empty(rows, columns // 2, dtype=torch.uint8, device=weight.device)
     scales = torch.empty(rows, columns // GROUP, dtype=torch.float8_e4m3fn, device=weight.device)
     for some, packed, blocks in zip(weight.split(_ROWS), codes.split(_ROWS), scales.split(_ROWS), strict=True):
-        steps = _scales(some.float(), whole)
-        packed.copy_(_pack(some.float(), steps.float() * whole))
-        blocks.copy_(_bytes_moved(steps, blocked_order))
-    return {"weight": codes, "weight_scale": scales, "weight_scale_2": whole}
+        steps = _group_scales(some.float(), scale)
+        packed.copy_(_pack(some.float(), steps.float() * scale))
+        blocks.copy_(_reorder(steps, blocked_order))
+    return {"weight": codes, "weight_scale": scales, "weight_scale_2": scale}
 
 
-def _whole(weight: Tensor) -> Tensor:
+def _tensor_scale(weight: Tensor) -> Tensor:
     low, high = torch.aminmax(weight)
     return (torch.maximum(-low, high).float() / (448.0 * VALUES[-1])).clamp_min(torch.finfo(torch.float32).tiny)
 
 
-def _scales(weight: Tensor, whole: Tensor) -> Tensor:
-    """Of each group, what makes its largest weight the largest value."""
+def _group_scales(weight: Tensor, tensor_scale: Tensor) -> Tensor:
+    """Scale of each group that maps its largest weight to the largest value."""
     largest = weight.unflatten(-1, (-1, GROUP)).abs().amax(-1)
-    return (largest / VALUES[-1] / whole).clamp(max=448.0).to(torch.float8_e4m3fn)
+    return (largest / VALUES[-1] / tensor_scale).clamp(max=448.0).to(torch.float8_e4m3fn)
 
 
 def _pack(weight: Tensor, steps: Tensor) -> Tensor:
-    """[rows, in] and the step of each group -> bytes."""
+    """Pack [rows, in] with the step of each group into bytes."""
     groups = weight.unflatten(-1, (-1, GROUP)) / steps.clamp_min(torch.finfo(torch.float32).tiny)[..., None]
     middles = torch.tensor([(a + b) / 2 for a, b in itertools.pairwise(VALUES)], device=weight.device)
     nibbles = torch.bucketize(groups.abs(), middles, out_int32=True).to(torch.uint8) | (groups < 0).to(torch.uint8) << 3
@@ -86,34 +92,36 @@ def _pack(weight: Tensor, steps: Tensor) -> Tensor:
 
 
 def decode(stored: dict[str, Tensor], dtype: torch.dtype) -> Tensor:
-    """[out, in] in `dtype`."""
-    codes, scales = stored["weight"], stored["weight_scale"]
+    """Return [out, in] in `dtype`."""
+    codes, scales, columns = stored["weight"], stored["weight_scale"], stored.get("pre_quant_scale")
     out = torch.empty(codes.shape[0], 2 * codes.shape[1], dtype=dtype, device=codes.device)
     for into, rows, blocks in zip(out.split(_ROWS), codes.split(_ROWS), scales.split(_ROWS), strict=True):
-        into.copy_(_widen(rows, blocks, stored["weight_scale_2"]))
+        values = _widen(rows, blocks, stored["weight_scale_2"])
+        into.copy_(values if columns is None else values * columns.float().reshape(1, -1))
     return out
 
 
-def _widen(codes: Tensor, scales: Tensor, whole: Tensor) -> Tensor:
-    steps = _bytes_moved(scales, linear_order).float() * whole.float()
+def _widen(codes: Tensor, scales: Tensor, tensor_scale: Tensor) -> Tensor:
+    steps = _reorder(scales, linear_order).float() * tensor_scale.float()
     return (unpack(codes, torch.float32).unflatten(-1, (-1, GROUP)) * steps[..., None]).flatten(-2)
 
 
-def _bytes_moved(scales: Tensor, order: Callable[[Tensor], Tensor]) -> Tensor:
-    """Reordered as bytes: devices copy uint8 where they cannot copy fp8."""
+def _reorder(scales: Tensor, order: Callable[[Tensor], Tensor]) -> Tensor:
+    """Reorder scales as bytes: devices copy uint8 where they cannot copy fp8."""
     return order(scales.view(torch.uint8)).contiguous().view(torch.float8_e4m3fn)
 
 
 @lru_cache
 def multiplies(device: torch.device) -> bool:
-    """Whether the device multiplies these layers as they are. It is asked for one product, and that is looked at:
-    a library that cannot, or that expects another order of scales, must not cost a picture.
+    """Return whether the device multiplies these layers natively, by trying one product and checking it.
+
+    A library that cannot, or that expects another order of scales, must not cost an image.
     """
     if not multiplies_fp4(device):
         return False
     weight, x = (torch.randn(128, 64, dtype=torch.bfloat16, device=device) for _ in range(2))
     layer = Nvfp4Linear(64, 128, native=True)
-    layer.take(encode(weight))
+    layer.load_tensors(encode(weight))
     wanted = F.linear(decode(encode(x), x.dtype), decode(encode(weight), x.dtype)).float()
     try:
         return bool((layer(x).float() - wanted).norm() < 0.02 * wanted.norm())
@@ -121,13 +129,10 @@ def multiplies(device: torch.device) -> bool:
         return False
 
 
-class Nvfp4Linear(nn.Module):
-    """A linear layer without bias whose weights stay in nvfp4.
+class Nvfp4Linear(QuantLinear):
+    """A linear layer whose weights stay in nvfp4. native: multiply in nvfp4, activations too."""
 
-    native: multiply in nvfp4, activations too; else widen this layer's weights for the moment of use.
-    """
-
-    kind = "nvfp4"
+    scheme = "nvfp4"
     weight: Tensor
     weight_scale: Tensor
     weight_scale_2: Tensor
@@ -142,11 +147,11 @@ class Nvfp4Linear(nn.Module):
         self.register_buffer("weight_scale_2", torch.empty((), dtype=torch.float32))
         self.register_buffer("input_scale", None)
 
-    def take(self, stored: dict[str, Tensor]) -> None:
-        """Hold what `encode` gave or a file held."""
-        self.weight, self.weight_scale = stored["weight"], stored["weight_scale"]
-        self.weight_scale_2 = stored["weight_scale_2"].float().reshape(())
-        scale = stored.get("input_scale")
+    def load_tensors(self, tensors: dict[str, Tensor]) -> None:
+        """Hold what `encode` returned or a file stores."""
+        self.weight, self.weight_scale = tensors["weight"], tensors["weight_scale"]
+        self.weight_scale_2 = tensors["weight_scale_2"].float().reshape(())
+        scale = tensors.get("input_scale")
         self.input_scale = None if scale is None else scale.float().reshape(())
 
     def forward(self, x: Tensor) -> Tensor:
@@ -157,7 +162,7 @@ class Nvfp4Linear(nn.Module):
 
     def _multiply(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, self.in_features)
-        # Whole blocks of scales. Both sides have their even elements in the high nibbles, so their sum does not ask.
+        # Pad to whole blocks of scales. Both sides keep even elements in the high nibbles, so the sum is the same.
         packed = encode(F.pad(rows, (0, 0, 0, -len(rows) % 128)), self.input_scale)
         out = torch._scaled_mm(
             packed["weight"].view(_PAIR),
@@ -172,3 +177,54 @@ class Nvfp4Linear(nn.Module):
 
 _PAIR = torch.float4_e2m1fn_x2
 """torch's name for a byte of two values."""
+
+
+class _Nvfp4:
+    name = "nvfp4"
+    markers = frozenset({"nvfp4"})
+    siblings = frozenset({"weight_scale", "weight_scale_2", "input_scale", "pre_quant_scale"})
+
+    def detect(self, weight: Entry, siblings: Mapping[str, Entry]) -> bool:
+        return weight.storage_dtype == "U8" and {"weight_scale", "weight_scale_2"} <= siblings.keys()
+
+    def store(self, weight: Entry, siblings: Mapping[str, Entry], marker: Marker) -> StoredWeight:
+        rows, columns = weight.shape[0], 2 * weight.shape[1]
+        check_scale(weight, ("U8",), {math.prod(weight.shape)})
+        for name in ("weight_scale", "weight_scale_2"):
+            if name not in siblings:
+                raise BadWeights(f"{weight.name} is nvfp4 without a {name}.", hint="Download it again.")
+        if rows % 128 or columns % (4 * GROUP):
+            raise BadWeights(f"{weight.name} is nvfp4 of {rows}×{columns}, which is no whole number of its blocks.")
+        check_scale(siblings["weight_scale"], ("F8_E4M3",), {rows * columns // GROUP})
+        check_scale(siblings["weight_scale_2"], FLOATS, {1})
+        check_scale(siblings.get("input_scale"), FLOATS, {1})
+        check_scale(siblings.get("pre_quant_scale"), FLOATS, {columns})
+        full = bool(marker.get("full_precision_matrix_mult", False))
+        return StoredWeight(self, {"weight": weight, **siblings}, (rows, columns), full_precision=full)
+
+    def decode(self, tensors: dict[str, Tensor], dtype: torch.dtype, options: Mapping[str, Any]) -> Tensor:
+        return decode(tensors, dtype)
+
+    def memory_scheme(self, stored: StoredWeight, device: torch.device) -> str | None:
+        # Widening four bits at every step costs more than it saves where fp8 is multiplied natively, and packing the
+        # activations, on Blackwell, is not yet one kernel. A user who lacks the memory for fp8 asks for nvfp4.
+        return "fp8" if multiplies_fp8(device) else self.name
+
+    def encode(self, weight: Tensor) -> dict[str, Tensor]:
+        return encode(weight)
+
+    def fits(self, layer: nn.Linear) -> bool:
+        return layer.out_features % 128 == 0 and layer.in_features % (4 * GROUP) == 0
+
+    def make(self, layer: nn.Linear, device: torch.device, *, full_precision: bool) -> QuantLinear:
+        native = multiplies(device) and not full_precision
+        return Nvfp4Linear(layer.in_features, layer.out_features, native=native)
+
+    def keeps(self, stored: StoredWeight) -> bool:
+        return stored.scheme is self and "pre_quant_scale" not in stored.entries
+
+    def bytes_for(self, weights: int) -> int:
+        return weights // 2 + weights // GROUP + 4
+
+
+SCHEME = _Nvfp4()

@@ -1,4 +1,4 @@
-"""From files to the three networks: read the shapes, make the module on the meta device, fill it."""
+"""Components: files -> the three networks on the meta device, verified, and what will fill them."""
 
 import json
 import re
@@ -12,16 +12,19 @@ import torch
 from torch import nn
 
 from engine.checkpoints import quant
-from engine.checkpoints.files.safetensors import Header, Shape, expect
-from engine.checkpoints.loading import Home, Tensors, fill
+from engine.checkpoints.files import Shape, read_header
+from engine.checkpoints.key_map import KeyMap, identity_map
+from engine.checkpoints.loading import Allocator, check_tensors, load_into
+from engine.checkpoints.tensors import Rename, Tensors
 from engine.contract import BadWeights
+from engine.families.klein import foreign, signatures
+from engine.families.klein.checkpoint import Checkpoint
 from engine.families.klein.key_maps import (
-    KeyMap,
-    bfl_name,
+    autoencoder_name,
     diffusers_autoencoder,
     diffusers_transformer,
     encoder_name,
-    plain,
+    transformer_name,
 )
 from engine.families.klein.text_encoder import TextEncoder
 from engine.families.klein.transformer import KLEIN_THETA, Transformer, TransformerShape
@@ -34,98 +37,137 @@ _MOST_BLOCKS = 64
 """More blocks of a kind than any FLUX.2 has (dev: 48)."""
 
 _CPU = torch.device("cpu")
+_NOTHING = re.compile(r"(?!)")
+
+
+@dataclass(frozen=True, slots=True)
+class QuantPolicy:
+    """How quantised layers are held. wanted: the scheme the user asked for, None for the file's own.
+
+    compact: layers in a scheme that cannot be computed with become fp8, not the model's dtype.
+    """
+
+    wanted: str | None = None
+    compact: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class ComponentSpec(Generic[Net]):
-    """A network on the meta device, and what will fill it. layers: names of the linear layers in its blocks."""
+    """A network on the meta device, and what will fill it.
+
+    layers: names of the linear layers in its blocks. widened: whether some are stored in a scheme that cannot be
+    computed with, so that `QuantPolicy.compact` would make it smaller.
+    """
 
     what: str
     module: Net
     tensors: Tensors
-    table: KeyMap
-    unneeded: re.Pattern[str]
+    key_map: KeyMap
+    ignored: re.Pattern[str]
     layers: tuple[str, ...] = field(default=())
+    widened: bool = False
 
     @property
     def bytes(self) -> int:
-        """What will be read, in bytes on disk."""
-        return sum(self.tensors.bytes(name) for name in self.table)
+        """Bytes that will be read from disk."""
+        return sum(self.tensors.bytes(name) for name in self.key_map)
 
-    def fill(self, placement: Device, home: Home | None = None) -> Iterator[int]:
-        """Read the weights into their places; yields bytes as they are read."""
-        ignore = self.unneeded.fullmatch
-        yield from fill(
+    def verify(self) -> None:
+        """Raise BadWeights for a missing, extra or misshapen tensor."""
+        check_tensors(self.module, self.tensors, self.key_map, self.what, self._ignore)
+
+    def load(self, device: Device, allocate: Allocator | None = None) -> Iterator[int]:
+        """Read the weights into their places; yield bytes as they are read."""
+        yield from load_into(
             self.module,
             self.tensors,
-            self.table,
-            placement,
+            self.key_map,
+            device,
             what=self.what,
-            ignore=lambda name: bool(ignore(name)),
-            home=home,
+            ignore=self._ignore,
+            allocate=allocate,
         )
 
+    def _ignore(self, name: str) -> bool:
+        return self.ignored.fullmatch(name) is not None
 
-_NOTHING = re.compile(r"(?!)")
 
-
-def _open(path: Path, part: str, rename: Any = str) -> Tensors:
-    """The tensors of a file or a folder. Raises BadWeights for a file that is something else."""
+def _open(path: Path, component: str, rename: Rename) -> Tensors:
+    """Open a file or a folder. Raises BadWeights for a file that is something else."""
     if not path.is_file():
         return Tensors.folder(path, rename)
-    expect(Header.read(path), part)
+    header = read_header(path)
+    foreign.refuse(header)
+    signatures.expect(header, component)
     return Tensors.open([path], rename)
 
 
-def _all_there(tensors: Tensors, what: str) -> None:
+def _refuse_absent(tensors: Tensors, what: str) -> None:
     if tensors.absent:
         shard = min(tensors.absent.values())
         raise BadWeights(f"The {what} lacks {shard}, which its index names.", hint="Download it again.")
 
 
-def transformer(path: Path, wanted: str | None = None, device: torch.device = _CPU) -> ComponentSpec[Transformer]:
-    """The velocity field in a diffusers `transformer/` folder or in BFL's single file.
-
-    wanted: the format its blocks shall have on `device`, None for the file's own.
-    """
+def transformer(
+    path: Path, policy: QuantPolicy | None = None, device: torch.device = _CPU
+) -> ComponentSpec[Transformer]:
+    """Open the velocity field in a diffusers `transformer/` folder or in a single file."""
     what = f"transformer {path.name}" if path.is_file() else "transformer"
-    config = {} if path.is_file() else _config(path)
-    tensors = _open(path, "transformer", bfl_name)
-    _all_there(tensors, what)
+    config = {} if path.is_file() else _read_config(path)
+    tensors = _open(path, signatures.TRANSFORMER, transformer_name)
+    _refuse_absent(tensors, what)
     # Content tells the layout, not the name: some single files carry diffusers' names, some folders BFL's.
-    theirs = "x_embedder.weight" in tensors.shapes
-    table = diffusers_transformer(_MOST_BLOCKS) if theirs else plain(tensors.shapes)
+    diffusers = "x_embedder.weight" in tensors.shapes
+    key_map = diffusers_transformer(_MOST_BLOCKS) if diffusers else identity_map(tensors.shapes)
     if config.get("guidance_embeds") or any("guidance_in." in name for name in tensors.shapes):
         raise BadWeights(f"The {what} has a guidance embedding: that is FLUX.2 [dev], not klein.")
-    with _making(what), torch.device("meta"):
-        shape = _transformer_shape(_ours(tensors, table), config, what)
+    with _config_errors(what), torch.device("meta"):
+        shape = _transformer_shape(_to_our_names(tensors, key_map), config, what)
         module = Transformer(shape)
-    if theirs:
-        table = _restrict(diffusers_transformer(max(shape.double_blocks, shape.single_blocks)), module)
+    if diffusers:
+        key_map = _restrict(diffusers_transformer(max(shape.double_blocks, shape.single_blocks)), module)
     else:
-        table = plain(name for name, _ in module.named_parameters())
-    layers = _quantise(module, r"(?:double|single)_blocks\..*", tensors, table, wanted, device)
-    return ComponentSpec(what, module, tensors, table, _NOTHING, layers)
+        key_map = identity_map(name for name, _ in module.named_parameters())
+    blocks = r"(?:double|single)_blocks\..*"
+    layers, widened = _quantise(module, blocks, tensors, key_map, policy or QuantPolicy(), device)
+    return ComponentSpec(what, module, tensors, key_map, _NOTHING, layers, widened)
 
 
 def _quantise(
-    module: nn.Module, blocks: str, tensors: Tensors, table: KeyMap, wanted: str | None, device: torch.device
-) -> tuple[str, ...]:
-    """Put layers of another format where the file has them or `wanted` says so; the names of all block layers."""
-    stored = {place.name: tensors.quantised.get(their) for their, place in table.items()}
+    module: nn.Module, blocks: str, tensors: Tensors, key_map: KeyMap, policy: QuantPolicy, device: torch.device
+) -> tuple[tuple[str, ...], bool]:
+    """Replace block layers by quantised ones as the file or the policy says.
+
+    Returns the names of all block layers, and whether some are stored in a scheme that is widened.
+    """
+    stored = {place.name: tensors.quantised.get(source) for source, place in key_map.items()}
     linears = {name: layer for name, layer in module.named_modules() if isinstance(layer, nn.Linear)}
     found = tuple(name for name in linears if re.fullmatch(blocks, name))
+    widened = False
     for name in found:
         layer, held = linears[name], stored.get(f"{name}.weight")
-        kind = quant.target(held, wanted, device)
-        if layer.bias is None and kind is not None and quant.fits(kind, layer):
+        scheme = quant.memory_scheme(held, policy.wanted, device, compact=policy.compact)
+        widened = widened or (held is not None and held.scheme.memory_scheme(held, device) is None)
+        if layer.bias is None and scheme is not None and scheme.fits(layer):
             full_precision = held is not None and held.full_precision
             with torch.device("meta"):
-                module.set_submodule(name, quant.make(kind, layer, device, full_precision=full_precision))
-    return found
+                module.set_submodule(name, scheme.make(layer, device, full_precision=full_precision))
+    return found, widened
+
+
+def verify(checkpoint: Checkpoint) -> None:
+    """Raise BadWeights unless the checkpoint's files are complete; nothing but headers is read."""
+    layers = checkpoint.variant.text_layers
+    for part in (
+        transformer(checkpoint.transformer),
+        text_encoder(checkpoint.text_encoder, layers),
+        autoencoder(checkpoint.vae),
+    ):
+        part.verify()
 
 
 def _transformer_shape(shapes: dict[str, Shape], config: dict[str, Any], what: str) -> TransformerShape:
+    double, single = _blocks(config, "num_layers", what), _blocks(config, "num_single_layers", what)
     try:
         hidden, channels = shapes["img_in.weight"]
         shape = TransformerShape(
@@ -134,8 +176,8 @@ def _transformer_shape(shapes: dict[str, Shape], config: dict[str, Any], what: s
             head_dim=shapes["single_blocks.0.norm.query_norm.scale"][0],
             context=shapes["txt_in.weight"][1],
             # Counted only where no config says: what lacks its last block must not pass for a smaller model.
-            double_blocks=config.get("num_layers") or _count(shapes, r"double_blocks\.(\d+)\..*") or 1,
-            single_blocks=config.get("num_single_layers") or _count(shapes, r"single_blocks\.(\d+)\..*"),
+            double_blocks=double or _count(shapes, r"double_blocks\.(\d+)\..*") or 1,
+            single_blocks=single or _count(shapes, r"single_blocks\.(\d+)\..*"),
             mlp=shapes["single_blocks.0.linear2.weight"][1] - hidden,
             time_channels=shapes["time_in.in_layer.weight"][1],
         )
@@ -150,24 +192,32 @@ def _transformer_shape(shapes: dict[str, Shape], config: dict[str, Any], what: s
     return replace(shape, axes=axes, theta=theta)
 
 
+def _blocks(config: dict[str, Any], key: str, what: str) -> int:
+    """Return a config's number of blocks, 0 where it does not say. Ten million would fill the memory."""
+    count = config.get(key, 0)
+    if type(count) is not int or not 0 <= count <= _MOST_BLOCKS:
+        raise BadWeights(f"The {what}'s config says {key} {str(count)[:20]}; at most {_MOST_BLOCKS} is read.")
+    return count
+
+
 def autoencoder(path: Path) -> ComponentSpec[Autoencoder]:
-    """The autoencoder in a diffusers `vae/` folder or in BFL's single file, with the full or the small decoder."""
+    """Open the autoencoder in a diffusers `vae/` folder or a single file, with either decoder."""
     what = f"autoencoder {path.name}" if path.is_file() else "autoencoder"
-    config = {} if path.is_file() else _config(path)
-    tensors = _open(path, "autoencoder")
-    _all_there(tensors, what)
-    theirs = any(name.startswith("encoder.down_blocks.") for name in tensors.shapes)
-    if theirs:
+    config = {} if path.is_file() else _read_config(path)
+    tensors = _open(path, signatures.AUTOENCODER, autoencoder_name)
+    _refuse_absent(tensors, what)
+    diffusers = any(name.startswith("encoder.down_blocks.") for name in tensors.shapes)
+    if diffusers:
         levels = _count(tensors.shapes, r"encoder\.down_blocks\.(\d+)\..*")
         layers = _count(tensors.shapes, r"decoder\.up_blocks\.0\.resnets\.(\d+)\..*")
-        table = diffusers_autoencoder(levels, layers)
+        key_map = diffusers_autoencoder(levels, layers)
     else:
-        table = plain(tensors.shapes)
-    with _making(what), torch.device("meta"):
-        shape = _autoencoder_shape(_ours(tensors, table), config, what)
+        key_map = identity_map(tensors.shapes)
+    with _config_errors(what), torch.device("meta"):
+        shape = _autoencoder_shape(_to_our_names(tensors, key_map), config, what)
         module = Autoencoder(shape)
-    table = _restrict(table, module) if theirs else plain(module.state_dict())
-    return ComponentSpec(what, module, tensors, table, re.compile(r"bn\.num_batches_tracked"))
+    key_map = _restrict(key_map, module) if diffusers else identity_map(module.state_dict())
+    return ComponentSpec(what, module, tensors, key_map, re.compile(r"bn\.num_batches_tracked"))
 
 
 def _autoencoder_shape(shapes: dict[str, Shape], config: dict[str, Any], what: str) -> AutoencoderShape:
@@ -184,36 +234,41 @@ def _autoencoder_shape(shapes: dict[str, Shape], config: dict[str, Any], what: s
         )
     except KeyError as missing:
         raise BadWeights(f"The {what} is not a FLUX.2 autoencoder: it has no {missing.args[0]}.") from None
+    except IndexError:
+        raise BadWeights(f"The {what} is not a FLUX.2 autoencoder: a matrix in it is none.") from None
 
 
-def text_encoder(path: Path, layers: tuple[int, ...], device: torch.device = _CPU) -> ComponentSpec[TextEncoder]:
-    """Qwen3 in a transformers folder or a single file, cut after the last of `layers`."""
+def text_encoder(
+    path: Path, layers: tuple[int, ...], device: torch.device = _CPU, *, compact: bool = False
+) -> ComponentSpec[TextEncoder]:
+    """Open Qwen3 in a transformers folder or a single file, cut after the last of `layers`."""
     what = f"text encoder {path.name}" if path.is_file() else "text encoder"
-    tensors = _open(path, "text encoder", encoder_name)
-    config = _qwen3(tensors.shapes, what) if path.is_file() else _config(path)
+    tensors = _open(path, signatures.TEXT_ENCODER, encoder_name)
+    config = _qwen3_config(tensors.shapes, what) if path.is_file() else _read_config(path)
     if config.get("model_type") != "qwen3":
         raise BadWeights(f"The {what} is {config.get('model_type')!r}; klein reads with qwen3.")
-    with _making(what), torch.device("meta"):
-        if max(layers) > config["num_hidden_layers"]:
+    with _config_errors(what), torch.device("meta"):
+        if not max(layers) <= config["num_hidden_layers"] <= _MOST_LAYERS:
             raise BadWeights(f"The {what} has {config['num_hidden_layers']} layers; layer {max(layers)} is read.")
         module = TextEncoder(config, layers)
-    needed = plain(name for name, _ in module.named_parameters())
-    inside = _quantise(module, r"model\.layers\..*", tensors, needed, None, device)
-    return ComponentSpec(what, module, tensors, needed, _unneeded(max(layers)), inside)
+    key_map = identity_map(name for name, _ in module.named_parameters())
+    policy = QuantPolicy(compact=compact)
+    inside, widened = _quantise(module, r"model\.layers\..*", tensors, key_map, policy, device)
+    return ComponentSpec(what, module, tensors, key_map, _unread(max(layers)), inside, widened)
 
 
-def _unneeded(read: int) -> re.Pattern[str]:
-    """The layers above the cut, the final norm above them, and the language model's head: never read."""
+def _unread(read: int) -> re.Pattern[str]:
+    """Match what is never read: layers above the cut, the final norm, the language model's head."""
     above = "|".join(str(i) for i in range(read, _MOST_LAYERS))
-    return re.compile(rf"lm_head\..*|model\.norm\..*|model\.layers\.(?:{above})\..*")
+    return re.compile(rf"lm_head\..*|model\.norm\..*|model\.layers\.(?:{above})\..*|logit_scale|rope_freqs\..*")
 
 
 _MOST_LAYERS = 100
 """More than any Qwen3 has."""
 
 
-def _qwen3(shapes: dict[str, Shape], what: str) -> dict[str, Any]:
-    """The config that a single file leaves out. What no shape tells is alike in every Qwen3."""
+def _qwen3_config(shapes: dict[str, Shape], what: str) -> dict[str, Any]:
+    """Return the config that a single file leaves out; what no shape tells is alike in every Qwen3."""
     first = "model.layers.0"
     try:
         vocabulary, hidden = shapes["model.embed_tokens.weight"]
@@ -233,46 +288,51 @@ def _qwen3(shapes: dict[str, Shape], what: str) -> dict[str, Any]:
         }
     except KeyError as missing:
         raise BadWeights(f"The {what} is not Qwen3: it has no {missing.args[0]}.") from None
+    except (ValueError, IndexError, ZeroDivisionError):
+        raise BadWeights(f"The {what} is not Qwen3: a matrix in it is none.") from None
 
 
-def _ours(tensors: Tensors, table: KeyMap) -> dict[str, Shape]:
-    """The shapes found, under our names."""
-    return {place.name: tensors.shapes[their] for their, place in table.items() if their in tensors.shapes}
+def _to_our_names(tensors: Tensors, key_map: KeyMap) -> dict[str, Shape]:
+    """Return the shapes found, under our names."""
+    return {place.name: tensors.shapes[source] for source, place in key_map.items() if source in tensors.shapes}
 
 
-def _restrict(table: KeyMap, module: nn.Module) -> KeyMap:
+def _restrict(key_map: KeyMap, module: nn.Module) -> KeyMap:
     names = module.state_dict().keys()
-    return {their: place for their, place in table.items() if place.name in names}
+    return {source: place for source, place in key_map.items() if place.name in names}
 
 
 def _count(names: dict[str, Shape], pattern: str) -> int:
+    """Return one more than the highest number in names that match, within reason."""
     numbers = (re.fullmatch(pattern, name) for name in names)
-    return 1 + max((int(found.group(1)) for found in numbers if found), default=-1)
+    # A name may hold any number; a hundred is more than any of these networks has.
+    return 1 + min(100, max((int(found.group(1)[:9]) for found in numbers if found), default=-1))
 
 
 @contextmanager
-def _making(what: str) -> Iterator[None]:
-    """Whatever a module cannot be made of is the config's fault, in whichever words torch or transformers put it."""
+def _config_errors(what: str) -> Iterator[None]:
+    """Turn any constructor error into BadWeights: the config is at fault."""
     try:
         yield
     except BadWeights:
         raise
-    except Exception as problem:
-        why = " ".join(f"{type(problem).__name__}: {problem}".split())
-        raise BadWeights(f"The {what}'s config makes no sense ({why[:200]}).", hint="Download it again.") from None
+    except Exception as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise BadWeights(f"The {what}'s config makes no sense ({reason[:200]}).", hint="Download it again.") from None
 
 
-def _config(folder: Path) -> dict[str, Any]:
+def _read_config(folder: Path) -> dict[str, Any]:
     try:
-        said = json.loads((folder / "config.json").read_text())
-        if not isinstance(said, dict):
-            raise ValueError(f"it is a {type(said).__name__}")
-        return said
+        config = json.loads((folder / "config.json").read_text())
+        if not isinstance(config, dict):
+            raise ValueError(f"it is a {type(config).__name__}")
+        foreign.refuse_config(config, folder)
+        return config
     except FileNotFoundError:
         raise BadWeights(f"{folder} has no config.json.", hint="Download it again.") from None
     except PermissionError:
         raise BadWeights(f"{folder / 'config.json'} may not be read by this user.", hint="Run: chmod u+r it.") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise BadWeights(
             f"{folder / 'config.json'} is not a JSON object: {error}.", hint="Download it again."
         ) from None

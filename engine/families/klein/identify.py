@@ -1,103 +1,137 @@
-"""Which variant a file or folder is: by its name, its place in the hub's cache, its hash; or what to ask the user."""
+"""Identify which variant a file or folder is: by name, hub repository, hash, or an earlier answer."""
 
 import difflib
 import hashlib
+import re
 from pathlib import Path
 
-from engine.checkpoints.files.safetensors import Header
+from engine.checkpoints.files import Header
 from engine.contract import BadWeights, Fix, ModelNotFound
-from engine.families.klein.key_maps import bfl_name
-from engine.families.klein.variants import EMBEDDED, FP8, FULL, NVFP4, VARIANTS, Variant
+from engine.families.klein.answers import Answers
+from engine.families.klein.key_maps import transformer_name
+from engine.families.klein.variants import EMBEDDED, VARIANTS, Variant
 
 
-def by_place(path: Path) -> Variant | None:
-    """By the name of a folder or file, or of the hub's repository that it came from."""
-    return (
-        by_name(path.name) or by_repository(path) if path.is_dir() else by_name(path.stem) or by_repository(path.parent)
-    )
+def by_path(path: Path) -> Variant | None:
+    """Identify by the name of a folder or file, or of the hub's repository it came from."""
+    name = path.name if path.is_dir() else path.stem
+    return by_name(name) or by_repository(path)
+
+
+_CAMEL = re.compile(r"(?<=[a-z])(?=[A-Z])")
+_SIZE = re.compile(r"(?:klein)?(?:base)?([49]b)(?:base|kv|distilled)?")
 
 
 def by_name(name: str) -> Variant | None:
-    """By a folder's or a file's name without its suffix."""
-    return next((row for row in VARIANTS.values() if _spells(name, row.name)), None)
+    """Identify by a name without its suffix: `klein`, a size, and maybe `base` or `kv`, with any words around.
+
+    flux-2-klein-4b, FLUX.2-klein-base-4B-fp8, flux2Klein_9bBase, klein4b (1), Flux2-Klein-9B-True-V3-bf16 are names
+    that people have.
+    """
+    if name == EMBEDDED:
+        return VARIANTS[EMBEDDED]
+    words = [word for word in re.split(r"[^a-z0-9]+", _CAMEL.sub("-", name).lower()) if word]
+    if not any("klein" in word for word in words):
+        return None
+    sizes = {found[1] for word in words if (found := _SIZE.fullmatch(word))}
+    if len(sizes) != 1:
+        return None
+    base = any(word.endswith("base") or "kleinbase" in word for word in words)
+    kv = any(word.endswith("kv") for word in words)
+    return VARIANTS.get("klein-" + ("base-" if base else "") + sizes.pop() + ("-kv" if kv else ""))
 
 
-def _spells(name: str, variant: str) -> bool:
-    plain = (
-        name.lower()
-        .replace("_", "-")
-        .replace(".", "-")
-        .replace("flux2-", "flux-2-")
-        .removeprefix("flux-2-")
-        .removesuffix("-safetensors")
-    )
-    return plain == variant or plain.startswith(tuple(f"{variant}-{quant}" for quant in (FP8, NVFP4, FULL)))
+_FORMAT_ENDING = re.compile(r"[-_.](?:(?:ud[-_])?i?q\d\w*|f16|f32)$", re.IGNORECASE)
+_PUBLISHED_WORDS = frozenset(
+    ["flux", "2", "flux2", "klein", "4b", "9b", "base", "kv", "fp8", "nvfp4", "bf16", "fp16", "safetensors"]
+)
 
 
-def by_repository(snapshot: Path) -> Variant | None:
-    """Of a snapshot in the hub's cache: models--owner--name/snapshots/revision."""
-    if snapshot.parent.name != "snapshots":
+def is_published_name(name: str) -> bool:
+    """Return whether a name tells variant and format alone: a fine-tune has a word of its own."""
+    words = re.split(r"[^a-z0-9]+", _CAMEL.sub("-", _FORMAT_ENDING.sub("", name)).lower())
+    return set(words) - {""} <= _PUBLISHED_WORDS
+
+
+def by_repository(path: Path) -> Variant | None:
+    """Identify by the repository of a snapshot in the hub's cache: models--owner--name/snapshots/revision/…"""
+    snapshot = next((folder for folder in (path, *path.parents) if folder.parent.name == "snapshots"), None)
+    if snapshot is None:
         return None
     repo = snapshot.parent.parent.name.removeprefix("models--").replace("--", "/", 1).lower()
-    rows = VARIANTS.values()
-    return next(
-        (row for row in rows if repo in {row.repo.lower(), *(known.repo.lower() for known in row.files)} - {""}), None
-    )
+    for row in VARIANTS.values():
+        if repo in {row.repo.lower(), *(known.repo.lower() for known in row.files)} - {""}:
+            return row
+    return by_name(repo.rpartition("/")[2])
 
 
-def by_hash(file: Path) -> Variant | None:
-    """A renamed file of the published ones. Only a file of just that size is read through, and only once."""
+def by_hash(file: Path, answers: Answers) -> Variant | None:
+    """Identify a renamed published file. Only a file of just that size is read through, and only once."""
     size = file.stat().st_size
     rows = [(row, known) for row in VARIANTS.values() for known in row.files if known.sha256 and known.bytes == size]
     if not rows:
         return None
     # The hub's cache names each large file by its hash.
     blob = file.resolve().name
-    digest = blob if len(blob) == 64 else sha256(file)
+    digest = blob if len(blob) == 64 else answers.sha256(file)
+    if not digest:
+        digest = sha256(file)
+        answers.remember(file, sha256=digest)
     return next((row for row, known in rows if digest.startswith(known.sha256)), None)
 
 
+def by_answer(file: Path, answers: Answers) -> Variant | None:
+    """Identify by what the user said of this file before, or by its hash where that was computed before."""
+    if (answer := answers.variant(file)) in VARIANTS:
+        return VARIANTS[answer]
+    return by_hash(file, answers) if answers.sha256(file) or len(file.resolve().name) == 64 else None
+
+
 def sha256(file: Path) -> str:
+    """Hash a whole file: 18 GB take a minute."""
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def width(header: Header) -> int:
-    """Of the transformer that a file holds, which tells a 4B from a 9B; 0 where it has none."""
+    """Return the width of the transformer in a file, which tells a 4B from a 9B; 0 where it has none."""
     names = ("img_in.weight", "x_embedder.weight")
-    return next((entry.shape[0] for name, entry in header.entries.items() if bfl_name(name) in names), 0)
+    widths = (
+        entry.shape[0] for name, entry in header.entries.items() if entry.shape and transformer_name(name) in names
+    )
+    return next(widths, 0)
 
 
 def check_width(file: Path, width: int, row: Variant) -> None:
-    """Raises BadWeights if the published models that are so wide do not include `row`."""
+    """Raise BadWeights if the published models of this width do not include `row`."""
     widths = {row.hidden for row in VARIANTS.values() if row.hidden}
     if {width, row.hidden} <= widths and row.hidden != width:
         raise BadWeights(f"{file.name} is {width} wide; {row.name} is {row.hidden}.", fix=_fix(width))
 
 
-def ask(file: Path, width: int) -> BadWeights:
-    """What to raise where nothing tells which klein a file is."""
+def ambiguous_variant(file: Path, width: int) -> BadWeights:
+    """Return the error for a file that nothing identifies."""
     return BadWeights(
         f"{file.name} does not say which klein it is; the files of two variants look alike.", fix=_fix(width)
     )
 
 
 def _fix(width: int) -> Fix:
-    """Fix that names the variants of this width; all variants where none has it."""
+    """Return a fix that names the variants of this width, all of them where none has it."""
     names = [name for name in VARIANTS if name != EMBEDDED]
     names = [name for name in names if VARIANTS[name].hidden == width] or names
     return Fix("set", "variant", choices=tuple(names))
 
 
 def named(variant: str) -> Variant:
-    """Raises ModelNotFound for a name that is none."""
+    """Return the variant of this name. Raises ModelNotFound."""
     if variant not in VARIANTS:
-        raise unknown(variant, "")
+        raise unknown_name(variant, "")
     return VARIANTS[variant]
 
 
-def unknown(name: str, rest: str) -> ModelNotFound:
-    """What to raise for a name that is none, with the one that was meant."""
+def unknown_name(name: str, rest: str) -> ModelNotFound:
+    """Return the error for a name that no variant has, with the nearest one."""
     near = difflib.get_close_matches(name, VARIANTS, 1)
     meant = f" Did you mean {near[0]}?" if near else ""
     return ModelNotFound(f"There is no model {name!r}.{meant} Known: {', '.join(VARIANTS)}; {rest}".rstrip("; "))

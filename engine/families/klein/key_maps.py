@@ -1,4 +1,4 @@
-"""Key maps as data: where each tensor of a published layout belongs in our modules, which are named as BFL's files.
+"""Key maps as data: published layouts -> our modules, which are named as in BFL's files.
 
 A row is (published name, our name, part, parts): the tensor fills the part-th of `parts` equal row ranges.
 `{i}` stands for a block's number. Source of the names: diffusers 0.42 modules and BFL's published checkpoints.
@@ -6,23 +6,10 @@ A row is (published name, our name, part, parts): the tensor fills the part-th o
 
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+
+from engine.checkpoints.key_map import KeyMap, ParamSlice
 
 Row = tuple[str, str, int, int]
-
-
-@dataclass(frozen=True, slots=True)
-class ParamSlice:
-    """Where a published tensor goes: our parameter's name and the row range it fills (part of parts).
-
-    swap: its two halves change places on the way.
-    """
-
-    name: str
-    part: int = 0
-    parts: int = 1
-    swap: bool = False
-
 
 _QKV = ("to_q", "to_k", "to_v")
 _ADDED_QKV = ("add_q_proj", "add_k_proj", "add_v_proj")
@@ -64,27 +51,27 @@ _WB = ("weight", "bias")
 
 
 def _autoencoder_rows(levels: int) -> Iterator[Row]:
-    """diffusers' AutoencoderKLFlux2 names -> BFL's, for an autoencoder of so many levels."""
+    """Map diffusers' AutoencoderKLFlux2 names to BFL's, for `levels` levels."""
     for side in ("encoder", "decoder"):
         for level in range(levels):
-            there = f"encoder.down_blocks.{level}" if side == "encoder" else f"decoder.up_blocks.{levels - 1 - level}"
-            here = f"encoder.down.{level}" if side == "encoder" else f"decoder.up.{level}"
+            source = f"encoder.down_blocks.{level}" if side == "encoder" else f"decoder.up_blocks.{levels - 1 - level}"
+            target = f"encoder.down.{level}" if side == "encoder" else f"decoder.up.{level}"
             for wb in _WB:
                 for part in _RESNET:
-                    yield f"{there}.resnets.{{i}}.{part}.{wb}", f"{here}.block.{{i}}.{part}.{wb}", 0, 1
-                yield f"{there}.resnets.{{i}}.conv_shortcut.{wb}", f"{here}.block.{{i}}.nin_shortcut.{wb}", 0, 1
+                    yield f"{source}.resnets.{{i}}.{part}.{wb}", f"{target}.block.{{i}}.{part}.{wb}", 0, 1
+                yield f"{source}.resnets.{{i}}.conv_shortcut.{wb}", f"{target}.block.{{i}}.nin_shortcut.{wb}", 0, 1
                 if side == "encoder":
-                    yield f"{there}.downsamplers.0.conv.{wb}", f"{here}.downsample.conv.{wb}", 0, 1
+                    yield f"{source}.downsamplers.0.conv.{wb}", f"{target}.downsample.conv.{wb}", 0, 1
                 else:
-                    yield f"{there}.upsamplers.0.conv.{wb}", f"{here}.upsample.conv.{wb}", 0, 1
+                    yield f"{source}.upsamplers.0.conv.{wb}", f"{target}.upsample.conv.{wb}", 0, 1
         for wb in _WB:
             for resnet in (0, 1):
                 for part in _RESNET:
                     yield (f"{side}.mid_block.resnets.{resnet}.{part}.{wb}",
                            f"{side}.mid.block_{resnet + 1}.{part}.{wb}", 0, 1)  # fmt: skip
-            for their, our in (("group_norm", "norm"), ("to_q", "q"), ("to_k", "k"), ("to_v", "v"),
+            for source, target in (("group_norm", "norm"), ("to_q", "q"), ("to_k", "k"), ("to_v", "v"),
                                ("to_out.0", "proj_out")):  # fmt: skip
-                yield f"{side}.mid_block.attentions.0.{their}.{wb}", f"{side}.mid.attn_1.{our}.{wb}", 0, 1
+                yield f"{side}.mid_block.attentions.0.{source}.{wb}", f"{side}.mid.attn_1.{target}.{wb}", 0, 1
             yield f"{side}.conv_in.{wb}", f"{side}.conv_in.{wb}", 0, 1
             yield f"{side}.conv_norm_out.{wb}", f"{side}.norm_out.{wb}", 0, 1
             yield f"{side}.conv_out.{wb}", f"{side}.conv_out.{wb}", 0, 1
@@ -95,52 +82,92 @@ def _autoencoder_rows(levels: int) -> Iterator[Row]:
         yield f"bn.{statistic}", f"bn.{statistic}", 0, 1
 
 
-KeyMap = dict[str, ParamSlice]
-"""Published name -> its place."""
-
-
 def _expand(rows: Iterable[Row], numbers: int) -> KeyMap:
     return {
-        their.replace("{i}", str(i)): ParamSlice(our.replace("{i}", str(i)), part, parts, their in SWAPPED)
-        for their, our, part, parts in rows
-        for i in range(numbers if "{i}" in their else 1)
+        source.replace("{i}", str(i)): ParamSlice(target.replace("{i}", str(i)), part, parts, source in SWAPPED)
+        for source, target, part, parts in rows
+        for i in range(numbers if "{i}" in source else 1)
     }
 
 
 def diffusers_transformer(blocks: int) -> KeyMap:
-    """Every name a diffusers Flux2Transformer2DModel with up to `blocks` blocks of a kind can have."""
+    """Return every name of a diffusers transformer with up to `blocks` blocks of a kind."""
     return _expand(DIFFUSERS_TRANSFORMER, blocks)
 
 
 def diffusers_autoencoder(levels: int, layers: int) -> KeyMap:
-    """Every name a diffusers AutoencoderKLFlux2 can have, with so many levels and residual blocks a level."""
+    """Return every name of a diffusers AutoencoderKLFlux2, with `layers` residual blocks a level."""
     return _expand(_autoencoder_rows(levels), layers)
 
 
-def plain(names: Iterable[str]) -> KeyMap:
-    """BFL's own layout: every name is its own place."""
-    return {name: ParamSlice(name) for name in names}
+_WRAPPERS = ("_orig_mod.", "module.", "base_model.model.")
+"""Prefixes of torch.compile, DistributedDataParallel and peft."""
+_TRANSFORMER_PREFIXES = (*_WRAPPERS, "model.diffusion_model.", "diffusion_model.", "model.", "transformer.", "net.")
+"""What ComfyUI and others put before the transformer's names."""
+_AUTOENCODER_PREFIXES = (*_WRAPPERS, "first_stage_model.", "vae.")
 
-
-_PREFIXES = ("model.diffusion_model.", "diffusion_model.", "model.", "transformer.")
-"""What ComfyUI and others put in front of the transformer's names."""
+_OTHER_COMPONENTS = re.compile(
+    r"(?:vae|first_stage_model|text_encoders?|cond_stage_model|conditioner|model_ema|ema|model_sampling)[._]"
+)
+"""In an all-in-one checkpoint, names of what is not the transformer; and what samplers and trainers leave behind."""
 
 _SPELLINGS = ((re.compile(r"(query_norm|key_norm)\.weight$"), r"\1.scale"),)
 """Spellings found in repacked BFL files, and ours."""
 
 
-def bfl_name(name: str) -> str:
-    """`name` without what repackers added."""
-    for prefix in _PREFIXES:
-        if name.startswith(prefix):
-            name = name.removeprefix(prefix)
-            break
+def _strip(name: str, prefixes: tuple[str, ...]) -> str:
+    """Strip prefixes, several of them where a wrapper wraps another."""
+    while prefix := next((prefix for prefix in prefixes if name.startswith(prefix)), ""):
+        name = name.removeprefix(prefix)
+    return name
+
+
+def transformer_name(name: str) -> str:
+    """Return the name without what repackers added, "" for a tensor of another component."""
+    if _OTHER_COMPONENTS.match(name):
+        return ""
+    name = _strip(name, _TRANSFORMER_PREFIXES)
+    if _OTHER_COMPONENTS.match(name):
+        return ""
     for spelling, ours in _SPELLINGS:
         name = spelling.sub(ours, name)
     return name
 
 
+_NOT_AUTOENCODER = re.compile(
+    r"(?:model\.|diffusion_model\.|text_encoders?\.|cond_stage_model\.|conditioner\.|model_ema\.|model_sampling\.)"
+)
+
+
+def autoencoder_name(name: str) -> str:
+    """Return the name without what repackers added, "" for a tensor of another component."""
+    return "" if _NOT_AUTOENCODER.match(name) else _strip(name, _AUTOENCODER_PREFIXES)
+
+
+_GGUF_ENCODER = {
+    "token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head",
+    "attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm",
+    "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj", "attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm",
+    "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj",
+}  # fmt: skip
+"""llama.cpp's names of a Qwen3 -> transformers'. Unlike LLaMA's, the rows of q and k are not permuted."""
+_GGUF_LAYER = re.compile(r"^blk\.(\d+)\.(\w+)\.weight$")
+
+_NOT_ENCODER = re.compile(
+    r"(?:model\.diffusion_model|diffusion_model|vae|first_stage_model|model_sampling|model_ema)\."
+)
+
+
 def encoder_name(name: str) -> str:
-    """A Qwen3 tensor's name as transformers writes it, whatever a repacker put in front or left out."""
+    """Return a Qwen3 tensor's name as transformers writes it, "" for a tensor of another component."""
+    if _NOT_ENCODER.match(name):
+        return ""
+    if layer := _GGUF_LAYER.match(name):
+        return f"model.layers.{layer[1]}.{_GGUF_ENCODER.get(layer[2], layer[2])}.weight"
+    base, _, leaf = name.rpartition(".")
+    if base in _GGUF_ENCODER:
+        return f"{_GGUF_ENCODER[base]}.{leaf}"
+    name = _strip(name, _WRAPPERS)
     name = re.sub(r"^(?:text_encoders?\.)?(?:qwen3_\w+\.)?(?:transformer\.)?", "", name)
     return f"model.{name}" if name.startswith(("layers.", "embed_tokens.", "norm.")) else name

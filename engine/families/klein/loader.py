@@ -1,38 +1,34 @@
-"""From a checkpoint to networks that are ready: plan where the weights live, read them, change them by LoRAs."""
+"""Load a checkpoint: plan the placement, read the weights, apply LoRAs."""
 
 import hashlib
-from collections.abc import Generator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Generator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from engine.checkpoints import quant
-from engine.checkpoints.files.safetensors import Shape
-from engine.checkpoints.loading import slots
-from engine.checkpoints.quant import QuantLinear
-from engine.contract import BadWeights, Fix, Loading, OutOfMemory
-from engine.diffusion.canvas import GRID
-from engine.families.klein import components, lora
-from engine.families.klein.components import ComponentSpec
+from engine.checkpoints.files import Shape
+from engine.checkpoints.loading import Allocator
+from engine.contract import BadWeights, Loading, OutOfMemory
+from engine.families.klein import components, footprint, lora
+from engine.families.klein.checkpoint import Checkpoint
+from engine.families.klein.components import ComponentSpec, QuantPolicy
+from engine.families.klein.footprint import EMBEDDING
 from engine.families.klein.lora import Lora, WeightDelta
 from engine.families.klein.text_encoder import TextEncoder
 from engine.families.klein.transformer import Transformer
-from engine.families.klein.variants import VARIANTS, Variant
 from engine.memory import plan
-from engine.memory.device import Device, has_own_memory, host_memory
+from engine.memory.device import Device, host_memory
 from engine.memory.offload import CpuEmbedding, OffloadRing, stream
-from engine.memory.plan import ActivationMemory, MemoryInfo, PlacementPlan, WeightSizes
+from engine.memory.plan import PlacementPlan, WeightSizes
 from engine.nn.autoencoder import Autoencoder
-from engine.registry import Checkpoint
-
-_EMBEDDING = "model.embed_tokens"
 
 
 @dataclass(frozen=True, slots=True)
 class LoadOptions:
-    """How to load. quant: format of the blocks, None for the file's. limit: bytes of the device that may be used."""
+    """How to load. quant: scheme of the blocks, None for the file's. limit: bytes of the device that may be used."""
 
     quant: str | None = None
     loras: tuple[Lora, ...] = ()
@@ -41,231 +37,170 @@ class LoadOptions:
 
 @dataclass(frozen=True, slots=True)
 class Networks:
-    """A model in memory. fingerprint: tells its weights from others. says: where they live."""
+    """A model in memory.
+
+    fingerprint: tells its weights from others. placement: where they are, in words. warnings: for every result.
+    """
 
     transformer: Transformer
     autoencoder: Autoencoder
     text_encoder: TextEncoder
     fingerprint: str
-    says: str
+    placement: str
+    warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """A model whose files are found to fit together and into memory, and of which nothing is read yet."""
+    """A model whose files are complete, fit together and fit into memory; nothing is read yet.
+
+    warnings: what of the LoRAs is not applied.
+    """
 
     transformer: ComponentSpec[Transformer]
     text_encoder: ComponentSpec[TextEncoder]
     autoencoder: ComponentSpec[Autoencoder]
-    changes: tuple[WeightDelta, ...]
+    deltas: tuple[WeightDelta, ...]
     needs: WeightSizes
     plan: PlacementPlan
+    warnings: tuple[str, ...] = ()
 
     @property
-    def parts(self) -> tuple[ComponentSpec[Any], ...]:
-        """In the order of use, so that a first prompt could be read before the transformer is there."""
+    def components(self) -> tuple[ComponentSpec[Any], ...]:
+        """In the order of use, so that a first prompt could be encoded before the transformer is there."""
         return self.text_encoder, self.transformer, self.autoencoder
 
     @property
     def bytes(self) -> int:
-        """What will be read."""
-        return sum(part.bytes for part in self.parts)
+        """Bytes that will be read."""
+        return sum(part.bytes for part in self.components)
+
+    @property
+    def is_resident(self) -> bool:
+        """Whether all of the transformer stays on the device."""
+        return self.plan.blocks == len(self.needs.blocks)
 
 
 def prepare(
-    checkpoint: Checkpoint, placement: Device, options: LoadOptions, held: int = 0, *, smaller: bool = False
+    checkpoint: Checkpoint, device: Device, options: LoadOptions, held: int = 0, *, smaller: bool = False
 ) -> Prepared:
-    """Look at the files and plan for a picture of the native size. held: bytes that will be given back first.
+    """Verify the files and plan for an image of the native size.
 
-    smaller: where that does not fit, plan for a smaller one; a picture that is larger is refused when it is asked for.
-
+    held: bytes that will be given back first. smaller: where that does not fit, plan for a smaller image; a larger
+    one is refused when it is asked for. Layers in a scheme that cannot be computed with are widened to the model's
+    dtype where all of them then fit, and to fp8 otherwise.
     Raises BadWeights, InvalidJob, or OutOfMemory.
     """
     quant.check(options.quant)
-    variant, device = checkpoint.variant, placement.device
-    transformer = components.transformer(checkpoint.transformer, options.quant, device)
-    text_encoder = components.text_encoder(checkpoint.text_encoder, variant.text_layers, device)
-    autoencoder = components.autoencoder(checkpoint.vae)
-    _match(transformer.module, text_encoder.module, autoencoder.module)
-    changes = tuple(change for one in options.loras for change in lora.read(one, transformer.module))
-    needs = _needs(variant, transformer, text_encoder, autoencoder, changes, placement.dtype)
-    work = work_of(variant, transformer.module, autoencoder.module, placement.dtype)
-    fewer = _alternatives(needs, transformer, options, placement)
-    there, models = memory_info(placement, options.limit, held), _other_models(variant, placement)
     try:
-        found = plan.plan(needs, there, work, fewer, models)
-    except OutOfMemory:
-        fitting = (plan.fits(needs, there, work.at(side)) for side in plan.SIDES if smaller and side < work.side)
-        if (found := next(filter(None, fitting), None)) is None:
+        prepared = _prepare(checkpoint, device, options, held, smaller=smaller, compact=False)
+        if prepared.is_resident or not _has_widened(prepared):
+            return prepared
+    except _DoesNotFit as error:
+        if not error.widened:
             raise
-    return Prepared(transformer, text_encoder, autoencoder, changes, needs, found)
+    return _prepare(checkpoint, device, options, held, smaller=smaller, compact=True)
 
 
-def load(checkpoint: Checkpoint, placement: Device, options: LoadOptions) -> Generator[Loading, None, Networks]:
-    """Read a model, telling how far it is. Raises as `prepare`."""
-    ready = prepare(checkpoint, placement, options, smaller=True)
-    name, device, total = checkpoint.variant.name, placement.device, ready.bytes or 1
+class _DoesNotFit(OutOfMemory):
+    """The model does not fit. widened: whether holding some layers in fewer bits could help."""
+
+    def __init__(self, error: OutOfMemory, *, widened: bool) -> None:
+        super().__init__(error.message, hint=error.hint, fix=error.fix)
+        self.widened = widened
+
+
+def _prepare(
+    checkpoint: Checkpoint, device: Device, options: LoadOptions, held: int, *, smaller: bool, compact: bool
+) -> Prepared:
+    variant = checkpoint.variant
+    policy = QuantPolicy(options.quant, compact=compact)
+    transformer = components.transformer(checkpoint.transformer, policy, device.device)
+    text_encoder = components.text_encoder(checkpoint.text_encoder, variant.text_layers, device.device, compact=compact)
+    autoencoder = components.autoencoder(checkpoint.vae)
+    _check_match(transformer.module, text_encoder.module, autoencoder.module)
+    for part in (transformer, text_encoder, autoencoder):
+        part.verify()
+    loras = [lora.read(one, transformer.module) for one in options.loras]
+    deltas = tuple(delta for one in loras for delta in one.deltas)
+    needs = footprint.weight_sizes(variant, transformer, text_encoder, autoencoder, deltas, device.dtype)
+    work = footprint.activation_memory(variant, transformer.module, autoencoder.module, device.dtype)
+    fewer = footprint.alternatives(needs, transformer, options.quant, device)
+    free, models = footprint.memory_info(device, options.limit, held), footprint.smaller_models(variant, device)
+    try:
+        found = plan.plan(needs, free, work, fewer, models)
+    except OutOfMemory as error:
+        fitting = (plan.fits(needs, free, work.at(side)) for side in plan.SIDES if smaller and side < work.side)
+        if (found := next(filter(None, fitting), None)) is None:
+            widened = (transformer.widened and options.quant is None) or text_encoder.widened
+            raise _DoesNotFit(error, widened=widened and not compact) from None
+    warnings = tuple(warning for one in loras for warning in one.warnings)
+    return Prepared(transformer, text_encoder, autoencoder, deltas, needs, found, warnings)
+
+
+def _has_widened(prepared: Prepared) -> bool:
+    return prepared.transformer.widened or prepared.text_encoder.widened
+
+
+def load(checkpoint: Checkpoint, device: Device, options: LoadOptions) -> Generator[Loading, None, Networks]:
+    """Read a model, with progress events. Raises as `prepare`."""
+    prepared = prepare(checkpoint, device, options, smaller=True)
+    name, total = checkpoint.variant.name, prepared.bytes or 1
     done = 0
     yield Loading(name, 0.0)
-    asleep = _asleep(ready)
-    for part in ready.parts:
-        for count in part.fill(placement, _home(device, asleep.get(part.what, frozenset()))):
+    offloaded = _offloaded(prepared)
+    for part in prepared.components:
+        for count in part.load(device, _allocator(device.device, offloaded.get(part.what, frozenset()))):
             done += count
             yield Loading(name, min(1.0, done / total))
         part.module.eval().requires_grad_(False)
-    ready.text_encoder.module.finish(device)
-    lora.apply(ready.transformer.module, ready.changes)
-    if any(asleep.values()):
-        _let_sleep(ready, asleep, device)
+    prepared.text_encoder.module.finish(device.device)
+    lora.apply(prepared.transformer.module, prepared.deltas)
+    if any(offloaded.values()):
+        _offload(prepared, offloaded, device.device)
     return Networks(
-        transformer=ready.transformer.module,
-        autoencoder=ready.autoencoder.module,
-        text_encoder=ready.text_encoder.module,
-        fingerprint=_fingerprint((ready.transformer, ready.text_encoder, ready.autoencoder), options),
-        says=ready.plan.summary(ready.needs),
+        transformer=prepared.transformer.module,
+        autoencoder=prepared.autoencoder.module,
+        text_encoder=prepared.text_encoder.module,
+        fingerprint=_fingerprint((prepared.transformer, prepared.text_encoder, prepared.autoencoder), options),
+        placement=prepared.plan.summary(prepared.needs),
+        warnings=prepared.warnings,
     )
 
 
-def memory_info(placement: Device, limit: int | None = None, held: int = 0) -> MemoryInfo:
-    """What is free now. held: bytes that count as free too."""
-    free = placement.free_bytes() + placement.idle_bytes() + held
-    return MemoryInfo(
-        device=placement.label,
-        free=free,
-        total=placement.total_bytes(),
-        host=placement.host_bytes(),
-        limit=limit,
-    )
-
-
-def work_of(
-    variant: Variant,
-    transformer: Transformer,
-    autoencoder: Autoencoder,
-    dtype: torch.dtype,
-    *,
-    pixels: int | None = None,
-    references: int | None = None,
-) -> ActivationMemory:
-    """Memory for one picture. pixels: of the canvas, else the native size. references: their pixels, else one such."""
-    pixels = pixels or variant.native_size**2
-    beside = (pixels if references is None else references) // GRID**2
-    shape = transformer.shape
-    needed = plan.working(
-        hidden=shape.hidden,
-        tokens=variant.text_length + pixels // GRID**2 + beside,
-        pixels=pixels,
-        decoder=autoencoder.shape.decoder[min(1, len(autoencoder.shape.decoder) - 1)],
-        itemsize=dtype.itemsize,
-        blocks=shape.double_blocks + shape.single_blocks if variant.kv else 0,
-        references=beside,
-    )
-    return ActivationMemory(round(pixels**0.5), needed)
-
-
-def _needs(
-    variant: Variant,
-    transformer: ComponentSpec[Transformer],
-    text_encoder: ComponentSpec[TextEncoder],
-    autoencoder: ComponentSpec[Autoencoder],
-    changes: Sequence[WeightDelta],
-    dtype: torch.dtype,
-) -> WeightSizes:
-    sizes = [_sizes(part.module, dtype) for part in (transformer, text_encoder, autoencoder)]
-    blocks = tuple(sizes[0].pop(layer) for layer in transformer.layers)
-    encoder = tuple(sizes[1].pop(layer) for layer in text_encoder.layers)
-    embedding = sizes[1].pop(_EMBEDDING)
-    beside = sum(
-        dtype.itemsize * (change.up.numel() + change.down.numel())
-        for change in changes
-        if change.down is not None and isinstance(transformer.module.get_submodule(change.rows.layer), QuantLinear)
-    )
-    rest = beside + sum(size for part in sizes for size in part.values())
-    return WeightSizes(variant.name, blocks, encoder, embedding, rest)
-
-
-def _sizes(module: nn.Module, dtype: torch.dtype) -> dict[str, int]:
-    """Bytes of each submodule that holds tensors of its own."""
-    found: dict[str, int] = {}
-    for name, shape in slots(module).items():
-        owner = name.rpartition(".")[0]
-        layer = module.get_submodule(owner)
-        size = (
-            sum(buffer.nbytes for buffer in layer.buffers())
-            if isinstance(layer, QuantLinear)
-            else dtype.itemsize * torch.Size(shape).numel()
-        )
-        found[owner] = found.get(owner, 0) + size
-    return found
-
-
-def _alternatives(
-    needs: WeightSizes, transformer: ComponentSpec[Transformer], options: LoadOptions, placement: Device
-) -> list[tuple[Fix, WeightSizes]]:
-    """Ways to load the model in fewer bits, and their sizes."""
-    if (
-        options.quant is not None
-        or transformer.tensors.quantised
-        or quant.target(None, "fp8", placement.device) is None
-    ):
-        return []
-    values = [size // placement.dtype.itemsize for size in needs.blocks]
-    fewer = {"fp8": [count + 4 for count in values], "nvfp4": [count // 2 + count // 16 + 4 for count in values]}
-    return [
-        (Fix("set", "quant", choices=(kind,)), replace(needs, blocks=tuple(sizes))) for kind, sizes in fewer.items()
-    ]
-
-
-def _other_models(variant: Variant, placement: Device) -> list[tuple[str, WeightSizes]]:
-    """What smaller models of the same kind would take, by their rows: bf16, and 2 GB of them working memory."""
-    rows = [
-        row
-        for row in VARIANTS.values()
-        if row.repo and row.distilled == variant.distilled and row.memory_gb < variant.memory_gb
-    ]
-    bytes_per_gb = round(1e9) * placement.dtype.itemsize // 2
-    return [(row.name, WeightSizes(row.name, (), (), 0, round((row.memory_gb - 2) * bytes_per_gb))) for row in rows]
-
-
-def _asleep(ready: Prepared) -> dict[str, frozenset[str]]:
-    """The layers that sleep, by part."""
-    table = (_EMBEDDING,) if ready.plan.embedding_asleep else ()
-    encoder, transformer = ready.text_encoder, ready.transformer
+def _offloaded(prepared: Prepared) -> dict[str, frozenset[str]]:
+    """Return the layers that the plan keeps in host memory, by component."""
+    table = (EMBEDDING,) if prepared.plan.embedding_asleep else ()
+    encoder, transformer = prepared.text_encoder, prepared.transformer
     return {
-        transformer.what: frozenset(transformer.layers[ready.plan.blocks :]),
-        encoder.what: frozenset((*encoder.layers[ready.plan.encoder :], *table)),
+        transformer.what: frozenset(transformer.layers[prepared.plan.blocks :]),
+        encoder.what: frozenset((*encoder.layers[prepared.plan.encoder :], *table)),
     }
 
 
-def _home(device: torch.device, asleep: frozenset[str]) -> Any:
-    def home(name: str, shape: Shape, dtype: torch.dtype) -> Tensor:
+def _allocator(device: torch.device, offloaded: frozenset[str]) -> Allocator:
+    def allocate(name: str, shape: Shape, dtype: torch.dtype) -> Tensor:
         layer = name.partition(":")[0].rpartition(".")[0]
-        if layer in asleep:
+        if layer in offloaded:
             return host_memory(shape, dtype, device)
         return torch.empty(shape, dtype=dtype, device=device)
 
-    return home
+    return allocate
 
 
-def _let_sleep(ready: Prepared, asleep: dict[str, frozenset[str]], device: torch.device) -> None:
-    conveyor = OffloadRing(device)
-    for part in (ready.text_encoder, ready.transformer):
-        names = asleep[part.what]
-        stream(part.module, tuple(name for name in part.layers if name in names), conveyor)
-        if _EMBEDDING in names:
-            table = part.module.get_submodule(_EMBEDDING)
+def _offload(prepared: Prepared, offloaded: dict[str, frozenset[str]], device: torch.device) -> None:
+    ring = OffloadRing(device)
+    for part in (prepared.text_encoder, prepared.transformer):
+        names = offloaded[part.what]
+        stream(part.module, tuple(name for name in part.layers if name in names), ring)
+        if EMBEDDING in names:
+            table = part.module.get_submodule(EMBEDDING)
             assert isinstance(table, nn.Embedding)
-            part.module.set_submodule(_EMBEDDING, CpuEmbedding(table, device))
-
-
-def held_bytes(networks: Sequence[nn.Module], device: torch.device) -> int:
-    """Bytes of weights on the device; what sleeps in the host's memory counts only where that is the same."""
-    tensors = (tensor for net in networks for tensor in (*net.parameters(), *net.buffers()))
-    return sum(tensor.nbytes for tensor in tensors if not has_own_memory(device) or tensor.device.type == device.type)
+            part.module.set_submodule(EMBEDDING, CpuEmbedding(table, device))
 
 
 def _fingerprint(read: tuple[ComponentSpec[Any], ...], options: LoadOptions) -> str:
-    """By part, 16 letters each; what changes the weights on their way into memory changes the first."""
+    """Return 16 hex digits per component; quantisation and LoRAs alter the first."""
     prints = [part.tensors.fingerprint()[:16] for part in read]
     if options.quant or options.loras:
         own = ":".join((prints[0], options.quant or "", *(one.fingerprint() for one in options.loras)))
@@ -273,8 +208,8 @@ def _fingerprint(read: tuple[ComponentSpec[Any], ...], options: LoadOptions) -> 
     return "-".join(prints)
 
 
-def _match(transformer: Transformer, text_encoder: TextEncoder, autoencoder: Autoencoder) -> None:
-    """Refuse parts of different models."""
+def _check_match(transformer: Transformer, text_encoder: TextEncoder, autoencoder: Autoencoder) -> None:
+    """Raise BadWeights for components of different models."""
     if text_encoder.width != transformer.shape.context:
         raise BadWeights(
             f"The text encoder gives {text_encoder.width} numbers a token, the transformer reads "

@@ -28,8 +28,9 @@ from engine.diffusion.preview import PreviewMap, predict_clean, spread_steps
 from engine.diffusion.sampler import Velocity, denoise, guided
 from engine.diffusion.schedule import sigmas
 from engine.diffusion.tokens import grid_positions, pack, reference_time, text_positions, unpack, unpatchify
-from engine.families.klein.loader import LoadOptions, held_bytes, load, memory_info, work_of
-from engine.families.klein.reading import read_prompt
+from engine.families.klein.checkpoint import Checkpoint
+from engine.families.klein.footprint import activation_memory, device_bytes, memory_info
+from engine.families.klein.loader import LoadOptions, load
 from engine.families.klein.text_encoder import TextEncoder, Tokenizer
 from engine.families.klein.transformer import KV, Modulations, Transformer
 from engine.families.klein.variants import Variant
@@ -38,7 +39,6 @@ from engine.memory.device import Device
 from engine.memory.plan import gb
 from engine.nn.autoencoder import Autoencoder
 from engine.nn.layers import Rope
-from engine.registry import Checkpoint
 
 Thing = TypeVar("Thing")
 
@@ -105,14 +105,14 @@ class Klein:
             device,
             networks.fingerprint,
             cache,
-            networks.says,
+            networks.placement,
             options.limit,
         )
 
     @property
     def weight_bytes(self) -> int:
         """Bytes of the device that its weights take, without the ring that streamed layers pass through."""
-        return held_bytes((self.transformer, self.autoencoder, self.text_encoder), self.device.device)
+        return device_bytes((self.transformer, self.autoencoder, self.text_encoder), self.device.device)
 
     def free(self, there: int) -> int:
         """Of the device's `there` free bytes, those that the user's limit leaves to it."""
@@ -132,9 +132,7 @@ class Klein:
         # 1. The prompt, as states the transformer reads; a guided model also reads an empty one.
         yield Stage("prompt")
         with clock("prompt"):
-            reading = read_prompt(job.prompt, variant)
-            warnings += reading.warnings
-            text, prompt_known = self._read(reading.text, warnings)
+            text, prompt_known = self._read(job.prompt, warnings)
             no_text = self._read("", [])[0] if guidance > 1 else None
 
         # 2. The references, as tokens that take part in every step, or as keys and values kept for all of them.
@@ -201,7 +199,6 @@ class Klein:
             cache={"prompt": "hit" if prompt_known else "miss", "references": known},
             warnings=tuple(warnings),
             change=change,
-            read_as="" if reading.text == job.prompt else reading.text,
         )
 
     @torch.inference_mode()
@@ -301,14 +298,14 @@ class Klein:
         pixels = frame.canvas_width * frame.canvas_height
         seen = sum(image.shape[0] * image.shape[1] for image in references)
         shapes = (self.variant, self.transformer, self.autoencoder, self.device.dtype)
-        work = work_of(*shapes, pixels=pixels, references=seen)
+        work = activation_memory(*shapes, pixels=pixels, references=seen)
         there = memory_info(self.device)
         # What is remembered can be forgotten for it.
         free = self.free(there.free + self.cache.stats().bytes)
         if work.bytes <= free:
             return
         sides = (side for side in (1024, 768, 512, 256) if side**2 < pixels)
-        fitting = (side for side in sides if work_of(*shapes, pixels=side**2, references=seen).bytes <= free)
+        fitting = (side for side in sides if activation_memory(*shapes, pixels=side**2, references=seen).bytes <= free)
         side = next(fitting, None)
         raise OutOfMemory(
             f"{frame.canvas_width}×{frame.canvas_height} with {len(references)} references takes {gb(work.bytes)} "
@@ -319,6 +316,8 @@ class Klein:
     def _read(self, prompt: str, warnings: list[str]) -> tuple[Tensor, bool]:
         """Prompt states after the transformer's own projection: [1, text_length, hidden]."""
         tokens = self.tokenizer(prompt)
+        if strange := self.variant.unknown_words(prompt):
+            warnings.append(f"{self.variant.name} was never taught {', '.join(strange)}, and guesses")
         if tokens.cut:
             warnings.append(
                 f"the prompt is {tokens.cut} tokens longer than the {self.variant.text_length} {self.variant.name} "

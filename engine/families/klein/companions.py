@@ -1,0 +1,169 @@
+"""Companions of a single file: which text encoder, autoencoder and tokenizer suit it, ranked.
+
+A candidate suits a transformer by its shapes. Of several, those in the file itself come first, then a diffusers
+folder's own part beside it, then published ones before fine-tunes, then the smallest that is stored at least as
+finely as the transformer: a coarser encoder would cost quality, a finer one memory for nothing.
+"""
+
+import re
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from engine.checkpoints import quant
+from engine.checkpoints.files import SUFFIXES, Header, Shape, read_header
+from engine.checkpoints.quant import StoredWeight
+from engine.contract import BadWeights
+from engine.families.klein import signatures
+from engine.families.klein.folder import read_json
+from engine.families.klein.key_maps import autoencoder_name, encoder_name, transformer_name
+from engine.families.klein.variants import Variant
+
+COMFYUI_FOLDERS = ("vae", "text_encoders", "clip")
+"""Folders of ComfyUI beside the one that holds transformers."""
+
+_PUBLISHED = {
+    signatures.TEXT_ENCODER: re.compile(
+        r"qwen[-_]?3[-_](?:4b|8b)(?:[-_.](?:fp8\w*|fp4\w*|bf16|f16|(?:ud[-_])?i?q\d\w*))*", re.IGNORECASE
+    ),
+    signatures.AUTOENCODER: re.compile(r"(?:flux[-_.]?2[-_]vae|ae|full_encoder_small_decoder).*", re.IGNORECASE),
+}
+"""Names under which companions are published; a fine-tune has another."""
+
+
+@dataclass(frozen=True, slots=True)
+class Companion:
+    """A candidate: a folder or a single file. bits: a weight is stored in."""
+
+    path: Path
+    component: str
+    bits: float
+
+    @property
+    def is_published(self) -> bool:
+        """Whether its name is one that companions are published under; folders keep their model's own."""
+        return self.path.is_dir() or _PUBLISHED[self.component].fullmatch(self.path.stem) is not None
+
+
+@dataclass(frozen=True, slots=True)
+class Needs:
+    """What a transformer needs of its companions. context: the width of the states it reads."""
+
+    file: Path
+    variant: Variant
+    context: int
+    channels: int
+    bits: float
+
+    @classmethod
+    def of(cls, file: Path, variant: Variant) -> "Needs":
+        """Read them from the shapes of the transformer in `file`."""
+        tensors = shapes(file, transformer_name)
+        named = {name: tensors[name] for name in tensors if len(tensors[name]) == 2}
+        context = next((named[n][1] for n in ("txt_in.weight", "context_embedder.weight") if n in named), 0)
+        channels = next((named[n][1] for n in ("img_in.weight", "x_embedder.weight") if n in named), 0)
+        return cls(file, variant, context, channels, stored_format(read_header(file))[1])
+
+    def suits_encoder(self, path: Path) -> bool:
+        """Return whether a text encoder is a Qwen3 of the width and depth that this transformer reads."""
+        layers = self.variant.text_layers
+        width, depth = encoder_size(path)
+        return len(layers) * width == self.context and depth >= max(layers)
+
+    def suits_autoencoder(self, path: Path) -> bool:
+        """Return whether an autoencoder's latents have this transformer's channels."""
+        conv = autoencoder_shapes(path).get("decoder.post_quant_conv.weight") or autoencoder_shapes(path).get(
+            "post_quant_conv.weight", (0,)
+        )
+        return 4 * conv[0] == self.channels
+
+    def rank(self, companion: Companion) -> tuple[int, int, int, float, str]:
+        """Return a sort key, the best first."""
+        inside = companion.path == self.file
+        own_part = companion.path.parent == self.file.parent and companion.path.is_dir()
+        coarser = companion.bits < min(self.bits, 16.0)
+        size = -companion.bits if coarser else companion.bits
+        return (0 if inside else 1 if own_part else 2, not companion.is_published, coarser, size, companion.path.name)
+
+
+def candidates(home: Path, component: str) -> Iterator[Companion]:
+    """Yield the text encoders or autoencoders in a folder, or in a single file."""
+    part = {signatures.TEXT_ENCODER: "text_encoder", signatures.AUTOENCODER: "vae"}[component]
+    if (home / part / "config.json").is_file():
+        yield Companion(home / part, component, _folder_bits(home / part))
+    for file in weights_files(home):
+        if component in signatures.components_of(file):
+            yield Companion(file, component, stored_format(read_header(file))[1])
+
+
+def tokenizers(home: Path) -> Iterator[Path]:
+    """Yield a folder's tokenizer."""
+    if (home / "tokenizer").is_dir():
+        yield home / "tokenizer"
+
+
+def weights_files(home: Path) -> list[Path]:
+    """Return the weights files in a folder, or `home` if it is one."""
+    if home.is_file():
+        return [home]
+    try:
+        return sorted(file for file in home.iterdir() if file.suffix.lower() in SUFFIXES)
+    except OSError:
+        return []
+
+
+def stored_format(header: Header) -> tuple[str, float]:
+    """Return how the matrices of a file are stored, and their bits a weight; "bf16" for any full precision."""
+    try:
+        quantised, _ = quant.quantised_weights(header.entries, header.metadata, lambda entry: b"{}")
+    except BadWeights:
+        quantised = dict[str, StoredWeight]()
+    label, bits = quant.storage(quantised)
+    return label or "bf16", bits
+
+
+def _folder_bits(folder: Path) -> float:
+    try:
+        return stored_format(read_header(next(iter(sorted(folder.glob("*.safetensors"))))))[1]
+    except (BadWeights, StopIteration):
+        return 16.0
+
+
+def shapes(path: Path, rename: Callable[[str], str]) -> dict[str, Shape]:
+    """Return the shapes in a file or folder by our names; none for one that cannot be read."""
+    files: Iterable[Path] = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
+    found: dict[str, Shape] = {}
+    for file in files:
+        try:
+            entries = read_header(file).entries
+        except BadWeights:
+            continue
+        found |= {rename(name): entry.shape for name, entry in entries.items()}
+    found.pop("", None)
+    return found
+
+
+def encoder_size(path: Path) -> tuple[int, int]:
+    """Return width and layers of a text encoder, (0, 0) for what is no Qwen3."""
+    if path.is_dir():
+        try:
+            config = read_json(path / "config.json")
+            return int(config.get("hidden_size", 0)), int(config.get("num_hidden_layers", 0))
+        except (BadWeights, TypeError, ValueError):
+            return 0, 0
+    tensors = shapes(path, encoder_name)
+    # A norm: its length is the width whatever the matrices are packed in.
+    width = tensors.get("model.layers.0.input_layernorm.weight", (0,))[0]
+    numbers = (re.match(r"model\.layers\.(\d{1,4})\.", name) for name in tensors)
+    return width, 1 + max((int(found[1]) for found in numbers if found), default=-1)
+
+
+def autoencoder_shapes(path: Path) -> dict[str, Shape]:
+    """Return the shapes in an autoencoder."""
+    return shapes(path, autoencoder_name)
+
+
+def has_small_decoder(path: Path) -> bool:
+    """Return whether an autoencoder's decoder is narrower than its encoder."""
+    found = autoencoder_shapes(path)
+    return found.get("decoder.conv_in.weight", (0,))[0] < found.get("encoder.conv_out.weight", (0, 0))[1]

@@ -1,0 +1,133 @@
+"""Memory needs of a klein: its weights, one image's activations, and what smaller choices would take."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from engine.checkpoints import quant
+from engine.checkpoints.loading import param_shapes
+from engine.checkpoints.quant import QuantLinear
+from engine.contract import Fix
+from engine.diffusion.canvas import GRID
+from engine.families.klein.components import ComponentSpec
+from engine.families.klein.lora import WeightDelta
+from engine.families.klein.text_encoder import TextEncoder
+from engine.families.klein.transformer import Transformer
+from engine.families.klein.variants import VARIANTS, Variant
+from engine.memory import plan
+from engine.memory.device import Device, has_own_memory
+from engine.memory.plan import ActivationMemory, MemoryInfo, WeightSizes
+from engine.nn.autoencoder import Autoencoder
+
+EMBEDDING = "model.embed_tokens"
+"""The text encoder's table, of which a prompt needs a few rows."""
+
+
+def memory_info(device: Device, limit: int | None = None, held: int = 0) -> MemoryInfo:
+    """Return the memory that is free now. held: bytes that count as free too."""
+    return MemoryInfo(
+        device=device.label,
+        free=device.free_bytes() + device.idle_bytes() + held,
+        total=device.total_bytes(),
+        host=device.host_bytes(),
+        limit=limit,
+    )
+
+
+def activation_memory(
+    variant: Variant,
+    transformer: Transformer,
+    autoencoder: Autoencoder,
+    dtype: torch.dtype,
+    *,
+    pixels: int | None = None,
+    references: int | None = None,
+) -> ActivationMemory:
+    """Return the memory for one image.
+
+    pixels: of the canvas, by default the native size. references: their pixels, by default one of the canvas's size.
+    """
+    pixels = pixels or variant.native_size**2
+    reference_tokens = (pixels if references is None else references) // GRID**2
+    shape = transformer.shape
+    needed = plan.working(
+        hidden=shape.hidden,
+        tokens=variant.text_length + pixels // GRID**2 + reference_tokens,
+        pixels=pixels,
+        decoder=autoencoder.shape.decoder[min(1, len(autoencoder.shape.decoder) - 1)],
+        itemsize=dtype.itemsize,
+        blocks=shape.double_blocks + shape.single_blocks if variant.kv else 0,
+        references=reference_tokens,
+    )
+    return ActivationMemory(round(pixels**0.5), needed)
+
+
+def weight_sizes(
+    variant: Variant,
+    transformer: ComponentSpec[Transformer],
+    text_encoder: ComponentSpec[TextEncoder],
+    autoencoder: ComponentSpec[Autoencoder],
+    deltas: Sequence[WeightDelta],
+    dtype: torch.dtype,
+) -> WeightSizes:
+    """Return the bytes of a model's weights in memory, by what can be offloaded."""
+    sizes = [_sizes(part.module, dtype) for part in (transformer, text_encoder, autoencoder)]
+    blocks = tuple(sizes[0].pop(layer) for layer in transformer.layers)
+    encoder = tuple(sizes[1].pop(layer) for layer in text_encoder.layers)
+    embedding = sizes[1].pop(EMBEDDING)
+    side_branches = sum(
+        dtype.itemsize * delta.branch_size
+        for delta in deltas
+        if isinstance(transformer.module.get_submodule(delta.rows.layer), QuantLinear)
+    )
+    rest = side_branches + sum(size for part in sizes for size in part.values())
+    return WeightSizes(variant.name, blocks, encoder, embedding, rest)
+
+
+def _sizes(module: nn.Module, dtype: torch.dtype) -> dict[str, int]:
+    """Return the bytes of each submodule that holds tensors of its own."""
+    found: dict[str, int] = {}
+    for name, shape in param_shapes(module).items():
+        owner = name.rpartition(".")[0]
+        layer = module.get_submodule(owner)
+        size = (
+            sum(buffer.nbytes for buffer in layer.buffers())
+            if isinstance(layer, QuantLinear)
+            else dtype.itemsize * torch.Size(shape).numel()
+        )
+        found[owner] = found.get(owner, 0) + size
+    return found
+
+
+def alternatives(
+    sizes: WeightSizes, transformer: ComponentSpec[Transformer], wanted: str | None, device: Device
+) -> list[tuple[Fix, WeightSizes]]:
+    """Return ways to load the model in fewer bits, and their sizes."""
+    if wanted is not None or transformer.tensors.quantised:
+        return []
+    weights = [size // device.dtype.itemsize for size in sizes.blocks]
+    return [
+        (Fix("set", "quant", choices=(name,)), replace(sizes, blocks=tuple(map(scheme.bytes_for, weights))))
+        for name, scheme in quant.MEMORY_SCHEMES.items()
+        if quant.memory_scheme(None, name, device.device) is not None
+    ]
+
+
+def smaller_models(variant: Variant, device: Device) -> list[tuple[str, WeightSizes]]:
+    """Return smaller models of the same kind, and their sizes by their rows."""
+    rows = [
+        row
+        for row in VARIANTS.values()
+        if row.repo and row.distilled == variant.distilled and row.memory_gb < variant.memory_gb
+    ]
+    # The rows count bf16, and 2 GB of working memory.
+    bytes_per_gb = round(1e9) * device.dtype.itemsize // 2
+    return [(row.name, WeightSizes(row.name, (), (), 0, round((row.memory_gb - 2) * bytes_per_gb))) for row in rows]
+
+
+def device_bytes(networks: Sequence[nn.Module], device: torch.device) -> int:
+    """Return the bytes of weights on the device; host memory counts only where it is the device's."""
+    tensors = (tensor for net in networks for tensor in (*net.parameters(), *net.buffers()))
+    return sum(tensor.nbytes for tensor in tensors if not has_own_memory(device) or tensor.device.type == device.type)

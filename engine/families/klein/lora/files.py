@@ -1,0 +1,131 @@
+"""LoRA files: which one a user means, and how their training scaled it."""
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from engine.checkpoints.files import Header
+from engine.contract import BadWeights, InvalidJob, ModelNotFound
+
+ADAPTER = "adapter_model.safetensors"
+"""Name that peft gives the one file of a folder; how it was trained is in the config beside it."""
+_CONFIG = "adapter_config.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Lora:
+    """A LoRA file and how strongly it is applied."""
+
+    path: Path
+    scale: float = 1.0
+
+    def fingerprint(self) -> str:
+        """Hash content and scale: they change the image as the model's own weights do."""
+        with self.path.open("rb") as stream:
+            digest = hashlib.file_digest(stream, "sha256")
+        if (config := _config_file(self.path)) is not None:
+            digest.update(config.read_bytes())
+        digest.update(repr(self.scale).encode())
+        return digest.hexdigest()
+
+
+def resolve_lora(text: str, folders: Iterable[Path]) -> Lora:
+    """Resolve `path[:scale]`, or `name[:scale]` of a file in a `loras` folder below `folders`.
+
+    Raises ModelNotFound or InvalidJob.
+    """
+    name, scale = _split_scale(text)
+    path, stem = Path(name).expanduser(), name.removesuffix(".safetensors")
+    if path.is_dir() and (path / ADAPTER).is_file():
+        return Lora(path / ADAPTER, scale)
+    if path.is_absolute() or path.is_file():
+        if not path.is_file():
+            raise ModelNotFound(f"No LoRA at {path}.")
+        return Lora(path, scale)
+    available: dict[str, Path] = {}
+    for folder in folders:
+        for file in sorted(folder.rglob("loras/**/*.safetensors")):
+            available.setdefault(file.parent.name if file.name == ADAPTER else file.stem, file)
+    if stem not in available:
+        known = f"there are {', '.join(sorted(available))}" if available else "there are none in a loras folder"
+        raise ModelNotFound(f"No LoRA {name!r}; {known}.", hint="Give its absolute path, or a name found there.")
+    return Lora(available[stem], scale)
+
+
+def _split_scale(text: str) -> tuple[str, float]:
+    name, colon, scale = text.rpartition(":")
+    # A single letter before the colon is a drive of Windows.
+    if not colon or len(name) == 1:
+        return text, 1.0
+    try:
+        number = float(scale)
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
+        raise InvalidJob(f"The scale of LoRA {text!r} is {scale!r}; it must be a number, as in {name}:0.8.")
+    return name, number
+
+
+@dataclass(frozen=True, slots=True)
+class Training:
+    """How a LoRA was trained, as far as the file or a config beside it tells; without it alpha is the rank."""
+
+    settings: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, header: Header) -> "Training":
+        """Read diffusers' entry in the header, or peft's config beside the file."""
+        try:
+            if (config := _config_file(header.file)) is not None:
+                return cls(_object(config.read_text()))
+            flat = _object(header.metadata.get("lora_adapter_metadata", "{}"))
+            return cls({key.removeprefix(_OURS): value for key, value in flat.items() if key.startswith(_OURS)})
+        except (ValueError, OSError, RecursionError) as error:
+            reason = " ".join(str(error).split())[:100]
+            raise BadWeights(f"The training settings of LoRA {header.file.name} make no sense: {reason}.") from None
+
+    def scale(self, module: str, rank: int) -> float:
+        """Return alpha over rank, or over its root for rsLoRA; 1 where nothing is known."""
+        alpha = self._pattern("alpha_pattern", module)
+        alpha = self.settings.get("lora_alpha") if alpha is None else alpha
+        if not isinstance(alpha, int | float) or rank == 0:
+            return 1.0
+        return float(alpha) / (math.sqrt(rank) if self.settings.get("use_rslora") else rank)
+
+    def _pattern(self, key: str, module: str) -> Any:
+        patterns = self.settings.get(key)
+        if not isinstance(patterns, dict):
+            return None
+        matching = (value for part, value in patterns.items() if _matches(str(part), module))
+        return next(matching, None)
+
+
+_OURS = "transformer."
+"""Before the transformer's settings: a pipeline has other parts that can be trained."""
+
+
+def _matches(pattern: str, module: str) -> bool:
+    """Return whether peft's pattern, a regular expression for the end of a name, means a module."""
+    try:
+        return f".{module}".endswith(f".{pattern}") or re.match(rf"(.*\.)?({pattern})$", module) is not None
+    except re.error:
+        return False
+
+
+def _config_file(file: Path) -> Path | None:
+    """Return peft's config beside its file, if the folder holds that LoRA alone."""
+    config = file.with_name(_CONFIG)
+    alone = file.name == ADAPTER or len(list(file.parent.glob("*.safetensors"))) == 1
+    return config if alone and config.is_file() else None
+
+
+def _object(text: str) -> dict[str, Any]:
+    data = json.loads(text)
+    if not isinstance(data, dict):
+        raise ValueError(f"they are a {type(data).__name__}")
+    return data
