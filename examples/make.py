@@ -22,7 +22,7 @@ from PIL import Image
 from engine.families.klein.variants import EMBEDDED, VARIANTS, Variant
 from engine.nano import words
 from examples import configurations as clients
-from examples import reference
+from examples import plugin, reference
 from klein_mcp import __version__, settings
 from klein_mcp.images.provenance import read
 from klein_mcp.mcp_server import prompts
@@ -259,6 +259,7 @@ def files() -> dict[Path, str]:
         BUNDLE / "manifest.json": json.dumps(bundle(), indent=2, ensure_ascii=False) + "\n",
         BUNDLE / "pyproject.toml": project_of_bundle(),
         **{DOCS / name: page() for name, page in reference.PAGES.items()},
+        **plugin.files(),
     }
 
 
@@ -291,6 +292,7 @@ def main(asked: list[str]) -> None:
     if "pictures" in asked:
         paint()
     for path, text in files().items():
+        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")
     for path in PARTS:
         path.write_text(made(path), encoding="utf-8")
