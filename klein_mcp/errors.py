@@ -25,6 +25,10 @@ class BadImage(RequestError):
     """Bytes that are no usable image."""
 
 
+class NotEnoughMemory(RequestError):
+    """This machine's memory does not suffice for an image at the moment."""
+
+
 class UnknownImage(RequestError):
     """A reference that leads to no image."""
 

@@ -2,37 +2,32 @@
 
 import io
 import warnings as python_warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageCms, ImageFile, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageCms, ImageFile, UnidentifiedImageError
 
 from engine.contract import Rgb8
-from klein_mcp.errors import BadImage
-from klein_mcp.images import png, provenance
+from klein_mcp.errors import BadImage, NotEnoughMemory
+from klein_mcp.images import formats, png, provenance
+from klein_mcp.images.budget import DECODING, MAX_PIXELS
 
 MAX_BYTES = 64 * 2**20
 """A 4096² PNG of pure noise is 50 MB."""
-MAX_PIXELS = 64_000_000
-"""The largest image of an ordinary phone is 50 MP; decoded, 64 MP are 192 MB."""
 
 # Pillow's own limit applies to the whole process with an unhelpful message; ours is checked before decoding.
 Image.MAX_IMAGE_PIXELS = None
 
-READABLE = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
 Format = Literal["png", "jpeg", "webp"]
 MIME: Mapping[str, str] = {"png": "image/png", "jpeg": "image/jpeg", "webp": "image/webp"}
 
-_HINTS = {
-    b"<svg": "SVG is a drawing, not pixels: export it as PNG.",
-    b"<?xm": "SVG is a drawing, not pixels: export it as PNG.",
-    b"%PDF": "Export the page as PNG.",
-    b"<!DO": "It is a web page: use the URL of the image itself.",
-    b"<htm": "It is a web page: use the URL of the image itself.",
-}
+_STRIP = 1_000_000
+"""Pixels that are converted at a time, so that a large image needs no second copy."""
+_DARK = 0.125
+"""Share of the 16-bit range below which a greyscale file may really hold 12 bits."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +46,7 @@ class Decoded:
 
 
 def decode(data: bytes, name: str, backdrop: int = 255) -> Decoded:
-    """Decode a file. Raises BadImage.
+    """Decode a file. Raises BadImage or NotEnoughMemory.
 
     name: how the caller refers to it, for messages. backdrop: the grey behind transparent pixels.
     """
@@ -65,53 +60,101 @@ def decode(data: bytes, name: str, backdrop: int = 255) -> Decoded:
         with python_warnings.catch_warnings():
             # Pillow warns about odd metadata.
             python_warnings.simplefilter("ignore")
-            with Image.open(io.BytesIO(data), formats=READABLE) as opened:
-                return _upright_rgb8(opened, name, backdrop)
+            with DECODING.reserve(declared_pixels(data)):
+                return _decode(data, name, backdrop)
     except BadImage:
         raise
+    except MemoryError:
+        raise NotEnoughMemory(
+            f"There is not enough memory to open {name}.", hint="Try again later, or send a smaller copy."
+        ) from None
     except UnidentifiedImageError:
-        raise BadImage(f"{name} is not an image that can be read.", hint=_hint(data)) from None
+        raise BadImage(f"{name} is not an image that can be read.", hint=formats.advice(data)) from None
     except Exception as error:  # on broken files Pillow's decoders raise exceptions of any type
         broken = "is cut short" if "truncated" in str(error).lower() else "is damaged"
         raise BadImage(f"{name} {broken} and cannot be read.", hint="Send it again, or another copy.") from error
 
 
-def _hint(data: bytes) -> str:
-    start = data[:256].lstrip()[:4]
-    if data[4:12] in (b"ftypheic", b"ftypheix", b"ftypmif1"):
-        return "HEIC is not supported: export it as JPEG."
-    return _HINTS.get(start, "It takes PNG, JPEG, WebP, GIF, BMP, TIFF and AVIF.")
+def declared_pixels(data: bytes) -> int:
+    """Return the size in a file's header, or 0."""
+    try:
+        with Image.open(io.BytesIO(data), formats=formats.READABLE) as opened:
+            return opened.width * opened.height
+    except Exception:  # decode() reports it
+        return 0
 
 
-def _upright_rgb8(opened: ImageFile.ImageFile, name: str, backdrop: int) -> Decoded:
+def _decode(data: bytes, name: str, backdrop: int) -> Decoded:
+    with Image.open(io.BytesIO(data), formats=formats.READABLE) as opened:
+        warnings = formats.choose_page(opened, name)
+        _check_size(opened, name)
+        # A phone's JPEG often has a thumbnail or a depth map as its second frame (MPO), which is not needed.
+        if getattr(opened, "is_animated", False) and opened.format not in ("MPO", "TIFF"):
+            warnings.append(f"{name} has several frames; only the first one is used.")
+        opened.load()
+        recipe = provenance.read(opened)
+        pixels, alpha = _rgb8(opened, name, warnings, backdrop)
+        turn = _TURNS.get(_orientation(opened))
+    del opened  # its pixels, before a turn needs another copy
+    if alpha is not None:
+        colour = "white" if backdrop else "black"
+        warnings.append(f"{name} is partly transparent; transparent pixels count as {colour}.")
+    if turn is not None:
+        pixels = np.ascontiguousarray(turn(pixels))
+        alpha = None if alpha is None else np.ascontiguousarray(turn(alpha))
+    return Decoded(pixels, tuple(warnings), recipe, alpha is not None, alpha)
+
+
+def _check_size(opened: ImageFile.ImageFile, name: str) -> None:
     width, height = opened.size
     if width * height > MAX_PIXELS:
         raise BadImage(
             f"{name} is {width}×{height} = {width * height / 1e6:.0f} MP; at most {MAX_PIXELS // 10**6} MP.",
             hint="Send a smaller copy.",
         )
-    warnings = []
-    # A phone's JPEG often has a thumbnail or a depth map as its second frame (MPO), which is not needed.
-    if getattr(opened, "is_animated", False) and opened.format != "MPO":
-        warnings.append(f"{name} has several frames; only the first one is used.")
-    opened.load()
-    recipe = provenance.read(opened)
-    opaque, alpha = _split_alpha(_upright(opened))
-    rgb = _to_srgb(_eight_bit(opaque), opened.info.get("icc_profile"), name, warnings)
-    pixels = np.asarray(rgb)
-    flattened = alpha is not None and bool(np.any(alpha < 255))
-    if alpha is not None and flattened:
-        colour = "white" if backdrop else "black"
-        warnings.append(f"{name} is partly transparent; transparent pixels count as {colour}.")
-        pixels = _flattened(pixels, alpha, backdrop)
-    return Decoded(np.ascontiguousarray(pixels), tuple(warnings), recipe, flattened, alpha if flattened else None)
 
 
-def _upright(image: Image.Image) -> Image.Image:
+def _rgb8(
+    image: ImageFile.ImageFile, name: str, warnings: list[str], backdrop: int
+) -> tuple[Rgb8, npt.NDArray[np.uint8] | None]:
+    """Return RGB8 on the backdrop, and alpha if a pixel is transparent."""
+    width, height = image.size
+    to_srgb = _Srgb(image.info.get("icc_profile"), name, warnings)
+    top_value = _top_value(image, name, warnings)
+    pixels = np.empty((height, width, 3), np.uint8)
+    alpha: npt.NDArray[np.uint8] | None = None
+    rows = max(1, _STRIP // width)
+    for top in range(0, height, rows):
+        bottom = min(top + rows, height)
+        strip = image.crop((0, top, width, bottom))
+        opaque, strip_alpha = _split_alpha(strip)
+        part = np.asarray(to_srgb(_eight_bit(opaque, top_value)))
+        if strip_alpha is not None and bool(np.any(strip_alpha < 255)):
+            if alpha is None:
+                alpha = np.full((height, width), 255, np.uint8)
+            alpha[top:bottom] = strip_alpha
+            part = _flattened(part, strip_alpha, backdrop)
+        pixels[top:bottom] = part
+    return pixels, alpha
+
+
+_TURNS: Mapping[int, Callable[[npt.NDArray[np.uint8]], npt.NDArray[np.uint8]]] = {
+    2: np.fliplr,
+    3: lambda a: np.rot90(a, 2),
+    4: np.flipud,
+    5: lambda a: np.swapaxes(a, 0, 1),
+    6: lambda a: np.rot90(a, -1),
+    7: lambda a: np.rot90(np.swapaxes(a, 0, 1), 2),
+    8: lambda a: np.rot90(a, 1),
+}
+"""EXIF orientation -> what puts the image upright."""
+
+
+def _orientation(image: Image.Image) -> int:
     try:
-        return ImageOps.exif_transpose(image)
+        return int(image.getexif().get(ExifTags.Base.Orientation, 1))
     except Exception:  # unreadable EXIF says nothing about the orientation
-        return image
+        return 1
 
 
 def _split_alpha(image: Image.Image) -> tuple[Image.Image, npt.NDArray[np.uint8] | None]:
@@ -123,25 +166,51 @@ def _split_alpha(image: Image.Image) -> tuple[Image.Image, npt.NDArray[np.uint8]
     return image.convert("L" if image.mode == "LA" else "RGB"), np.asarray(image.getchannel("A"))
 
 
-def _eight_bit(image: Image.Image) -> Image.Image:
-    """Scale deep greyscale to 8 bits, which convert() would clip."""
+def _top_value(image: ImageFile.ImageFile, name: str, warnings: list[str]) -> float | None:
+    """Return the value of white in deep greyscale, else None."""
     if not (image.mode.startswith("I") or image.mode == "F"):
+        return None
+    extrema = image.getextrema()
+    highest = float(extrema[1]) if isinstance(extrema[1], int | float) else 0.0
+    if image.mode == "F":
+        return 255.0 if highest > 1 else 1.0
+    if bits := formats.significant_bits(image):
+        return float(2**bits - 1)
+    if 0 < highest < 65535 * _DARK:
+        warnings.append(
+            f"{name} is nearly black: its brightest value is {highest:.0f} of 65535. Does it hold fewer than 16 bits?"
+        )
+    return 65535.0
+
+
+def _eight_bit(image: Image.Image, top_value: float | None) -> Image.Image:
+    """Scale deep greyscale to 8 bits, which convert() would clip."""
+    if top_value is None:
         return image
     values = np.asarray(image, np.float64)
-    top = 255.0 if image.mode == "F" and values.max(initial=0) > 1 else 1.0 if image.mode == "F" else 65535.0
-    return Image.fromarray(np.clip(np.nan_to_num(values) * (255 / top) + 0.5, 0, 255).astype(np.uint8))
+    return Image.fromarray(np.clip(np.nan_to_num(values) * (255 / top_value) + 0.5, 0, 255).astype(np.uint8))
 
 
-def _to_srgb(image: Image.Image, profile: bytes | None, name: str, warnings: list[str]) -> Image.Image:
-    if profile:
-        try:
-            source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-            converted = ImageCms.profileToProfile(image, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
-            if converted is not None:
-                return converted
-        except (ImageCms.PyCMSError, OSError, ValueError):
-            warnings.append(f"{name} has an unusable colour profile; its colours are taken as sRGB.")
-    return image.convert("RGB")
+class _Srgb:
+    """Converts strips of one image from its colour profile to sRGB."""
+
+    def __init__(self, profile: bytes | None, name: str, warnings: list[str]) -> None:
+        self._profile, self._name, self._warnings = profile, name, warnings
+        self._transform: Any = None
+
+    def __call__(self, strip: Image.Image) -> Image.Image:
+        if self._profile:
+            try:
+                if self._transform is None:
+                    source = ImageCms.ImageCmsProfile(io.BytesIO(self._profile))
+                    self._transform = ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), strip.mode, "RGB")
+                converted = ImageCms.applyTransform(strip, self._transform)
+                if converted is not None:
+                    return converted
+            except (ImageCms.PyCMSError, OSError, ValueError):
+                self._profile = None
+                self._warnings.append(f"{self._name} has an unusable colour profile; its colours are taken as sRGB.")
+        return strip.convert("RGB")
 
 
 def _flattened(pixels: Rgb8, alpha: npt.NDArray[np.uint8], backdrop: int) -> Rgb8:

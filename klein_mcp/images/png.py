@@ -6,7 +6,7 @@ and deflating at level 1 gives nearly the same size in a fraction of the time.
 
 import struct
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from importlib import import_module
 from typing import Any
 
@@ -15,6 +15,8 @@ import numpy.typing as npt
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _COLOUR_TYPES = {3: 2, 4: 6}  # channels -> PNG's number for RGB and RGBA
+_STRIP = 4 * 2**20
+"""Bytes that are filtered and deflated at a time."""
 
 
 def _deflater() -> Any:
@@ -40,10 +42,20 @@ def encode(image: npt.NDArray[np.uint8], texts: Iterable[tuple[str, str]] = ()) 
             _chunk(b"IHDR", header),
             _chunk(b"sRGB", b"\0"),
             *(_chunk(b"iTXt", _itxt(keyword, text)) for keyword, text in texts),
-            _chunk(b"IDAT", _deflate.compress(_sub_filtered(image), 1)),
+            *(_chunk(b"IDAT", data) for data in _compressed(image)),
             _chunk(b"IEND", b""),
         )
     )
+
+
+def _compressed(image: npt.NDArray[np.uint8]) -> Iterator[bytes]:
+    """Filter and deflate in strips, without a copy of the image."""
+    rows = max(1, _STRIP // image[0].nbytes)
+    deflater = _deflate.compressobj(1)
+    for top in range(0, len(image), rows):
+        if data := deflater.compress(_sub_filtered(image[top : top + rows])):
+            yield data
+    yield deflater.flush()
 
 
 def _sub_filtered(image: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:

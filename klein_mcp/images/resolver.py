@@ -12,9 +12,12 @@ from pathlib import Path
 from urllib.parse import unquote_to_bytes, urlsplit
 from urllib.request import url2pathname
 
+import numpy as np
+
 from engine.contract import Rgb8
 from klein_mcp.errors import BadImage, Refused, UnknownImage, quote
 from klein_mcp.images import codec
+from klein_mcp.images.budget import DECODING
 from klein_mcp.images.library import ALPHABET, HANDLE_LENGTH, Record, Store
 from klein_mcp.settings import Settings
 
@@ -101,7 +104,10 @@ class ImageResolver:
 
     def _import(self, data: bytes, name: str, source: str | None, client: str, backdrop: int) -> ResolvedImage:
         """Import a file, so that lineage and replay can refer to it."""
-        decoded = codec.decode(data, name, backdrop)
+        with DECODING.reserve(codec.declared_pixels(data)):  # until it is stored: encoding needs memory, too
+            return self._import_decoded(codec.decode(data, name, backdrop), source, client, backdrop)
+
+    def _import_decoded(self, decoded: codec.Decoded, source: str | None, client: str, backdrop: int) -> ResolvedImage:
         pixels = fingerprint(decoded.image)
         record = self._store.by_pixels(pixels)
         new = record is None
@@ -150,7 +156,9 @@ class ImageResolver:
 
 def fingerprint(image: Rgb8) -> str:
     """Hash size and values: equal for equal images, independent of the file."""
-    return hashlib.blake2b(b"%d %d " % image.shape[:2] + image.tobytes(), digest_size=16).hexdigest()
+    digest = hashlib.blake2b(b"%d %d " % image.shape[:2], digest_size=16)
+    digest.update(np.ascontiguousarray(image).data)
+    return digest.hexdigest()
 
 
 def _read(path: Path) -> bytes:
@@ -169,14 +177,24 @@ def _read(path: Path) -> bytes:
 
 
 def _data_url(url: str) -> bytes:
+    """Decode a data URL as leniently as browsers do."""
     head, comma, body = url[5:].partition(",")
     if not comma:
         raise BadImage("The data URL has no comma, so no data.", hint="data:image/png;base64,…")
-    if len(body) > codec.MAX_BYTES * 4 // 3 + 4:
+    if len(body) > codec.MAX_BYTES * 4 // 3 + codec.MAX_BYTES // 16:  # blanks included: 76 characters a line
         raise BadImage(f"The data URL is over {codec.MAX_BYTES // 2**20} MiB.", hint="Give a path instead.")
-    if not head.lower().endswith(";base64"):
+    parameters = [parameter.strip().lower() for parameter in head.split(";")]
+    if "base64" not in parameters[1:]:
         return unquote_to_bytes(body)
+    return _base64(unquote_to_bytes(body) if "%" in body else body.encode("ascii", "replace"))
+
+
+def _base64(text: bytes) -> bytes:
+    text = text.translate(_URL_SAFE, b" \t\r\n\f").rstrip(b"=")
     try:
-        return base64.b64decode(body, validate=True)
+        return base64.b64decode(text + b"=" * (-len(text) % 4), validate=True)
     except (binascii.Error, ValueError):
         raise BadImage("The data URL is no valid base64; it may be cut short.", hint="Give a path instead.") from None
+
+
+_URL_SAFE = bytes.maketrans(b"-_", b"+/")

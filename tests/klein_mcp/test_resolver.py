@@ -65,6 +65,25 @@ async def test_bad_data_url_is_refused(client: Client, url: str, message: str):
     assert message in await refused(client, "view_image", image=url)
 
 
+async def test_data_url_is_read_as_leniently_as_browsers_do(client: Client):
+    data = file(scene(64, 48))
+    text, safe = base64.b64encode(data).decode(), base64.urlsafe_b64encode(data).decode()
+    lines = base64.encodebytes(data).decode()
+    first = await call(client, "view_image", image=f"data:image/png;base64,{text}")
+    for url in (
+        f"data:image/png;base64,{lines}",
+        f"data:image/png;base64,{lines}".replace("\n", "\r\n"),
+        f"data:image/png;base64, {text}",
+        f"data:image/png;base64,{text.rstrip('=')}",
+        f"data:image/png;base64,{safe}",
+        f"data:image/png;base64,{quote(text, safe='')}",
+        f"data:image/png; base64 ,{text}",
+        f"DATA:;BASE64,{text}",
+        "data:image/png," + quote(data),
+    ):
+        assert (await call(client, "view_image", image=url))["image"] == first["image"], url[:40]
+
+
 async def test_whether_file_outside_exists_is_not_reported(client: Client):
     there = await refused(client, "view_image", image="/etc/hostname")
     missing = await refused(client, "view_image", image="/etc/no-such-file")
