@@ -16,8 +16,8 @@ _TRIM_ABOVE = 4_000_000
 class PixelBudget:
     """Admits several small images or one large one at a time.
 
-    40 worker threads that decode a 64-MP image each would need some 20 GB. They are admitted in order of arrival. A thread that holds a part may reserve again
-    without waiting.
+    40 worker threads that decode a 64-MP image each would need some 20 GB. They are admitted in order of arrival; a
+    thread that holds a part may reserve again without waiting.
     """
 
     def __init__(self, pixels: int = MAX_PIXELS) -> None:
