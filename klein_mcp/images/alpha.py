@@ -1,0 +1,290 @@
+"""Solves alpha from several backings or a plain background, and checks it.
+
+A subject with opacity a and colour C on a backing b shows a·C + (1 - a)·b. Two or more images of one subject on known
+backings therefore give its alpha and its colour, soft edges, glass and shadows included.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from engine.contract import Rgb8
+
+Rgba8 = npt.NDArray[np.uint8]
+"""An image: uint8, [height, width, 4], sRGB, alpha not premultiplied."""
+Float = npt.NDArray[np.float32]
+
+BACKINGS: dict[str, tuple[int, int, int]] = {
+    "gray": (140, 140, 145), "green": (50, 170, 70), "blue": (45, 90, 220), "white": (248, 248, 248),
+}  # fmt: skip
+"""Colours to paint a master on, in the order in which they are tried; the values are only used to compare."""
+FAR = 70
+"""Distance, of 255 a channel: a subject's colour nearer to the backing than this may melt into it."""
+
+RIM, SUBJECT, SOFT, RESIDUAL, CHECKERBOARD = 0.03, (0.005, 0.95), 0.25, 4.0, 0.5
+"""Limits: mean alpha at the rim; share of the image that is subject; share that is half transparent; mean error, of
+255, of what no backing explains; how periodic the alpha or the removed part is."""
+AGREE = 0.9
+"""Share of the border that must have one colour for a background to be plain."""
+NEAR_PLAIN = 26
+"""Distance to the plain background, of 255 in the channel that differs most, up to which a pixel belongs to it."""
+
+# Alpha this near to 0 or 1 is the model's noise.
+_CLEAR, _SOLID = 0.08, 0.92
+_CELLS = (4, 6, 8, 10, 12, 16, 20, 24, 32, 48, 64)
+"""Sides of checkerboard cells that are looked for, in pixels: image editors paint 8 to 32."""
+
+
+@dataclass(frozen=True, slots=True)
+class AlphaChecks:
+    """Measurements of a transparent image.
+
+    rim: mean alpha of its border. subject: share that is opaque. soft: share that is half transparent.
+    residual: mean error, of 255, that no opacity explains. checkerboard: 0 … 2. hole: share of the silhouette
+    that is transparent.
+    """
+
+    rim: float
+    subject: float
+    soft: float
+    residual: float
+    checkerboard: float
+    hole: float
+
+    def to_json(self) -> dict[str, float]:
+        """Return the numbers as they stand in a result."""
+        return {name: round(value, 3) for name, value in asdict(self).items()}
+
+    @property
+    def error(self) -> str:
+        """Reason not to trust the image, "" if there is none."""
+        least, most = SUBJECT
+        if self.checkerboard > CHECKERBOARD:
+            return "a checkerboard was painted instead of a plain background"
+        if self.subject < least:
+            return f"nothing is left: {self.subject:.1%} of the image is opaque"
+        if self.subject > most:
+            return f"nothing was removed: {self.subject:.0%} of the image is opaque"
+        if self.rim > RIM:
+            return f"the border is not transparent (mean alpha {self.rim:.2f})"
+        if self.soft > SOFT:
+            return f"{self.soft:.0%} of the image is half transparent"
+        if self.residual > RESIDUAL:
+            return f"the subject changed between its backings (by {self.residual:.1f} of 255)"
+        return ""
+
+
+@dataclass(frozen=True, slots=True)
+class Cutout:
+    """A transparent image and its measurements.
+
+    enclosed: share of the image that has the background's colour and is surrounded by the subject; it stays opaque.
+    """
+
+    image: Rgba8
+    checks: AlphaChecks
+    enclosed: float = 0.0
+
+
+def backing_colour(image: Rgb8) -> Float:
+    """Median colour of a ring 2 to 6 pixels inside the border."""
+    ring = np.concatenate([image[2:6].reshape(-1, 3), image[-6:-2].reshape(-1, 3),
+                           image[:, 2:6].reshape(-1, 3), image[:, -6:-2].reshape(-1, 3)])  # fmt: skip
+    return np.median(ring, axis=0).astype(np.float32)
+
+
+def choose_backing(prompt: str, avoid: Sequence[str] = ()) -> str:
+    """Return the first backing whose colour the prompt does not name.
+
+    avoid: backings that were tried.
+    """
+    named = prompt.lower().replace("grey", "gray")
+    free = [name for name in BACKINGS if name not in avoid]
+    return next((name for name in free if name not in named), free[0])
+
+
+def melts(image: Rgb8) -> bool:
+    """Whether much of the subject has nearly the colour of its backing."""
+    distance = _distance(image, backing_colour(image))
+    subject = distance > NEAR_PLAIN
+    if not subject.any():
+        return True
+    return bool((distance[subject] < FAR).mean() > 0.35)
+
+
+def solve(images: Sequence[Rgb8], master: int = 0) -> Cutout:
+    """Solve alpha and colour of one subject on two or more backings.
+
+    master: index of the image whose colours are taken.
+    """
+    stack = np.stack(images).astype(np.float32)
+    backings = np.stack([backing_colour(image) for image in images])
+    # Least squares: of the spread of the backings, the share that a pixel still shows is 1 - alpha.
+    spread = backings - backings.mean(0)
+    deviation = stack - stack.mean(0)
+    through = np.einsum("khwc,kc->hw", deviation, spread) / max(1.0, float((spread**2).sum()))
+    alpha = 1 - np.clip(through, 0, 1)
+    unexplained = deviation - through[None, ..., None] * spread[:, None, None]
+    residual = float(np.abs(unexplained).mean())
+    alpha = _stretched(_without_border(alpha))
+    colour = _unmixed(stack[master], alpha, backings[master])
+    return Cutout(_rgba(colour, alpha), _measure(alpha, images[master], residual))
+
+
+def cut_out(image: Rgb8) -> Cutout | None:
+    """Cut a subject out of a plain background.
+
+    Returns None where the border has more than one colour.
+    """
+    backing = backing_colour(image)
+    distance = _distance(image, backing)
+    border = np.concatenate([distance[1], distance[-2], distance[:, 1], distance[:, -2]])
+    if (border <= NEAR_PLAIN).mean() < AGREE:
+        return None
+    outside = _flood(distance <= NEAR_PLAIN)
+    enclosed = float(((distance <= NEAR_PLAIN / 2) & ~outside).mean())
+    # Pixels at the outline are mixed: their alpha is their place between the backing and the colour further inside.
+    inside = ~_grown(outside, 2)
+    solid = _blurred(image.astype(np.float32) * inside[..., None], 3)
+    weight = _blurred(inside[..., None].astype(np.float32), 3)
+    subject = np.where(weight > 0.01, solid / np.maximum(weight, 0.01), image)
+    axis = subject - backing
+    mixed = ((image - backing) * axis).sum(-1) / np.maximum((axis**2).sum(-1), 1)
+    alpha = np.where(inside, 1, np.where(outside, 0, np.clip(mixed, 0, 1))).astype(np.float32)
+    colour = _unmixed(image.astype(np.float32), alpha, backing)
+    return Cutout(_rgba(colour, alpha), _measure(alpha, image, 0.0), enclosed)
+
+
+def over(image: Rgba8, backing: "int | Rgb8" = 128) -> Rgb8:
+    """A transparent image over a grey, or over another image."""
+    alpha = image[..., 3:].astype(np.uint16)
+    return ((image[..., :3] * alpha + np.uint16(backing) * (255 - alpha) + 127) // 255).astype(np.uint8)
+
+
+def checkerboard(values: Float, where: npt.NDArray[np.bool_]) -> float:
+    """Measure likeness to a checkerboard, 0 … 2.
+
+    A cell further, a checkerboard is its own negative; two cells further, itself. Nothing in nature is.
+    """
+    if where.mean() < 0.05:
+        return 0.0
+    signal = np.where(where, values - values[where].mean(), 0)
+    power = float((signal[where] ** 2).mean())
+    if power < 4:  # of 255²: an even surface has no pattern
+        return 0.0
+    return max((min(_repeats(signal, where, cell), _repeats(signal.T, where.T, cell)) for cell in _CELLS), default=0.0)
+
+
+def _repeats(signal: Float, where: npt.NDArray[np.bool_], cell: int) -> float:
+    if 4 * cell > signal.shape[1]:
+        return 0.0
+    return _correlation(signal, where, 2 * cell) - _correlation(signal, where, cell)
+
+
+def _correlation(signal: Float, where: npt.NDArray[np.bool_], shift: int) -> float:
+    both = where[:, shift:] & where[:, :-shift]
+    if not both.any():
+        return 0.0
+    first, second = signal[:, shift:][both], signal[:, :-shift][both]
+    return float((first * second).mean() / max(1e-6, float(np.sqrt((first**2).mean() * (second**2).mean()))))
+
+
+def _measure(alpha: Float, image: Rgb8, residual: float) -> AlphaChecks:
+    rim = np.concatenate([alpha[:2].ravel(), alpha[-2:].ravel(), alpha[:, :2].ravel(), alpha[:, -2:].ravel()])
+    opaque = alpha > 0.5
+    silhouette = ~_flood(~opaque)
+    pattern = max(
+        checkerboard(image.mean(2, dtype=np.float32), ~opaque), checkerboard(255 * alpha, np.ones_like(opaque))
+    )
+    return AlphaChecks(
+        rim=float(rim.mean()),
+        subject=float(opaque.mean()),
+        soft=float(((alpha > 0.05) & (alpha < 0.95)).mean()),
+        residual=residual,
+        checkerboard=pattern,
+        hole=float((silhouette & ~opaque).sum() / max(1, silhouette.sum())),
+    )
+
+
+def _stretched(alpha: Float) -> Float:
+    return np.clip((alpha - _CLEAR) / (_SOLID - _CLEAR), 0, 1).astype(np.float32)
+
+
+def _without_border(alpha: Float) -> Float:
+    """Repeat the inner neighbours of the outermost two pixels.
+
+    The autoencoder is wrong there.
+    """
+    return np.pad(alpha[2:-2, 2:-2], 2, mode="edge")
+
+
+def _unmixed(image: Float, alpha: Float, backing: Float) -> Float:
+    """Return the subject's own colours, or its neighbours' where it hardly shows."""
+    solid = alpha >= 0.1
+    weight = np.maximum(alpha, 0.1)[..., None]
+    colour = np.where(solid[..., None], (image - (1 - alpha[..., None]) * backing) / weight, 0)
+    colour = np.clip(colour, 0, 255)
+    known = solid
+    for _ in range(4):
+        # Spread outwards, so that a viewer that interpolates meets no fringe of the backing.
+        total = _blurred(colour * known[..., None], 1)
+        count = _blurred(known[..., None].astype(np.float32), 1)
+        grown = (count[..., 0] > 0) & ~known
+        colour = np.where(grown[..., None], total / np.maximum(count, 1e-6), colour)
+        known = known | grown
+    return colour
+
+
+def _rgba(colour: Float, alpha: Float) -> Rgba8:
+    opacity = np.rint(255 * alpha).astype(np.uint8)
+    near = _grown(opacity > 0, 2)
+    return np.dstack([np.rint(np.where(near[..., None], colour, 0)).astype(np.uint8), opacity])
+
+
+def _distance(image: Rgb8, colour: Float) -> Float:
+    return np.abs(image - colour).max(2)
+
+
+def _flood(passable: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
+    """Return what is reached from the border.
+
+    Whole rows and columns at once, so a few rounds are enough.
+    """
+    reached = np.zeros_like(passable)
+    reached[0], reached[-1], reached[:, 0], reached[:, -1] = passable[0], passable[-1], passable[:, 0], passable[:, -1]
+    while True:
+        before = int(reached.sum())
+        for _ in range(2):
+            reached = _along_rows(_along_rows(reached, passable)[:, ::-1], passable[:, ::-1])[:, ::-1]
+            reached, passable = reached.T, passable.T
+        if int(reached.sum()) == before:
+            return reached
+
+
+def _along_rows(reached: npt.NDArray[np.bool_], passable: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
+    """Spread to the right, as far as it is passable."""
+    index = np.arange(reached.shape[1], dtype=np.int32)
+    seed = np.maximum.accumulate(np.where(reached, index, -1), axis=1)
+    wall = np.maximum.accumulate(np.where(passable, -1, index), axis=1)
+    return passable & (seed > wall)
+
+
+def _grown(mask: npt.NDArray[np.bool_], by: int) -> npt.NDArray[np.bool_]:
+    for _ in range(by):
+        padded = np.pad(mask, 1, mode="edge")
+        mask = mask | padded[:-2, 1:-1] | padded[2:, 1:-1] | padded[1:-1, :-2] | padded[1:-1, 2:]
+    return mask
+
+
+def _blurred(image: Float, reach: int) -> Float:
+    """Mean within `reach` pixels, with the border repeated."""
+    padded = np.pad(image, ((reach, reach), (reach, reach), (0, 0)), mode="edge")
+    for axis in (0, 1):
+        length = padded.shape[axis] - 2 * reach
+        total: Float = np.zeros_like(np.take(padded, range(length), axis))
+        for start in range(2 * reach + 1):
+            total += np.take(padded, range(start, start + length), axis)
+        padded = (total / (2 * reach + 1)).astype(np.float32)
+    return padded
