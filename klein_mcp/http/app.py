@@ -21,7 +21,7 @@ from starlette.middleware import Middleware
 from klein_mcp import __version__
 from klein_mcp.errors import RequestError
 from klein_mcp.exit import exit_now
-from klein_mcp.http import auth, downloads, health, mcp, uploads
+from klein_mcp.http import auth, card, downloads, health, mcp, uploads
 from klein_mcp.http.sessions import Sessions
 from klein_mcp.http.signed_urls import SignedUrls
 from klein_mcp.http.surface import HttpContext, SurfaceFactory
@@ -29,7 +29,7 @@ from klein_mcp.jobs.service import Service
 from klein_mcp.mcp_server.server import create_server
 from klein_mcp.settings import Settings, warn_of_misspelt
 
-SURFACES: tuple[SurfaceFactory, ...] = (mcp.surface, downloads.surface, uploads.surface, health.surface)
+SURFACES: tuple[SurfaceFactory, ...] = (mcp.surface, downloads.surface, uploads.surface, health.surface, card.surface)
 """A new surface is one file and one entry here."""
 
 GRACE = 1

@@ -274,3 +274,21 @@ def test_generated_token_is_kept_and_readable_by_its_owner_alone(settings, capsy
     message = capsys.readouterr().err
     assert str(path) in message
     assert token not in message
+
+
+async def test_server_card_names_the_endpoint_without_a_token(guarded):
+    async with httpx2.AsyncClient() as client:
+        response = await client.get(f"{guarded}/mcp/server-card")
+    assert response.status_code == 200
+    assert response.headers["content-type"].startswith("application/mcp-server-card+json")
+    card = response.json()
+    assert card["remotes"] == [{"type": "streamable-http", "url": f"{guarded}/mcp"}]
+    assert {"$schema", "name", "version", "description"} <= card.keys()
+
+
+async def test_modern_client_mirrors_the_model_into_a_header(url):
+    """The server refuses a call whose header and argument differ (SEP-2243)."""
+    async with Client(streamable_http_client(f"{url}/mcp")) as client:
+        tools = {tool.name: tool for tool in (await client.list_tools()).tools}
+        assert tools["generate_image"].input_schema["properties"]["model"]["x-mcp-header"] == "Model"
+        await call(client, "generate_image", prompt="an apple", model="nano", seed=1)

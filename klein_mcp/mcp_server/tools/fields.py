@@ -110,7 +110,10 @@ Seed = Annotated[
 ]
 Model = Annotated[
     str,
-    Field(description="auto: the best that is installed.", json_schema_extra={"enum": ["auto", *VARIANTS]}),
+    Field(
+        description="auto: the best that is installed.",
+        json_schema_extra={"enum": ["auto", *VARIANTS], "x-mcp-header": "Model"},
+    ),
     AfterValidator(_known_model),
 ]
 Show = Annotated[
