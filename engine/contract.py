@@ -16,6 +16,18 @@ else:
     Rgb8 = Grey8 = "numpy.typing.NDArray[numpy.uint8]"
 """An image: uint8, [height, width, 3], sRGB, upright, opaque."""
 
+
+def image_hash(image: Rgb8) -> str:
+    """Identify an image by size and pixels, whatever its file: the one hash of library and caches."""
+    import hashlib
+
+    import numpy as np
+
+    digest = hashlib.blake2b(b"%d %d " % image.shape[:2], digest_size=16)
+    digest.update(np.ascontiguousarray(image).data)
+    return digest.hexdigest()
+
+
 CacheUse = Literal["hit", "miss", "none"]
 """Whether cached tensors were used; "none" when the job has nothing of the kind."""
 
@@ -64,6 +76,8 @@ class Job(_ByValue):
     steps, guidance: None for the variant's defaults.
     find_change: with `align`, return where the result differs from the first reference.
     partials: how many steps also return the image they head for, decoded at full size. Never changes the result.
+    hashes: `image_hash` of each reference, "" where unknown; caches use them instead of hashing again.
+    affinity: an opaque name; jobs that share it share references, and run best where those are cached.
     """
 
     prompt: str
@@ -79,6 +93,8 @@ class Job(_ByValue):
     guidance: float | None = None
     find_change: bool = False
     partials: int = 0
+    hashes: tuple[str, ...] = ()
+    affinity: str = ""
 
 
 @dataclass(frozen=True, slots=True, eq=False)

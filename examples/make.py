@@ -53,7 +53,8 @@ def pictures() -> str:
     cells = []
     for path in sorted(PICTURES.glob("*.png")):
         with Image.open(path) as picture:
-            order = (read(picture) or {})["order"]
+            recipe = read(picture) or {}
+        order = recipe.get("request") or recipe["order"]  # the key before 0.2
         says = html.escape(order["prompt"])
         caption = f"`{order['tool']}`<br>“{says}”<br>seed {order['seed']}"
         cells.append((f'<img src="{path.relative_to(ROOT).as_posix()}" width="192" alt="{says}">', caption))

@@ -1,4 +1,4 @@
-"""Shared fixtures: settings in a temporary folder, a fake painter, a client connected in memory."""
+"""Shared fixtures: settings in a temporary folder, a fake executor, a client connected in memory."""
 
 import os
 from collections.abc import AsyncIterator, Iterator
@@ -11,13 +11,16 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+import anyio
 import pytest
 from mcp import Client
 
+from klein_mcp.jobs.manager import JobManager
+from klein_mcp.jobs.queue import Queue
 from klein_mcp.jobs.service import Service
 from klein_mcp.mcp_server.server import create_server
 from klein_mcp.settings import Settings
-from tests.fakes import FakePainter
+from tests.fakes import FakeExecutor
 from tests.real_server import RealServer, real_server
 
 
@@ -32,13 +35,26 @@ def settings(tmp_path: Path) -> Settings:
 
 
 @pytest.fixture
-def painter() -> FakePainter:
-    return FakePainter()
+def painter() -> Iterator[FakeExecutor]:
+    executor = FakeExecutor()
+    yield executor
+    executor.hurry()
 
 
 @pytest.fixture
-def service(settings: Settings, painter: FakePainter) -> Any:
-    service = Service(settings, painter)
+def jobs(settings: Settings, painter: FakeExecutor) -> Iterator[JobManager]:
+    """The job API around the fake executor, in this process."""
+    queue = Queue(lambda: painter, size=32, keep_alive=600)
+    manager = JobManager(settings.home / "jobs", settings.library, queue)
+    yield manager
+    painter.hurry()
+    queue.close(10)
+    anyio.run(manager.aclose)
+
+
+@pytest.fixture
+def service(settings: Settings, jobs: JobManager) -> Iterator[Service]:
+    service = Service(settings, jobs)
     yield service
     service.close()
 

@@ -1,25 +1,33 @@
-"""A painter of deterministic pictures, for tests of everything around the engine."""
+"""An executor of deterministic images, for tests of everything around the engine."""
 
 import hashlib
-from collections.abc import AsyncGenerator, Callable, Mapping
-from typing import Any
+import threading
+from collections.abc import Callable, Iterator
 
-import anyio
 import numpy as np
 
-from engine.contract import EngineError, Event, InvalidJob, Job, Loading, Queued, Result, Rgb8, Stage, Step
+from engine.contract import (
+    EngineError,
+    EngineStatus,
+    Event,
+    InvalidJob,
+    Job,
+    KnownModel,
+    Loading,
+    Result,
+    Rgb8,
+    Stage,
+    Step,
+)
 from engine.families.klein.variants import VARIANTS
 from klein_mcp.images.codec import resize
-from klein_mcp.jobs.backend import UnknownJob
-from klein_mcp.jobs.context import CallContext
-from klein_mcp.jobs.request import ImageRequest
-from klein_mcp.jobs.service import Service
+from klein_mcp.jobs.executor import nobody_watches
 
 STEPS = 4
 
 
 def painted(job: Job) -> Rgb8:
-    """A picture that depends on every field of the job: a base colour, and noise of its own in it."""
+    """Return an image that depends on every field of the job: a base colour, and noise of its own in it."""
     seed = hashlib.sha256(f"{job.prompt}|{job.seed}|{job.steps}|{job.guidance}".encode())
     for reference in job.references:
         seed.update(reference.tobytes())
@@ -30,7 +38,7 @@ def painted(job: Job) -> Rgb8:
 
 
 def size(job: Job) -> tuple[int, int]:
-    """By the contract's rules, for a model whose native size is 128."""
+    """Return the size by the contract's rules, for a model whose native size is 128."""
     if job.align:
         height, width = job.references[0].shape[:2]
         return width, height
@@ -46,46 +54,45 @@ def size(job: Job) -> tuple[int, int]:
     return 128, 128
 
 
-class FakePainter:
-    """A Backend. jobs: what it was given; cancelled: how many of them were hung up on.
+class FakeExecutor:
+    """An Executor. jobs: what it was given; cancelled: how many of them were stopped.
 
-    service: what finishes the orders that were handed over, once a test sets it.
+    events_before: yielded before the first stage. error: raised instead of an image.
     """
+
+    slots = 1
 
     def __init__(self, model: str = "nano") -> None:
         self.model = model
         self.jobs: list[Job] = []
-        self.clients: list[str] = []
         self.cancelled = 0
         self.seconds_per_step = 0.0
         self.events_before: list[Event] = []
         self.error: EngineError | None = None
         self.paint: Callable[[Job], Rgb8] = painted
-        self.kept_orders: dict[str, tuple[ImageRequest, str, Any]] = {}
-        self.service: Service | None = None
+        self.prefetched: list[Rgb8] = []
+        self.released = 0
+        self._hurry = threading.Event()
 
-    async def run(self, job: Job, *, client: str) -> AsyncGenerator[Event]:
+    def run(self, job: Job, watched: Callable[[], bool] = nobody_watches) -> Iterator[Event]:
         self.jobs.append(job)
-        self.clients.append(client)
         if self.error is not None:
             raise self.error
         most = VARIANTS[self.model].max_references
         if len(job.references) > most:
             raise InvalidJob(f"{len(job.references)} references; {self.model} takes at most {most}.")
         try:
-            yield Queued(0)
-            for event in self.events_before:
-                yield event
+            yield from self.events_before
             yield Loading(self.model, 1.0)
             yield Stage("prompt")
             if job.references:
                 yield Stage("references")
             yield Stage("denoise")
             for step in range(STEPS):
-                await anyio.sleep(self.seconds_per_step)
-                yield Step(step + 1, STEPS)
+                self._hurry.wait(self.seconds_per_step)
+                yield Step(step + 1, STEPS, np.zeros((8, 8, 3), np.uint8) if watched() else None)
             yield Stage("decode")
-        except BaseException:
+        except GeneratorExit:
             self.cancelled += 1
             raise
         yield Result(
@@ -97,26 +104,26 @@ class FakePainter:
             guidance=1.0,
             ms={"load": 0.0, "prompt": 1.0, "references": 1.0, "denoise": 4.0, "decode": 1.0},
             cache={"prompt": "miss", "references": "miss" if job.references else "none"},
+            dtype="float32",
         )
 
-    async def keep(self, order: Mapping[str, Any], *, client: str, made: Mapping[str, Any] | None = None) -> str:
-        job = f"j{len(self.kept_orders)}"
-        self.kept_orders[job] = (ImageRequest.from_json(order), client, made)
-        return job
+    def hurry(self) -> None:
+        """End all waiting between steps, now and from now on."""
+        self._hurry.set()
 
-    async def kept(self, job: str) -> dict[str, Any]:
-        if job not in self.kept_orders:
-            raise UnknownJob(job)
-        state = {"progress": 0.5, "message": "step 2 of 4", "eta_s": 3.0}
-        if self.service is None:
-            await anyio.sleep(0.05)
-            return {"state": "painting", **state}
-        order, client, made = self.kept_orders[job]
-        self.seconds_per_step = 0.0
-        outcome = await self.service.paint(order, CallContext(client))
-        pictures = [picture.to_json() for picture in outcome.made]
-        told = {"pictures": pictures, "warnings": list(outcome.warnings), "ms": outcome.ms}
-        return {"state": "done", **state, "made": made, **told}
+    def prefetch(self, image: Rgb8) -> bool:
+        self.prefetched.append(image)
+        return False
 
-    async def status(self) -> dict[str, Any]:
-        return {"running": True, "queue": {"waiting": 0}}
+    def release(self) -> None:
+        self.released += 1
+
+    def status(self) -> EngineStatus:
+        return EngineStatus(
+            device="cpu",
+            dtype="float32",
+            threads=1,
+            loaded=self.model if self.jobs else None,
+            free_bytes=10**9,
+            models=(KnownModel(self.model, "Apache-2.0", "/models/fake"),),
+        )

@@ -29,7 +29,7 @@ FORBIDDEN_TO_ENGINE = {
     "pydantic",
 }
 OPEN_ROOMS = {"engine.contract", "engine.families.klein.variants"}
-MAY_LOAD_THE_ENGINE = {"klein_mcp.daemon.__main__", "klein_mcp.cli.paint"}
+MAY_LOAD_THE_ENGINE = {"klein_mcp.daemon.executors.local"}
 HEAVY = ("torch", "transformers", "diffusers", "safetensors")
 
 

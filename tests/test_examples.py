@@ -19,8 +19,9 @@ from PIL import Image
 from examples import configurations as clients
 from examples import http_client
 from examples.configurations import Launch
+from klein_mcp.jobs.manager import JobManager
 from klein_mcp.jobs.service import Service
-from tests.fakes import FakePainter
+from tests.fakes import FakeExecutor
 from tests.real_server import RealServer, wait_until_listening
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -202,13 +203,13 @@ def test_http_client_shows_its_token_hears_progress_and_fetches_image(server: Re
 
 @pytest.mark.anyio
 async def test_http_client_waits_for_job_and_reports_what_tool_says(
-    client: Client, service: Service, painter: FakePainter, tmp_path: Path
+    client: Client, service: Service, jobs: JobManager, painter: FakeExecutor, tmp_path: Path
 ) -> None:
-    painter.service, service.settings = service, replace(service.settings, wait_budget=0)
+    service.settings = replace(service.settings, wait_budget=0)
     painter.seconds_per_step = 0.1
     await http_client.paint(client, tmp_path)
     assert list(images(tmp_path).values()) == [(128, 128)]
-    assert len(painter.kept_orders) == 1
+    assert [job.detached for job in await jobs.list()] == [True]
     with pytest.raises(RuntimeError, match="view_image: There is no image"):
         await http_client.call(client, "view_image", image="zzzzzz")
 

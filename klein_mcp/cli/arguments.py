@@ -9,7 +9,7 @@ _BYTES = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 
 def image_size(text: str) -> tuple[int, int]:
     """Parse "1024x768"."""
-    from klein_mcp.jobs.request import MAX_SIDE, MIN_SIDE
+    from klein_mcp.limits import MAX_SIDE, MIN_SIDE
 
     width, _, height = text.lower().replace("×", "x").partition("x")
     if not (width.isdecimal() and height.isdecimal()):

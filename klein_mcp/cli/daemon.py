@@ -9,13 +9,13 @@ def ask_daemon(settings: Settings, method: str) -> Any:
     """Call a method of the daemon's client that takes no arguments."""
     import anyio
 
-    from klein_mcp.daemon.client import DaemonBackend
+    from klein_mcp.daemon.client import DaemonClient
 
     async def ask() -> Any:
-        backend = DaemonBackend(settings)
+        daemon = DaemonClient(settings)
         try:
-            return await getattr(backend, method)()
+            return await getattr(daemon, method)()
         finally:
-            await backend.aclose()
+            await daemon.aclose()
 
     return anyio.run(ask)

@@ -66,10 +66,10 @@ def checks(settings: Settings) -> Iterator[Check]:
     yield _clients(Path.home())
     yield _daemon(settings)
     try:
-        from klein_mcp.cli.paint import engine
+        from klein_mcp.daemon.executors.local import make_engine
 
         with ProgressBar("starting the engine"):
-            made = engine(settings)
+            made = make_engine(settings)
             findings = [_device(made), *_models(settings, made), *_default_model(settings, made)]
     except (EngineError, ImportError, OSError) as error:
         yield Check("engine", "cannot be created", explain(error) if isinstance(error, EngineError) else str(error))

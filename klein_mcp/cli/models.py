@@ -8,8 +8,8 @@ from typing import Any
 
 from engine.contract import ModelInfo
 from engine.families.klein.variants import EMBEDDED, VARIANTS
-from klein_mcp.cli.paint import engine
 from klein_mcp.cli.terminal import ProgressBar, harmless
+from klein_mcp.daemon.executors.local import make_engine
 from klein_mcp.errors import explain, fix_words
 from klein_mcp.settings import Settings
 
@@ -22,7 +22,7 @@ def run(settings: Settings, arguments: argparse.Namespace) -> int:
     """Raises EngineError."""
     # Most of the wait is the libraries that know the device.
     with ProgressBar("looking at this machine"):
-        made = engine(settings)
+        made = make_engine(settings)
         there = made.models()
     unusable = [(model.path, explain(model.error)) for model in made.registry.unusable_models()]
     others = unusable + list(missing_places(settings))

@@ -1,33 +1,30 @@
-"""One picture in this process, without a daemon: what `klein-mcp paint` does."""
+"""`klein-mcp paint`: makes one image in this process, without the daemon."""
 
 import argparse
 import json
 import os
-import secrets
 import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from engine.contract import Event, InvalidJob, Job, Result
+from engine.contract import Event, InvalidJob, Result
 from klein_mcp.cli.arguments import image_size
-from klein_mcp.cli.terminal import ProgressBar, harmless
+from klein_mcp.cli.terminal import ProgressBar, strip_control_chars
 from klein_mcp.errors import RequestError
-from klein_mcp.jobs.progress import read
+from klein_mcp.jobs import request
+from klein_mcp.jobs.progress import describe
 from klein_mcp.settings import Settings
-
-if TYPE_CHECKING:
-    from engine.engine import Engine
 
 KINDS = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp"}
 
 
 @dataclass(frozen=True, slots=True)
 class PaintOptions:
-    """What was typed. seed: None for a random one. out: one of KINDS by its name; None for ./klein-<seed>.png."""
+    """Arguments of the command. seed: None for a random one. out: one of KINDS; None for ./klein-<seed>.png."""
 
     prompt: str
     references: tuple[Path, ...] = ()
@@ -60,7 +57,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(settings: Settings, arguments: argparse.Namespace) -> int:
-    """Raises EngineError, RequestError, OSError."""
+    """Make the image that the arguments describe. Raises EngineError, RequestError or OSError."""
     options = PaintOptions(
         prompt=arguments.prompt,
         references=tuple(arguments.ref),
@@ -83,50 +80,63 @@ def _output(text: str) -> Path:
     return Path(text)
 
 
-def paint(settings: Settings, order: PaintOptions, *, as_json: bool = False) -> int:
-    """Raises EngineError, RequestError, OSError."""
+def paint(settings: Settings, options: PaintOptions, *, as_json: bool = False) -> int:
+    """Make the image and write its file. Raises EngineError, RequestError or OSError."""
+    from klein_mcp.daemon.executors.local import make_local
     from klein_mcp.images import codec
+    from klein_mcp.jobs.execute import PreparedRequest
+    from klein_mcp.jobs.save import provenance_of
 
-    seed = secrets.randbelow(2**32) if order.seed is None else order.seed
-    out = order.out or Path(f"klein-{seed}.png")
+    wanted = _request(options)
+    out = options.out or Path(f"klein-{wanted.seed}.png")
     _check(out)
-    width, height = order.size or (None, None)
-    job = Job(
-        prompt=_prompt(order.prompt),
-        references=tuple(codec.decode(_read(path), str(path)).image for path in order.references),
-        width=width,
-        height=height,
-        seed=seed,
-        model=order.model,
-        steps=order.steps,
-        guidance=order.guidance,
-    )
+    references = tuple(codec.decode(_read(path), str(path)).image for path in options.references)
+    prepared = PreparedRequest(wanted, references, ("",) * len(references), (), wanted.warnings)
     with ProgressBar("starting the engine") as bar:
         with _interruptible():
-            made = engine(settings)
-        painting = _last(_told(event, bar) for event in made.run(job))
-    recipe = _recipe(order, painting)
-    out.write_bytes(codec.encode(painting.image, KINDS[out.suffix.lower()], recipe))  # type: ignore[arg-type]
-    for warning in painting.warnings:
-        print(harmless(f"klein-mcp: {warning}"), file=sys.stderr)
-    print(json.dumps(_facts(out, painting)) if as_json else _sentence(out, painting))
+            executor = make_local(settings)
+        result = _last(_shown(event, bar) for event in executor.run(prepared.job(0)))
+    recipe = provenance_of(wanted, result, wanted.images).to_json()
+    out.write_bytes(codec.encode(result.image, KINDS[out.suffix.lower()], recipe))  # type: ignore[arg-type]
+    warnings = (*wanted.warnings, *result.warnings)
+    for warning in warnings:
+        print(strip_control_chars(f"klein-mcp: {warning}"), file=sys.stderr)
+    print(json.dumps(_metadata(out, result, warnings)) if as_json else _summary(out, result))
     return 0
 
 
+def _request(options: PaintOptions) -> request.ImageRequest:
+    """Build the request. Raises RequestError or InvalidJob."""
+    if not options.prompt.strip():
+        raise InvalidJob("The prompt is empty.", hint="Say what to paint.")
+    width, height = options.size or (None, None)
+    common: dict[str, Any] = {
+        "width": width,
+        "height": height,
+        "seed": options.seed,
+        "model": options.model,
+        "steps": options.steps,
+        "guidance": options.guidance,
+    }
+    if options.references:
+        return request.compose([str(path) for path in options.references], options.prompt, **common)
+    return request.generate(options.prompt, **common)
+
+
 def _check(out: Path) -> None:
-    """Before the work, which may take minutes: can the picture be written there? Makes the folder."""
+    """Check that the image can be written, before work that may take minutes. Makes the folder."""
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        problem = "it is a folder" if out.is_dir() else ""
-    except OSError as refused:
-        problem = refused.strerror or str(refused)
-    if problem or not os.access(out if out.exists() else out.parent, os.W_OK):
-        raise RequestError(f"{out} cannot be written: {problem or 'Permission denied'}.", hint="Name another with -o.")
+        error = "it is a folder" if out.is_dir() else ""
+    except OSError as exc:
+        error = exc.strerror or str(exc)
+    if error or not os.access(out if out.exists() else out.parent, os.W_OK):
+        raise RequestError(f"{out} cannot be written: {error or 'Permission denied'}.", hint="Name another with -o.")
 
 
 @contextmanager
 def _interruptible() -> Iterator[None]:
-    """Ctrl-C ends the process at once: the libraries that come in here swallow a KeyboardInterrupt now and then."""
+    """Let Ctrl-C end the process at once: libraries that are imported here swallow a KeyboardInterrupt."""
     before = signal.signal(signal.SIGINT, _leave)
     try:
         yield
@@ -140,74 +150,42 @@ def _leave(number: int, frame: object) -> None:
     os._exit(130)
 
 
-def engine(settings: Settings) -> "Engine":
-    """The engine as the settings want it; what they leave open is the engine's to choose."""
-    # Read once, when torch comes in. Spinning threads on a busy machine of 2 cores made 0.1 s of work 0.6 s, and 1.3 s
-    # at worst; sleeping ones cost nothing when it is idle. Measured: engine/SPEED.md.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    from engine.engine import Engine
-
-    return Engine(settings.engine_config())
-
-
 def _read(path: Path) -> bytes:
     try:
         return path.read_bytes()
-    except OSError as problem:
-        raise RequestError(
-            f"The reference {path} cannot be read: {problem.strerror}.", hint="Check the path."
-        ) from None
+    except OSError as exc:
+        raise RequestError(f"The reference {path} cannot be read: {exc.strerror}.", hint="Check the path.") from None
 
 
-def _prompt(text: str) -> str:
-    if not text.strip():
-        raise InvalidJob("The prompt is empty.", hint="Say what to paint.")
-    return text
-
-
-def _told(event: Event, bar: ProgressBar) -> Event:
-    bar.update(*read(event))
+def _shown(event: Event, bar: ProgressBar) -> Event:
+    bar.update(*describe(event))
     return event
 
 
-def _last(events: Any) -> Result:
-    painting = None
+def _last(events: Iterator[Event]) -> Result:
+    result = None
     for event in events:
-        painting = event
-    assert isinstance(painting, Result)
-    return painting
+        result = event
+    assert isinstance(result, Result)
+    return result
 
 
-def _recipe(order: PaintOptions, painting: Result) -> dict[str, Any]:
-    return {
-        "prompt": order.prompt,
-        "seed": str(painting.seed),
-        "model": painting.model,
-        "fingerprint": painting.fingerprint,
-        "steps": painting.steps,
-        "guidance": painting.guidance,
-        "width": painting.image.shape[1],
-        "height": painting.image.shape[0],
-        "parents": [str(path) for path in order.references],
-    }
-
-
-def _facts(out: Path, painting: Result) -> dict[str, Any]:
-    height, width = painting.image.shape[:2]
+def _metadata(out: Path, result: Result, warnings: tuple[str, ...]) -> dict[str, Any]:
+    height, width = result.image.shape[:2]
     return {
         "path": str(out.resolve()),
         "width": width,
         "height": height,
-        "seed": str(painting.seed),
-        "model": painting.model,
-        "steps": painting.steps,
-        "guidance": painting.guidance,
-        "ms": {name: round(value) for name, value in painting.ms.items()},
-        "warnings": list(painting.warnings),
+        "seed": str(result.seed),
+        "model": result.model,
+        "steps": result.steps,
+        "guidance": result.guidance,
+        "ms": {name: round(value) for name, value in result.ms.items()},
+        "warnings": list(warnings),
     }
 
 
-def _sentence(out: Path, painting: Result) -> str:
-    height, width = painting.image.shape[:2]
-    seconds = sum(painting.ms.values()) / 1000
-    return f"{out}  {width}×{height}  seed {painting.seed}  {painting.model}  {seconds:.1f} s"
+def _summary(out: Path, result: Result) -> str:
+    height, width = result.image.shape[:2]
+    seconds = sum(result.ms.values()) / 1000
+    return f"{out}  {width}×{height}  seed {result.seed}  {result.model}  {seconds:.1f} s"

@@ -56,13 +56,14 @@ def describe_file(store: Store, path: Path, home: Path | None = None) -> dict[st
 
     home: data folder whose certificate counts as known; None leaves content credentials unchecked.
     """
-    from klein_mcp.images import codec, credentials, resolver
+    from engine.contract import image_hash
+    from klein_mcp.images import codec, credentials
 
     data = path.expanduser().read_bytes()
     decoded = codec.decode(data, str(path))
     claim = credentials.describe(data, home) if home else None
     recipe = decoded.recipe or {}
-    known = store.by_pixels(resolver.fingerprint(decoded.image)) or store.find(str(recipe.get("image", "")))
+    known = store.by_pixels(image_hash(decoded.image)) or store.find(str(recipe.get("image", "")))
     height, width = decoded.image.shape[:2]
     return {
         "file": str(path),

@@ -28,13 +28,13 @@ def run(settings: Settings, arguments: argparse.Namespace) -> int:
 
 
 async def _replay(settings: Settings, handle: str, onto: str | None, seed: int | None, as_json: bool) -> int:
-    from klein_mcp.daemon.client import DaemonBackend
+    from klein_mcp.daemon.client import DaemonClient
     from klein_mcp.jobs.context import CallContext
     from klein_mcp.jobs.replay import changed_weights, plan, replay
     from klein_mcp.jobs.service import Service
 
-    backend = DaemonBackend(settings)
-    service = Service(settings, backend)
+    jobs = DaemonClient(settings)
+    service = Service(settings, jobs)
     try:
         expect_handle(service.store, handle)
         steps = plan(service.store, handle, onto=onto is not None).steps
@@ -43,11 +43,11 @@ async def _replay(settings: Settings, handle: str, onto: str | None, seed: int |
             async def show_progress(done: float, total: float, message: str) -> None:
                 bar.update(done / total, message)
 
-            made = await replay(service, handle, CallContext("replay", tell=show_progress), onto=onto, seed=seed)
-        facts = [describe_record(service.store, image.record) for image in made]
+            made = await replay(service, handle, CallContext("replay", progress=show_progress), onto=onto, seed=seed)
+        facts = [describe_record(service.store, service.store.get(image.handle)) for image in made]
         different = changed_weights(steps, made)
     finally:
-        await backend.aclose()
+        await jobs.aclose()
         service.close()
     if as_json:
         print(json.dumps(facts))

@@ -4,9 +4,10 @@ import argparse
 import json
 from collections.abc import Mapping
 from datetime import datetime
-from typing import Any
 
+from engine.contract import EngineStatus
 from klein_mcp.cli.daemon import ask_daemon
+from klein_mcp.jobs.status import DaemonStatus, QueueStatus, to_json
 from klein_mcp.settings import Settings
 
 
@@ -15,41 +16,42 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(settings: Settings, arguments: argparse.Namespace) -> int:
-    state = ask_daemon(settings, "status")
-    print(json.dumps(state) if arguments.json else format_status(state))
+    status = ask_daemon(settings, "status")
+    print(json.dumps(to_json(status)) if arguments.json else format_status(status))
     return 0
 
 
-def format_status(state: Mapping[str, Any]) -> str:
+def format_status(status: DaemonStatus) -> str:
     """Format the daemon's status, one line per fact."""
-    if state.get("silent"):
+    if status.silent:
         return "starting, ending or hanging: its process runs and does not answer; `klein-mcp stop` says more"
-    if not state["running"]:
+    if not status.running:
         return "not running; the first call that needs an image starts it"
-    lines = [f"running: version {state['version']}, pid {state['pid']}, since {_local_time(state['started'])}"]
-    if state["draining"]:
+    lines = [f"running: version {status.version}, pid {status.pid}, since {_local_time(status.started)}"]
+    if status.draining:
         lines.append("ending: as soon as its last image is done")
-    lines.append(f"queue: {_format_queue(state['queue'])}")
-    if engine := state.get("engine"):  # none before the first image
-        lines += _format_engine(engine)
-    lines += [f"seconds per image, {model}: {_format_seconds(sizes)}" for model, sizes in state["seconds"].items()]
-    return "\n".join([*lines, f"log: {state['log']}"])
+    if status.queue:
+        lines.append(f"queue: {_format_queue(status.queue)}")
+    if status.engine:  # none before the first image
+        lines += _format_engine(status.engine)
+    lines += [f"seconds per image, {model}: {_format_seconds(sizes)}" for model, sizes in status.seconds.items()]
+    return "\n".join([*lines, f"log: {status.log}"])
 
 
-def _format_queue(queue: Mapping[str, Any]) -> str:
-    now = "generating" if queue["running"] else "idle"
-    return f"{now}, {queue['waiting']} of {queue['size']} waiting; {queue['done']} done, {queue['failed']} failed"
+def _format_queue(queue: QueueStatus) -> str:
+    now = "generating" if queue.running else "idle"
+    return f"{now}, {queue.waiting} of {queue.size} waiting; {queue.done} done, {queue.failed} failed"
 
 
-def _format_engine(engine: Mapping[str, Any]) -> list[str]:
-    loaded = f"{engine['loaded']}, {engine['placement']}" if engine["loaded"] else "none is loaded"
-    installed = [f"{model['name']} ({model['licence']})" for model in engine["models"] if model["path"]]
-    cache = engine["cache"]
+def _format_engine(engine: EngineStatus) -> list[str]:
+    loaded = f"{engine.loaded}, {engine.placement}" if engine.loaded else "none is loaded"
+    installed = [f"{model.name} ({model.licence})" for model in engine.models if model.path]
+    cache = engine.cache
     return [
-        f"device: {engine['device']}, {engine['dtype']}, {engine['free_bytes'] / 1e9:.1f} GB free",
+        f"device: {engine.device}, {engine.dtype}, {engine.free_bytes / 1e9:.1f} GB free",
         f"model: {loaded}",
         f"installed: {', '.join(installed)}",
-        f"cache: {cache['entries']} prompts and references, {cache['bytes'] / 1e6:.0f} MB; {cache['hits']} hits",
+        f"cache: {cache.entries} prompts and references, {cache.bytes / 1e6:.0f} MB; {cache.hits} hits",
     ]
 
 

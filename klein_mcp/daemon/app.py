@@ -1,11 +1,11 @@
-"""The daemon's HTTP face, for the doors of one user: hello, status, run, keep, kept, drain, stop."""
+"""The daemon's HTTP interface for the front ends of one user: the job API, hello, status, drain, stop."""
 
 import asyncio
 import hmac
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from starlette.applications import Starlette
@@ -13,113 +13,152 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from engine.contract import EngineError, Job
-from klein_mcp.daemon import wire
+from engine.contract import EngineError
 from klein_mcp.daemon.endpoint import BuildInfo, Endpoint
-from klein_mcp.daemon.executors.local import LocalBackend
-from klein_mcp.jobs.backend import UnknownJob
+from klein_mcp.jobs import events, status
+from klein_mcp.jobs.api import UnknownJob
+from klein_mcp.jobs.events import JobEvent, Listen
 from klein_mcp.jobs.manager import JobManager
-from klein_mcp.jobs.queue import Queue
+from klein_mcp.jobs.request import ImageRequest
+from klein_mcp.jobs.results import SavedImage
+from klein_mcp.jobs.status import DaemonStatus
 
 Handler = Callable[[Request], Awaitable[Response]]
 
+DRAINING = 503
+UNKNOWN = 404
+REFUSED = 409
+"""Status codes that the client knows: replaced by another daemon, no such job, and an error that is to be raised."""
+
 
 class Daemon:
-    """State that outlives a request: the queue, the orders handed over, who we are, and whether we are leaving."""
+    """State that outlives a request: the jobs, who we are, and whether we are leaving."""
 
-    def __init__(
-        self, queue: Queue, kept: JobManager, address: Endpoint, build: BuildInfo, *, about: dict[str, Any]
-    ) -> None:
-        self.queue = queue
-        self.kept = kept
-        self.address = address
+    def __init__(self, jobs: JobManager, endpoint: Endpoint, build: BuildInfo, about: DaemonStatus) -> None:
+        """about: what every status repeats."""
+        self.jobs = jobs
+        self.endpoint = endpoint
         self.build = build
         self.about = about
         self.draining = False
-        self.leaving = asyncio.Event()
-        self._backend = LocalBackend(queue)
+        """Whether it takes no more jobs and ends once those it has are over."""
+        self.stopping = False
+        """Whether it ends at once."""
+        self.changed = asyncio.Event()
+        """Set when one of the two changes."""
 
-    @property
-    def idle_seconds(self) -> float:
-        return 0.0 if self.kept.busy else self.queue.idle_seconds
+    def drain(self) -> None:
+        """Take no more jobs, and end after those there are."""
+        self.draining = True
+        self.changed.set()
+
+    def stop(self) -> None:
+        """End at once."""
+        self.stopping = True
+        self.drain()
 
     def app(self) -> Starlette:
+        """Build the ASGI application."""
         return Starlette(
             routes=[
                 Route("/hello", self._hello),
-                Route("/status", self._let_in(self._status)),
-                Route("/run", self._let_in(self._run), methods=["POST"]),
-                Route("/keep", self._let_in(self._keep), methods=["POST"]),
-                Route("/kept/{job}", self._let_in(self._kept)),
-                Route("/drain", self._let_in(self._drain), methods=["POST"]),
-                Route("/stop", self._let_in(self._stop), methods=["POST"]),
-            ]
+                Route("/status", self._authorized(self._status)),
+                Route("/jobs", self._authorized(self._list), methods=["GET"]),
+                Route("/jobs", self._authorized(self._submit), methods=["POST"]),
+                Route("/jobs/{job}", self._authorized(self._job), methods=["GET"]),
+                Route("/jobs/{job}/events", self._authorized(self._events), methods=["GET"]),
+                Route("/jobs/{job}/detach", self._authorized(self._detach), methods=["POST"]),
+                Route("/jobs/{job}/cancel", self._authorized(self._cancel), methods=["POST"]),
+                Route("/drain", self._authorized(self._drain), methods=["POST"]),
+                Route("/stop", self._authorized(self._stop), methods=["POST"]),
+            ],
+            exception_handlers={UnknownJob: _unknown_job, EngineError: _engine_error},
         )
 
-    def _let_in(self, endpoint: Handler) -> Handler:
+    def _authorized(self, endpoint: Handler) -> Handler:
         async def guarded(request: Request) -> Response:
-            shown = request.headers.get("authorization", "").removeprefix("Bearer ")
-            if not hmac.compare_digest(shown.encode(), self.address.token.encode()):
+            token = request.headers.get("authorization", "").removeprefix("Bearer ")
+            if not hmac.compare_digest(token.encode(), self.endpoint.token.encode()):
                 return JSONResponse({"error": "Wrong or missing token."}, 401)
             return await endpoint(request)
 
         return guarded
 
     async def _hello(self, request: Request) -> Response:
-        """Before a door shows its token, we show that we hold it too."""
-        proof = self.address.proof(request.query_params.get("nonce", ""))
+        """Prove that we hold the token, before a front end shows it to us."""
+        proof = self.endpoint.proof(request.query_params.get("nonce", ""))
         return JSONResponse({"proof": proof, "draining": self.draining, "build": asdict(self.build)})
 
     async def _status(self, request: Request) -> Response:
-        # The engine looks into model folders; on a slow disk that must not hold up the progress of every job.
-        state = await asyncio.to_thread(self.queue.status)
-        return JSONResponse({**self.about, "draining": self.draining, **state})
+        now = await self.jobs.status()
+        state = replace(self.about, draining=self.draining, queue=now.queue, seconds=now.seconds, engine=now.engine)
+        return JSONResponse(status.to_json(state))
 
     async def _drain(self, request: Request) -> Response:
-        """Finish what is queued, take nothing more, then leave."""
-        self.draining = True
+        self.drain()
         return JSONResponse({"draining": True})
 
     async def _stop(self, request: Request) -> Response:
-        self.draining = True
-        self.leaving.set()
+        self.stop()
         return JSONResponse({"stopping": True})
 
-    async def _run(self, request: Request) -> Response:
+    async def _submit(self, request: Request) -> Response:
+        """Start a job. With "listen" its events are the answer, else its id."""
+        body = await request.body()
         if self.draining:
-            return JSONResponse({"error": "This engine is being replaced."}, 503)
+            return JSONResponse({"error": "This engine is being replaced."}, DRAINING)
         try:
-            job = wire.decode(await request.body())
-        except wire.BadFrame as problem:
-            return JSONResponse({"error": str(problem)}, 400)
-        if not isinstance(job, Job):
-            return JSONResponse({"error": "Only a Job can be run."}, 400)
-        if self.draining:  # since the body began to arrive
-            return JSONResponse({"error": "This engine is being replaced."}, 503)
-        client = request.headers.get("x-klein-client", "")
-        return StreamingResponse(self._frames(job, client), media_type="application/octet-stream")
+            asked = json.loads(body)
+            wanted, client = ImageRequest.from_json(asked["request"]), str(asked["client"])
+            listen = Listen(**asked["listen"]) if asked["listen"] is not None else None
+            saved = [SavedImage.from_json(image) for image in asked["saved"]]
+        except (ValueError, KeyError, TypeError, AttributeError) as exc:
+            return JSONResponse({"error": f"Not a request: {exc}"}, 400)
+        if listen is None:
+            return JSONResponse({"job": await self.jobs.submit(wanted, client=client)})
+        return await _streamed(self.jobs.run(wanted, client=client, listen=listen, saved=saved))
 
-    async def _frames(self, job: Job, client: str) -> AsyncIterator[bytes]:
-        """Until the picture or an error; hanging up closes this generator and so cancels the job."""
-        try:
-            async with aclosing(self._backend.run(job, client=client)) as events:
-                async for event in events:
-                    yield wire.encode(event)
-        except EngineError as problem:
-            yield wire.encode(problem)
+    async def _events(self, request: Request) -> Response:
+        asked = request.query_params
+        listen = Listen(int(asked["preview"]), int(asked["each"]), asked["steps"] == "1")
+        return await _streamed(self.jobs.events(request.path_params["job"], listen))
 
-    async def _keep(self, request: Request) -> Response:
-        try:
-            asked = json.loads(await request.body())
-            job = await self.kept.take(asked["order"], client=asked["client"], made=asked["made"])
-        except (ValueError, KeyError, TypeError) as problem:
-            return JSONResponse({"error": f"Not an order: {problem}"}, 400)
-        except OSError as problem:
-            return JSONResponse({"error": f"The order cannot be written down: {problem}"}, 507)
-        return JSONResponse({"job": job})
+    async def _list(self, request: Request) -> Response:
+        return JSONResponse([status.to_json(job) for job in await self.jobs.list()])
 
-    async def _kept(self, request: Request) -> Response:
-        try:
-            return JSONResponse(await self.kept.state(request.path_params["job"]))
-        except UnknownJob:
-            return JSONResponse({"error": "There is no such job."}, 404)
+    async def _job(self, request: Request) -> Response:
+        return JSONResponse(status.to_json(await self.jobs.job(request.path_params["job"])))
+
+    async def _detach(self, request: Request) -> Response:
+        return JSONResponse(status.to_json(await self.jobs.detach(request.path_params["job"])))
+
+    async def _cancel(self, request: Request) -> Response:
+        await self.jobs.cancel(request.path_params["job"])
+        return JSONResponse({})
+
+
+async def _streamed(stream: AsyncGenerator[JobEvent]) -> Response:
+    """Answer with one line of JSON per event. A client that disconnects closes the stream, and so leaves the job."""
+    first = await anext(stream)  # an error that comes before any event is the answer itself
+
+    async def lines() -> AsyncIterator[bytes]:
+        async with aclosing(stream):
+            yield _line(first)
+            async for event in stream:
+                yield _line(event)
+
+    return StreamingResponse(lines(), media_type="application/x-ndjson")
+
+
+def _line(event: JobEvent) -> bytes:
+    return json.dumps(events.to_json(event), separators=(",", ":")).encode() + b"\n"
+
+
+async def _unknown_job(request: Request, exc: Exception) -> Response:
+    return JSONResponse({"error": "There is no such job."}, UNKNOWN)
+
+
+async def _engine_error(request: Request, exc: Exception) -> Response:
+    assert isinstance(exc, EngineError)
+    content: dict[str, Any] = events.error_to_json(exc)
+    return JSONResponse(content, REFUSED)

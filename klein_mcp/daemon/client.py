@@ -1,18 +1,25 @@
-"""Paints in the daemon: finds or starts it, posts the job, passes its events on."""
+"""The job API over loopback: finds or starts the daemon, and submits again after a crash."""
 
+import json
 import logging
 import time
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing, suppress
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 import anyio
 
-from engine.contract import EngineError, EngineFailed, Event, InvalidJob, Job, Loading, Result
+from engine.contract import EngineFailed, Loading
 from klein_mcp.daemon.endpoint import LAST_STEP, BuildInfo, Endpoint
 from klein_mcp.daemon.launch import DAEMON, Launcher, authorization
-from klein_mcp.jobs.backend import UnknownJob
+from klein_mcp.jobs import events, status
+from klein_mcp.jobs.api import UnknownJob
+from klein_mcp.jobs.events import LAST, NO_PREVIEWS, ImageSaved, JobEvent, Listen, Progressed
+from klein_mcp.jobs.request import ImageRequest
+from klein_mcp.jobs.results import SavedImage
+from klein_mcp.jobs.status import DaemonStatus, JobStatus
 from klein_mcp.settings import Settings
 
 if TYPE_CHECKING:
@@ -23,13 +30,19 @@ log = logging.getLogger(__name__)
 PATIENCE = 10.0
 """Seconds for an engine that is starting, ending or hanging to be asked to end."""
 
+SILENCE = 60.0
+"""Seconds without a byte after which the daemon is taken for dead; it sends the latest progress every second."""
+
+DRAINING, UNKNOWN, REFUSED = 503, 404, 409
+"""As daemon.app answers."""
+
 
 class _Lost(Exception):
     """The daemon went away, or was about to, before it answered."""
 
 
-class DaemonBackend:
-    """The Backend of every door. One per process; its connections close with it."""
+class DaemonClient:
+    """The job API of every front end, see `jobs.api.Jobs`. One per process; its connections close with it."""
 
     def __init__(self, settings: Settings, command: Sequence[str] = DAEMON) -> None:
         self._settings = settings
@@ -37,132 +50,180 @@ class DaemonBackend:
         # Of the code this process has loaded; read later, it would be that of an upgrade made meanwhile.
         self._build = BuildInfo.read()
         self._http: httpx2.AsyncClient | None = None
+        self._known: Endpoint | None = None
 
-    async def run(self, job: Job, *, client: str) -> AsyncGenerator[Event]:
-        """Events as they happen, the last one a Painting. Closing the iterator cancels the job. Raises EngineError."""
-        for _ in range(2):  # a job is pure: after a crash, painting it again gives the same picture
-            address = None
-            async with aclosing(self._launcher().ready()) as waiting:
-                async for address in waiting:
-                    if not address:
-                        yield Loading(job.model, 0.0)
-            assert address
+    async def submit(self, request: ImageRequest, *, client: str) -> str:
+        """Start a job and return its id."""
+        answer = await self._ask("POST", "/jobs", json=_body(request, client, None, ()))
+        return answer["job"]
+
+    async def run(
+        self, request: ImageRequest, *, client: str, listen: Listen = NO_PREVIEWS
+    ) -> AsyncGenerator[JobEvent]:
+        """Submit and listen; submit once more after a crash, as the same job gives the same images."""
+        saved: list[SavedImage] = []
+        for _ in range(2):
+            endpoint = None
+            async with aclosing(self._ready()) as starting:
+                async for endpoint in starting:
+                    if not endpoint:
+                        yield Progressed(len(saved), Loading(request.model, 0.0))
+            assert endpoint
             try:
-                async with aclosing(self._events(address, job, client)) as events:
-                    async for event in events:
+                body = _body(request, client, listen, saved)
+                async with aclosing(self._stream(endpoint, "POST", "/jobs", json=body)) as stream:
+                    async for event in stream:
+                        if isinstance(event, ImageSaved):
+                            if event.image < len(saved):
+                                continue  # saved before the crash, and passed on then
+                            saved.append(event.saved)
                         yield event
                 return
             except _Lost:
-                log.warning("the engine went away in the middle of a picture")
+                self._known = None
+                log.warning("the engine went away in the middle of a job")
         raise EngineFailed(
-            "The engine crashed twice on this picture.", hint="Try a smaller size; see `klein-mcp doctor`."
+            "The engine crashed twice on this image.", hint="Try a smaller size; see `klein-mcp doctor`."
         )
 
-    async def keep(self, order: Mapping[str, Any], *, client: str, made: Mapping[str, Any] | None = None) -> str:
-        """As Backend.keep."""
-        answer = await self._ask("POST", "/keep", json={"order": order, "client": client, "made": made})
-        if answer.status_code != 200:
-            raise EngineFailed(f"The engine did not take the order: {answer.text[:200]}")
-        return answer.json()["job"]
+    async def events(self, job: str, listen: Listen = NO_PREVIEWS) -> AsyncGenerator[JobEvent]:
+        """Listen to a job, also when another daemon takes over a detached one."""
+        seen = 0
+        path = f"{_path(job)}/events?preview={listen.preview}&each={listen.each}&steps={int(listen.steps)}"
+        for _ in range(3):  # two daemons may crash on the job, the third one says so
+            endpoint = await self._running()
+            try:
+                async with aclosing(self._stream(endpoint, "GET", path)) as stream:
+                    async for event in stream:
+                        if isinstance(event, ImageSaved):
+                            if event.image < seen:
+                                continue
+                            seen = event.image + 1
+                        yield event
+                return
+            except _Lost:
+                self._known = None
+        raise EngineFailed("The engine went away three times.", hint="Try again, or see `klein-mcp doctor`.")
 
-    async def kept(self, job: str) -> dict[str, Any]:
-        """As Backend.kept."""
-        answer = await self._ask("GET", f"/kept/{quote(job, safe='')}")
-        if answer.status_code == 404:
-            raise UnknownJob(job)
-        return answer.json()
+    async def detach(self, job: str) -> JobStatus:
+        """Let a job go on without listeners."""
+        return status.job_from_json(await self._ask("POST", f"{_path(job)}/detach"))
 
-    async def status(self) -> dict[str, Any]:
-        """{"running": False} where no daemon is, with "silent": True where one does not answer; never starts one."""
+    async def cancel(self, job: str) -> None:
+        """Stop a job within one step."""
+        await self._ask("POST", f"{_path(job)}/cancel")
+
+    async def job(self, job: str) -> JobStatus:
+        """Return how far a job is."""
+        return status.job_from_json(await self._ask("GET", _path(job)))
+
+    async def list(self) -> list[JobStatus]:
+        """Return the jobs of the daemon that runs, none where none does."""
+        if not await self._launcher().find():
+            return []
+        return [status.job_from_json(job) for job in await self._ask("GET", "/jobs")]
+
+    async def status(self) -> DaemonStatus:
+        """Describe the daemon that runs; never starts one."""
         import httpx2
 
         launcher = self._launcher()
         hello = await launcher.find()
         if not hello:
-            return {"running": False, **({"silent": True} if launcher.alive() else {})}
+            return DaemonStatus(False, silent=launcher.lock_is_held())
         try:
-            answer = await self._client().get(f"{hello.address.url}/status", headers=authorization(hello.address))
-            return {"running": True, **answer.json()}
-        except (httpx2.HTTPError, ValueError):
-            return {"running": False}
+            answer = await self._client().get(f"{hello.endpoint.url}/status", headers=authorization(hello.endpoint))
+            return status.daemon_from_json(answer.json())
+        except (httpx2.HTTPError, ValueError, TypeError, KeyError):
+            return DaemonStatus(False)
 
     async def stop(self) -> bool:
-        """End the daemon and wait until it is gone; whether there was one. Raises EngineFailed if it does not go."""
+        """End the daemon and wait until it is gone. Returns whether there was one. Raises EngineFailed."""
         import httpx2
 
         launcher, deadline = self._launcher(), time.monotonic() + PATIENCE
         while not (hello := await launcher.find()):
-            if not launcher.alive():
+            if not launcher.lock_is_held():
                 return False
             if time.monotonic() > deadline:
-                raise launcher.silent(PATIENCE)
+                raise launcher.timeout_error(PATIENCE)
             await anyio.sleep(0.1)  # it is starting, and answers in a moment, or ending, and is gone in a moment
-        with suppress(httpx2.HTTPError):  # it is ending already, or hangs: seen below
-            await self._client().post(f"{hello.address.url}/stop", headers=authorization(hello.address))
+        with suppress(httpx2.HTTPError):  # it is ending already, or hangs: the loop below sees which
+            await self._client().post(f"{hello.endpoint.url}/stop", headers=authorization(hello.endpoint))
         patience = LAST_STEP + PATIENCE
         deadline = time.monotonic() + patience
-        while not launcher.gone(hello.address):
+        while not launcher.has_exited(hello.endpoint):
             if time.monotonic() > deadline:
-                raise launcher.silent(patience)
+                raise launcher.timeout_error(patience)
             await anyio.sleep(0.1)
         return True
 
-    async def _ask(self, method: str, path: str, **content: Any) -> "httpx2.Response":
-        """A question to whichever daemon runs, one that is being replaced too; without one, to a new one."""
-        import httpx2
-
-        for _ in range(2):
-            hello = await self._launcher().find()
-            address = hello.address if hello else await self._started()
-            with suppress(httpx2.TransportError):
-                return await self._client().request(
-                    method, address.url + path, headers=authorization(address), timeout=30, **content
-                )
-        raise EngineFailed("The engine went away twice.", hint="Try again, or see `klein-mcp doctor`.")
-
-    async def _started(self) -> Endpoint:
-        async with aclosing(self._launcher().ready()) as waiting:
-            *_, address = [address async for address in waiting]
-        assert address
-        return address
-
     async def aclose(self) -> None:
+        """Close all connections; jobs that are listened to are cancelled."""
         if self._http:
             await self._http.aclose()
             self._http = None
 
-    async def _events(self, address: Endpoint, job: Job, client: str) -> AsyncGenerator[Event]:
-        """Raises _Lost, EngineError."""
+    # -- the way to the daemon -----------------------------------------------------------------------------------------
+
+    async def _ready(self) -> AsyncGenerator[Endpoint | None]:
+        """Yield None while the daemon is started or replaced, at last its endpoint."""
+        launcher = self._launcher()
+        # The lock says that the daemon which proved itself before is alive, and so that nobody else has its port.
+        if self._known and launcher.reads(self._known) and launcher.lock_is_held():
+            yield self._known
+            return
+        async with aclosing(launcher.ready()) as starting:
+            async for endpoint in starting:
+                self._known = endpoint
+                yield endpoint
+
+    async def _running(self) -> Endpoint:
+        """Return whichever daemon runs, one that is being replaced too; else start one."""
+        if hello := await self._launcher().find():
+            return hello.endpoint
+        async with aclosing(self._ready()) as starting:
+            *_, endpoint = [endpoint async for endpoint in starting]
+        assert endpoint
+        return endpoint
+
+    async def _ask(self, method: str, path: str, **content: Any) -> Any:
+        """Return the JSON answer to one question. Raises UnknownJob or EngineError."""
         import httpx2
 
-        from klein_mcp.daemon import wire
+        for _ in range(2):
+            endpoint = await self._running()
+            with suppress(httpx2.TransportError):
+                answer = await self._client().request(
+                    method, endpoint.url + path, headers=authorization(endpoint), timeout=30, **content
+                )
+                if answer.status_code == 200:
+                    return answer.json()
+                if answer.status_code != DRAINING:
+                    raise _error(answer.status_code, answer.text)
+                await anyio.sleep(0.1)
+        raise EngineFailed("The engine went away twice.", hint="Try again, or see `klein-mcp doctor`.")
 
-        headers = {**authorization(address), "x-klein-client": client}
-        # Silent for a minute means dead: the daemon tells the latest event again every second.
-        timeout = httpx2.Timeout(60, connect=5)
-        try:
-            content = wire.encode(job)
-        except wire.BadFrame as problem:
-            raise InvalidJob(f"The references are too large together: {problem}", hint="Send smaller ones.") from None
+    async def _stream(self, endpoint: Endpoint, method: str, path: str, **content: Any) -> AsyncGenerator[JobEvent]:
+        """Yield a job's events to its last. Raises _Lost, UnknownJob or EngineError."""
+        import httpx2
+
+        timeout = httpx2.Timeout(SILENCE, connect=5)
         try:
             async with self._client().stream(
-                "POST", f"{address.url}/run", content=content, headers=headers, timeout=timeout
+                method, endpoint.url + path, headers=authorization(endpoint), timeout=timeout, **content
             ) as response:
-                if response.status_code == 503:
+                if response.status_code == DRAINING:
                     raise _Lost
                 if response.status_code != 200:
                     await response.aread()
-                    raise EngineFailed(f"The engine refused the job: {response.text[:200]}")
-                frames = wire.Frames()
-                async for chunk in response.aiter_raw():
-                    for frame in frames.feed(chunk):
-                        event = wire.decode(frame)
-                        if isinstance(event, EngineError):
-                            raise event
-                        yield event  # type: ignore[misc]
-                        if isinstance(event, Result):
-                            return
-        except (httpx2.TransportError, wire.BadFrame):
+                    raise _error(response.status_code, response.text)
+                async for line in response.aiter_lines():
+                    event = events.from_json(json.loads(line))
+                    yield event
+                    if isinstance(event, LAST):
+                        return
+        except (httpx2.TransportError, ValueError, KeyError, TypeError):
             pass
         raise _Lost
 
@@ -171,10 +232,33 @@ class DaemonBackend:
             import httpx2
 
             # A proxy has no business between two processes of one machine.
-            # As many calls at once as a door has: the queue says when it is full.
+            # As many calls at once as a front end has: the queue says when it is full.
             limits = httpx2.Limits(max_connections=None)
             self._http = httpx2.AsyncClient(trust_env=False, limits=limits)
         return self._http
 
     def _launcher(self) -> Launcher:
         return Launcher(self._settings, self._client(), self._build, self._command)
+
+
+def _body(request: ImageRequest, client: str, listen: Listen | None, saved: Sequence[SavedImage]) -> dict[str, Any]:
+    return {
+        "request": request.to_json(),
+        "client": client,
+        "listen": listen and asdict(listen),
+        "saved": [asdict(image) for image in saved],
+    }
+
+
+def _path(job: str) -> str:
+    return f"/jobs/{quote(job, safe='')}"
+
+
+def _error(code: int, text: str) -> Exception:
+    """Turn an answer that is no success into the error it stands for."""
+    if code == UNKNOWN:
+        return UnknownJob("There is no such job.")
+    if code == REFUSED:
+        with suppress(ValueError, KeyError, TypeError):
+            return events.error_from_json(json.loads(text))
+    return EngineFailed(f"The engine refused the request: {text[:200]}")

@@ -1,4 +1,4 @@
-"""Where the daemon listens and how a door and it know each other: an owner-only file with a port and a secret."""
+"""The endpoint file, owner-only, with port and secret, and the build that tells daemons and front ends apart."""
 
 import hashlib
 import hmac
@@ -22,7 +22,7 @@ LAST_STEP = 30.0
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """token: proves to the daemon that a door may enter, and to a door that this is its daemon."""
+    """Address of a daemon. token: authorises a front end, and proves to it that this is its daemon."""
 
     port: int
     pid: int
@@ -33,13 +33,13 @@ class Endpoint:
         return f"http://{HOST}:{self.port}"
 
     def proof(self, nonce: str) -> str:
-        """What only the holder of the token can answer to `nonce`; a stranger on a stale port learns nothing."""
+        """Answer `nonce` as only a holder of the token can; another process on a stale port learns nothing."""
         return hmac.new(self.token.encode(), nonce.encode(), hashlib.sha256).hexdigest()
 
 
 @dataclass(frozen=True, slots=True)
 class BuildInfo:
-    """Which code runs: doors and daemon of one build speak the same wire.
+    """Identifies the code that runs: front ends and daemon of one build speak the same protocol.
 
     changed: when the newest source file was written, in ns; orders two builds of one version.
     """
@@ -50,7 +50,7 @@ class BuildInfo:
 
     @classmethod
     def read(cls) -> "BuildInfo":
-        """The build on disk."""
+        """Read the build on disk."""
         package = Path(klein_mcp.__file__).parent
         digest, changed = hashlib.sha256(), 0
         for path in sorted((*package.rglob("*.py"), *(package.parent / "engine").rglob("*.py"))):
@@ -72,12 +72,12 @@ def new_token() -> str:
 
 
 def read(home: Path) -> Endpoint | None:
-    """The address in `home`; None where there is none that only we could have written."""
+    """Return the endpoint in `home`; None where there is none that only we could have written."""
     path = home / "daemon.json"
     try:
         with path.open("rb") as file:
             state = os.fstat(file.fileno())
-            # In a folder that others may write to, a planted address would bring them our prompts and pictures.
+            # In a folder that others may write to, a planted endpoint would bring them our prompts and images.
             if os.name == "posix" and (state.st_uid != os.getuid() or state.st_mode & 0o077):
                 return None
             return Endpoint(**json.load(file))
@@ -85,12 +85,12 @@ def read(home: Path) -> Endpoint | None:
         return None
 
 
-def write(home: Path, address: Endpoint) -> None:
-    """Raises OSError."""
-    atomic.write(home / "daemon.json", json.dumps(asdict(address)))
+def write(home: Path, endpoint: Endpoint) -> None:
+    """Write the endpoint file. Raises OSError."""
+    atomic.write(home / "daemon.json", json.dumps(asdict(endpoint)))
 
 
-def remove(home: Path, address: Endpoint) -> None:
-    """Take the address down if it is still this one."""
-    if read(home) == address:
+def remove(home: Path, endpoint: Endpoint) -> None:
+    """Delete the endpoint file if it is still this one."""
+    if read(home) == endpoint:
         (home / "daemon.json").unlink(missing_ok=True)

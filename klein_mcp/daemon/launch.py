@@ -1,4 +1,4 @@
-"""Finds the daemon of this user or starts it: one at a time, however many doors look at once."""
+"""Finds the daemon of this user or starts it: one at a time, however many front ends look at once."""
 
 import contextlib
 import os
@@ -17,7 +17,7 @@ import anyio
 
 import klein_mcp
 from engine.contract import EngineFailed
-from klein_mcp.daemon import endpoint as addresses
+from klein_mcp.daemon import endpoint as endpoints
 from klein_mcp.daemon.endpoint import ENGINE_LOCK, BuildInfo, Endpoint
 from klein_mcp.settings import Settings
 
@@ -37,13 +37,16 @@ DAEMON = (sys.executable, "-m", "klein_mcp.daemon")
 class DaemonInfo:
     """A daemon that has proved itself ours."""
 
-    address: Endpoint
+    endpoint: Endpoint
     build: BuildInfo
     draining: bool
 
 
 class Launcher:
-    """settings.home says which daemon, `build` which code this door runs, `command` how a daemon is started."""
+    """Finds or starts one daemon.
+
+    settings.home says which one, `build` which code this front end runs, `command` how a daemon is started.
+    """
 
     def __init__(
         self, settings: Settings, http: "httpx2.AsyncClient", build: BuildInfo, command: Sequence[str]
@@ -54,39 +57,41 @@ class Launcher:
         self._build = build
 
     async def find(self) -> DaemonInfo | None:
-        """The daemon that runs now, if one does. Starts nothing."""
-        address = addresses.read(self._settings.home)
-        if not address:
+        """Return the daemon that runs now, if one does. Starts nothing."""
+        endpoint = endpoints.read(self._settings.home)
+        if not endpoint:
             return None
         import httpx2
 
         nonce = secrets.token_hex(16)
         try:
-            response = await self._http.get(f"{address.url}/hello", params={"nonce": nonce}, timeout=GREETING)
+            response = await self._http.get(f"{endpoint.url}/hello", params={"nonce": nonce}, timeout=GREETING)
             answer = response.json()
-            proved = secrets.compare_digest(answer["proof"], address.proof(nonce))
-            return DaemonInfo(address, BuildInfo(**answer["build"]), answer["draining"]) if proved else None
+            proved = secrets.compare_digest(answer["proof"], endpoint.proof(nonce))
+            return DaemonInfo(endpoint, BuildInfo(**answer["build"]), answer["draining"]) if proved else None
         except (httpx2.HTTPError, ValueError, TypeError, KeyError):
             return None  # nobody there, or somebody else on a stale port
 
     async def ready(self) -> AsyncGenerator[Endpoint | None]:
-        """None while the daemon is being started or replaced, at least every second; at last its address.
+        """Yield None while the daemon is started or replaced, at least every second, at last its endpoint.
 
-        Raises EngineFailed if it does not start, or is newer than this door.
+        Raises EngineFailed if it does not start, or is newer than this front end.
         """
         heard = time.monotonic()
         while True:
             hello = await self.find()
             if hello and not hello.draining and self._same(hello):
-                yield hello.address
+                yield hello.endpoint
                 return
             if hello:
                 heard = time.monotonic()
                 if not hello.draining:
                     await self._ask_to_leave(hello)
             elif time.monotonic() - heard > START_TIMEOUT:
-                raise self.silent(START_TIMEOUT)
-            elif not self.alive():  # else too busy to answer, or on its way out: a second one would only wait for it
+                raise self.timeout_error(START_TIMEOUT)
+            elif (
+                not self.lock_is_held()
+            ):  # else too busy to answer, or on its way out: a second one would only wait for it
                 async with aclosing(self._start_if_nobody_does()) as starting:
                     async for _ in starting:
                         yield None
@@ -103,7 +108,7 @@ class Launcher:
             )
         return False
 
-    def alive(self) -> bool:
+    def lock_is_held(self) -> bool:
         """Whether some process holds the engine's lock, which every daemon does for life."""
         from filelock import FileLock, Timeout
 
@@ -115,22 +120,26 @@ class Launcher:
         except Timeout:
             return True
         except OSError:
-            pass  # not ours to write: said when we try to start one
+            pass  # not ours to write: reported when we try to start one
         return False
 
-    def gone(self, address: Endpoint) -> bool:
-        """Whether the daemon of that address has let go of its lock, the last thing it does. Another may run by now."""
-        return not self.alive() or addresses.read(self._settings.home) not in (None, address)
+    def reads(self, endpoint: Endpoint) -> bool:
+        """Whether the endpoint file still says `endpoint`."""
+        return endpoints.read(self._settings.home) == endpoint
 
-    def silent(self, seconds: float) -> EngineFailed:
-        """What to say of an engine that does not answer."""
-        address = addresses.read(self._settings.home)
-        process = f"process {address.pid}" if address else "its process"
+    def has_exited(self, endpoint: Endpoint) -> bool:
+        """Whether that daemon has released its lock, the last thing it does. Another may run by now."""
+        return not self.lock_is_held() or endpoints.read(self._settings.home) not in (None, endpoint)
+
+    def timeout_error(self, seconds: float) -> EngineFailed:
+        """Make the error for an engine that does not answer."""
+        endpoint = endpoints.read(self._settings.home)
+        process = f"process {endpoint.pid}" if endpoint else "its process"
         return EngineFailed(f"The engine has not answered for {seconds:.0f} s.", hint=f"End {process}, and try again.")
 
     async def _ask_to_leave(self, hello: DaemonInfo) -> None:
         with contextlib.suppress(Exception):
-            await self._http.post(f"{hello.address.url}/drain", headers=authorization(hello.address), timeout=5)
+            await self._http.post(f"{hello.endpoint.url}/drain", headers=authorization(hello.endpoint), timeout=5)
 
     async def _start_if_nobody_does(self) -> AsyncGenerator[None]:
         from filelock import FileLock, Timeout
@@ -141,10 +150,10 @@ class Launcher:
             lock = FileLock(home / "launch.lock", timeout=0)
             lock.acquire()
         except Timeout:
-            return  # another door is at it; the caller looks again
-        except OSError as problem:
+            return  # another front end is at it; the caller looks again
+        except OSError as exc:
             raise EngineFailed(
-                f"The data folder {home} cannot be used: {problem.strerror}.",
+                f"The data folder {home} cannot be used: {exc.strerror}.",
                 hint="Make it writable, or set KLEIN_HOME to a folder that is.",
             ) from None
         try:
@@ -173,25 +182,25 @@ class Launcher:
                 process = subprocess.Popen(
                     self._command,
                     stdin=subprocess.DEVNULL,
-                    stdout=subprocess.DEVNULL,  # an inherited stdout would corrupt the door's MCP stream
+                    stdout=subprocess.DEVNULL,  # an inherited stdout would corrupt the front end's MCP stream
                     stderr=errors,
                     cwd=Path(klein_mcp.__file__).parents[1],  # finds the package even where it is not installed
                     env={**os.environ, "KLEIN_HOME": str(home)},
                     **_detached(),
                 )
-        except OSError as problem:
-            raise EngineFailed(f"The engine cannot be started: {problem}.") from None
-        # Somebody has to take note of its end, or it stays behind as a zombie while the door lives.
+        except OSError as exc:
+            raise EngineFailed(f"The engine cannot be started: {exc}.") from None
+        # Somebody has to wait for its end, or it stays behind as a zombie while the front end runs.
         threading.Thread(target=process.wait, name="reaper", daemon=True).start()
         return process
 
 
-def authorization(address: Endpoint) -> dict[str, str]:
-    return {"authorization": f"Bearer {address.token}"}
+def authorization(endpoint: Endpoint) -> dict[str, str]:
+    return {"authorization": f"Bearer {endpoint.token}"}
 
 
 def _detached() -> dict[str, Any]:
-    """The daemon outlives the door that started it, and its terminal."""
+    """Return Popen options by which the daemon outlives its front end and terminal."""
     if os.name == "posix":
         return {"start_new_session": True}
     return {"creationflags": subprocess.DETACHED_PROCESS | subprocess.CREATE_NEW_PROCESS_GROUP}  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""What a job and its events look like on the wire: length-prefixed frames of one JSON header and raw RGB8 bytes."""
+"""Jobs and their events as bytes, for executors elsewhere: frames of a JSON header and raw RGB8."""
 
 import json
 import math
@@ -38,15 +38,15 @@ _ERRORS: dict[str, type[EngineError]] = {
 }
 
 MAX_FRAME = 512 * 2**20
-"""Bytes: ten references of 16 MP, the most a door lets in, are 480 MB."""
+"""Bytes: ten references of 16 MP, the most a front end lets in, are 480 MB."""
 
 
 class BadFrame(ValueError):
-    """These bytes are no message of ours."""
+    """The bytes are not a message of this protocol."""
 
 
 def encode(message: Message) -> bytes:
-    """One frame. Raises BadFrame if it would be longer than MAX_FRAME."""
+    """Write one frame. Raises BadFrame if it would be longer than MAX_FRAME."""
     pixels: list[bytes] = []
 
     def set_aside(value: object) -> object:
@@ -68,7 +68,7 @@ def encode(message: Message) -> bytes:
 
 
 def decode(frame: bytes) -> Message:
-    """The message of exactly one frame. Raises BadFrame."""
+    """Read the message of exactly one frame. Raises BadFrame."""
     try:
         header_length, body_length = _PREFIX.unpack_from(frame)
         if len(frame) != _PREFIX.size + header_length + body_length:
@@ -76,8 +76,8 @@ def decode(frame: bytes) -> Message:
         pixels = _Pixels(memoryview(frame)[_PREFIX.size + header_length :])
         content = json.loads(frame[_PREFIX.size : _PREFIX.size + header_length], object_hook=pixels.put_back)
         message = _message(content.pop("kind"), content)
-    except (struct.error, ValueError, TypeError, KeyError, AttributeError) as problem:
-        raise problem if isinstance(problem, BadFrame) else BadFrame(f"Not a message: {problem}") from problem
+    except (struct.error, ValueError, TypeError, KeyError, AttributeError) as exc:
+        raise exc if isinstance(exc, BadFrame) else BadFrame(f"Not a message: {exc}") from exc
     if pixels.left:
         raise BadFrame("More pixels than the header speaks of.")
     return message
@@ -90,7 +90,7 @@ class Frames:
         self._buffer = bytearray()
 
     def feed(self, data: bytes) -> Iterator[bytes]:
-        """The frames that `data` completes. Raises BadFrame."""
+        """Yield the frames that `data` completes. Raises BadFrame."""
         self._buffer += data
         while len(self._buffer) >= _PREFIX.size:
             length = _PREFIX.size + sum(_PREFIX.unpack_from(self._buffer))
@@ -103,7 +103,7 @@ class Frames:
 
 
 class _Pixels:
-    """Hands the raw bytes out again in the order in which they were set aside."""
+    """Returns the raw bytes in the order in which they were set aside."""
 
     def __init__(self, left: memoryview) -> None:
         self.left = left

@@ -69,7 +69,7 @@ def run(settings: Settings, options: HttpOptions) -> NoReturn:
 
     Raises RequestError or OSError if it cannot start.
     """
-    from klein_mcp.daemon.client import DaemonBackend
+    from klein_mcp.daemon.client import DaemonClient
 
     logging.basicConfig(
         level=settings.log_level.upper(), stream=sys.stderr, format="%(levelname)s %(name)s: %(message)s"
@@ -77,7 +77,7 @@ def run(settings: Settings, options: HttpOptions) -> NoReturn:
     warn_of_misspelt()
     token = token_for(settings, options)
     listener = _bind(options)
-    service = Service(settings, DaemonBackend(settings))
+    service = Service(settings, DaemonClient(settings))
     app = application(make_context(service), token=token, hosts=options.allowed_hosts)
     host = f"[{options.host}]" if ":" in options.host else options.host
     print(f"klein-mcp {__version__} serves http://{host}:{listener.getsockname()[1]}/mcp", file=sys.stderr, flush=True)

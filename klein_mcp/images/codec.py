@@ -14,9 +14,7 @@ from engine.contract import Rgb8
 from klein_mcp.errors import BadImage, NotEnoughMemory
 from klein_mcp.images import formats, png, provenance
 from klein_mcp.images.budget import DECODING, MAX_PIXELS
-
-MAX_BYTES = 64 * 2**20
-"""A 4096² PNG of pure noise is 50 MB."""
+from klein_mcp.limits import MAX_FILE_BYTES
 
 # Pillow's own limit applies to the whole process with an unhelpful message; ours is checked before decoding.
 Image.MAX_IMAGE_PIXELS = None
@@ -52,9 +50,9 @@ def decode(data: bytes, name: str, backdrop: int = 255) -> Decoded:
     """
     if not data:
         raise BadImage(f"{name} is empty (0 bytes).")
-    if len(data) > MAX_BYTES:
+    if len(data) > MAX_FILE_BYTES:
         raise BadImage(
-            f"{name} has {len(data) / 2**20:.0f} MiB; at most {MAX_BYTES // 2**20}.", hint="Send a smaller copy."
+            f"{name} has {len(data) / 2**20:.0f} MiB; at most {MAX_FILE_BYTES // 2**20}.", hint="Send a smaller copy."
         )
     try:
         with python_warnings.catch_warnings():

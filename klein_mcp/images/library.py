@@ -267,6 +267,23 @@ class Store:
         )
         return None if row is None else self._record(row)
 
+    def by_file(self, name: str) -> Record | None:
+        """Return the first image whose stored file has this SHA-256."""
+        row = self._row(
+            f"SELECT {_COLUMNS} FROM pictures WHERE file = ? AND deleted IS NULL ORDER BY number LIMIT 1", name
+        )
+        return None if row is None else self._record(row)
+
+    def root(self, handle: str) -> str:
+        """Return the oldest ancestor along first parents, else the image itself."""
+        query = (
+            "WITH RECURSIVE line (handle, depth) AS (SELECT ?, 0 UNION ALL"
+            " SELECT parent, depth + 1 FROM parents JOIN line ON child = line.handle WHERE position = 0)"
+            " SELECT handle FROM line ORDER BY depth DESC LIMIT 1"
+        )
+        row = self._row(query, handle)
+        return handle if row is None else row[0]
+
     def latest(self, client: str, back: int) -> Record | None:
         """Return the last image `client` generated, or the one `back` before it."""
         row = self._row(

@@ -1,7 +1,9 @@
-"""How a picture was made, written into its file: the recipe as JSON, and XMP with IPTC's source type."""
+"""Provenance of an image: how it was made, as a value, and as metadata of PNG, JPEG and WebP files."""
 
 import json
+import time
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 from xml.etree import ElementTree
 from xml.sax.saxutils import quoteattr
@@ -34,8 +36,42 @@ MAX_PACKET = 65_000
 """JPEG keeps XMP in one segment of at most 65,502 bytes."""
 
 
+@dataclass(frozen=True, slots=True)
+class Provenance:
+    """How an image was made, with everything it takes to make it again.
+
+    request: JSON of the request for this one image, its prompt included, with handles for references.
+    image: its handle, "" outside a library. parents: handles, or paths outside a library.
+    fingerprint: of the weights. dtype, mode: number format and execution mode, "" where unknown.
+    """
+
+    seed: int
+    model: str
+    fingerprint: str
+    steps: int
+    guidance: float
+    width: int
+    height: int
+    dtype: str = ""
+    mode: str = ""
+    image: str = ""
+    parents: tuple[str, ...] = ()
+    request: Mapping[str, Any] = field(default_factory=dict)
+    created: str = field(default_factory=lambda: time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()))
+
+    def to_json(self) -> dict[str, Any]:
+        """Write it as files, library, API and command line show it; the seed as text, as JSON readers round."""
+        values = {name: getattr(self, name) for name in self.__slots__}
+        values["parents"], values["request"] = list(self.parents), dict(self.request)
+        return {name: value for name, value in values.items() if value not in ("", {})} | {"seed": str(self.seed)}
+
+    @property
+    def prompt(self) -> str:
+        return str(self.request.get("prompt", ""))
+
+
 def xmp(recipe: Mapping[str, Any]) -> str:
-    """The packet that all three formats carry; the recipe rides in it, so that one reader serves them all."""
+    """Write the packet that all three formats carry, with the recipe in it, so that one reader serves them all."""
     return _PACKET.format(
         namespace=NAMESPACE,
         tool=quoteattr(f"klein-mcp {__version__}"),
@@ -45,15 +81,15 @@ def xmp(recipe: Mapping[str, Any]) -> str:
 
 
 def texts(recipe: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
-    """The same for PNG, with the recipe once more under a name that any PNG tool shows."""
+    """Write the same for PNG, with the recipe once more under a name that any PNG tool shows."""
     return ((KEYWORD, _json(recipe)), (_XMP_KEYWORD, xmp(recipe)))
 
 
-def read(picture: Image.Image) -> dict[str, Any] | None:
-    """The recipe of a picture that klein-mcp made, else None: strangers' metadata never raises."""
-    text = picture.info.get(KEYWORD)
+def read(image: Image.Image) -> dict[str, Any] | None:
+    """Return the recipe of an image that klein-mcp made, else None. Foreign metadata never raises."""
+    text = image.info.get(KEYWORD)
     if text is None:
-        text = _recipe_in(picture.info.get("xmp") or picture.info.get(_XMP_KEYWORD))
+        text = _recipe_in(image.info.get("xmp") or image.info.get(_XMP_KEYWORD))
     try:
         recipe = json.loads(text) if isinstance(text, str) and len(text) <= MAX_PACKET else None
     except (ValueError, RecursionError):
@@ -64,7 +100,7 @@ def read(picture: Image.Image) -> dict[str, Any] | None:
 def _recipe_in(packet: bytes | str | None) -> str | None:
     if not packet or len(packet) > MAX_PACKET:
         return None
-    # A packet of ours has no DTD; one that has is a stranger's, and entities in it could grow without end.
+    # Reject any DTD: ours has none, and entity expansion could exhaust memory.
     if (b"<!" if isinstance(packet, bytes) else "<!") in packet:  # type: ignore[operator]
         return None
     try:

@@ -9,7 +9,7 @@ import numpy.typing as npt
 from engine.contract import ChangeMask, Rgb8
 from klein_mcp.errors import RequestError
 from klein_mcp.images import codec, preserve
-from klein_mcp.jobs.request import MAX_AREA
+from klein_mcp.limits import MAX_AREA
 
 SEAM = 16
 """Pixels inside the mask over which the old image fades into the new."""

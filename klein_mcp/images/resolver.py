@@ -9,17 +9,21 @@ import stat
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 from urllib.parse import unquote_to_bytes, urlsplit
 from urllib.request import url2pathname
 
-import numpy as np
-
-from engine.contract import Rgb8
+from engine.contract import Rgb8, image_hash
 from klein_mcp.errors import BadImage, Refused, UnknownImage, quote
-from klein_mcp.images import codec
-from klein_mcp.images.budget import DECODING
 from klein_mcp.images.library import ALPHABET, HANDLE_LENGTH, Record, Store
+from klein_mcp.limits import MAX_FILE_BYTES
 from klein_mcp.settings import Settings
+
+if TYPE_CHECKING:
+    from klein_mcp.images.codec import Decoded
+
+MOST_SEEN = 256
+"""Files remembered by their hash; a conversation names a handful."""
 
 _LAST = re.compile(r"last(?:~(\d{1,4}))?")
 _HANDLE = re.compile(rf"[{ALPHABET}]{{{HANDLE_LENGTH}}}")
@@ -28,12 +32,11 @@ _READ = os.O_RDONLY | sum(getattr(os, flag, 0) for flag in ("O_NONBLOCK", "O_NOF
 
 @dataclass(frozen=True, slots=True)
 class ResolvedImage:
-    """The pixels of a reference and their record in the library.
+    """A reference and its record in the library.
 
     new: whether this call added the record.
     """
 
-    image: Rgb8
     record: Record
     warnings: tuple[str, ...] = ()
     new: bool = False
@@ -43,8 +46,10 @@ class ImageResolver:
     """Opens references for one library under one policy. Blocking."""
 
     def __init__(self, settings: Settings, store: Store) -> None:
-        self._settings = settings
+        self.settings = settings
         self._store = store
+        self._seen: dict[tuple[str, int], tuple[str, tuple[str, ...]]] = {}
+        """Files opened lately: (SHA-256, backdrop) -> handle and warnings, so that none is decoded twice."""
 
     def open(self, reference: str, client: str, *, backdrop: int = 255) -> ResolvedImage:
         """Open one reference. Raises RequestError.
@@ -53,9 +58,9 @@ class ImageResolver:
         """
         reference = reference.strip()
         if match := _LAST.fullmatch(reference):
-            return self._from_library(self._last(client, int(match[1] or 0)))
+            return ResolvedImage(self._last(client, int(match[1] or 0)))
         if reference.startswith("klein://images/"):
-            return self._from_library(self._store.get(reference.removeprefix("klein://images/").split("/")[0]))
+            return ResolvedImage(self._store.get(reference.removeprefix("klein://images/").split("/")[0]))
         if reference[:5].lower() == "data:":
             return self._import(_data_url(reference), "the data URL", None, client, backdrop)
         if re.match(r"https?://", reference, re.IGNORECASE):
@@ -70,7 +75,7 @@ class ImageResolver:
             real = self._allowed(path)
             return self._import(_read(real), str(path), str(real), client, backdrop)
         if _HANDLE.fullmatch(reference):
-            return self._from_library(self._store.get(reference))
+            return ResolvedImage(self._store.get(reference))
         if "/" in reference or os.sep in reference or path.suffix:
             # Relative to the client's folder, which is unknown: this server was started in another.
             raise UnknownImage(f"{quote(reference)} is a relative path.", hint="Give an absolute one, or a handle.")
@@ -85,8 +90,11 @@ class ImageResolver:
 
     keep = add  # until every caller uses the new name
 
-    def _from_library(self, record: Record) -> ResolvedImage:
-        return ResolvedImage(codec.decode(self._store.read(record), record.handle).image, record)
+    def pixels(self, record: Record) -> Rgb8:
+        """Decode an image of the library. Raises UnknownImage or BadImage."""
+        from klein_mcp.images import codec
+
+        return codec.decode(self._store.read(record), record.handle).image
 
     def _last(self, client: str, back: int) -> Record:
         if (pick := self._store.picked(client)) is not None:
@@ -104,11 +112,23 @@ class ImageResolver:
 
     def _import(self, data: bytes, name: str, source: str | None, client: str, backdrop: int) -> ResolvedImage:
         """Import a file, so that lineage and replay can refer to it."""
-        with DECODING.reserve(codec.declared_pixels(data)):  # until it is stored: encoding needs memory, too
-            return self._import_decoded(codec.decode(data, name, backdrop), source, client, backdrop)
+        file = hashlib.sha256(data).hexdigest()
+        if known := self._known(file, backdrop):
+            return known
+        from klein_mcp.images import codec
+        from klein_mcp.images.budget import DECODING
 
-    def _import_decoded(self, decoded: codec.Decoded, source: str | None, client: str, backdrop: int) -> ResolvedImage:
-        pixels = fingerprint(decoded.image)
+        with DECODING.reserve(codec.declared_pixels(data)):  # until it is stored: encoding needs memory, too
+            resolved = self._import_decoded(codec.decode(data, name, backdrop), source, client, backdrop)
+        if len(self._seen) >= MOST_SEEN:
+            del self._seen[next(iter(self._seen))]
+        self._seen[file, backdrop] = resolved.record.handle, resolved.warnings
+        return resolved
+
+    def _import_decoded(self, decoded: "Decoded", source: str | None, client: str, backdrop: int) -> ResolvedImage:
+        from klein_mcp.images import codec
+
+        pixels = image_hash(decoded.image)
         record = self._store.by_pixels(pixels)
         new = record is None
         if record is None:
@@ -127,10 +147,18 @@ class ImageResolver:
                 parents=[ancestor.handle] if ancestor else [],
                 source=source,
             )
-        return ResolvedImage(decoded.image, record, decoded.warnings, new)
+        return ResolvedImage(record, decoded.warnings, new)
+
+    def _known(self, file: str, backdrop: int) -> ResolvedImage | None:
+        """Find a file of the library, or one opened lately, without decoding."""
+        if record := self._store.by_file(file):
+            return ResolvedImage(record)
+        handle, warnings = self._seen.get((file, backdrop), ("", ()))
+        record = self._store.find(handle) if handle else None
+        return ResolvedImage(record, warnings) if record and record.deleted is None else None
 
     def _allowed(self, path: Path) -> Path:
-        roots = self._settings.read_roots or (Path.home(), Path(tempfile.gettempdir()))
+        roots = self.settings.read_roots or (Path.home(), Path(tempfile.gettempdir()))
         try:
             real = path.resolve()
             # Our own results name paths in the library, whose images any caller may open by handle.
@@ -145,20 +173,13 @@ class ImageResolver:
         return real
 
     def _fetch(self, url: str) -> bytes:
-        if not self._settings.allow_urls:
+        if not self.settings.allow_urls:
             raise Refused(
                 "Images from the web are not allowed.", hint="Save the image as a file, or set KLEIN_ALLOW_URLS=1."
             )
         from klein_mcp.images import fetch
 
-        return fetch.get(url, limit=codec.MAX_BYTES)
-
-
-def fingerprint(image: Rgb8) -> str:
-    """Hash size and values: equal for equal images, independent of the file."""
-    digest = hashlib.blake2b(b"%d %d " % image.shape[:2], digest_size=16)
-    digest.update(np.ascontiguousarray(image).data)
-    return digest.hexdigest()
+        return fetch.get(url, limit=MAX_FILE_BYTES)
 
 
 def _read(path: Path) -> bytes:
@@ -173,7 +194,7 @@ def _read(path: Path) -> bytes:
         os.close(descriptor)
         raise BadImage(f"{path} is not a file.")
     with os.fdopen(descriptor, "rb") as file:
-        return file.read(codec.MAX_BYTES + 1)
+        return file.read(MAX_FILE_BYTES + 1)
 
 
 def _data_url(url: str) -> bytes:
@@ -181,8 +202,8 @@ def _data_url(url: str) -> bytes:
     head, comma, body = url[5:].partition(",")
     if not comma:
         raise BadImage("The data URL has no comma, so no data.", hint="data:image/png;base64,…")
-    if len(body) > codec.MAX_BYTES * 4 // 3 + codec.MAX_BYTES // 16:  # blanks included: 76 characters a line
-        raise BadImage(f"The data URL is over {codec.MAX_BYTES // 2**20} MiB.", hint="Give a path instead.")
+    if len(body) > MAX_FILE_BYTES * 4 // 3 + MAX_FILE_BYTES // 16:  # blanks included: 76 characters a line
+        raise BadImage(f"The data URL is over {MAX_FILE_BYTES // 2**20} MiB.", hint="Give a path instead.")
     parameters = [parameter.strip().lower() for parameter in head.split(";")]
     if "base64" not in parameters[1:]:
         return unquote_to_bytes(body)

@@ -1,38 +1,38 @@
-"""Who calls a tool, and how to reach them while they wait."""
+"""Identifies the caller of a tool, and reaches it while it waits."""
 
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 
-async def _silence(done: float, total: float, message: str) -> None:
-    """For a caller that wants no progress."""
+async def _no_progress(done: float, total: float, message: str) -> None:
+    """Ignore progress, for a caller that wants none."""
 
 
 async def _no_roots() -> tuple[Path, ...] | None:
-    """For a client that offers none."""
+    """Return no folders, for a client that offers none."""
     return None
 
 
-async def _nobody(uri: str) -> None:
-    """For a caller to whom no picture is announced."""
+async def _no_announcement(uri: str) -> None:
+    """Ignore a new image, for a caller that does not subscribe."""
 
 
 @dataclass(frozen=True, slots=True)
 class CallContext:
     """One tool call's caller.
 
-    client: whose turn it is in the queue and whose `last` is meant: one stdio door, one HTTP session, or one token.
+    client: whose turn it is in the queue and whose `last` is meant: one stdio server, one HTTP session, or one token.
     name: what the client calls itself, "" where it does not say.
-    tell: progress, as (done, total, message).
+    progress: takes (done, total, message).
     roots: the folders the client works in, None where it does not say.
-    painted: announces a new picture's address to whoever listens.
-    link: makes the address under which a picture can be downloaded; None where the client shares our disk.
+    on_new_image: takes a new image's address, for whoever subscribed.
+    link: makes the address under which an image can be downloaded; None where the client shares our disk.
     """
 
     client: str
     name: str = ""
-    tell: Callable[[float, float, str], Awaitable[None]] = _silence
+    progress: Callable[[float, float, str], Awaitable[None]] = _no_progress
     roots: Callable[[], Awaitable[tuple[Path, ...] | None]] = _no_roots
-    painted: Callable[[str], Awaitable[None]] = _nobody
+    on_new_image: Callable[[str], Awaitable[None]] = _no_announcement
     link: Callable[[str], str] | None = None

@@ -1,93 +1,90 @@
-"""An order at work: its references opened, its jobs for the engine, its paintings put away. Blocking."""
+"""Turns a request with library handles into jobs for the engine. Blocking."""
 
 from dataclasses import dataclass, replace
 
 from engine.contract import Job, Result, Rgb8
-from klein_mcp.errors import RequestError
 from klein_mcp.images import region
 from klein_mcp.images.library import Record, Store
+from klein_mcp.images.pixels import PixelCache
 from klein_mcp.images.region import EditRegion
-from klein_mcp.images.resolver import ImageResolver
-from klein_mcp.jobs.request import GRID, ImageRequest
-from klein_mcp.jobs.save import SavedImage, finish
+from klein_mcp.jobs.request import Aspect, Exact, ImageRequest, KeepSource
+from klein_mcp.limits import GRID
 
-WHITE = 255
-MISSHAPEN = 0.03
-"""How far a picture's shape may be from what was asked before it is told: what a small model's few sizes miss."""
+ASPECT_TOLERANCE = 0.03
+"""Share by which a result's shape may miss the requested one without a warning: what a small model's few sizes miss."""
 
 
 @dataclass(frozen=True, slots=True)
 class PreparedRequest:
-    """order: with a handle for every reference. original, patch: of an edit that keeps its size."""
+    """A request with everything its jobs need.
 
-    order: ImageRequest
+    hashes: `image_hash` of each reference that is sent as it is, "" for a part of one.
+    parents: records of references and mask. original, region: of an edit that keeps its size.
+    affinity: names the lineage, so that its jobs meet on the machine that caches its references.
+    """
+
+    request: ImageRequest
     references: tuple[Rgb8, ...]
+    hashes: tuple[str, ...]
     parents: tuple[Record, ...]
     warnings: tuple[str, ...]
+    affinity: str = ""
     original: "Rgb8 | None" = None
-    patch: EditRegion | None = None
+    region: EditRegion | None = None
 
-    @classmethod
-    def open(cls, order: ImageRequest, sources: ImageResolver, client: str) -> "PreparedRequest":
-        """Raises RequestError."""
-        images = [sources.open(reference, client) for reference in order.images]
-        masks = [sources.open(order.mask, client, backdrop=0)] if order.mask else []
-        if masks and masks[0].record.recipe.get("flattened_on") == WHITE:
-            raise RequestError(
-                f"The mask {order.mask} was transparent when it was opened as a picture, and is white there now.",
-                hint="Give the mask's own file as mask.",
-            )
-        opened = [*images, *masks]
-        work = cls(
-            replace(
-                order,
-                images=tuple(one.record.handle for one in images),
-                mask=masks[0].record.handle if masks else None,
-            ),
-            tuple(one.image for one in images),
-            tuple(one.record for one in opened),
-            (
-                *(warning for one in opened for warning in one.warnings),
-                *(warning for one in masks for warning in region.doubt(one.image)),
-            ),
+    def job(self, index: int) -> Job:
+        """Make the job of image number `index`: all are alike but for their seeds."""
+        request, size = self.request, self.request.size
+        return Job(
+            prompt=request.prompt,
+            references=self.references,
+            width=size.width if isinstance(size, Exact) else None,
+            height=size.height if isinstance(size, Exact) else None,
+            aspect=(size.width, size.height) if isinstance(size, Aspect) else None,
+            align=isinstance(size, KeepSource),
+            close_up=self.region is not None and self.region.is_partial,
+            seed=request.seed + index,
+            model=request.model,
+            steps=request.steps,
+            guidance=request.guidance,
+            hashes=self.hashes,
+            affinity=self.affinity,
         )
-        if not order.keep_size:
-            return work
-        original = work.references[0]
-        patch = region.patch(original, order.region, masks[0].image if masks else None)
-        return replace(work, references=(patch.cut(original),), original=original, patch=patch)
 
-    def jobs(self) -> list[Job]:
-        """One per picture: the same job with seeds that count up."""
-        order = self.order
-        return [
-            Job(
-                prompt=order.prompt,
-                references=self.references,
-                width=order.width,
-                height=order.height,
-                align=order.keep_size,
-                close_up=self.patch is not None and self.patch.part_of_more,
-                aspect=order.aspect,
-                seed=order.seed + k,
-                model=order.model,
-            )
-            for k in range(order.count)
-        ]
-
-    def misshapen(self, painting: Result) -> tuple[str, ...]:
-        """A word where the model's sizes do not meet the shape that was asked for."""
-        if self.order.aspect is None:
+    def aspect_warnings(self, result: Result) -> tuple[str, ...]:
+        """Warn if the result's aspect ratio misses the requested one."""
+        size = self.request.size
+        if not isinstance(size, Aspect):
             return ()
-        across, along = self.order.aspect
-        height, width = painting.image.shape[:2]
-        if abs(width / height * along / across - 1) <= MISSHAPEN:
+        height, width = result.image.shape[:2]
+        if abs(width / height * size.height / size.width - 1) <= ASPECT_TOLERANCE:
             return ()
-        size = f"{width}×{height}, not quite {across}:{along}"
-        return (f"the picture is {size}: {painting.model} paints in steps of {GRID} pixels",)
+        missed = f"{width}×{height}, not quite {size.width}:{size.height}"
+        return (f"the image is {missed}: {result.model} paints in steps of {GRID} pixels",)
 
-    def finish(self, store: Store, painting: Result, client: str) -> SavedImage:
-        """The picture in the library."""
-        return finish(
-            store, self.order, painting, self.parents, client=client, original=self.original, patch=self.patch
-        )
+
+def prepare(request: ImageRequest, store: Store, pixels: PixelCache) -> PreparedRequest:
+    """Load references and mask by handle, and cut out the region that is edited. Raises RequestError."""
+    records = [store.get(handle) for handle in request.images]
+    mask_record = store.get(request.mask) if request.mask else None
+    images = tuple(pixels.read(record) for record in records)
+    mask = pixels.read(mask_record) if mask_record else None
+    prepared = PreparedRequest(
+        request,
+        images,
+        tuple(record.pixels for record in records),
+        (*records, *([mask_record] if mask_record else [])),
+        (*request.warnings, *(region.mask_warnings(mask) if mask is not None else ())),
+        f"{request.model} {store.root(records[0].handle)}" if records else "",
+    )
+    if not isinstance(request.size, KeepSource):
+        return prepared
+    part = region.edit_region(images[0], request.region, mask)
+    cut = part.crop(images[0])
+    return replace(
+        prepared,
+        references=(cut,),
+        hashes=prepared.hashes if cut.shape == images[0].shape else ("",),
+        original=images[0],
+        region=part,
+    )

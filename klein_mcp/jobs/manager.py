@@ -1,199 +1,408 @@
-"""Orders that were handed over because painting them outlasts a call: painted to their end, whoever still waits.
-
-Each is a small file, so that it outlives this process too: a promise made to an agent is kept by the next daemon.
-"""
+"""Owns every job: runs it, tells its listeners, saves its images, and keeps detached ones across restarts."""
 
 import asyncio
 import contextlib
 import json
 import logging
 import secrets
+import sqlite3
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncGenerator, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from threading import Lock
+from typing import TYPE_CHECKING
 
-from engine.contract import EngineError
+from engine.contract import EngineError, EngineFailed, Event, Job, Queued, Result, Rgb8, Step
 from klein_mcp import atomic
-from klein_mcp.jobs.backend import UnknownJob
+from klein_mcp.errors import RequestError, quote
+from klein_mcp.images.library import Store
+from klein_mcp.jobs.api import UnknownJob
+from klein_mcp.jobs.events import (
+    LAST,
+    NO_PREVIEWS,
+    Cancelled,
+    Done,
+    Failed,
+    ImageSaved,
+    JobEvent,
+    Listen,
+    Progressed,
+    Saving,
+    Submitted,
+)
+from klein_mcp.jobs.previews import PreviewCache
+from klein_mcp.jobs.queue import Queue, engine_stopped
+from klein_mcp.jobs.record import JobRecord, Listener
+from klein_mcp.jobs.request import ImageRequest
+from klein_mcp.jobs.results import Preview, SavedImage
+from klein_mcp.jobs.status import DaemonStatus, JobStatus
 
 if TYPE_CHECKING:
-    from klein_mcp.jobs.service import JobResult, Service
+    from klein_mcp.images.pixels import PixelCache
+    from klein_mcp.jobs.execute import PreparedRequest
 
 log = logging.getLogger(__name__)
 
-ANSWER = 1.0
-"""Seconds after which somebody who asks for a job gets its state though it is not done."""
+HEARTBEAT = 1.0
+"""Seconds after which the latest progress is told again, so that a listener can count on waking up."""
+
+LISTEN_WITHIN = 10.0
+"""Seconds for somebody to listen to a new job; its submitter may have died in between."""
 
 REMEMBERED = 24 * 3600.0
-"""Seconds for which a finished job can be asked after; its pictures stay in the library."""
+"""Seconds for which a finished job can be asked after; its images stay in the library."""
 
 MOST = 1000
-"""Finished jobs that can be asked after, a file of about a kilobyte each; more within a day is a client that loops."""
+"""Finished jobs that can be asked after, about a kilobyte each; more within a day is a client in a loop."""
 
 ATTEMPTS = 2
-"""Daemons that may die over one order."""
-
-_OVER = ("done", "failed")
+"""Daemons that may crash on one job."""
 
 
 class JobManager:
-    """make_service: a Service on this process's queue; made with the first order, as it opens the library."""
+    """The job API of this process, as `jobs.api.Jobs` describes it. Belongs to one event loop."""
 
-    def __init__(self, folder: Path, make_service: Callable[[], "Service"]) -> None:
+    def __init__(self, folder: Path, library: Path, queue: Queue) -> None:
+        """folder: for detached jobs, a file each. library: opened by the first job."""
         self._folder = folder
-        self._make_service = make_service
-        self._service: Service | None = None
-        self._jobs: dict[str, dict[str, Any]] = {}
-        self._tasks: dict[str, asyncio.Task[None]] = {}
-        self._changed = asyncio.Condition()
+        self._library = library
+        self._queue = queue
+        self._jobs: dict[str, JobRecord] = {}
+        self._opening = Lock()
+        self._store: Store | None = None
+        self._pixels: PixelCache | None = None
+        self._previews = PreviewCache(self._read)
+        self._closing = False
+
+    # -- the job API ---------------------------------------------------------------------------------------------------
+
+    async def submit(self, request: ImageRequest, *, client: str) -> str:
+        """Start a job. Raises Busy or EngineFailed."""
+        job = self._submit(request, client, ())
+        asyncio.get_running_loop().call_later(LISTEN_WITHIN, self._cancel_unless_wanted, job)
+        return job.id
+
+    async def run(
+        self, request: ImageRequest, *, client: str, listen: Listen = NO_PREVIEWS, saved: Sequence[SavedImage] = ()
+    ) -> AsyncGenerator[JobEvent]:
+        """Submit and listen. saved: its first images, that a daemon which crashed had made already."""
+        job = self._submit(request, client, saved)
+        async with contextlib.aclosing(self._listen(job, listen, Submitted(job.id))) as events:
+            async for event in events:
+                yield event
+
+    async def events(self, job: str, listen: Listen = NO_PREVIEWS) -> AsyncGenerator[JobEvent]:
+        """Listen to a job. Raises UnknownJob."""
+        async with contextlib.aclosing(self._listen(self._find(job), listen)) as events:
+            async for event in events:
+                yield event
+
+    async def detach(self, job: str) -> JobStatus:
+        """Let a job go on without listeners. Raises UnknownJob; EngineFailed if it cannot be written to disk."""
+        record = self._find(job)
+        if not record.detached:
+            try:
+                self._write(record)
+            except OSError as exc:
+                raise EngineFailed(f"The job cannot be written to the disk: {exc}.") from None
+            record.detached = True
+        return record.status()
+
+    async def cancel(self, job: str) -> None:
+        """Stop a job within one step. Raises UnknownJob."""
+        self._cancel(self._find(job))
+
+    async def job(self, job: str) -> JobStatus:
+        """Return how far a job is. Raises UnknownJob."""
+        return self._find(job).status()
+
+    async def list(self) -> list[JobStatus]:
+        """Return all jobs, newest first."""
+        return [job.status() for job in sorted(self._jobs.values(), key=lambda job: -job.created)]
+
+    async def status(self) -> DaemonStatus:
+        """Describe queue and engine."""
+        # The engine looks into model folders; a slow disk must not hold up the progress of every job.
+        engine = await asyncio.to_thread(self._queue.engine_status)
+        return DaemonStatus(True, queue=self._queue.status(), seconds=self._queue.seconds(), engine=engine)
+
+    # -- for the process that holds it ---------------------------------------------------------------------------------
 
     @property
-    def busy(self) -> bool:
-        return bool(self._tasks)
+    def idle_seconds(self) -> float:
+        """Seconds since the last job ended; 0 while there is one."""
+        return 0.0 if any(not job.over for job in self._jobs.values()) else self._queue.idle_seconds
 
     def resume(self) -> None:
-        """Go on with what the daemon before us did not finish; forget what was finished long ago."""
-        for beside in self._folder.glob("*.json.*"):  # it was killed while it wrote
+        """Go on with detached jobs that the last daemon did not finish. Forget what was finished long ago."""
+        for unfinished in self._folder.glob("*.json.*"):  # the last daemon was killed while it wrote
             with contextlib.suppress(OSError):
-                beside.unlink()
+                unfinished.unlink()
         for path in self._folder.glob("*.json"):
             try:
-                job = json.loads(path.read_text())
-                job["since"] = float(job["since"])
-                if job["state"] in _OVER:
-                    self._jobs[path.stem] = job
-                    continue
-                with contextlib.suppress(OSError):  # a crash may then go uncounted, but the promise is kept
-                    self._write(path.stem, _once_more(job))
-                self._start(path.stem, job)
-            except (OSError, ValueError, KeyError, TypeError):
-                log.warning("%s is no job of ours", path)
+                job = JobRecord.from_json(path.stem, json.loads(path.read_text()))
+            except (OSError, ValueError, KeyError, TypeError, AttributeError):
+                log.warning("%s is not a job that can be read", path)
+                continue
+            self._jobs[job.id] = job
+            if job.over:
+                continue
+            job.attempts += 1
+            with contextlib.suppress(OSError):  # a crash may then go uncounted, but the job is run
+                self._write(job)
+            job.task = asyncio.create_task(self._work(job))
         self._forget()
-
-    async def take(self, order: Mapping[str, Any], *, client: str, made: Mapping[str, Any] | None) -> str:
-        """Promise `order`. Returns its handle once the job that may be under the brush for it is ours.
-
-        Raises OSError if the promise cannot be written down, and ValueError, TypeError or KeyError for no order.
-        """
-        from klein_mcp.jobs.request import ImageRequest
-
-        ImageRequest.from_json(order)
-        name = "j" + secrets.token_hex(6)
-        job = {"order": dict(order), "client": client, "made": made, "attempts": 0, "since": time.time()}
-        self._write(name, _once_more(job))
-        self._start(name, job)
-        self._forget()
-        await self._until(lambda: job.get("begun") or name not in self._tasks, 5.0)
-        return name
-
-    async def state(self, name: str) -> dict[str, Any]:
-        """As Backend.kept. Raises UnknownJob."""
-        job = self._jobs.get(name)
-        if job is None:
-            raise UnknownJob(name)
-        await self._until(lambda: job["state"] in _OVER, ANSWER)
-        hidden = ("order", "client", "attempts", "since", "begun")
-        return {key: value for key, value in job.items() if key not in hidden}
 
     async def aclose(self) -> None:
-        """Put everything down; the next daemon resumes it."""
-        for task in self._tasks.values():
+        """Stop every job; the next daemon resumes the detached ones."""
+        self._closing = True
+        tasks = [job.task for job in self._jobs.values() if job.task and not job.task.done()]
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(*self._tasks.values(), return_exceptions=True)
-        if self._service:
-            self._service.close()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        if self._store:
+            self._store.close()
 
-    def _start(self, name: str, job: dict[str, Any]) -> None:
-        self._jobs[name] = job
-        self._tasks[name] = asyncio.create_task(self._paint(name))
+    # -- submitting and listening --------------------------------------------------------------------------------------
 
-    def _forget(self) -> None:
-        """What was finished long ago, or before MOST others, can no longer be asked after."""
-        over = [name for name, job in self._jobs.items() if job["state"] in _OVER]
-        over.sort(key=lambda name: self._jobs[name]["since"], reverse=True)
-        for rank, name in enumerate(over):
-            if rank >= MOST or time.time() - self._jobs[name]["since"] > REMEMBERED:
-                del self._jobs[name]
-                with contextlib.suppress(OSError):
-                    self._file(name).unlink(missing_ok=True)
+    def _submit(self, request: ImageRequest, client: str, saved: Sequence[SavedImage]) -> JobRecord:
+        if self._closing:
+            raise engine_stopped()
+        self._queue.check_place()
+        job = JobRecord("j" + secrets.token_hex(6), request, client, saved=list(saved))
+        self._jobs[job.id] = job
+        job.task = asyncio.create_task(self._work(job))
+        self._forget()
+        return job
 
-    async def _paint(self, name: str) -> None:
-        job = self._jobs[name]
+    async def _listen(self, job: JobRecord, options: Listen, *first: JobEvent) -> AsyncGenerator[JobEvent]:
+        listener = Listener(options)
+        # Nothing is awaited between this look at the job and the first event, so none is missed or comes twice.
+        saved = [ImageSaved(image, saved) for image, saved in enumerate(job.saved)]
+        now = job.ending or job.latest
+        for event in (*first, *saved, *([now] if now else [])):
+            listener.inbox.put_nowait(event)
+        job.listeners.append(listener)
+        self._update_watched(job)
         try:
-            if job["attempts"] > ATTEMPTS:
-                raise EngineError(
-                    f"The engine crashed {ATTEMPTS} times on this picture.",
+            while True:
+                try:
+                    event = await asyncio.wait_for(listener.inbox.get(), HEARTBEAT)
+                except TimeoutError:
+                    if job.latest is None:
+                        continue
+                    event = job.latest
+                yield await self._for_listener(job, event, options)
+                if isinstance(event, LAST):
+                    return
+        finally:
+            job.listeners.remove(listener)
+            self._update_watched(job)
+            self._cancel_unless_wanted(job)
+
+    async def _for_listener(self, job: JobRecord, event: JobEvent, options: Listen) -> JobEvent:
+        """Add the previews that a listener asked for."""
+        match event:
+            case ImageSaved(saved=saved) if options.each:
+                return replace(event, preview=await self._preview([saved.handle], options.each))
+            case Done() if options.preview:
+                handles = [image.handle for image in job.saved]
+                return replace(event, preview=await self._preview(handles, options.preview))
+            case Progressed(preview=Preview()) if not options.steps:
+                return replace(event, preview=None)
+        return event
+
+    async def _preview(self, handles: Sequence[str], longest: int) -> Preview | None:
+        try:
+            return await asyncio.to_thread(self._previews.get, handles, longest)
+        except RequestError:
+            return None  # an image was deleted since
+
+    def _cancel_unless_wanted(self, job: JobRecord) -> None:
+        if not job.listeners and not job.detached:
+            self._cancel(job)
+
+    def _cancel(self, job: JobRecord) -> None:
+        if job.task and not job.over and not job.cancelling:
+            job.cancelling = True
+            job.task.cancel()
+
+    def _update_watched(self, job: JobRecord) -> None:
+        if job.ticket:
+            job.ticket.watched = job.watched
+
+    def _find(self, name: str) -> JobRecord:
+        if name not in self._jobs:
+            raise UnknownJob(f"There is no job {quote(name)}.")
+        return self._jobs[name]
+
+    # -- running a job -------------------------------------------------------------------------------------------------
+
+    async def _work(self, job: JobRecord) -> None:
+        try:
+            if job.attempts > ATTEMPTS:
+                raise EngineFailed(
+                    f"The engine crashed {ATTEMPTS} times on this image.",
                     hint="Try a smaller size, or another model.",
                 )
-            outcome = await self._run(name)
-            job.update(state="done", progress=1.0, message="done", eta_s=0.0, **_told(outcome))
+            await self._make_images(job)
+            job.ms = job.total_ms()
+            ending = Done(job.all_warnings(), job.ms)
         except asyncio.CancelledError:
-            job["attempts"] -= 1  # put down, not crashed
-            raise
-        except Exception as problem:
-            from klein_mcp.errors import RequestError, explain
-
-            if not isinstance(problem, EngineError | RequestError):
-                log.exception("an order that was handed over failed")
-            job.update(
-                state="failed",
-                error={
-                    "message": (explain(problem) if isinstance(problem, EngineError) else str(problem))
-                    or type(problem).__name__,
-                    "hint": "",
-                },
+            if self._closing and not job.cancelling:
+                self._put_back(job)
+                return
+            ending = Cancelled()
+        except (EngineError, RequestError) as exc:
+            ending = Failed(exc)
+        except (OSError, sqlite3.Error) as exc:
+            log.exception("a job met an error of the disk")
+            home = self._library.parent
+            ending = Failed(
+                EngineFailed(
+                    f"The daemon met a disk error: {exc}.", hint=f"Check free space and permissions of {home}."
+                )
             )
+        except Exception as exc:
+            log.exception("a job failed")
+            first_line = (str(exc).splitlines() or [""])[0]
+            message = f"The job failed inside klein-mcp: {type(exc).__name__}: {first_line}".rstrip(": ")
+            ending = Failed(EngineFailed(f"{message}.", hint="Its log, named by `klein-mcp status`, has the details."))
+        job.publish(ending)
+        self._write_if_detached(job)
+
+    def _put_back(self, job: JobRecord) -> None:
+        """Leave a detached job to the next daemon; end any other."""
+        for listener in job.listeners:
+            listener.inbox.put_nowait(Failed(engine_stopped()))
+        if job.detached:
+            job.attempts -= 1  # stopped, not crashed
+            self._write_if_detached(job)
+
+    async def _make_images(self, job: JobRecord) -> None:
+        prepared = await asyncio.to_thread(self._prepare, job.request)
+        job.warnings = prepared.warnings
+        saving: asyncio.Task[None] | None = None
+        try:
+            for image in range(len(job.saved), job.request.count):
+                result = await self._compute(job, image, prepared.job(image))
+                if saving:
+                    await saving
+                # Beside the next image's computation.
+                saving = asyncio.create_task(self._save(job, image, prepared, result))
+            if saving:
+                await saving
         finally:
-            self._tasks.pop(name, None)
-            job["since"] = time.time()
-            with contextlib.suppress(OSError):
-                self._write(name, job)
-            await self._tell()
+            if saving and not saving.done():
+                await asyncio.wait([saving])
 
-    async def _run(self, name: str) -> "JobResult":
-        from klein_mcp.jobs.context import CallContext
-        from klein_mcp.jobs.request import ImageRequest
+    async def _compute(self, job: JobRecord, image: int, engine_job: Job) -> Result:
+        """Queue one image and pass its events on until its result. Cancelling this cancels it."""
+        loop = asyncio.get_running_loop()
+        inbox: asyncio.Queue[Event | EngineError] = asyncio.Queue()
+        started, waiting = time.perf_counter(), True
 
-        if not self._service:
-            self._service = self._make_service()
-        job, started = self._jobs[name], time.monotonic()
+        def tell(event: Event | EngineError) -> None:
+            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody is left to tell
+                loop.call_soon_threadsafe(inbox.put_nowait, event)
 
-        async def tell(done: float, total: float, message: str) -> None:
-            share = done / total
-            gone = time.monotonic() - started
-            job.update(state="painting", progress=round(share, 3), message=message, begun=True)
-            job["eta_s"] = round(gone * (1 - share) / share, 1) if share > 0.1 else None
-            await self._tell()
+        accepted = image > 0 or job.detached
+        ticket = self._queue.put(engine_job, job.client, tell, watched=job.watched, bypass_limit=accepted)
+        job.ticket = ticket
+        try:
+            while True:
+                event = await inbox.get()
+                if waiting and not isinstance(event, Queued):
+                    waiting = False
+                    job.add_ms({"queue": 1000 * (time.perf_counter() - started)})
+                if isinstance(event, EngineError):
+                    raise event
+                if isinstance(event, Result):
+                    job.publish(Progressed(image, Saving()))
+                    job.add_ms(event.ms)
+                    return event
+                preview = None
+                if isinstance(event, Step) and event.preview is not None:
+                    preview = await asyncio.to_thread(_encode_preview, event.preview)
+                    event = Step(event.done, event.total)
+                job.publish(Progressed(image, event, preview))
+        finally:
+            job.ticket = None
+            self._queue.cancel(ticket)
 
-        return await self._service.paint(
-            ImageRequest.from_json(job["order"]), CallContext(client=job["client"], tell=tell)
-        )
+    async def _save(self, job: JobRecord, image: int, prepared: "PreparedRequest", result: Result) -> None:
+        from klein_mcp.jobs import save
 
-    async def _tell(self) -> None:
-        async with self._changed:
-            self._changed.notify_all()
+        started = time.perf_counter()
+        store, pixels = self._open()
+        finished = await asyncio.to_thread(save.finish, prepared, result)
+        handle = store.new_handle()
+        # Whoever listens gets the preview with the result, so it is made beside the file.
+        previews = [
+            asyncio.to_thread(self._previews.get, [handle], longest, finished.pixels)
+            for longest in self._wanted_previews(job)
+        ]
+        storing = asyncio.to_thread(save.save, store, handle, finished, prepared, result, job.client)
+        (saved, pixel_hash), *_ = await asyncio.gather(storing, *previews)
+        pixels.add(pixel_hash, finished.pixels)
+        self._queue.prefetch(finished.pixels)
+        job.saved.append(saved)
+        job.add_ms({"save": 1000 * (time.perf_counter() - started)})
+        job.publish(ImageSaved(image, saved))
+        if image + 1 < job.request.count:
+            self._write_if_detached(job)
 
-    async def _until(self, condition: Callable[[], Any], seconds: float) -> None:
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(seconds), self._changed:
-                await self._changed.wait_for(condition)
+    def _wanted_previews(self, job: JobRecord) -> set[int]:
+        """Long edges of the previews of single images that listeners wait for."""
+        options = [listener.options for listener in job.listeners]
+        single = {each.preview for each in options} if job.request.count == 1 else set()
+        return (single | {each.each for each in options}) - {0}
 
-    def _write(self, name: str, job: dict[str, Any]) -> None:
+    # -- library and files ---------------------------------------------------------------------------------------------
+
+    def _open(self) -> "tuple[Store, PixelCache]":
+        """Open the library once, though two jobs may begin at the same moment. Blocking."""
+        from klein_mcp.images.pixels import PixelCache
+
+        with self._opening:
+            if self._store is None or self._pixels is None:
+                self._store = Store(self._library)
+                self._pixels = PixelCache(self._store)
+            return self._store, self._pixels
+
+    def _prepare(self, request: ImageRequest) -> "PreparedRequest":
+        from klein_mcp.jobs.execute import prepare
+
+        return prepare(request, *self._open())
+
+    def _read(self, handle: str) -> Rgb8:
+        store, pixels = self._open()
+        return pixels.read(store.get(handle))
+
+    def _forget(self) -> None:
+        """Drop what was finished long ago, or before MOST others."""
+        over = sorted((job for job in self._jobs.values() if job.over), key=lambda job: -job.changed)
+        for rank, job in enumerate(over):
+            if rank >= MOST or time.time() - job.changed > REMEMBERED:
+                del self._jobs[job.id]
+                with contextlib.suppress(OSError):
+                    self._file(job).unlink(missing_ok=True)
+
+    def _write_if_detached(self, job: JobRecord) -> None:
+        if job.detached:
+            with contextlib.suppress(OSError):  # a full disk: the job goes on in memory
+                self._write(job)
+
+    def _write(self, job: JobRecord) -> None:
         self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        atomic.write(self._file(name), json.dumps(job))
+        atomic.write(self._file(job), json.dumps(job.to_json()))
 
-    def _file(self, name: str) -> Path:
-        return self._folder / f"{name}.json"
-
-
-def _once_more(job: dict[str, Any]) -> dict[str, Any]:
-    """Waiting, with one attempt more on its account."""
-    job.update(state="queued", progress=0.0, message="waiting", eta_s=None, attempts=job["attempts"] + 1)
-    job.pop("begun", None)
-    return job
+    def _file(self, job: JobRecord) -> Path:
+        return self._folder / f"{job.id}.json"
 
 
-def _told(outcome: "JobResult") -> dict[str, Any]:
-    pictures = [made.to_json() for made in outcome.made]
-    return {"pictures": pictures, "warnings": list(outcome.warnings), "ms": dict(outcome.ms)}
+def _encode_preview(image: Rgb8) -> Preview:
+    from klein_mcp.images.preview import preview
+
+    return Preview.encode(*preview(image))

@@ -1,4 +1,4 @@
-"""Events of the engine as MCP progress: always rising, never silent for long."""
+"""Events of a job as MCP progress: always rising, never silent for long."""
 
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -7,11 +7,12 @@ from contextlib import asynccontextmanager
 import anyio
 
 from engine.contract import Event, Loading, Queued, Result, Stage, Step
+from klein_mcp.jobs.events import Progressed, Saving
 
 HEARTBEAT = 4.0
 """Seconds; clients that count on progress give up after 5 to 60 s of silence."""
 
-# Share of one picture's progress at which a phase ends. Loading is long but rare, denoising is the work itself.
+# Share of one image's progress at which a phase ends. Loading is long but rare, denoising is the work itself.
 _QUEUED, _LOADED, _PROMPT, _REFERENCES, _DENOISED, _DECODED = 0.05, 0.3, 0.35, 0.4, 0.9, 0.95
 _STAGES = {
     "prompt": (_LOADED, "reading the prompt"),
@@ -22,63 +23,56 @@ _STAGES = {
 
 
 class Progress:
-    """Tells how far `pictures` pictures are, one after the other."""
+    """Reports how far `images` images are, one after the other."""
 
-    def __init__(self, tell: Callable[[float, float, str], Awaitable[None]], pictures: int) -> None:
-        self._tell = tell
-        self._pictures = pictures
-        self._finished = 0
+    def __init__(self, report: Callable[[float, float, str], Awaitable[None]], images: int) -> None:
+        self._send = report
+        self._images = images
+        self._image = 0
         self._value = 0.0
         self._message = "waiting for the engine"
-        self._told = time.monotonic()
+        self._sent_at = time.monotonic()
 
-    async def event(self, event: Event) -> None:
-        share, self._message = read(event)
-        await self._report(self._finished + share)
-
-    def saved(self) -> None:
-        """One picture more is finished."""
-        self._finished += 1
-
-    async def share(self, share: float, message: str) -> None:
-        """For work that somebody else follows: 0 … 1 of all pictures."""
-        self._message = message
-        await self._report(share * self._pictures)
+    async def event(self, event: Progressed) -> None:
+        """Report an event of a job."""
+        share, self._message = describe(event.event)
+        self._image = event.image
+        await self._report(event.image + share)
 
     @asynccontextmanager
     async def heartbeat(self) -> AsyncIterator[None]:
-        """Says the latest again while nothing happens."""
+        """Repeat the latest report while nothing happens."""
         failure = None
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(self._beat)
             try:
                 yield
-            except Exception as problem:  # out of the task group it would come wrapped in an ExceptionGroup
-                failure = problem
+            except Exception as exc:  # out of the task group it would come wrapped in an ExceptionGroup
+                failure = exc
             tasks.cancel_scope.cancel()
         if failure is not None:
             raise failure
 
     async def _beat(self) -> None:
         while True:
-            quiet = time.monotonic() - self._told
+            quiet = time.monotonic() - self._sent_at
             if quiet >= HEARTBEAT:
                 await self._report(0.0)
                 quiet = 0.0
             await anyio.sleep(HEARTBEAT - quiet)
 
     async def _report(self, value: float) -> None:
-        # Strictly rising, as the protocol wants it: what brings no news moves a thousandth towards the end. That is
-        # never told, or there would be nowhere to rise to while a picture is saved or sent.
-        ceiling = float(self._pictures)
+        # Strictly rising, as the protocol wants it: what brings no news moves a thousandth towards the end. The end
+        # itself is never reported, or there would be nowhere to rise to while an image is saved or sent.
+        ceiling = float(self._images)
         self._value = value if self._value < value < ceiling else self._value + (ceiling - self._value) / 1000
-        self._told = time.monotonic()
-        counted = f"picture {self._finished + 1} of {self._pictures}: " if self._pictures > 1 else ""
-        await self._tell(round(100 * self._value, 4), 100 * ceiling, counted + self._message)
+        self._sent_at = time.monotonic()
+        counted = f"image {self._image + 1} of {self._images}: " if self._images > 1 else ""
+        await self._send(round(100 * self._value, 4), 100 * ceiling, counted + self._message)
 
 
-def read(event: Event) -> tuple[float, str]:
-    """How much of one picture is done when this is said, 0 … 1, and what to say."""
+def describe(event: Event | Saving) -> tuple[float, str]:
+    """Return how much of one image is done at `event`, 0 … 1, and words for it."""
     match event:
         case Queued(position):
             return 0.0, f"{position} ahead in the queue" if position else "next in the queue"
@@ -90,5 +84,5 @@ def read(event: Event) -> tuple[float, str]:
             return _STAGES[name]
         case Step(done, total):
             return _REFERENCES + done / total * (_DENOISED - _REFERENCES), f"step {done} of {total}"
-        case Result():
+        case Result() | Saving():
             return _DECODED, "saving"

@@ -1,4 +1,4 @@
-"""Who paints next: a bounded queue, one turn per client in the round, and the one thread that drives the engine."""
+"""Decides which job runs next: a bounded queue, one turn per client in the round, one thread per executor slot."""
 
 import itertools
 import logging
@@ -7,276 +7,307 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import closing
-from dataclasses import dataclass
-from typing import Any, Protocol
+from dataclasses import dataclass, field
 
-from engine.contract import Busy, EngineError, EngineFailed, EngineStatus, Event, Job, Loading, Queued, Result
+from engine.contract import Busy, EngineError, EngineFailed, EngineStatus, Event, Job, Loading, Queued, Result, Rgb8
+from klein_mcp.jobs.executor import Executor
+from klein_mcp.jobs.status import QueueStatus
 from klein_mcp.jobs.timing import TimingHistory
 
 log = logging.getLogger(__name__)
 
-REMEMBERED = 256
+REMEMBERED_CLIENTS = 256
 """Clients whose last turn is remembered; one that was served longer ago counts as new."""
 
-LULL = 0.3
-"""Seconds without a job before the engine works ahead. The next picture of the same call comes sooner and would have to
-wait for it; nobody has looked at a picture and asked for a change in less."""
+IDLE_BEFORE_PREFETCH = 0.3
+"""Seconds without a job before the engine works ahead. The next image of the same call comes sooner and would have to
+wait for it; nobody has looked at an image and asked for a change in less."""
 
 Tell = Callable[[Event | EngineError], None]
-"""Where a ticket's events go. Called from any thread; must return at once and not raise."""
-
-
-class Executor(Protocol):
-    """What drives the pixels: engine.engine.Engine, or a fake of the same shape in a test."""
-
-    def run(self, job: Job) -> Iterator[Event]: ...
-    def status(self) -> EngineStatus: ...
-    def release(self) -> None: ...
-    def prefetch(self) -> bool: ...
+"""Takes a ticket's events. Called from any thread; must return at once and not raise."""
 
 
 @dataclass(eq=False, slots=True)
 class Ticket:
-    """One job in the queue or under the brush, and everybody who waits for it."""
+    """One job that waits or runs. watched: whether its steps should carry previews; may change at any time."""
 
     job: Job
     client: str
-    waiters: list[Tell]
+    tell: Tell
+    watched: bool = False
     cancelled: bool = False
-    latest: Event | None = None
-
-    def say(self, event: Event) -> None:
-        self.latest = event
-        self.tell(event)
-
-    def tell(self, event: Event | EngineError) -> None:
-        for tell in self.waiters:
-            tell(event)
+    position: int | None = None
+    began: float = field(default=0.0)
 
 
 class Queue:
-    """Takes jobs from any thread; `work` is the body of the thread that paints them."""
+    """Takes jobs from any thread and runs them in threads of its own, which start with the first job."""
 
     def __init__(
         self,
-        make_painter: Callable[[], Executor],
+        make_executor: Callable[[], Executor],
         *,
         size: int,
         keep_alive: float,
         history: TimingHistory | None = None,
     ) -> None:
-        self._make_painter = make_painter
-        self._painter: Executor | None = None
+        """make_executor: called by the first job's thread, as it may take seconds. size: jobs that may wait.
+
+        keep_alive: seconds without a job until the executor releases its weights.
+        """
+        self._make_executor = make_executor
+        self._executor: Executor | None = None
         self._size = size
         self._keep_alive = keep_alive
         self._change = threading.Condition()
         self._waiting: dict[str, deque[Ticket]] = {}  # by client
         self._turns: dict[str, int] = {}  # when each client was last served, the latest at the end
         self._turn = itertools.count(1)
-        self._running: Ticket | None = None
+        self._running: list[Ticket] = []
+        self._threads: list[threading.Thread] = []
         self._closed = False
-        self._resting = True  # nothing is loaded that could be released
+        self._loaded = False  # there may be weights that could be released
+        self._latest_image: Rgb8 | None = None
+        self._prefetch_at = 0.0
         self._idle_since = time.monotonic()
         self._history = history or TimingHistory()
-        self._began = 0.0
         self._done = self._failed = 0
 
-    def put(self, job: Job, client: str, tell: Tell, *, promised: bool = False) -> Ticket:
-        """promised: its client has been told to come back for it, so it finds a place whatever waits.
+    def put(self, job: Job, client: str, tell: Tell, *, watched: bool = False, bypass_limit: bool = False) -> Ticket:
+        """Queue `job`. bypass_limit: it belongs to a request that was accepted before.
 
         Raises Busy when the queue is full, EngineFailed when it is closed.
         """
-        ticket = Ticket(job, client, [tell])
+        ticket = Ticket(job, client, tell, watched)
         with self._change:
+            if not bypass_limit:
+                self.check_place()
             if self._closed:
-                raise _stopped()
-            waiting = self._count()
-            if waiting >= self._size and not promised:
-                raise Busy(
-                    f"The queue is full: {waiting} pictures are waiting, at most {self._size} may.",
-                    retry_after=self._seconds_until_a_place(),
-                )
+                raise engine_stopped()
             self._waiting.setdefault(client, deque()).append(ticket)
             self._tell_positions()
+            self._grow()
             self._change.notify_all()
         return ticket
 
-    def adopt(self, job: Job, client: str, tell: Tell) -> Ticket | None:
-        """Wait for the same job of the same client too, if it waits or is being painted; None where there is none.
-
-        Whoever asked for it goes on being told: it may be another call for the same picture.
-        """
+    def check_place(self) -> None:
+        """Raise Busy if one more job would find no place."""
         with self._change:
-            for ticket in self._tickets():
-                if ticket.client == client and ticket.job == job and not ticket.cancelled:
-                    ticket.waiters = [*ticket.waiters, tell]
-                    if ticket.latest is not None:
-                        tell(ticket.latest)
-                    return ticket
-        return None
+            waiting = self._count()
+            if waiting >= self._size:
+                raise Busy(
+                    f"The queue is full: {waiting} images are waiting, at most {self._size} may.",
+                    retry_after=self._seconds_until_a_place(),
+                )
 
-    def cancel(self, ticket: Ticket, tell: Tell) -> None:
-        """A waiting job leaves; a running one is put down at its next yield. Once is enough, twice does no harm.
-
-        tell: who hangs up; the job goes on for whoever else waits for it.
-        """
+    def cancel(self, ticket: Ticket) -> None:
+        """Drop a waiting job; stop a running one at its next yield. Twice does no harm."""
         with self._change:
-            ticket.waiters = [waiter for waiter in ticket.waiters if waiter is not tell]
-            if ticket.waiters:
-                return
             ticket.cancelled = True
-            line = self._waiting.get(ticket.client, ())
-            if ticket in line:
-                line.remove(ticket)  # type: ignore[union-attr]
+            line = self._waiting.get(ticket.client)
+            if line and ticket in line:
+                line.remove(ticket)
                 if not line:
                     del self._waiting[ticket.client]
                 self._tell_positions()
 
-    def close(self) -> None:
-        """Take no more jobs; whoever waits is told so, and the job under the brush is put down."""
+    def prefetch(self, image: Rgb8) -> None:
+        """Prepare for an edit of `image`, once no job has come for a moment."""
+        with self._change:
+            self._latest_image, self._prefetch_at = image, time.monotonic() + IDLE_BEFORE_PREFETCH
+            self._change.notify_all()
+
+    def close(self, timeout: float = 0.0) -> None:
+        """Take no more jobs, stop those there are, and wait at most `timeout` seconds for running ones."""
         with self._change:
             self._closed = True
-            tickets = self._tickets()
+            tickets = [*self._running, *itertools.chain(*self._waiting.values())]
             self._waiting.clear()
             for ticket in tickets:
                 ticket.cancelled = True
-                ticket.tell(_stopped())
+                ticket.tell(engine_stopped())
             self._change.notify_all()
+        deadline = time.monotonic() + timeout
+        for thread in self._threads:
+            thread.join(max(0.0, deadline - time.monotonic()))
 
     @property
     def idle_seconds(self) -> float:
-        """How long nothing has waited or been painted."""
+        """Seconds since the last job ended; 0 while one waits or runs."""
         with self._change:
             return 0.0 if self._running or self._waiting else time.monotonic() - self._idle_since
 
-    def status(self) -> dict[str, Any]:
-        """Cheap, from any thread."""
+    def status(self) -> QueueStatus:
+        """Describe the queue, from any thread."""
         with self._change:
-            state = {
-                "waiting": self._count(),
-                "size": self._size,
-                "clients": len(self._waiting),
-                "running": self._running is not None,
-                "done": self._done,
-                "failed": self._failed,
-            }
-            painter = self._painter
-        state = {"queue": state, "seconds": self._history.tables()}
-        return {**state, **({"engine": painter.status().to_json()} if painter else {})}
+            return QueueStatus(
+                waiting=self._count(),
+                size=self._size,
+                clients=len(self._waiting),
+                running=bool(self._running),
+                done=self._done,
+                failed=self._failed,
+            )
 
-    def work(self) -> None:
-        """Paint until closed."""
+    def engine_status(self) -> EngineStatus | None:
+        """Describe the executor; None before the first job."""
+        executor = self._executor
+        return executor.status() if executor else None
+
+    def seconds(self) -> dict[str, dict[str, float]]:
+        """Seconds per image by model and size, as measured here."""
+        return self._history.tables()
+
+    # -- threads -------------------------------------------------------------------------------------------------------
+
+    def _grow(self) -> None:
+        """Start one more thread where a job would otherwise wait though a slot is free."""
+        slots = self._executor.slots if self._executor else 1
+        busy = len(self._running)
+        if len(self._threads) < slots and self._count() + busy > len(self._threads):
+            thread = threading.Thread(target=self._work, name=f"executor-{len(self._threads)}", daemon=True)
+            self._threads.append(thread)
+            thread.start()
+
+    def _work(self) -> None:
+        """Run jobs until closed."""
         while ticket := self._next():
-            outcome = self._paint(ticket)
+            outcome = self._run(ticket)
             with self._change:
-                self._running = None
+                self._running.remove(ticket)
                 self._idle_since = time.monotonic()
                 if isinstance(outcome, Result):
                     self._done += 1
-                    seconds = self._idle_since - self._began - outcome.ms.get("load", 0.0) / 1000
+                    seconds = self._idle_since - ticket.began - outcome.ms.get("load", 0.0) / 1000
                     self._history.note(ticket.job, outcome, seconds)
                 elif isinstance(outcome, EngineError):
                     self._failed += 1
                 if outcome is not None and not ticket.cancelled:
                     ticket.tell(outcome)
-            # Kept while nobody comes, these would keep a job's references and an error's half-loaded weights.
+            # An idle thread that kept these would keep a job's references and an error's half-loaded weights.
             del ticket, outcome
-            self._prefetch()
 
     def _next(self) -> Ticket | None:
+        """Wait for the next job, doing what an idle engine should do meanwhile. None once closed."""
         while True:
             with self._change:
-                woken = True
-                while not self._waiting and not self._closed and woken:
-                    woken = self._change.wait(None if self._resting else self._keep_alive)
                 if self._closed:
                     return None
                 if self._waiting:
                     return self._take()
-            # Outside the lock: putting tens of gigabytes away takes its time, and only this thread drives the painter.
-            self._rest()
+                now = time.monotonic()
+                image = None
+                if self._latest_image is not None and now >= self._prefetch_at:
+                    image, self._latest_image = self._latest_image, None
+                elif self._loaded and not self._running and now >= self._idle_since + self._keep_alive:
+                    self._loaded = False
+                else:
+                    self._change.wait(self._seconds_until_idle_work(now))
+                    continue
+            # Outside the lock: moving tens of gigabytes takes time, and no job runs in this thread.
+            if image is not None:
+                self._prefetch_now(image)
+            else:
+                self._unload_idle()
+
+    def _seconds_until_idle_work(self, now: float) -> float | None:
+        due = []
+        if self._latest_image is not None:
+            due.append(self._prefetch_at)
+        if self._loaded and not self._running:
+            due.append(self._idle_since + self._keep_alive)
+        return max(0.0, min(due) - now) if due else None
 
     def _take(self) -> Ticket:
-        self._resting = False
+        self._loaded = True
         client = self._round()[0]
         line = self._waiting[client]
-        self._running, self._began = line.popleft(), time.monotonic()
+        ticket = line.popleft()
+        ticket.began = time.monotonic()
+        self._running.append(ticket)
         if not line:
             del self._waiting[client]
         self._turns.pop(client, None)
         self._turns[client] = next(self._turn)
-        if len(self._turns) > REMEMBERED:
+        if len(self._turns) > REMEMBERED_CLIENTS:
             del self._turns[next(iter(self._turns))]
         self._tell_positions()
-        return self._running
+        return ticket
 
-    def _prefetch(self) -> None:
-        """While nobody waits: the engine may do ahead what the next job is likely to need."""
-        with self._change:
-            if self._change.wait_for(lambda: self._waiting or self._closed, LULL):
-                return
+    def _prefetch_now(self, image: Rgb8) -> None:
+        executor = self._executor
         try:
-            while self._painter and not self._waiting and not self._closed and self._painter.prefetch():
+            while executor and not self._waiting and not self._closed and executor.prefetch(image):
                 pass
         except Exception:
-            # Nobody asked for it, so nobody is told; the job that needs it will meet the problem itself.
-            log.exception("the engine broke off while it prepared for the next job")
+            # Nobody asked for it; the job that needs it will meet the error itself.
+            log.exception("the engine failed while it prepared for the next job")
 
-    def _rest(self) -> None:
-        """Nobody came for a while: the weights leave memory."""
-        self._resting = True
-        if self._painter:
-            log.info("idle for %.0f s: releasing the weights", self._keep_alive)
-            try:
-                self._painter.release()
-            except Exception:
-                # The thread that paints must outlive it; the next job will load over what is left.
-                log.exception("the weights could not be released")
-
-    def _paint(self, ticket: Ticket) -> Result | EngineError | None:
-        """The picture or what went wrong; None if it was cancelled."""
+    def _unload_idle(self) -> None:
+        executor = self._executor
+        if executor is None:
+            return
+        log.info("idle for %.0f s: releasing the weights", self._keep_alive)
         try:
-            return self._drive(ticket)
-        except EngineError as problem:
+            executor.release()
+        except Exception:
+            # This thread must outlive it; the next job loads over what is left.
+            log.exception("the weights could not be released")
+
+    def _run(self, ticket: Ticket) -> Result | EngineError | None:
+        """Return the result or the error; None if it was cancelled."""
+        try:
+            return self._execute(ticket)
+        except EngineError as exc:
             # Its traceback and its cause hold the frames it came from, and these whatever they had loaded.
-            problem.__cause__ = problem.__context__ = None
-            return problem.with_traceback(None)
-        except Exception as problem:
+            exc.__cause__ = exc.__context__ = None
+            return exc.with_traceback(None)
+        except Exception as exc:
             log.exception("the engine broke off")
-            first_line = (str(problem).splitlines() or [""])[0]
+            first_line = (str(exc).splitlines() or [""])[0]
             return EngineFailed(
-                f"The engine broke off: {type(problem).__name__}: {first_line}".rstrip(": ") + ".",
+                f"The engine broke off: {type(exc).__name__}: {first_line}".rstrip(": ") + ".",
                 hint="Its log, named by `klein-mcp status`, has the details.",
             )
 
-    def _drive(self, ticket: Ticket) -> Result | None:
-        if not self._painter:
-            ticket.say(Loading(ticket.job.model, 0.0))
-        with closing(self._ready().run(ticket.job)) as events:  # type: ignore[type-var]
-            percent = painting = None
+    def _execute(self, ticket: Ticket) -> Result | None:
+        if not self._executor:
+            ticket.tell(Loading(ticket.job.model, 0.0))
+        executor = self._ready(ticket)
+        with closing(executor.run(ticket.job, lambda: ticket.watched)) as events:  # type: ignore[type-var]
+            last_percent = None
+            result = None
             for event in events:
                 if ticket.cancelled:
                     return None
                 if isinstance(event, Result):
-                    painting = event
+                    result = event
                     continue
-                # The engine pauses after each of some hundred tensors; a hundred frames are enough.
-                if isinstance(event, Loading) and percent == (percent := int(100 * event.fraction)):
-                    continue
-                ticket.say(event)
-        if not painting:
-            raise EngineFailed("The engine ended without a picture.")
-        return painting
+                if isinstance(event, Loading):
+                    # The engine yields after each of some hundred tensors; a hundred events are enough.
+                    percent = int(100 * event.fraction)
+                    if percent == last_percent:
+                        continue
+                    last_percent = percent
+                ticket.tell(event)
+        if not result:
+            raise EngineFailed("The engine ended without an image.")
+        return result
 
-    def _ready(self) -> Executor:
-        if not self._painter:
-            self._painter = self._make_painter()
-            # From here on it paints: the seconds that torch takes to come in must not be expected of the next job.
-            self._began = time.monotonic()
-        return self._painter
+    def _ready(self, ticket: Ticket) -> Executor:
+        if not self._executor:
+            executor = self._make_executor()
+            with self._change:
+                self._executor = executor
+                # The seconds that torch takes to import must not be expected of the next job.
+                ticket.began = time.monotonic()
+                self._grow()
+        return self._executor  # type: ignore[return-value]
+
+    # -- turns and positions -------------------------------------------------------------------------------------------
 
     def _round(self) -> list[str]:
-        """Clients that wait, whoever was served longest ago first, new ones before all.
+        """Clients that wait, the one served longest ago first and new ones before all.
 
         Not the order of arrival: a client that sends one job at a time is always the last to arrive.
         """
@@ -285,38 +316,41 @@ class Queue:
     def _count(self) -> int:
         return sum(map(len, self._waiting.values()))
 
-    def _tickets(self) -> list[Ticket]:
-        """The one that is being painted first."""
-        return [*([self._running] if self._running else []), *itertools.chain(*self._waiting.values())]
-
     def _tell_positions(self) -> None:
-        ahead = 1 if self._running else 0
+        slots = self._executor.slots if self._executor else 1
+        ahead = len(self._running) - slots + 1
         seconds = self._seconds_left()
-        for position, ticket in enumerate(self._in_turn(), ahead):
-            seconds = _sum(seconds, self._history.seconds(ticket.job))
-            if not isinstance(ticket.latest, Queued) or ticket.latest.position != position:
-                ticket.say(Queued(position, seconds))
+        for index, ticket in enumerate(self._in_turn()):
+            position = max(0, ahead + index)
+            needed = self._history.seconds(ticket.job)
+            seconds = None if seconds is None or needed is None else seconds + needed / slots
+            if ticket.position != position:
+                ticket.position = position
+                ticket.tell(Queued(position, seconds))
 
     def _seconds_left(self) -> float | None:
-        """For the picture under the brush."""
-        if not self._running:
+        """Seconds until a slot is free, where that is known."""
+        slots = self._executor.slots if self._executor else 1
+        if len(self._running) < slots:
             return 0.0
-        whole = self._history.seconds(self._running.job)
-        return None if whole is None else max(0.0, whole - (time.monotonic() - self._began))
+        left = []
+        for ticket in self._running:
+            total = self._history.seconds(ticket.job)
+            if total is None:
+                return None
+            left.append(max(0.0, total - (time.monotonic() - ticket.began)))
+        return min(left)
 
     def _seconds_until_a_place(self) -> float:
-        # Where nothing has been measured yet, a guess that makes nobody hammer at the door.
+        # Where nothing has been measured yet, a guess that lets nobody retry in a tight loop.
         return max(1.0, round(self._seconds_left() or 5.0, 1))
 
     def _in_turn(self) -> Iterator[Ticket]:
-        """Waiting tickets in the order in which they will be painted if nobody comes or leaves."""
+        """Waiting tickets in the order in which they will run if nobody comes or leaves."""
         rounds = itertools.zip_longest(*(self._waiting[client] for client in self._round()))
         return (ticket for turn in rounds for ticket in turn if ticket)
 
 
-def _sum(one: float | None, other: float | None) -> float | None:
-    return None if one is None or other is None else one + other
-
-
-def _stopped() -> EngineFailed:
+def engine_stopped() -> EngineFailed:
+    """Make the error for whoever waits while the engine is stopped."""
     return EngineFailed("The engine was stopped.", hint="The next call starts it again.")

@@ -1,62 +1,242 @@
-"""What a tool call asks for, before anything of it is opened or painted."""
+"""The one request behind every front end, and the three functions that build it."""
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+import re
+import secrets
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from klein_mcp.errors import RequestError
+from klein_mcp.limits import GRID, MAX_AREA, MAX_SEED
 
-MIN_SIDE, MAX_SIDE = 64, 2048
-GRID = 16
-"""Pixels: sizes are multiples of it, as one token of the model is 16 × 16."""
-MAX_AREA = 2048 * 2048
-MAX_SEED = 2**63 - 1
+
+@dataclass(frozen=True, slots=True)
+class Native:
+    """The first reference's size as the model sees it; without references, the model's own size."""
+
+
+@dataclass(frozen=True, slots=True)
+class Exact:
+    """A size in pixels, both sides multiples of GRID."""
+
+    width: int
+    height: int
+
+
+@dataclass(frozen=True, slots=True)
+class Aspect:
+    """A shape at the model's native area; only the ratio of the two numbers counts."""
+
+    width: int
+    height: int
+
+
+@dataclass(frozen=True, slots=True)
+class KeepSource:
+    """The size of the image that is edited, with every pixel in its place."""
+
+
+Size = Native | Exact | Aspect | KeepSource
+Region = tuple[int, int, int, int]
+"""x, y, width, height in pixels."""
 
 
 @dataclass(frozen=True, slots=True)
 class ImageRequest:
-    """One to four pictures of one kind.
+    """One to four images of one kind.
 
-    images: references as the caller wrote them. keep_size: the first one's exact size and place of every pixel.
-    seed: of the first picture; picture k is painted with seed + k.
+    images, mask: references as the caller wrote them; library handles once they are resolved.
+    seed: of the first image; image k is made with seed + k.
+    steps, guidance: None for what the model was made for.
+    warnings: what building the request had to change, for the result.
     """
 
     tool: str
     prompt: str
     images: tuple[str, ...] = ()
     mask: str | None = None
-    region: tuple[int, int, int, int] | None = None
-    width: int | None = None
-    height: int | None = None
-    aspect: tuple[int, int] | None = None
-    keep_size: bool = False
+    region: Region | None = None
+    size: Size = field(default_factory=Native)
     count: int = 1
     seed: int = 0
     model: str = "auto"
+    steps: int | None = None
+    guidance: float | None = None
+    warnings: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
-        """Without what is at its default; the seed as text, because JSON readers round numbers over 2^53."""
+        """Leave out what is at its default; write the seed as text, as JSON readers round numbers over 2^53."""
         default = ImageRequest(self.tool, "")
-        said = {name: value for name, value in asdict(self).items() if value != getattr(default, name)}
-        return {"tool": self.tool, **said, "seed": str(self.seed)}
+        values = {item.name: getattr(self, item.name) for item in fields(self)}
+        changed = {name: value for name, value in values.items() if value != getattr(default, name)}
+        if "size" in changed:
+            changed["size"] = _size_to_json(self.size)
+        return {"tool": self.tool, **changed, "seed": str(self.seed)}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "ImageRequest":
-        """Raises TypeError or ValueError for what no order was ever written as."""
+        """Read a request, also one of an older klein-mcp. Raises TypeError, ValueError or KeyError."""
         values = {name: tuple(value) if isinstance(value, list) else value for name, value in data.items()}
+        values["size"] = _size_from_json(values)
+        for name in ("width", "height", "aspect", "keep_size"):
+            values.pop(name, None)
         return cls(**{**values, "seed": int(data["seed"])})
 
 
-def rounded(width: int | None, height: int | None, warnings: list[str]) -> tuple[int | None, int | None]:
-    """A size the model can paint. Raises RequestError for half a size and for too large an area."""
+def _size_to_json(size: Size) -> dict[str, Any]:
+    match size:
+        case Exact(width, height):
+            return {"exact": [width, height]}
+        case Aspect(width, height):
+            return {"aspect": [width, height]}
+        case KeepSource():
+            return {"keep_source": True}
+        case Native():
+            return {}
+
+
+def _size_from_json(data: Mapping[str, Any]) -> Size:
+    size = data.get("size") or {}
+    # Until 0.1 a request spelled its size out in four fields beside each other.
+    if (size.get("keep_source") if size else data.get("keep_size")) is True:
+        return KeepSource()
+    exact = size.get("exact") or (data.get("width"), data.get("height"))
+    if exact[0] is not None:
+        return Exact(int(exact[0]), int(exact[1]))
+    aspect = size.get("aspect") or data.get("aspect")
+    return Aspect(int(aspect[0]), int(aspect[1])) if aspect else Native()
+
+
+def generate(
+    prompt: str,
+    *,
+    width: int | None = None,
+    height: int | None = None,
+    aspect: str | None = None,
+    count: int = 1,
+    seed: int | None = None,
+    model: str = "auto",
+    steps: int | None = None,
+    guidance: float | None = None,
+) -> ImageRequest:
+    """Request new images from words. aspect: such as "16:9". seed: None for a random one. Raises RequestError."""
+    size, warnings = _free_size(width, height, aspect)
+    return ImageRequest(
+        tool="generate_image",
+        prompt=prompt,
+        size=size,
+        count=count,
+        seed=_seed(seed, count),
+        model=model,
+        steps=steps,
+        guidance=guidance,
+        warnings=warnings,
+    )
+
+
+def edit(
+    image: str,
+    prompt: str,
+    *,
+    mask: str | None = None,
+    region: Sequence[int] | None = None,
+    width: int | None = None,
+    height: int | None = None,
+    count: int = 1,
+    seed: int | None = None,
+    model: str = "auto",
+    steps: int | None = None,
+    guidance: float | None = None,
+) -> ImageRequest:
+    """Request a changed image, of the image's own size unless another is given. Raises RequestError."""
+    size, warnings = _free_size(width, height, None)
+    if isinstance(size, Exact) and (region or mask):
+        raise RequestError("region and mask keep the image's size.", hint="Leave out width and height.")
+    return ImageRequest(
+        tool="edit_image",
+        prompt=prompt,
+        images=(image,),
+        mask=mask,
+        region=_region(region),
+        size=size if isinstance(size, Exact) else KeepSource(),
+        count=count,
+        seed=_seed(seed, count),
+        model=model,
+        steps=steps,
+        guidance=guidance,
+        warnings=warnings,
+    )
+
+
+def compose(
+    images: Sequence[str],
+    prompt: str,
+    *,
+    width: int | None = None,
+    height: int | None = None,
+    aspect: str | None = None,
+    count: int = 1,
+    seed: int | None = None,
+    model: str = "auto",
+    steps: int | None = None,
+    guidance: float | None = None,
+) -> ImageRequest:
+    """Request a new image made of several. Raises RequestError."""
+    size, warnings = _free_size(width, height, aspect)
+    return ImageRequest(
+        tool="compose_references",
+        prompt=prompt,
+        images=tuple(images),
+        size=size,
+        count=count,
+        seed=_seed(seed, count),
+        model=model,
+        steps=steps,
+        guidance=guidance,
+        warnings=(*_missing_references(prompt, len(images)), *warnings),
+    )
+
+
+def _free_size(width: int | None, height: int | None, aspect: str | None) -> tuple[Size, tuple[str, ...]]:
+    """A size that the model can make, and warnings. Raises RequestError for half a size and for too large an area."""
     if (width is None) != (height is None):
         given, other = ("width", "height") if height is None else ("height", "width")
         raise RequestError(f"{given} came without {other}.", hint="Give both, or neither.")
     if width is None or height is None:
-        return None, None
+        if aspect is None:
+            return Native(), ()
+        across, along = aspect.split(":")
+        return Aspect(int(across), int(along)), ()
     if width * height > MAX_AREA:
         raise RequestError(f"{width}×{height} = {width * height / 1e6:.1f} MP; at most {MAX_AREA / 1e6:.1f} MP.")
-    size = round(width / GRID) * GRID, round(height / GRID) * GRID
-    if size != (width, height):
-        warnings.append(f"{width}×{height} was rounded to {size[0]}×{size[1]}: sides are multiples of {GRID}")
-    return size
+    size = Exact(round(width / GRID) * GRID, round(height / GRID) * GRID)
+    warnings = []
+    if (size.width, size.height) != (width, height):
+        rounded = f"{size.width}×{size.height}"
+        warnings.append(f"{width}×{height} was rounded to {rounded}: sides are multiples of {GRID}")
+    if aspect is not None:
+        warnings.append("aspect_ratio was ignored: width and height say the shape")
+    return size, tuple(warnings)
+
+
+def _region(region: Sequence[int] | None) -> Region | None:
+    if region is None:
+        return None
+    x, y, width, height = region
+    return x, y, width, height
+
+
+def _seed(asked: int | None, count: int) -> int:
+    """Without one, a seed short enough to be read aloud. Raises RequestError."""
+    if asked is None:
+        return secrets.randbelow(2**32)
+    if asked > MAX_SEED - count + 1:
+        raise RequestError(f"seed {asked} leaves no room for {count} images; at most {MAX_SEED - count + 1}.")
+    return asked
+
+
+def _missing_references(prompt: str, given: int) -> list[str]:
+    """A warning for each image that the prompt names and nobody gave."""
+    named = {int(number) for number in re.findall(r"\bimage (\d{1,2})\b", prompt, re.IGNORECASE)}
+    were = "1 reference was given" if given == 1 else f"{given} references were given"
+    return [f"the prompt names image {number}; {were}" for number in sorted(named) if not 1 <= number <= given]

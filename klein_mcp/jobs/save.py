@@ -1,96 +1,90 @@
-"""From a painting to a picture of the library: put back into its original, recorded with its parents, saved."""
+"""Puts a result back into its original and saves it in the library, with its provenance. Blocking."""
 
-import time
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 
-from engine.contract import Result, Rgb8
-from klein_mcp.images import codec, region, resolver
-from klein_mcp.images.library import Record, Store
+from engine.contract import Result, Rgb8, image_hash
+from klein_mcp.images import codec
+from klein_mcp.images.library import Store
+from klein_mcp.images.provenance import Provenance
+from klein_mcp.jobs.execute import PreparedRequest
 from klein_mcp.jobs.request import ImageRequest
+from klein_mcp.jobs.results import SavedImage
 
 
 @dataclass(frozen=True, slots=True)
-class SavedImage:
-    """A picture in the library, still at hand.
+class FinishedImage:
+    """A result as it will be stored: for an edit, every pixel outside the region is the original's.
 
-    changed: the share of pixels that differ from the picture that was edited; None where none was.
+    changed: the share of pixels that differ from the original; None where there is none.
     """
 
-    image: Rgb8
-    record: Record
-    painting: Result
-    changed: float | None
-    save_ms: float
-
-    def to_json(self) -> dict[str, Any]:
-        """Without the pixels, which the library has."""
-        painting = self.painting
-        return {
-            "handle": self.record.handle,
-            "seed": str(painting.seed),
-            "model": painting.model,
-            "fingerprint": painting.fingerprint,
-            "steps": painting.steps,
-            "guidance": painting.guidance,
-            "cache": dict(painting.cache),
-            "changed": self.changed,
-            "save_ms": self.save_ms,
-        }
-
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any], store: Store) -> "SavedImage":
-        """Raises UnknownImage if it was deleted since."""
-        record = store.get(data["handle"])
-        image = codec.decode(store.read(record), record.handle).image
-        names = ("model", "fingerprint", "steps", "guidance", "cache")
-        painting = Result(image=image, seed=int(data["seed"]), **{name: data[name] for name in names})
-        return cls(image, record, painting, data["changed"], data["save_ms"])
+    pixels: Rgb8
+    changed: float | None = None
 
 
-def finish(
-    store: Store,
-    order: ImageRequest,
-    painting: Result,
-    parents: tuple[Record, ...],
-    *,
-    client: str,
-    original: "Rgb8 | None" = None,
-    patch: region.EditRegion | None = None,
-) -> SavedImage:
-    """order: with handles for references. original, patch: of an edit that keeps its size. Blocking."""
-    started = time.perf_counter()
-    image, changed = painting.image, None
-    if original is not None and patch is not None:
-        image = patch.paste(image, original)
-        changed = round(float(np.mean(np.any(image != original, axis=2))), 4)
-    handle = store.new_handle()
-    height, width = image.shape[:2]
-    recipe = {
-        "image": handle,
-        "order": replace(order, count=1, seed=painting.seed).to_json(),
-        "seed": str(painting.seed),
-        "model": painting.model,
-        "fingerprint": painting.fingerprint,
-        "steps": painting.steps,
-        "guidance": painting.guidance,
-        "width": width,
-        "height": height,
-        "parents": [parent.handle for parent in parents],
-        "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-    }
-    record = store.put(
-        codec.encode(image, "png", recipe),
+def finish(prepared: PreparedRequest, result: Result) -> FinishedImage:
+    """Composite the result of an edit into its original."""
+    original, region = prepared.original, prepared.region
+    if original is None or region is None:
+        return FinishedImage(result.image)
+    image = region.composite(result.image, original)
+    return FinishedImage(image, round(float(np.mean(np.any(image != original, axis=2))), 4))
+
+
+def provenance_of(request: ImageRequest, result: Result, parents: Sequence[str] = (), handle: str = "") -> Provenance:
+    """Describe how the image of `result` was made. parents: handles; paths outside a library."""
+    height, width = result.image.shape[:2]
+    return Provenance(
+        seed=result.seed,
+        model=result.model,
+        fingerprint=result.fingerprint,
+        steps=result.steps,
+        guidance=result.guidance,
+        width=width,
+        height=height,
+        dtype=result.dtype,
+        mode=result.mode,
+        image=handle,
+        parents=tuple(parents),
+        request=replace(request, count=1, seed=result.seed, warnings=()).to_json(),
+    )
+
+
+def save(
+    store: Store, handle: str, image: FinishedImage, prepared: PreparedRequest, result: Result, client: str
+) -> tuple[SavedImage, str]:
+    """Store the image under `handle`. Returns it and its pixel hash; then it survives the machine going down."""
+    result = replace(result, image=image.pixels)
+    provenance = provenance_of(prepared.request, result, [parent.handle for parent in prepared.parents], handle)
+    recipe, pixels = provenance.to_json(), image_hash(image.pixels)
+    width, height = provenance.width, provenance.height
+    store.put(
+        codec.encode(image.pixels, "png", recipe),
         handle=handle,
-        pixels=resolver.fingerprint(image),
+        pixels=pixels,
         size=(width, height),
         client=client,
-        tool=order.tool,
+        tool=prepared.request.tool,
         recipe=recipe,
-        parents=recipe["parents"],
-        prompt=order.prompt,
+        parents=provenance.parents,
+        prompt=provenance.prompt,
     )
-    return SavedImage(image, record, painting, changed, 1000 * (time.perf_counter() - started))
+    saved = SavedImage(
+        handle=handle,
+        seed=result.seed,
+        width=width,
+        height=height,
+        model=result.model,
+        fingerprint=result.fingerprint,
+        steps=result.steps,
+        guidance=result.guidance,
+        dtype=result.dtype,
+        mode=result.mode,
+        cache=dict(result.cache),
+        changed=image.changed,
+        warnings=(*result.warnings, *prepared.aspect_warnings(result)),
+    )
+    return saved, pixels

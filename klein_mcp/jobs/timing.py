@@ -1,4 +1,4 @@
-"""How long pictures took on this machine, and so how long the next one may take."""
+"""Records how long images took on this machine, and estimates how long the next one takes."""
 
 import contextlib
 import json
@@ -9,7 +9,7 @@ from engine.contract import Job, Result
 from engine.families.klein.variants import VARIANTS
 from klein_mcp import atomic
 
-KEPT = 32
+MEASUREMENTS = 32
 """Measurements per model; older ones say less about the machine as it is now."""
 
 _MEGAPIXEL = 1024 * 1024
@@ -22,7 +22,7 @@ class TimingHistory:
     def __init__(self, path: Path | None = None) -> None:
         self._path = path
         self._seconds: dict[str, list[tuple[float, float]]] = {}
-        self._native: dict[str, int] = {}  # pixels of a picture of which nobody said how large
+        self._native: dict[str, int] = {}  # pixels of an image of which nobody said how large
         if path:
             with contextlib.suppress(OSError, ValueError, TypeError, AttributeError, KeyError):
                 content = json.loads(path.read_text())
@@ -30,58 +30,59 @@ class TimingHistory:
                 native = {model: int(pixels) for model, pixels in content["native"].items()}
                 self._seconds, self._native = seconds, native
 
-    def note(self, job: Job, painting: Result, seconds: float) -> None:
-        height, width = painting.image.shape[:2]
-        for model in {job.model, painting.model}:  # the job may have said "auto"
+    def note(self, job: Job, result: Result, seconds: float) -> None:
+        """Record one measurement."""
+        height, width = result.image.shape[:2]
+        for model in {job.model, result.model}:  # the job may have said "auto"
             if not job.width and not job.references:
                 self._native[model] = width * height
             seen = self._seconds.setdefault(model, [])
-            seen.append((width * height + _references(job), seconds))
-            del seen[:-KEPT]
+            seen.append((width * height + _reference_pixels(job), seconds))
+            del seen[:-MEASUREMENTS]
         if self._path:
-            with contextlib.suppress(OSError):  # a full disk costs us an estimate, not the picture
+            with contextlib.suppress(OSError):  # a full disk costs an estimate, not the image
                 atomic.write(self._path, json.dumps({"seconds": self._seconds, "native": self._native}))
 
     def seconds(self, job: Job) -> float | None:
-        """None for a model that has not painted here yet."""
+        """Estimate the seconds of `job`; None for a model that has made no image here yet."""
         if job.width and job.height:
             canvas = job.width * job.height
         elif job.references:
             canvas = job.references[0].shape[0] * job.references[0].shape[1]
         else:
             canvas = self._native.get(job.model, _MEGAPIXEL)
-        return self._near(job.model, canvas + _references(job))
+        return self._estimate(job.model, canvas + _reference_pixels(job))
 
     def tables(self) -> dict[str, dict[str, float]]:
-        """By model that has painted here: seconds for a picture without references, by size."""
+        """Return seconds for an image without references, by model and size."""
         return {model: self._table(model) for model, seen in self._seconds.items() if seen and model != "auto"}
 
     def _table(self, model: str) -> dict[str, float]:
         row = VARIANTS.get(model)
         if row and row.native_size < _SIZES[0]:
-            # It paints at its own size whatever is asked for, and only resamples: the seconds are those of any picture.
+            # It computes at its own size whatever is asked for, and resamples: the seconds are those of any image.
             side = row.native_size
             return {f"{side}x{side}": _rounded(self._nearest(model, side * side)[1])}
-        return {f"{side}x{side}": _rounded(self._near(model, side * side) or 0.0) for side in _SIZES}
+        return {f"{side}x{side}": _rounded(self._estimate(model, side * side) or 0.0) for side in _SIZES}
 
-    def _near(self, model: str, asked: float) -> float | None:
-        """The seconds of the nearest measurement, scaled to the size that is asked about."""
+    def _estimate(self, model: str, asked: float) -> float | None:
+        """Scale the seconds of the nearest measurement to the size that is asked about."""
         if not self._seconds.get(model):
             return None
         known, seconds = self._nearest(model, asked)
         return seconds * asked / known
 
     def _nearest(self, model: str, asked: float) -> tuple[float, float]:
-        """(pixels, seconds): the latest of the measurements nearest in size."""
+        """Return (pixels, seconds) of the latest of the measurements nearest in size."""
         # Rounded, so that about the same size counts as equally near and the later one wins.
         return min(reversed(self._seconds[model]), key=lambda one: round(abs(log(one[0] / asked)), 1))
 
 
 def _rounded(seconds: float) -> float:
-    """To a tenth, or two digits of what is less than ten: a small model is not said to take no time."""
+    """Round to a tenth, or two digits below ten: a small model takes some time, too."""
     return round(seconds, 1) if seconds >= 10 else float(f"{seconds:.2g}")
 
 
-def _references(job: Job) -> int:
+def _reference_pixels(job: Job) -> int:
     """Pixels of references that the model reads: no more than a megapixel of each."""
     return sum(min(image.shape[0] * image.shape[1], _MEGAPIXEL) for image in job.references)

@@ -5,7 +5,7 @@ No structuredContent: several clients drop the image where there is any.
 
 import base64
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -15,37 +15,38 @@ from klein_mcp.images.library import Record, Store
 from klein_mcp.jobs.context import CallContext
 
 if TYPE_CHECKING:
-    from klein_mcp.jobs.outcome import JobResult, PendingJob
+    from klein_mcp.jobs.results import JobResult, PendingJob
 
 MIME = "image/png"
 
 
-def tool_result(outcome: "JobResult", store: Store, show: str, call: CallContext) -> CallToolResult:
+def tool_result(result: "JobResult", store: Store, show: str, call: CallContext) -> CallToolResult:
     """Return the result of generate, edit and compose. Blocking."""
-    first = outcome.made[0]
-    locations = [location(store, made.record, call) for made in outcome.made]
+    first = result.images[0]
+    records = [store.get(image.handle) for image in result.images]
+    locations = [location(store, record, call) for record in records]
     common = {
-        "width": first.record.width,
-        "height": first.record.height,
-        "model": first.painting.model,
-        "steps": first.painting.steps,
-        "parents": first.record.parents,
+        "width": first.width,
+        "height": first.height,
+        "model": first.model,
+        "steps": first.steps,
+        "parents": records[0].parents,
         **({} if first.changed is None else {"changed": first.changed}),
-        "ms": outcome.ms,
-        "cache": dict(first.painting.cache),
-        "warnings": outcome.warnings,
+        "ms": result.ms,
+        "cache": dict(first.cache),
+        "warnings": result.warnings,
     }
-    seeds = [str(made.painting.seed) for made in outcome.made]
+    seeds = [str(image.seed) for image in result.images]
     if len(locations) == 1:
         line = {**locations[0], "seed": seeds[0], **common}
     else:
         cells = zip("ABCD", locations, seeds, strict=False)
         line = {"images": [{"label": label, **where, "seed": seed} for label, where, seed in cells], **common}
     blocks: list[ContentBlock] = [text(line)]
-    if show == "inline":
-        blocks.append(_preview([made.image for made in outcome.made]))
+    if show == "inline" and result.preview:
+        blocks.append(ImageContent(type="image", data=result.preview.base64, mime_type=result.preview.mime))
     if show != "none":
-        blocks += [resource_link(made.record) for made in outcome.made]
+        blocks += [resource_link(record) for record in records]
     return CallToolResult(content=blocks)
 
 
@@ -86,9 +87,3 @@ def resource_link(record: Record) -> ResourceLink:
         size=record.bytes,
         annotations=Annotations(audience=["user"]),
     )
-
-
-def _preview(images: Sequence[Any]) -> ImageContent:
-    from klein_mcp.images.preview import contact_sheet, preview
-
-    return image_block(*preview(images[0] if len(images) == 1 else contact_sheet(images)))

@@ -156,16 +156,16 @@ class KleinServer(MCPServer):
         session, request = context.session, context.request_context.request
         params = session.client_params
 
-        async def tell(done: float, total: float, message: str) -> None:
+        async def progress(done: float, total: float, message: str) -> None:
             with suppress(anyio.BrokenResourceError, anyio.ClosedResourceError):
                 await context.report_progress(done, total, message)
 
         return CallContext(
             client=self._client if request is None else http_client(request),
             name=params.client_info.name if params else "",
-            tell=tell,
+            progress=progress,
             roots=lambda: _roots(session),
-            painted=self.subscriptions.image_added,
+            on_new_image=self.subscriptions.image_added,
             link=self._link(request) if self._link and request is not None else None,
         )
 

@@ -38,10 +38,10 @@ async def serve(settings: Settings) -> int:
 
     Running jobs are cancelled.
     """
-    from klein_mcp.daemon.client import DaemonBackend
+    from klein_mcp.daemon.client import DaemonClient
 
-    backend = DaemonBackend(settings)
-    service = Service(settings, backend)
+    jobs = DaemonClient(settings)
+    service = Service(settings, jobs)
     server = create_server(service)
     code = 0
     try:
@@ -62,7 +62,7 @@ async def serve(settings: Settings) -> int:
             tasks.cancel_scope.cancel()
         return code
     finally:
-        await backend.aclose()
+        await jobs.aclose()
         service.close()
 
 

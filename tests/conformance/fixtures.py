@@ -35,7 +35,7 @@ from mcp_types import (
 from PIL import Image
 from pydantic import BaseModel, Field
 
-from klein_mcp.daemon.client import DaemonBackend
+from klein_mcp.daemon.client import DaemonClient
 from klein_mcp.http import app
 from klein_mcp.jobs.service import Service
 from klein_mcp.settings import Settings
@@ -333,7 +333,7 @@ def _prompts(server: MCPServer) -> None:
 
 def main() -> None:
     settings = Settings.load()
-    service = Service(settings, DaemonBackend(settings))
+    service = Service(settings, DaemonClient(settings))
     context = app.make_context(service)
     add(context.server)
     listener = socket.create_server(("127.0.0.1", 0))

@@ -1,37 +1,39 @@
-"""A real daemon process around a painter that needs no model: `python -m tests.klein_mcp.fake_daemon`.
+"""A real daemon process around an executor that needs no model: `python -m tests.klein_mcp.fake_daemon`.
 
-The prompt says what the painter does: `steps=8 pause=0.05 load=2 crash=3 fail`; with crash=3 the process dies after
-step 3, with load=2 it loads for two seconds.
+The prompt says what the executor does: `steps=8 pause=0.05 load=2 crash=3 fail texture`; with crash=3 the process dies
+after step 3, with load=2 it loads for two seconds, with texture the image is a photograph's noise, not random bytes.
 """
 
 import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from engine.contract import EngineStatus, Event, InvalidJob, Job, Loading, Result, Stage, Step
+from engine.contract import EngineStatus, Event, InvalidJob, Job, Loading, Result, Rgb8, Stage, Step
+from klein_mcp.jobs.executor import nobody_watches
 from klein_mcp.settings import Settings
 
 COMMAND = (sys.executable, "-m", "tests.klein_mcp.fake_daemon")
 
 
-class FakePainter:
+class ScriptedExecutor:
+    slots = 1
+
     def __init__(self) -> None:
         self.loaded = False
-        self.released = 0
 
-    def run(self, job: Job) -> Iterator[Event]:
-        orders = dict(word.split("=", 1) for word in job.prompt.split() if "=" in word)
-        steps, pause = int(orders.get("steps", 4)), float(orders.get("pause", 0))
+    def run(self, job: Job, watched: Callable[[], bool] = nobody_watches) -> Iterator[Event]:
+        options = dict(word.split("=", 1) for word in job.prompt.split() if "=" in word)
+        steps, pause = int(options.get("steps", 4)), float(options.get("pause", 0))
         if "fail" in job.prompt.split():
             raise InvalidJob("You asked me to fail.", hint="Ask for something else.")
         if not self.loaded:
             for part in range(3):
                 yield Loading("fake", part / 2)
-                time.sleep(float(orders.get("load", 0)) / 3)
+                time.sleep(float(options.get("load", 0)) / 3)
             self.loaded = True
         yield Stage("prompt")
         if job.references:
@@ -39,30 +41,43 @@ class FakePainter:
         yield Stage("denoise")
         for step in range(1, steps + 1):
             time.sleep(pause)
-            yield Step(step, steps)
-            if step == int(orders.get("crash", 0)):
+            yield Step(step, steps, np.zeros((8, 8, 3), np.uint8) if watched() else None)
+            if step == int(options.get("crash", 0)):
                 os.kill(os.getpid(), signal.SIGKILL)
         yield Stage("decode")
-        width, height = job.width or 64, job.height or 64
-        pixels = np.random.default_rng(job.seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
-        yield Result(pixels, job.seed, "fake", "0" * 16, steps, 1.0, ms={"denoise": 1000 * pause * steps})
+        if job.align:
+            height, width = job.references[0].shape[:2]
+        else:
+            width, height = job.width or 64, job.height or 64
+        image = texture(width, height) if "texture" in job.prompt.split() else noise(width, height, job.seed)
+        yield Result(image, job.seed, "fake", "0" * 16, steps, 1.0, ms={"denoise": 1000 * pause * steps})
 
     def status(self) -> EngineStatus:
-        loaded = "fake" if self.loaded else None
-        return EngineStatus("cpu", "float32", 1, 0, loaded, placement=f"released {self.released}×")
+        return EngineStatus("cpu", "float32", 1, 10**9, "fake" if self.loaded else None)
 
-    def prefetch(self) -> bool:
+    def prefetch(self, image: Rgb8) -> bool:
         return False
 
     def release(self) -> None:
         self.loaded = False
-        self.released += 1
 
 
-def make(settings: Settings) -> FakePainter:
+def noise(width: int, height: int, seed: int) -> Rgb8:
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+def texture(width: int, height: int) -> Rgb8:
+    """Gradients with the noise of a camera: a PNG of 2.0 MB at 1024², as a photograph of grass or cloth."""
+    y, x = np.mgrid[0:height, 0:width]
+    base = np.stack([x * 255 / width, y * 255 / height, (x + y) * 127 / (width + height)], axis=-1)
+    grain = np.random.default_rng(0).normal(0, 8, (height, width, 3))
+    return np.clip(base + grain, 0, 255).astype(np.uint8)
+
+
+def make(settings: Settings) -> ScriptedExecutor:
     if settings.device == "broken":
         raise InvalidJob("There is no such device.", hint="Set KLEIN_DEVICE.")
-    return FakePainter()
+    return ScriptedExecutor()
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The real engine behind the queue: what a cancelled job held is free again, and a full device is one clear error."""
+"""The real engine behind the queue: a cancelled job frees its memory, a full device is one clear error."""
 
 import gc
 import threading
@@ -11,6 +11,7 @@ import torch
 
 from engine.contract import EngineConfig, Event, Job, OutOfMemory, Result, Step
 from engine.engine import Engine
+from klein_mcp.daemon.executors.local import LocalExecutor
 from klein_mcp.jobs.queue import Queue
 from tests.klein_mcp.test_queue import Waiter
 
@@ -24,17 +25,13 @@ def engine() -> Engine:
 
 @pytest.fixture
 def queue(engine: Engine) -> Iterator[Queue]:
-    queue = Queue(lambda: engine, size=32, keep_alive=600)
-    worker = threading.Thread(target=queue.work)
-    worker.start()
+    queue = Queue(lambda: LocalExecutor(engine), size=32, keep_alive=600)
     yield queue
-    queue.close()
-    worker.join(30)
-    assert not worker.is_alive()
+    queue.close(60)
 
 
 def live_bytes() -> int:
-    """Of all tensors there are, each storage counted once; not the compiler's fakes, which hold nothing."""
+    """Sum the storages of all tensors, each once, without the compiler's fakes, which hold nothing."""
     storages = {}
     for thing in gc.get_objects():
         if type(thing) in (torch.Tensor, torch.nn.Parameter):
@@ -50,15 +47,12 @@ def until(condition: Callable[[], bool]) -> None:
         time.sleep(0.01)
 
 
-def test_memory_returns_to_its_level_when_a_job_is_cancelled_at_a_step(
-    queue: Queue, engine: Engine, monkeypatch: pytest.MonkeyPatch
-):
-    monkeypatch.setattr(engine, "prefetch", lambda: False)  # or the picture would be remembered at some moment, too
+def test_job_cancelled_at_a_step_frees_its_memory(queue: Queue, engine: Engine):
     over = threading.Event()
     # Once to its end: prompt, reference and the tables of its noise levels are remembered, on purpose.
     queue.put(EDIT, "a", lambda event: over.set() if isinstance(event, Result) else None)
     assert over.wait(120)
-    until(lambda: not queue.status()["queue"]["running"])
+    until(lambda: not queue.status().running)
     engine._latest = None
     gc.collect()
     level, within = live_bytes(), []
@@ -66,23 +60,21 @@ def test_memory_returns_to_its_level_when_a_job_is_cancelled_at_a_step(
     def tell(event: Event | Exception) -> None:
         if isinstance(event, Step) and event.done == 3:
             within.append(live_bytes())
-            queue.cancel(ticket, tell)
+            queue.cancel(ticket)
 
     # Not by the collector's grace: a device is full long before Python looks for circles.
     gc.disable()
     try:
         ticket = queue.put(EDIT, "a", tell)
-        until(lambda: bool(within) and not queue.status()["queue"]["running"])
+        until(lambda: bool(within) and not queue.status().running)
         assert within[0] > level, "the measure sees what a job holds"
-        until(lambda: live_bytes() <= level)  # the queue is told a moment before its thread lets go
+        until(lambda: live_bytes() <= level)  # the queue hears of it a moment before its thread lets go
     finally:
         gc.enable()
-    assert queue.status()["queue"]["done"] == 1
+    assert queue.status().done == 1
 
 
-def test_a_device_that_stays_full_is_one_line_with_numbers_and_the_next_job_is_painted(
-    queue: Queue, engine: Engine, monkeypatch: pytest.MonkeyPatch
-):
+def test_device_that_stays_full_is_an_error_with_numbers(queue: Queue, engine: Engine, monkeypatch: pytest.MonkeyPatch):
     assert isinstance(Waiter(queue, "a cat", "a").end, Result)
     assert engine._klein is not None
     attempts = []
@@ -93,10 +85,10 @@ def test_a_device_that_stays_full_is_one_line_with_numbers_and_the_next_job_is_p
 
     with monkeypatch.context() as full:
         full.setattr(engine._klein.autoencoder, "decode", decode)
-        problem = Waiter(queue, "a dog", "a").end
-    assert isinstance(problem, OutOfMemory)
+        error = Waiter(queue, "a dog", "a").end
+    assert isinstance(error, OutOfMemory)
     assert len(attempts) == 2
-    assert "\n" not in str(problem)
-    assert str(problem).count(" GB") == 3
+    assert "\n" not in str(error)
+    assert str(error).count(" GB") == 3
     assert isinstance(Waiter(queue, "a dog", "a").end, Result)
-    assert queue.status()["engine"]["cache"]["entries"] >= 1
+    assert queue.engine_status().cache.entries >= 1

@@ -20,7 +20,7 @@ from klein_mcp.errors import RequestError
 from klein_mcp.images import provenance
 from klein_mcp.images.export import SaveOptions, resolve
 from klein_mcp.jobs.service import Service
-from tests.fakes import FakePainter
+from tests.fakes import FakeExecutor
 from tests.images import file, pixels, scene
 from tests.tool_calls import call, refused
 
@@ -59,7 +59,7 @@ async def test_every_format_tells_how_it_was_made(client: Client, project: Path,
         packet = opened.info.get("xmp") or opened.info.get("XML:com.adobe.xmp")
     assert recipe is not None
     assert (recipe["image"], recipe["seed"], recipe["model"]) == (facts["image"], "5", "nano")
-    assert recipe["order"]["prompt"] == "a dot — “quoted” <&> 熊"
+    assert recipe["request"]["prompt"] == "a dot — “quoted” <&> 熊"
     assert packet
     root = ElementTree.fromstring(packet.strip(b"\0 ") if isinstance(packet, bytes) else packet)
     (described,) = root.iter("{http://www.w3.org/1999/02/22-rdf-syntax-ns#}Description")
@@ -122,7 +122,7 @@ async def test_smaller_copy_keeps_its_shape_and_nothing_is_enlarged(client: Clie
     assert (large["width"], large["height"]) == (256, 128)
 
 
-async def test_jpeg_is_close_to_image(client: Client, project: Path, painter: FakePainter):
+async def test_jpeg_is_close_to_image(client: Client, project: Path, painter: FakeExecutor):
     painter.paint = lambda job: scene(128, 128)
     await painted(client)
     await call(client, "save_image", image="last", path="hero.jpg")

@@ -136,8 +136,10 @@ import asyncio, json, os, sys
 from pathlib import Path
 import httpx2, httpcore2, filelock, anyio, numpy, anyio._backends._asyncio, klein_mcp.daemon.wire, encodings.idna
 import h11, httpcore2._async, httpx2._transports.default, traceback, secrets, socket
-from engine.contract import Job, EngineError
-from klein_mcp.daemon.client import DaemonBackend
+from engine.contract import EngineError
+from klein_mcp.jobs.events import Failed
+from klein_mcp.jobs.request import generate
+from klein_mcp.daemon.client import DaemonClient
 from klein_mcp.daemon import endpoint
 from klein_mcp.settings import Settings
 home = Path(sys.argv[1])
@@ -145,9 +147,11 @@ if os.getuid() == 0:
     os.setgroups([]); os.setgid(65534); os.setuid(65534)
 
 async def main():
-    door = DaemonBackend(Settings(home=home))
+    door = DaemonClient(Settings(home=home))
     try:
-        async for event in door.run(Job("a cat"), client="stranger"):
+        async for event in door.run(generate("a cat"), client="another user"):
+            if isinstance(event, Failed):
+                raise event.error
             print(type(event).__name__)
     except EngineError as problem:
         print("refused:", problem)
@@ -200,7 +204,7 @@ def test_another_user_of_the_machine_is_not_let_in(living: Living):
     finally:
         for path, mode in zip(paths, modes, strict=True):
             path.chmod(mode)
-    assert "Result" not in said
+    assert "Submitted" not in said
     assert "refused:" in said
     assert addresses.read(living.home) == address
 

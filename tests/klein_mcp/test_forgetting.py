@@ -1,4 +1,4 @@
-"""A daemon that is up for weeks: what it promised is kept, what is long finished leaves memory and disk."""
+"""A daemon that is up for weeks: detached jobs are finished, old ones leave memory and disk."""
 
 import errno
 import json
@@ -11,156 +11,153 @@ from typing import Any
 import anyio
 import pytest
 
+from engine.contract import EngineFailed
 from klein_mcp import atomic
-from klein_mcp.jobs import manager as kept_module
-from klein_mcp.jobs.backend import UnknownJob
-from klein_mcp.jobs.context import CallContext
+from klein_mcp.jobs import manager as managers
+from klein_mcp.jobs.api import UnknownJob
+from klein_mcp.jobs.events import Done, Failed, JobEvent
 from klein_mcp.jobs.manager import JobManager
-from klein_mcp.jobs.outcome import JobResult
-from klein_mcp.jobs.request import ImageRequest
+from klein_mcp.jobs.queue import Queue
+from klein_mcp.jobs.request import generate
+from tests.fakes import FakeExecutor
 
 pytestmark = pytest.mark.anyio
 
-ORDER = ImageRequest("generate_image", "a cat").to_json()
-
-
-class Service:
-    """Finishes each order when `go` is set."""
-
-    def __init__(self) -> None:
-        self.go = anyio.Event()
-        self.painted: list[str] = []
-
-    async def paint(self, order: ImageRequest, call: CallContext) -> JobResult:
-        assert call.tell
-        await call.tell(10, 100, "step 1 of 4")
-        await self.go.wait()
-        self.painted.append(order.prompt)
-        return JobResult((), (), {"total": 1.0})
-
-    def close(self) -> None:
-        """Nothing is open."""
-
 
 @pytest.fixture
-async def service() -> Service:
-    return Service()
+async def manager(tmp_path: Path, painter: FakeExecutor) -> AsyncIterator[JobManager]:
+    queue = Queue(lambda: painter, size=32, keep_alive=600)
+    manager = JobManager(tmp_path / "jobs", tmp_path / "library", queue)
+    yield manager
+    painter.hurry()
+    queue.close(10)
+    await manager.aclose()
 
 
-@pytest.fixture
-async def kept(tmp_path: Path, service: Service) -> AsyncIterator[JobManager]:
-    kept = JobManager(tmp_path / "jobs", lambda: service)  # type: ignore[arg-type, return-value]
-    yield kept
-    await kept.aclose()
+async def ending(manager: JobManager, job: str) -> JobEvent:
+    with anyio.fail_after(20):
+        return [event async for event in manager.events(job)][-1]
 
 
-async def finished(kept: JobManager, name: str) -> dict[str, Any]:
-    with anyio.fail_after(10):
-        while (state := await kept.state(name))["state"] != "done":
-            pass
-    return state
-
-
-async def take(kept: JobManager) -> str:
-    return await kept.take(ORDER, client="me", made=None)
+async def start(manager: JobManager) -> str:
+    """A detached job."""
+    job = await manager.submit(generate("a cat"), client="me")
+    await manager.detach(job)
+    return job
 
 
 def files(tmp_path: Path) -> set[str]:
     return {path.name for path in (tmp_path / "jobs").iterdir()}
 
 
-async def test_a_finished_job_is_forgotten_after_a_day_though_the_daemon_lives(
-    kept: JobManager, service: Service, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    service.go.set()
-    old = await take(kept)
-    await finished(kept, old)
+async def test_finished_job_is_forgotten_after_a_day(manager, tmp_path, monkeypatch):
+    old = await start(manager)
+    assert isinstance(await ending(manager, old), Done)
     now = time.time()
-    monkeypatch.setattr(kept_module.time, "time", lambda: now + kept_module.REMEMBERED - 60)
-    recent = await take(kept)
-    assert (await kept.state(old))["state"] == "done"
-    await finished(kept, recent)
-    monkeypatch.setattr(kept_module.time, "time", lambda: now + kept_module.REMEMBERED + 60)
-    third = await take(kept)
+    monkeypatch.setattr("time.time", lambda: now + managers.REMEMBERED - 60)
+    recent = await start(manager)
+    assert (await manager.job(old)).state == "done"
+    await ending(manager, recent)
+    monkeypatch.setattr("time.time", lambda: now + managers.REMEMBERED + 60)
+    third = await start(manager)
     with pytest.raises(UnknownJob):
-        await kept.state(old)
-    await finished(kept, recent)
+        await manager.job(old)
+    await ending(manager, recent)
     assert files(tmp_path) == {f"{recent}.json", f"{third}.json"}
 
 
-async def test_a_day_begins_when_the_job_is_done(kept: JobManager, service: Service, monkeypatch: pytest.MonkeyPatch):
-    slow = await take(kept)
+async def test_running_job_is_never_forgotten(manager, painter, monkeypatch):
+    painter.seconds_per_step = 30
+    slow = await start(manager)
     now = time.time()
-    monkeypatch.setattr(kept_module.time, "time", lambda: now + kept_module.REMEMBERED + 60)
-    other = await take(kept)
-    assert (await kept.state(slow))["state"] == "painting", "what is promised is never forgotten"
-    service.go.set()
-    await finished(kept, slow)
-    await finished(kept, other)
-    await take(kept)
-    assert (await kept.state(slow))["state"] == "done"
+    monkeypatch.setattr("time.time", lambda: now + managers.REMEMBERED + 60)
+    await start(manager)
+    assert (await manager.job(slow)).state in ("queued", "painting")
+    painter.hurry()
+    await ending(manager, slow)
+    await start(manager)
+    assert (await manager.job(slow)).state == "done", "the day begins when it is done"
 
 
-async def test_a_client_that_loops_fills_neither_memory_nor_disk(
-    kept: JobManager, service: Service, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    monkeypatch.setattr(kept_module, "MOST", 5)
-    service.go.set()
+async def test_client_in_a_loop_fills_neither_memory_nor_disk(manager, tmp_path, monkeypatch):
+    monkeypatch.setattr(managers, "MOST", 5)
     names = []
     for _ in range(20):
-        names.append(await take(kept))
-        await finished(kept, names[-1])
-    assert len(files(tmp_path)) == len(kept._jobs) == 6
+        names.append(await start(manager))
+        await ending(manager, names[-1])
+    assert len(files(tmp_path)) == len(await manager.list()) == 6
     for name in names[-6:]:
-        await finished(kept, name)
+        await ending(manager, name)
 
 
-async def test_the_next_daemon_forgets_too_and_sweeps_what_a_crash_left(
-    service: Service, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    monkeypatch.setattr(kept_module, "MOST", 2)
+async def test_next_daemon_forgets_too_and_deletes_what_a_crash_left(manager, tmp_path, monkeypatch):
+    monkeypatch.setattr(managers, "MOST", 2)
+    await ending(manager, await start(manager))
     folder = tmp_path / "jobs"
-    folder.mkdir()
-    done = {"order": ORDER, "client": "me", "made": None, "attempts": 1, "state": "done"}
+    (done,) = folder.glob("*.json")
+    content = json.loads(done.read_text())
+    done.unlink()
     for n in range(4):
-        (folder / f"j{n}.json").write_text(json.dumps({**done, "since": time.time() - n}))
-    (folder / "jolder.json").write_text(json.dumps({**done, "since": time.time() - kept_module.REMEMBERED - 60}))
-    (folder / "jhalf.json.1234").write_text('{"order')
-    (folder / "jstrange.json").write_text('{"state": "done", "since": "yesterday"}')
-    kept = JobManager(folder, lambda: service)  # type: ignore[arg-type, return-value]
-    kept.resume()
-    assert files(tmp_path) == {"j0.json", "j1.json", "jstrange.json"}
-    assert (await kept.state("j0"))["state"] == "done"
+        (folder / f"j{n}.json").write_text(json.dumps({**content, "changed": time.time() - n}))
+    (folder / "jolder.json").write_text(json.dumps({**content, "changed": time.time() - managers.REMEMBERED - 60}))
+    (folder / "jhalf.json.1234").write_text('{"request')
+    (folder / "jforeign.json").write_text('{"changed": "yesterday"}')
+    following = JobManager(folder, tmp_path / "library", manager._queue)
+    following.resume()
+    assert files(tmp_path) == {"j0.json", "j1.json", "jforeign.json"}
+    assert isinstance(await ending(following, "j0"), Done)
 
 
-async def test_what_cannot_be_written_down_is_not_promised(
-    kept: JobManager, service: Service, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+async def test_job_that_cannot_be_written_is_not_detached(manager, painter, tmp_path, monkeypatch):
     def full(*arguments: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(os, "fdopen", lambda descriptor, *rest, **more: (os.close(descriptor), full()))
-    with pytest.raises(OSError, match="No space left"):
-        await take(kept)
-    assert not kept.busy
-    assert not service.painted
+    painter.seconds_per_step = 30
+    job = await manager.submit(generate("a cat"), client="me")
+    with monkeypatch.context() as disk:
+        disk.setattr(os, "fdopen", lambda descriptor, *rest, **more: (os.close(descriptor), full()))
+        with pytest.raises(EngineFailed, match="No space left"):
+            await manager.detach(job)
+    assert not (await manager.job(job)).detached
     assert files(tmp_path) == set(), "not half a file either"
 
 
-async def test_an_order_that_cannot_be_counted_is_painted_all_the_same(
-    kept: JobManager, service: Service, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+async def test_job_that_cannot_be_counted_is_run_all_the_same(manager, painter, tmp_path, monkeypatch):
     """The disk is full when the next daemon starts."""
-    name = await take(kept)
-    await kept.aclose()
-    following = JobManager(tmp_path / "jobs", lambda: service)  # type: ignore[arg-type, return-value]
-    monkeypatch.setattr(kept_module.atomic, "write", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "full")))
-    service.go.set()
+    painter.seconds_per_step = 30
+    name = await start(manager)
+    await manager.aclose()
+    painter.hurry()
+    queue = Queue(lambda: painter, size=32, keep_alive=600)
+    following = JobManager(tmp_path / "jobs", tmp_path / "library", queue)
+    monkeypatch.setattr(managers.atomic, "write", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "full")))
     following.resume()
-    await finished(following, name)
+    assert isinstance(await ending(following, name), Done)
+    queue.close(10)
+    await following.aclose()
 
 
-def test_a_file_is_replaced_whole_or_stays_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+async def test_failed_job_keeps_its_error_across_a_restart(manager, painter, tmp_path):
+    painter.error = EngineFailed("The device is gone.", hint="Plug it in.")
+    name = await start(manager)
+    await ending(manager, name)
+    following = JobManager(tmp_path / "jobs", tmp_path / "library", manager._queue)
+    following.resume()
+    last = await ending(following, name)
+    assert isinstance(last, Failed)
+    assert (type(last.error), str(last.error)) == (EngineFailed, "The device is gone. Plug it in.")
+
+
+async def test_job_that_nobody_listens_to_is_cancelled(manager, painter, monkeypatch):
+    monkeypatch.setattr(managers, "LISTEN_WITHIN", 0.05)
+    painter.seconds_per_step = 0.2
+    job = await manager.submit(generate("a cat"), client="me")
+    with anyio.fail_after(20):
+        while (await manager.job(job)).state != "cancelled":
+            await anyio.sleep(0.01)
+
+
+def test_file_is_replaced_whole_or_stays_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     path = tmp_path / "file.json"
     atomic.write(path, "first")
     assert path.stat().st_mode & 0o777 == 0o600

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from mcp import Client
 
 from klein_mcp.images.region import SEAM, WORK_AREA, patch
-from tests.fakes import FakePainter
+from tests.fakes import FakeExecutor
 from tests.images import file, noise, pixels, scene
 from tests.tool_calls import call, refused
 
@@ -153,7 +153,7 @@ async def test_region_changes_only_itself_and_line_reports_how_much(client: Clie
 
 
 async def test_small_region_is_painted_close_up_and_all_else_as_it_is(
-    client: Client, painter: FakePainter, tmp_path: Path
+    client: Client, painter: FakeExecutor, tmp_path: Path
 ):
     path = tmp_path / "wide.png"
     path.write_bytes(file(scene(800, 600)))
@@ -210,7 +210,7 @@ async def test_mask_that_lost_its_transparency_is_error(client: Client, photo: s
     ],
 )
 async def test_mask_that_cannot_be_honoured_is_error(
-    client: Client, painter: FakePainter, photo: str, tmp_path: Path, box: Any, size: tuple[int, int], message: str
+    client: Client, painter: FakeExecutor, photo: str, tmp_path: Path, box: Any, size: tuple[int, int], message: str
 ):
     path = tmp_path / "mask.png"
     path.write_bytes(file(mask_of(*size, box)))

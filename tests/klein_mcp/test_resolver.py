@@ -11,7 +11,7 @@ import pytest
 from mcp import Client
 
 from klein_mcp.jobs.service import Service
-from tests.fakes import FakePainter
+from tests.fakes import FakeExecutor
 from tests.images import file, noise, scene
 from tests.tool_calls import call, refused
 
@@ -42,7 +42,7 @@ async def test_same_file_is_same_image_whatever_its_name_and_format(client: Clie
     assert (await call(client, "view_image", image=str(photo)))["image"] != first["image"]
 
 
-async def test_data_url_is_taken_though_never_asked_for(client: Client, painter: FakePainter):
+async def test_data_url_is_taken_though_never_asked_for(client: Client, painter: FakeExecutor):
     url = "data:image/png;base64," + base64.b64encode(file(scene(64, 48))).decode()
     await call(client, "edit_image", image=url, prompt="x")
     assert (painter.jobs[0].references[0] == scene(64, 48)).all()

@@ -17,7 +17,7 @@ from mcp_types import ResourceTemplateReference, SubscribeRequestParams
 from engine.contract import Job, Rgb8
 from klein_mcp.jobs.service import Service
 from klein_mcp.mcp_server import resources
-from tests.fakes import FakePainter
+from tests.fakes import FakeExecutor
 from tests.images import file, noise, pixels, scene
 from tests.tool_calls import call, refused
 
@@ -30,7 +30,7 @@ async def read(client: Client, uri: str) -> Any:
     return (await client.read_resource(uri)).contents
 
 
-async def test_each_image_is_listed_and_read_exactly(client: Client, painter: FakePainter):
+async def test_each_image_is_listed_and_read_exactly(client: Client, painter: FakeExecutor):
     payload = await call(client, "generate_image", prompt="a red dot")
     listed = {resource.uri: resource for resource in (await client.list_resources()).resources}
     assert listed[payload["uri"]].title == "a red dot"
@@ -46,7 +46,7 @@ async def test_preview_and_recipe_are_resources_of_their_own(client: Client):
     assert (content.mime_type, base64.b64decode(content.blob)[:2]) == ("image/jpeg", b"\xff\xd8")
     (content,) = await read(client, f"{payload['uri']}/recipe")
     recipe = json.loads(content.text)
-    assert (recipe["seed"], recipe["parents"], recipe["order"]["prompt"]) == ("8", [first["image"]], "blue")
+    assert (recipe["seed"], recipe["parents"], recipe["request"]["prompt"]) == ("8", [first["image"]], "blue")
     (content,) = await read(client, ALL)
     assert [one["image"] for one in json.loads(content.text)] == [payload["image"], first["image"]]
 
@@ -56,7 +56,7 @@ async def test_templates_name_every_readable_resource(client: Client):
     assert templates >= {f"{ALL}/{{handle}}", f"{ALL}/{{handle}}/preview", f"{ALL}/{{handle}}/recipe"}
 
 
-async def test_image_too_large_for_a_message_is_read_smaller(client: Client, painter: FakePainter):
+async def test_image_too_large_for_a_message_is_read_smaller(client: Client, painter: FakeExecutor):
     def worst(job: Job) -> Rgb8:
         return noise(2048, 2048)
 

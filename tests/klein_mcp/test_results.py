@@ -12,7 +12,7 @@ from mcp_types import Implementation
 from engine.contract import Job, Rgb8
 from klein_mcp.jobs.service import DEMO
 from klein_mcp.mcp_server.client_profiles import CLIENTS, image_mode
-from tests.fakes import FakePainter
+from tests.fakes import FakeExecutor
 from tests.images import noise, pixels, scene
 from tests.tool_calls import call, kinds, line, preview
 
@@ -33,7 +33,7 @@ async def test_json_line_holds_everything_a_text_only_client_needs(client: Clien
     assert payload["cache"] == {"prompt": "miss", "references": "none"}
 
 
-async def test_path_leads_to_the_exact_image(client: Client, painter: FakePainter):
+async def test_path_leads_to_the_exact_image(client: Client, painter: FakeExecutor):
     payload = await call(client, "generate_image", prompt="a dot", seed=7)
     with open(payload["path"], "rb") as file:
         assert (pixels(file.read()) == painter.paint(painter.jobs[0])).all()
@@ -49,7 +49,7 @@ async def test_result_is_text_then_preview_then_user_link(client: Client):
     assert (link["mimeType"], link["annotations"]["audience"]) == ("image/png", ["user"])
 
 
-async def test_several_images_come_as_one_labelled_sheet(client: Client, painter: FakePainter):
+async def test_several_images_come_as_one_labelled_sheet(client: Client, painter: FakeExecutor):
     painter.paint = lambda job: scene(128, 128)
     result = await client.call_tool("generate_image", {"prompt": "a dot", "count": 4, "seed": 10})
     assert kinds(result) == ["text", "image", *["resource_link"] * 4]
@@ -114,7 +114,7 @@ def test_unknown_client_gets_a_preview_and_longer_names_match():
 
 
 @pytest.mark.parametrize("count", [1, 4])
-async def test_noisiest_image_stays_within_the_message_limit(client: Client, painter: FakePainter, count: int):
+async def test_noisiest_image_stays_within_the_message_limit(client: Client, painter: FakeExecutor, count: int):
     def worst(job: Job) -> Rgb8:
         return noise(2048, 2048, job.seed)
 
@@ -140,7 +140,7 @@ async def test_no_demo_warning_when_nano_is_requested(client: Client):
     assert DEMO not in payload["warnings"]
 
 
-async def test_view_image_shows_a_small_region_enlarged(client: Client, painter: FakePainter):
+async def test_view_image_shows_a_small_region_enlarged(client: Client, painter: FakeExecutor):
     painter.paint = lambda job: scene(128, 128)
     await call(client, "generate_image", prompt="a dot")
     result = await client.call_tool("view_image", {"image": "last", "region": [96, 0, 32, 16], "max_size": 640})

@@ -121,13 +121,13 @@ def test_nothing_heavy_is_imported_before_the_first_image():
 import sys, anyio
 from mcp import Client
 from klein_mcp.mcp_server import stdio
-from klein_mcp.daemon.client import DaemonBackend
+from klein_mcp.daemon.client import DaemonClient
 from klein_mcp.mcp_server.server import create_server
 from klein_mcp.jobs.service import Service
 from klein_mcp.settings import Settings
 async def main():
     settings = Settings.load({"KLEIN_HOME": "/nonexistent"})
-    async with Client(create_server(Service(settings, DaemonBackend(settings)))) as client:
+    async with Client(create_server(Service(settings, DaemonClient(settings)))) as client:
         assert (await client.list_tools()).tools
 anyio.run(main)
 print([name for name in ("numpy", "PIL", "torch", "transformers", "jinja2") if name in sys.modules])

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from engine.contract import Job, Result
-from klein_mcp.jobs.timing import KEPT, TimingHistory
+from klein_mcp.jobs.timing import MEASUREMENTS, TimingHistory
 
 
 def painting(width: int, height: int) -> Result:
@@ -72,12 +72,12 @@ def test_of_equally_near_measurements_the_latest_counts():
 def test_it_survives_the_process_and_does_not_grow_without_end(tmp_path: Path):
     path = tmp_path / "history.json"
     first = TimingHistory(path)
-    for number in range(3 * KEPT):
+    for number in range(3 * MEASUREMENTS):
         first.note(Job("a", width=512, height=512), painting(512, 512), float(number))
     second = TimingHistory(path)
     assert second.seconds(Job("b", width=512, height=512)) == first.seconds(Job("b", width=512, height=512))
     assert path.stat().st_size < 4000
-    assert second.tables()["klein-4b"]["1024x1024"] == pytest.approx(4 * (3 * KEPT - 1), rel=0.01)
+    assert second.tables()["klein-4b"]["1024x1024"] == pytest.approx(4 * (3 * MEASUREMENTS - 1), rel=0.01)
 
 
 @pytest.mark.parametrize(

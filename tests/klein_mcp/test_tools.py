@@ -8,7 +8,7 @@ from mcp import Client
 
 from engine.contract import Busy, InvalidJob, ModelNotFound
 from engine.families.klein.variants import VARIANTS
-from tests.fakes import FakePainter
+from tests.fakes import FakeExecutor
 from tests.tool_calls import call, refused
 
 pytestmark = pytest.mark.anyio
@@ -99,14 +99,14 @@ async def test_region_outside_the_image_is_an_error(client: Client, region: Any)
     assert "region" in message
 
 
-async def test_loosely_typed_arguments_are_understood(client: Client, painter: FakePainter):
+async def test_loosely_typed_arguments_are_understood(client: Client, painter: FakeExecutor):
     """Numbers as text, lists as JSON text, null for what is left out."""
     await call(client, "generate_image", prompt="a dot", width="128", height="96", seed="5", count="1", show=None)
     await call(client, "edit_image", image="last", prompt="x", region="[0, 0, 32, 32]")
     assert (painter.jobs[0].width, painter.jobs[0].height, painter.jobs[0].seed) == (128, 96, 5)
 
 
-async def test_largest_seed_arrives_exactly(client: Client, painter: FakePainter):
+async def test_largest_seed_arrives_exactly(client: Client, painter: FakeExecutor):
     payload = await call(client, "generate_image", prompt="a dot", seed=2**63 - 1)
     assert painter.jobs[0].seed == 2**63 - 1
     assert payload["seed"] == "9223372036854775807"
@@ -126,18 +126,18 @@ async def test_reference_limit_is_the_models(client: Client):
     assert "it must be a list of 1 to 4 image references." in message
 
 
-async def test_engine_error_reaches_the_model_word_for_word(client: Client, painter: FakePainter):
+async def test_engine_error_reaches_the_model_word_for_word(client: Client, painter: FakeExecutor):
     painter.error = ModelNotFound("Model klein-4b is not installed.", hint="Run: klein-mcp pull klein-4b")
     message = await refused(client, "generate_image", prompt="x", model="klein-4b")
     assert message == "Model klein-4b is not installed. Run: klein-mcp pull klein-4b"
 
 
-async def test_full_queue_says_when_to_try_again(client: Client, painter: FakePainter):
+async def test_full_queue_says_when_to_try_again(client: Client, painter: FakeExecutor):
     painter.error = Busy("32 jobs are waiting; at most 32.", retry_after=7.0)
     assert "Try again in 7 s." in await refused(client, "generate_image", prompt="x")
 
 
-async def test_internal_error_is_one_line_and_the_next_call_works(client: Client, painter: FakePainter):
+async def test_internal_error_is_one_line_and_the_next_call_works(client: Client, painter: FakeExecutor):
     painted, painter.paint = painter.paint, lambda job: 1 / 0  # type: ignore[assignment,return-value]
     message = await refused(client, "generate_image", prompt="x")
     assert "ZeroDivisionError" in message
@@ -145,7 +145,7 @@ async def test_internal_error_is_one_line_and_the_next_call_works(client: Client
     await call(client, "generate_image", prompt="x")
 
 
-async def test_server_survives_every_kind_of_error(client: Client, painter: FakePainter):
+async def test_server_survives_every_kind_of_error(client: Client, painter: FakeExecutor):
     painter.error = InvalidJob("steps is 0; it must lie in 1 … 200.")
     await refused(client, "generate_image", prompt="x")
     painter.error = None
@@ -160,12 +160,8 @@ async def test_status_is_text_and_needs_no_image(client: Client):
     assert payload["running"] is True
 
 
-async def test_status_separates_model_in_use_from_setting(
-    client: Client, painter: FakePainter, monkeypatch: pytest.MonkeyPatch
-):
-    async def status() -> dict[str, Any]:
-        return {"running": True, "engine": {"loaded": "klein-4b"}}
-
-    monkeypatch.setattr(painter, "status", status)
+async def test_status_separates_model_in_use_from_setting(client: Client, painter: FakeExecutor):
+    await call(client, "generate_image", prompt="x")
+    painter.model = "klein-4b"
     payload = await call(client, "engine_status")
     assert (payload["model_setting"], payload["model_in_use"]) == ("auto", "klein-4b")

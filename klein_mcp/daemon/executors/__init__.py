@@ -1,0 +1,1 @@
+"""Where jobs are computed: one file per executor."""

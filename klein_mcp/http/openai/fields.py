@@ -8,7 +8,7 @@ from typing import Any, Literal
 from engine.families.klein.variants import VARIANTS
 from klein_mcp.errors import did_you_mean, shown
 from klein_mcp.http.openai.errors import ApiError
-from klein_mcp.jobs.request import MAX_SEED, MAX_SIDE, MIN_SIDE
+from klein_mcp.limits import MAX_SEED, MAX_SIDE, MIN_SIDE
 
 MAX_PROMPT = 32_000
 """Characters, OpenAI's own limit. klein reads about the first 2,000 and the result warns of the rest."""

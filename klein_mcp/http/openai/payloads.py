@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 from klein_mcp.http.openai.fields import ImageCall
-from klein_mcp.jobs.request import GRID
+from klein_mcp.limits import GRID
 
 Operation = Literal["image_generation", "image_edit"]
 

@@ -2,9 +2,8 @@
 
 from mcp_types import CallToolResult
 
-from klein_mcp.errors import RequestError
+from klein_mcp.jobs import request
 from klein_mcp.jobs.context import CallContext
-from klein_mcp.jobs.request import ImageRequest, rounded
 from klein_mcp.jobs.service import Service
 from klein_mcp.mcp_server.tools import fields
 from klein_mcp.mcp_server.tools.image_tool import run_request
@@ -25,24 +24,18 @@ class EditImage(fields.Arguments):
 
 
 async def run(service: Service, call: CallContext, arguments: EditImage) -> CallToolResult:
-    warnings: list[str] = []
-    width, height = rounded(arguments.width, arguments.height, warnings)
-    if width is not None and (arguments.region or arguments.mask):
-        raise RequestError("region and mask keep the image's size.", hint="Leave out width and height.")
-    request = ImageRequest(
-        tool=TOOL.name,
-        prompt=arguments.prompt,
-        images=(arguments.image,),
+    wanted = request.edit(
+        arguments.image,
+        arguments.prompt,
         mask=arguments.mask,
-        region=fields.box(arguments.region),
-        width=width,
-        height=height,
-        keep_size=width is None,
+        region=arguments.region,
+        width=arguments.width,
+        height=arguments.height,
         count=arguments.count,
-        seed=service.seed(arguments.seed, arguments.count),
+        seed=arguments.seed,
         model=service.model(arguments.model),
     )
-    return await run_request(service, call, request, arguments.show, warnings)
+    return await run_request(service, call, wanted, arguments.show)
 
 
 TOOL = Tool(

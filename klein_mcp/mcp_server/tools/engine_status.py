@@ -5,6 +5,7 @@ from mcp_types import CallToolResult
 from klein_mcp import __version__
 from klein_mcp.jobs.context import CallContext
 from klein_mcp.jobs.service import Service
+from klein_mcp.jobs.status import to_json
 from klein_mcp.mcp_server import results
 from klein_mcp.mcp_server.tools import fields
 from klein_mcp.mcp_server.tools.tool import Tool
@@ -15,7 +16,7 @@ class EngineStatusArguments(fields.Arguments):
 
 
 async def run(service: Service, call: CallContext, arguments: EngineStatusArguments) -> CallToolResult:
-    status = await service.backend.status()
+    status = await service.jobs.status()
     seconds = service.estimate
     return CallToolResult(
         content=[
@@ -23,9 +24,9 @@ async def run(service: Service, call: CallContext, arguments: EngineStatusArgume
                 {
                     "version": __version__,
                     "model_setting": service.settings.model,
-                    "model_in_use": status.get("engine", {}).get("loaded"),
+                    "model_in_use": status.engine and status.engine.loaded,
                     "seconds_per_image": None if seconds is None else round(seconds, 2),
-                    **status,
+                    **to_json(status),
                 }
             )
         ]

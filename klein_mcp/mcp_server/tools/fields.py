@@ -15,7 +15,7 @@ from pydantic import (
 )
 
 from engine.families.klein.variants import VARIANTS
-from klein_mcp.jobs.request import MAX_SEED, MAX_SIDE, MIN_SIDE
+from klein_mcp.limits import MAX_SEED, MAX_SIDE, MIN_SIDE
 
 MAX_PROMPT = 4000
 """Characters; klein reads 512 tokens, about 2,000 characters of English."""
@@ -136,21 +136,3 @@ ViewSize = Annotated[int, Field(ge=64, le=1568, description="Long edge of what y
 Limit = Annotated[int, Field(ge=1, le=100, description="Entries per page.")]
 Search = Annotated[str, Field(max_length=200, description="Words in the prompt, or part of a path.")]
 Cursor = Annotated[str, Field(max_length=40, description='The "next" of the previous page.')]
-
-
-def shape(aspect: str | None, width: int | None, warnings: list[str]) -> tuple[int, int] | None:
-    """Parse "16:9" as (16, 9), None if width and height are given."""
-    if aspect is None:
-        return None
-    if width is not None:
-        warnings.append("aspect_ratio was ignored: width and height give the shape")
-        return None
-    across, along = aspect.split(":")
-    return int(across), int(along)
-
-
-def box(region: list[int] | None) -> tuple[int, int, int, int] | None:
-    if region is None:
-        return None
-    x, y, width, height = region
-    return x, y, width, height

@@ -2,8 +2,8 @@
 
 from mcp_types import CallToolResult
 
+from klein_mcp.jobs import request
 from klein_mcp.jobs.context import CallContext
-from klein_mcp.jobs.request import ImageRequest, rounded
 from klein_mcp.jobs.service import Service
 from klein_mcp.mcp_server.tools import fields
 from klein_mcp.mcp_server.tools.image_tool import run_request
@@ -22,19 +22,16 @@ class GenerateImage(fields.Arguments):
 
 
 async def run(service: Service, call: CallContext, arguments: GenerateImage) -> CallToolResult:
-    warnings: list[str] = []
-    width, height = rounded(arguments.width, arguments.height, warnings)
-    request = ImageRequest(
-        tool=TOOL.name,
-        prompt=arguments.prompt,
-        width=width,
-        height=height,
-        aspect=fields.shape(arguments.aspect_ratio, width, warnings),
+    wanted = request.generate(
+        arguments.prompt,
+        width=arguments.width,
+        height=arguments.height,
+        aspect=arguments.aspect_ratio,
         count=arguments.count,
-        seed=service.seed(arguments.seed, arguments.count),
+        seed=arguments.seed,
         model=service.model(arguments.model),
     )
-    return await run_request(service, call, request, arguments.show, warnings)
+    return await run_request(service, call, wanted, arguments.show)
 
 
 TOOL = Tool(

@@ -22,7 +22,8 @@ async def run(service: Service, call: CallContext, arguments: ViewImage) -> Call
     def render() -> CallToolResult:
         from klein_mcp.images import codec, preview, region
 
-        record, part = opened.record, opened.image
+        record = opened.record
+        part = service.sources.pixels(record)
         metadata = {**results.location(service.store, record, call), "width": record.width, "height": record.height}
         if arguments.region:
             left, top, right, bottom = region.check(arguments.region, record.width, record.height)

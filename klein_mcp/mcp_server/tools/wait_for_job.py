@@ -5,7 +5,7 @@ from mcp_types import CallToolResult
 from klein_mcp.jobs.context import CallContext
 from klein_mcp.jobs.service import Service
 from klein_mcp.mcp_server.tools import fields
-from klein_mcp.mcp_server.tools.image_tool import render
+from klein_mcp.mcp_server.tools.image_tool import preview_size, render, show_mode
 from klein_mcp.mcp_server.tools.tool import Tool
 
 
@@ -15,8 +15,10 @@ class WaitForJob(fields.Arguments):
 
 
 async def run(service: Service, call: CallContext, arguments: WaitForJob) -> CallToolResult:
-    outcome = await service.wait_within(service.settings.wait_budget, arguments.job, call)
-    return await render(service, call, outcome, arguments.show)
+    mode = show_mode(service, call, arguments.show)
+    seconds, preview = service.settings.wait_budget, preview_size(mode)
+    result = await service.wait_within(seconds, arguments.job, call, preview=preview)
+    return await render(service, call, result, mode)
 
 
 TOOL = Tool(

@@ -1,0 +1,149 @@
+"""Events of a job, as its listeners get them, and their JSON form."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from engine.contract import EngineError, Fix, Loading, Queued, Stage, Step
+from klein_mcp import errors
+from klein_mcp.errors import RequestError
+from klein_mcp.jobs.results import Preview, SavedImage
+
+
+@dataclass(frozen=True, slots=True)
+class Submitted:
+    """The job has an id. Always the first event of `Jobs.run`."""
+
+    job: str
+
+
+@dataclass(frozen=True, slots=True)
+class Saving:
+    """The engine is done with an image, and it is being put into the library."""
+
+
+@dataclass(frozen=True, slots=True)
+class Progressed:
+    """Image number `image` of the request, from 0, got as far as `event` says.
+
+    preview: of a Step, for listeners that asked: the image the sampler is heading for.
+    """
+
+    image: int
+    event: Queued | Loading | Stage | Step | Saving
+    preview: Preview | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ImageSaved:
+    """Image number `image`, from 0, is in the library. preview: for listeners that asked for each."""
+
+    image: int
+    saved: SavedImage
+    preview: Preview | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """Every image is saved. ms: by stage, over all images. preview: one image, or a sheet of several."""
+
+    warnings: tuple[str, ...] = ()
+    ms: Mapping[str, float] = field(default_factory=dict)
+    preview: Preview | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """The job ended with an error that can be told to its caller."""
+
+    error: EngineError | RequestError
+
+
+@dataclass(frozen=True, slots=True)
+class Cancelled:
+    """Somebody cancelled the job."""
+
+
+JobEvent = Submitted | Progressed | ImageSaved | Done | Failed | Cancelled
+LAST = (Done, Failed, Cancelled)
+"""Kinds after which no event follows."""
+
+
+@dataclass(frozen=True, slots=True)
+class Listen:
+    """Options of one listener.
+
+    preview: long edge in pixels of a preview of the whole job in Done; 0 for none.
+    each: long edge of a preview of each image in ImageSaved; 0 for none. steps: whether steps carry previews.
+    """
+
+    preview: int = 0
+    each: int = 0
+    steps: bool = False
+
+
+NO_PREVIEWS = Listen()
+
+_ENGINE_EVENTS = {kind.__name__: kind for kind in (Queued, Loading, Stage, Step, Saving)}
+_JOB_EVENTS = {kind.__name__: kind for kind in (Submitted, Progressed, ImageSaved, Done, Failed, Cancelled)}
+
+
+def to_json(event: JobEvent) -> dict[str, Any]:
+    kind = {"kind": type(event).__name__}
+    match event:
+        case Failed(error):
+            return {**kind, "error": error_to_json(error)}
+        case Progressed(image, Step(done, total), preview):
+            inner = {"kind": "Step", "done": done, "total": total}
+            return {**kind, "image": image, "event": inner, "preview": preview and asdict(preview)}
+        case Progressed(image, inner):
+            return {**kind, "image": image, "event": {"kind": type(inner).__name__, **asdict(inner)}}
+        case _:
+            return {**kind, **asdict(event)}
+
+
+def from_json(data: Mapping[str, Any]) -> JobEvent:
+    """Read what `to_json` wrote. Raises KeyError, TypeError or ValueError."""
+    values = dict(data)
+    kind = _JOB_EVENTS[values.pop("kind")]
+    if preview := values.get("preview"):
+        values["preview"] = Preview(**preview)
+    if kind is Failed:
+        return Failed(error_from_json(values["error"]))
+    if kind is Progressed:
+        event = dict(values["event"])
+        values["event"] = _ENGINE_EVENTS[event.pop("kind")](**event)
+    if kind is ImageSaved:
+        values["saved"] = SavedImage.from_json(values["saved"])
+    if kind is Done:
+        values["warnings"] = tuple(values["warnings"])
+    return kind(**values)
+
+
+def error_to_json(error: EngineError | RequestError) -> dict[str, Any]:
+    """Write an error with everything its constructor takes."""
+    values = {"kind": type(error).__name__, **vars(error)}
+    if isinstance(error, EngineError):
+        values["fix"] = error.fix and asdict(error.fix)
+    return values
+
+
+def error_from_json(data: Mapping[str, Any]) -> EngineError | RequestError:
+    """Read an error; an unknown kind is an EngineError with the same words."""
+    values = dict(data)
+    kind = _ERRORS.get(values.pop("kind"), EngineError)
+    if fix := values.get("fix"):
+        values["fix"] = Fix(**{**fix, "choices": tuple(fix["choices"])})
+    return kind(values.pop("message"), **values)
+
+
+def _subclasses(kind: type) -> dict[str, type]:
+    found = {kind.__name__: kind}
+    for child in kind.__subclasses__():
+        found |= _subclasses(child)
+    return found
+
+
+_ERRORS = _subclasses(EngineError) | {
+    kind.__name__: kind for kind in (RequestError, errors.BadImage, errors.UnknownImage, errors.Refused)
+}

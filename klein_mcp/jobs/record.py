@@ -1,0 +1,188 @@
+"""One job's state while it lives in memory, and the file that lets it survive a restart."""
+
+import asyncio
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from engine.contract import EngineError, Queued
+from klein_mcp.errors import RequestError, explain
+from klein_mcp.jobs.events import (
+    LAST,
+    Cancelled,
+    Done,
+    Failed,
+    JobEvent,
+    Listen,
+    Progressed,
+    error_from_json,
+    error_to_json,
+)
+from klein_mcp.jobs.progress import describe
+from klein_mcp.jobs.queue import Ticket
+from klein_mcp.jobs.request import ImageRequest
+from klein_mcp.jobs.results import SavedImage
+from klein_mcp.jobs.status import JobState, JobStatus
+
+STAGES = ("queue", "load", "prompt", "references", "denoise", "decode", "save")
+
+
+def _one_line(error: EngineError | RequestError) -> str:
+    return explain(error) if isinstance(error, EngineError) else str(error)
+
+
+@dataclass(eq=False, slots=True)
+class Listener:
+    """Somebody who is told the events of a job."""
+
+    options: Listen
+    inbox: "asyncio.Queue[JobEvent]" = field(default_factory=asyncio.Queue)
+
+
+@dataclass(eq=False, slots=True)
+class JobRecord:
+    """A job: its request, what is saved of it, its latest progress, and its listeners.
+
+    saved: the first images of the request, in order. ending: its last event, once it is over.
+    attempts: daemons that began it. changed: when its state last changed. ticket: its place in the queue.
+    """
+
+    id: str
+    request: ImageRequest
+    client: str
+    created: float = field(default_factory=time.time)
+    changed: float = field(default_factory=time.time)
+    attempts: int = 1
+    detached: bool = False
+    saved: list[SavedImage] = field(default_factory=list)
+    warnings: tuple[str, ...] = ()
+    ms: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STAGES, 0.0))
+    latest: Progressed | None = None
+    ending: Done | Failed | Cancelled | None = None
+    listeners: list[Listener] = field(default_factory=list)
+    cancelling: bool = False
+    task: "asyncio.Task[None] | None" = None
+    ticket: Ticket | None = None
+    _began: float = field(default_factory=time.monotonic)
+    _running_since: float | None = None
+
+    @property
+    def over(self) -> bool:
+        return self.ending is not None
+
+    @property
+    def watched(self) -> bool:
+        """Whether some listener wants previews of the steps."""
+        return any(listener.options.steps for listener in self.listeners)
+
+    def publish(self, event: JobEvent) -> None:
+        """Tell all listeners."""
+        if isinstance(event, Progressed):
+            self.latest = event
+            if self._running_since is None and not isinstance(event.event, Queued):
+                self._running_since = time.monotonic()
+        elif isinstance(event, LAST):
+            self.ending = event
+            self.changed = time.time()
+        for listener in self.listeners:
+            listener.inbox.put_nowait(event)
+
+    def add_ms(self, ms: Mapping[str, float]) -> None:
+        """Add milliseconds by stage."""
+        for stage, spent in ms.items():
+            self.ms[stage] = self.ms.get(stage, 0.0) + spent
+
+    def total_ms(self) -> dict[str, float]:
+        """Return whole milliseconds by stage, over all images, and in total since the job was submitted."""
+        total = self.ms.get("total", 0.0) + 1000 * (time.monotonic() - self._began)
+        return {stage: round(spent) for stage, spent in {**self.ms, "total": total}.items()}
+
+    def all_warnings(self) -> tuple[str, ...]:
+        """Warnings of the request and of its images, each once."""
+        return tuple(dict.fromkeys((*self.warnings, *(each for image in self.saved for each in image.warnings))))
+
+    def status(self) -> JobStatus:
+        """Describe the job now."""
+        progress, message, eta = 0.0, "waiting", None
+        if self.latest is not None:
+            share, message = describe(self.latest.event)
+            progress = (self.latest.image + share) / self.request.count
+            eta = self._eta(progress)
+        if self.ending is not None:
+            progress, message, eta = 1.0 if isinstance(self.ending, Done) else progress, self.state, 0.0
+        return JobStatus(
+            job=self.id,
+            client=self.client,
+            tool=self.request.tool,
+            prompt=self.request.prompt,
+            count=self.request.count,
+            state=self.state,
+            progress=round(progress, 3),
+            message=message,
+            eta_s=eta,
+            created=self.created,
+            detached=self.detached,
+            images=tuple(self.saved),
+            error=_one_line(self.ending.error) if isinstance(self.ending, Failed) else "",
+        )
+
+    @property
+    def state(self) -> JobState:
+        match self.ending:
+            case Done():
+                return "done"
+            case Failed():
+                return "failed"
+            case Cancelled():
+                return "cancelled"
+        return "queued" if self._running_since is None else "painting"
+
+    def _eta(self, progress: float) -> float | None:
+        if self.latest and isinstance(self.latest.event, Queued):
+            return self.latest.event.seconds
+        if self._running_since is None or progress <= 0.1:
+            return None
+        return round((time.monotonic() - self._running_since) * (1 - progress) / progress, 1)
+
+    # -- the file ------------------------------------------------------------------------------------------------------
+
+    def to_json(self) -> dict[str, Any]:
+        """Write everything that the next daemon needs."""
+        ending: dict[str, Any] | None = None
+        if isinstance(self.ending, Failed):
+            ending = {"error": error_to_json(self.ending.error)}
+        elif self.ending is not None:
+            ending = {"cancelled": isinstance(self.ending, Cancelled)}
+        return {
+            "request": self.request.to_json(),
+            "client": self.client,
+            "created": self.created,
+            "changed": self.changed,
+            "attempts": self.attempts,
+            "saved": [asdict(image) for image in self.saved],
+            "warnings": list(self.warnings),
+            "ms": self.total_ms() if self.ending is None else dict(self.ms),
+            "ending": ending,
+        }
+
+    @classmethod
+    def from_json(cls, name: str, data: Mapping[str, Any]) -> "JobRecord":
+        """Read a job that was detached. Raises KeyError, TypeError, ValueError or AttributeError."""
+        record = cls(
+            name,
+            ImageRequest.from_json(data["request"]),
+            str(data["client"]),
+            created=float(data["created"]),
+            changed=float(data["changed"]),
+            attempts=int(data["attempts"]),
+            detached=True,
+            saved=[SavedImage.from_json(image) for image in data["saved"]],
+            warnings=tuple(data["warnings"]),
+            ms={stage: float(spent) for stage, spent in data["ms"].items()},
+        )
+        if ending := data["ending"]:
+            done = Done(record.all_warnings(), dict(record.ms))
+            cancelled = Cancelled() if ending.get("cancelled") else done
+            record.ending = Failed(error_from_json(ending["error"])) if "error" in ending else cancelled
+        return record
