@@ -2,7 +2,7 @@
 
 from klein_mcp import _own_packages
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # Here and nowhere later: every module of ours that imports `engine` or `prompts` imports this package first.
 _own_packages.install()

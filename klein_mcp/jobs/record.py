@@ -169,6 +169,8 @@ class JobRecord:
     @classmethod
     def from_json(cls, name: str, data: Mapping[str, Any]) -> "JobRecord":
         """Read a job that was detached. Raises KeyError, TypeError, ValueError or AttributeError."""
+        if "order" in data:
+            data = _from_0_1(data)
         record = cls(
             name,
             ImageRequest.from_json(data["request"]),
@@ -186,3 +188,24 @@ class JobRecord:
             cancelled = Cancelled() if ending.get("cancelled") else done
             record.ending = Failed(error_from_json(ending["error"])) if "error" in ending else cancelled
         return record
+
+
+def _from_0_1(data: Mapping[str, Any]) -> dict[str, Any]:
+    """Convert a job file of klein-mcp 0.1, whose request is what was still to be done. Raises ValueError if it is done.
+
+    Images that were finished before it was detached are in the library, and not in its result.
+    """
+    if data["state"] == "done":
+        raise ValueError("its result is not in today's form; its images are in the library")
+    ending = {"error": {"kind": "RequestError", **data["error"]}} if data["state"] == "failed" else None
+    return {
+        "request": data["order"],
+        "client": data["client"],
+        "created": data["since"],
+        "changed": data["since"],
+        "attempts": data["attempts"],
+        "saved": [],
+        "warnings": [],
+        "ms": {},
+        "ending": ending,
+    }
