@@ -76,6 +76,7 @@ class Job(_ByValue):
     steps, guidance: None for the variant's defaults.
     find_change: with `align`, return where the result differs from the first reference.
     partials: how many steps also return the image they head for, decoded at full size. Never changes the result.
+    mode: the implementation to use where it can be had, as a replay asks for it; None leaves it to the engine.
     hashes: `image_hash` of each reference, "" where unknown; caches use them instead of hashing again.
     affinity: an opaque name; jobs that share it share references, and run best where those are cached.
     """
@@ -95,6 +96,7 @@ class Job(_ByValue):
     partials: int = 0
     hashes: tuple[str, ...] = ()
     affinity: str = ""
+    mode: Mode | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)

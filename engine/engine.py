@@ -24,6 +24,7 @@ from engine.families.klein import lora
 from engine.families.klein.footprint import memory_info
 from engine.families.klein.loader import LoadOptions, prepare
 from engine.families.klein.pipeline import Klein
+from engine.families.klein.runner import CompileOptions, cache_folder
 from engine.families.klein.variants import EMBEDDED, VARIANTS
 from engine.memory.cache import TensorCache, budgets
 from engine.memory.device import Device
@@ -66,12 +67,17 @@ class Engine:
         raise self._out_of_memory()
 
     def prefetch(self, image: "Rgb8 | None" = None) -> bool:
-        """In idle time: prepare for an edit of `image`, or of the latest result. False if there was nothing to do."""
+        """In idle time: do a short piece of work for the jobs to come. False if there was nothing to do.
+
+        First an edit of `image`, or of the latest result, is prepared; then, call by call, the model is tuned.
+        """
         latest, self._latest = self._latest, None
         image = latest if image is None else image
-        if image is None or self._klein is None:
+        if self._klein is None:
             return False
         try:
+            if image is None:
+                return self._klein.runner.tune()
             self._klein.prefetch(image)
             return True
         except (RuntimeError, MemoryError) as exc:
@@ -110,7 +116,7 @@ class Engine:
         options = self._options(loras=True)
         self.release()
         start = time.perf_counter()
-        self._klein = yield from Klein.load(checkpoint, self.device, self.cache, options)
+        self._klein = yield from Klein.load(checkpoint, self.device, self.cache, options, self._compile_options())
         cache, spill = budgets(self._klein.free(self.device.free_bytes()), self.device.host_bytes())
         config = self.config
         self.cache.resize(
@@ -119,6 +125,11 @@ class Engine:
         )
         self._name = name
         return self._klein, round(1000 * (time.perf_counter() - start), 1)
+
+    def _compile_options(self) -> CompileOptions:
+        root = self.config.compile_cache
+        folder = cache_folder(root, self.device) if root else None
+        return CompileOptions(enabled=self.config.compile == "auto", folder=folder)
 
     def _options(self, *, loras: bool) -> LoadOptions:
         """Raises ModelNotFound for a LoRA that is not there."""
@@ -153,6 +164,8 @@ class Engine:
 
     def release(self) -> None:
         """Free the memory of weights and cache; the next job loads again."""
+        if self._klein is not None:
+            self._klein.runner.close()
         self._klein = None
         self._name = ""
         self._latest = None
@@ -170,6 +183,8 @@ class Engine:
             placement=klein.placement_summary if klein else None,
             weights_bytes=self._weight_bytes(),
             cache=self.cache.stats(),
+            mode=klein.runner.mode if klein else "eager",
+            tuning=klein.runner.summary() if klein else "",
             models=tuple(
                 KnownModel(name, row.licence, str(installed[name]) if name in installed else None)
                 for name, row in VARIANTS.items()

@@ -1,4 +1,4 @@
-"""RGB8 to tensors in [-1, 1] and back; fitting pictures to an area and to multiples of 16."""
+"""RGB8 to tensors in [-1, 1] and back; fitting images to an area and to multiples of 16."""
 
 import math
 from dataclasses import dataclass
@@ -12,11 +12,11 @@ from torch import Tensor
 from engine.contract import Grey8, InvalidJob, Rgb8
 
 GRID = 16
-"""Picture pixels a token spans on each side: every size the model sees is a multiple of it."""
+"""Image pixels a token spans on each side: every size the model sees is a multiple of it."""
 
 MIN_SIDE = 64
 MOST_ENLARGED = 4
-"""Times a side that a part of a picture is enlarged: beyond it the model sees more blur than picture."""
+"""Times a side that a part of an image is enlarged: beyond it the model sees more blur than content."""
 MAX_ASPECT = 8
 """Of a reference. Source: diffusers Flux2ImageProcessor.check_image_input."""
 
@@ -26,9 +26,9 @@ def to_tensor(image: Rgb8) -> Tensor:
     return rearrange(torch.from_numpy(np.array(image)), "h w c -> 1 c h w").float() / 255.0 * 2.0 - 1.0
 
 
-def to_rgb8(picture: Tensor) -> Rgb8:
+def to_rgb8(pixels: Tensor) -> Rgb8:
     """[1, 3, h, w] about [-1, 1] -> [h, w, 3] uint8, clamped."""
-    levels = ((picture[0].float() / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
+    levels = ((pixels[0].float() / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
     return rearrange(levels, "c h w -> h w c").contiguous().cpu().numpy()
 
 
@@ -42,8 +42,8 @@ def ceil_grid(side: int) -> int:
     return -(-side // GRID) * GRID
 
 
-def shaped(aspect: tuple[int, int], area: int) -> tuple[int, int]:
-    """Width and height in multiples of 16 that come nearest to a shape and to an area, and never above the area.
+def size_for_aspect(aspect: tuple[int, int], area: int) -> tuple[int, int]:
+    """Return width and height in multiples of 16, nearest to a shape and to an area, never above it.
 
     Raises InvalidJob beyond 8:1.
     """
@@ -91,24 +91,24 @@ def fit_reference(image: Rgb8, area: int) -> Rgb8:
 
 @dataclass(frozen=True, slots=True)
 class Canvas:
-    """How an exact size is painted on a canvas of whole tokens: content scaled evenly, the rest padding.
+    """Letterbox: an exact size on a canvas of whole tokens; content scaled evenly, the rest padding.
 
-    width, height: of the picture asked for. inner_width, inner_height: of its content on the canvas, in the
+    width, height: of the image asked for. content_width, content_height: of its content on the canvas, in the
     top left corner. canvas_width, canvas_height: multiples of 16.
     """
 
     width: int
     height: int
-    inner_width: int
-    inner_height: int
+    content_width: int
+    content_height: int
     canvas_width: int
     canvas_height: int
 
     @classmethod
     def of(cls, width: int, height: int, area: int, least: int = 0) -> "Canvas":
-        """The frame for width × height on a canvas of at most `area` pixels.
+        """Return the canvas of at most `area` pixels for width × height.
 
-        least: pixels to which what is smaller is enlarged, as far as MOST_ENLARGED goes.
+        least: pixels to which a smaller image is enlarged, as far as MOST_ENLARGED goes.
         """
         enlarged = min(MOST_ENLARGED, math.sqrt(least / (width * height)))
         scale = min(max(1.0, enlarged), math.sqrt(area / (width * height)))
@@ -117,30 +117,30 @@ class Canvas:
             scale = max(scale, MIN_SIDE / max(width, height))
         # Rounding up to whole tokens may overshoot the area; each turn takes the overshoot back.
         while True:
-            inner_width, inner_height = max(1, round(width * scale)), max(1, round(height * scale))
-            canvas_width, canvas_height = (max(MIN_SIDE, ceil_grid(side)) for side in (inner_width, inner_height))
+            content_width, content_height = max(1, round(width * scale)), max(1, round(height * scale))
+            canvas_width, canvas_height = (max(MIN_SIDE, ceil_grid(side)) for side in (content_width, content_height))
             if canvas_width * canvas_height <= area or (canvas_width, canvas_height) == (MIN_SIDE, MIN_SIDE):
-                return cls(width, height, inner_width, inner_height, canvas_width, canvas_height)
+                return cls(width, height, content_width, content_height, canvas_width, canvas_height)
             scale *= 0.99
 
     @property
     def exact(self) -> bool:
-        """Whether the canvas is the picture, pixel for pixel."""
+        """Whether the canvas is the image, pixel for pixel."""
         return (self.width, self.height) == (self.canvas_width, self.canvas_height)
 
-    def lay(self, image: Rgb8) -> Rgb8:
-        """The picture on its canvas; the padding repeats the edge, so that no border appears at it."""
-        content = resize(image, self.inner_width, self.inner_height)
-        below, beside = self.canvas_height - self.inner_height, self.canvas_width - self.inner_width
-        return np.pad(content, ((0, below), (0, beside), (0, 0)), mode="edge")
+    def pad(self, image: Rgb8) -> Rgb8:
+        """Return the image on its canvas; the padding repeats the edge, so that no border appears."""
+        content = resize(image, self.content_width, self.content_height)
+        bottom, right = self.canvas_height - self.content_height, self.canvas_width - self.content_width
+        return np.pad(content, ((0, bottom), (0, right), (0, 0)), mode="edge")
 
-    def lift(self, canvas: Rgb8) -> Rgb8:
-        """The picture at its exact size, off a painted canvas."""
-        return resize(canvas[: self.inner_height, : self.inner_width], self.width, self.height)
+    def crop(self, canvas: Rgb8) -> Rgb8:
+        """Return the image at its exact size, cut from a generated canvas."""
+        return resize(canvas[: self.content_height, : self.content_width], self.width, self.height)
 
-    def lift_mask(self, mask: Grey8) -> Grey8:
-        """The part of a mask that `lift` returns, at the picture's exact size."""
-        content = mask[: self.inner_height, : self.inner_width]
+    def crop_mask(self, mask: Grey8) -> Grey8:
+        """Return the part of a mask that `crop` returns of an image, at the image's exact size."""
+        content = mask[: self.content_height, : self.content_width]
         if content.shape == (self.height, self.width):
             return content
         # Bilinear never rings, so that 0 stays 0 away from a change.

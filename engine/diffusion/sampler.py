@@ -1,4 +1,4 @@
-"""Euler's method along the flow, from noise to picture: yields after each step."""
+"""Euler's method along the flow, from noise to image: yields after each step."""
 
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
@@ -22,7 +22,7 @@ def denoise(velocity: Velocity, x: Tensor, sigmas: Sequence[float]) -> Iterator[
 
 
 def guided(conditional: Velocity, unconditional: Velocity, guidance: float) -> Velocity:
-    """Classifier-free guidance: away from what would be painted without a prompt."""
+    """Classifier-free guidance: away from the prediction without a prompt."""
 
     def velocity(x: Tensor, sigma: float) -> Tensor:
         away = unconditional(x, sigma)

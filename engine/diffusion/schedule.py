@@ -26,7 +26,7 @@ def shift(steps: int, canvas_tokens: int) -> float:
 def sigmas(steps: int, canvas_tokens: int) -> tuple[float, ...]:
     """Noise levels from 1.0 down to 0.0, `steps + 1` of them.
 
-    canvas_tokens: H/16 · W/16 of the picture being painted; more tokens keep the noise high for longer.
+    canvas_tokens: H/16 · W/16 of the image being generated; more tokens keep the noise high for longer.
     Raises InvalidJob if steps < 1.
     """
     if steps < 1:

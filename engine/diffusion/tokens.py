@@ -5,7 +5,7 @@ from einops import rearrange
 from torch import Tensor
 
 PATCH = 2
-"""Latent pixels a token spans on each side; with the autoencoder's 8 that is 16 picture pixels."""
+"""Latent pixels a token spans on each side; with the autoencoder's 8 that is 16 image pixels."""
 
 
 def patchify(latent: Tensor) -> Tensor:

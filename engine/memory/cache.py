@@ -1,24 +1,65 @@
-"""What is remembered between jobs, by content hash: prompt states, reference latents, keys and values."""
+"""Caches: tensors kept between jobs by content hash, on the device and spilled to the host; and a small LRU."""
 
-import hashlib
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from engine.contract import CacheStats, Rgb8
+from engine.contract import CacheStats
 
 CacheEntry = tuple[Tensor, ...]
 
+Value = TypeVar("Value")
 
-def content_hash(image: Rgb8) -> str:
-    """Tells pictures apart by their pixels and size."""
-    digest = hashlib.sha256(np.ascontiguousarray(image).data)
-    digest.update(str(image.shape).encode())
-    return digest.hexdigest()
+_MAX_BYTES = 32 << 30
+"""More references than an afternoon's work needs."""
+
+
+class LruCache(Generic[Value]):
+    """The values used last, by key.
+
+    Not functools.lru_cache: around a method it holds the object that holds it, and a released model would stay in
+    memory until Python next looks for cycles.
+    """
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self._values: OrderedDict[Hashable, Value] = OrderedDict()
+
+    def get(self, key: Hashable) -> Value | None:
+        """Return the value, which counts as a use."""
+        return self._use(key) if key in self._values else None
+
+    def get_or_compute(self, key: Hashable, compute: Callable[[], Value]) -> Value:
+        """Return the value under `key`, computed now if need be."""
+        return self.insert(key, compute()) if key not in self._values else self._use(key)
+
+    def insert(self, key: Hashable, value: Value) -> Value:
+        """Add or replace the value under `key`; return it."""
+        self._values[key] = value
+        if len(self._values) > self._size:
+            self._values.popitem(last=False)
+        return self._use(key)
+
+    def _use(self, key: Hashable) -> Value:
+        self._values.move_to_end(key)
+        return self._values[key]
+
+    def clear(self) -> None:
+        """Drop everything."""
+        self._values.clear()
+
+    def __contains__(self, key: Hashable) -> bool:
+        return key in self._values
+
+    def __iter__(self) -> Iterator[Hashable]:
+        return iter(tuple(self._values))
+
+    def __len__(self) -> int:
+        return len(self._values)
 
 
 @dataclass(slots=True)
@@ -29,105 +70,101 @@ class LruTier:
     held: int
     entries: OrderedDict[Hashable, CacheEntry]
 
-    def take(self, key: Hashable) -> CacheEntry | None:
-        """Out of the shelf."""
+    def pop(self, key: Hashable) -> CacheEntry | None:
+        """Take an entry out."""
         entry = self.entries.pop(key, None)
         if entry is not None:
             self.held -= _bytes(entry)
         return entry
 
-    def lay(self, key: Hashable, entry: CacheEntry) -> list[tuple[Hashable, CacheEntry]]:
-        """Onto the shelf as the latest; returns what had to leave, which may be the entry itself."""
-        self.take(key)
+    def insert(self, key: Hashable, entry: CacheEntry) -> list[tuple[Hashable, CacheEntry]]:
+        """Add the latest entry; return what was evicted, which may be the entry itself."""
+        self.pop(key)
         self.entries[key] = entry
         self.held += _bytes(entry)
-        left = []
+        evicted = []
         while self.held > self.budget:
             oldest = next(iter(self.entries))
-            left.append((oldest, self.entries[oldest]))
-            self.take(oldest)
-        return left
+            evicted.append((oldest, self.entries[oldest]))
+            self.pop(oldest)
+        return evicted
 
 
 def budgets(free: int, host: int | None) -> tuple[int, int]:
-    """Bytes to remember on the device and in the host's memory, when so much is free with the model loaded.
+    """Bytes to keep on the device and in host memory, when so much is free with the model loaded.
 
-    host: None where the device has no memory of its own; then nothing is gained by spilling.
-    The keys and values of one 1-MP reference take 2.15 GB of a 9B: with less they would never be remembered.
+    host: None where the device computes in host memory; then nothing is gained by spilling.
+    The keys and values of one 1-MP reference take 2.15 GB of a 9B: with less they would never be kept.
     """
     if host is None:
-        return min(free // 4, _MOST), 0
-    return min(free // 2, _MOST), min(host // 4, _MOST)
-
-
-_MOST = 32 << 30
-"""More references than an afternoon's work needs."""
+        return min(free // 4, _MAX_BYTES), 0
+    return min(free // 2, _MAX_BYTES), min(host // 4, _MAX_BYTES)
 
 
 class TensorCache:
-    """Least recently used first to go: from the device to the host's memory, from there for good.
+    """Tensors by key; the least recently used leave the device for host memory, and then for good.
 
-    For one engine in one thread; the counts may be read from any.
+    For one engine in one thread; the counters may be read from any.
     """
 
     def __init__(self, budget: int, spill: int = 0) -> None:
-        """budget, spill: bytes that may be kept on the device and in the host's memory."""
-        self._near = LruTier(budget, 0, OrderedDict())
-        self._far = LruTier(spill, 0, OrderedDict())
-        self._home: dict[Hashable, torch.device] = {}
+        """budget, spill: bytes that may be kept on the device and in host memory."""
+        self._device = LruTier(budget, 0, OrderedDict())
+        self._host = LruTier(spill, 0, OrderedDict())
+        self._origin: dict[Hashable, torch.device] = {}
         self.hits = 0
         self.misses = 0
 
     def get(self, key: Hashable) -> CacheEntry | None:
-        """What was put under `key`, if it is still there; brought back to its device if it was spilled."""
-        entry = self._near.take(key)
-        if entry is None and (spilled := self._far.take(key)) is not None:
-            entry = tuple(tensor.to(self._home[key]) for tensor in spilled)
+        """Return the entry, brought back to its device if it was spilled; None if it is gone."""
+        entry = self._device.pop(key)
+        if entry is None and (spilled := self._host.pop(key)) is not None:
+            entry = tuple(tensor.to(self._origin[key]) for tensor in spilled)
         if entry is None:
             self.misses += 1
             return None
         self.hits += 1
-        return self.put(key, entry)
+        return self.insert(key, entry)
 
-    def put(self, key: Hashable, tensors: Iterable[Tensor]) -> CacheEntry:
-        """Keep `tensors`, spilling and forgetting the oldest if need be."""
+    def insert(self, key: Hashable, tensors: Iterable[Tensor]) -> CacheEntry:
+        """Keep `tensors`, spilling and evicting the oldest if need be."""
         tensors = tuple(tensors)
-        self._home[key] = tensors[0].device
-        self._far.take(key)
-        for old, entry in self._near.lay(key, tensors):
-            for gone, _ in self._far.lay(old, tuple(tensor.cpu() for tensor in entry)):
-                del self._home[gone]
+        self._origin[key] = tensors[0].device
+        self._host.pop(key)
+        for spilled, entry in self._device.insert(key, tensors):
+            for evicted, _ in self._host.insert(spilled, tuple(tensor.cpu() for tensor in entry)):
+                del self._origin[evicted]
         return tensors
 
-    def get_or(self, key: Hashable, make: Callable[[], Iterable[Tensor]]) -> tuple[CacheEntry, bool]:
-        """What is remembered under `key`, or made now; and whether it was remembered."""
-        if (kept := self.get(key)) is not None:
-            return kept, True
-        return self.put(key, make()), False
+    def get_or_compute(self, key: Hashable, compute: Callable[[], Iterable[Tensor]]) -> tuple[CacheEntry, bool]:
+        """Return the entry under `key`, computed now if need be; and whether it was there."""
+        if (entry := self.get(key)) is not None:
+            return entry, True
+        return self.insert(key, compute()), False
 
     def resize(self, budget: int, spill: int) -> None:
-        """New budgets; what no longer fits leaves as it always does."""
-        near = list(self._near.entries.items())
-        self._near, self._far.budget = LruTier(budget, 0, OrderedDict()), spill
-        for key, entry in near:
-            self.put(key, entry)
+        """Set new budgets; what no longer fits leaves as it always does."""
+        entries = list(self._device.entries.items())
+        self._device, self._host.budget = LruTier(budget, 0, OrderedDict()), spill
+        for key, entry in entries:
+            self.insert(key, entry)
 
     def clear(self) -> None:
-        """Forget everything."""
-        for shelf in (self._near, self._far):
-            shelf.entries.clear()
-            shelf.held = 0
-        self._home.clear()
+        """Drop everything."""
+        for tier in (self._device, self._host):
+            tier.entries.clear()
+            tier.held = 0
+        self._origin.clear()
 
     def __contains__(self, key: Hashable) -> bool:
-        return key in self._near.entries or key in self._far.entries
+        return key in self._device.entries or key in self._host.entries
 
     def __len__(self) -> int:
-        return len(self._home)
+        return len(self._origin)
 
     def stats(self) -> CacheStats:
         """Return the counters; safe from any thread."""
-        return CacheStats(len(self), self._near.held, self._far.held, self.hits, self.misses)
+        return CacheStats(len(self), self._device.held, self._host.held, self.hits, self.misses)
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:

@@ -1,7 +1,9 @@
 """Which device and number format to paint with: the one place that names them."""
 
 import os
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -25,6 +27,26 @@ class Device:
         if dtype is not None and dtype not in DTYPES:
             raise InvalidJob(f"dtype is {dtype!r}; allowed: {', '.join(DTYPES)}.")
         return cls(where, DTYPES[dtype] if dtype else _native(where))
+
+    @property
+    def is_cuda(self) -> bool:
+        """Whether it is a GPU behind torch's CUDA interface: NVIDIA's, or AMD's through ROCm."""
+        return self.device.type == "cuda"
+
+    @property
+    def is_nvidia(self) -> bool:
+        """Whether it is an NVIDIA GPU."""
+        return self.is_cuda and torch.version.hip is None
+
+    @property
+    def has_tensor_cores(self) -> bool:
+        """Whether products run in the number format that the device is fastest in."""
+        return self.dtype == torch.bfloat16
+
+    @property
+    def name(self) -> str:
+        """Name of the hardware, such as NVIDIA H200."""
+        return torch.cuda.get_device_name(self.device) if self.is_cuda else self.device.type
 
     @property
     def dtype_name(self) -> str:
@@ -134,6 +156,36 @@ class CopyStream:
         """Wait here for `mark`."""
         if mark is not None:
             mark.synchronize()
+
+
+def graph_pool() -> Any:
+    """Memory that several graphs may share: they never run at the same time."""
+    return torch.cuda.graph_pool_handle()
+
+
+class DeviceGraph:
+    """A function of fixed shapes, captured as a CUDA graph; calls copy the inputs in and the result out."""
+
+    def __init__(self, function: Callable[[], torch.Tensor], buffers: Sequence[torch.Tensor], pool: Any) -> None:
+        """function: reads `buffers`, which every call overwrites."""
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            # Libraries set up their workspaces on first use, which must not be captured.
+            function()
+        torch.cuda.current_stream().wait_stream(stream)
+        self._buffers = tuple(buffers)
+        self._function = function
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"):
+            self._result = function()
+
+    def __call__(self, inputs: Iterable[torch.Tensor]) -> torch.Tensor:
+        for buffer, given in zip(self._buffers, inputs, strict=True):
+            buffer.copy_(given)
+        self._graph.replay()
+        # The graphs share a pool: another's replay may overwrite the result.
+        return self._result.clone()
 
 
 def _device(asked: str | None) -> str:

@@ -1,4 +1,4 @@
-"""Pictures to latents and back, with the latent normalisation inside. Names as in BFL's single file."""
+"""Images to latents and back, with the latent normalisation inside. Names as in BFL's single file."""
 
 from dataclasses import dataclass
 from itertools import pairwise
@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engine.diffusion.tokens import patchify, unpatchify
+from engine.nn import ops
 
 NORM_EPS = 1e-6
 """Of every GroupNorm. Source: diffusers AutoencoderKLFlux2."""
@@ -19,7 +20,7 @@ BN_EPS = 1e-4
 class AutoencoderShape:
     """Everything that decides the parameters' shapes, and the number of norm groups, which does not.
 
-    encoder, decoder: channels from the picture's level to the latent's. layers: residual blocks a level when
+    encoder, decoder: channels from the image's level to the latent's. layers: residual blocks a level when
     encoding; the decoder has one more.
     """
 
@@ -31,8 +32,12 @@ class AutoencoderShape:
     attention: bool = True
 
 
+def _norm_silu(norm: nn.GroupNorm, x: Tensor) -> Tensor:
+    return ops.norm_silu(x, norm.weight, norm.bias, norm.num_groups, norm.eps)
+
+
 class ResnetBlock(nn.Module):
-    """Two norm-SiLU-conv rounds beside a shortcut."""
+    """Two rounds of norm, SiLU and convolution beside a shortcut."""
 
     def __init__(self, ins: int, outs: int, groups: int) -> None:
         super().__init__()
@@ -43,13 +48,13 @@ class ResnetBlock(nn.Module):
         self.nin_shortcut = nn.Conv2d(ins, outs, 1) if ins != outs else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.conv1(F.silu(self.norm1(x)))
-        h = self.conv2(F.silu(self.norm2(h)))
+        h = self.conv1(_norm_silu(self.norm1, x))
+        h = self.conv2(_norm_silu(self.norm2, h))
         return self.nin_shortcut(x) + h
 
 
 class Attention(nn.Module):
-    """Every latent pixel sees every other; one head."""
+    """Self-attention over all latent pixels; one head."""
 
     def __init__(self, channels: int, groups: int) -> None:
         super().__init__()
@@ -67,7 +72,7 @@ class Attention(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Half the size. Padded at the right and bottom only: symmetric padding would shift the picture."""
+    """Half the size. Padded at the right and bottom only: symmetric padding would shift the image."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -127,7 +132,7 @@ class Encoder(nn.Module):
         x = self.conv_in(x)
         for level in self.down:
             x = _through(level, x)  # type: ignore[arg-type] - a ModuleList does not say what it holds
-        x = self.quant_conv(self.conv_out(F.silu(self.norm_out(_through(self.mid, x)))))
+        x = self.quant_conv(self.conv_out(_norm_silu(self.norm_out, _through(self.mid, x))))
         # The second half is the posterior's log-variance; klein always takes the mean.
         return x.chunk(2, dim=1)[0]
 
@@ -141,7 +146,7 @@ class Decoder(nn.Module):
         self.post_quant_conv = nn.Conv2d(shape.latent, shape.latent, 1)
         self.conv_in = nn.Conv2d(shape.latent, widths[-1], 3, padding=1)
         self.mid = _middle(widths[-1], shape)
-        # `up` is numbered from the picture's level, yet runs from the latent's: last first.
+        # `up` is numbered from the image's level, yet runs from the latent's: last first.
         above = (*widths[1:], widths[-1])
         self.up = nn.ModuleList()
         for i, (outs, ins) in enumerate(zip(widths, above, strict=True)):
@@ -154,11 +159,11 @@ class Decoder(nn.Module):
         x = _through(self.mid, self.conv_in(self.post_quant_conv(z)))
         for level in reversed(self.up):
             x = _through(level, x)  # type: ignore[arg-type] - a ModuleList does not say what it holds
-        return self.conv_out(F.silu(self.norm_out(x)))
+        return self.conv_out(_norm_silu(self.norm_out, x))
 
 
 class LatentStatistics(nn.Module):
-    """Mean and variance of each latent channel over the training pictures: buffers, named as a BatchNorm's."""
+    """Mean and variance of each latent channel over the training images: buffers, named as a BatchNorm's."""
 
     running_mean: Tensor
     running_var: Tensor
@@ -182,7 +187,7 @@ class LatentStatistics(nn.Module):
 
 
 class Autoencoder(nn.Module):
-    """Between pictures in [-1, 1] and the normalised latents the transformer works in."""
+    """Maps between images in [-1, 1] and the normalised latents the transformer works in."""
 
     def __init__(self, shape: AutoencoderShape) -> None:
         super().__init__()
@@ -191,9 +196,9 @@ class Autoencoder(nn.Module):
         self.decoder = Decoder(shape)
         self.bn = LatentStatistics(4 * shape.latent)
 
-    def encode(self, picture: Tensor) -> Tensor:
+    def encode(self, images: Tensor) -> Tensor:
         """[b, 3, 16h, 16w] in [-1, 1] -> [b, 4·latent, h, w]."""
-        return self.bn.normalise(patchify(self.encoder(picture)))
+        return self.bn.normalise(patchify(self.encoder(images)))
 
     def decode(self, latent: Tensor) -> Tensor:
         """[b, 4·latent, h, w] -> [b, 3, 16h, 16w], about [-1, 1]."""

@@ -1,19 +1,15 @@
-"""The parts of a transformer block: attention, rotary positions, RMSNorm, modulation, gated MLP."""
+"""Modules that transformer blocks are built of: attention projections, norms, modulation, gated MLP."""
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
 
-EPS = 1e-6
-"""Of every LayerNorm and RMSNorm in the transformer. Source: diffusers Flux2Transformer2DModel config `eps`."""
-
-Rope = tuple[Tensor, Tensor]
-"""(cos, sin), each [tokens, head_dim / 2] in fp32."""
+from engine.nn import ops
+from engine.nn.ops import Rope
 
 
 def rope_table(positions: Tensor, axes: tuple[int, ...], theta: float) -> Rope:
-    """Angles for positions [tokens, len(axes)]; axes: channels of a head that each axis turns.
+    """Angles for positions [tokens, len(axes)]; axes: channels of a head that each axis rotates.
 
     Computed in fp64 on the CPU, as diffusers does: bf16 cannot even count past 256, and some devices have no fp64.
     """
@@ -25,50 +21,25 @@ def rope_table(positions: Tensor, axes: tuple[int, ...], theta: float) -> Rope:
     return table.cos().float(), table.sin().float()
 
 
-def rotate(x: Tensor, rope: Rope) -> Tensor:
-    """Turn adjacent channel pairs of x [b, tokens, heads, head_dim] by their position's angles."""
-    cos, sin = (table[:, None, :] for table in rope)
-    # Adjacent pairs (2k, 2k+1), not halves as in Qwen3: halves would paint noise, not fail.
-    a, b = rearrange(x.float(), "b s n (d pair) -> pair b s n d", pair=2)
-    return torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1).flatten(-2).to(x.dtype)
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Full attention without a mask: [b, s, heads, head_dim] -> [b, s, heads · head_dim]."""
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-
-
 class RMSNorm(nn.Module):
-    """x / rms(x) · scale over the last axis; statistics in fp32."""
+    """Weight of an RMSNorm over a head's channels; `ops.qk_norm_rope` applies it."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.scale = nn.Parameter(torch.ones(width))
 
-    def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.scale.shape, self.scale, eps=EPS)
-
 
 class QKNorm(nn.Module):
-    """RMSNorm of queries and keys over each head's channels."""
+    """Weights of the norms of queries and keys."""
 
     def __init__(self, head_dim: int) -> None:
         super().__init__()
         self.query_norm = RMSNorm(head_dim)
         self.key_norm = RMSNorm(head_dim)
 
-    def forward(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        return self.query_norm(q), self.key_norm(k)
-
-
-def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """LayerNorm without weights, then scale and shift as the timestep says."""
-    return (1 + scale) * F.layer_norm(x, x.shape[-1:], eps=EPS) + shift
-
 
 class Modulation(nn.Module):
-    """What the timestep says to a stream: `count` vectors of the hidden width, each [b, 1, hidden]."""
+    """`count` vectors of the hidden width from the timestep, each [b, 1, hidden]."""
 
     def __init__(self, hidden: int, count: int) -> None:
         super().__init__()
@@ -79,14 +50,8 @@ class Modulation(nn.Module):
         return self.lin(F.silu(vec))[:, None, :].chunk(self.count, dim=-1)
 
 
-def gate(x: Tensor) -> Tensor:
-    """SiLU of the first half times the second half."""
-    opening, value = x.chunk(2, dim=-1)
-    return F.silu(opening) * value
-
-
 class SelfAttention(nn.Module):
-    """One stream's way into and out of the joint attention."""
+    """Projections of one stream into and out of the joint attention."""
 
     def __init__(self, hidden: int, head_dim: int) -> None:
         super().__init__()
@@ -95,10 +60,14 @@ class SelfAttention(nn.Module):
         self.norm = QKNorm(head_dim)
         self.proj = nn.Linear(hidden, hidden, bias=False)
 
-    def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Normed q, normed k, and v: each [b, s, heads, head_dim]."""
-        q, k, v = rearrange(self.qkv(x), "b s (three n d) -> three b s n d", three=3, d=self.head_dim)
-        return *self.norm(q, k), v
+    def heads(self, x: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries and keys, normed and rotated, and values: each [b, s, heads, head_dim]."""
+        q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in self.qkv(x).chunk(3, dim=-1))
+        return (
+            ops.qk_norm_rope(q, self.norm.query_norm.scale, rope),
+            ops.qk_norm_rope(k, self.norm.key_norm.scale, rope),
+            v,
+        )
 
 
 def gated_mlp(hidden: int, width: int) -> nn.Sequential:
@@ -107,10 +76,10 @@ def gated_mlp(hidden: int, width: int) -> nn.Sequential:
 
 
 class SwiGLU(nn.Module):
-    """`gate` as a module."""
+    """`ops.swiglu` as a module."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return gate(x)
+        return ops.swiglu(x)
 
 
 def timestep_embedding(t: Tensor, width: int) -> Tensor:

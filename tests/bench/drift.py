@@ -9,8 +9,8 @@ import torch
 from engine.contract import Rgb8
 from engine.memory.device import Device
 from tests.bench.full_size_models import Giant, Nets, cast, diffusers, finite, grown, ours
-from tests.bench.paint import engine_side, pipeline_side
 from tests.bench.scenarios import EDIT, asks
+from tests.bench.sides import engine_side, pipeline_side
 
 SAME = 2
 """Levels of 255 by which two right implementations may differ in fp32: 1 by rounding, observed; 1 to spare."""

@@ -1,17 +1,29 @@
 """Ours against diffusers' own pipeline and against the machine's limit, on a GPU, at the true shape.
 
-    python -m tests.bench.gpu [--variant 4B | 9B] [--no-compile] [--json PATH] [--minutes 8]
+    python -m tests.bench.gpu [--variant 4B | 9B] [--seconds 420] [--json PATH] [--only SECTION,…]
     python -m tests.bench.gpu --smoke
 
-Random weights of the true shape, made on the device; no network. Prints the tables of engine/SPEED.md, in under 8
-minutes on an H100 or H200. `--smoke` runs every line of it on toys, in fp32, on the CPU. Not a test: it gates nothing.
+Random weights of the true shape, made on the device; no network. Every section has a time limit of its own and survives
+the failure of another; what is measured is printed, and written to the file, as it comes. The most valuable sections
+run first. `--smoke` runs every line on toys, in fp32, on the CPU. Not a test: it gates nothing.
 """
+
+import os
+
+# Before torch: spinning threads made this run unable to end beside a busy process.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import argparse
 import json
+import shutil
+import subprocess
 import sys
+import tempfile
 import time
+import traceback
 import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -20,182 +32,430 @@ from typing import Any
 import numpy as np
 import torch
 
+from engine.families.klein.pipeline import Klein
+from engine.families.klein.runner import CompileOptions
 from engine.memory.device import Device
-from tests.bench import ceilings, drift
+from tests.bench import ceilings, drift, full_size_folder
+from tests.bench.ceilings import Ceilings
 from tests.bench.floors import Counts
-from tests.bench.full_size_models import GIANTS, Giant, Nets, compiled, diffusers, finite, grown, ours, weight_bytes
-from tests.bench.paint import engine_side, pillow_png, pipeline_side
-from tests.bench.report import Report, timing_line
-from tests.bench.scenarios import EDIT, FIRST, SCENARIOS, Scenario, asks
-from tests.bench.turns import PACE, Laps, Pace, Side, Stopwatch, in_turns
+from tests.bench.full_size_models import GIANTS, Giant, Nets, compiled, diffusers, finite, grown, in_fp8, ours
+from tests.bench.report import Line, markdown, timing_line
+from tests.bench.scenarios import EDIT, FIRST, HALF, SCENARIOS, Scenario, asks
+from tests.bench.sides import engine_side, pipeline_side
+from tests.bench.turns import PACE, Laps, Pace, Stopwatch, in_turns
 
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """How a run is made. backend: of torch.compile, None for no compiled side. minutes: for all of it."""
+    """Configuration of a run. backend: of the compilers. seconds: for all. limits: GB of memory to keep within."""
 
     giant: Giant
-    placement: Device
-    backend: str | None
-    minutes: float
-    scenarios: tuple[Scenario, ...] = SCENARIOS
+    device: Device
+    backend: str
+    seconds: float
+    json: Path | None = None
+    only: tuple[str, ...] = ()
+    scenarios: tuple[Scenario, ...] = SCENARIOS[:6]
     pace: Pace = PACE
     matrix: int = ceilings.MATRIX
     copy: int = ceilings.COPY
-    drifted: int = 3
+    limits: tuple[float, ...] = (0, 13, 8, 6)
 
     @classmethod
-    def full(cls, variant: str, minutes: float, *, compiling: bool) -> "Settings":
+    def full(cls, variant: str, seconds: float) -> "Settings":
         """On the best device there is, in its own number format."""
-        return cls(GIANTS[variant], Device.choose(), "inductor" if compiling else None, minutes)
+        return cls(GIANTS[variant], Device.choose(), "inductor", seconds)
 
     @classmethod
-    def smoke(cls, *, compiling: bool) -> "Settings":
-        """Every line, nothing learnt. The compiled side is only traced, and for one scenario: seconds each."""
+    def smoke(cls) -> "Settings":
+        """Every line on toys; the numbers mean nothing."""
         return cls(
-            GIANTS["toy"], Device.choose("cpu", "float32"), "eager" if compiling else None, minutes=0.0,
-            scenarios=tuple(replace(each, compiled=each is EDIT) for each in SCENARIOS),
-            pace=Pace(warm=1, rounds=1), matrix=128, copy=1 << 20, drifted=1,
+            GIANTS["toy"], Device.choose("cpu", "float32"), "eager", seconds=600.0, scenarios=(FIRST, HALF, EDIT),
+            pace=Pace(warm=1, rounds=1), matrix=128, copy=1 << 20, limits=(0,),
         )  # fmt: skip
 
 
-def main(settings: Settings) -> Report:
-    """All chapters; the report is whole only at the end."""
-    begun = time.perf_counter()
-    giant, placement = settings.giant, settings.placement
-    bench = Bench(settings, grown(giant, placement))
-    weights = bench.weights()
-    _say(f"{giant.name}: {weights['ours']:.2f} GB of weights made")
-    # First of all, because only a process that has painted nothing can tell how slow the first pictures are.
-    first = bench.first_three()
-    _say("first pictures: " + ", ".join(f"{ms:.0f} ms" for ms in first))
-    bench.same_pictures()
-    strayed = drift.measure(giant, placement.device, settings.drifted)
-    placement.empty_cache()
-    _say(f"the sides paint the same; error against fp32: {strayed.ratio:.2f} of diffusers'")
-    limits = ceilings.measure(placement, matrix=settings.matrix, copy=settings.copy)
-    placement.empty_cache()
-    _say(f"limits: {limits.flops / 1e12:.1f} TFLOP/s, {limits.bandwidth / 1e9:.0f} GB/s")
-    eager_png, counts, laps, lines = bench.png_ms(), Counts(giant, placement.dtype), {}, []
-    for i, scenario in enumerate(settings.scenarios):
-        left = 60 * settings.minutes - (time.perf_counter() - begun)
-        laps[scenario.name] = bench.timed(scenario, left / (len(settings.scenarios) - i))
-        floor = 1000 * counts.seconds(scenario, giant.variant.steps, limits)
-        lines.append(timing_line(giant.name, scenario, laps[scenario.name], floor))
-        _say(lines[-1].markdown())
-    return Report(
-        machine=_machine(placement),
-        model=giant.name,
-        dtype=str(placement.dtype).removeprefix("torch."),
-        teraflops=limits.flops / 1e12,
-        gigabytes=limits.bandwidth / 1e9,
-        first=first,
-        eager_png=laps[FIRST.name]["eager"].median + eager_png,
-        weights=weights,
-        drift=asdict(strayed),
-        lines=lines,
-        laps=laps,
-        seconds=time.perf_counter() - begun,
-    )
-
-
 class Bench:
-    """The sides, and the things that are done to them."""
+    """The sides, what was measured, and the sections that measure it."""
 
-    def __init__(self, settings: Settings, nets: Nets) -> None:
+    def __init__(self, settings: Settings) -> None:
         self.settings = settings
-        self.giant, self.nets = settings.giant, nets
-        self.watch = Stopwatch(settings.placement)
-        build = (nets, settings.giant, settings.placement)
-        self.klein, self.kv_klein = ours(*build), ours(*build, kv=True)
-        self.pipe = diffusers(*build)
-        # The KV pipeline changes its transformer's attention for good, and compiling changes blocks: each has modules
-        # of its own, on the same memory.
-        self.kv_pipe = diffusers(*build, kv=True, beside=self.pipe)
-        self.compiled = compiled(*build, settings.backend, beside=self.pipe) if settings.backend else None
+        self.giant, self.device = settings.giant, settings.device
+        self.gpu = self.device.device.type == "cuda"
+        self.begun = time.perf_counter()
+        self.found: dict[str, Any] = {"machine": _machine(self.device), "model": self.giant.name, "sections": {}}
+        self.lines: list[Line] = []
+        self.watch = Stopwatch(self.device)
+        self.limits = Ceilings(1.0, 1.0)
+        self.counts = Counts(self.giant, self.device.dtype)
+        self.compiles = Path(tempfile.mkdtemp(prefix="klein-bench-"))
+        self.nets: Nets
+        self.klein: Klein
+        self.pipe: Any = None
+        self.pipe_compiled: Any = None
 
-    def sides(self, scenario: Scenario) -> dict[str, Side]:
-        """Who takes part in a scenario."""
-        sides = {
-            "ours": engine_side(self.kv_klein if scenario.kv else self.klein),
-            "eager": pipeline_side(self.kv_pipe if scenario.kv else self.pipe, self.giant),
-        }
-        if scenario.compiled and self.compiled is not None:
-            sides["compiled"] = pipeline_side(self.compiled, self.giant)
-        return sides
+    @property
+    def left(self) -> float:
+        """Seconds until the run should end."""
+        return self.settings.seconds - (time.perf_counter() - self.begun)
 
-    def first_three(self) -> list[float]:
-        """Milliseconds of ours, right after loading."""
-        laps, side = Laps(), self.sides(FIRST)["ours"]
+    def run(self) -> dict[str, Any]:
+        """All sections, the most valuable first; returns everything that was measured."""
+        for name, section, least in (
+            ("models", self.make_models, 0),
+            ("ceilings", self.measure_ceilings, 5),
+            ("first images untuned", self.first_images, 5),
+            ("same images", self.compare_images, 10),
+            ("eager", self.time_eager, 20),
+            ("tuning cold", self.tune, 60),
+            ("tuned", self.time_tuned, 15),
+            ("diffusers compiled", self.time_compiled, 45),
+            ("fp8", self.time_fp8, 30),
+            ("memory by part", self.measure_parts, 5),
+            ("techniques", self.measure_techniques, 15),
+            ("memory within limits", self.measure_limits, 60),
+            ("drift", self.measure_drift, 15),
+        ):
+            if self.settings.only and name not in (*self.settings.only, "models"):
+                continue
+            self._section(name, section, least)
+        self.found["seconds"] = time.perf_counter() - self.begun
+        self._write()
+        shutil.rmtree(self.compiles, ignore_errors=True)
+        return self.found
+
+    def _section(self, name: str, section: Callable[[], Any], least: float) -> None:
+        start = time.perf_counter()
+        if self.left < least:
+            self._note(name, {"skipped": f"{self.left:.0f} s were left, it needs {least:.0f}"})
+            return
+        try:
+            with torch.no_grad():
+                result = section()
+        except Exception as exc:
+            traceback.print_exc()
+            result = {"error": f"{type(exc).__name__}: {' '.join(str(exc).split())[:400]}"}
+        if self.gpu:
+            torch.cuda.empty_cache()
+        self._note(name, {"took": round(time.perf_counter() - start, 1), **(result or {})})
+
+    def _note(self, name: str, result: dict[str, Any]) -> None:
+        self.found["sections"][name] = result
+        print(f"[{time.perf_counter() - self.begun:6.1f}] {name}: {json.dumps(result, default=str)}", flush=True)
+        self._write()
+
+    def _write(self) -> None:
+        if self.settings.json:
+            lines = [asdict(line) for line in self.lines]
+            self.settings.json.write_text(json.dumps({**self.found, "lines": lines}, indent=1, default=str))
+
+    # Sections.
+
+    def make_models(self) -> dict[str, Any]:
+        before = self._card()
+        self.nets = grown(self.giant, self.device)
+        options = CompileOptions(True, self.compiles, self.settings.backend, everywhere=not self.gpu)
+        self.klein = ours(self.nets, self.giant, self.device, options=options)
+        self.pipe = diffusers(self.nets, self.giant, self.device)
+        return {"card before, GB": before, "card after, GB": self._card(), "allocated, GB": self._allocated()}
+
+    def measure_ceilings(self) -> dict[str, Any]:
+        self.limits = ceilings.measure(self.device, matrix=self.settings.matrix, copy=self.settings.copy)
+        return {"TFLOP/s": self.limits.flops / 1e12, "GB/s": self.limits.bandwidth / 1e9}
+
+    def first_images(self) -> dict[str, Any]:
+        laps, side = Laps(), engine_side(self.klein)
         for ask in islice(asks(FIRST, self.giant), 3):
             self.watch.time(side, ask, laps)
-        return laps.wall
+        return {"ms": laps.wall, "peak, GB": self._peak(), "card, GB": self._card()}
 
-    def same_pictures(self) -> None:
-        """Before timing two things, make sure that they are one, and that what they compute is numbers.
+    def compare_images(self) -> dict[str, Any]:
+        """Make sure that both sides compute the same before they are timed, and that it is numbers."""
+        ask, other = islice(asks(EDIT, self.giant), 2)
+        side = engine_side(self.klein)
+        with finite(self.klein):
+            own, another = (_levels(side.paint(each)) for each in (ask, other))
+        theirs = _levels(pipeline_side(self.pipe, self.giant).paint(ask))
+        apart, unlike = float(np.abs(own - theirs).mean()), float(np.abs(own - another).mean())
+        assert apart < unlike / 2, f"the sides make other images: {apart:.1f} levels apart of {unlike:.1f}"
+        return {"levels apart": apart, "two unlike images": unlike}
 
-        In bf16 the two round differently: their difference is held against the one between two unlike questions,
-        which pictures of two unlike models would reach.
-        """
-        for scenario in (EDIT, replace(EDIT, kv=True, compiled=False)):
-            ask, other = islice(asks(scenario, self.giant), 2)
-            sides = self.sides(scenario)
-            with finite(self.kv_klein if scenario.kv else self.klein):
-                mine, another = (_levels(sides["ours"].paint(each)) for each in (ask, other))
-            for name, side in sides.items():
-                apart, unlike = (np.abs(_levels(side.paint(ask)) - each).mean() for each in (mine, another))
-                assert apart < unlike / 2, f"{name} paints another picture: {apart:.1f} levels of {unlike:.1f}"
+    def time_eager(self) -> dict[str, Any]:
+        sides = {"ours eager": engine_side(self.klein, "eager"), "eager": pipeline_side(self.pipe, self.giant)}
+        found = {}
+        for scenario in self._scenarios(3):
+            laps = in_turns(sides, asks(scenario, self.giant), self.watch, self._pace(2), min(15, self.left))
+            found[scenario.name] = {name: round(lap.median, 1) for name, lap in laps.items()}
+        return {**found, "stages, ms": self._stages("eager")}
 
-    def timed(self, scenario: Scenario, seconds: float) -> dict[str, Laps]:
-        """The scenario by all its sides, in turns."""
-        return in_turns(self.sides(scenario), asks(scenario, self.giant), self.watch, self.settings.pace, seconds)
-
-    def weights(self) -> dict[str, float]:
-        """Gigabytes each side would hold if it were alone; here they share."""
-        theirs = (self.pipe.transformer, self.pipe.text_encoder, self.pipe.vae)
-        return {"ours": weight_bytes(*self.nets) / 1e9, "eager": weight_bytes(*theirs) / 1e9}
-
-    def png_ms(self) -> float:
-        """What Pillow takes to write diffusers' picture."""
-        ask, laps = next(asks(FIRST, self.giant)), Laps()
-        picture = self.sides(FIRST)["eager"].paint(ask)
+    def tune(self) -> dict[str, Any]:
+        """Until nothing is left to do; one job arrives on the way, and is timed."""
+        runner, jobs, start = self.klein.runner, Laps(), time.perf_counter()
+        waiting, asked = engine_side(self.klein), asks(HALF, self.giant)
+        before = Laps()
         for _ in range(3):
-            self.watch.time(Side(lambda _: picture, pillow_png), ask, laps)
-        return laps.median
+            self.watch.time(waiting, next(asked), before)
+        longest, calls = 0.0, 0
+        while True:
+            begun = time.perf_counter()
+            more = runner.tune()
+            longest = max(longest, time.perf_counter() - begun)
+            calls += 1
+            if not more:
+                break
+            if calls % 40 == 0:
+                self.watch.time(waiting, next(asked), jobs)
+        return {
+            "s": time.perf_counter() - start,
+            "parts, s": {name: round(seconds, 2) for name, seconds in runner.seconds.items()},
+            "longest piece, s": longest,
+            "job alone, ms": before.median,
+            "jobs meanwhile, ms": [round(ms, 1) for ms in jobs.wall],
+            "summary": runner.summary(),
+            "mode": runner.mode,
+        }
+
+    def time_tuned(self) -> dict[str, Any]:
+        found: dict[str, Any] = {"summary": self.klein.runner.summary()}
+        ready = Laps()
+        self.watch.time(engine_side(self.klein), next(asks(FIRST, self.giant)), ready)
+        found["first image after ready, ms"] = ready.wall[0]
+        for scenario in self._scenarios():
+            # An image of each shape, and idle time: its step is captured.
+            engine_side(self.klein).paint(next(asks(scenario, self.giant)))
+            while self.klein.runner.tune():
+                pass
+        sides = {"ours": engine_side(self.klein), "eager": pipeline_side(self.pipe, self.giant)}
+        for scenario in self._scenarios():
+            if self.left < 5:
+                break
+            laps = in_turns(sides, asks(scenario, self.giant), self.watch, self._pace(3), min(12, self.left))
+            floor = 1000 * self.counts.seconds(scenario, self.giant.variant.steps, self.limits)
+            self.lines.append(timing_line(self.giant.name, scenario, laps, floor))
+            print(self.lines[-1].markdown(), flush=True)
+        found["stages, ms"] = self._stages(None)
+        found["same bits: graph, compiled"] = self._graph_is_exact()
+        found["compiled : eager, levels apart"] = self._modes_apart()
+        return found
+
+    def time_compiled(self) -> dict[str, Any]:
+        """diffusers as its documentation advises; each shape is compiled for itself, the first shapes first."""
+        if self.pipe_compiled is None:
+            build = (self.nets, self.giant, self.device, self.settings.backend)
+            self.pipe_compiled = compiled(*build, beside=self.pipe)
+        side, own, found = pipeline_side(self.pipe_compiled, self.giant), engine_side(self.klein), {}
+        for scenario in (each for each in self._scenarios() if each.compiled):
+            if self.left < 40:
+                break
+            start = time.perf_counter()
+            side.paint(next(asks(scenario, self.giant)))
+            seconds = time.perf_counter() - start
+            sides = {"compiled": side, "ours": own}
+            laps = in_turns(sides, asks(scenario, self.giant), self.watch, self._pace(2), min(10, self.left))
+            found[scenario.name] = {
+                "compiled in, s": round(seconds, 1),
+                **{name: round(lap.median, 1) for name, lap in laps.items()},
+                "ratio": round(laps["ours"].median / laps["compiled"].median, 3),
+            }
+        return found
+
+    def time_fp8(self) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        options = replace(self.klein.runner.options)
+        for name, static in (("rows", False), ("static", True)):
+            if self.left < 25:
+                break
+            klein = ours(in_fp8(self.nets, static=static), self.giant, self.device, options=options)
+            side = engine_side(klein)
+            apart = np.abs(_levels(side.paint(ask := next(asks(FIRST, self.giant)))) - _levels(
+                engine_side(self.klein, "eager").paint(ask))).mean()  # fmt: skip
+            start = time.perf_counter()
+            while klein.runner.tune():
+                pass
+            tuned = time.perf_counter() - start
+            sides = {"fp8": side, "fp8 eager": engine_side(klein, "eager"), "bf16": engine_side(self.klein),
+                     "eager": pipeline_side(self.pipe, self.giant)}  # fmt: skip
+            laps = in_turns(sides, asks(FIRST, self.giant), self.watch, self._pace(2), 8)
+            found[name] = {
+                **{side: round(lap.median, 1) for side, lap in laps.items()},
+                "to bf16": round(laps["fp8"].median / laps["bf16"].median, 3),
+                "to diffusers eager": round(laps["fp8"].median / laps["eager"].median, 3),
+                "tuned in, s": tuned,
+                "summary": klein.runner.summary(),
+                "levels from bf16": float(apart),
+            }
+            del klein, sides, side
+        return found
+
+    def measure_parts(self) -> dict[str, Any]:
+        """Bytes that each part allocates beside what was there, at the most: what the plan has to count."""
+        from engine.families.klein.runner import SampleInputs
+
+        example_sides = (self.giant.large // 16, self.giant.small // 16)
+        found = {}
+        for mode in ("eager", self.klein.runner.mode):
+            for side in example_sides:
+                example = SampleInputs(self.klein.transformer, self.device, self.giant.variant.text_length, side, side)
+                latent, image = example.latent(), example.image()
+                parts: dict[str, Callable[[], Any]] = {
+                    "decode": lambda latent=latent, mode=mode: self.klein.runner.decode(latent, mode),
+                    "encode": lambda image=image, mode=mode: self.klein.runner.encode(image, mode),
+                }
+                for count in (0, 1):
+                    arguments = example.step(count * side * side)
+                    parts[f"step, {count} references"] = lambda arguments=arguments, mode=mode: (
+                        self.klein.runner.velocity((0, 0, ()), *arguments, mode)
+                    )
+                for name, part in parts.items():
+                    found[f"{name}, {mode}, {16 * side}"] = self._taken(part)
+        ids = torch.zeros(1, self.giant.variant.text_length, dtype=torch.long)
+        found["text"] = self._taken(lambda: self.klein.runner.text(ids, torch.ones_like(ids)))
+        return {"GB": found, "card, GB": self._card(), "reserved, GB": self._reserved()}
+
+    def measure_techniques(self) -> dict[str, Any]:
+        """Open questions of the decoder and of batches, each beside what is done today."""
+        from tests.bench import techniques
+
+        return techniques.measure(self)
+
+    def measure_limits(self) -> dict[str, Any]:
+        """A folder of the true size on a RAM disk, loaded through Engine in a process of its own for each limit."""
+        ram = Path("/dev/shm") if Path("/dev/shm").is_dir() else Path(tempfile.gettempdir())
+        folder = Path(tempfile.mkdtemp(prefix="klein-bench-", dir=ram))
+        try:
+            start = time.perf_counter()
+            full_size_folder.write(self.pipe, folder, self.giant.variant)
+            found: dict[str, Any] = {"written in, s": round(time.perf_counter() - start, 1)}
+            # The card for them alone: this process keeps nothing it does not need any more.
+            self._free_everything()
+            for gigabytes in self.settings.limits:
+                if self.left < 15:
+                    break
+                found[f"{gigabytes:g} GB" if gigabytes else "all"] = self._within(folder, gigabytes)
+            return found
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def measure_drift(self) -> dict[str, Any]:
+        strayed = drift.measure(self.giant, self.device.device, 2)
+        return {**asdict(strayed), "ratio": strayed.ratio}
+
+    # Helpers.
+
+    def _within(self, folder: Path, gigabytes: float) -> Any:
+        command = [sys.executable, "-m", "tests.bench.full_size_folder", str(folder), str(gigabytes)]
+        command += ["--toy"] if self.giant.name == "toy" else []
+        done = subprocess.run(command, capture_output=True, text=True, timeout=max(10, min(120, self.left)))
+        lines = done.stdout.strip().splitlines()
+        found = (
+            json.loads(lines[-1]) if lines else {"error": (done.stderr.strip().splitlines() or ["no output"])[-1][:300]}
+        )
+        print(f"    {gigabytes:g} GB: {json.dumps(found)}", flush=True)
+        return found
+
+    def _free_everything(self) -> None:
+        import gc
+
+        for name in ("klein", "pipe", "pipe_compiled", "nets"):
+            setattr(self, name, None)
+        gc.collect()
+        self.device.empty_cache()
+
+    def _scenarios(self, count: int | None = None) -> tuple[Scenario, ...]:
+        return self.settings.scenarios[:count]
+
+    def _pace(self, rounds: int) -> Pace:
+        return Pace(self.settings.pace.warm and 1, min(rounds, self.settings.pace.rounds))
+
+    def _stages(self, mode: Any) -> dict[str, dict[str, float]]:
+        from engine.contract import Job, Result
+
+        found = {}
+        for scenario in self._scenarios(3):
+            ask = next(islice(asks(scenario, self.giant), 90, None))
+            *_, result = self.klein.run(Job(ask.prompt, ask.references, ask.side, ask.side, seed=1, mode=mode))
+            assert isinstance(result, Result)
+            found[scenario.name] = dict(result.ms)
+        return found
+
+    def _graph_is_exact(self) -> bool | None:
+        """Whether a captured step gives the bits of the compiled one."""
+        runner = self.klein.runner
+        side, ask = engine_side(self.klein), next(asks(FIRST, self.giant))
+        captured = side.paint(ask)
+        if not len(runner._step_graphs):
+            return None
+        with self._without_graphs():
+            return bool((side.paint(ask) == captured).all())
+
+    @contextmanager
+    def _without_graphs(self) -> Iterator[None]:
+        runner = self.klein.runner
+        steps, text = runner._step_graphs, runner._text_graph
+        runner._step_graphs, runner._text_graph = type(steps)(1), None
+        try:
+            yield
+        finally:
+            runner._step_graphs, runner._text_graph = steps, text
+
+    def _modes_apart(self) -> float:
+        ask = next(asks(FIRST, self.giant))
+        one, other = (_levels(engine_side(self.klein, mode).paint(ask)) for mode in (None, "eager"))
+        return float(np.abs(one - other).mean())
+
+    def _taken(self, part: Callable[[], Any]) -> float:
+        part()  # what libraries keep from their first call on is not this part's
+        if not self.gpu:
+            return 0.0
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        part()
+        return round((torch.cuda.max_memory_allocated() - before) / 1e9, 3)
+
+    def _card(self) -> float:
+        """GB of the whole card that are taken, whoever takes them."""
+        return full_size_folder.card_gigabytes() if self.gpu else 0.0
+
+    def _allocated(self) -> float:
+        return round(torch.cuda.memory_allocated() / 1e9, 2) if self.gpu else 0.0
+
+    def _reserved(self) -> float:
+        return round(torch.cuda.memory_reserved() / 1e9, 2) if self.gpu else 0.0
+
+    def _peak(self) -> float:
+        return round(torch.cuda.max_memory_allocated() / 1e9, 2) if self.gpu else 0.0
 
 
-def _levels(picture: Any) -> np.ndarray:
-    return np.asarray(picture).astype(np.float64)
+def _levels(image: Any) -> np.ndarray:
+    return np.asarray(image).astype(np.float64)
 
 
-def _machine(placement: Device) -> str:
-    gpu = placement.device.type == "cuda"
-    return f"{torch.cuda.get_device_name(placement.device) if gpu else 'CPU'}, torch {torch.__version__}"
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+def _machine(device: Device) -> str:
+    gpu = device.device.type == "cuda"
+    return f"{torch.cuda.get_device_name(device.device) if gpu else 'CPU'}, torch {torch.__version__}"
 
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tests.bench.gpu")
     parser.add_argument("--variant", choices=("4B", "9B"), default="4B")
-    parser.add_argument("--no-compile", action="store_true", help="leave diffusers compiled out")
-    parser.add_argument("--json", type=Path, help="write everything that was measured to this file")
-    parser.add_argument("--minutes", type=float, default=7.0, help="for all of it; fewer rounds where it is short")
-    parser.add_argument("--smoke", action="store_true", help="toys on the CPU, seconds")
+    parser.add_argument("--seconds", type=float, default=420.0, help="for all of it; the last sections are left out")
+    parser.add_argument("--json", type=Path, help="write everything that was measured to this file, as it comes")
+    parser.add_argument("--only", default="", help="sections, separated by commas")
+    parser.add_argument("--smoke", action="store_true", help="toys on the CPU")
     return parser.parse_args()
+
+
+def main(settings: Settings) -> tuple[Bench, dict[str, Any]]:
+    """Run the sections that the settings ask for."""
+    bench = Bench(settings)
+    return bench, bench.run()
 
 
 if __name__ == "__main__":
     asked = arguments()
     warnings.filterwarnings("ignore")
-    compiling = not asked.no_compile
-    report = main(
-        Settings.smoke(compiling=compiling)
-        if asked.smoke
-        else Settings.full(asked.variant, asked.minutes, compiling=compiling)
-    )
-    if asked.json:
-        asked.json.write_text(json.dumps(asdict(report), indent=1))
-    print(report.markdown())
+    wanted = Settings.smoke() if asked.smoke else Settings.full(asked.variant, asked.seconds)
+    only = tuple(name.strip() for name in asked.only.split(",") if name.strip())
+    bench, found = main(replace(wanted, json=asked.json, only=only))
+    print(markdown(found, bench.lines))

@@ -2,7 +2,7 @@
 
 import json
 import math
-from dataclasses import asdict
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,15 +11,17 @@ from tests.bench import gpu
 from tests.bench.ceilings import Ceilings
 from tests.bench.floors import Counts
 from tests.bench.full_size_models import GIANTS
-from tests.bench.report import Report
+from tests.bench.report import markdown, with_compiled
 from tests.bench.scenarios import SCENARIOS, TARGETS
 
 ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
-def report() -> Report:
-    return gpu.main(gpu.Settings.smoke(compiling=True))
+def bench(tmp_path_factory: pytest.TempPathFactory) -> gpu.Bench:
+    """The smoke run, its file beside it."""
+    settings = replace(gpu.Settings.smoke(), json=tmp_path_factory.mktemp("bench") / "gpu.json")
+    return gpu.main(settings)[0]
 
 
 @pytest.fixture(scope="module")
@@ -27,27 +29,29 @@ def counts() -> Counts:
     return Counts(GIANTS["4B"])
 
 
-def test_the_smoke_run_fills_every_row_with_finite_numbers(report: Report) -> None:
-    assert [line.name for line in report.lines] == [scenario.name for scenario in SCENARIOS]
-    for line in report.lines:
+def test_every_section_of_the_smoke_run_ends(bench: gpu.Bench) -> None:
+    sections = bench.found["sections"]
+    assert {name for name, section in sections.items() if "error" in section or "skipped" in section} == set()
+    assert sections["tuning cold"]["mode"] == "compiled"
+    assert [line.name for line in bench.lines] == [scenario.name for scenario in bench.settings.scenarios]
+    for line in bench.lines:
         assert {"ours", "eager"} <= line.ms.keys()
         assert all(math.isfinite(ratio) and ratio > 0 for ratio in line.ratios.values())
-    assert any("compiled" in line.ms for line in report.lines)
-    assert all(math.isfinite(single.ratio) and single.ratio > 0 for single in report.singles())
 
 
-def test_the_table_says_what_was_found(report: Report) -> None:
-    table = report.markdown()
-    for row in (*report.lines, *report.singles()):
-        assert row.markdown() in table
+def test_tables_hold_every_line(bench: gpu.Bench) -> None:
+    table = markdown(bench.found, bench.lines)
+    for line in with_compiled(bench.lines, bench.found["sections"]["diffusers compiled"]):
+        assert line.markdown() in table
     cells = {line.count("|") for line in table.splitlines() if line.startswith("|")}
-    assert cells == {11, 7, 5}  # the three tables, and no broken row
+    assert cells == {11, 9}  # the two tables, and no broken row
 
 
-def test_everything_measured_can_be_kept_as_json(report: Report) -> None:
-    kept = json.loads(json.dumps(asdict(report)))
-    samples = kept["laps"][SCENARIOS[0].name]["ours"]
-    assert len(samples["wall"]) == len(samples["device"]) == 2
+def test_the_file_holds_what_was_printed(bench: gpu.Bench) -> None:
+    assert bench.settings.json
+    kept = json.loads(bench.settings.json.read_text())
+    assert kept["sections"].keys() == bench.found["sections"].keys()
+    assert len(kept["lines"]) == len(bench.lines)
 
 
 def test_every_target_is_of_a_scenario_that_is_run() -> None:
@@ -94,8 +98,9 @@ def test_kept_references_cost_their_reading_and_their_attention(counts: Counts) 
     assert beside.bytes - alone.bytes == 25 * 2 * seen * 3072 * 2
 
 
-def test_the_floor_falls_as_more_is_known(report: Report) -> None:
-    floor = {line.name: line.floor for line in report.lines}
+def test_the_floor_falls_as_more_is_known(counts: Counts) -> None:
+    machine = Ceilings(flops=700e12, bandwidth=4e12)
+    floor = {scenario.name: counts.seconds(scenario, 4, machine) for scenario in SCENARIOS}
     assert floor["new seed only"] < floor["text-to-image, new prompt"] < floor["edit, one new reference"]
     assert floor["edit again, known reference, new prompt"] < floor["edit, one new reference"]
     assert floor["KV: compose, four known references, new prompt"] < floor["compose, four new references"]

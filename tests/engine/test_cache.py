@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from engine.contract import CacheStats, EngineConfig, Job, Result, Rgb8
+from engine.contract import CacheStats, EngineConfig, Job, Result, Rgb8, image_hash
 from engine.engine import Engine
-from engine.memory.cache import TensorCache, budgets, content_hash
+from engine.memory.cache import TensorCache, budgets
 from tests import toys
 
 
@@ -31,10 +31,10 @@ def paint(engine: Engine, job: Job) -> Result:
 def test_the_oldest_leaves_for_the_host_and_from_there_for_good() -> None:
     memory = TensorCache(budget=80, spill=40)
     for name in "abc":
-        memory.put(name, [tensor(10, ord(name))])  # 40 bytes each
+        memory.insert(name, [tensor(10, ord(name))])  # 40 bytes each
     assert memory.stats() == CacheStats(entries=3, bytes=80, spilled_bytes=40, hits=0, misses=0)
     assert torch.equal(memory.get("a")[0], tensor(10, ord("a")))  # type: ignore[index]
-    memory.put("d", [tensor(10)])
+    memory.insert("d", [tensor(10)])
     assert "b" not in memory, "least recently used: a was used since"
     assert all(name in memory for name in "acd")
     assert memory.get("b") is None
@@ -43,7 +43,7 @@ def test_the_oldest_leaves_for_the_host_and_from_there_for_good() -> None:
 
 def test_what_is_too_large_for_the_device_waits_in_the_host() -> None:
     memory = TensorCache(budget=10, spill=100)
-    memory.put("large", [tensor(20)])
+    memory.insert("large", [tensor(20)])
     assert memory.stats().spilled_bytes == 80
     assert memory.get("large") is not None
 
@@ -53,7 +53,7 @@ def test_budgets_hold_under_a_thousand_random_jobs(seed: int) -> None:
     memory, rng = TensorCache(budget=400, spill=700), np.random.default_rng(seed)
     for job in range(1000):
         key, count = int(rng.integers(40)), int(rng.integers(1, 64))
-        (kept,), _ = memory.get_or(key, lambda count=count, key=key: [tensor(count, key)])
+        (kept,), _ = memory.get_or_compute(key, lambda count=count, key=key: [tensor(count, key)])
         assert (kept == key).all(), "another key's tensors"
         counts = memory.stats()
         assert counts.bytes <= 400
@@ -66,8 +66,8 @@ def test_pictures_are_told_apart_by_pixels_and_by_size() -> None:
     image = picture(32, 16)
     other = image.copy()
     other[3, 5, 1] ^= 1
-    assert content_hash(image) == content_hash(image.copy())
-    assert len({content_hash(image), content_hash(other), content_hash(image.reshape(32, 16, 3))}) == 3
+    assert image_hash(image) == image_hash(image.copy())
+    assert len({image_hash(image), image_hash(other), image_hash(image.reshape(32, 16, 3))}) == 3
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +81,7 @@ def cold(kv_toy: str) -> Callable[[Job], Rgb8]:
     engine, painted = Engine(EngineConfig(device="cpu", cache_bytes=0, spill_bytes=0)), {}
 
     def paint_once(job: Job) -> Rgb8:
-        key = (job.prompt, *map(content_hash, job.references))
+        key = (job.prompt, *map(image_hash, job.references))
         if key not in painted:
             painted[key] = paint(engine, job).image
         return painted[key]
@@ -115,7 +115,7 @@ def test_remembering_paints_what_a_cold_engine_paints(
 def test_what_is_kept_holds_no_more_memory_than_is_counted(kv_toy: str) -> None:
     engine = Engine(EngineConfig(device="cpu"))
     paint(engine, Job("a", model=kv_toy, references=(picture(64, 80), picture(80, 64, 1)), width=64, height=64))
-    kept = [tensor for entry in engine.cache._near.entries.values() for tensor in entry]
+    kept = [tensor for entry in engine.cache._device.entries.values() for tensor in entry]
     assert len(kept) > 8
     assert all(tensor.untyped_storage().nbytes() == tensor.nbytes for tensor in kept)
 
@@ -158,7 +158,7 @@ def test_a_share_of_what_is_free_is_remembered_in(free: int, host: int | None, e
 def test_smaller_budgets_let_the_oldest_go_first() -> None:
     memory = TensorCache(budget=120)
     for name in "abc":
-        memory.put(name, [tensor(10, ord(name))])
+        memory.insert(name, [tensor(10, ord(name))])
     memory.resize(80, 0)
     assert "a" not in memory
     assert "b" in memory

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.contract import InvalidJob
-from engine.diffusion.canvas import GRID, Canvas, fit_reference, shaped, to_rgb8, to_tensor
+from engine.diffusion.canvas import GRID, Canvas, fit_reference, size_for_aspect, to_rgb8, to_tensor
 
 sides = st.integers(1, 4096)
 
@@ -22,13 +22,13 @@ def test_every_colour_survives_the_way_to_the_model_and_back() -> None:
 def test_a_frame_holds_its_content_on_whole_tokens_within_the_area(width: int, height: int, side: int) -> None:
     frame = Canvas.of(width, height, side**2)
     assert frame.canvas_width % GRID == frame.canvas_height % GRID == 0
-    assert 0 < frame.inner_width <= frame.canvas_width
-    assert 0 < frame.inner_height <= frame.canvas_height
+    assert 0 < frame.content_width <= frame.canvas_width
+    assert 0 < frame.content_height <= frame.canvas_height
     assert frame.canvas_width * frame.canvas_height <= side**2
     # Evenly scaled: what the long side says about the scale, the short one says too, to within a pixel of rounding.
-    scale = frame.inner_width / width if width > height else frame.inner_height / height
-    assert abs(frame.inner_width - width * scale) <= 1
-    assert abs(frame.inner_height - height * scale) <= 1
+    scale = frame.content_width / width if width > height else frame.content_height / height
+    assert abs(frame.content_width - width * scale) <= 1
+    assert abs(frame.content_height - height * scale) <= 1
 
 
 @pytest.mark.parametrize(
@@ -53,7 +53,7 @@ def test_a_close_up_is_enlarged_to_the_native_area_and_at_most_four_times(
 def test_a_picture_laid_on_its_canvas_and_lifted_off_is_itself(width: int, height: int) -> None:
     image = np.random.default_rng(width * height).integers(0, 256, (height, width, 3), dtype=np.uint8)
     frame = Canvas.of(width, height, 1024**2)
-    lifted = frame.lift(frame.lay(image))
+    lifted = frame.crop(frame.pad(image))
     assert lifted.shape == image.shape
     if max(width, height) >= 64:
         assert np.array_equal(lifted, image)
@@ -61,7 +61,7 @@ def test_a_picture_laid_on_its_canvas_and_lifted_off_is_itself(width: int, heigh
 
 def test_padding_repeats_the_edge() -> None:
     image = np.random.default_rng(0).integers(0, 256, (70, 90, 3), dtype=np.uint8)
-    canvas = Canvas.of(90, 70, 1024**2).lay(image)
+    canvas = Canvas.of(90, 70, 1024**2).pad(image)
     assert canvas.shape == (80, 96, 3)
     assert np.array_equal(canvas[70:, :90], np.broadcast_to(image[69], (10, 90, 3)))
 
@@ -77,19 +77,19 @@ def test_padding_repeats_the_edge() -> None:
     ],
 )
 def test_a_shape_takes_the_native_area(aspect: tuple[int, int], side: int, size: tuple[int, int]) -> None:
-    assert shaped(aspect, side**2) == size
+    assert size_for_aspect(aspect, side**2) == size
 
 
 @given(st.integers(1, 8), st.integers(1, 8), st.sampled_from([128, 512, 1024]))
 def test_a_shape_never_passes_the_native_area(across: int, along: int, side: int) -> None:
-    width, height = shaped((across, along), side**2)
+    width, height = size_for_aspect((across, along), side**2)
     assert width % GRID == height % GRID == 0
     assert 0.4 * side**2 < width * height <= side**2
 
 
 def test_a_shape_beyond_8_to_1_is_refused() -> None:
     with pytest.raises(InvalidJob, match="at most 8:1"):
-        shaped((9, 1), 1024**2)
+        size_for_aspect((9, 1), 1024**2)
 
 
 def test_a_reference_is_never_enlarged() -> None:

@@ -10,7 +10,7 @@ import torch
 from engine.nano.training import compiled_training
 from engine.nano.training.folder import WEIGHTS
 from engine.nano.training.train import OWN_LEVELS, STAGES, Lessons, Run, draw_levels, helpers, train
-from engine.nn import layers
+from engine.nn import ops
 
 pytestmark = pytest.mark.skipif(
     json.loads((WEIGHTS / "klein.json").read_text())["text_length"] < 64, reason="weights of an older kind"
@@ -70,7 +70,7 @@ def test_attention_that_learns_quickly_is_attention():
     quickly = [x.detach().bfloat16().requires_grad_() for x in plain]
     target = torch.randn(2, 5, 96, generator=generator)
     results = []
-    for attend, inputs in ((layers.attend, plain), (compiled_training._attend, quickly)):
+    for attend, inputs in ((ops.attention, plain), (compiled_training._attend, quickly)):
         mixed = attend(*inputs)
         (mixed.float() * target).sum().backward()
         results.append([mixed, *(x.grad for x in inputs)])

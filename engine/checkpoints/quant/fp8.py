@@ -84,22 +84,27 @@ class Fp8Linear(QuantLinear):
 
     def _multiply(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, self.in_features)
-        scale = self.input_scale
-        if scale is None:
-            scale = _scale(rows)
-        codes = (rows / scale).clamp(-LARGEST, LARGEST).to(CODE)
-        one_scale = self.weight_scale.ndim == 0
+        codes, scale = quantise_rows(rows, self.input_scale)
+        weight_scale = self.weight_scale
+        if scale.ndim or weight_scale.ndim:  # both scales have to be of one kind: by rows, or one number each
+            scale = scale.expand(len(rows), 1).contiguous()
+            weight_scale = weight_scale.reshape(1, -1).expand(1, self.out_features).contiguous()
         out = torch._scaled_mm(
-            codes,
-            self.weight.t(),
-            scale_a=scale,
-            scale_b=self.weight_scale if one_scale else torch.ones_like(scale),
-            out_dtype=x.dtype,
-            use_fast_accum=True,
+            codes, self.weight.t(), scale_a=scale, scale_b=weight_scale, out_dtype=x.dtype, use_fast_accum=True
         )
-        if not one_scale:
-            out = (out * self.weight_scale).to(x.dtype)
         return out.reshape(*x.shape[:-1], self.out_features)
+
+
+def quantise_rows(rows: Tensor, static: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Codes of [n, width] and their scale: `static` where there is one, else one for each row, [n, 1].
+
+    A scale for each row costs nothing more than one for all, and rows of small values keep their precision.
+    """
+    scale = static
+    if scale is None:
+        largest = torch.linalg.vector_norm(rows, float("inf"), dim=1, keepdim=True, dtype=torch.float32)
+        scale = (largest / LARGEST).clamp_min(torch.finfo(torch.float32).tiny)
+    return (rows / scale).clamp(-LARGEST, LARGEST).to(CODE), scale
 
 
 class _Fp8:

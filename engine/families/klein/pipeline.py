@@ -1,10 +1,9 @@
-"""Klein: one loaded model, and the recipe from a job to a picture."""
+"""Klein: one loaded model, and the pipeline from a job to an image."""
 
 import time
-from collections import OrderedDict
-from collections.abc import Callable, Generator, Hashable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Generic, TypeVar
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -16,13 +15,15 @@ from engine.contract import (
     InvalidJob,
     Job,
     Loading,
+    Mode,
     OutOfMemory,
     Result,
     Rgb8,
     Stage,
     Step,
+    image_hash,
 )
-from engine.diffusion.canvas import GRID, Canvas, fit_reference, shaped, to_rgb8, to_tensor
+from engine.diffusion.canvas import GRID, Canvas, fit_reference, size_for_aspect, to_rgb8, to_tensor
 from engine.diffusion.change_mask import find_change
 from engine.diffusion.preview import PreviewMap, predict_clean, spread_steps
 from engine.diffusion.sampler import Velocity, denoise, guided
@@ -31,21 +32,54 @@ from engine.diffusion.tokens import grid_positions, pack, reference_time, text_p
 from engine.families.klein.checkpoint import Checkpoint
 from engine.families.klein.footprint import activation_memory, device_bytes, memory_info
 from engine.families.klein.loader import LoadOptions, load
+from engine.families.klein.runner import CompileOptions, Runner
 from engine.families.klein.text_encoder import TextEncoder, Tokenizer
-from engine.families.klein.transformer import KV, Modulations, Transformer
+from engine.families.klein.transformer import KVPair, Modulations, Transformer
 from engine.families.klein.variants import Variant
-from engine.memory.cache import TensorCache, content_hash
+from engine.memory.cache import LruCache, TensorCache
 from engine.memory.device import Device
 from engine.memory.plan import gb
 from engine.nn.autoencoder import Autoencoder
-from engine.nn.layers import Rope
-
-Thing = TypeVar("Thing")
+from engine.nn.ops import Rope
 
 MAX_STEPS = 200
-"""More than any published klein was made for (base: 50); beyond it a typing error is likelier than a wish."""
+"""More than any published klein was made for (base: 50); a larger number is probably a typing error."""
 MAX_GUIDANCE = 100
 MAX_SEED = 2**63 - 1
+
+SEEDS = 4096
+"""Jobs of which the mode is remembered, to warn when the same seed is computed in the other one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reference:
+    """A reference as the model sees it. key: identifies its pixels in the cache."""
+
+    image: Rgb8
+    key: str
+
+    @classmethod
+    def of(cls, original: Rgb8, fitted: Rgb8, way: str, known_hash: str = "") -> "Reference":
+        """known_hash: `image_hash` of the original, where it is known. way: how it was fitted."""
+        key = known_hash or image_hash(original)
+        # Whatever was fitted keeps its pixels if it kept its size.
+        return cls(fitted, key if fitted.shape == original.shape else f"{key} {way} {fitted.shape}")
+
+    @property
+    def tokens(self) -> tuple[int, int]:
+        """Rows and columns of its tokens."""
+        return self.image.shape[0] // GRID, self.image.shape[1] // GRID
+
+
+@dataclass(frozen=True, slots=True)
+class Conditioning:
+    """What every step reads besides the canvas; references as tokens that take part, or as keys and values."""
+
+    text: Tensor
+    rope: Rope
+    sizes: tuple[tuple[int, int], ...] = ()
+    references: Tensor | None = None
+    reference_kv: Sequence[KVPair] | None = None
 
 
 class Klein:
@@ -63,6 +97,7 @@ class Klein:
         cache: TensorCache | None = None,
         placement_summary: str = "",
         limit: int | None = None,
+        compile_options: CompileOptions | None = None,
     ) -> None:
         """placement_summary: where its weights are, in words. limit: bytes of the device it may use in all."""
         self.variant = variant
@@ -75,8 +110,10 @@ class Klein:
         self.device = device
         self.fingerprint = fingerprint
         self.cache = cache if cache is not None else TensorCache(0)
-        self._ropes: _Latest[Rope] = _Latest(16)
-        self._said: _Latest[Modulations] = _Latest(256)
+        self.runner = Runner(variant, transformer, autoencoder, text_encoder, device, compile_options)
+        self._ropes: LruCache[Rope] = LruCache(16)
+        self._modulation_cache: LruCache[Modulations] = LruCache(256)
+        self._modes: LruCache[Mode] = LruCache(SEEDS)
         self._preview_map: PreviewMap | None = None
 
     @classmethod
@@ -86,13 +123,14 @@ class Klein:
         device: Device,
         cache: TensorCache | None = None,
         options: LoadOptions | None = None,
+        compile_options: CompileOptions | None = None,
     ) -> Generator[Loading, None, "Klein"]:
-        """Read a model onto the device, telling how far it is; the generator's return value is the model.
+        """Read a model onto the device, reporting progress; the generator's return value is the model.
 
         Raises BadWeights, or OutOfMemory before much is read.
         """
         yield Loading(checkpoint.variant.name, 0.0)
-        # First, because it is small: what is wrong with it is said before gigabytes are read.
+        # First, because it is small: its errors are raised before gigabytes are read.
         tokenizer = Tokenizer(checkpoint.tokenizer, checkpoint.variant.text_length)
         options = options or LoadOptions()
         networks = yield from load(checkpoint, device, options)
@@ -107,60 +145,58 @@ class Klein:
             cache,
             networks.placement,
             options.limit,
+            compile_options,
         )
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of the device that its weights take, without the ring that streamed layers pass through."""
+        """Bytes of weights on the device, without the ring that offloaded layers pass through."""
         return device_bytes((self.transformer, self.autoencoder, self.text_encoder), self.device.device)
 
-    def free(self, there: int) -> int:
-        """Of the device's `there` free bytes, those that the user's limit leaves to it."""
-        return there if self.limit is None else max(0, min(there, self.limit - self.weight_bytes))
+    def free(self, free_bytes: int) -> int:
+        """Clamp the device's free bytes to the user's memory limit."""
+        return free_bytes if self.limit is None else max(0, min(free_bytes, self.limit - self.weight_bytes))
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def run(self, job: Job, previews: Callable[[], bool] = lambda: False) -> Iterator[Event]:
-        """Paint `job`; the last event is the Painting. Closing the iterator stops the work and frees its memory.
+        """Run `job`; the last event is the Result. Closing the iterator stops the work and frees its memory.
 
         previews: asked before each step whether somebody watches. Raises InvalidJob before anything is computed.
         """
         variant, clock, warnings = self.variant, _StageClock(self.device), []
         steps, guidance = self._plan(job, warnings)
-        frame, references = self._frame(job, warnings)
-        self._fits(frame, references)
+        canvas, references = self._canvas(job, warnings)
+        self._check_memory(canvas, references)
+        mode = self._mode(job, warnings)
 
         # 1. The prompt, as states the transformer reads; a guided model also reads an empty one.
         yield Stage("prompt")
         with clock("prompt"):
-            text, prompt_known = self._read(job.prompt, warnings)
-            no_text = self._read("", [])[0] if guidance > 1 else None
+            text, prompt_hit = self._prompt_states(job.prompt, warnings)
+            no_text = self._prompt_states("", [])[0] if guidance > 1 else None
 
         # 2. The references, as tokens that take part in every step, or as keys and values kept for all of them.
-        known: CacheUse = "none"
-        seen: Tensor | None = None
-        kept: Sequence[KV] | None = None
+        rows, columns = canvas.canvas_height // GRID, canvas.canvas_width // GRID
+        reference_use: CacheUse = "none"
         if references:
             yield Stage("references")
             with clock("references"):
-                if variant.kv:
-                    kept, hit = self._keep(references)
-                else:
-                    seen, hit = self._see(references)
-                known = "hit" if hit else "miss"
+                condition, hit = self._condition(text, rows, columns, references, mode)
+            reference_use = "hit" if hit else "miss"
+        else:
+            condition = Conditioning(text, self._rope(rows, columns, ()))
 
-        # 3. Noise, drawn on the CPU whatever the device, so that a seed means the same picture everywhere.
-        rows, columns = frame.canvas_height // GRID, frame.canvas_width // GRID
+        # 3. Noise, drawn on the CPU whatever the device, so that a seed means the same image everywhere.
         generator = torch.Generator().manual_seed(job.seed)
         noise = torch.randn((1, self.transformer.shape.channels, rows, columns), generator=generator)
         x = pack(noise).to(self.device.device, self.device.dtype)
 
         # 4. From noise to latent, one Euler step at a time.
         yield Stage("denoise")
-        sizes = tuple((image.shape[0] // GRID, image.shape[1] // GRID) for image in references)
-        rope = self._rope(rows, columns, () if variant.kv else sizes)
-        velocity = self._velocity(text, rope, seen, kept)
+        velocity = self._velocity(rows, columns, condition, mode)
         if no_text is not None:
-            velocity = guided(velocity, self._velocity(no_text, rope, seen, kept), guidance)
+            unconditional = self._velocity(rows, columns, replace(condition, text=no_text), mode)
+            velocity = guided(velocity, unconditional, guidance)
         levels = sigmas(steps, rows * columns)
         stepping = denoise(velocity, x, levels)
         partial_steps = spread_steps(steps, job.partials)
@@ -173,64 +209,85 @@ class Klein:
             preview = partial = None
             if before is not None:
                 clean = unpack(predict_clean(before, x, levels[i], levels[i + 1]), rows)
-                preview = self._preview(clean, frame) if watched else None
+                preview = self._preview(clean, canvas) if watched else None
             if before is not None and decoding:
                 with clock("decode"):
-                    decoded = self.autoencoder.decode(clean.to(self.device.dtype))
-                    partial = frame.lift(to_rgb8(decoded))
+                    decoded = self.runner.decode(clean.to(self.device.dtype), mode)
+                    partial = canvas.crop(to_rgb8(decoded))
             yield Step(i + 1, steps, preview, partial)
 
-        # 5. From latent to picture.
+        # 5. From latent to image.
         yield Stage("decode")
         with clock("decode"):
-            decoded = self.autoencoder.decode(unpack(x, rows))
+            decoded = self.runner.decode(unpack(x, rows), mode)
         change: ChangeMask | None = None
         if job.find_change:
             with clock("change"):
-                decoded, change = self._find_change(decoded, references[0], frame)
+                decoded, change = self._find_change(decoded, references[0], canvas, mode)
         yield Result(
-            image=frame.lift(to_rgb8(decoded)),
+            image=canvas.crop(to_rgb8(decoded)),
             seed=job.seed,
             model=variant.name,
             fingerprint=self.fingerprint,
             steps=steps,
             guidance=guidance,
             ms=clock.ms,
-            cache={"prompt": "hit" if prompt_known else "miss", "references": known},
+            cache={"prompt": "hit" if prompt_hit else "miss", "references": reference_use},
             warnings=tuple(warnings),
+            dtype=self.device.dtype_name,
+            mode=mode,
             change=change,
         )
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def prefetch(self, image: Rgb8) -> None:
-        """Do now what an edit of `image` will need, so that it starts warm."""
-        seen = Canvas.of(image.shape[1], image.shape[0], self.variant.max_size**2).lay(image)
+        """Compute in advance what an edit of `image` will need, so that it starts warm."""
+        canvas = Canvas.of(image.shape[1], image.shape[0], self.variant.max_size**2)
+        reference = Reference.of(image, canvas.pad(image), "pad")
         if self.variant.kv:
-            self._keep([seen])
+            self._reference_kv([reference], self.runner.mode)
         else:
-            self._latents(seen, content_hash(seen))
-        self._round_trip(seen)
+            self._latents(reference, self.runner.mode)
+        self._round_trip(reference, self.runner.mode)
 
-    def _find_change(self, decoded: Tensor, reference: Rgb8, frame: Canvas) -> tuple[Tensor, ChangeMask]:
+    def _find_change(
+        self, decoded: Tensor, reference: Reference, canvas: Canvas, mode: Mode
+    ) -> tuple[Tensor, ChangeMask]:
         """The decoded edit, matched to its reference outside the change, and the change mask."""
-        size = slice(frame.inner_height), slice(frame.inner_width)
-        round_trip = self._round_trip(reference).float() / 127.5 - 1
+        size = slice(canvas.content_height), slice(canvas.content_width)
+        round_trip = self._round_trip(reference, mode).float() / 127.5 - 1
         found = find_change(decoded[:, :, *size], round_trip[:, :, *size])
-        opacity = frame.lift_mask((found.opacity * 255).round().byte().cpu().numpy())
-        across, down = frame.width / frame.inner_width, frame.height / frame.inner_height
+        opacity = canvas.crop_mask((found.opacity * 255).round().byte().cpu().numpy())
+        across, down = canvas.width / canvas.content_width, canvas.height / canvas.content_height
         box = found.faint_box and _scaled(found.faint_box, across, down)
         shift = round(found.shift[0] * across), round(found.shift[1] * down)
         return found.painted, ChangeMask(opacity, found.whole, found.faint, box, shift, found.drift)
 
-    def _round_trip(self, image: Rgb8) -> Tensor:
-        """What the autoencoder makes of a reference: [1, 3, h, w] uint8 on the device."""
-        key = content_hash(image)
+    def _round_trip(self, reference: Reference, mode: Mode) -> Tensor:
+        """The reference as the autoencoder returns it: [1, 3, h, w] uint8 on the device."""
 
         def decode() -> list[Tensor]:
-            decoded = self.autoencoder.decode(unpack(self._latents(image, key)[0], image.shape[0] // GRID))
+            latent = unpack(self._latents(reference, mode)[0], reference.tokens[0])
+            decoded = self.runner.decode(latent, mode)
             return [((decoded.float().clamp(-1, 1) + 1) * 127.5).round().byte()]
 
-        return self.cache.get_or((self.fingerprint, "round trip", key), decode)[0][0]
+        return self.cache.get_or_compute((self.fingerprint, "round trip", mode, reference.key), decode)[0][0]
+
+    def _mode(self, job: Job, warnings: list[str]) -> Mode:
+        """The mode for this job: the one it asks for where that can be had, else the runner's own."""
+        mode = self.runner.mode
+        if job.mode == "eager":
+            mode = "eager"
+        elif job.mode == "compiled" and mode == "eager":
+            warnings.append(f"computed eagerly, not by compiled kernels as asked for: {self.runner.summary()}")
+        key = (job.prompt, job.seed, job.width, job.height, job.aspect, job.steps, job.guidance, len(job.references))
+        before = self._modes.get(key)
+        if before not in (None, mode):
+            warnings.append(
+                f"computed by {mode} kernels, the same seed before by {before} ones: the images differ by rounding"
+            )
+        self._modes.insert(key, mode)
+        return mode
 
     def _preview(self, latent: Tensor, canvas: Canvas) -> Rgb8:
         """Return the small image that a normalised latent stands for."""
@@ -238,7 +295,7 @@ class Klein:
             # Fitted with the first watcher: a model that nobody watches pays nothing.
             self._preview_map = PreviewMap.fit(self._encode_plain)
         plain = unpatchify(self.autoencoder.bn.restore(latent))
-        return self._preview_map(plain, canvas.inner_width, canvas.inner_height)
+        return self._preview_map(plain, canvas.content_width, canvas.content_height)
 
     def _encode_plain(self, images: Tensor) -> Tensor:
         """[b, 3, 8h, 8w] -> latents before patches and normalisation, [b, c, h, w]."""
@@ -267,112 +324,131 @@ class Klein:
             guidance = 1.0
         return steps, guidance
 
-    def _frame(self, job: Job, warnings: list[str]) -> tuple[Canvas, list[Rgb8]]:
+    def _canvas(self, job: Job, warnings: list[str]) -> tuple[Canvas, list[Reference]]:
         """The canvas, and the references as the model sees them."""
         variant = self.variant
         area = variant.max_size**2
         references = list(job.references)
+        hashes = job.hashes or ("",) * len(references)
         if job.align:
             if not references:
                 raise InvalidJob("align needs a reference to be aligned with.")
             height, width = references[0].shape[:2]
-            frame = Canvas.of(width, height, area, variant.native_size**2 if job.close_up else 0)
-            seen = [frame.lay(references[0])]
+            canvas = Canvas.of(width, height, area, variant.native_size**2 if job.close_up else 0)
+            fitted = [Reference.of(references[0], canvas.pad(references[0]), "pad", hashes[0])]
         else:
-            seen, frame = [], None
-        seen += [fit_reference(image, variant.reference_size**2) for image in references[len(seen) :]]
-        if frame is None:
-            width, height = _size(job, seen, variant)
+            fitted, canvas = [], None
+        for image, known in list(zip(references, hashes, strict=True))[len(fitted) :]:
+            fitted.append(Reference.of(image, fit_reference(image, variant.reference_size**2), "fit", known))
+        if canvas is None:
+            width, height = _size(job, fitted, variant)
             if min(width, height) < GRID:
                 raise InvalidJob(f"The size is {width}×{height}; each side needs at least {GRID} pixels.")
-            frame = Canvas.of(width, height, area)
-        if frame.inner_width < frame.width or frame.inner_height < frame.height:
+            canvas = Canvas.of(width, height, area)
+        if canvas.content_width < canvas.width or canvas.content_height < canvas.height:
             warnings.append(
-                f"painted at {frame.inner_width}×{frame.inner_height}, the size {variant.name} was made for, "
-                f"and resampled to {frame.width}×{frame.height}"
+                f"painted at {canvas.content_width}×{canvas.content_height}, the size {variant.name} was made for, "
+                f"and resampled to {canvas.width}×{canvas.height}"
             )
-        return frame, seen
+        return canvas, fitted
 
-    def _fits(self, frame: Canvas, references: list[Rgb8]) -> None:
+    def _check_memory(self, canvas: Canvas, references: list[Reference]) -> None:
         """Refuse early what the memory that is free now cannot hold. Raises OutOfMemory."""
-        pixels = frame.canvas_width * frame.canvas_height
-        seen = sum(image.shape[0] * image.shape[1] for image in references)
+        pixels = canvas.canvas_width * canvas.canvas_height
+        reference_pixels = GRID**2 * sum(
+            rows * columns for rows, columns in (reference.tokens for reference in references)
+        )
         shapes = (self.variant, self.transformer, self.autoencoder, self.device.dtype)
-        work = activation_memory(*shapes, pixels=pixels, references=seen)
-        there = memory_info(self.device)
-        # What is remembered can be forgotten for it.
-        free = self.free(there.free + self.cache.stats().bytes)
+        work = activation_memory(*shapes, pixels=pixels, references=reference_pixels)
+        memory = memory_info(self.device)
+        # The cache can be cleared for it.
+        free = self.free(memory.free + self.cache.stats().bytes)
         if work.bytes <= free:
             return
         sides = (side for side in (1024, 768, 512, 256) if side**2 < pixels)
-        fitting = (side for side in sides if activation_memory(*shapes, pixels=side**2, references=seen).bytes <= free)
+        fitting = (
+            s for s in sides if activation_memory(*shapes, pixels=s**2, references=reference_pixels).bytes <= free
+        )
         side = next(fitting, None)
+        status = "free" if self.limit is None else "allowed"
         raise OutOfMemory(
-            f"{frame.canvas_width}×{frame.canvas_height} with {len(references)} references takes {gb(work.bytes)} "
-            f"besides the weights; {gb(free)} of the {there.device} are {'free' if self.limit is None else 'allowed'}.",
+            f"{canvas.canvas_width}×{canvas.canvas_height} with {len(references)} references takes {gb(work.bytes)} "
+            f"besides the weights; {gb(free)} of the {memory.device} are {status}.",
             hint=f"{side}×{side} would fit." if side else "Use fewer references, or end what else uses the device.",
         )
 
-    def _read(self, prompt: str, warnings: list[str]) -> tuple[Tensor, bool]:
+    def _prompt_states(self, prompt: str, warnings: list[str]) -> tuple[Tensor, bool]:
         """Prompt states after the transformer's own projection: [1, text_length, hidden]."""
         tokens = self.tokenizer(prompt)
-        if strange := self.variant.unknown_words(prompt):
-            warnings.append(f"{self.variant.name} was never taught {', '.join(strange)}, and guesses")
+        if unknown := self.variant.unknown_words(prompt):
+            warnings.append(f"{self.variant.name} was never taught {', '.join(unknown)}, and guesses")
         if tokens.cut:
             warnings.append(
                 f"the prompt is {tokens.cut} tokens longer than the {self.variant.text_length} {self.variant.name} "
                 "reads; its end was cut"
             )
-
-        def read() -> list[Tensor]:
-            ids, mask = tokens.ids.to(self.device.device), tokens.mask.to(self.device.device)
-            return [self.transformer.txt_in(self.text_encoder(ids, mask))]
-
-        (states,), hit = self.cache.get_or((self.fingerprint, "prompt", prompt), read)
+        key = (self.fingerprint, "prompt", prompt)
+        (states,), hit = self.cache.get_or_compute(key, lambda: [self.runner.text(tokens.ids, tokens.mask)])
         return states, hit
 
-    def _latents(self, image: Rgb8, key: str) -> tuple[Tensor, bool]:
+    def _condition(
+        self, text: Tensor, rows: int, columns: int, references: list[Reference], mode: Mode
+    ) -> tuple[Conditioning, bool]:
+        """Everything the steps read besides the canvas, and whether all references were in the cache."""
+        if self.variant.kv:
+            pairs, hit = self._reference_kv(references, mode)
+            return Conditioning(text, self._rope(rows, columns, ()), reference_kv=pairs), hit
+        sizes = tuple(reference.tokens for reference in references)
+        tokens, hit = self._reference_tokens(references, mode)
+        return Conditioning(text, self._rope(rows, columns, sizes), sizes, tokens), hit
+
+    def _latents(self, reference: Reference, mode: Mode) -> tuple[Tensor, bool]:
         """A reference's latent tokens, [1, tokens, channels]."""
 
         def encode() -> list[Tensor]:
-            return [pack(self.autoencoder.encode(to_tensor(image).to(self.device.device, self.device.dtype)))]
+            pixels = to_tensor(reference.image).to(self.device.device, self.device.dtype)
+            return [pack(self.runner.encode(pixels, mode))]
 
-        (tokens,), hit = self.cache.get_or((self.fingerprint, "latent", key), encode)
+        (tokens,), hit = self.cache.get_or_compute((self.fingerprint, "latent", mode, reference.key), encode)
         return tokens, hit
 
-    def _see(self, images: list[Rgb8]) -> tuple[Tensor, bool]:
+    def _reference_tokens(self, references: list[Reference], mode: Mode) -> tuple[Tensor, bool]:
         """All references as tokens of the hidden width, one after the other."""
-        found = [self._latents(image, content_hash(image)) for image in images]
+        found = [self._latents(reference, mode) for reference in references]
         return self.transformer.img_in(torch.cat([tokens for tokens, _ in found], dim=1)), all(hit for _, hit in found)
 
-    def _keep(self, images: list[Rgb8]) -> tuple[list[KV], bool]:
+    def _reference_kv(self, references: list[Reference], mode: Mode) -> tuple[list[KVPair], bool]:
         """Keys and values of the ordered references: swapped or alone, they would be others."""
-        keys = tuple(content_hash(image) for image in images)
+        keys = tuple(reference.key for reference in references)
 
         def prefill() -> list[Tensor]:
-            tokens = torch.cat([self._latents(image, key)[0] for image, key in zip(images, keys, strict=True)], dim=1)
-            sizes = tuple((image.shape[0] // GRID, image.shape[1] // GRID) for image in images)
-            kept = self.transformer.prefill(self.transformer.img_in(tokens), self._reference_rope(sizes))
-            return [tensor for kv in kept for tensor in kv]
+            tokens = torch.cat([self._latents(reference, mode)[0] for reference in references], dim=1)
+            sizes = tuple(reference.tokens for reference in references)
+            pairs = self.transformer.prefill(self.transformer.img_in(tokens), self._reference_rope(sizes))
+            return [tensor for pair in pairs for tensor in pair]
 
-        flat, hit = self.cache.get_or((self.fingerprint, "kv", keys), prefill)
+        flat, hit = self.cache.get_or_compute((self.fingerprint, "kv", mode, keys), prefill)
         return list(zip(flat[::2], flat[1::2], strict=True)), hit
 
-    def _velocity(self, text: Tensor, rope: Rope, seen: Tensor | None, kept: Sequence[KV] | None) -> Velocity:
-        return lambda x, sigma: self.transformer(x, text, self._modulations(sigma), rope, seen, kept)
+    def _velocity(self, rows: int, columns: int, condition: Conditioning, mode: Mode) -> Velocity:
+        key, read = (rows, columns, condition.sizes), condition
+        return lambda x, sigma: self.runner.velocity(
+            key, x, read.text, self._modulations(sigma), read.rope, read.references, read.reference_kv, mode
+        )
 
     def _modulations(self, sigma: float) -> Modulations:
-        return self._said.get_or(sigma, lambda: self._make_modulations(sigma))
+        return self._modulation_cache.get_or_compute(sigma, lambda: self._compute_modulations(sigma))
 
-    def _make_modulations(self, sigma: float) -> Modulations:
+    def _compute_modulations(self, sigma: float) -> Modulations:
         # Rounded to the model's dtype in units of 1000, as in training and in diffusers; Euler keeps the exact sigma.
         thousandths = torch.tensor([1000.0 * sigma]).to(self.device.dtype)
         return self.transformer.modulations((thousandths / 1000).to(self.device.device))
 
     def _rope(self, rows: int, columns: int, references: tuple[tuple[int, int], ...]) -> Rope:
-        return self._ropes.get_or((rows, columns, references), lambda: self._make_rope(rows, columns, references))
+        key = (rows, columns, references)
+        return self._ropes.get_or_compute(key, lambda: self._compute_rope(rows, columns, references))
 
-    def _make_rope(self, rows: int, columns: int, references: tuple[tuple[int, int], ...]) -> Rope:
+    def _compute_rope(self, rows: int, columns: int, references: tuple[tuple[int, int], ...]) -> Rope:
         text, canvas = text_positions(self.variant.text_length), grid_positions(rows, columns)
         return self.transformer.rope(torch.cat([text, canvas, *_reference_positions(references)]))
 
@@ -380,44 +456,24 @@ class Klein:
         return self.transformer.rope(torch.cat(_reference_positions(references)))
 
 
-def _size(job: Job, seen: list[Rgb8], variant: Variant) -> tuple[int, int]:
-    """Width and height of the picture: as asked, or of the shape asked, or the first reference's, or native."""
+def _size(job: Job, references: list[Reference], variant: Variant) -> tuple[int, int]:
+    """Width and height of the result: as asked, or of the shape asked, or the first reference's, or native."""
     if job.width and job.height:
         return job.width, job.height
     if job.aspect is not None:
-        return shaped(job.aspect, variant.native_size**2)
-    height, width = seen[0].shape[:2] if seen else (variant.native_size, variant.native_size)
+        return size_for_aspect(job.aspect, variant.native_size**2)
+    height, width = references[0].image.shape[:2] if references else (variant.native_size, variant.native_size)
     return job.width or width, job.height or height
 
 
 def _scaled(box: tuple[int, int, int, int], across: float, down: float) -> tuple[int, int, int, int]:
-    """A box of the canvas in pixels of the picture."""
+    """Scale a box of the canvas to pixels of the image."""
     x, y, width, height = box
     return round(x * across), round(y * down), max(1, round(width * across)), max(1, round(height * down))
 
 
 def _reference_positions(sizes: tuple[tuple[int, int], ...]) -> list[Tensor]:
     return [grid_positions(h, w, reference_time(i)) for i, (h, w) in enumerate(sizes)]
-
-
-class _Latest(Generic[Thing]):
-    """The last few things made, by key.
-
-    Not functools.lru_cache: around a method it holds the object that holds it, and a released model would stay in
-    memory until Python next looks for circles.
-    """
-
-    def __init__(self, most: int) -> None:
-        self._most = most
-        self._things: OrderedDict[Hashable, Thing] = OrderedDict()
-
-    def get_or(self, key: Hashable, make: Callable[[], Thing]) -> Thing:
-        if key not in self._things:
-            self._things[key] = make()
-            if len(self._things) > self._most:
-                self._things.popitem(last=False)
-        self._things.move_to_end(key)
-        return self._things[key]
 
 
 class _StageClock:

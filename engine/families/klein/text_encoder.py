@@ -92,5 +92,9 @@ class TextEncoder(nn.Module):
 
         Pads get states of their own, as in training: the transformer reads all rows without a mask.
         """
-        out = self.model(input_ids=ids, attention_mask=mask, output_hidden_states=True, use_cache=False)
+        length = ids.shape[1]
+        causal = torch.ones(length, length, dtype=torch.bool, device=ids.device).tril()
+        # Not made by transformers, which asks the device whether there are pads: that waits, and makes two paths.
+        attended = {"full_attention": causal & mask.bool()[:, None, None, :]}
+        out = self.model(input_ids=ids, attention_mask=attended, output_hidden_states=True, use_cache=False)
         return torch.cat([out.hidden_states[layer] for layer in self.layers], dim=-1)

@@ -4,31 +4,22 @@ Parameter names and row orders are those of BFL's single file (fused qkv, final 
 quantised checkpoints come only in that layout; `engine.families.klein.key_maps` maps the diffusers names onto them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from engine.nn.layers import (
-    Modulation,
-    QKNorm,
-    Rope,
-    SelfAttention,
-    attend,
-    gate,
-    gated_mlp,
-    modulate,
-    rope_table,
-    rotate,
-    timestep_embedding,
-)
+from engine.nn import ops
+from engine.nn.layers import Modulation, QKNorm, SelfAttention, gated_mlp, rope_table, timestep_embedding
+from engine.nn.ops import Rope
 
 KLEIN_THETA = 2000.0
 """Base of the rotary frequencies. Source: diffusers Flux2Transformer2DModel config `rope_theta`."""
 
-KV = tuple[Tensor, Tensor]
+KVPair = tuple[Tensor, Tensor]
 """One block's keys (normed and rotated) and values of the references: each [b, tokens, heads, head_dim].
 
 Of their own storage: a view of the matrix they were cut from would keep four times their size in memory."""
@@ -52,7 +43,7 @@ class TransformerShape:
 
 @dataclass(frozen=True, slots=True)
 class Modulations:
-    """What one timestep says to every block: computed once a step, shared by all blocks of a kind."""
+    """Shifts, scales and gates of one timestep, computed once a step and shared by all blocks of a kind."""
 
     image: tuple[Tensor, ...]
     text: tuple[Tensor, ...]
@@ -60,15 +51,15 @@ class Modulations:
     final: tuple[Tensor, ...]
 
 
-def _keys(k: Tensor, v: Tensor, kept: KV | None) -> tuple[Tensor, Tensor]:
-    """With the kept references' behind: the order of keys does not matter to attention."""
-    if kept is None:
+def _with_references(k: Tensor, v: Tensor, reference_kv: KVPair | None) -> tuple[Tensor, Tensor]:
+    """Append the references' keys and values: their order does not matter to attention."""
+    if reference_kv is None:
         return k, v
-    return torch.cat((k, kept[0]), dim=1), torch.cat((v, kept[1]), dim=1)
+    return torch.cat((k, reference_kv[0]), dim=1), torch.cat((v, reference_kv[1]), dim=1)
 
 
 class DoubleBlock(nn.Module):
-    """Text and image each with weights of their own, joined only in attention."""
+    """Block with weights of its own for text and for image tokens, joined only in attention."""
 
     def __init__(self, shape: TransformerShape) -> None:
         super().__init__()
@@ -77,37 +68,40 @@ class DoubleBlock(nn.Module):
         self.img_mlp = gated_mlp(shape.hidden, shape.mlp)
         self.txt_mlp = gated_mlp(shape.hidden, shape.mlp)
 
-    def forward(self, text: Tensor, image: Tensor, mods: Modulations, rope: Rope, kept: KV | None = None):
+    def forward(
+        self, text: Tensor, image: Tensor, mods: Modulations, rope: Rope, reference_kv: KVPair | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Both streams after the block. rope covers [text, image]."""
         shift, scale, gate_attn, shift_mlp, scale_mlp, gate_mlp = mods.image
         t_shift, t_scale, t_gate_attn, t_shift_mlp, t_scale_mlp, t_gate_mlp = mods.text
-        here = zip(
-            self.txt_attn.heads(modulate(text, t_shift, t_scale)),
-            self.img_attn.heads(modulate(image, shift, scale)),
+        count = text.shape[1]
+        text_rope, image_rope = (rope[0][:count], rope[1][:count]), (rope[0][count:], rope[1][count:])
+        pairs = zip(
+            self.txt_attn.heads(ops.norm_modulate(text, t_shift, t_scale), text_rope),
+            self.img_attn.heads(ops.norm_modulate(image, shift, scale), image_rope),
             strict=True,
         )
-        # Text first: the single blocks drop it by count, so [image, text] would yield noise, not an error.
-        q, k, v = (torch.cat(pair, dim=1) for pair in here)
-        mixed = attend(rotate(q, rope), *_keys(rotate(k, rope), v, kept))
-        text_mixed, image_mixed = mixed.split((text.shape[1], image.shape[1]), dim=1)
-        image = image + gate_attn * self.img_attn.proj(image_mixed)
-        image = image + gate_mlp * self.img_mlp(modulate(image, shift_mlp, scale_mlp))
-        text = text + t_gate_attn * self.txt_attn.proj(text_mixed)
-        text = text + t_gate_mlp * self.txt_mlp(modulate(text, t_shift_mlp, t_scale_mlp))
+        # Text first: the single blocks drop it by count, so [image, text] would give noise, not an error.
+        q, k, v = (torch.cat(pair, dim=1) for pair in pairs)
+        mixed = ops.attention(q, *_with_references(k, v, reference_kv))
+        text_mixed, image_mixed = mixed[:, :count], mixed[:, count:]
+        image = ops.gated_residual(image, gate_attn, self.img_attn.proj(image_mixed))
+        image = ops.gated_residual(image, gate_mlp, self.img_mlp(ops.norm_modulate(image, shift_mlp, scale_mlp)))
+        text = ops.gated_residual(text, t_gate_attn, self.txt_attn.proj(text_mixed))
+        text = ops.gated_residual(text, t_gate_mlp, self.txt_mlp(ops.norm_modulate(text, t_shift_mlp, t_scale_mlp)))
         return text, image
 
-    def keep(self, references: Tensor, mods: Modulations, rope: Rope) -> tuple[Tensor, KV]:
-        """References that see only each other: the stream after the block, and what later steps read of it."""
+    def prefill(self, references: Tensor, mods: Modulations, rope: Rope) -> tuple[Tensor, KVPair]:
+        """References that attend only to each other: the stream after the block, and their keys and values."""
         shift, scale, gate_attn, shift_mlp, scale_mlp, gate_mlp = mods.image
-        q, k, v = self.img_attn.heads(modulate(references, shift, scale))
-        k = rotate(k, rope)
-        references = references + gate_attn * self.img_attn.proj(attend(rotate(q, rope), k, v))
-        references = references + gate_mlp * self.img_mlp(modulate(references, shift_mlp, scale_mlp))
-        return references, (k, v.contiguous())
+        q, k, v = self.img_attn.heads(ops.norm_modulate(references, shift, scale), rope)
+        references = ops.gated_residual(references, gate_attn, self.img_attn.proj(ops.attention(q, k, v)))
+        update = self.img_mlp(ops.norm_modulate(references, shift_mlp, scale_mlp))
+        return ops.gated_residual(references, gate_mlp, update), (k, v.contiguous())
 
 
 class SingleBlock(nn.Module):
-    """One stream; attention and MLP side by side between one matrix in and one out."""
+    """Block of one stream; attention and MLP run side by side between one matrix in and one out."""
 
     def __init__(self, shape: TransformerShape) -> None:
         super().__init__()
@@ -117,57 +111,76 @@ class SingleBlock(nn.Module):
         self.linear2 = nn.Linear(shape.hidden + shape.mlp, shape.hidden, bias=False)
         self.norm = QKNorm(shape.head_dim)
 
-    def forward(self, x: Tensor, mods: Modulations, rope: Rope, kept: KV | None = None) -> Tensor:
+    def forward(self, x: Tensor, mods: Modulations, rope: Rope, reference_kv: KVPair | None = None) -> Tensor:
         """The stream after the block."""
-        shift, scale, opening = mods.single
-        q, k, v, mlp = self.linear1(modulate(x, shift, scale)).split(self.widths, dim=-1)
-        mixed = attend(self._query(q, rope), *_keys(*self._key(k, v, rope), kept))
-        return x + opening * self.linear2(torch.cat((mixed, gate(mlp)), dim=-1))
+        shift, scale, gate = mods.single
+        q, k, v, mlp = self.linear1(ops.norm_modulate(x, shift, scale)).split(self.widths, dim=-1)
+        mixed = ops.attention(self._query(q, rope), *_with_references(*self._key(k, v, rope), reference_kv))
+        return ops.gated_residual(x, gate, self.linear2(torch.cat((mixed, ops.swiglu(mlp)), dim=-1)))
 
-    def last(self, x: Tensor, mods: Modulations, rope: Rope, kept: KV | None, read: slice) -> Tensor:
-        """Only the tokens `read` of the stream after the block: of the others, only keys and values are needed."""
-        if not self._splits:
-            return self(x, mods, rope, kept)[:, read]
-        shift, scale, opening = mods.single
-        n = modulate(x, shift, scale)
-        k, v = self._rows(n, 1, 3).chunk(2, dim=-1)
-        q, mlp = self._rows(n[:, read], 0, 1), self._rows(n[:, read], 3, 4)
-        there = (rope[0][read], rope[1][read])
-        mixed = attend(self._query(q, there), *_keys(*self._key(k, v, rope), kept))
-        return x[:, read] + opening * self.linear2(torch.cat((mixed, gate(mlp)), dim=-1))
+    def forward_rows(
+        self,
+        x: Tensor,
+        rows: Tensor,
+        mods: Modulations,
+        rope: Rope,
+        rows_rope: Rope,
+        reference_kv: KVPair | None = None,
+    ) -> Tensor:
+        """Only the tokens `rows`, a part of x, after the block: the others give keys and values alone."""
+        shift, scale, gate = mods.single
+        k, v = self._project(ops.norm_modulate(x, shift, scale), 1, 3).chunk(2, dim=-1)
+        n = ops.norm_modulate(rows, shift, scale)
+        q, mlp = self._project(n, 0, 1), self._project(n, 3, 4)
+        keys = _with_references(*self._key(k, v, rope), reference_kv)
+        mixed = ops.attention(self._query(q, rows_rope), *keys)
+        return ops.gated_residual(rows, gate, self.linear2(torch.cat((mixed, ops.swiglu(mlp)), dim=-1)))
 
-    def keep(self, references: Tensor, mods: Modulations, rope: Rope) -> tuple[Tensor, KV]:
-        """As DoubleBlock.keep."""
-        shift, scale, opening = mods.single
-        q, k, v, mlp = self.linear1(modulate(references, shift, scale)).split(self.widths, dim=-1)
+    def prefill(self, references: Tensor, mods: Modulations, rope: Rope) -> tuple[Tensor, KVPair]:
+        """As DoubleBlock.prefill."""
+        shift, scale, gate = mods.single
+        q, k, v, mlp = self.linear1(ops.norm_modulate(references, shift, scale)).split(self.widths, dim=-1)
         k, v = self._key(k, v, rope)
-        mixed = attend(self._query(q, rope), k, v)
-        return references + opening * self.linear2(torch.cat((mixed, gate(mlp)), dim=-1)), (k, v.contiguous())
+        mixed = ops.attention(self._query(q, rope), k, v)
+        update = self.linear2(torch.cat((mixed, ops.swiglu(mlp)), dim=-1))
+        return ops.gated_residual(references, gate, update), (k, v.contiguous())
 
-    def keep_last(self, references: Tensor, mods: Modulations, rope: Rope) -> KV:
-        """What later steps read of the last block: nothing comes after it, so its stream is not needed."""
-        if not self._splits:
-            return self.keep(references, mods, rope)[1]
+    def prefill_last(self, references: Tensor, mods: Modulations, rope: Rope) -> KVPair:
+        """Keys and values of the last block: nothing comes after it, so its stream is not needed."""
+        if not self.can_split:
+            return self.prefill(references, mods, rope)[1]
         shift, scale, _ = mods.single
-        k, v = self._rows(modulate(references, shift, scale), 1, 3).chunk(2, dim=-1)
+        k, v = self._project(ops.norm_modulate(references, shift, scale), 1, 3).chunk(2, dim=-1)
         k, v = self._key(k, v, rope)
         return k, v.contiguous()
 
     @property
-    def _splits(self) -> bool:
+    def can_split(self) -> bool:
         """Whether some rows of the matrix can be used alone; a quantised one only multiplies as a whole."""
         return type(self.linear1) is nn.Linear
 
-    def _rows(self, n: Tensor, first: int, end: int) -> Tensor:
+    def _project(self, n: Tensor, first: int, end: int) -> Tensor:
         """Parts first … end - 1 of [q | k | v | mlp]."""
         return F.linear(n, self.linear1.weight[sum(self.widths[:first]) : sum(self.widths[:end])])
 
     def _query(self, q: Tensor, rope: Rope) -> Tensor:
-        return rotate(self.norm.query_norm(q.unflatten(-1, (-1, self.head_dim))), rope)
+        return ops.qk_norm_rope(q.unflatten(-1, (-1, self.head_dim)), self.norm.query_norm.scale, rope)
 
-    def _key(self, k: Tensor, v: Tensor, rope: Rope) -> KV:
+    def _key(self, k: Tensor, v: Tensor, rope: Rope) -> KVPair:
         k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in (k, v))
-        return rotate(self.norm.key_norm(k), rope), v
+        return ops.qk_norm_rope(k, self.norm.key_norm.scale, rope), v
+
+
+@dataclass(frozen=True, slots=True)
+class BlockFunctions:
+    """Implementation of the repeated blocks: plain ones, or compiled forms of the same functions."""
+
+    double: Callable[..., tuple[Tensor, Tensor]] = DoubleBlock.forward
+    single: Callable[..., Tensor] = SingleBlock.forward
+    rows: Callable[..., Tensor] = SingleBlock.forward_rows
+
+
+PLAIN_BLOCKS = BlockFunctions()
 
 
 class TimeEmbedder(nn.Module):
@@ -184,7 +197,7 @@ class TimeEmbedder(nn.Module):
 
 
 class FinalLayer(nn.Module):
-    """Out of the hidden width, back to latent channels."""
+    """Projection from the hidden width back to latent channels."""
 
     def __init__(self, hidden: int, channels: int) -> None:
         super().__init__()
@@ -193,11 +206,11 @@ class FinalLayer(nn.Module):
 
     def forward(self, x: Tensor, mods: Modulations) -> Tensor:
         shift, scale = mods.final
-        return self.linear(modulate(x, shift, scale))
+        return self.linear(ops.norm_modulate(x, shift, scale))
 
 
 class Transformer(nn.Module):
-    """klein's velocity field. Velocity is noise minus picture."""
+    """klein's velocity field. Velocity is noise minus image."""
 
     def __init__(self, shape: TransformerShape) -> None:
         super().__init__()
@@ -236,40 +249,45 @@ class Transformer(nn.Module):
         mods: Modulations,
         rope: Rope,
         references: Tensor | None = None,
-        kept: Sequence[KV] | None = None,
+        reference_kv: Sequence[KVPair] | None = None,
+        blocks: BlockFunctions = PLAIN_BLOCKS,
     ) -> Tensor:
         """Velocity of the canvas: [b, canvas tokens, channels].
 
         canvas: [b, canvas tokens, channels]. text: prompt states after `txt_in`, [b, text tokens, hidden].
-        references: tokens after `img_in` that take part in every step (plain klein). kept: what `prefill` gave
+        references: tokens after `img_in` that take part in every step (plain klein). reference_kv: result of `prefill`
         (KV klein). rope covers [text, canvas, references].
         """
         image = self.img_in(canvas)
         if references is not None:
             image = torch.cat((image, references), dim=1)
-        each = iter(kept) if kept is not None else iter([None] * (len(self.double_blocks) + len(self.single_blocks)))
+        pairs: Any = iter(reference_kv or [None] * (len(self.double_blocks) + len(self.single_blocks)))
         for block in self.double_blocks:
-            text, image = block(text, image, mods, rope, next(each))
+            text, image = blocks.double(block, text, image, mods, rope, next(pairs))
         x = torch.cat((text, image), dim=1)
-        # A ModuleList does not say what it holds.
-        *blocks, last = self.single_blocks
-        for block in blocks:
-            x = block(x, mods, rope, next(each))
-        read = slice(text.shape[1], text.shape[1] + canvas.shape[1])
-        return self.final_layer(last.last(x, mods, rope, next(each), read), mods)  # type: ignore[operator] - as above
+        *singles, last = self.single_blocks
+        for block in singles:
+            x = blocks.single(block, x, mods, rope, next(pairs))
+        rows = slice(text.shape[1], text.shape[1] + canvas.shape[1])
+        if last.can_split:
+            rows_rope = (rope[0][rows], rope[1][rows])
+            x = blocks.rows(last, x, x[:, rows], mods, rope, rows_rope, next(pairs))
+        else:
+            x = blocks.single(last, x, mods, rope, next(pairs))[:, rows]
+        return self.final_layer(x, mods)
 
-    def prefill(self, references: Tensor, rope: Rope) -> list[KV]:
-        """Keys and values of the references in every block, for KV klein: they see only each other, at timestep 0.
+    def prefill(self, references: Tensor, rope: Rope) -> list[KVPair]:
+        """Keys and values of the references in every block, for KV klein: they attend to each other, at timestep 0.
 
         They depend on nothing else, so they can be kept for any prompt, seed, size and step.
         references: [b, tokens, hidden] after `img_in`; rope covers them alone.
         """
         mods = self.modulations(torch.zeros(references.shape[0], dtype=references.dtype, device=references.device))
-        kept: list[KV] = []
+        pairs: list[KVPair] = []
         *blocks, last = [*self.double_blocks, *self.single_blocks]
         for block in blocks:
             assert isinstance(block, DoubleBlock | SingleBlock)
-            references, kv = block.keep(references, mods, rope)
-            kept.append(kv)
+            references, pair = block.prefill(references, mods, rope)
+            pairs.append(pair)
         assert isinstance(last, SingleBlock)
-        return [*kept, last.keep_last(references, mods, rope)]
+        return [*pairs, last.prefill_last(references, mods, rope)]

@@ -12,9 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine.families.klein import transformer
 from engine.nano.training.model import Nano, Prompts
-from engine.nn import layers
+from engine.nn import ops
 
 Velocity = Callable[[Tensor, Tensor, Prompts, Tensor | None], Tensor]
 """(noisy, sigma, prompts, references) -> velocity; shapes as in `Nano.velocity`."""
@@ -28,7 +27,7 @@ def plain(nano: Nano) -> Velocity:
 def compiled(nano: Nano) -> Velocity:
     """The same in bf16, its weights and result in fp32; changes attention for this whole process."""
     torch._dynamo.config.recompile_limit = 32  # a shape for each number of references and each text length
-    transformer.attend = _attend
+    ops.choose(attention=_attend)
 
     def velocity(noisy: Tensor, sigma: Tensor, ids: Tensor, mask: Tensor, references: Tensor | None) -> Tensor:
         with torch.autocast("cpu", torch.bfloat16):
@@ -66,9 +65,9 @@ class _Attention(torch.autograd.Function):
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """As `layers.attend`, which outside of autocast it is."""
+    """As `ops.attention`, which outside of autocast it is."""
     if v.dtype != torch.bfloat16:
-        return layers.attend(q, k, v)
+        return ops.PLAIN["attention"](q, k, v)
     batch, _, heads, width = q.shape
     q, k, v = (x.transpose(1, 2).flatten(0, 1).bfloat16() for x in (q * width**-0.5, k, v))
     mixed: Any = _Attention.apply(q, k, v)

@@ -12,7 +12,7 @@ from engine.diffusion.sampler import denoise
 from engine.diffusion.schedule import sigmas
 from engine.diffusion.tokens import grid_positions, pack, reference_time, text_positions, unpack
 from engine.nano.training.folder import load_autoencoder, load_text_encoder, load_transformer
-from engine.nn.layers import Rope
+from engine.nn.ops import Rope
 
 TEXT_LENGTH = 64
 """Tokens a prompt is padded to. Pads are attended, so the model is only itself at the length it was trained with."""
@@ -94,7 +94,7 @@ class Nano(nn.Module):
                 for k, v in self.transformer.prefill(tokens, reference_rope)
             ]
         text = self.transformer.txt_in(states).repeat_interleave(levels, 0)
-        return self.transformer(noisy, text, self.transformer.modulations(sigma), rope, kept=kept)
+        return self.transformer(noisy, text, self.transformer.modulations(sigma), rope, reference_kv=kept)
 
     @torch.no_grad()
     def encode(self, pictures: Tensor) -> Tensor:

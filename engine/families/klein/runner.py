@@ -1,0 +1,421 @@
+"""Runs klein's networks: eagerly from the start, compiled and captured as graphs once idle time has prepared them.
+
+Two modes compute the same function with different rounding: "eager" and "compiled". Everything that is compiled is
+switched on at once, so that an image is made in one mode throughout and a process changes its mode once.
+Graphs replay the same kernels on the same shapes: they change the time, not a bit.
+"""
+
+import copy
+import importlib.util
+import logging
+import os
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from engine.contract import Mode
+from engine.diffusion.canvas import GRID
+from engine.diffusion.tokens import patchify, unpatchify
+from engine.families.klein.text_encoder import TextEncoder
+from engine.families.klein.transformer import (
+    BlockFunctions,
+    DoubleBlock,
+    KVPair,
+    Modulations,
+    SingleBlock,
+    Transformer,
+)
+from engine.families.klein.variants import Variant
+from engine.memory.cache import LruCache
+from engine.memory.device import Device, DeviceGraph, graph_pool
+from engine.memory.offload import OffloadedModule
+from engine.nn import ops
+from engine.nn.autoencoder import Autoencoder, Decoder, Encoder
+from engine.nn.ops import Rope
+
+log = logging.getLogger(__name__)
+
+MAX_GRAPHS = 4
+"""Shapes of which a step is kept as a CUDA graph; they share one pool, as large as the largest needs."""
+
+POLL = 0.05
+"""Seconds that a call of `tune` waits for the compiling thread: a job that arrives waits no longer."""
+
+
+@dataclass(frozen=True, slots=True)
+class CompileOptions:
+    """How to compile. enabled: False never compiles. folder: the compilers' disk cache, None for their own default.
+
+    everywhere: compile on devices where it does not pay, too, with this backend: for tests.
+    """
+
+    enabled: bool = False
+    folder: Path | None = None
+    backend: str = "inductor"
+    everywhere: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Compiled:
+    """Compiled forms of the networks' parts."""
+
+    blocks: BlockFunctions
+    decode: Callable[[Tensor], Tensor]
+    encode: Callable[[Tensor], Tensor]
+
+
+StepKey = tuple[int, int, tuple[tuple[int, int], ...]]
+"""Rows and columns of the canvas in tokens, and those of each reference that takes part in the steps."""
+
+
+class Runner:
+    """The networks of one model behind three functions; `tune` makes them faster while nobody waits."""
+
+    def __init__(
+        self,
+        variant: Variant,
+        transformer: Transformer,
+        autoencoder: Autoencoder,
+        text_encoder: TextEncoder,
+        device: Device,
+        options: CompileOptions | None = None,
+    ) -> None:
+        self.variant, self.device, self.options = variant, device, options or CompileOptions()
+        self.transformer, self.autoencoder, self.text_encoder = transformer, autoencoder, text_encoder
+        self.eager_reason = self._obstacle()
+        self.seconds: dict[str, float] = {}
+        """Time each part of tuning took."""
+        self._compiled: Compiled | None = None
+        self._text_graph: DeviceGraph | None = None
+        self._step_graphs: LruCache[DeviceGraph] = LruCache(MAX_GRAPHS)
+        self._used: LruCache[StepKey] = LruCache(MAX_GRAPHS)
+        self._pool: Any = None
+        self._units: Iterator[bool] | None = None
+        if device.is_cuda:
+            ops.choose(norm_silu=ops.two_pass_norm_silu)
+
+    @property
+    def mode(self) -> Mode:
+        """The mode in which the next image will be made, unless its job asks for another."""
+        return "compiled" if self._compiled else "eager"
+
+    def summary(self) -> str:
+        """State of tuning, in words."""
+        if self.eager_reason:
+            return f"eager: {self.eager_reason}"
+        if self._compiled is None:
+            return "eager, until idle time allows compiling"
+        return f"compiled in {sum(self.seconds.values()):.0f} s, {len(self._step_graphs)} shapes captured"
+
+    # The three functions.
+
+    def text(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """Prompt states after the transformer's projection: [1, text_length, hidden]. The same bits in both modes."""
+        return self._text_graph((ids, mask)) if self._text_graph else self._text(ids, mask)
+
+    def encode(self, images: Tensor, mode: Mode) -> Tensor:
+        """[b, 3, 16h, 16w] in [-1, 1] -> latents [b, channels, h, w]."""
+        compiled = self._compiled if mode == "compiled" else None
+        if compiled is None:
+            return self.autoencoder.encode(images)
+        with _no_recompiles():
+            return compiled.encode(images)
+
+    def decode(self, latent: Tensor, mode: Mode) -> Tensor:
+        """[1, channels, h, w] -> [1, 3, 16h, 16w], about [-1, 1]."""
+        compiled = self._compiled if mode == "compiled" else None
+        if compiled is None:
+            return self.autoencoder.decode(latent)
+        with _no_recompiles():
+            return compiled.decode(latent)
+
+    def velocity(
+        self,
+        key: StepKey,
+        x: Tensor,
+        text: Tensor,
+        mods: Modulations,
+        rope: Rope,
+        references: Tensor | None,
+        reference_kv: Sequence[KVPair] | None,
+        mode: Mode,
+    ) -> Tensor:
+        """Velocity of the canvas x; arguments as of Transformer.forward."""
+        compiled = self._compiled if mode == "compiled" else None
+        if compiled is None:
+            return self.transformer(x, text, mods, rope, references, reference_kv)
+        if reference_kv is None and self._captures:
+            if graph := self._step_graphs.get(key):
+                return graph(_tensors((x, text, mods, rope, references)))
+            self._used.get_or_compute(key, lambda: key)
+        with _no_recompiles():
+            return self.transformer(x, text, mods, rope, references, reference_kv, compiled.blocks)
+
+    # Tuning.
+
+    def tune(self) -> bool:
+        """Do a short piece of tuning, in the thread that runs jobs; False where nothing is left to do."""
+        if self.eager_reason:
+            return False
+        try:
+            if self._units is None:
+                self._units = self._tuning()
+            with torch.no_grad():
+                return next(self._units)
+        except Exception as exc:
+            # Whatever a compiler raises: eager works.
+            first_line = (str(exc).splitlines() or [""])[0][:200]
+            self.eager_reason = f"compiling failed ({type(exc).__name__}: {first_line})"
+            self._compiled = None
+            self._text_graph = None
+            self._step_graphs.clear()
+            log.warning("images are made eagerly: %s", self.eager_reason, exc_info=exc)
+            return False
+
+    def close(self) -> None:
+        """Stop tuning and drop what it made: the generator of pieces refers back to this object."""
+        self._units, self.eager_reason = None, "released"
+        self._compiled = self._text_graph = None
+        self._step_graphs.clear()
+
+    def _obstacle(self) -> str:
+        """Return why nothing is compiled here, or ""."""
+        if not self.options.enabled:
+            return "compiling is off"
+        if self.options.everywhere:
+            return ""
+        if not self.device.is_nvidia:
+            return f"compiling does not pay on {self.device.device.type}"
+        if not self.device.has_tensor_cores:
+            return f"compiling does not pay in {self.device.dtype_name}"
+        if importlib.util.find_spec("triton") is None:
+            return "Triton is not installed"
+        if not any(map(shutil.which, filter(None, (os.environ.get("CC"), "cc", "gcc", "clang")))):
+            return "there is no C compiler"
+        return ""
+
+    @property
+    def _captures(self) -> bool:
+        """Whether steps can be captured: offloaded layers wait for copies, which a graph cannot."""
+        return self.device.is_cuda and not self._offloads
+
+    @property
+    def _offloads(self) -> bool:
+        return any(isinstance(module, OffloadedModule) for module in self.transformer.modules())
+
+    def _tuning(self) -> Iterator[bool]:
+        """All of it in order, in short pieces."""
+        if self.device.is_cuda:
+            yield from self._warm_up()
+            if not any(isinstance(module, OffloadedModule) for module in self.text_encoder.modules()):
+                self._text_graph = self._timed("text graph", self._capture_text)
+                yield True
+        yield from self._aside("compilers loaded", _load_compilers, self.options)
+        networks = Compiler(self.variant, self.transformer, self.autoencoder, self.device, self.options)
+        for name, part in networks.parts():
+            yield from self._aside(name, part)
+        self._compiled = networks.compiled
+        while True:
+            missing = [key for key in self._used if key not in self._step_graphs]
+            if missing and self._captures:
+                key = missing[-1]
+                self._step_graphs.get_or_compute(
+                    key, lambda key=key: self._timed("step graphs", lambda: self._capture_step(key, networks.blocks))
+                )
+                yield True
+            else:
+                yield False
+
+    def _timed(self, name: str, make: Callable[[], Any]) -> Any:
+        start = time.perf_counter()
+        made = make()
+        self.device.sync()
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+        return made
+
+    def _aside(self, name: str, work: Callable[..., Any], *arguments: Any) -> Iterator[bool]:
+        """Run `work` in a thread of its own, so that a job that arrives need not wait for its end."""
+        failed: list[BaseException] = []
+
+        def body() -> None:
+            try:
+                with torch.no_grad():
+                    self._timed(name, lambda: work(*arguments))
+            except BaseException as exc:
+                failed.append(exc)
+
+        thread = threading.Thread(target=body, name="klein-compile", daemon=True)
+        thread.start()
+        while thread.is_alive():
+            thread.join(POLL)
+            yield True
+        if failed:
+            raise failed[0]
+
+    def _warm_up(self) -> Iterator[bool]:
+        """Load the kernels and plans that the first images would wait for."""
+        side, tokens = self.variant.native_size // GRID, self.variant.text_length
+        ids = torch.zeros(1, tokens, dtype=torch.long)
+        self._timed("warm-up", lambda: self._text(ids, torch.ones_like(ids)))
+        yield True
+        example = SampleInputs(self.transformer, self.device, tokens, side, side)
+        for count in (0, 1):
+            arguments = example.step(0 if self.variant.kv else count * side * side)
+            self._timed("warm-up", lambda arguments=arguments: self.transformer(*arguments))
+            yield True
+        latent = example.latent()
+        image = self._timed("warm-up", lambda: self.autoencoder.decode(latent))
+        yield True
+        self._timed("warm-up", lambda: self.autoencoder.encode(image))
+        yield True
+
+    def _text(self, ids: Tensor, mask: Tensor) -> Tensor:
+        device = self.device.device
+        return self.transformer.txt_in(self.text_encoder(ids.to(device), mask.to(device)))
+
+    def _capture_text(self) -> DeviceGraph:
+        ids = torch.zeros(1, self.variant.text_length, dtype=torch.long, device=self.device.device)
+        return self._capture(self._text, ids, torch.ones_like(ids))
+
+    def _capture_step(self, key: StepKey, blocks: BlockFunctions) -> DeviceGraph:
+        rows, columns, references = key
+        example = SampleInputs(self.transformer, self.device, self.variant.text_length, rows, columns)
+
+        def step(x: Tensor, text: Tensor, mods: Modulations, rope: Rope, references: Tensor | None) -> Tensor:
+            with _no_recompiles():
+                return self.transformer(x, text, mods, rope, references, None, blocks)
+
+        return self._capture(step, *example.step(sum(h * w for h, w in references))[:-1])
+
+    def _capture(self, function: Callable[..., Tensor], *arguments: Any) -> DeviceGraph:
+        self._pool = self._pool or graph_pool()
+        return DeviceGraph(lambda: function(*arguments), list(_tensors(arguments)), self._pool)
+
+
+def _no_recompiles() -> AbstractContextManager[Any]:
+    """Run eagerly what the compiled form does not cover: no job waits for a compiler."""
+    return torch.compiler.set_stance("eager_on_recompile")
+
+
+def _tensors(arguments: Iterable[Any]) -> Iterator[Tensor]:
+    """All tensors in the arguments of a step, in order."""
+    for argument in arguments:
+        if isinstance(argument, Tensor):
+            yield argument
+        elif isinstance(argument, Modulations):
+            for part in (argument.image, argument.text, argument.single, argument.final):
+                yield from part
+        elif argument is not None:
+            yield from _tensors(argument)
+
+
+class SampleInputs:
+    """Inputs of the networks for one shape, to compile with, to capture or to warm up."""
+
+    def __init__(self, transformer: Transformer, device: Device, text: int, rows: int, columns: int) -> None:
+        self._transformer, self._device = transformer, device
+        self._text, self._rows, self._columns = text, rows, columns
+
+    def _randn(self, *shape: int) -> Tensor:
+        return torch.randn(shape, device=self._device.device, dtype=self._device.dtype)
+
+    def latent(self) -> Tensor:
+        """Latent of the canvas."""
+        return self._randn(1, self._transformer.shape.channels, self._rows, self._columns)
+
+    def image(self) -> Tensor:
+        """Pixels of the canvas."""
+        return self._randn(1, 3, GRID * self._rows, GRID * self._columns).clamp(-1, 1)
+
+    def step(self, references: int, kv: bool = False) -> tuple[Any, ...]:
+        """Arguments of Transformer.forward; references: their tokens, which take part or (kv) give keys and values."""
+        shape, canvas = self._transformer.shape, self._rows * self._columns
+        tokens = self._text + canvas + (0 if kv else references)
+        angles = torch.rand(tokens, shape.head_dim // 2, device=self._device.device)
+        seen = self._randn(1, references, shape.hidden) if references and not kv else None
+        heads = (1, references, shape.hidden // shape.head_dim, shape.head_dim)
+        blocks = shape.double_blocks + shape.single_blocks
+        pairs = [(self._randn(*heads), self._randn(*heads))] * blocks if kv and references else None
+        mods = self._transformer.modulations(torch.ones(1, device=self._device.device, dtype=self._device.dtype))
+        rope = (angles.cos(), angles.sin())
+        return self._randn(1, canvas, shape.channels), self._randn(1, self._text, shape.hidden), mods, rope, seen, pairs
+
+
+class Compiler:
+    """Compiles the repeated blocks for all sizes, and decoder and encoder in channels-last order."""
+
+    def __init__(
+        self,
+        variant: Variant,
+        transformer: Transformer,
+        autoencoder: Autoencoder,
+        device: Device,
+        options: CompileOptions,
+    ) -> None:
+        self.variant, self.transformer, self.device = variant, transformer, device
+        # Copies: in eager mode channels-last is slower, and a job may ask for that mode at any time.
+        self.autoencoder = copy.deepcopy(autoencoder).to(memory_format=torch.channels_last)
+        compile_ = self._compile(options)
+        self.blocks = BlockFunctions(
+            compile_(DoubleBlock.forward), compile_(SingleBlock.forward), compile_(SingleBlock.forward_rows)
+        )
+        self._decoder, self._encoder = compile_(Decoder.forward), compile_(Encoder.forward)
+        side = max(8, variant.native_size // GRID)
+        # No two dimensions alike, nor 1: what holds by chance in an example would be demanded of every later shape.
+        self._example = SampleInputs(transformer, device, variant.text_length, side - 1, side + 1)
+        self._small = SampleInputs(transformer, device, variant.text_length, side // 2 - 1, side // 2 + 1)
+
+    @staticmethod
+    def _compile(options: CompileOptions) -> Callable[[Any], Callable[..., Any]]:
+        return lambda function: torch.compile(function, dynamic=True, fullgraph=True, backend=options.backend)
+
+    @property
+    def compiled(self) -> Compiled:
+        return Compiled(self.blocks, self.decode, self.encode)
+
+    def decode(self, latent: Tensor) -> Tensor:
+        """As Autoencoder.decode."""
+        z = unpatchify(self.autoencoder.bn.restore(latent)).contiguous(memory_format=torch.channels_last)
+        return self._decoder(self.autoencoder.decoder, z).contiguous()
+
+    def encode(self, images: Tensor) -> Tensor:
+        """As Autoencoder.encode."""
+        z = self._encoder(self.autoencoder.encoder, images.contiguous(memory_format=torch.channels_last))
+        return self.autoencoder.bn.normalise(patchify(z.contiguous()))
+
+    def parts(self) -> Iterator[tuple[str, Callable[[], Any]]]:
+        """Name and work of each part, compiled by being called on the example."""
+        for references in (0, 1) if self.variant.kv else (0,):
+            yield "blocks", lambda references=references: self._step(references)
+        # Two sizes: torch chooses another convolution for small ones on some devices.
+        for example in (self._example, self._small):
+            yield "decoder", lambda example=example: self.decode(example.latent())
+        for example in (self._example, self._small):
+            yield "encoder", lambda example=example: self.encode(example.image())
+
+    def _step(self, references: int) -> None:
+        x, text, mods, rope, seen, pairs = self._example.step(11 * references, self.variant.kv)
+        self.transformer(x, text, mods, rope, seen, pairs, self.blocks)
+
+
+def _load_compilers(options: CompileOptions) -> None:
+    """Import the compilers, which takes seconds, and point their disk caches at the folder."""
+    if options.folder is not None:
+        # torch and Triton read these names; there is no other way to tell them.
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(options.folder / "inductor"))
+        os.environ.setdefault("TRITON_CACHE_DIR", str(options.folder / "triton"))
+    if options.backend == "inductor":
+        pass
+
+
+def cache_folder(root: Path, device: Device) -> Path:
+    """Folder of the compilers' disk cache for this torch and this device, inside `root`."""
+    return root / f"torch-{torch.__version__}-{'-'.join(device.name.split())}".replace("+", "-")
