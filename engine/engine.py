@@ -41,7 +41,8 @@ class Engine:
         self.registry = ModelRegistry(config.models, config.hub, small_decoder=config.decoder == "small")
         self.device = Device.choose(config.device, config.dtype)
         self.cache = TensorCache(config.cache_bytes or 0, config.spill_bytes or 0)
-        self._latest: Rgb8 | None = None  # the image made last, until an edit of it is prepared
+        self._latest: Rgb8 | None = None  # the image made last
+        self._prefetched: Rgb8 | None = None  # the image of which an edit was prepared last
         self.previews = False
         """Whether somebody watches: steps then carry a preview. May be set while a job runs."""
         self._klein: Klein | None = None
@@ -71,13 +72,13 @@ class Engine:
 
         First an edit of `image`, or of the latest result, is prepared; then, call by call, the model is tuned.
         """
-        latest, self._latest = self._latest, None
-        image = latest if image is None else image
+        image = self._latest if image is None else image
         if self._klein is None:
             return False
         try:
-            if image is None:
+            if image is None or image is self._prefetched:
                 return self._klein.runner.tune()
+            self._latest = self._prefetched = image
             self._klein.prefetch(image)
             return True
         except (RuntimeError, MemoryError) as exc:
@@ -168,7 +169,7 @@ class Engine:
             self._klein.runner.close()
         self._klein = None
         self._name = ""
-        self._latest = None
+        self._latest = self._prefetched = None
         self._clear_cache()
 
     def status(self) -> EngineStatus:
