@@ -10,6 +10,7 @@ from klein_mcp.settings import Settings, SettingsError
 
 COMMANDS = {
     "serve": "the MCP server over HTTP: /mcp, and /sse for older clients",
+    "studio": "the studio in your browser: see images, watch them grow, draw masks, compare",
     "demo": "drive the real server through generate, edit and compose, and save the images",
     "paint": "generate one image in this process, without the daemon",
     "list": "the images of the library, newest first",
@@ -24,7 +25,7 @@ COMMANDS = {
 }
 """Each is a module of this package with `configure(parser)` and `run(settings, arguments) -> exit code`."""
 
-WITHOUT_JSON = {"serve"}
+WITHOUT_JSON = {"serve", "studio"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -65,6 +65,7 @@ class Daemon:
                 Route("/status", self._authorized(self._status)),
                 Route("/jobs", self._authorized(self._list), methods=["GET"]),
                 Route("/jobs", self._authorized(self._submit), methods=["POST"]),
+                Route("/jobs/watch", self._authorized(self._watch), methods=["GET"]),
                 Route("/jobs/{job}", self._authorized(self._job), methods=["GET"]),
                 Route("/jobs/{job}/events", self._authorized(self._events), methods=["GET"]),
                 Route("/jobs/{job}/detach", self._authorized(self._detach), methods=["POST"]),
@@ -122,6 +123,21 @@ class Daemon:
         asked = request.query_params
         listen = Listen(int(asked["preview"]), int(asked["each"]), asked["steps"] == "1")
         return await _streamed(self.jobs.events(request.path_params["job"], listen))
+
+    async def _watch(self, request: Request) -> Response:
+        """Answer with a line per event of any job, and an empty one now and then as a sign of life."""
+
+        async def lines() -> AsyncIterator[bytes]:
+            async with aclosing(self.jobs.watch()) as changes:
+                async for news in changes:
+                    if news is None:
+                        yield b"\n"
+                        continue
+                    job, event = news
+                    content = {"job": status.to_json(job), "event": event and events.to_json(event)}
+                    yield json.dumps(content, separators=(",", ":")).encode() + b"\n"
+
+        return StreamingResponse(lines(), media_type="application/x-ndjson")
 
     async def _list(self, request: Request) -> Response:
         return JSONResponse([status.to_json(job) for job in await self.jobs.list()])

@@ -105,6 +105,28 @@ class DaemonClient:
                 self._known = None
         raise EngineFailed("The engine went away three times.", hint="Try again, or see `klein-mcp doctor`.")
 
+    async def watch(self) -> AsyncGenerator[tuple[JobStatus, JobEvent | None] | None]:
+        """Follow the jobs of all clients; ends with the daemon, and never starts one."""
+        import httpx2
+
+        hello = await self._launcher().find()
+        if not hello:
+            return
+        url, timeout = f"{hello.endpoint.url}/jobs/watch", httpx2.Timeout(SILENCE, connect=5)
+        try:
+            async with self._client().stream(
+                "GET", url, headers=authorization(hello.endpoint), timeout=timeout
+            ) as response:
+                async for line in response.aiter_lines():
+                    if not line:
+                        yield None
+                        continue
+                    news = json.loads(line)
+                    event = news["event"] and events.from_json(news["event"])
+                    yield status.job_from_json(news["job"]), event
+        except (httpx2.TransportError, ValueError, KeyError, TypeError):
+            return  # gone, or of another version
+
     async def detach(self, job: str) -> JobStatus:
         """Let a job go on without listeners."""
         return status.job_from_json(await self._ask("POST", f"{_path(job)}/detach"))

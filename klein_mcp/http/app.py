@@ -9,9 +9,10 @@ import signal
 import socket
 import sys
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import NoReturn
 
 import uvicorn
@@ -21,7 +22,7 @@ from starlette.middleware import Middleware
 from klein_mcp import __version__
 from klein_mcp.errors import RequestError
 from klein_mcp.exit import exit_now
-from klein_mcp.http import auth, card, downloads, health, mcp, uploads
+from klein_mcp.http import auth, card, downloads, health, mcp, studio, uploads
 from klein_mcp.http.sessions import Sessions
 from klein_mcp.http.signed_urls import SignedUrls
 from klein_mcp.http.surface import HttpContext, SurfaceFactory
@@ -29,7 +30,14 @@ from klein_mcp.jobs.service import Service
 from klein_mcp.mcp_server.server import create_server
 from klein_mcp.settings import Settings, warn_of_misspelt
 
-SURFACES: tuple[SurfaceFactory, ...] = (mcp.surface, downloads.surface, uploads.surface, health.surface, card.surface)
+SURFACES: tuple[SurfaceFactory, ...] = (
+    mcp.surface,
+    downloads.surface,
+    uploads.surface,
+    health.surface,
+    card.surface,
+    *studio.surfaces(),
+)
 """A new surface is one file and one entry here."""
 
 GRACE = 1
@@ -64,10 +72,16 @@ class HttpOptions:
         return self.host in auth.LOOPBACK
 
 
-def run(settings: Settings, options: HttpOptions) -> NoReturn:
+def announce(context: HttpContext, url: str) -> None:
+    """Say where clients and a person's browser find this server."""
+    print(f"klein-mcp {__version__} serves {url}/mcp", file=sys.stderr, flush=True)
+    print(f"studio, by a link that works once: {studio.link(context, url)}", file=sys.stderr, flush=True)
+
+
+def run(settings: Settings, options: HttpOptions, ready: Callable[[HttpContext, str], None] = announce) -> NoReturn:
     """Serve until a signal, then end the process.
 
-    Raises RequestError or OSError if it cannot start.
+    Raises RequestError or OSError if it cannot start. ready: called with the address once connections are accepted.
     """
     from klein_mcp.daemon.client import DaemonClient
 
@@ -78,9 +92,10 @@ def run(settings: Settings, options: HttpOptions) -> NoReturn:
     token = token_for(settings, options)
     listener = _bind(options)
     service = Service(settings, DaemonClient(settings))
-    app = application(make_context(service), token=token, hosts=options.allowed_hosts)
+    context = make_context(service)
+    app = application(context, token=token, hosts=options.allowed_hosts)
     host = f"[{options.host}]" if ":" in options.host else options.host
-    print(f"klein-mcp {__version__} serves http://{host}:{listener.getsockname()[1]}/mcp", file=sys.stderr, flush=True)
+    ready(context, f"http://{host}:{listener.getsockname()[1]}")
     config = uvicorn.Config(
         app, log_config=None, access_log=False, timeout_graceful_shutdown=GRACE, server_header=False
     )
@@ -88,7 +103,7 @@ def run(settings: Settings, options: HttpOptions) -> NoReturn:
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     code: int = 0
     try:
-        uvicorn.Server(config).run([listener])
+        _QuietServer(config).run([listener])
     except KeyboardInterrupt:
         code = 128 + signal.SIGINT
     except SystemExit as end:
@@ -96,6 +111,14 @@ def run(settings: Settings, options: HttpOptions) -> NoReturn:
     finally:
         service.close()
     exit_now(code)
+
+
+class _QuietServer(uvicorn.Server):
+    """A server that logs no traceback for the streams a signal ends."""
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
+        super().handle_exit(sig, frame)
 
 
 def make_context(service: Service) -> HttpContext:

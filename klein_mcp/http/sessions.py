@@ -11,7 +11,6 @@ import time
 from starlette.requests import Request
 from starlette.responses import Response
 
-COOKIE = "klein-session"
 CSRF_HEADER = "x-csrf-token"
 
 INVITATION_LIFETIME = 600.0
@@ -28,6 +27,8 @@ class Sessions:
 
     def __init__(self) -> None:
         self._secret = secrets.token_bytes(32)
+        # Cookies know no ports: the cookie of another server on this machine must not replace ours.
+        self.cookie = f"klein-session-{secrets.token_hex(4)}"
         self._invitations: dict[str, float] = {}
         self._sessions: dict[str, float] = {}
 
@@ -48,12 +49,12 @@ class Sessions:
 
     def set_cookie(self, response: Response, session: str, *, secure: bool = False) -> None:
         response.set_cookie(
-            COOKIE, session, max_age=SESSION_LIFETIME, httponly=True, samesite="strict", secure=secure, path="/"
+            self.cookie, session, max_age=SESSION_LIFETIME, httponly=True, samesite="strict", secure=secure, path="/"
         )
 
     def find(self, request: Request) -> str | None:
         """Return the request's session id if it is valid."""
-        session = request.cookies.get(COOKIE, "")
+        session = request.cookies.get(self.cookie, "")
         return session if self._sessions.get(session, 0.0) > time.monotonic() else None
 
     def csrf_token(self, session: str) -> str:

@@ -38,6 +38,14 @@ class Jobs(Protocol):
         """
         ...
 
+    def watch(self) -> AsyncGenerator[tuple[JobStatus, JobEvent | None] | None]:
+        """Follow the jobs of all clients, with previews of their steps, without taking part in any.
+
+        First every job that is not over with its latest event, then each event as it happens, and None now and then.
+        Ends when the daemon does, and at once where there is none. A watcher neither keeps a job going nor cancels it.
+        """
+        ...
+
     async def detach(self, job: str) -> JobStatus:
         """Let a job go on without listeners, and survive a restart of the daemon."""
         ...

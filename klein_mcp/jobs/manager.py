@@ -33,7 +33,7 @@ from klein_mcp.jobs.events import (
 )
 from klein_mcp.jobs.previews import PreviewCache
 from klein_mcp.jobs.queue import Queue, engine_stopped
-from klein_mcp.jobs.record import JobRecord, Listener
+from klein_mcp.jobs.record import JobNews, JobRecord, Listener, Watchers
 from klein_mcp.jobs.request import ImageRequest
 from klein_mcp.jobs.results import Preview, SavedImage
 from klein_mcp.jobs.status import DaemonStatus, JobStatus
@@ -69,6 +69,7 @@ class JobManager:
         self._library = library
         self._queue = queue
         self._jobs: dict[str, JobRecord] = {}
+        self._watchers = Watchers()
         self._opening = Lock()
         self._store: Store | None = None
         self._pixels: PixelCache | None = None
@@ -97,6 +98,26 @@ class JobManager:
         async with contextlib.aclosing(self._listen(self._find(job), listen)) as events:
             async for event in events:
                 yield event
+
+    async def watch(self) -> AsyncGenerator[JobNews | None]:
+        """Follow all jobs."""
+        inbox = self._watchers.add()
+        present = [job for job in self._jobs.values() if not job.over]
+        for job in present:
+            self._update_watched(job)
+        try:
+            for job in present:
+                yield job.status(), job.latest
+            while True:
+                try:
+                    news = await asyncio.wait_for(inbox.get(), HEARTBEAT)
+                except TimeoutError:
+                    news = None
+                yield news
+        finally:
+            self._watchers.remove(inbox)
+            for job in self._jobs.values():
+                self._update_watched(job)
 
     async def detach(self, job: str) -> JobStatus:
         """Let a job go on without listeners. Raises UnknownJob; EngineFailed if it cannot be written to disk."""
@@ -146,6 +167,7 @@ class JobManager:
                 log.warning("%s is not a job that can be read", path)
                 continue
             self._jobs[job.id] = job
+            job.watchers = self._watchers
             if job.over:
                 continue
             job.attempts += 1
@@ -170,7 +192,7 @@ class JobManager:
         if self._closing:
             raise engine_stopped()
         self._queue.check_place()
-        job = JobRecord("j" + secrets.token_hex(6), request, client, saved=list(saved))
+        job = JobRecord("j" + secrets.token_hex(6), request, client, saved=list(saved), watchers=self._watchers)
         self._jobs[job.id] = job
         job.task = asyncio.create_task(self._work(job))
         self._forget()

@@ -40,6 +40,39 @@ class Listener:
     inbox: "asyncio.Queue[JobEvent]" = field(default_factory=asyncio.Queue)
 
 
+JobNews = tuple[JobStatus, JobEvent | None]
+"""A job as it is now, and the event that made it so."""
+
+
+class Watchers:
+    """Everybody who follows all jobs. One that does not keep up misses the oldest news."""
+
+    MOST = 256
+    """News that may wait for a watcher, a few kilobytes each where they hold a preview."""
+
+    def __init__(self) -> None:
+        self._inboxes: set[asyncio.Queue[JobNews]] = set()
+
+    def __bool__(self) -> bool:
+        return bool(self._inboxes)
+
+    def add(self) -> "asyncio.Queue[JobNews]":
+        """Return the inbox of a new watcher."""
+        inbox: asyncio.Queue[JobNews] = asyncio.Queue(self.MOST)
+        self._inboxes.add(inbox)
+        return inbox
+
+    def remove(self, inbox: "asyncio.Queue[JobNews]") -> None:
+        self._inboxes.discard(inbox)
+
+    def tell(self, status: JobStatus, event: JobEvent | None) -> None:
+        """Pass an event of a job on to all."""
+        for inbox in self._inboxes:
+            if inbox.full():
+                inbox.get_nowait()
+            inbox.put_nowait((status, event))
+
+
 @dataclass(eq=False, slots=True)
 class JobRecord:
     """A job: its request, what is saved of it, its latest progress, and its listeners.
@@ -61,6 +94,7 @@ class JobRecord:
     latest: Progressed | None = None
     ending: Done | Failed | Cancelled | None = None
     listeners: list[Listener] = field(default_factory=list)
+    watchers: Watchers = field(default_factory=Watchers)
     cancelling: bool = False
     task: "asyncio.Task[None] | None" = None
     ticket: Ticket | None = None
@@ -73,8 +107,8 @@ class JobRecord:
 
     @property
     def watched(self) -> bool:
-        """Whether some listener wants previews of the steps."""
-        return any(listener.options.steps for listener in self.listeners)
+        """Whether somebody wants previews of the steps."""
+        return bool(self.watchers) or any(listener.options.steps for listener in self.listeners)
 
     def publish(self, event: JobEvent) -> None:
         """Tell all listeners."""
@@ -87,6 +121,8 @@ class JobRecord:
             self.changed = time.time()
         for listener in self.listeners:
             listener.inbox.put_nowait(event)
+        if self.watchers:
+            self.watchers.tell(self.status(), event)
 
     def add_ms(self, ms: Mapping[str, float]) -> None:
         """Add milliseconds by stage."""

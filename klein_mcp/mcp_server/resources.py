@@ -1,6 +1,8 @@
 """Images as MCP resources, and subscriptions to new ones."""
 
 import json
+from collections import OrderedDict
+from contextlib import suppress
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -22,6 +24,9 @@ LISTED = 50
 
 MAX_BYTES = 730_000
 """As base64, with its envelope, below the 1,000,000 bytes that a message may have."""
+
+MAX_THUMBS = 400
+"""Small renditions kept in memory, about 6 MB."""
 
 NOTIFY_TIMEOUT = 1.0
 """Seconds a legacy connection has to accept a notification."""
@@ -63,6 +68,12 @@ async def read(service: Service, uri: str, call: CallContext) -> list[ReadResour
             return _full_image(service, record, call)
         if part == "preview":
             return [_preview(service, record)]
+        if part == "thumb":
+            return [_thumb(service, record)]
+        if part == "details":
+            from klein_mcp.studio import views
+
+            return [_json(views.image_details(service.store, handle))]
         if part == "recipe":
             return [_json({**record.recipe, **_metadata(record)})]
         raise RequestError(f"{uri} is not a resource.", hint="There are HANDLE, HANDLE/preview and HANDLE/recipe.")
@@ -112,6 +123,27 @@ def _preview(service: Service, record: Record) -> ReadResourceContents:
     from klein_mcp.images import codec, preview
 
     return ReadResourceContents(*preview.preview(codec.decode(service.store.read(record), record.handle).image))
+
+
+_thumbs: OrderedDict[str, tuple[bytes, str]] = OrderedDict()
+
+
+def _thumb(service: Service, record: Record) -> ReadResourceContents:
+    """Return a small rendition.
+
+    The latest are cached, since the same page of them is read again and again.
+    """
+    from klein_mcp.images import codec, preview
+    from klein_mcp.studio.views import THUMB_SIDE
+
+    if (made := _thumbs.get(record.file)) is None:
+        image = codec.decode(service.store.read(record), record.handle).image
+        made = preview.preview(image, longest=THUMB_SIDE, aim=24_000, most=60_000)
+        _thumbs[record.file] = made
+        if len(_thumbs) > MAX_THUMBS:
+            with suppress(KeyError):  # another thread was first
+                _thumbs.popitem(last=False)
+    return ReadResourceContents(*made)
 
 
 def _json(value: Any) -> ReadResourceContents:

@@ -1,11 +1,12 @@
 """The MCP server behind every transport."""
 
 import hashlib
+import json
 import logging
 import os
 import secrets
 import sqlite3
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -16,6 +17,7 @@ from urllib.request import url2pathname
 import anyio
 import anyio.to_thread
 from mcp.server.extension import Extension
+from mcp.server.lowlevel.helper_types import ReadResourceContents
 from mcp.server.lowlevel.server import NotificationOptions
 from mcp.server.mcpserver import Context, MCPServer
 from mcp.shared.exceptions import MCPError
@@ -37,8 +39,11 @@ from klein_mcp import __version__
 from klein_mcp.errors import RequestError, did_you_mean, explain, one_line, shown
 from klein_mcp.jobs.context import CallContext
 from klein_mcp.jobs.service import Service
-from klein_mcp.mcp_server import prompts, resources
+from klein_mcp.mcp_server import prompts, resources, results, studio_app, studio_resources
 from klein_mcp.mcp_server.tools import TOOLS
+from klein_mcp.mcp_server.tools.tool import Tool
+from klein_mcp.studio import picks
+from klein_mcp.studio.feed import Feed
 
 log = logging.getLogger(__name__)
 
@@ -85,6 +90,8 @@ class KleinServer(MCPServer):
         )
         self.subscriptions = resources.ResourceSubscriptions(self._subscriptions)
         self.middleware.append(self.subscriptions.remember)
+        self.middleware.append(studio_app.note_support)
+        self.feed = Feed(service)
         # MCPServer has no public way to add these three methods of the legacy era, nor to declare that its list of
         # resources changes.
         low = self._lowlevel_server
@@ -96,19 +103,31 @@ class KleinServer(MCPServer):
         )
 
     async def list_tools(self) -> list[Listed]:
-        return [tool.listed() for tool in TOOLS.values()] + await super().list_tools()
+        tools = [tool.listed() for tool in TOOLS.values()]
+        if studio_app.supported():
+            tools = [*map(studio_app.with_page, tools), studio_app.PICK.listed()]
+        return tools + await super().list_tools()
 
     async def call_tool(self, name: str, arguments: dict[str, Any], context: Context[Any, Any] | None = None) -> Any:
         if self._tool_manager.get_tool(name) is not None:
             return await super().call_tool(name, arguments, context)
+        page = {studio_app.PICK.name: studio_app.PICK} if studio_app.supported() else {}
+        result = await self.run_tool(name, arguments, self._call_context(context), {**TOOLS, **page})
+        meta = (context.request_context.meta if context else None) or {}
+        return result if studio_app.FROM_VIEW in meta else await self._with_pick(name, result, context)
+
+    async def run_tool(
+        self, name: str, arguments: dict[str, Any], call: CallContext, tools: Mapping[str, Tool] = TOOLS
+    ) -> CallToolResult:
+        """Run a tool for any front end, with errors as results."""
         try:
-            tool = TOOLS.get(name)
+            tool = tools.get(name)
             if tool is None:
-                known = [*TOOLS, *(tool.name for tool in self._tool_manager.list_tools())]
+                known = [*tools, *(tool.name for tool in self._tool_manager.list_tools())]
                 raise RequestError(
                     f"There is no tool {shown(name)}. {did_you_mean(name, known)} There are {', '.join(known)}."
                 )
-            return await tool.run(self.service, self._call_context(context), tool.parse(arguments))
+            return await tool.run(self.service, call, tool.parse(arguments))
         except Busy as exc:
             return _error_result(f"{explain(exc)} Try again in {exc.retry_after:.0f} s.")
         except EngineError as exc:
@@ -126,6 +145,18 @@ class KleinServer(MCPServer):
                 f"{name} failed with an internal error ({kind}); the log on stderr has details. Other calls work."
             )
 
+    async def _with_pick(self, name: str, result: CallToolResult, context: Context[Any, Any] | None) -> CallToolResult:
+        """Add, once, what the person picked since the agent's last call."""
+        first = result.content[0] if result.content else None
+        if name not in studio_app.SHOWN_BY or result.is_error or not isinstance(first, TextContent):
+            return result
+        client = self._call_context(context).client
+        pick = await anyio.to_thread.run_sync(self.service.store.report_pick, client)
+        if pick is None:
+            return result
+        line = results.text(picks.reported(json.loads(first.text), pick))
+        return result.model_copy(update={"content": [line, *result.content[1:]]})
+
     async def get_prompt(
         self, name: str, arguments: dict[str, Any] | None = None, context: Context[Any, Any] | None = None
     ) -> Any:
@@ -136,15 +167,28 @@ class KleinServer(MCPServer):
         return await super().get_prompt(name, arguments, context)
 
     async def list_resources(self) -> list[Resource]:
-        return await super().list_resources() + await anyio.to_thread.run_sync(resources.listed, self.service)
+        page = [studio_app.listed()] if studio_app.supported() else []
+        return page + await super().list_resources() + await anyio.to_thread.run_sync(resources.listed, self.service)
 
     async def list_resource_templates(self) -> list[ResourceTemplate]:
         return await super().list_resource_templates() + resources.templates()
 
     async def read_resource(self, uri: Any, context: Context[Any, Any] | None = None) -> Any:
-        if str(uri) == resources.ALL or str(uri).startswith(f"{resources.ALL}/"):
-            return await resources.read(self.service, str(uri), self._call_context(context))
-        return await super().read_resource(uri, context)
+        contents = await self.read(str(uri), self._call_context(context))
+        return await super().read_resource(uri, context) if contents is None else contents
+
+    async def read(self, uri: str, call: CallContext) -> list[ReadResourceContents] | None:
+        """Return the contents of an address of ours, None for other addresses.
+
+        Raises ResourceNotFoundError.
+        """
+        if uri == studio_app.URI:
+            return await studio_app.read()
+        if uri.partition("?")[0] in studio_resources.READERS:
+            return await studio_resources.read(self.service, self.feed, uri, call)
+        if uri == resources.ALL or uri.startswith(f"{resources.ALL}/"):
+            return await resources.read(self.service, uri, call)
+        return None
 
     async def serve(self, read: Any, write: Any) -> None:
         """Serve one client over a pair of streams."""
@@ -202,6 +246,6 @@ def create_server(service: Service, *, link: Link | None = None, extensions: Seq
 
     extensions: what else it offers, such as MCP Apps; the SDK takes them at construction only.
     """
-    server = KleinServer(service, link, extensions)
+    server = KleinServer(service, link, (studio_app.StudioApp(), *extensions))
     prompts.register(server, lambda typed: service.store.handles(typed, 20))
     return server

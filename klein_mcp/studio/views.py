@@ -59,7 +59,7 @@ def image_details(store: Store, handle: str) -> ImageDetails:
     recipe = record.recipe
     picks = store.picks()
     siblings = [other.handle for other in store.siblings(record)] if record.prompt else []
-    request = recipe.get("order") or {}
+    request = recipe.get("request") or recipe.get("order") or {}  # "order": as 0.1 wrote it
     region = request.get("region")
     return {
         **card(record, picks, siblings[0] if len(siblings) > 1 else None),

@@ -13,7 +13,7 @@ from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
 from klein_mcp.http import app, sessions
-from klein_mcp.http.sessions import COOKIE, CSRF_HEADER
+from klein_mcp.http.sessions import CSRF_HEADER
 from klein_mcp.http.surface import Auth, HttpContext, Surface, SurfaceFactory
 from klein_mcp.jobs.service import Service
 from klein_mcp.mcp_server.server import create_server
@@ -87,14 +87,14 @@ async def test_one_time_link_opens_one_session(connect_http, context: HttpContex
     assert context.sessions.redeem(code) is None
     assert context.sessions.redeem("made up") is None
     async with connect_http() as client:
-        assert await status(client, "/session", cookie=f"{COOKIE}={session}") == 200
-        assert await status(client, "/session", cookie=f"{COOKIE}=made-up") == 401
-        assert await status(client, "/token", cookie=f"{COOKIE}={session}") == 401
+        assert await status(client, "/session", cookie=f"{context.sessions.cookie}={session}") == 200
+        assert await status(client, "/session", cookie=f"{context.sessions.cookie}=made-up") == 401
+        assert await status(client, "/token", cookie=f"{context.sessions.cookie}={session}") == 401
 
 
 async def test_a_change_needs_the_csrf_token_of_its_session(connect_http, context: HttpContext):
     mine, other = (context.sessions.redeem(context.sessions.invite()) or "" for _ in range(2))
-    cookie = {"cookie": f"{COOKIE}={mine}"}
+    cookie = {"cookie": f"{context.sessions.cookie}={mine}"}
     async with connect_http() as client:
         assert await status(client, "/session", "POST", **cookie) == 401
         foreign = {CSRF_HEADER: context.sessions.csrf_token(other)}
@@ -109,7 +109,9 @@ async def test_invitations_and_sessions_expire(context: HttpContext, monkeypatch
     monkeypatch.setattr(sessions, "INVITATION_LIFETIME", 60.0)
     monkeypatch.setattr(sessions, "SESSION_LIFETIME", -1)
     session = context.sessions.redeem(context.sessions.invite())
-    request = Request({"type": "http", "method": "GET", "headers": [(b"cookie", f"{COOKIE}={session}".encode())]})
+    request = Request(
+        {"type": "http", "method": "GET", "headers": [(b"cookie", f"{context.sessions.cookie}={session}".encode())]}
+    )
     assert not context.sessions.allows(request)
 
 
@@ -120,13 +122,14 @@ async def test_surfaces_have_distinct_names_and_paths(context: HttpContext):
     assert len(set(paths)) == len(paths)
 
 
-class Apps(Extension):
-    identifier = "io.modelcontextprotocol/ui"
+class Other(Extension):
+    identifier = "org.example/other"
 
 
 async def test_server_announces_its_extensions(service: Service):
-    async with Client(create_server(service, extensions=[Apps()])) as client:
-        assert (client.server_capabilities.extensions or {}).keys() == {Apps.identifier}
+    async with Client(create_server(service, extensions=[Other()])) as client:
+        announced = client.server_capabilities.extensions or {}
+        assert announced.keys() == {"io.modelcontextprotocol/ui", Other.identifier}
 
 
 async def test_a_tool_may_carry_meta():

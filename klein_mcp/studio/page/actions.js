@@ -78,19 +78,22 @@ export async function open(handle, sheet = null) {
     state.image = { ...state.image, image: handle, src: await state.bridge.image(handle), family: [], parents: [] };
     return emit("image");
   }
+  let details;
+  emit("opening");
   try {
-    const details = await state.bridge.readJson(`klein://images/${handle}/details`);
-    if (open.latest !== token) return; // a later click was answered first
-    state.image = { ...details, src };
-    state.sheet = sheet?.length > 1 ? sheet : details.siblings;
-    if (!["look", "compare"].includes(state.tool)) state.tool = "look";
-    state.view = "create";
-    emit("view");
-    emit("image");
-    emit("shown");
+    details = await state.bridge.readJson(`klein://images/${handle}/details`);
   } catch (error) {
-    if (!src) fail(error);
+    emit("opened");
+    return src ? null : fail(error); // the preview of the result is on the stage already
   }
+  if (open.latest !== token) return; // a later click was answered first
+  state.image = { ...details, src };
+  state.sheet = sheet?.length > 1 ? sheet : details.siblings;
+  if (!["look", "compare"].includes(state.tool)) state.tool = "look";
+  state.view = "create";
+  emit("view");
+  emit("image");
+  emit("shown");
 }
 
 /** Repeat how an image was made with new seeds. Null for an image that came from elsewhere. */

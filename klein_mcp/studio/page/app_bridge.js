@@ -12,8 +12,8 @@ export class AppBridge {
   can = { read: false, call: false, download: false, fullscreen: false, cancel: false, remove: false };
   context = {};
 
-  constructor({ input, result, cancelled, context, now }) {
-    this.listeners = { input, result, cancelled, context, now };
+  constructor(listeners) {
+    this.listeners = listeners;
     this.waiting = new Map();
     this.number = 0;
     this.images = new Map();
@@ -66,7 +66,9 @@ export class AppBridge {
   async call(tool, input, signal) {
     if (!this.can.call) throw new Error("This client does not let the studio call tools. Ask the agent instead.");
     this.poll();
-    return await this.request("tools/call", { name: tool, arguments: input }, signal);
+    // The mark tells the server that a person asked, so that what is meant for the agent waits for the agent.
+    const _meta = { "klein-mcp/view": true };
+    return await this.request("tools/call", { name: tool, arguments: input, _meta }, signal);
   }
 
   pick(picked) {
@@ -126,12 +128,11 @@ export class AppBridge {
     if (this.polling || !this.can.read) return;
     this.polling = true;
     let seq = 0;
-    let idle = 0;
+    let jobs = [];
     try {
-      while (idle < 3) {
+      while (jobs.length || this.listeners.busy()) {
         const now = await this.readJson(`klein://now?after=${seq}`);
-        seq = now.seq;
-        idle = now.jobs.length ? 0 : idle + 1;
+        ({ seq, jobs } = now);
         this.listeners.now(now);
       }
     } catch {

@@ -24,6 +24,7 @@ function tile(card, { onclick, selected = null }) {
 export function createRecent(root) {
   let token;
   const load = async () => {
+    if (state.card) return;
     const mine = (token = {});
     try {
       const page = await state.bridge.readJson(`klein://library?limit=${RECENT}`);
@@ -39,7 +40,7 @@ export function createRecent(root) {
     fill(root, h("div", { class: "row" }, h("h2", {}, "Recent"), all), h("ul", { class: "grid" }, tiles));
   };
   on("library", load);
-  load();
+  on("view", () => root.hidden && load());
 }
 
 export function createLibrary(root) {
@@ -64,7 +65,8 @@ class Library {
     this.more = button("Load more", null, () => this.load());
     this.empty = h("p", { class: "soft centre" }, "");
     root.append(h("div", { class: "row head" }, this.search, this.bar), this.grid, this.empty, h("div", { class: "centre" }, this.more));
-    new IntersectionObserver(([entry]) => entry.isIntersecting && this.load()).observe(this.more);
+    this.observer = new IntersectionObserver(([entry]) => entry.isIntersecting && this.load());
+    this.observer.observe(this.more);
     this.renderBar();
   }
 
@@ -92,6 +94,9 @@ class Library {
       fail(error);
     } finally {
       if (this.loading === mine) this.loading = null;
+      // Observed anew, it tells once more where the button is still in sight.
+      this.observer.unobserve(this.more);
+      this.observer.observe(this.more);
     }
   }
 

@@ -4,9 +4,9 @@ import { h, svg } from "./dom.js";
 import { open } from "./actions.js";
 import { state } from "./state.js";
 
-const WIDTH = 76;
+const WIDTH = 132;
 const GAP = 30;
-const HEIGHT = 88;
+const HEIGHT = 108;
 
 /** Place the cards: a column for each generation, a row for each leaf. The first parent is the one a card hangs from. */
 export function place(family) {
@@ -65,7 +65,7 @@ export function lineage(image) {
     const spot = places.get(card.image);
     for (const parent of card.parents.filter((each) => places.has(each))) {
       const from = places.get(parent);
-      const [x1, y1, x2, y2] = [left(from) + WIDTH, top(from) + 30, left(spot), top(spot) + 30];
+      const [x1, y1, x2, y2] = [left(from) + WIDTH, top(from) + 32, left(spot), top(spot) + 32];
       const d = `M${x1} ${y1}C${x1 + 18} ${y1} ${x2 - 18} ${y2} ${x2} ${y2}`;
       lines.append(svg("path", { d, class: parent === card.parents[0] ? "" : "second" }));
     }
@@ -77,7 +77,7 @@ export function lineage(image) {
 function leaf(card, left, top) {
   const current = card.image === state.image.image;
   const words = card.prompt || card.source || card.image;
-  const picture = h("img", { alt: "", width: WIDTH, height: 60, loading: "lazy" });
+  const picture = h("img", { alt: "", width: WIDTH, height: 64, loading: "lazy" });
   state.bridge.image(card.image, "thumb").then((src) => (picture.src = src)).catch(() => {});
   const node = h(
     "li",

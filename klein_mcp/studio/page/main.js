@@ -26,13 +26,17 @@ function renderView() {
   for (const tab of document.querySelectorAll("nav button")) {
     tab.toggleAttribute("aria-current", tab.dataset.view === state.view);
     if (tab.dataset.view === state.view) tab.setAttribute("aria-current", "page");
+    if (tab.dataset.view === "create") tab.textContent = state.card ? "Image" : "Create";
   }
   document.body.classList.toggle("card", state.card);
   document.body.classList.toggle("has-image", Boolean(state.image || state.calls.size));
   $("fullscreen").hidden = !state.bridge.can.fullscreen;
+  document.querySelector("header").hidden = state.card && !state.bridge.can.read && !state.bridge.can.fullscreen;
+  document.querySelector("nav").hidden = !state.bridge.can.read;
 }
 
-const agentCall = { tool: "", prompt: "", stop: new AbortController() };
+/** The call that the agent made; the client itself has the means to stop it. */
+const agentCall = { tool: "", prompt: "", stop: null };
 
 /** What a host tells: the tool's input while it runs, then its result, an error or that it was cancelled. */
 const fromHost = {
@@ -66,7 +70,7 @@ const fromHost = {
 async function start() {
   const app = window.parent !== window;
   const lost = () => fail(new Error("This session has ended. Run klein-mcp studio again for a new link."));
-  state.bridge = app ? new AppBridge({ ...fromHost, now: receiveNow }) : new WebBridge({ now: receiveNow, lost });
+  state.bridge = app ? new AppBridge({ ...fromHost, now: receiveNow, busy: () => state.calls.size > 0 }) : new WebBridge({ now: receiveNow, lost });
   state.card = app;
   on("view image jobs", renderView);
   for (const tab of document.querySelectorAll("nav button")) {

@@ -34,11 +34,14 @@ export function createViewer(root) {
     changed: (percent) => (nodes.level.textContent = `${percent} %`),
   });
   on("image view", render);
-  on("jobs", renderStage);
+  on("jobs engine", renderStage);
   on("shown", () => {
     if (matchMedia("(max-width: 760px)").matches) nodes.stage.parentElement.scrollIntoView({ block: "start" });
   });
   on("error", renderError);
+  // Until another image is there, its actions would still mean the one before.
+  on("opening", () => (nodes.tools.inert = nodes.edit.inert = true));
+  on("opened image", () => (nodes.tools.inert = nodes.edit.inert = false));
   on("picked", renderSheet);
   render();
 }
@@ -96,12 +99,11 @@ async function renderStage() {
   fill(nodes.stage, frame);
   picture.onload = () => {
     // A preview has the image's shape; without details its own size is the best that is known.
-    if (!image.width) zoom.show(frame, picture.naturalWidth, picture.naturalHeight);
+    if (!image.width) fitStage(frame, picture.naturalWidth, picture.naturalHeight);
   };
   if (src) picture.src = src;
   const [width, height] = [image.width || 1, image.height || 1];
-  nodes.stage.style.setProperty("--shape", `${width} / ${height}`);
-  zoom.show(frame, width, height);
+  fitStage(frame, width, height);
   zoom.enabled = state.tool !== "mask";
   if (state.tool === "mask") startMask(frame, width, height);
   if (state.tool === "compare") await showCompare(frame);
@@ -135,26 +137,33 @@ function renderJob(job) {
   }
   const { picture, meter, words, frame, stop } = nodes.stage.working;
   words.textContent = statusWords(job);
-  stop.hidden = !state.calls.size;
+  stop.hidden = [...state.calls].at(-1)?.stop === null;
   if (job.fraction === null || job.fraction === undefined) meter.removeAttribute("value");
   else meter.value = job.fraction;
-  const [width, height] = [job.width || 1, job.height || 1];
-  nodes.stage.style.setProperty("--shape", `${width} / ${height}`);
   if (job.preview && picture.getAttribute("src") !== job.preview) {
+    picture.onload = () => fitStage(frame, picture.naturalWidth, picture.naturalHeight);
     picture.src = job.preview;
     // Sharper with each step: a preview is an eighth of the image's size.
     picture.style.setProperty("--blur", `${(6 * (1 - (job.step ?? 0) / (job.steps || 1))).toFixed(1)}px`);
   }
   picture.hidden = !job.preview;
+  if (!job.preview) fitStage(frame, 1, 1);
+}
+
+/** Give the stage and the frame in it the shape of what they show. */
+function fitStage(frame, width, height) {
+  nodes.stage.style.setProperty("--shape", `${width} / ${height}`);
   zoom.show(frame, width, height);
 }
 
 function cancelOwn() {
-  for (const call of state.calls) call.stop.abort();
+  for (const call of state.calls) call.stop?.abort();
 }
 
 function renderEmpty() {
-  nodes.stage.shown = "";
+  const key = `empty/${state.engine?.auto}`;
+  if (nodes.stage.shown === key && !nodes.stage.working) return;
+  nodes.stage.shown = key;
   nodes.stage.working = null;
   const examples = (state.engine?.examples ?? []).map((words) =>
     button(words, null, () => {
@@ -265,7 +274,7 @@ function renderTools() {
       choices.map((card) => h("option", { value: card.image }, `${card.image} ${card.prompt || card.source || ""}`.slice(0, 48))),
     ),
   );
-  const bar = h("div", { class: "bar", role: "group", "aria-label": "Image actions" }, actions);
+  const bar = h("div", { class: "bar actions", role: "group", "aria-label": "Image actions" }, actions);
   fill(nodes.tools, tool === "compare" && choices.length > 1 && choose, bar);
 }
 

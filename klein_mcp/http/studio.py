@@ -1,0 +1,298 @@
+"""/studio: the page in a browser, and everything it asks the server.
+
+A one-time link opens a session. Requests that change something need the session's CSRF token.
+"""
+
+import base64
+import hashlib
+import json
+import re
+from collections.abc import AsyncIterator, Awaitable, Callable
+from functools import lru_cache
+from urllib.parse import urlsplit
+
+import anyio.to_thread
+from mcp.server.lowlevel.helper_types import ReadResourceContents
+from mcp.server.mcpserver.exceptions import ResourceNotFoundError
+from starlette.requests import Request
+from starlette.responses import FileResponse, HTMLResponse, JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
+
+from klein_mcp.errors import RequestError
+from klein_mcp.http.surface import HttpContext, Surface, SurfaceFactory
+from klein_mcp.http.uploads import MAX_BYTES
+from klein_mcp.jobs.context import CallContext
+from klein_mcp.mcp_server import studio_app
+from klein_mcp.mcp_server.results import uri
+from klein_mcp.mcp_server.tools import TOOLS
+from klein_mcp.studio.picks import STUDIO
+
+Handler = Callable[[Request], Awaitable[Response]]
+
+ENTRY = "/studio/enter/"
+MAX_CALL = 8 * 2**20
+"""Bytes of a call: a prompt, handles, and a mask of 2048² as a PNG, which is under 1 MiB."""
+
+HEADERS = {
+    "Cache-Control": "no-store",
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Referrer-Policy": "no-referrer",
+    "X-Content-Type-Options": "nosniff",
+    "X-Frame-Options": "DENY",
+}
+CACHED = {**HEADERS, "Cache-Control": "private, max-age=86400"}
+"""For images: a handle never means other pixels."""
+
+# A redirect would be a request from wherever the link was clicked, and a Strict cookie does not come along with that.
+_ENTERED = (
+    '<!doctype html><html lang="en"><meta charset="utf-8">'
+    '<meta http-equiv="refresh" content="0;url=/studio"><title>Studio</title></html>'
+)
+_NO_SESSION = (
+    '<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+    "<title>Studio</title><h1>Not signed in</h1>"
+    "<p>Run <code>klein-mcp studio</code>, or open the link that <code>klein-mcp serve</code> prints.</p></html>"
+)
+_REFUSED = (
+    '<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+    "<title>Studio</title><h1>This link is not valid</h1>"
+    "<p>It works once and for ten minutes. Run <code>klein-mcp studio</code> for a new one.</p></html>"
+)
+
+
+def link(context: HttpContext, base: str) -> str:
+    """Return a link that lets one browser in, once."""
+    return f"{base}{ENTRY}{context.sessions.invite()}"
+
+
+@lru_cache(maxsize=1)
+def policy() -> str:
+    """Return the Content-Security-Policy: the page's own script and style, by hash."""
+    html = studio_app.page()
+
+    def hashed(tag: str) -> str:
+        (text,) = re.findall(rf"<{tag}>(.*?)</{tag}>", html, re.DOTALL)
+        return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+
+    return (
+        f"default-src 'none'; script-src {hashed('script')}; style-src {hashed('style')}; img-src 'self' data:; "
+        "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    )
+
+
+def surfaces() -> tuple[SurfaceFactory, ...]:
+    """Return the three surfaces: the entry, the page and its requests."""
+    return entry_surface, page_surface, surface
+
+
+def page_surface(context: HttpContext) -> Surface:
+    """The page, with an explanation for people without a session."""
+
+    async def page(request: Request) -> Response:
+        return HTMLResponse(studio_app.page(), headers={**HEADERS, "Content-Security-Policy": policy()})
+
+    def refusal(status: int, message: str) -> Response:
+        return HTMLResponse(_NO_SESSION, status, HEADERS)
+
+    return Surface("studio page", [Route("/studio", page, methods=["GET"])], "session", error=refusal)
+
+
+def entry_surface(context: HttpContext) -> Surface:
+    """The one route without a session: it makes one."""
+
+    async def enter(request: Request) -> Response:
+        if request.method != "GET":  # a HEAD, as link checkers send, must not use the link up
+            return _refusal(405, "Open this link in a browser.")
+        session = context.sessions.redeem(request.path_params["code"])
+        if session is None:
+            return HTMLResponse(_REFUSED, 403, HEADERS)
+        response = HTMLResponse(_ENTERED, headers=HEADERS)
+        context.sessions.set_cookie(response, session, secure=request.url.scheme == "https")
+        return response
+
+    return Surface("studio entry", [Route(ENTRY + "{code}", enter, methods=["GET"])], "none")
+
+
+def surface(context: HttpContext) -> Surface:
+    studio = _Studio(context)
+    routes = [
+        Route("/studio/session", studio.session, methods=["GET"]),
+        Route("/studio/events", studio.events, methods=["GET"]),
+        Route("/studio/read", studio.read, methods=["GET"]),
+        Route("/studio/images/{handle}", studio.image, methods=["GET"]),
+        Route("/studio/images/{handle}/{part}", studio.part, methods=["GET"]),
+        *(
+            Route(f"/studio/{name}", studio.from_page(change), methods=["POST"])
+            for name, change in (
+                ("call", studio.call),
+                ("cancel", studio.cancel),
+                ("delete", studio.delete),
+                ("upload", studio.upload),
+            )
+        ),
+    ]
+    return Surface("studio", routes, "session", error=_refusal)
+
+
+def _refusal(status: int, message: str) -> Response:
+    return JSONResponse({"error": message}, status, HEADERS)
+
+
+class _Studio:
+    """The handlers. All answer as the one person at the browser."""
+
+    def __init__(self, context: HttpContext) -> None:
+        self._context = context
+        self._service = context.service
+        self._server = context.server
+
+    def from_page(self, change: Handler) -> Handler:
+        """Refuse requests of other origins, other ports of this machine included."""
+
+        async def checked(request: Request) -> Response:
+            origin = urlsplit(request.headers.get("origin", "")).netloc
+            # Without a session it is the bearer of the token, and no browser.
+            if self._context.sessions.find(request) and origin != request.headers.get("host"):
+                return _refusal(403, "This request comes from another page.")
+            return await change(request)
+
+        return checked
+
+    async def session(self, request: Request) -> Response:
+        """Return the CSRF token, which other origins can neither request nor read."""
+        session = self._context.sessions.find(request)
+        csrf = self._context.sessions.csrf_token(session) if session else ""
+        return JSONResponse({"csrf": csrf}, headers=HEADERS)
+
+    async def events(self, request: Request) -> Response:
+        """Server-sent events: `now`, whenever something changes."""
+
+        async def stream() -> AsyncIterator[str]:
+            async for now in self._server.feed.stream(STUDIO):
+                # A comment keeps the connection alive, and finds out that it is gone.
+                yield ": \n\n" if now is None else f"event: now\ndata: {json.dumps(now, separators=(',', ':'))}\n\n"
+
+        return StreamingResponse(stream(), media_type="text/event-stream", headers=HEADERS)
+
+    async def read(self, request: Request) -> Response:
+        address = request.query_params.get("uri", "")
+        try:
+            contents = await self._server.read(address, self._caller(request))
+        except ResourceNotFoundError as exc:
+            return _refusal(404, str(exc))
+        if contents is None:
+            return _refusal(404, "There is nothing at this address.")
+        return JSONResponse({"contents": [_content(address, each) for each in contents]}, headers=HEADERS)
+
+    async def image(self, request: Request) -> Response:
+        """The exact image."""
+        handle = request.path_params["handle"]
+        store = self._service.store
+        try:
+            path = await anyio.to_thread.run_sync(lambda: store.path(store.get(handle)))
+        except RequestError as exc:
+            return _refusal(404, str(exc))
+        return FileResponse(path, media_type="image/png", headers=CACHED)
+
+    async def part(self, request: Request) -> Response:
+        """A rendition: thumb, preview or changes."""
+        handle, part = request.path_params["handle"], request.path_params["part"]
+        try:
+            contents = await self._server.read(f"{uri(handle)}/{part}", self._caller(request))
+        except ResourceNotFoundError as exc:
+            return _refusal(404, str(exc))
+        image = contents[0] if contents else None
+        if image is None or not isinstance(image.content, bytes):
+            return _refusal(404, f"{part} is not an image.")
+        return Response(image.content, media_type=image.mime_type, headers=CACHED)
+
+    async def call(self, request: Request) -> Response:
+        """Call a tool as an agent would, and return its result."""
+        asked = await _body(request)
+        if isinstance(asked, Response):
+            return asked
+        tool, arguments = asked.get("tool"), asked.get("arguments")
+        if not isinstance(tool, str) or not isinstance(arguments, dict):
+            return _refusal(400, "tool and arguments are needed.")
+        tools = {**TOOLS, studio_app.PICK.name: studio_app.PICK}
+        running = anyio.create_task_group()
+        result = None
+        async with running:
+
+            async def watch() -> None:
+                # Closing the tab or pressing Cancel ends the request, and so the job.
+                while not await request.is_disconnected():
+                    await anyio.sleep(0.2)
+                running.cancel_scope.cancel()
+
+            running.start_soon(watch)
+            result = await self._server.run_tool(tool, arguments, self._caller(request), tools)
+            running.cancel_scope.cancel()
+        if result is None:
+            return Response(status_code=499)
+        return JSONResponse(result.model_dump(mode="json", by_alias=True, exclude_none=True), headers=HEADERS)
+
+    async def cancel(self, request: Request) -> Response:
+        """Stop any job of this user."""
+        asked = await _body(request)
+        if isinstance(asked, Response):
+            return asked
+        try:
+            await self._service.jobs.cancel(str(asked.get("job")))
+        except LookupError:
+            return _refusal(404, "There is no such job.")
+        return JSONResponse({}, headers=HEADERS)
+
+    async def delete(self, request: Request) -> Response:
+        """Delete images. The page asks the person first."""
+        asked = await _body(request)
+        if isinstance(asked, Response):
+            return asked
+        handles = asked.get("images")
+        if not isinstance(handles, list) or not all(isinstance(handle, str) for handle in handles):
+            return _refusal(400, "images is a list of handles.")
+        await anyio.to_thread.run_sync(self._service.store.delete, handles)
+        self._server.feed.library_changed()
+        return JSONResponse({"deleted": handles}, headers=HEADERS)
+
+    async def upload(self, request: Request) -> Response:
+        """Give an uploaded file, the request's body, a handle."""
+        body = bytearray()
+        async for chunk in request.stream():
+            body += chunk
+            if len(body) > MAX_BYTES:
+                return _refusal(413, f"More than {MAX_BYTES // 2**20} MiB; use a smaller copy.")
+        keep = self._service.sources.keep
+        try:
+            kept = await anyio.to_thread.run_sync(lambda: keep(bytes(body), "The image", STUDIO))
+        except RequestError as exc:
+            return _refusal(400, str(exc))
+        if kept.new:
+            await self._server.subscriptions.image_added(uri(kept.record.handle))
+        return JSONResponse({"image": kept.record.handle}, headers=HEADERS)
+
+    def _caller(self, request: Request) -> CallContext:
+        link = self._context.urls.for_client(request)
+        return CallContext(STUDIO, "klein studio", on_new_image=self._server.subscriptions.image_added, link=link)
+
+
+def _content(address: str, each: ReadResourceContents) -> dict[str, str]:
+    kind = {"uri": address, "mimeType": each.mime_type or "text/plain"}
+    if isinstance(each.content, bytes):
+        return {**kind, "blob": base64.b64encode(each.content).decode()}
+    return {**kind, "text": each.content}
+
+
+async def _body(request: Request) -> dict[str, object] | Response:
+    """Return the JSON object of a request, or an error response."""
+    body = bytearray()
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > MAX_CALL:
+            return _refusal(413, "The request is too large.")
+    try:
+        asked = json.loads(body)
+    except (ValueError, RecursionError):
+        return _refusal(400, "The request is not JSON.")
+    return asked if isinstance(asked, dict) else _refusal(400, "The request is not an object.")

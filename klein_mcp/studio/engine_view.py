@@ -1,0 +1,68 @@
+"""The engine as a person wants to see it."""
+
+from engine.families.klein.variants import EMBEDDED, VARIANTS
+from klein_mcp import __version__
+from klein_mcp.jobs.service import Service
+from klein_mcp.jobs.status import DaemonStatus
+from klein_mcp.studio.contract import EngineView, ModelView
+
+NANO_EXAMPLES = (
+    "a red apple on a blue background",
+    "a rocket on an orange background",
+    "two cats on a green background",
+)
+"""In the few words that the embedded model knows."""
+
+EXAMPLES = (
+    "a red fox asleep in deep snow, soft morning light",
+    "a lighthouse on a cliff at dusk, long exposure",
+    "a product photo of a ceramic teapot on white linen",
+)
+
+
+async def engine_view(service: Service) -> EngineView:
+    """Describe model, memory, queue and speed, without starting an engine."""
+    status = await service.jobs.status()
+    engine = status.engine
+    setting = service.settings.model
+    models: list[ModelView] = [
+        {"name": model.name, "licence": model.licence, "installed": model.path is not None}
+        for model in (engine.models if engine else ())
+    ] or [{"name": name, "licence": row.licence, "installed": name == EMBEDDED} for name, row in VARIANTS.items()]
+    loaded = engine.loaded if engine else None
+    auto = loaded or (setting if setting != "auto" else EMBEDDED)
+    return {
+        "words": _words(status),
+        "version": __version__,
+        "loaded": loaded,
+        "auto": auto,
+        "licence": next((model["licence"] for model in models if model["name"] == auto), None),
+        "device": engine.device if engine else None,
+        "dtype": engine.dtype if engine else None,
+        "placement": engine.placement if engine else None,
+        "free_bytes": engine.free_bytes if engine else None,
+        "seconds": service.estimate or _seconds(status, auto),
+        "tuning": (engine.tuning or None) if engine else None,
+        "models": models,
+        "max_references": VARIANTS[auto].max_references if auto in VARIANTS else 4,
+        "transparent": False,
+        "examples": list(NANO_EXAMPLES if auto == EMBEDDED else EXAMPLES),
+    }
+
+
+def _words(status: DaemonStatus) -> str:
+    """Say in a sentence what the engine does."""
+    if status.silent:
+        return "Starting or ending"
+    if not status.running or status.queue is None:
+        return "Not running; the first image starts it"
+    if not status.queue.running:
+        return "Ready"
+    waiting = status.queue.waiting
+    return f"Working, {waiting} waiting" if waiting else "Working"
+
+
+def _seconds(status: DaemonStatus, model: str) -> float | None:
+    """Return how long an image of this model took lately."""
+    sizes = status.seconds.get(model)
+    return next(iter(sizes.values())) if sizes else None

@@ -1,0 +1,142 @@
+"""A real browser, and the studio it looks at: the real program on the embedded model."""
+
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import pytest
+
+from klein_mcp.images.library import Store
+from tests.browser import node_packages
+from tests.real_server import RealServer
+
+# The driver is a node process of its own; nothing is downloaded, the browser is the distribution's.
+playwright = pytest.importorskip("playwright.async_api", reason="needs playwright")
+
+HARMLESS = ("can escape its sandboxing", "ResizeObserver loop")
+"""Console messages about the sandbox that the test host makes, not about the page."""
+
+WAIT = 90_000
+"""Milliseconds: an engine that starts on a busy machine is slow, not wrong."""
+
+
+@dataclass
+class Watched:
+    """A page, and everything about it that must not happen.
+
+    allowed: words of console errors that a test provokes. also: a second origin of the page's own.
+    """
+
+    page: Any
+    origin: str
+    errors: list[str] = field(default_factory=list)
+    foreign: list[str] = field(default_factory=list)
+    allowed: tuple[str, ...] = ()
+    also: str = ""
+
+    def __post_init__(self) -> None:
+        self.page.set_default_timeout(WAIT)
+        self.page.on("console", self._console)
+        self.page.on("pageerror", lambda error: self.errors.append(str(error)))
+        self.page.on("request", self._request)
+
+    def _console(self, message: Any) -> None:
+        if message.type in ("error", "warning") and not any(words in message.text for words in HARMLESS):
+            self.errors.append(message.text)
+
+    def _request(self, request: Any) -> None:
+        url = urlsplit(request.url)
+        if url.scheme not in ("data", "about") and f"{url.scheme}://{url.netloc}" not in (self.origin, self.also):
+            self.foreign.append(request.url)
+
+    def check(self) -> None:
+        assert not self.foreign, self.foreign
+        unexpected = [error for error in self.errors if not any(words in error for words in self.allowed)]
+        assert not unexpected, unexpected
+
+
+@dataclass
+class Studio:
+    """`klein-mcp studio`, running. folder: where it was started, and so where it may save."""
+
+    server: RealServer
+    folder: Path
+    process: "subprocess.Popen[str]"
+    link: str
+
+    @property
+    def origin(self) -> str:
+        url = urlsplit(self.link)
+        return f"{url.scheme}://{url.netloc}"
+
+    @contextmanager
+    def library(self) -> Iterator[Store]:
+        store = Store(self.server.home / "library")
+        try:
+            yield store
+        finally:
+            store.close()
+
+
+@contextmanager
+def running_studio(server: RealServer) -> Iterator[Studio]:
+    """Start `klein-mcp studio --no-browser` in a folder below the home, where saving is allowed."""
+    with tempfile.TemporaryDirectory(dir=Path.home(), prefix="klein-studio-test-") as folder:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "klein_mcp", "studio", "--no-browser"],
+            env=server.environment(PYTHONPATH=str(Path(__file__).parents[2])),
+            cwd=folder,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+        assert process.stdout
+        try:
+            link = process.stdout.readline().strip()
+            assert link.startswith("http://127.0.0.1:"), f"the studio ended with {process.poll()}: {link}"
+            yield Studio(server, Path(folder), process, link)
+        finally:
+            process.terminate()
+            process.wait(30)
+            process.stdout.close()
+
+
+@pytest.fixture(scope="session")
+def anyio_backend() -> str:
+    """One event loop for all tests here: the browser belongs to it."""
+    return "asyncio"
+
+
+@pytest.fixture(scope="session")
+def chromium() -> str:
+    path = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if path is None:
+        pytest.skip("needs chromium: apt-get install chromium")
+    return path
+
+
+@pytest.fixture(scope="session")
+async def browser(chromium: str, anyio_backend: str) -> AsyncIterator[Any]:
+    async with playwright.async_playwright() as driver:
+        browser = await driver.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        yield browser
+        await browser.close()
+
+
+@pytest.fixture(scope="session")
+def npm(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the npm packages. KLEIN_TEST_NODE names one that is kept between runs."""
+    return node_packages.install(tmp_path_factory.mktemp("npm"))
+
+
+@pytest.fixture(scope="session")
+def axe(npm: Path) -> str:
+    return (npm / "node_modules" / "axe-core" / "axe.min.js").read_text(encoding="utf-8")
