@@ -163,6 +163,7 @@ class Result(_ByValue):
     ms: milliseconds of wall time by stage: load, prompt, references, denoise, decode, change.
     dtype: number format of the products, such as bfloat16. mode: the implementation. A replay needs both.
     change: the change mask, where `find_change` was asked for.
+    read_as: the prompt as a small model read it, where that is not as it came.
     """
 
     image: Rgb8
@@ -177,6 +178,7 @@ class Result(_ByValue):
     dtype: str = ""
     mode: Mode = "eager"
     change: ChangeMask | None = None
+    read_as: str = ""
 
 
 Event = Queued | Loading | Stage | Step | Result

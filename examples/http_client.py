@@ -57,10 +57,10 @@ async def call(client: Client, tool: str, **arguments: Any) -> dict[str, Any]:
 async def paint(client: Client, folder: Path) -> None:
     """Hear the progress, and fetch the exact picture as a resource."""
     facts = await call(client, "generate_image", prompt="a rocket on an orange background", seed=7)
-    picture = (await client.read_resource(facts["uri"])).contents[0]
+    picture = (await client.read_resource(f"klein://images/{facts['image']}")).contents[0]
     path = folder / f"{facts['image']}.png"
     path.write_bytes(base64.b64decode(picture.blob))  # type: ignore[union-attr]
-    print(f"{path}  seed {facts['seed']}  {facts['model']}  {facts['ms']['total']} ms")
+    print(f"{path}  seed {facts['seed']}")
 
 
 def innermost(problem: BaseException) -> BaseException:

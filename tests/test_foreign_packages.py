@@ -34,7 +34,7 @@ def own_living(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Living]:
 async def test_server_and_daemon_use_their_own_packages(own_living: Living, project: Path):
     server = own_living.stdio(PYTHONPATH=".").model_copy(update={"cwd": project})
     async with Client(server) as client:
-        assert (await call(client, "generate_image", prompt="a red circle", seed=1))["model"] == "nano"
+        assert (await call(client, "generate_image", prompt="a red circle", seed=1))["size"] == [128, 128]
         assert (await client.get_prompt("iterate", {"idea": "a red circle"})).messages
 
 

@@ -236,6 +236,13 @@ def resize(image: Rgb8, width: int, height: int) -> Rgb8:
     return np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.LANCZOS))
 
 
+def encode_mask(mask: npt.NDArray[np.uint8]) -> bytes:
+    """Return a grey PNG."""
+    out = io.BytesIO()
+    Image.fromarray(mask).save(out, "PNG", compress_level=1)
+    return out.getvalue()
+
+
 def resize_mask(mask: npt.NDArray[np.uint8], width: int, height: int) -> npt.NDArray[np.uint8]:
     """Bilinear, which never rings: 0 stays 0 away from what is not."""
     if mask.shape == (height, width):

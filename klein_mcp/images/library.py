@@ -5,6 +5,7 @@ moved to its final path after the commit. A process that dies between leaves eit
 start deletes, or a row whose file is still in that folder, which the next start moves.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -53,7 +54,9 @@ class Record:
     @property
     def provenance(self) -> Mapping[str, Any] | None:
         """Return the provenance in its file, None for a foreign image."""
-        return self.recipe.get("made") if self.tool == "open" else self.recipe
+        if self.tool == "open":
+            return self.recipe.get("made")
+        return {name: value for name, value in self.recipe.items() if name not in ("ms", "cache")}
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,6 +228,31 @@ class Store:
                     [(time.time(), handle) for handle in handles],
                 )
             self._remove_files_of_deleted()
+            for handle in handles:
+                for path in (self.changes_path(handle), self.short_path(handle)):
+                    path.unlink(missing_ok=True)
+
+    def changes_path(self, handle: str) -> Path:
+        """Return where the change mask of an edit is stored."""
+        return self.folder / "changes" / f"{handle}.png"
+
+    def short_path(self, handle: str) -> Path:
+        """Return the readable name of an image's file."""
+        return self.folder / "images" / f"{handle}.png"
+
+    def readable_path(self, record: Record) -> Path:
+        """Return the readable name, or the file where links are impossible."""
+        short, file = self.short_path(record.handle), self.path(record)
+        if short.exists():
+            return short
+        try:
+            short.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            short.unlink(missing_ok=True)  # a link whose file was moved
+            short.hardlink_to(file)
+        except (OSError, NotImplementedError):
+            with contextlib.suppress(OSError, NotImplementedError):
+                short.symlink_to(file)
+        return short if short.exists() else file
 
     def _remove_files_of_deleted(self) -> None:
         """Unlink files of deleted images and empty their `file` column.

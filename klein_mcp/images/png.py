@@ -58,6 +58,27 @@ def _compressed(image: npt.NDArray[np.uint8]) -> Iterator[bytes]:
     yield deflater.flush()
 
 
+def decode(data: bytes) -> npt.NDArray[np.uint8]:
+    """Return the pixels of a PNG that `encode` wrote, faster than Pillow.
+
+    Raises ValueError for any other PNG.
+    """
+    header, compressed = b"", b""
+    start = len(SIGNATURE)
+    while start < len(data):
+        (length,), kind = struct.unpack_from("!I", data, start), data[start + 4 : start + 8]
+        content = data[start + 8 : start + 8 + length]
+        header = content if kind == b"IHDR" else header
+        compressed += content if kind == b"IDAT" else b""
+        start += length + 12
+    width, height, depth, colour, *_ = struct.unpack("!IIBBBBB", header)
+    channels = {number: count for count, number in _COLOUR_TYPES.items()}.get(colour, 0)
+    lines = np.frombuffer(_deflate.decompress(compressed), np.uint8).reshape(height, 1 + width * channels)
+    if depth != 8 or (lines[:, 0] != 1).any():
+        raise ValueError("not a PNG of this writer")
+    return np.cumsum(lines[:, 1:].reshape(height, width, channels), axis=1, dtype=np.uint8)
+
+
 def _sub_filtered(image: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
     """Apply filter type 1 (Sub): subtract the left pixel modulo 256."""
     height, width, channels = image.shape

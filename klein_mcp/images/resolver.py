@@ -162,7 +162,8 @@ class ImageResolver:
         try:
             real = path.resolve()
             # Our own results name paths in the library, whose images any caller may open by handle.
-            inside = any(real.is_relative_to(root.resolve()) for root in (*roots, self._store.files))
+            library = (self._store.files, self._store.short_path("").parent)
+            inside = any(real.is_relative_to(root.resolve()) for root in (*roots, *library))
         except (OSError, RuntimeError, ValueError):  # a loop of links, a name no file can have
             raise UnknownImage(f"There is no file {quote(str(path))} that can be read.", hint="Check it.") from None
         if not inside:  # before any check whether it exists

@@ -19,7 +19,7 @@ class PreparedRequest:
     """A request with everything its jobs need.
 
     hashes: `image_hash` of each reference that is sent as it is, "" for a part of one.
-    parents: records of references and mask. original, region: of an edit that keeps its size.
+    parents: records of the references; a mask is no parent. original, region: of an edit that keeps its size.
     affinity: names the lineage, so that its jobs meet on the machine that caches its references.
     """
 
@@ -47,6 +47,7 @@ class PreparedRequest:
             model=request.model,
             steps=request.steps,
             guidance=request.guidance,
+            find_change=isinstance(size, KeepSource) and request.preserve == "auto",
             hashes=self.hashes,
             affinity=self.affinity,
         )
@@ -73,7 +74,7 @@ def prepare(request: ImageRequest, store: Store, pixels: PixelCache) -> Prepared
         request,
         images,
         tuple(record.pixels for record in records),
-        (*records, *([mask_record] if mask_record else [])),
+        tuple(records),
         (*request.warnings, *(region.mask_warnings(mask) if mask is not None else ())),
         f"{request.model} {store.root(records[0].handle)}" if records else "",
     )

@@ -4,7 +4,7 @@ import re
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, Literal
 
 from klein_mcp.errors import RequestError
 from klein_mcp.limits import GRID, MAX_AREA, MAX_SEED
@@ -37,6 +37,8 @@ class KeepSource:
 
 
 Size = Native | Exact | Aspect | KeepSource
+Preserve = Literal["auto", "off"]
+"""Whether an edit puts the original's pixels back where it changed nothing."""
 Region = tuple[int, int, int, int]
 """x, y, width, height in pixels."""
 
@@ -48,6 +50,7 @@ class ImageRequest:
     images, mask: references as the caller wrote them; library handles once they are resolved.
     seed: of the first image; image k is made with seed + k.
     steps, guidance: None for what the model was made for.
+    preserve: of an edit at its own size.
     warnings: what building the request had to change, for the result.
     """
 
@@ -62,6 +65,7 @@ class ImageRequest:
     model: str = "auto"
     steps: int | None = None
     guidance: float | None = None
+    preserve: Preserve = "auto"
     warnings: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
@@ -147,6 +151,7 @@ def edit(
     model: str = "auto",
     steps: int | None = None,
     guidance: float | None = None,
+    preserve: Preserve = "auto",
 ) -> ImageRequest:
     """Request a changed image, of the image's own size unless another is given. Raises RequestError."""
     size, warnings = _free_size(width, height, None)
@@ -156,6 +161,7 @@ def edit(
         tool="edit_image",
         prompt=prompt,
         images=(image,),
+        preserve=preserve,
         mask=mask,
         region=_region(region),
         size=size if isinstance(size, Exact) else KeepSource(),

@@ -28,7 +28,8 @@ class Preview:
 class SavedImage:
     """An image that was made and is in the library under `handle`.
 
-    changed: the share of pixels that differ from the image that was edited; None where none was.
+    changed: of an edit at its own size, `VisibleChange` as JSON: share, box, kept.
+    read_as: the prompt as a small model read it, "" where that is how it came.
     dtype, mode: number format and execution mode; "" where the engine did not say.
     """
 
@@ -43,7 +44,8 @@ class SavedImage:
     dtype: str = ""
     mode: str = ""
     cache: Mapping[str, CacheUse] = field(default_factory=dict)
-    changed: float | None = None
+    changed: Mapping[str, Any] | None = None
+    read_as: str = ""
     warnings: tuple[str, ...] = ()
 
     @classmethod

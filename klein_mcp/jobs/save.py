@@ -5,24 +5,31 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from engine.contract import Result, Rgb8, image_hash
-from klein_mcp.images import codec
+from engine.contract import ChangeMask, Grey8, Result, Rgb8, image_hash
+from klein_mcp.images import codec, png, preserve
 from klein_mcp.images.library import Store
+from klein_mcp.images.preserve import VisibleChange
 from klein_mcp.images.provenance import Provenance
 from klein_mcp.jobs.execute import PreparedRequest
 from klein_mcp.jobs.request import ImageRequest
 from klein_mcp.jobs.results import SavedImage
 
+MENTIONED_DRIFT = 3.0
+"""Of 255: a smaller change of colour is what every pass through the autoencoder does."""
+
 
 @dataclass(frozen=True, slots=True)
 class FinishedImage:
-    """A result as it will be stored: for an edit, every pixel outside the region is the original's.
+    """A result as it will be stored: where an edit changed nothing, the pixels are the original's.
 
-    changed: the share of pixels that differ from the original; None where there is none.
+    changed: of an edit at its own size. opacity: of its crop, 0 where the original's bytes are kept; None for nowhere.
+    warnings: what the change mask found.
     """
 
     pixels: Rgb8
-    changed: float | None = None
+    changed: VisibleChange | None = None
+    opacity: "Grey8 | None" = None
+    warnings: tuple[str, ...] = ()
 
 
 def finish(prepared: PreparedRequest, result: Result) -> FinishedImage:
@@ -30,8 +37,48 @@ def finish(prepared: PreparedRequest, result: Result) -> FinishedImage:
     original, region = prepared.original, prepared.region
     if original is None or region is None:
         return FinishedImage(result.image)
-    image = region.composite(result.image, original)
-    return FinishedImage(image, round(float(np.mean(np.any(image != original, axis=2))), 4))
+    opacity = region.opacity(result.change)
+    image = region.composite(result.image, original, result.change)
+    changed = preserve.measure(image, original, region.mask, kept=False)
+    return FinishedImage(image, changed, opacity, _edit_warnings(changed, result.change))
+
+
+def _edit_warnings(changed: VisibleChange, change: ChangeMask | None) -> tuple[str, ...]:
+    """Warn of an edit that did nothing, and of everything that was undone around it."""
+    warnings = []
+    if changed.share < preserve.NOTHING:
+        warnings.append("nothing visible changed")
+    if change is not None and not change.whole:
+        if change.shift != (0, 0):
+            right, down = change.shift
+            warnings.append(f"the model moved the image by {right} pixels right, {down} down; it was moved back")
+        if change.drift > MENTIONED_DRIFT:
+            warnings.append(f"colours outside the change drifted by {change.drift:.0f} of 255; they were matched")
+        if change.faint_box is not None:
+            place = f"{change.faint:.1%} of the image at {list(change.faint_box)}"
+            warnings.append(f'a faint change of {place} was taken for noise; preserve "off" keeps it')
+    return tuple(warnings)
+
+
+def _checked(image: FinishedImage, prepared: PreparedRequest, stored: bytes) -> VisibleChange | None:
+    """Compare the stored file with the original, byte by byte, wherever it is to be the original's."""
+    if image.changed is None or image.opacity is None or prepared.original is None or prepared.region is None:
+        return image.changed
+    left, top, *_ = prepared.region.box
+    kept = preserve.is_kept(png.decode(stored), prepared.original, image.opacity, (left, top))
+    return replace(image.changed, kept=kept)
+
+
+def _write_changes(store: Store, handle: str, image: FinishedImage, prepared: PreparedRequest) -> None:
+    """Store the change mask beside the image, of its size: white is painted, black the original's."""
+    if image.opacity is None or prepared.region is None:
+        return
+    left, top, right, bottom = prepared.region.box
+    mask = np.zeros(image.pixels.shape[:2], np.uint8)
+    mask[top:bottom, left:right] = image.opacity
+    path = store.changes_path(handle)
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    path.write_bytes(codec.encode_mask(mask))
 
 
 def provenance_of(request: ImageRequest, result: Result, parents: Sequence[str] = (), handle: str = "") -> Provenance:
@@ -53,22 +100,33 @@ def provenance_of(request: ImageRequest, result: Result, parents: Sequence[str] 
     )
 
 
+def _measured(result: Result) -> dict[str, object]:
+    """Return what is told of the making in the recipe resource, and nowhere else."""
+    return {"ms": {stage: round(spent) for stage, spent in result.ms.items()}, "cache": dict(result.cache)}
+
+
 def save(
     store: Store, handle: str, image: FinishedImage, prepared: PreparedRequest, result: Result, client: str
 ) -> tuple[SavedImage, str]:
     """Store the image under `handle`. Returns it and its pixel hash; then it survives the machine going down."""
     result = replace(result, image=image.pixels)
     provenance = provenance_of(prepared.request, result, [parent.handle for parent in prepared.parents], handle)
-    recipe, pixels = provenance.to_json(), image_hash(image.pixels)
+    pixels, recipe = image_hash(image.pixels), provenance.to_json()
     width, height = provenance.width, provenance.height
+    encoded = codec.encode(image.pixels, "png", recipe)
+    changed = _checked(image, prepared, encoded)
+    made: dict[str, object] = {"read_as": result.read_as} if result.read_as else {}
+    if changed:
+        made["changed"] = {**changed.to_json(), "mask": image.opacity is not None}
+    _write_changes(store, handle, image, prepared)
     store.put(
-        codec.encode(image.pixels, "png", recipe),
+        encoded,
         handle=handle,
         pixels=pixels,
         size=(width, height),
         client=client,
         tool=prepared.request.tool,
-        recipe=recipe,
+        recipe=recipe | made | _measured(result),
         parents=provenance.parents,
         prompt=provenance.prompt,
     )
@@ -84,7 +142,8 @@ def save(
         dtype=result.dtype,
         mode=result.mode,
         cache=dict(result.cache),
-        changed=image.changed,
-        warnings=(*result.warnings, *prepared.aspect_warnings(result)),
+        changed=changed.to_json() if changed else None,
+        read_as=result.read_as,
+        warnings=(*image.warnings, *result.warnings, *prepared.aspect_warnings(result)),
     )
     return saved, pixels

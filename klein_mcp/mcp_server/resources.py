@@ -35,6 +35,12 @@ ALL = "klein://images"
 _TEMPLATES = (
     ("{handle}", "image", "image/png", "The full image, or the largest rendition that fits into a message."),
     ("{handle}/preview", "preview", "image/jpeg", "A small rendition."),
+    (
+        "{handle}/changes",
+        "changes",
+        "image/png",
+        "Of an edit: white where it was painted, black where nothing changed.",
+    ),
     ("{handle}/recipe", "recipe", "application/json", "How it was made: prompt, seed, model, parents."),
 )
 
@@ -76,7 +82,11 @@ async def read(service: Service, uri: str, call: CallContext) -> list[ReadResour
             return [_json(views.image_details(service.store, handle))]
         if part == "recipe":
             return [_json({**record.recipe, **_metadata(record)})]
-        raise RequestError(f"{uri} is not a resource.", hint="There are HANDLE, HANDLE/preview and HANDLE/recipe.")
+        if part == "changes":
+            return [_changes(service, record)]
+        raise RequestError(
+            f"{uri} is not a resource.", hint="There are HANDLE, HANDLE/preview, HANDLE/changes and HANDLE/recipe."
+        )
 
     try:
         return await anyio.to_thread.run_sync(work)
@@ -144,6 +154,13 @@ def _thumb(service: Service, record: Record) -> ReadResourceContents:
             with suppress(KeyError):  # another thread was first
                 _thumbs.popitem(last=False)
     return ReadResourceContents(*made)
+
+
+def _changes(service: Service, record: Record) -> ReadResourceContents:
+    try:
+        return ReadResourceContents(service.store.changes_path(record.handle).read_bytes(), results.MIME)
+    except OSError:
+        raise RequestError(f"{record.handle} has no change mask: nothing of an original was kept in it.") from None
 
 
 def _json(value: Any) -> ReadResourceContents:

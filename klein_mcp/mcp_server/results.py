@@ -15,39 +15,45 @@ from klein_mcp.images.library import Record, Store
 from klein_mcp.jobs.context import CallContext
 
 if TYPE_CHECKING:
-    from klein_mcp.jobs.results import JobResult, PendingJob
+    from klein_mcp.jobs.results import JobResult, PendingJob, SavedImage
 
 MIME = "image/png"
 
 
 def tool_result(result: "JobResult", store: Store, show: str, call: CallContext) -> CallToolResult:
     """Return the result of generate, edit and compose. Blocking."""
-    first = result.images[0]
     records = [store.get(image.handle) for image in result.images]
-    locations = [location(store, record, call) for record in records]
-    common = {
-        "width": first.width,
-        "height": first.height,
-        "model": first.model,
-        "steps": first.steps,
-        "parents": records[0].parents,
-        **({} if first.changed is None else {"changed": first.changed}),
-        "ms": result.ms,
-        "cache": dict(first.cache),
-        "warnings": result.warnings,
-    }
-    seeds = [str(image.seed) for image in result.images]
-    if len(locations) == 1:
-        line = {**locations[0], "seed": seeds[0], **common}
+    entries = [
+        _entry(image, location(store, record, call)) for image, record in zip(result.images, records, strict=True)
+    ]
+    warnings = {"warnings": result.warnings} if result.warnings else {}
+    if len(entries) == 1:
+        image, *rest = entries[0].items()
+        line = dict([image]) | warnings | dict(rest)
     else:
-        cells = zip("ABCD", locations, seeds, strict=False)
-        line = {"images": [{"label": label, **where, "seed": seed} for label, where, seed in cells], **common}
+        cells = [{"label": label, **entry} for label, entry in zip("ABCD", entries, strict=False)]
+        line = {"images": cells, **warnings, "last": records[-1].handle}
     blocks: list[ContentBlock] = [text(line)]
     if show == "inline" and result.preview:
         blocks.append(ImageContent(type="image", data=result.preview.base64, mime_type=result.preview.mime))
     if show != "none":
         blocks += [resource_link(record) for record in records]
     return CallToolResult(content=blocks)
+
+
+def _entry(image: "SavedImage", where: Mapping[str, str]) -> dict[str, Any]:
+    """Return what an agent acts on, the most important first.
+
+    The rest is in the recipe resource.
+    """
+    return {
+        "image": image.handle,
+        **({"changed": image.changed} if image.changed else {}),
+        **({"read_as": image.read_as} if image.read_as else {}),
+        "seed": str(image.seed),
+        "size": [image.width, image.height],
+        **{name: value for name, value in where.items() if name != "image"},
+    }
 
 
 def pending_result(pending: "PendingJob") -> CallToolResult:
@@ -57,8 +63,8 @@ def pending_result(pending: "PendingJob") -> CallToolResult:
 
 def location(store: Store, record: Record, call: CallContext) -> dict[str, str]:
     """Return an image's handle with its path, or URL for remote clients."""
-    at = {"path": str(store.path(record))} if call.link is None else {"url": call.link(record.handle)}
-    return {"image": record.handle, "uri": uri(record.handle), **at}
+    at = {"path": str(store.readable_path(record))} if call.link is None else {"url": call.link(record.handle)}
+    return {"image": record.handle, **at}
 
 
 def uri(handle: str) -> str:

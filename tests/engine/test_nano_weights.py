@@ -10,10 +10,10 @@ from PIL import Image
 
 from engine.nano.evaluate import Table, evaluate, questions
 from engine.nano.training.folder import WEIGHTS
+from engine.nano.training.metadata import vocabulary
 from engine.nano.training.model import LAYERS, TEXT_LENGTH, Nano
 from engine.nano.training.score import draw
 from engine.nano.training.train_decoder import psnr
-from engine.nano.words import KNOWN
 
 EVERY = 15
 """Of the held-out list: 20 questions a row, half a minute on one core."""
@@ -59,7 +59,7 @@ def test_its_folder_says_how_it_was_trained():
         "text_layers": list(LAYERS),
         "native_size": 128,
         "max_references": 3,
-        "words": sorted(KNOWN),
+        **vocabulary(),
     }
     assert json.loads((WEIGHTS / "model_index.json").read_text())["_class_name"] == "Flux2KleinKVPipeline"
 

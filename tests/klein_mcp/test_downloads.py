@@ -88,9 +88,9 @@ async def test_link_to_a_deleted_image_is_not_found(
 async def test_upload_returns_a_handle_that_tools_accept(client: Client, http: httpx2.AsyncClient):
     answer = await http.post("/upload", content=file(scene(64, 48), "BMP"))
     payload = answer.json()
-    assert (answer.status_code, payload["width"], payload["height"], payload["warnings"]) == (200, 64, 48, [])
+    assert (answer.status_code, payload["width"], payload["height"], payload.get("warnings", [])) == (200, 64, 48, [])
     edited = await call(client, "edit_image", image=payload["image"], prompt="x")
-    assert edited["parents"] == [payload["image"]]
+    assert (await call(client, "view_image", image=edited["image"]))["parents"] == [payload["image"]]
 
 
 async def test_upload_is_announced_once(http: httpx2.AsyncClient, announced: list[str]):

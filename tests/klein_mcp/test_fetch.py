@@ -319,5 +319,7 @@ async def test_through_server_web_image_becomes_parent_with_its_address(
     assert "not on the public internet" in await refused(client, "view_image", image="https://127.0.0.1/x.png")
     monkeypatch.setattr(fetch, "get", lambda url, limit: get("/picture.png"))
     facts = await call(client, "edit_image", image="https://picture.example/cat.png", prompt="x")
-    parent = await call(client, "view_image", image=facts["parents"][0])
+    parent = await call(
+        client, "view_image", image=(await call(client, "view_image", image=facts["image"]))["parents"][0]
+    )
     assert parent["source"] == "https://picture.example/cat.png"

@@ -32,7 +32,7 @@ async def call(client: Client, tool: str, **arguments: Any) -> dict[str, Any]:
 
 async def pixels(client: Client, payload: dict[str, Any]) -> bytes:
     """The full image, as any client can get it."""
-    (content,) = (await client.read_resource(payload["uri"])).contents
+    (content,) = (await client.read_resource(f"klein://images/{payload['image']}")).contents
     return content.blob.encode()  # type: ignore[union-attr]
 
 
@@ -48,11 +48,11 @@ def without_names(payload: dict[str, Any]) -> dict[str, Any]:
 async def paint_all(client: Client) -> list[dict[str, Any]]:
     apple = await call(client, "generate_image", prompt="an apple on a yellow background", seed=7)
     edited = await call(client, "edit_image", image="last", prompt="make the background green", seed=8)
-    assert edited["parents"] == [apple["image"]]
+    assert (await call(client, "view_image", image=edited["image"]))["parents"] == [apple["image"]]
     both = [apple["image"], edited["image"]]
     prompt = "the apple from image 1 to the left of the apple from image 2 on a blue background"
     composed = await call(client, "compose_references", images=both, prompt=prompt, seed=9)
-    assert composed["parents"] == both
+    assert (await call(client, "view_image", image=composed["image"]))["parents"] == both
     return [apple, edited, composed]
 
 
@@ -125,8 +125,9 @@ async def test_last_belongs_to_each_client(living, url):
     async with through("stdio", living, url) as one, through("http legacy", living, url) as other:
         mine = await call(one, "generate_image", prompt="a cat on red", seed=1)
         theirs = await call(other, "generate_image", prompt="a dog on blue", seed=2)
-        assert (await call(one, "edit_image", image="last", prompt="make it green"))["parents"] == [mine["image"]]
-        assert (await call(other, "edit_image", image="last", prompt="make it green"))["parents"] == [theirs["image"]]
+        for client, own in ((one, mine), (other, theirs)):
+            edited = await call(client, "edit_image", image="last", prompt="make it green")
+            assert (await call(client, "view_image", image=edited["image"]))["parents"] == [own["image"]]
 
 
 @pytest.mark.parametrize("front_end", FRONT_ENDS)

@@ -33,8 +33,8 @@ async def read(client: Client, uri: str) -> Any:
 async def test_each_image_is_listed_and_read_exactly(client: Client, painter: FakeExecutor):
     payload = await call(client, "generate_image", prompt="a red dot")
     listed = {resource.uri: resource for resource in (await client.list_resources()).resources}
-    assert listed[payload["uri"]].title == "a red dot"
-    (content,) = await read(client, payload["uri"])
+    assert listed[f"klein://images/{payload['image']}"].title == "a red dot"
+    (content,) = await read(client, f"klein://images/{payload['image']}")
     assert content.mime_type == "image/png"
     assert (pixels(base64.b64decode(content.blob)) == painter.paint(painter.jobs[0])).all()
 
@@ -42,9 +42,9 @@ async def test_each_image_is_listed_and_read_exactly(client: Client, painter: Fa
 async def test_preview_and_recipe_are_resources_of_their_own(client: Client):
     first = await call(client, "generate_image", prompt="a dot", seed=7)
     payload = await call(client, "edit_image", image="last", prompt="blue", seed=8)
-    (content,) = await read(client, f"{payload['uri']}/preview")
+    (content,) = await read(client, f"klein://images/{payload['image']}/preview")
     assert (content.mime_type, base64.b64decode(content.blob)[:2]) == ("image/jpeg", b"\xff\xd8")
-    (content,) = await read(client, f"{payload['uri']}/recipe")
+    (content,) = await read(client, f"klein://images/{payload['image']}/recipe")
     recipe = json.loads(content.text)
     assert (recipe["seed"], recipe["parents"], recipe["request"]["prompt"]) == ("8", [first["image"]], "blue")
     (content,) = await read(client, ALL)
@@ -62,7 +62,7 @@ async def test_image_too_large_for_a_message_is_read_smaller(client: Client, pai
 
     painter.paint = worst
     payload = await call(client, "generate_image", prompt="noise", width=2048, height=2048)
-    result = await client.read_resource(payload["uri"])
+    result = await client.read_resource(f"klein://images/{payload['image']}")
     assert len(result.model_dump_json(by_alias=True)) < 1_000_000
     smaller, exact = result.contents
     assert smaller.mime_type == "image/jpeg"
@@ -171,4 +171,4 @@ async def test_deleted_image_says_when_it_was_deleted(client: Client, service: S
     service.store.delete([payload["image"]])
     assert "was deleted on" in await refused(client, "view_image", image=payload["image"])
     with pytest.raises(MCPError, match="was deleted on"):
-        await client.read_resource(payload["uri"])
+        await client.read_resource(f"klein://images/{payload['image']}")

@@ -71,6 +71,7 @@ paintings = st.builds(
     cache=st.dictionaries(st.sampled_from(["prompt", "references"]), st.sampled_from(["hit", "miss", "none"])),
     warnings=st.lists(texts, max_size=3).map(tuple),
     change=st.none() | changes,
+    read_as=texts,
 )
 messages = st.one_of(
     jobs,

@@ -134,7 +134,7 @@ async def test_two_minutes_of_six_agents_and_two_crashes(tmp_path: Path):
             for facts in diary.painted:
                 with Image.open(io.BytesIO(Path(facts["path"]).read_bytes())) as opened:
                     opened.load()
-                    assert opened.size == (facts["width"], facts["height"])
+                    assert list(opened.size) == facts["size"]
         reported = json.loads(place.run("-m", "klein_mcp", "status", "--json").stdout)
         remembered = reported["engine"]["cache"]["bytes"] / 1024
         place.run("-m", "klein_mcp", "stop")

@@ -25,12 +25,23 @@ def _list_of(check: Callable[[Any], bool]) -> Callable[[Any], bool]:
     return lambda value: isinstance(value, list) and bool(value) and all(map(check, value))
 
 
+def _are_words(value: Any) -> bool:
+    return _list_of(lambda word: isinstance(word, str))(value)
+
+
+def _are_words_of_words(value: Any) -> bool:
+    return isinstance(value, dict) and all(words == [] or _are_words(words) for words in value.values())
+
+
 _EXTRA_KEYS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "text_length": ("a positive integer", _is_positive),
     "text_layers": ("a list of positive integers", _list_of(_is_positive)),
     "native_size": ("a positive integer", _is_positive),
     "max_references": ("a positive integer", _is_positive),
-    "words": ("a list of strings", _list_of(lambda value: isinstance(value, str))),
+    "words": ("a list of strings", _are_words),
+    "nouns": ("words with a list of words each", _are_words_of_words),
+    "shapes": ("a list of strings", _are_words),
+    "colours": ("a list of strings", _are_words),
 }
 """Its keys, each with what the value must be: the file is written by hand."""
 
@@ -71,8 +82,9 @@ def _with_extras(variant: Variant, folder: Path) -> Variant:
             raise BadWeights(f"{folder / EXTRAS}: {key} is {str(value)[:40]!r}; it must be {wanted}.")
     if "text_layers" in extras:
         extras["text_layers"] = tuple(extras["text_layers"])
-    if "words" in extras:
-        extras["words"] = frozenset(extras["words"])
+    extras |= {key: frozenset(extras[key]) for key in ("words", "shapes", "colours") if key in extras}
+    if "nouns" in extras:
+        extras["nouns"] = {noun: tuple(colours) for noun, colours in extras["nouns"].items()}
     if "native_size" in extras:
         # A small klein was made for one area: it neither generates nor sees more than that.
         extras |= {"max_size": extras["native_size"], "reference_size": min(1024, extras["native_size"])}

@@ -32,6 +32,7 @@ from engine.diffusion.tokens import grid_positions, pack, reference_time, text_p
 from engine.families.klein.checkpoint import Checkpoint
 from engine.families.klein.footprint import activation_memory, device_bytes, memory_info
 from engine.families.klein.loader import LoadOptions, load
+from engine.families.klein.reading import read_prompt
 from engine.families.klein.runner import CompileOptions, Runner
 from engine.families.klein.text_encoder import TextEncoder, Tokenizer
 from engine.families.klein.transformer import KVPair, Modulations, Transformer
@@ -172,7 +173,9 @@ class Klein:
         # 1. The prompt, as states the transformer reads; a guided model also reads an empty one.
         yield Stage("prompt")
         with clock("prompt"):
-            text, prompt_hit = self._prompt_states(job.prompt, warnings)
+            reading = read_prompt(job.prompt, variant)
+            warnings += reading.warnings
+            text, prompt_hit = self._prompt_states(reading.text, warnings)
             no_text = self._prompt_states("", [])[0] if guidance > 1 else None
 
         # 2. The references, as tokens that take part in every step, or as keys and values kept for all of them.
@@ -237,6 +240,7 @@ class Klein:
             dtype=self.device.dtype_name,
             mode=mode,
             change=change,
+            read_as="" if reading.text == job.prompt else reading.text,
         )
 
     @torch.no_grad()
@@ -380,8 +384,6 @@ class Klein:
     def _prompt_states(self, prompt: str, warnings: list[str]) -> tuple[Tensor, bool]:
         """Prompt states after the transformer's own projection: [1, text_length, hidden]."""
         tokens = self.tokenizer(prompt)
-        if unknown := self.variant.unknown_words(prompt):
-            warnings.append(f"{self.variant.name} was never taught {', '.join(unknown)}, and guesses")
         if tokens.cut:
             warnings.append(
                 f"the prompt is {tokens.cut} tokens longer than the {self.variant.text_length} {self.variant.name} "

@@ -1,7 +1,7 @@
 """VARIANTS: one frozen row per model. Whatever differs between two kleins is said here and nowhere else."""
 
-import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 APACHE = "Apache-2.0"
 NON_COMMERCIAL = "FLUX Non-Commercial"
@@ -31,6 +31,8 @@ class Variant:
     max_size: the square side whose area is the most it paints by itself; larger pictures are resampled from it.
     reference_size: the square side whose area a reference is shrunk to if it is larger.
     words: all that its prompts may hold; empty for a model that knows more than could be listed.
+    nouns: those of the words that name a thing, each with the colours it is always painted in.
+    shapes, colours: those of the words that name a thing of any colour, and the colours.
     text_length, text_layers: tokens the prompt is padded to; the Qwen3 layers whose states are stacked.
     hidden: the transformer's width, which tells a 4B from a 9B. files: the published single files.
     memory_gb: weights that are read, in bf16, plus about 2 GB of working memory at 1024 x 1024.
@@ -52,14 +54,12 @@ class Variant:
     text_length: int = 512
     text_layers: tuple[int, ...] = (9, 18, 27)
     words: frozenset[str] = frozenset()
+    nouns: Mapping[str, tuple[str, ...]] = field(default_factory=dict, hash=False)
+    shapes: frozenset[str] = frozenset()
+    colours: frozenset[str] = frozenset()
     memory_gb: float = 0.0
     hidden: int = 0
     files: tuple[File, ...] = ()
-
-    def unknown_words(self, prompt: str) -> list[str]:
-        """Words of the prompt that the model was never taught, in order, each once; none where it knows no end."""
-        said = (word.lower() for word in re.findall(r"[^\W\d_]+", prompt)) if self.words else ()
-        return list(dict.fromkeys(word for word in said if word not in self.words))
 
     @property
     def distilled(self) -> bool:

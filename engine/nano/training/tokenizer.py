@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
+from engine.nano.training.metadata import vocabulary
 from engine.nano.training.model import TEXT_LENGTH
 from engine.nano.words import KNOWN, NOUNS
 
@@ -65,7 +66,7 @@ def _grow(folder: Path, old: int, ancestors: list[list[int]]) -> None:
     config["vocab_size"] = len(rows)
     config_path.write_text(json.dumps(config, indent=2) + "\n")
     klein_path = folder / "klein.json"
-    extras = json.loads(klein_path.read_text()) | {"text_length": TEXT_LENGTH, "words": sorted(KNOWN)}
+    extras = json.loads(klein_path.read_text()) | {"text_length": TEXT_LENGTH, **vocabulary()}
     klein_path.write_text(json.dumps(extras) + "\n")
 
 

@@ -17,6 +17,7 @@ class EditImage(fields.Arguments):
     mask: fields.Mask | None = None
     width: fields.EditWidth | None = None
     height: fields.Height | None = None
+    preserve: fields.Preserve = "auto"
     count: fields.Count = 1
     seed: fields.Seed | None = None
     model: fields.Model | None = None
@@ -31,6 +32,7 @@ async def run(service: Service, call: CallContext, arguments: EditImage) -> Call
         region=arguments.region,
         width=arguments.width,
         height=arguments.height,
+        preserve=arguments.preserve,
         count=arguments.count,
         seed=arguments.seed,
         model=service.model(arguments.model),
@@ -42,8 +44,8 @@ TOOL = Tool(
     name="edit_image",
     title="Edit an image",
     description=(
-        "Change an image by an instruction; it keeps its exact size. With region or mask, every pixel outside stays "
-        "as it was. The original is kept: edit the new handle to go on, the old one to start over."
+        "Change an image by an instruction; it keeps its size, and untouched pixels keep their bytes. With region or "
+        "mask nothing outside changes. The original stays: edit the new handle to go on, the old one to start over."
     ),
     arguments=EditImage,
     run=run,

@@ -116,6 +116,10 @@ Model = Annotated[
     ),
     AfterValidator(_known_model),
 ]
+Preserve = Annotated[
+    Literal["auto", "off"],
+    Field(description="auto: pixels that did not change stay the original's; off: as painted."),
+]
 Show = Annotated[
     Literal["inline", "link", "none"],
     Field(description="inline: a preview in the result. Default: what your client shows."),

@@ -1,0 +1,212 @@
+"""How a small model reads a prompt: in the words it knows, without sentences that only say what stays.
+
+A model that knows more words than could be listed gets every prompt untouched.
+"""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+
+from engine.families.klein.synonyms import ALTERNATIVES, CONSTRAINTS, FILLERS, NUMBERS, RELATED, SYNONYMS
+from engine.families.klein.variants import Variant
+
+_WORD = re.compile(r"[^\W\d_]+(?:['’-][^\W\d_]+)*")
+_SENTENCE = re.compile(r"[^.!?;\n]+[.!?;\n]*")
+_BEGINS = "|".join(re.escape(begin) for begin in CONSTRAINTS)
+_CONSTRAINT = re.compile(rf"\s*(?:please\s+|and\s+|but\s+|also\s+)*(?:no|{_BEGINS})\b", re.IGNORECASE)
+_CLAUSE = re.compile(rf"[,\s]*(?:\b(?:and|but|then)\s+)?(?:,\s*no|\b(?:{_BEGINS}))\b.*", re.IGNORECASE | re.DOTALL)
+NEAREST = 3
+"""Known nouns that are named for one that is not."""
+MOST_NAMED = 4
+"""Unknown words that are named in a warning."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """text: the prompt as the model gets it. warnings: what of the prompt it cannot do."""
+
+    text: str
+    warnings: tuple[str, ...] = ()
+
+
+def read_prompt(prompt: str, variant: Variant) -> Reading:
+    """Return the prompt in the variant's words; untouched where the variant lists none."""
+    if not variant.words:
+        return Reading(prompt)
+    sentences = [_Sentence.of(text, variant) for text in _sentences(prompt)]
+    kept = [sentence for sentence in sentences if sentence.is_understood] or sentences[:1]
+    text = " ".join(sentence.text for sentence in kept)
+    if len(sentences) > len(kept) or len(kept) == 1:
+        text = text.rstrip(" .!;")
+    if _plain(text) == _plain(prompt):
+        text = prompt
+    return Reading(text, (*_unknown(text, variant), *_own_colours(text, variant), *_counts(prompt, variant)))
+
+
+def unknown_words(text: str, variant: Variant) -> list[str]:
+    """Words that the variant does not know, in order, each once; none where it lists no words."""
+    found = (word.lower() for word in _WORD.findall(text)) if variant.words else ()
+    return list(dict.fromkeys(word for word in found if not _is_known(word, variant)))
+
+
+def _plain(text: str) -> str:
+    return " ".join(text.split()).rstrip(".")
+
+
+def _is_known(word: str, variant: Variant) -> bool:
+    return all(part in variant.words for part in re.split("['’-]", word))
+
+
+def _sentences(prompt: str) -> Iterator[str]:
+    """The sentences and what is left of them without clauses about what stays; all of it if nothing would be left."""
+    left = False
+    for sentence in _SENTENCE.findall(prompt):
+        if _CONSTRAINT.match(sentence):
+            continue
+        text = _CLAUSE.sub("", sentence)
+        if text != sentence:
+            text = re.sub(r"(?:[\s,]|\b(?:and|but|with|in|on))+$", "", text) + "."
+        if _WORD.search(text):
+            left = True
+            yield " ".join(text.split())
+    if not left:
+        yield " ".join(prompt.split())
+
+
+@dataclass(frozen=True, slots=True)
+class _Sentence:
+    """text: in known words as far as they go. known, unknown: how many of its words say something, and are so."""
+
+    text: str
+    known: int
+    unknown: int
+
+    @property
+    def is_understood(self) -> bool:
+        return self.known > 0 and self.known >= self.unknown
+
+    @classmethod
+    def of(cls, text: str, variant: Variant) -> "_Sentence":
+        pieces, end, known, unknown = [], 0, 0, 0
+        determined = False  # whether the word before is an article, or says more of the same thing
+        for match in _WORD.finditer(text):
+            lower, word = match[0].lower(), _known_form(match[0], variant)
+            pieces.append(text[end : match.start()])
+            end = match.end()
+            if word is None and lower in FILLERS | NUMBERS:
+                continue
+            if (
+                word is not None
+                and not determined
+                and word.lower() != lower
+                and _is_plural(lower, word.lower(), variant)
+            ):
+                word = f"a {word}"
+            pieces.append(match[0] if word is None else word)
+            unknown += word is None
+            known += word is not None and _says_something(word, variant)
+            determined = word is not None and word.lower() in (*_ARTICLES, *variant.colours)
+        plain = re.sub(r"\s+([,.!?;])", r"\1", " ".join("".join([*pieces, text[end:]]).split()))
+        return cls(_without_adjectives(_with_articles(plain), variant), known, unknown)
+
+
+def _is_plural(word: str, known: str, variant: Variant) -> bool:
+    """Whether a word was read as one thing where several were asked for."""
+    return word.endswith("s") and not known.endswith("s") and (known in variant.nouns or known in variant.shapes)
+
+
+def _says_something(word: str, variant: Variant) -> bool:
+    """Whether the word names a thing, a colour or an act; "the", "of" and "image" stand in any sentence."""
+    return word.lower().removeprefix("a ") not in _ANYWHERE
+
+
+_ARTICLES = ("a", "an", "the")
+_ANYWHERE = {*_ARTICLES, "and", "image", "picture", "photo", "side", "one", "it", "me", "its", "is",
+             "of", "in", "on", "at", "to", "from", "with", "by", "for"}  # fmt: skip
+
+
+def _known_form(word: str, variant: Variant) -> str | None:
+    """The word as the model knows it; None if it does not."""
+    lower = word.lower()
+    if _is_known(lower, variant):
+        return word if word[0].isupper() and not word.isupper() else lower
+    for form in (lower, *_singulars(lower)):
+        for candidate in (form, *ALTERNATIVES.get(form, ()), SYNONYMS.get(form, "")):
+            if candidate in variant.words:
+                return candidate.capitalize() if word[0].isupper() and not word.isupper() else candidate
+    return None
+
+
+def _singulars(word: str) -> Iterator[str]:
+    for ending, stem in (("ies", "y"), ("ves", "f"), ("es", ""), ("s", ""), ("ing", ""), ("ing", "e"), ("ed", "")):
+        if word.endswith(ending) and len(word) > len(ending) + 2:
+            yield word.removesuffix(ending) + stem
+
+
+def _with_articles(text: str) -> str:
+    """ "a" and "an" as the words behind them ask for."""
+    text = re.sub(r"\b([Aa])n (?=[^aeiouAEIOU\s])", r"\1 ", text)
+    return re.sub(r"\b([Aa]) (?=[aeioAEIO]|u(?!ni))", r"\1n ", text)
+
+
+def _without_adjectives(text: str, variant: Variant) -> str:
+    """Without unknown words in front of a known thing, and without a colour in front of one that has its own."""
+    things = variant.nouns.keys() | variant.shapes | variant.colours
+    while True:
+        words = list(_WORD.finditer(text))
+        for word, following in pairwise(words):
+            between = text[word.end() : following.start()]
+            if between.strip(" ,") or following[0].lower() not in things:
+                continue
+            unknown = not _is_known(word[0].lower(), variant) and word[0].lower() not in RELATED
+            if unknown:
+                text = _with_articles(text[: word.start()] + text[following.start() :])
+                break
+        else:
+            return text
+
+
+def _unknown(text: str, variant: Variant) -> Iterator[str]:
+    """A warning that names the unknown words, what is known of their kind, and the way out."""
+    words = unknown_words(text, variant)
+    if not words:
+        return
+    named = [
+        f"{word} (nearest: {', '.join(near)})" if (near := _nearest(word, variant)) else word
+        for word in words[:MOST_NAMED]
+    ]
+    more = f" and {len(words) - MOST_NAMED} more words" if len(words) > MOST_NAMED else ""
+    yield f"{variant.name} does not know {', '.join(named)}{more}; klein-mcp pull klein-4b"
+
+
+def _nearest(word: str, variant: Variant) -> list[str]:
+    singular = next((form for form in (word, *_singulars(word)) if form in RELATED), word)
+    return [noun for noun in RELATED.get(singular, ()) if noun in variant.nouns or noun in variant.shapes][:NEAREST]
+
+
+def _counts(prompt: str, variant: Variant) -> Iterator[str]:
+    """A warning for a number of things that the model has no word for."""
+    for match in re.finditer(
+        rf"\b({'|'.join(sorted(NUMBERS))})\s+(?:[^\W\d_]+\s+)?([^\W\d_]+s)\b", prompt, re.IGNORECASE
+    ):
+        number, things = match[1].lower(), match[2].lower()
+        known = _known_form(things, variant)
+        if number not in variant.words and known is not None and (known in variant.nouns or known in variant.shapes):
+            yield f"{variant.name} paints one {known}: it knows no {number}"
+
+
+def _own_colours(text: str, variant: Variant) -> Iterator[str]:
+    """A warning for each colour that is asked of a thing which the model paints in its own."""
+    if not variant.nouns:
+        return
+    colours, nouns = ("|".join(map(re.escape, sorted(words))) for words in (variant.colours, variant.nouns))
+    before = re.compile(rf"\b(?P<colour>{colours}) (?P<noun>{nouns})\b", re.IGNORECASE)
+    behind = re.compile(
+        rf"\b(?:make|turn|paint|color|change) (?:the color of )?the (?P<noun>{nouns}) (?:to )?(?P<colour>{colours})\b",
+        re.IGNORECASE,
+    )
+    for match in (*before.finditer(text), *behind.finditer(text)):
+        noun, colour = match["noun"].lower(), match["colour"].lower()
+        if colour not in variant.nouns[noun]:
+            yield f"{variant.name} paints every {noun} in its own colours; {colour} is ignored"

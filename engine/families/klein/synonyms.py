@@ -1,0 +1,201 @@
+"""English beside the words a small model knows: spellings, synonyms and related nouns. No model is named here."""
+
+SYNONYMS: dict[str, str] = {
+    word: known
+    for known, words in {
+        # spelling
+        "gray": "grey greyish grayish silver silvery slate",
+        "color": "colour recolor recolour tint dye",
+        "center": "centre",
+        "middle": "centre center",
+        "donut": "doughnut",
+        "airplane": "aeroplane plane jet aircraft jumbo",
+        # colours
+        "red": "scarlet crimson ruby maroon vermilion reddish",
+        "orange": "amber tangerine",
+        "yellow": "gold golden lemon mustard yellowish",
+        "green": "lime emerald olive mint greenish",
+        "cyan": "turquoise teal aqua",
+        "blue": "navy azure cobalt indigo bluish",
+        "purple": "violet magenta lilac lavender mauve",
+        "pink": "rose fuchsia salmon pinkish",
+        "brown": "tan chestnut bronze chocolate",
+        "white": "ivory cream snow-white",
+        "black": "ebony jet-black",
+        # things
+        "cat": "kitten kitty feline",
+        "dog": "puppy pup doggy hound",
+        "car": "automobile auto sedan",
+        "rocket": "spaceship spacecraft",
+        "sailboat": "boat yacht ship",
+        "ship": "boat vessel yacht",
+        "rabbit": "bunny hare",
+        "burger": "hamburger cheeseburger",
+        "flower": "blossom bloom sunflower daisy",
+        "horse": "pony stallion mare",
+        "pig": "piglet hog",
+        "bird": "birdie",
+        "duck": "duckling mallard",
+        "frog": "toad",
+        "turtle": "tortoise",
+        "mouse": "rat",
+        "cow": "bull calf ox",
+        "sheep": "lamb",
+        "rooster": "chicken hen cock",
+        "house": "home cottage cabin hut building",
+        "cake": "gateau",
+        "mushroom": "toadstool fungus",
+        "hat": "cap tophat",
+        "crown": "tiara",
+        "clock": "alarm",
+        "book": "novel",
+        "ghost": "spook",
+        "robot": "android droid",
+        "ring": "annulus",
+        "circle": "disc disk dot ball",
+        "ball": "football soccer",
+        "square": "box block",
+        "star": "asterisk",
+        "cross": "plus",
+        "diamond": "rhombus lozenge",
+        "phone": "telephone smartphone cellphone mobile",
+        "television": "tv",
+        "laptop": "computer",
+        "bicycle": "bike",
+        "gift": "present",
+        "gem": "jewel",
+        "truck": "lorry",
+        "taxi": "cab",
+        "train": "locomotive",
+        "bulb": "lightbulb",
+        "corn": "maize",
+        "eggplant": "aubergine",
+        "crocodile": "alligator",
+        # grounds
+        "background": "backdrop scenery wall",
+        "grass": "lawn turf",
+        "ocean": "water",
+        "night": "nighttime midnight",
+        "snow": "snowy",
+        "sunset": "dusk sundown evening",
+        "forest": "woodland jungle",
+        "space": "cosmos galaxy universe",
+        # sizes and places
+        "big": "enormous giant gigantic massive",
+        "bigger": "greater taller wider",
+        "small": "mini miniature",
+        "left": "left-hand lefthand",
+        "right": "right-hand righthand",
+        "top": "upper",
+        "bottom": "lower",
+        "corner": "edge",
+        # verbs
+        "remove": "eliminate discard omit",
+        "delete": "drop",
+        "add": "insert include",
+        "move": "relocate push slide drag",
+        "replace": "substitute exchange",
+        "change": "switch alter convert transform modify",
+        "paint": "repaint create generate render produce",
+        "enlarge": "magnify scale-up grow",
+        "shrink": "reduce minify",
+        # kinds of image
+        "photo": "photograph snapshot",
+        "drawing": "sketch illustration icon logo cartoon doodle clipart emoji sticker sprite",
+        "picture": "pic graphic artwork artworks",
+    }.items()
+    for word in words.split()
+    if word != known
+}
+"""Word -> the word a model may know instead. Of two that stand for one word, the later."""
+
+ALTERNATIVES: dict[str, tuple[str, ...]] = {
+    "boat": ("sailboat", "ship"),
+    "ship": ("sailboat",),
+    "yacht": ("sailboat", "ship"),
+    "centre": ("center", "middle"),
+    "football": ("ball", "circle"),
+    "soccer": ("ball", "circle"),
+    "ball": ("circle",),
+    "box": ("square",),
+    "rose": ("flower", "pink"),
+    "tulip": ("flower",),
+    "lemon": ("yellow",),
+    "chocolate": ("brown",),
+    "forest": ("trees", "tree"),
+    "beach": ("sand",),
+    "lake": ("sea", "ocean"),
+    "lawn": ("grass",),
+    "water": ("ocean",),
+}
+"""Words with more than one way to be read, nearest first."""
+
+RELATED: dict[str, tuple[str, ...]] = {
+    word: tuple(nouns.split())
+    for words, nouns in {
+        "astronaut cosmonaut alien": "alien robot rocket",
+        "person people man woman boy girl child kid baby human portrait character figure hero princess prince king "
+        "queen knight wizard witch pirate soldier doctor chef": "robot snowman ghost",
+        "lion tiger leopard panther cheetah lynx": "lion tiger cat",
+        "wolf fox coyote jackal": "wolf fox dog",
+        "bear panda koala": "bear panda dog",
+        "cow goat donkey zebra deer camel giraffe unicorn bull": "cow horse pig",
+        "sheep lamb llama alpaca": "sheep horse pig",
+        "rhino rhinoceros hippo mammoth": "rhino elephant",
+        "chicken rooster hen goose swan turkey": "rooster duck bird",
+        "eagle owl parrot crow raven pigeon seagull flamingo": "eagle owl bird",
+        "shark dolphin orca seal": "shark dolphin whale fish",
+        "salmon tuna trout goldfish": "fish",
+        "squid jellyfish starfish lobster shrimp": "octopus crab",
+        "snake lizard dragon dinosaur crocodile worm": "dragon snake turtle frog",
+        "bee ladybug spider beetle ant insect fly moth dragonfly": "bee butterfly snail",
+        "rabbit mouse squirrel hamster hedgehog": "rabbit mouse cat",
+        "monkey gorilla ape chimpanzee": "monkey gorilla dog",
+        "truck van taxi jeep limousine motorcycle motorbike scooter ambulance": "truck car bus tractor",
+        "train tram subway bicycle": "train bus car",
+        "ferry canoe raft submarine": "ship sailboat",
+        "drone glider zeppelin satellite ufo": "helicopter airplane rocket",
+        "castle tower church building skyscraper palace barn school shop tent": "castle house",
+        "bush hedge forest pine palm oak plant fern": "tree flower cactus",
+        "rose tulip lily orchid bouquet": "rose flower",
+        "cherry peach tomato plum grapes pear orange lemon melon mango fruit": "cherry apple strawberry banana",
+        "potato onion pepper cucumber vegetable": "carrot mushroom",
+        "bread toast croissant pie cupcake cookie dessert icecream": "cake donut",
+        "sandwich taco hotdog burrito pasta noodles": "burger pizza",
+        "piano violin drum trumpet flute ukulele": "violin guitar",
+        "phone laptop television computer radio tablet screen": "camera clock",
+        "watch hourglass timer": "watch clock",
+        "newspaper magazine letter notebook diary": "book",
+        "sun moon planet globe": "sun moon circle star",
+        "helmet beanie": "hat crown",
+        "gem jewel ruby crystal": "gem diamond",
+        "wheel hoop donutring bracelet necklace": "ring circle",
+        "parasol tent-roof": "umbrella",
+        "kite blimp": "balloon",
+        "skeleton zombie monster vampire demon": "ghost robot",
+    }.items()
+    for word in words.split()
+}
+"""Noun -> nouns of its kind, nearest first."""
+
+_FILLERS = """
+    very really quite rather just only simply slightly somewhat exactly precisely also now then nice beautiful pretty
+    lovely cute adorable gorgeous stunning amazing shiny glossy matte fresh juicy ripe delicious tasty realistic
+    detailed simple clean crisp sharp soft hard bright vivid dark pale warm cool single lone solid flat uniform
+    entire whole existing current new some my your our its this that these those such kindly could you would can will
+    want like need centred centered square-on high quality resolution hd isolated minimal minimalist minimalistic
+    modern stylised stylized cartoonish photorealistic
+"""
+FILLERS = frozenset(_FILLERS.split())
+"""Words that say nothing a small model could act on; left out where it does not know them."""
+
+NUMBERS = frozenset("two three four five six seven eight nine ten several many few some multiple".split())  # noqa: SIM905
+"""Words in place of an article, for which a small model may know no plural."""
+
+CONSTRAINTS = (
+    "keep", "keeping", "leave", "leaving", "preserve", "preserving", "maintain", "maintaining", "retain", "retaining",
+    "don't", "dont", "do not", "never", "avoid", "make sure", "ensure", "everything else", "all else", "the rest",
+    "nothing else", "all other", "other than that", "no other", "be careful", "it should", "they should",
+    "the composition", "the light", "the lighting", "the shadow", "the shadows", "without", "while",
+)  # fmt: skip
+"""Beginnings of sentences and clauses that only say what is to stay as it is."""

@@ -1,0 +1,125 @@
+"""How a small model reads a prompt: pure cases on a made-up vocabulary, and nano's edits scored."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from engine.contract import EngineConfig, Job, Result, Rgb8
+from engine.engine import Engine
+from engine.families.klein.reading import read_prompt
+from engine.families.klein.variants import VARIANTS
+from engine.nano.training.compositor import BACKGROUNDS
+from engine.nano.training.prompts import Example, touched
+from engine.nano.training.scenes import MIDDLE, NORMAL, Scene, Thing
+from engine.nano.training.score import draw, edit_done
+from engine.nano.training.sprites import KINDS
+
+NOUNS = {"cat": ("orange",), "dog": (), "apple": ("red",), "rocket": (), "house": (), "octopus": ("pink",)}
+SHAPES = frozenset({"circle", "star"})
+COLOURS = frozenset({"red", "blue", "green", "gray", "white"})
+_OTHERS = """
+    a an the of in on at to from with and above beside left right make background remove add move change color drawing
+    photo image night sea sunset please replace put picture
+"""
+SMALL = replace(
+    VARIANTS["nano"],
+    nouns=NOUNS,
+    shapes=SHAPES,
+    colours=COLOURS,
+    words=frozenset((*_OTHERS.split(), *NOUNS, *SHAPES, *COLOURS)),
+)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "text"),
+    [
+        ("Make the background green. Keep everything else as it is.", "Make the background green"),
+        ("Make the background green, keeping everything else exactly the same.", "Make the background green"),
+        ("Don't change the background. Move the apple to the left.", "Move the apple to the left"),
+        ("Please remove the cat without changing anything else", "Please remove the cat"),
+        ("add a dog on the left. The rest stays.", "add a dog on the left"),
+        ("a cat on blue, no text", "a cat on blue"),
+        ("A shiny red apple centred on a grey background", "a red apple on a gray background"),
+        ("recolour the circle blue", "color the circle blue"),
+        ("two kittens beside apples", "a cat beside an apple"),
+        ("A sticker of an octopus, isolated on a white background", "a drawing of an octopus, on a white background"),
+        ("a spaceship above a house at night", "a rocket above a house at night"),
+        ("a DOG and a CAT", "a dog and a cat"),
+    ],
+)
+def test_prompt_is_read_in_known_words(prompt: str, text: str) -> None:
+    reading = read_prompt(prompt, SMALL)
+    assert reading.text.lower() == text.lower()
+    # "two" is told of; nothing else was asked for that is not done.
+    assert len(reading.warnings) == ("two" in prompt)
+
+
+@pytest.mark.parametrize("prompt", ["make the background green", "Put the cat from image 1 beside the dog.", "keep it"])
+def test_plain_prompt_stays_as_it_is(prompt: str) -> None:
+    assert read_prompt(prompt, SMALL).text == prompt
+
+
+def test_unknown_nouns_get_the_nearest_and_the_way_out() -> None:
+    (warning,) = read_prompt("an astronaut on the sofa", SMALL).warnings
+    assert warning == "nano does not know astronaut (nearest: rocket), sofa; klein-mcp pull klein-4b"
+
+
+@pytest.mark.parametrize("prompt", ["a blue cat", "make the cat blue", "change the color of the cat to blue"])
+def test_colour_of_a_thing_with_its_own_is_reported(prompt: str) -> None:
+    assert read_prompt(prompt, SMALL).warnings == ("nano paints every cat in its own colours; blue is ignored",)
+
+
+@pytest.mark.parametrize("prompt", ["a red apple", "a blue circle", "make the circle blue", "a cat on blue"])
+def test_colour_that_is_painted_is_not_reported(prompt: str) -> None:
+    assert read_prompt(prompt, SMALL).warnings == ()
+
+
+def test_large_model_gets_the_words_untouched() -> None:
+    prompt = "  An astronaut, centred.  Keep everything else AS IT IS.\n"
+    reading = read_prompt(prompt, VARIANTS["klein-4b"])
+    assert (reading.text, reading.warnings) == (prompt, ())
+
+
+# On nano
+
+
+@pytest.fixture(scope="module")
+def engine() -> Engine:
+    return Engine(EngineConfig(device="cpu"))
+
+
+def scene(ground: str, *things: tuple[str, tuple[int, int]]) -> Scene:
+    return Scene(BACKGROUNDS.index(ground), tuple(Thing(KINDS.index(kind), NORMAL, slot) for kind, slot in things))
+
+
+LEFT, RIGHT = (-1, 0), (1, 0)
+EDITS = [
+    ("background", "Make the background green", scene("blue", ("apple", MIDDLE)), scene("green", ("apple", MIDDLE))),
+    ("background", "Put it in the snow", scene("green", ("dog", MIDDLE)), scene("snow", ("dog", MIDDLE))),
+    ("remove", "Remove the cat", scene("white", ("cat", LEFT), ("car", RIGHT)), scene("white", ("car", RIGHT))),
+    ("move", "Move the apple to the left", scene("cyan", ("apple", MIDDLE)), scene("cyan", ("apple", LEFT))),
+    ("recolour", "Make the ring red", scene("white", ("blue ring", MIDDLE)), scene("white", ("red ring", MIDDLE))),
+    ("replace", "Replace the fish with a bird", scene("pink", ("fish", MIDDLE)), scene("pink", ("bird", MIDDLE))),
+    ("remove", "Delete the pizza", scene("blue", ("pizza", LEFT), ("duck", RIGHT)), scene("blue", ("duck", RIGHT))),
+    ("replace", "Turn the house into a tree", scene("yellow", ("house", MIDDLE)), scene("yellow", ("tree", MIDDLE))),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "prompt", "before", "after"), EDITS, ids=[edit[1] for edit in EDITS])
+def test_edit_is_done_with_and_without_a_sentence_on_what_stays(
+    engine: Engine, kind: str, prompt: str, before: Scene, after: Scene
+) -> None:
+    (source,) = draw(before)
+    example = Example(kind, prompt, after, (before,), touched(before, after))
+    plain = paint(engine, source, prompt)
+    constrained = paint(engine, source, f"{prompt}. Keep everything else exactly as it is.")
+    assert edit_done(plain.image, example)
+    assert np.array_equal(constrained.image, plain.image)
+    assert (plain.read_as, constrained.read_as) == ("", prompt)
+
+
+def paint(engine: Engine, source: Rgb8, prompt: str) -> Result:
+    *_, result = engine.run(Job(prompt, (source,), align=True, model="nano", seed=7))
+    assert isinstance(result, Result)
+    return result
