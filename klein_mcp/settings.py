@@ -11,9 +11,10 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NoReturn
 
 from engine.contract import EngineConfig
+from klein_mcp.private import check_folder, read_private_text
 
 log = logging.getLogger(__name__)
 
@@ -66,7 +67,13 @@ def _flag(value: str) -> bool:
 
 
 def _path(value: str) -> Path:
-    path = Path(value).expanduser()
+    try:
+        path = Path(value).expanduser()
+        value.encode()
+    except RuntimeError:
+        raise ValueError("a path that does not begin with an unknown user") from None
+    except UnicodeError:
+        raise ValueError("a path in UTF-8") from None
     if not path.is_absolute():
         # Desktop clients start servers in an arbitrary folder, so a relative path would change its meaning.
         raise ValueError("an absolute path")
@@ -77,10 +84,6 @@ def _paths(value: str) -> tuple[Path, ...]:
     return tuple(_path(part) for part in value.split(os.pathsep) if part)
 
 
-def _roots(value: str) -> tuple[Path, ...] | None:
-    return _paths(value) or None
-
-
 def _words(value: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in value.split(",") if part.strip())
 
@@ -89,10 +92,29 @@ def _setting(default: Any, parse: Callable[[str], Any], doc: str) -> Any:
     return field(default=default, metadata={"parse": parse, "doc": doc})
 
 
+def user_home() -> Path | None:
+    """Return the user's home folder, None if there is none.
+
+    "/" is the home of services and of unknown users.
+    """
+    try:
+        home = Path.home()
+    except RuntimeError:
+        return None
+    return home if home.is_absolute() and home != Path(home.anchor) else None
+
+
 def default_home() -> Path:
+    """Return the platform's data folder. Raises SettingsError without a home folder."""
     from platformdirs import user_data_path
 
-    return user_data_path("klein-mcp", appauthor=False)
+    try:
+        folder = user_data_path("klein-mcp", appauthor=False)
+    except RuntimeError:
+        folder = Path()
+    if not folder.is_absolute():  # older releases of platformdirs leave the ~
+        raise SettingsError("There is no home folder: set HOME, or KLEIN_HOME to a folder for images.")
+    return folder
 
 
 def default_hub(environ: Mapping[str, str] = MappingProxyType({})) -> Path:
@@ -100,7 +122,10 @@ def default_hub(environ: Mapping[str, str] = MappingProxyType({})) -> Path:
     if cache := environ.get("HF_HUB_CACHE") or environ.get("HUGGINGFACE_HUB_CACHE"):
         return Path(cache).expanduser()
     caches = environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(environ.get("HF_HOME") or f"{caches}/huggingface").expanduser() / "hub"
+    try:
+        return Path(environ.get("HF_HOME") or f"{caches}/huggingface").expanduser() / "hub"
+    except RuntimeError:  # no home folder: there is no cache to share
+        return default_home() / "hub"
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,13 +185,15 @@ class Settings:
         3600.0, _number(float, 0, 1e9, "seconds"), "Idle seconds until the engine's process ends."
     )
     read_roots: tuple[Path, ...] | None = _setting(
-        None, _roots, "Folders from which tools may open files. Unset: your home and the temp folder."
+        None,
+        _paths,
+        "Folders from which tools may open files; [] in config.toml: none. Unset: your home and the temp folder.",
     )
     write_roots: tuple[Path, ...] | None = _setting(
         None,
-        _roots,
-        "Folders into which save_image may write. Unset: the client's roots, or the project folder it started in, "
-        "if it lies inside your home.",
+        _paths,
+        "Folders into which save_image may write; [] in config.toml: none. Unset: the client's roots, or the project "
+        "folder it started in, if that is inside your home.",
     )
     credentials: str = _setting(
         "off",
@@ -181,11 +208,15 @@ class Settings:
 
     @classmethod
     def load(cls, environ: Mapping[str, str] = os.environ) -> "Settings":
-        """Raises SettingsError."""
+        """Read the environment and `config.toml`. Raises SettingsError."""
         home = environ.get("KLEIN_HOME")
         folder = _parse("KLEIN_HOME", home, _path) if home else default_home()
+        try:
+            check_folder(folder)
+        except OSError as exc:
+            raise SettingsError(f"The data folder {folder} cannot be used: {exc.strerror or exc}.") from None
         values = {
-            "hub": default_hub(environ),
+            "hub": default_hub({"HF_HOME": str(folder / "huggingface"), **environ} if user_home() is None else environ),
             **_from_file(folder / "config.toml"),
             **_from_environ(environ),
             "home": folder,
@@ -281,26 +312,38 @@ def _from_environ(environ: Mapping[str, str]) -> dict[str, Any]:
 
 def _from_file(path: Path) -> dict[str, Any]:
     try:
-        data = tomllib.loads(path.read_text(encoding="utf-8"))
+        data = tomllib.loads(read_private_text(path))
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as exc:
-        raise SettingsError(f"{path} cannot be read: {exc}.") from None
+        raise SettingsError(f"{path} cannot be read: {getattr(exc, 'strerror', None) or exc}.") from None
+    except RecursionError:
+        raise SettingsError(f"{path} cannot be read: it is nested too deep.") from None
     known = {item.name: item.metadata["parse"] for item in fields(Settings) if item.name != "home"}
     for name in data:
         if name not in known:
             near = difflib.get_close_matches(name, known, 1)
             suggestion = f" Did you mean {near[0]}?" if near else ""
             raise SettingsError(f"{path} sets {name}, which is no setting.{suggestion}")
-    return {
-        name: _parse(f"{name} in {path}", _as_text(value, known[name]), known[name]) for name, value in data.items()
-    }
+    return {name: _from_toml(f"{name} in {path}", value, known[name]) for name, value in data.items()}
+
+
+def _from_toml(source: str, value: Any, parse: Callable[[str], Any]) -> Any:
+    if parse is _paths and isinstance(value, list):
+        return tuple(_parse(source, item, _path) if isinstance(item, str) else _refuse(source, item) for item in value)
+    if isinstance(value, dict) or (isinstance(value, list) and parse is not _words):
+        _refuse(source, value)
+    return _parse(source, _as_text(value, parse), parse)
+
+
+def _refuse(source: str, value: Any) -> NoReturn:
+    raise SettingsError(f"{source} is {value!r:.60}; it must be text, a number, or a list where several are meant.")
 
 
 def _as_text(value: Any, parse: Callable[[str], Any]) -> str:
     """Spell a TOML value as the environment would."""
     if isinstance(value, list):
-        return ("," if parse is _words else os.pathsep).join(map(_item, value))
+        return ",".join(map(_item, value))
     return str(int(value)) if isinstance(value, bool) else str(value)
 
 

@@ -17,8 +17,8 @@ from engine.contract import EngineError, Job, ModelInfo, Result
 from engine.families.klein.variants import EMBEDDED, VARIANTS
 from klein_mcp.cli.daemon import ask_daemon
 from klein_mcp.cli.terminal import ProgressBar, program, strip_control_chars
-from klein_mcp.errors import explain, fix_words
-from klein_mcp.settings import Settings, misspelled
+from klein_mcp.errors import RequestError, explain, fix_words
+from klein_mcp.settings import Settings, misspelled, user_home
 
 OLDEST_PYTHON = (3, 11)
 LEAST_DISK = 5 * 10**9
@@ -39,11 +39,13 @@ class Check:
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    """Take no arguments."""
+    parser.add_argument("--repair", action="store_true", help="first rebuild the library's index from its files")
 
 
 def run(settings: Settings, arguments: argparse.Namespace) -> int:
     """Return 0 if generation works, else 1."""
+    if arguments.repair:
+        print(_repair(settings), file=sys.stderr)
     findings = []
     for finding in checks(settings):
         findings.append(finding)
@@ -63,7 +65,9 @@ def checks(settings: Settings) -> Iterator[Check]:
     yield _disk(settings)
     for name, meant in misspelled():
         yield Check("settings", f"{name} is no setting and has no effect", f"Did you mean {meant}?", optional=True)
-    yield _clients(Path.home())
+    yield _library(settings)
+    if (home := user_home()) is not None:
+        yield _clients(home)
     yield _daemon(settings)
     try:
         from klein_mcp.daemon.executors.local import make_engine
@@ -104,6 +108,41 @@ def _disk(settings: Settings) -> Check:
         if free < LEAST_DISK:
             return Check("disk", found[-1], "Free some space: klein-mcp prune deletes old images.")
     return Check("disk", ", ".join(found))
+
+
+def _library(settings: Settings) -> Check:
+    """Check the index and that every image has its file, without creating a library."""
+    from klein_mcp.images.library import DATABASE, Store
+
+    if not (settings.library / DATABASE).exists():
+        return Check("library", "empty")
+    try:
+        store = Store(settings.library)
+    except (RequestError, OSError) as error:
+        return Check("library", "cannot be opened", str(error))
+    try:
+        records = store.everything()
+        missing = [record.handle for record in records if not store.has_file(record)]
+    except (RequestError, OSError) as error:
+        return Check("library", "cannot be read", str(error))
+    finally:
+        store.close()
+    found = f"{len(records)} images in {settings.library}"
+    if missing:
+        todo = (
+            f"Restore the files of {', '.join(missing[:5])}{' …' if len(missing) > 5 else ''}, or generate them again."
+        )
+        return Check("library", f"{found}, {len(missing)} without a file", todo, optional=True)
+    return Check("library", found)
+
+
+def _repair(settings: Settings) -> str:
+    from klein_mcp.images.rebuild import repair
+
+    result = repair(settings.library)
+    moved = f"; the damaged index is kept as {result.moved.name}" if result.moved else ""
+    unreadable = "".join(f"\ndamaged: {path}" for path in result.unreadable)
+    return f"library: {result.added} of {result.found} files were taken in{moved}{unreadable}"
 
 
 CONFIGURATIONS = {

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from klein_mcp.errors import UnknownImage, quote
-from klein_mcp.images.library import ALPHABET, HANDLE_LENGTH, Record, Store
+from klein_mcp.images.library import Store
+from klein_mcp.images.record import ALPHABET, HANDLE_LENGTH, Record
 
 
 @contextmanager
@@ -37,7 +38,7 @@ def describe_record(store: Store, record: Record) -> dict[str, Any]:
     """Return all that the library knows about an image."""
     return {
         "image": record.handle,
-        "path": str(store.path(record)),
+        "path": _path(store, record),
         "width": record.width,
         "height": record.height,
         "bytes": record.bytes,
@@ -49,6 +50,14 @@ def describe_record(store: Store, record: Record) -> dict[str, Any]:
         "ancestors": _ancestors(store, record),
         "recipe": dict(record.recipe),
     }
+
+
+def _path(store: Store, record: Record) -> str | None:
+    """Return the path of its file, None if it is missing."""
+    try:
+        return str(store.path(record))
+    except UnknownImage:
+        return None
 
 
 def describe_file(store: Store, path: Path, home: Path | None = None) -> dict[str, Any]:
@@ -63,7 +72,7 @@ def describe_file(store: Store, path: Path, home: Path | None = None) -> dict[st
     decoded = codec.decode(data, str(path))
     claim = credentials.describe(data, home) if home else None
     recipe = decoded.recipe or {}
-    known = store.by_pixels(image_hash(decoded.image)) or store.find(str(recipe.get("image", "")))
+    known = store.by_pixels(image_hash(decoded.image)) or store.original(recipe)
     height, width = decoded.image.shape[:2]
     return {
         "file": str(path),

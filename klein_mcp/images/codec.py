@@ -12,6 +12,7 @@ from PIL import ExifTags, Image, ImageCms, ImageFile, UnidentifiedImageError
 
 from engine.contract import Rgb8
 from klein_mcp.errors import BadImage, NotEnoughMemory
+from klein_mcp.foreign import clean_json
 from klein_mcp.images import formats, png, provenance
 from klein_mcp.images.budget import DECODING, MAX_PIXELS
 from klein_mcp.limits import MAX_FILE_BYTES
@@ -90,7 +91,7 @@ def _decode(data: bytes, name: str, backdrop: int) -> Decoded:
         if getattr(opened, "is_animated", False) and opened.format not in ("MPO", "TIFF"):
             warnings.append(f"{name} has several frames; only the first one is used.")
         opened.load()
-        recipe = provenance.read(opened)
+        recipe = clean_json(provenance.read(opened))
         pixels, alpha = _rgb8(opened, name, warnings, backdrop)
         turn = _TURNS.get(_orientation(opened))
     del opened  # its pixels, before a turn needs another copy

@@ -1,15 +1,15 @@
 """Save an image into an allowed folder, atomically."""
 
-import contextlib
 import os
-import secrets
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 
+from klein_mcp.atomic import write_new_or_replace
 from klein_mcp.errors import Refused, RequestError, did_you_mean, quote
 from klein_mcp.images import codec, credentials
 from klein_mcp.images.library import Record, Store
+from klein_mcp.images.paths import look_alike, unwrap
 
 _SUFFIXES: dict[str, codec.Format] = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp"}
 ALLOW = (
@@ -54,7 +54,7 @@ def save(
 
     signer: signs the file, unless its metadata is stripped.
     """
-    target, kind = resolve(options, record.handle, tuple(roots))
+    root, target, kind = resolve(options, record.handle, tuple(filter(Path.is_dir, roots)))
     try:
         data, width, height = _rendered(store, record, options, kind)
         if signer is not None and not options.strip_metadata:
@@ -62,7 +62,7 @@ def save(
     except ValueError as error:
         raise RequestError(f"{kind} cannot store it: {error}.", hint="Choose png, or a max_size.") from None
     try:
-        _write(target, data, options.overwrite)
+        write_new_or_replace(root, target, data, overwrite=options.overwrite)
     except FileExistsError:
         raise RequestError(f"{target} exists.", hint="Choose another name, or say overwrite: true.") from None
     except (OSError, ValueError) as error:
@@ -71,14 +71,14 @@ def save(
     return SavedFile(target, kind, width, height, len(data))
 
 
-def resolve(options: SaveOptions, handle: str, roots: tuple[Path, ...]) -> tuple[Path, codec.Format]:
-    """Return the final path, links resolved, and the format. Raises RequestError."""
+def resolve(options: SaveOptions, handle: str, roots: tuple[Path, ...]) -> tuple[Path, Path, codec.Format]:
+    """Return root, final path (links resolved) and format. Raises RequestError."""
     if not roots:
-        raise Refused("No folder is open for writing here.", hint=ALLOW)
+        raise Refused("No folder is open for writing here, or none of them exists.", hint=ALLOW)
     if any(ord(letter) < 32 for letter in options.path):
         raise RequestError("path has control characters in it.")
     try:
-        path = Path(options.path).expanduser()
+        path = Path(unwrap(options.path)).expanduser()
     except RuntimeError:
         raise RequestError(f"{options.path} begins with an unknown user.", hint="Give an absolute path.") from None
     if ".." in PurePath(options.path).parts:
@@ -89,14 +89,15 @@ def resolve(options: SaveOptions, handle: str, roots: tuple[Path, ...]) -> tuple
         if options.path.endswith(("/", os.sep)) or path.is_dir():
             path = path / f"{handle}.{'jpg' if options.format == 'jpeg' else options.format or 'png'}"
         path, kind = _with_suffix(path, options.format)
+        path = look_alike(path.parent) / path.name
         real = path.parent.resolve() / path.name
-        inside = any(real.parent.is_relative_to(root.resolve()) for root in roots)
+        root = next((root for root in map(Path.resolve, roots) if real.parent.is_relative_to(root)), None)
     except (OSError, RuntimeError, ValueError) as error:  # a name too long, a loop of links
         raise RequestError(f"{quote(options.path)} is no usable path: {error}.") from None
-    if not inside:
+    if root is None:
         folders = ", ".join(map(str, roots))
         raise Refused(f"{path} is outside the folders that may be written ({folders}).", hint=ALLOW)
-    return real, kind
+    return root, real, kind
 
 
 def _with_suffix(path: Path, asked: codec.Format | None) -> tuple[Path, codec.Format]:
@@ -124,43 +125,3 @@ def _rendered(store: Store, record: Record, options: SaveOptions, kind: codec.Fo
         image = codec.fit(image, options.max_size)
     height, width = image.shape[:2]
     return codec.encode(image, kind, None if options.strip_metadata else record.provenance), width, height
-
-
-def _write(target: Path, data: bytes, overwrite: bool) -> None:
-    """Write a temporary file, then rename it. Raises FileExistsError."""
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-    except FileExistsError:
-        raise OSError("a file is where its folder should be") from None
-    if target.parent.resolve() != target.parent:
-        raise OSError("the folder was replaced by a link meanwhile")
-    if not overwrite and os.path.lexists(target):
-        raise FileExistsError
-    temporary = target.parent / f".{target.name[:100]}.{secrets.token_hex(4)}"
-    try:
-        with open(temporary, "xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        if overwrite:
-            os.replace(temporary, target)
-        else:
-            _create(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _create(temporary: Path, target: Path) -> None:
-    """Create `target` only if the name is free.
-
-    A hard link fails if the name is taken, without a race; some file systems have none.
-    """
-    with contextlib.suppress(PermissionError, NotImplementedError):
-        try:
-            os.link(temporary, target)
-            return
-        except OSError as error:
-            if isinstance(error, FileExistsError):
-                raise
-    with open(target, "xb") as file:
-        file.write(temporary.read_bytes())

@@ -2,95 +2,36 @@
 
 An image exists from the moment its row is committed. Its file is written first, into a folder of this process, and is
 moved to its final path after the commit. A process that dies between leaves either a file without a row, which the next
-start deletes, or a row whose file is still in that folder, which the next start moves.
+start takes in by its own recipe, or a row whose file is still in that folder, which the next start moves.
 """
 
 import contextlib
 import hashlib
 import json
 import os
+import re
 import secrets
 import shutil
+import stat
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from contextlib import AbstractContextManager
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
-from klein_mcp.errors import UnknownImage, did_you_mean, quote
-from klein_mcp.images.schema import exclusively, open_database
+from klein_mcp.errors import RequestError, UnknownImage, did_you_mean, quote
+from klein_mcp.foreign import clean_text
+from klein_mcp.images import recovery
+from klein_mcp.images.record import ALPHABET, HANDLE_LENGTH, SHEET_SECONDS, Pick, Record, sheet_of
+from klein_mcp.images.schema import BUSY_TIMEOUT, LibraryBusy, exclusively, explained, open_database
 
-ALPHABET = "23456789abcdefghjkmnpqrstvwxyz"  # no 0/o, 1/i/l, u: a handle is read aloud and typed
-HANDLE_LENGTH = 6
-
-
-@dataclass(frozen=True, slots=True)
-class Record:
-    """One image of the library.
-
-    file: SHA-256 of the file's bytes, and its name. pixels: a hash of size and RGB8 values, independent of the file.
-    tool: what made it; source: the path or URL it was opened from, if any.
-    recipe: seed (text), model, fingerprint, steps, guidance, region and what else generating it again needs.
-    """
-
-    handle: str
-    file: str
-    pixels: str
-    width: int
-    height: int
-    bytes: int
-    created: float
-    client: str
-    tool: str
-    source: str | None
-    prompt: str | None
-    recipe: Mapping[str, Any] = field(default_factory=dict)
-    parents: tuple[str, ...] = ()
-    deleted: float | None = None
-
-    @property
-    def provenance(self) -> Mapping[str, Any] | None:
-        """Return the provenance in its file, None for a foreign image."""
-        if self.tool == "open":
-            return self.recipe.get("made")
-        return {name: value for name, value in self.recipe.items() if name not in ("ms", "cache")}
-
-
-@dataclass(frozen=True, slots=True)
-class Pick:
-    """A person's choice for a client. reported: whether a result mentioned it."""
-
-    image: str
-    mask: str | None
-    reported: bool
-
-
-SHEET_SECONDS = 900.0
-"""Images of one call lie at most this far apart: four of the slowest model on the slowest machine."""
-
-
-def sheet_of(record: Record, others: Sequence[Record]) -> list[Record]:
-    """Return those of `others` that the same call made."""
-    seeds = {
-        int(other.recipe["seed"]): other
-        for other in others
-        if (other.client, other.tool, other.prompt) == (record.client, record.tool, record.prompt)
-        and (other.parents, other.width, other.height) == (record.parents, record.width, record.height)
-        and str(other.recipe.get("seed", "")).isdecimal()
-    }
-    own = str(record.recipe.get("seed", ""))
-    if not own.isdecimal():
-        return [record]
-    first = last = int(own)
-    while first - 1 in seeds:
-        first -= 1
-    while last + 1 in seeds:
-        last += 1
-    return [seeds.get(seed, record) for seed in range(first, last + 1)]
-
+DATABASE = "library.sqlite3"
+MAX_PROMPT = 70_000
+"""Characters of a prompt in the index: more than any front end accepts."""
 
 _COLUMNS = ", ".join(item.name for item in fields(Record) if item.name != "parents")
 
@@ -109,9 +50,9 @@ class Store:
         self._landing: Path | None = None
         self._claim: FileLock | None = None
         # One process at a time opens, recovers and claims a folder, which is short work and excludes races.
-        self._open_lock = FileLock(folder / "open.lock", timeout=30, thread_local=False)
+        self._open_lock = FileLock(folder / "open.lock", timeout=BUSY_TIMEOUT, thread_local=False)
         with self._open_lock:
-            self._database = open_database(folder / "library.sqlite3")
+            self._database = open_database(folder / DATABASE)
         self.recover()
 
     def close(self) -> None:
@@ -146,17 +87,57 @@ class Store:
         source: str | None = None,
         prompt: str | None = None,
     ) -> Record:
-        """Store the PNG `data` under `handle`, durable when this returns."""
-        name = hashlib.sha256(data).hexdigest()
+        """Store the PNG `data` under `handle`, durable when this returns.
+
+        Raises LibraryBusy if another program holds the index too long; then the next start takes the image in.
+        """
         record = Record(
-            handle, name, pixels, *size, len(data), time.time(), client, tool, source, prompt, recipe, tuple(parents)
+            handle,
+            hashlib.sha256(data).hexdigest(),
+            pixels,
+            *size,
+            len(data),
+            time.time(),
+            clean_text(client),
+            tool,
+            source and clean_text(source),
+            prompt and clean_text(prompt, MAX_PROMPT),
+            recipe,
+            tuple(parents),
         )
-        with self._lock:
-            temporary = self._write_incoming(name, data)
-            with self._database:
-                self._insert(record)
-            self._move(temporary)
+        self.insert(record, data)
         return record
+
+    def insert(self, record: Record, data: bytes) -> None:
+        """Store a file and its record."""
+        with self._lock:
+            temporary = self._write_incoming(record, data)
+            try:
+                with self._explained(), self._database:
+                    self._insert(record)
+            except LibraryBusy as error:
+                recovery.set_aside(self.folder, record, temporary)
+                seed = f" with seed {record.recipe['seed']}" if "seed" in record.recipe else ""
+                raise LibraryBusy(
+                    f"{error.message} The image {record.handle}{seed} is kept and appears once klein-mcp can write.",
+                    hint=error.hint,
+                ) from None
+            self._move(temporary)
+
+    def restore(self, record: Record, data: bytes) -> Record:
+        """Put a missing or damaged file back."""
+        found = replace(record, file=hashlib.sha256(data).hexdigest(), bytes=len(data))
+        with self._lock:
+            temporary = self._write_incoming(found, data)
+            with self._explained(), self._database:
+                self._database.execute(
+                    "UPDATE pictures SET file = ?, bytes = ? WHERE handle = ?", (found.file, found.bytes, found.handle)
+                )
+            self._move(temporary)
+        return found
+
+    def _explained(self) -> AbstractContextManager[None]:
+        return explained(self.folder / DATABASE)
 
     def _insert(self, record: Record) -> None:
         values = {item.name: getattr(record, item.name) for item in fields(Record) if item.name != "parents"}
@@ -168,15 +149,26 @@ class Store:
             [(record.handle, position, parent) for position, parent in enumerate(record.parents)],
         )
 
-    def _write_incoming(self, name: str, data: bytes) -> Path:
+    def _write_incoming(self, record: Record, data: bytes) -> Path:
         """Write and sync the file in this process's own folder."""
-        folder = self._own_folder()
-        path = folder / f"{name}.png"
-        with open(path, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        _sync_folder(folder)
+        path: Path | None = None
+        try:
+            folder = self._own_folder()
+            path = folder / f"{record.file}.png"
+            with open(path, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            _sync_folder(folder)
+        except OSError as error:
+            if path is not None:
+                with contextlib.suppress(OSError):  # a half file would take the room that is short
+                    path.unlink()
+            seed = f" It was made with seed {record.recipe['seed']}." if "seed" in record.recipe else ""
+            raise RequestError(
+                f"The image cannot be saved in {self.folder}: {error.strerror}.{seed}",
+                hint="Free some space (klein-mcp prune), then call again.",
+            ) from error
         return path
 
     def _own_folder(self) -> Path:
@@ -210,19 +202,51 @@ class Store:
                 except Timeout:
                     continue  # its process is alive
                 for incoming in (lock.parent / lock.stem).glob("*"):
-                    known = self._row("SELECT 1 FROM pictures WHERE file = ? AND deleted IS NULL", incoming.stem)
-                    self._move(incoming) if known else incoming.unlink()
+                    self._finish(incoming)
                 shutil.rmtree(lock.parent / lock.stem, ignore_errors=True)
                 lock.unlink(missing_ok=True)
                 claim.release()
+            self._take_in()
             self._remove_files_of_deleted()
+
+    def _finish(self, incoming: Path) -> None:
+        """Move, take in or delete the file of a dead process."""
+        if self.knows_file(incoming.stem):
+            self._move(incoming)
+            return
+        record = recovery.record_in(incoming)
+        if record is not None and record.tool != "open":  # a foreign file is still where it was opened
+            self.take_in(record)
+            self._move(incoming)
+        else:
+            incoming.unlink()
+
+    def take_in(self, record: Record) -> Record:
+        """Insert a record, under a new handle if its own is taken."""
+        if self.find(record.handle) is not None or not re.fullmatch(rf"[{ALPHABET}]{{{HANDLE_LENGTH}}}", record.handle):
+            record = replace(record, handle=self.new_handle())
+        with self._lock, self._explained(), self._database:
+            self._insert(record)
+        return record
+
+    def _take_in(self) -> None:
+        """Insert what could not be saved while the index was locked."""
+        for record, file in recovery.waiting(self.folder):
+            if not self.knows_file(record.file):
+                self.take_in(record)
+            self._move(file)
+            recovery.forget(file)
+
+    def knows_file(self, name: str) -> bool:
+        """Return whether an image that is not deleted has this file."""
+        return self._row("SELECT 1 FROM pictures WHERE file = ? AND deleted IS NULL", name) is not None
 
     # -- deleting ------------------------------------------------------------------------------------------------
 
     def delete(self, handles: Sequence[str]) -> None:
         """Delete files but not records, which keep handles unique."""
         with self._lock:
-            with self._database:
+            with self._explained(), self._database:
                 self._database.executemany(
                     "UPDATE pictures SET deleted = ? WHERE handle = ? AND deleted IS NULL",
                     [(time.time(), handle) for handle in handles],
@@ -259,7 +283,7 @@ class Store:
 
         A process that dies before that leaves the rest to the next recovery.
         """
-        with exclusively(self._database):
+        with self._explained(), exclusively(self._database):
             for (name,) in self._rows("SELECT DISTINCT file FROM pictures WHERE deleted IS NOT NULL AND file != ''"):
                 if self._row("SELECT 1 FROM pictures WHERE file = ? AND deleted IS NULL", name) is None:
                     self._file_path(name).unlink(missing_ok=True)
@@ -386,10 +410,13 @@ class Store:
 
     def report_pick(self, client: str) -> Pick | None:
         """Return an unreported choice and mark it as reported."""
-        with self._lock, self._database:
+        with self._lock:
             row = self._row("SELECT image, mask FROM picks WHERE client = ? AND NOT reported", client)
-            self._database.execute("UPDATE picks SET reported = 1 WHERE client = ?", (client,))
-        return None if row is None else Pick(row[0], row[1], True)
+            if row is None:  # nearly always, and a write would wait for whoever holds the index
+                return None
+            with self._explained(), self._database:
+                self._database.execute("UPDATE picks SET reported = 1 WHERE client = ?", (client,))
+        return Pick(row[0], row[1], True)
 
     def picks(self) -> set[str]:
         """Return the handles of all images that are somebody's choice now."""
@@ -434,7 +461,44 @@ class Store:
         return final
 
     def read(self, record: Record) -> bytes:
-        return self.path(record).read_bytes()
+        """Return its file. Raises UnknownImage if it is missing or changed."""
+        path = self.path(record)
+        try:
+            data = _read_file(path)
+        except OSError as error:
+            raise UnknownImage(
+                f"The file of {record.handle} cannot be read: {error.strerror or error} ({path}).",
+                hint="Restore it, or generate it again.",
+            ) from None
+        if hashlib.sha256(data).hexdigest() != record.file:
+            raise UnknownImage(
+                f"The file of {record.handle} was changed since it was saved: {path}.",
+                hint="Restore it, or generate it again.",
+            )
+        return data
+
+    def has_file(self, record: Record) -> bool:
+        """Return whether the file of an image exists, without reading it."""
+        try:
+            return self.path(record).exists()
+        except UnknownImage:
+            return False
+
+    def is_whole(self, record: Record) -> bool:
+        """Return whether the file of an image is there and unchanged."""
+        try:
+            self.read(record)
+        except UnknownImage:
+            return False
+        return True
+
+    def original(self, recipe: Mapping[str, Any]) -> Record | None:
+        """Return the image a recipe names, if the recipe is its own.
+
+        A handle alone proves nothing: any file can name one. Seed and time are known only from a file of ours.
+        """
+        record = self.find(str(recipe.get("image", "")))
+        return record if record is not None and _same_recipe(record.provenance, recipe) else None
 
     def _record(self, row: tuple[Any, ...]) -> Record:
         values = dict(zip(_COLUMNS.split(", "), row, strict=True))
@@ -443,12 +507,26 @@ class Store:
         return Record(**values, parents=tuple(parent for (parent,) in parents))
 
     def _row(self, query: str, *values: Any) -> tuple[Any, ...] | None:
-        with self._lock:
+        with self._lock, self._explained():
             return self._database.execute(query, values).fetchone()
 
     def _rows(self, query: str, *values: Any) -> list[tuple[Any, ...]]:
-        with self._lock:
+        with self._lock, self._explained():
             return self._database.execute(query, values).fetchall()
+
+
+def _same_recipe(own: Mapping[str, Any] | None, claimed: Mapping[str, Any]) -> bool:
+    names = ("image", "seed", "created", "fingerprint")
+    return own is not None and all(own.get(name) == claimed.get(name) for name in names)
+
+
+def _read_file(path: Path) -> bytes:
+    """Read a regular file, never a link or a FIFO."""
+    flags = os.O_RDONLY | sum(getattr(os, flag, 0) for flag in ("O_NONBLOCK", "O_NOFOLLOW", "O_BINARY"))
+    with os.fdopen(os.open(path, flags), "rb") as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise OSError("it is not a file")
+        return file.read()
 
 
 def _sync_folder(folder: Path) -> None:

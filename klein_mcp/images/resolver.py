@@ -2,22 +2,25 @@
 
 import base64
 import binascii
+import contextlib
 import hashlib
 import os
 import re
 import stat
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import TYPE_CHECKING
-from urllib.parse import unquote_to_bytes, urlsplit
-from urllib.request import url2pathname
+from urllib.parse import unquote_to_bytes
 
 from engine.contract import Rgb8, image_hash
-from klein_mcp.errors import BadImage, Refused, UnknownImage, quote
-from klein_mcp.images.library import ALPHABET, HANDLE_LENGTH, Record, Store
+from klein_mcp.errors import BadImage, Refused, RequestError, UnknownImage, quote
+from klein_mcp.images import paths
+from klein_mcp.images.library import Store
+from klein_mcp.images.record import ALPHABET, HANDLE_LENGTH, Record
 from klein_mcp.limits import MAX_FILE_BYTES
-from klein_mcp.settings import Settings
+from klein_mcp.settings import Settings, user_home
 
 if TYPE_CHECKING:
     from klein_mcp.images.codec import Decoded
@@ -25,7 +28,7 @@ if TYPE_CHECKING:
 MOST_SEEN = 256
 """Files remembered by their hash; a conversation names a handful."""
 
-_LAST = re.compile(r"last(?:~(\d{1,4}))?")
+_LAST = re.compile(r"last(?:~(\d{1,4}))?", re.IGNORECASE)
 _HANDLE = re.compile(rf"[{ALPHABET}]{{{HANDLE_LENGTH}}}")
 _READ = os.O_RDONLY | sum(getattr(os, flag, 0) for flag in ("O_NONBLOCK", "O_NOFOLLOW", "O_BINARY"))
 
@@ -56,7 +59,7 @@ class ImageResolver:
 
         client: whose `last` is meant. backdrop: the grey behind transparent pixels.
         """
-        reference = reference.strip()
+        reference = paths.unwrap(reference)
         if match := _LAST.fullmatch(reference):
             return ResolvedImage(self._last(client, int(match[1] or 0)))
         if reference.startswith("klein://images/"):
@@ -65,18 +68,14 @@ class ImageResolver:
             return self._import(_data_url(reference), "the data URL", None, client, backdrop)
         if re.match(r"https?://", reference, re.IGNORECASE):
             return self._import(self._fetch(reference), quote(reference), reference, client, backdrop)
-        try:
-            if reference.startswith("file://"):
-                reference = url2pathname(urlsplit(reference).path)
-            path = Path(reference).expanduser()
-        except (RuntimeError, ValueError):
-            raise UnknownImage(f"{quote(reference)} names no file.", hint="Give an absolute path.") from None
-        if path.is_absolute():
-            real = self._allowed(path)
+        handle = reference.lower().removesuffix(".png")
+        if _HANDLE.fullmatch(handle):
+            return ResolvedImage(self._store.get(handle))
+        absolute = [path for path in map(_expanded, paths.candidates(reference)) if path.is_absolute()]
+        if absolute:
+            path, real = self._find(absolute)
             return self._import(_read(real), str(path), str(real), client, backdrop)
-        if _HANDLE.fullmatch(reference):
-            return ResolvedImage(self._store.get(reference))
-        if "/" in reference or os.sep in reference or path.suffix:
+        if re.search(r"[/\\]|\.\w{1,5}$", reference):
             # Relative to the client's folder, which is unknown: this server was started in another.
             raise UnknownImage(f"{quote(reference)} is a relative path.", hint="Give an absolute one, or a handle.")
         raise UnknownImage(
@@ -113,7 +112,7 @@ class ImageResolver:
     def _import(self, data: bytes, name: str, source: str | None, client: str, backdrop: int) -> ResolvedImage:
         """Import a file, so that lineage and replay can refer to it."""
         file = hashlib.sha256(data).hexdigest()
-        if known := self._known(file, backdrop):
+        if known := self._known(file, data, backdrop):
             return known
         from klein_mcp.images import codec
         from klein_mcp.images.budget import DECODING
@@ -131,9 +130,11 @@ class ImageResolver:
         pixels = image_hash(decoded.image)
         record = self._store.by_pixels(pixels)
         new = record is None
+        if record is not None and not self._store.is_whole(record):
+            record = self._store.restore(record, codec.encode(decoded.image, "png", record.provenance))
         if record is None:
             recipe = decoded.recipe or {}
-            ancestor = self._store.find(str(recipe.get("image", "")))
+            ancestor = self._store.original(recipe)
             height, width = decoded.image.shape[:2]
             flattened = {"flattened_on": backdrop} if decoded.flattened else {}
             record = self._store.put(
@@ -149,16 +150,37 @@ class ImageResolver:
             )
         return ResolvedImage(record, decoded.warnings, new)
 
-    def _known(self, file: str, backdrop: int) -> ResolvedImage | None:
+    def _known(self, file: str, data: bytes, backdrop: int) -> ResolvedImage | None:
         """Find a file of the library, or one opened lately, without decoding."""
         if record := self._store.by_file(file):
-            return ResolvedImage(record)
+            return ResolvedImage(record if self._store.is_whole(record) else self._store.restore(record, data))
         handle, warnings = self._seen.get((file, backdrop), ("", ()))
         record = self._store.find(handle) if handle else None
-        return ResolvedImage(record, warnings) if record and record.deleted is None else None
+        if record is None or record.deleted is not None or not self._store.is_whole(record):
+            return None
+        return ResolvedImage(record, warnings)
+
+    def _find(self, candidates: Sequence[Path]) -> tuple[Path, Path]:
+        """Return the first existing path, as written and resolved."""
+        for path in candidates:
+            with contextlib.suppress(RequestError):
+                real = self._allowed(path)
+                if os.path.exists(real):
+                    return path, real
+                # Only after the policy allowed the path as written: a search is a way to learn names.
+                similar = paths.look_alike(path)
+                if similar != path and os.path.exists(similar):
+                    return similar, self._allowed(similar)
+        return candidates[0], self._allowed(candidates[0])
+
+    def _roots(self) -> tuple[Path, ...]:
+        if self.settings.read_roots is not None:
+            return self.settings.read_roots
+        home, temporary = user_home(), Path(tempfile.gettempdir())
+        return (home, temporary) if home else (temporary,)
 
     def _allowed(self, path: Path) -> Path:
-        roots = self.settings.read_roots or (Path.home(), Path(tempfile.gettempdir()))
+        roots = self._roots()
         try:
             real = path.resolve()
             # Our own results name paths in the library, whose images any caller may open by handle.
@@ -167,8 +189,9 @@ class ImageResolver:
         except (OSError, RuntimeError, ValueError):  # a loop of links, a name no file can have
             raise UnknownImage(f"There is no file {quote(str(path))} that can be read.", hint="Check it.") from None
         if not inside:  # before any check whether it exists
+            folders = ", ".join(map(str, roots)) or "none is open"
             raise Refused(
-                f"{path} is outside the folders that may be read ({', '.join(map(str, roots))}).",
+                f"{path} is outside the folders that may be read ({folders}).",
                 hint="The user can allow more with KLEIN_READ_ROOTS.",
             )
         return real
@@ -181,6 +204,13 @@ class ImageResolver:
         from klein_mcp.images import fetch
 
         return fetch.get(url, limit=MAX_FILE_BYTES)
+
+
+def _expanded(path: PurePath) -> Path:
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:  # a user there is not
+        return Path(path)
 
 
 def _read(path: Path) -> bytes:

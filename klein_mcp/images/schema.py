@@ -7,6 +7,18 @@ from pathlib import Path
 
 from klein_mcp.errors import RequestError
 
+BUSY_TIMEOUT = 10
+"""Seconds to wait for another program's lock: less than a call may take."""
+
+
+class LibraryBusy(RequestError):
+    """Another program holds the library's lock."""
+
+
+class LibraryDamaged(RequestError):
+    """The library's index cannot be read."""
+
+
 MIGRATIONS = (
     # 1: the first library; its table of images is called pictures
     """
@@ -56,7 +68,12 @@ def open_database(path: Path) -> sqlite3.Connection:
 
     One process at a time. Raises RequestError for a newer library.
     """
-    database = sqlite3.connect(path, timeout=30, check_same_thread=False)
+    with explained(path):
+        return _opened(path)
+
+
+def _opened(path: Path) -> sqlite3.Connection:
+    database = sqlite3.connect(path, timeout=BUSY_TIMEOUT, check_same_thread=False)
     database.execute("PRAGMA journal_mode = WAL")
     database.execute("PRAGMA synchronous = FULL")
     (version,) = database.execute("PRAGMA user_version").fetchone()
@@ -73,6 +90,28 @@ def open_database(path: Path) -> sqlite3.Connection:
                 database.execute(statement)
             database.execute(f"PRAGMA user_version = {number}")
     return database
+
+
+@contextmanager
+def explained(path: Path) -> Iterator[None]:
+    """Turn errors of SQLite into LibraryBusy or LibraryDamaged."""
+    try:
+        yield
+    except sqlite3.DatabaseError as error:
+        code = getattr(error, "sqlite_errorcode", 0) & 0xFF  # without its extension
+        if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
+            raise LibraryBusy(
+                f"Another program holds the image library {path} for more than {BUSY_TIMEOUT} s.",
+                hint="End it, then try again.",
+            ) from None
+        if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
+            raise LibraryDamaged(
+                f"The index of the image library {path} is damaged; the images are in {path.parent / 'files'}.",
+                hint="Run: klein-mcp doctor --repair",
+            ) from None
+        if code in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN):
+            raise OSError(f"the image library {path} cannot be written: {error}") from None
+        raise
 
 
 @contextmanager

@@ -11,8 +11,6 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
-from urllib.request import url2pathname
 
 import anyio
 import anyio.to_thread
@@ -37,6 +35,7 @@ from mcp_types import Tool as Listed
 from engine.contract import Busy, EngineError
 from klein_mcp import __version__
 from klein_mcp.errors import RequestError, did_you_mean, explain, one_line, shown
+from klein_mcp.images.paths import folder_of
 from klein_mcp.jobs.context import CallContext
 from klein_mcp.jobs.service import Service
 from klein_mcp.mcp_server import prompts, resources, results, studio_app, studio_resources
@@ -221,10 +220,8 @@ async def _roots(session: Any) -> tuple[Path, ...] | None:
         return None
     with anyio.move_on_after(ROOTS_WAIT), suppress(MCPError):
         roots = (await session.list_roots()).roots
-        paths = [
-            Path(url2pathname(urlsplit(str(root.uri)).path)) for root in roots if str(root.uri).startswith("file:")
-        ]
-        return tuple(path for path in paths if path.is_absolute()) or None
+        folders = [folder_of(str(root.uri)) for root in roots if str(root.uri).startswith("file:")]
+        return tuple(filter(None, folders)) or None
     return None
 
 

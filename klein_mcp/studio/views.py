@@ -7,7 +7,8 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from klein_mcp.images.library import Record, Store, sheet_of
+from klein_mcp.images.library import Store
+from klein_mcp.images.record import Record, sheet_of
 from klein_mcp.studio.contract import Card, Changed, ImageDetails, LibraryPage
 
 MOST_RELATIVES = 120

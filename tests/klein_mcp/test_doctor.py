@@ -30,7 +30,17 @@ def test_fresh_machine_generates_and_lists_what_is_missing(settings: Settings, m
     monkeypatch.setattr(Path, "home", lambda: settings.home)
     lines = list(doctor.checks(settings))
     by_subject = found(lines)
-    assert list(by_subject) == ["Python", "torch", "disk", "clients", "daemon", "device", "model", "test image"]
+    assert list(by_subject) == [
+        "Python",
+        "torch",
+        "disk",
+        "library",
+        "clients",
+        "daemon",
+        "device",
+        "model",
+        "test image",
+    ]
     assert by_subject["daemon"].found.startswith("not running")
     assert "cpu" in by_subject["device"].found
     assert by_subject["model"].todo == "Run: klein-mcp pull klein-4b"
@@ -145,11 +155,11 @@ def test_terminal_shows_progress_while_libraries_load(settings: Settings, tmp_pa
 
 
 def test_json_is_printed_for_scripts(settings: Settings, capsys: pytest.CaptureFixture[str]) -> None:
-    assert doctor.run(settings, argparse.Namespace(json=True)) == 0
+    assert doctor.run(settings, argparse.Namespace(json=True, repair=False)) == 0
     findings = json.loads(capsys.readouterr().out)
     assert {"what", "ok", "found", "todo"} == findings[0].keys()
 
 
 def test_unusable_device_fails(settings: Settings) -> None:
     nowhere = Settings(home=settings.home, hub=settings.hub, device="cuda:7")
-    assert doctor.run(nowhere, argparse.Namespace(json=True)) == 1
+    assert doctor.run(nowhere, argparse.Namespace(json=True, repair=False)) == 1

@@ -268,7 +268,7 @@ def test_whatever_path_is_asked_for_it_lies_inside_or_is_refused(
         (root / "a").symlink_to(root / "in")
     path = ("/" if leading else "") + "/".join(parts)
     try:
-        target, _ = resolve(SaveOptions(path or "x", form), "k7f3q2", (root,))
+        _, target, _ = resolve(SaveOptions(path or "x", form), "k7f3q2", (root,))
     except RequestError as exc:
         assert "\n" not in str(exc)  # noqa: PT017
         return

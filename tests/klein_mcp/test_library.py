@@ -126,7 +126,7 @@ def test_many_processes_save_at_once_and_nothing_is_lost(tmp_path: Path):
     assert len(set(handles)) == 60
     store = Store(tmp_path)
     for handle in handles:
-        assert store.read(store.get(handle)).startswith(b"picture")
+        assert store.read(store.get(handle)).startswith(b"image")
     assert left_over(tmp_path) == []
     store.close()
 
@@ -318,7 +318,7 @@ def test_two_hundred_kills_during_saves_lose_nothing_and_leave_nothing_behind(tm
     store = Store(tmp_path)
     for handle, name in promised.items():
         data = store.read(store.get(handle))
-        assert data.startswith(b"picture")
+        assert data.startswith(b"image")
         assert store.get(handle).file == name
     known = {record.file for record in store.everything()}
     assert {path.stem for path in files(tmp_path)} == known

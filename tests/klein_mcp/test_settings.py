@@ -1,11 +1,12 @@
 """Settings from the environment and config.toml, with errors of one line."""
 
+import os
 from dataclasses import FrozenInstanceError, fields
 from pathlib import Path
 
 import pytest
 
-from klein_mcp.settings import Settings, SettingsError, default_home, misspelled, table, variable
+from klein_mcp.settings import Settings, SettingsError, default_home, misspelled, table, user_home, variable
 
 
 def load(home: Path, **environ: str) -> Settings:
@@ -98,3 +99,73 @@ def test_misspelled_variable_is_reported_with_a_suggestion(name: str, meant: str
 def test_settings_and_foreign_variables_are_not_misspelled():
     ours = [variable(item.name) for item in fields(Settings)]
     assert not list(misspelled(dict.fromkeys([*ours, "KLEIN_DEV_VENV", "KLEIN_TEST_NODE", "KLEINE", "MODLE"], "1")))
+
+
+def test_empty_roots_in_the_file_open_nothing(tmp_path: Path):
+    (tmp_path / "config.toml").write_text("read_roots = []\nwrite_roots = []\n")
+    assert (load(tmp_path).read_roots, load(tmp_path).write_roots) == ((), ())
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_byte_order_mark_of_windows_editors_is_skipped(tmp_path: Path, encoding: str):
+    (tmp_path / "config.toml").write_text('model = "nano"\n', encoding=encoding)
+    assert load(tmp_path).model == "nano"
+
+
+@pytest.mark.parametrize(
+    ("text", "error"),
+    [
+        ("model = {a = 1}", "model in .* is {'a': 1}; it must be text"),
+        ("queue_size = [1, 2]", "queue_size in .* it must be text"),
+        ("read_roots = [[]]", "read_roots in .* it must be text"),
+        ("a = " + "[" * 5000 + "]" * 5000, "nested too deep|cannot be read"),
+        ("x" * 5_000_000, "it is over 4 MiB"),
+    ],
+)
+def test_config_of_the_wrong_shape_is_one_short_line(tmp_path: Path, text: str, error: str):
+    (tmp_path / "config.toml").write_text(text)
+    with pytest.raises(SettingsError, match=error) as caught:
+        load(tmp_path)
+    assert len(str(caught.value)) < 300
+
+
+@pytest.mark.skipif(os.name != "posix", reason="modes and FIFOs")
+def test_config_that_others_may_write_and_fifos_are_refused(tmp_path: Path):
+    path = tmp_path / "config.toml"
+    path.write_text('model = "nano"\n')
+    path.chmod(0o666)
+    with pytest.raises(SettingsError, match=r"every user may write it; run: chmod o-w"):
+        load(tmp_path)
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(SettingsError, match="not a regular file"):
+        load(tmp_path)
+    path.unlink()
+    tmp_path.chmod(0o777)
+    with pytest.raises(SettingsError, match=r"data folder .* every user may write it"):
+        load(tmp_path)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="HOME")
+def test_without_a_home_folder_klein_home_suffices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def no_home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", no_home)
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr("pwd.getpwuid", lambda uid: (_ for _ in ()).throw(KeyError(uid)))
+    assert load(tmp_path).hub == tmp_path / "huggingface" / "hub"
+    with pytest.raises(SettingsError, match="set HOME, or KLEIN_HOME"):
+        Settings.load({})
+
+
+def test_root_folder_is_no_home(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(Path, "home", lambda: Path("/"))
+    assert user_home() is None
+    monkeypatch.setattr(Path, "home", lambda: Path("/home/me"))
+    assert user_home() == Path("/home/me")
+
+
+def test_home_folder_that_is_no_utf_8_is_refused():
+    with pytest.raises(SettingsError, match="a path in UTF-8"):
+        Settings.load({"KLEIN_HOME": "/tmp/\udcff"})

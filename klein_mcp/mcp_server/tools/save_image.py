@@ -11,7 +11,7 @@ from klein_mcp.jobs.service import Service
 from klein_mcp.mcp_server import results
 from klein_mcp.mcp_server.tools import fields
 from klein_mcp.mcp_server.tools.tool import Tool
-from klein_mcp.settings import Settings
+from klein_mcp.settings import Settings, user_home
 
 
 class SaveImage(fields.Arguments):
@@ -62,10 +62,14 @@ async def writable(settings: Settings, call: CallContext) -> tuple[Path, ...]:
         return ()  # a remote client names folders of its own machine, not of ours
     if roots := await call.roots():
         return roots
-    here, home = Path.cwd().resolve(), Path.home().resolve()
-    if here == home or not here.is_relative_to(home):
-        from klein_mcp.images.export import ALLOW
+    from klein_mcp.images.export import ALLOW
 
+    try:
+        here = Path.cwd().resolve()
+    except FileNotFoundError:
+        raise Refused("The folder in which this server was started is gone.", hint=ALLOW) from None
+    home = user_home()
+    if home is None or here == home.resolve() or not here.is_relative_to(home.resolve()):
         raise Refused(
             f"No folder is open for writing: {here}, in which this server was started, "
             "is not a folder below your home, or is the home itself.",

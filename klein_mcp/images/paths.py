@@ -1,0 +1,122 @@
+"""Paths and file: URLs as people and clients write them."""
+
+import os
+import re
+import unicodedata
+from collections.abc import Iterator
+from pathlib import Path, PurePath, PurePosixPath, PureWindowsPath
+from urllib.parse import unquote
+
+_QUOTES = ("'", '"', "`", "“”", "‘’", "<>")
+_BLANKS = dict.fromkeys(map(ord, "\u00a0\u2007\u2009\u202f\u2002\u2003"), " ")
+_APOSTROPHES = {ord("’"): "'", ord("‘"): "'", ord("“"): '"', ord("”"): '"'}
+_MOST_NAMES = 20_000
+"""Names of one folder that are compared with the one asked for."""
+
+
+def unwrap(text: str) -> str:
+    """Remove quotes, backquotes and a leading @ around a path."""
+    text = text.strip()
+    if text[:1] == "@" and len(text) > 1:
+        text = text[1:]
+    for pair in _QUOTES:
+        if len(text) > 1 and text[0] == pair[0] and text[-1] == pair[-1]:
+            return text[1:-1].strip()
+    return text
+
+
+def candidates(text: str, *, windows: bool = os.name == "nt") -> Iterator[PurePath]:
+    """Yield the paths that a path or URL may mean, likeliest first.
+
+    Clients build file: URLs by hand: some encode, some do not, so `a%20b`, `C# project` and `what?` may be literal.
+    """
+    if re.match("file:", text, re.IGNORECASE):
+        yield from _from_url(text[5:], windows)
+        return
+    flavour = PureWindowsPath if windows else PurePosixPath
+    yield flavour(text)
+    if not windows and "\\" in text:
+        yield flavour(re.sub(r"\\(.)", r"\1", text))  # `a\ b.png`, as a terminal drops it
+
+
+def _from_url(rest: str, windows: bool) -> Iterator[PurePath]:
+    """rest: what follows `file:`."""
+    host, path = "", rest
+    if rest.startswith("//"):
+        host, slash, path = rest[2:].partition("/")
+        path = slash + path
+    decoded = [_decoded(path), _decoded(re.split("[?#]", path)[0]), path]
+    for text in dict.fromkeys(decoded):
+        yield _windows_path(unquote(host), text) if windows else _posix_path(host, text)
+
+
+def _decoded(text: str) -> str:
+    """Decode %-escapes, leaving every other % as it is."""
+    try:
+        return unquote(text, errors="strict")
+    except UnicodeDecodeError:
+        return unquote(text, errors="surrogateescape")
+
+
+def _posix_path(host: str, text: str) -> PurePath:
+    return PurePosixPath(text if host in ("", "localhost") else f"//{host}{text}")
+
+
+def _windows_path(host: str, text: str) -> PurePath:
+    """`/c:/x`, `C:/x` as host and path, `//server/share/x`, `//wsl.localhost/…`."""
+    if re.fullmatch("[A-Za-z][:|]", host):
+        return PureWindowsPath(f"{host[0]}:{text}")
+    if host and host != "localhost":
+        return PureWindowsPath(f"//{host}{text}")
+    if match := re.match("/([A-Za-z])[:|](.*)", text, re.DOTALL):
+        return PureWindowsPath(f"{match[1]}:{match[2] or '/'}")
+    return PureWindowsPath(text)
+
+
+def folder_of(uri: str, *, windows: bool = os.name == "nt") -> Path | None:
+    """Return the existing folder a client's root means, or None."""
+    for candidate in candidates(uri, windows=windows):
+        path = Path(candidate)
+        try:
+            if path.is_absolute() and path.is_dir():
+                return path
+        except (OSError, ValueError):
+            continue
+    return None
+
+
+def look_alike(path: Path) -> Path:
+    """Return the existing path that looks like `path`, else `path`.
+
+    macOS puts U+202F into a screenshot's name, others U+00A0; names come in NFC and NFD, with curly apostrophes.
+    """
+    existing = Path(path.anchor)
+    for part in path.parts[1:]:
+        existing = _child(existing, part)
+    return existing
+
+
+def _child(folder: Path, name: str) -> Path:
+    exact = folder / name
+    if os.path.lexists(exact) or not _may_differ(name):
+        return exact
+    wanted = _folded(name)
+    found = [entry for entry in _names(folder) if _folded(entry) == wanted]
+    return folder / found[0] if len(found) == 1 else exact
+
+
+def _may_differ(name: str) -> bool:
+    return not name.isascii() or " " in name or "'" in name or '"' in name
+
+
+def _folded(name: str) -> str:
+    return unicodedata.normalize("NFC", name).translate(_BLANKS | _APOSTROPHES)
+
+
+def _names(folder: Path) -> Iterator[str]:
+    try:
+        with os.scandir(folder) as entries:
+            for _, entry in zip(range(_MOST_NAMES), entries, strict=False):
+                yield entry.name
+    except OSError:
+        return

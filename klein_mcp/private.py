@@ -1,0 +1,66 @@
+"""Read small files of the data folder, only this user's own."""
+
+import codecs
+import os
+import stat
+from pathlib import Path
+
+MAX_BYTES = 4 * 2**20
+"""The largest such file of ours is a detached job, about a kilobyte; a configuration is written by hand."""
+
+_FLAGS = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+
+
+def read_private(path: Path) -> bytes:
+    """Read a regular file that nobody else may write. Raises OSError.
+
+    A link is followed, as people keep configurations elsewhere; what it leads to is checked.
+    """
+    descriptor = os.open(path, _FLAGS)  # O_NONBLOCK: a FIFO must not block
+    with os.fdopen(descriptor, "rb") as file:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise OSError("it is not a regular file")
+        if error := foreign_access(status):
+            raise PermissionError(error)
+        data = file.read(MAX_BYTES + 1)
+    if len(data) > MAX_BYTES:
+        raise OSError(f"it is over {MAX_BYTES // 2**20} MiB")
+    return data
+
+
+def read_private_text(path: Path) -> str:
+    """Read text with or without a mark. Raises OSError, ValueError."""
+    return decode_text(read_private(path))
+
+
+def decode_text(data: bytes) -> str:
+    """Decode UTF-8, or UTF-16 with a byte order mark. Raises ValueError."""
+    # Notepad writes a mark in front of UTF-8, PowerShell 5 UTF-16.
+    wide = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    return data.decode("utf-16" if wide else "utf-8-sig")
+
+
+def foreign_access(status: os.stat_result) -> str:
+    """Return how another user could write this, or ""."""
+    if os.name != "posix":
+        return ""
+    if status.st_uid not in (os.geteuid(), 0):
+        return "it belongs to another user"
+    if status.st_mode & stat.S_IWOTH and not status.st_mode & stat.S_ISVTX:
+        return "every user may write it; run: chmod o-w"
+    if status.st_mode & stat.S_IWGRP and status.st_gid != os.getegid():
+        return "its group may write it; run: chmod g-w"
+    return ""
+
+
+def check_folder(path: Path) -> None:
+    """Raise OSError if another user may write into a folder."""
+    try:
+        status = path.stat()
+    except FileNotFoundError:
+        return
+    if not stat.S_ISDIR(status.st_mode):
+        raise NotADirectoryError("it is not a folder")
+    if error := foreign_access(status):
+        raise PermissionError(error)

@@ -1,0 +1,179 @@
+"""Nothing generated is lost: locked or damaged index, missing or changed files."""
+
+import os
+import sqlite3
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mcp import Client
+
+from klein_mcp.cli import doctor
+from klein_mcp.errors import RequestError, UnknownImage
+from klein_mcp.images import schema
+from klein_mcp.images.library import DATABASE, Store
+from klein_mcp.images.rebuild import repair
+from klein_mcp.images.schema import LibraryBusy, LibraryDamaged
+from klein_mcp.jobs.service import Service
+from klein_mcp.settings import Settings
+from tests.images import file, pixels, scene
+from tests.tool_calls import call, refused
+
+pytestmark = pytest.mark.anyio
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Libraries opened from now on do not wait long for another program."""
+    monkeypatch.setattr(schema, "BUSY_TIMEOUT", 0.2)
+
+
+async def test_locked_index_keeps_the_image_for_the_next_start(impatient: None, client: Client, settings: Settings):
+    await call(client, "generate_image", prompt="before", seed=1)
+    other = sqlite3.connect(settings.library / DATABASE)
+    other.execute("BEGIN EXCLUSIVE")
+    message = await refused(client, "generate_image", prompt="a cat", seed=7)
+    other.rollback()
+    other.close()
+    assert "Another program holds the image library" in message
+    assert "with seed 7 is kept" in message
+    store = Store(settings.library)
+    _, record = store.everything()
+    assert (record.prompt, record.recipe["seed"], record.tool) == ("a cat", "7", "generate_image")
+    assert store.read(record)
+    assert not list((settings.library / "unsaved").iterdir())
+    store.close()
+
+
+async def test_file_of_a_crashed_process_is_taken_in_by_its_recipe(
+    client: Client, service: Service, settings: Settings
+):
+    facts = await call(client, "generate_image", prompt="a cat", seed=7)
+    record = service.store.get(facts["image"])
+    crashed = settings.library / "incoming" / "0123456789abcdef"
+    crashed.mkdir()
+    crashed.with_suffix(".lock").touch()
+    os.replace(service.store.path(record), crashed / f"{record.file}.png")
+    with service.store._database:
+        service.store._database.execute("DELETE FROM pictures")
+    service.store.recover()
+    (found,) = service.store.everything()
+    assert (found.handle, found.prompt, found.recipe["seed"]) == (facts["image"], "a cat", "7")
+    assert service.store.read(found)
+
+
+async def test_damaged_index_is_named_and_rebuilt_with_lineage(client: Client, service: Service, settings: Settings):
+    first = await call(client, "generate_image", prompt="one", seed=1)
+    second = await call(client, "edit_image", image="last", prompt="two", seed=2)
+    service.close()
+    for suffix in ("-wal", "-shm"):
+        (settings.library / f"{DATABASE}{suffix}").unlink(missing_ok=True)
+    (settings.library / DATABASE).write_bytes(b"garbage " * 1000)
+    with pytest.raises(LibraryDamaged, match="doctor --repair"):
+        Store(settings.library)
+    assert "doctor --repair" in doctor._library(settings).todo
+    result = repair(settings.library)
+    assert (result.found, result.added, result.unreadable) == (2, 2, ())
+    assert result.moved is not None
+    assert result.moved.exists()
+    store = Store(settings.library)
+    assert store.get(second["image"]).parents == (first["image"],)
+    assert store.get(first["image"]).prompt == "one"
+    assert repair(settings.library).added == 0
+    store.close()
+
+
+async def test_missing_file_is_put_back_when_its_image_is_opened(client: Client, service: Service, tmp_path: Path):
+    (tmp_path / "photo.png").write_bytes(file(scene(64, 48)))
+    facts = await call(client, "view_image", image=str(tmp_path / "photo.png"))
+    record = service.store.get(facts["image"])
+    for damage in (Path.unlink, lambda path: path.write_bytes(b"other")):
+        damage(service.store.path(service.store.get(record.handle)))
+        assert not service.store.is_whole(service.store.get(record.handle))
+        again = await call(client, "view_image", image=str(tmp_path / "photo.png"))
+        assert again["image"] == facts["image"]
+        assert (pixels(service.store.read(service.store.get(record.handle))) == scene(64, 48)).all()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="links and FIFOs")
+@pytest.mark.parametrize("replacement", ["other image", "link", "FIFO"])
+async def test_file_that_was_exchanged_is_not_shown(client: Client, service: Service, tmp_path: Path, replacement: str):
+    facts = await call(client, "generate_image", prompt="a cat")
+    record = service.store.get(facts["image"])
+    path = service.store.path(record)
+    path.unlink()
+    if replacement == "other image":
+        path.write_bytes(file(scene(64, 48)))
+    elif replacement == "link":
+        (tmp_path / "secret").write_text("secret")
+        path.symlink_to(tmp_path / "secret")
+    else:
+        os.mkfifo(path)
+    with pytest.raises(UnknownImage, match=r"was changed|cannot be read"):
+        service.store.read(record)
+    assert "Restore it, or generate it again" in await refused(client, "view_image", image=record.handle)
+
+
+async def test_full_disk_reports_the_seed_and_leaves_no_half_file(
+    client: Client, service: Service, settings: Settings, monkeypatch: pytest.MonkeyPatch
+):
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("klein_mcp.images.library.os.fsync", full)
+    message = await refused(client, "generate_image", prompt="a cat", seed=7)
+    assert "No space left on device" in message
+    assert "made with seed 7" in message
+    assert not list((settings.library / "incoming").rglob("*.png"))
+
+
+def foreign_file(**recipe: Any) -> bytes:
+    from klein_mcp.images import codec
+
+    return codec.encode(scene(64, 48), "png", recipe)
+
+
+async def test_claim_of_a_foreign_file_is_no_lineage(client: Client, service: Service, tmp_path: Path):
+    facts = await call(client, "generate_image", prompt="a cat")
+    (tmp_path / "claim.png").write_bytes(foreign_file(image=facts["image"], seed="1", prompt="x"))
+    opened = await call(client, "view_image", image=str(tmp_path / "claim.png"))
+    assert service.store.get(opened["image"]).parents == ()
+
+
+async def test_recipe_of_a_foreign_file_is_cleaned(client: Client, service: Service, tmp_path: Path):
+    recipe = {"prompt": "\ud800" + "x" * 60_000, "seed": float("nan"), "deep": [[[[[[[[1]]]]]]]], "many": [1] * 500}
+    (tmp_path / "hostile.png").write_bytes(foreign_file(**recipe))
+    opened = await call(client, "view_image", image=str(tmp_path / "hostile.png"))
+    made = service.store.get(opened["image"]).recipe["made"]
+    assert len(str(made)) < 10_000
+    assert made["seed"] is None
+    str(made).encode()
+    await client.read_resource(f"klein://images/{opened['image']}/recipe")
+
+
+async def test_list_shows_the_others_if_one_file_is_missing(
+    client: Client, service: Service, settings: Settings, capsys: pytest.CaptureFixture[str]
+):
+    from klein_mcp.cli.list import list_images
+
+    for seed in (1, 2):
+        facts = await call(client, "generate_image", prompt="a cat", seed=seed)
+    service.store.path(service.store.get(facts["image"])).unlink()
+    assert list_images(settings, as_json=True) == 0
+    assert '"path": null' in capsys.readouterr().out
+
+
+def test_lock_of_another_program_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    Store(tmp_path).close()
+    other = sqlite3.connect(tmp_path / DATABASE)
+    other.execute("PRAGMA locking_mode = EXCLUSIVE")
+    other.execute("BEGIN EXCLUSIVE")
+    monkeypatch.setattr(schema, "BUSY_TIMEOUT", 0.05)
+    with pytest.raises((LibraryBusy, RequestError), match="Another program holds"):
+        Store(tmp_path)
+    other.close()
+
+
+def test_doctor_names_images_without_a_file(settings: Settings, service: Service):
+    assert doctor._library(replace(settings, home=settings.home / "none")).found == "empty"
