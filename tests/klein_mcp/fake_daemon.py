@@ -9,6 +9,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import lru_cache
 
 import numpy as np
 
@@ -66,6 +67,7 @@ def noise(width: int, height: int, seed: int) -> Rgb8:
     return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
 
 
+@lru_cache
 def texture(width: int, height: int) -> Rgb8:
     """Gradients with the noise of a camera: a PNG of 2.0 MB at 1024², as a photograph of grass or cloth."""
     y, x = np.mgrid[0:height, 0:width]
