@@ -55,7 +55,9 @@ def size(job: Job) -> tuple[int, int]:
 
 
 class FakeExecutor:
-    """An Executor. jobs: what it was given; cancelled: how many of them were stopped.
+    """An Executor that remembers its jobs.
+
+    cancelled: how many of them were stopped.
 
     events_before: yielded before the first stage. error: raised instead of an image.
     """

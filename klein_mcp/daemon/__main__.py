@@ -1,4 +1,7 @@
-"""The daemon's process: joins executor, queue, jobs and HTTP interface. Binds first, loads after."""
+"""The daemon's process: joins executor, queue, jobs and HTTP interface.
+
+Binds first, loads after.
+"""
 
 import asyncio
 import contextlib
@@ -38,7 +41,10 @@ MakeExecutor = Callable[[Settings], Executor]
 
 
 def main(make: MakeExecutor = make_local) -> int:
-    """Run the daemon until it should end. make: called with the first job. Returns the exit code."""
+    """Run the daemon until it should end.
+
+    make: called with the first job. Returns the exit code.
+    """
     faulthandler.enable()
     try:
         settings = Settings.load()
@@ -53,7 +59,10 @@ def main(make: MakeExecutor = make_local) -> int:
 
 
 def _only_one(settings: Settings) -> FileLock:
-    """Lock the data folder for life, one engine each. The operating system frees the lock on any death."""
+    """Lock the data folder for life, one engine each.
+
+    The operating system frees the lock on any death.
+    """
     settings.home.mkdir(mode=0o700, parents=True, exist_ok=True)
     # A replaced daemon needs a moment to unload before its successor may load.
     return FileLock(settings.home / ENGINE_LOCK, timeout=30)
@@ -97,7 +106,7 @@ async def _serve(settings: Settings, make: MakeExecutor) -> None:
         await _until_it_should_end(daemon, settings)
     finally:
         daemon.drain()
-        # First the endpoint goes, so that a front end that looks now starts another; then listeners are told.
+        # First the endpoint goes, so that a front end that looks now starts another; then listeners hear of it.
         with contextlib.suppress(OSError):
             endpoints.remove(settings.home, endpoint)
         await jobs.aclose()
@@ -108,7 +117,7 @@ async def _serve(settings: Settings, make: MakeExecutor) -> None:
 
 
 class _Server(uvicorn.Server):
-    """uvicorn without its ten wake-ups a second, and without its signal handlers, which raise signals again."""
+    """uvicorn without its ten wake-ups a second and its signal handlers."""
 
     def __init__(self, daemon: Daemon) -> None:
         config = uvicorn.Config(

@@ -1,4 +1,7 @@
-"""The daemon's HTTP interface for the front ends of one user: the job API, hello, status, drain, stop."""
+"""The daemon's HTTP interface for the front ends of one user.
+
+The job API, hello, status, drain, stop.
+"""
 
 import asyncio
 import hmac
@@ -32,7 +35,10 @@ REFUSED = 409
 
 
 class Daemon:
-    """State that outlives a request: the jobs, who we are, and whether we are leaving."""
+    """State that outlives a request.
+
+    The jobs, who we are, and whether we are leaving.
+    """
 
     def __init__(self, jobs: JobManager, endpoint: Endpoint, build: BuildInfo, about: DaemonStatus) -> None:
         """about: what every status repeats."""
@@ -86,7 +92,7 @@ class Daemon:
         return guarded
 
     async def _hello(self, request: Request) -> Response:
-        """Prove that we hold the token, before a front end shows it to us."""
+        """Prove that we hold the token before a front end shows it."""
         proof = self.endpoint.proof(request.query_params.get("nonce", ""))
         return JSONResponse({"proof": proof, "draining": self.draining, "build": asdict(self.build)})
 
@@ -104,7 +110,10 @@ class Daemon:
         return JSONResponse({"stopping": True})
 
     async def _submit(self, request: Request) -> Response:
-        """Start a job. With "listen" its events are the answer, else its id."""
+        """Start a job.
+
+        With "listen" its events are the answer, else its id.
+        """
         body = await request.body()
         if self.draining:
             return JSONResponse({"error": "This engine is being replaced."}, DRAINING)
@@ -154,7 +163,10 @@ class Daemon:
 
 
 async def _streamed(stream: AsyncGenerator[JobEvent]) -> Response:
-    """Answer with one line of JSON per event. A client that disconnects closes the stream, and so leaves the job."""
+    """Answer with one line of JSON per event.
+
+    A client that disconnects closes the stream, and so leaves the job.
+    """
     first = await anext(stream)  # an error that comes before any event is the answer itself
 
     async def lines() -> AsyncIterator[bytes]:

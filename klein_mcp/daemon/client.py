@@ -1,4 +1,7 @@
-"""The job API over loopback: finds or starts the daemon, and submits again after a crash."""
+"""The job API over loopback.
+
+Finds or starts the daemon, and submits again after a crash.
+"""
 
 import json
 import logging
@@ -42,7 +45,10 @@ class _Lost(Exception):
 
 
 class DaemonClient:
-    """The job API of every front end, see `jobs.api.Jobs`. One per process; its connections close with it."""
+    """The job API of every front end, see `jobs.api.Jobs`.
+
+    One per process; its connections close with it.
+    """
 
     def __init__(self, settings: Settings, command: Sequence[str] = DAEMON) -> None:
         self._settings = settings
@@ -60,7 +66,10 @@ class DaemonClient:
     async def run(
         self, request: ImageRequest, *, client: str, listen: Listen = NO_PREVIEWS
     ) -> AsyncGenerator[JobEvent]:
-        """Submit and listen; submit once more after a crash, as the same job gives the same images."""
+        """Submit and listen.
+
+        Submit once more after a crash, as the same job gives the same images.
+        """
         saved: list[SavedImage] = []
         for _ in range(2):
             endpoint = None
@@ -87,7 +96,7 @@ class DaemonClient:
         )
 
     async def events(self, job: str, listen: Listen = NO_PREVIEWS) -> AsyncGenerator[JobEvent]:
-        """Listen to a job, also when another daemon takes over a detached one."""
+        """Listen to a job, through whichever daemon runs it."""
         seen = 0
         path = f"{_path(job)}/events?preview={listen.preview}&each={listen.each}&steps={int(listen.steps)}"
         for _ in range(3):  # two daemons may crash on the job, the third one says so
@@ -146,7 +155,10 @@ class DaemonClient:
         return [status.job_from_json(job) for job in await self._ask("GET", "/jobs")]
 
     async def status(self) -> DaemonStatus:
-        """Describe the daemon that runs; never starts one."""
+        """Describe the daemon that runs.
+
+        Never starts one.
+        """
         import httpx2
 
         launcher = self._launcher()
@@ -160,7 +172,10 @@ class DaemonClient:
             return DaemonStatus(False)
 
     async def stop(self) -> bool:
-        """End the daemon and wait until it is gone. Returns whether there was one. Raises EngineFailed."""
+        """End the daemon and wait until it is gone.
+
+        Returns whether there was one. Raises EngineFailed.
+        """
         import httpx2
 
         launcher, deadline = self._launcher(), time.monotonic() + PATIENCE
@@ -181,7 +196,10 @@ class DaemonClient:
         return True
 
     async def aclose(self) -> None:
-        """Close all connections; jobs that are listened to are cancelled."""
+        """Close all connections.
+
+        Jobs that are listened to are cancelled.
+        """
         if self._http:
             await self._http.aclose()
             self._http = None
@@ -189,7 +207,7 @@ class DaemonClient:
     # -- the way to the daemon -----------------------------------------------------------------------------------------
 
     async def _ready(self) -> AsyncGenerator[Endpoint | None]:
-        """Yield None while the daemon is started or replaced, at last its endpoint."""
+        """Yield None while the daemon starts, at last its endpoint."""
         launcher = self._launcher()
         # The lock says that the daemon which proved itself before is alive, and so that nobody else has its port.
         if self._known and launcher.reads(self._known) and launcher.lock_is_held():
@@ -201,7 +219,7 @@ class DaemonClient:
                 yield endpoint
 
     async def _running(self) -> Endpoint:
-        """Return whichever daemon runs, one that is being replaced too; else start one."""
+        """Return the daemon that runs, draining or not, else start one."""
         if hello := await self._launcher().find():
             return hello.endpoint
         async with aclosing(self._ready()) as starting:
@@ -277,7 +295,7 @@ def _path(job: str) -> str:
 
 
 def _error(code: int, text: str) -> Exception:
-    """Turn an answer that is no success into the error it stands for."""
+    """Return the error that an unsuccessful answer stands for."""
     if code == UNKNOWN:
         return UnknownJob("There is no such job.")
     if code == REFUSED:

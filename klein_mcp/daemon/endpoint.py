@@ -1,4 +1,4 @@
-"""The endpoint file, owner-only, with port and secret, and the build that tells daemons and front ends apart."""
+"""The owner-only endpoint file, and the build of a daemon."""
 
 import hashlib
 import hmac
@@ -17,12 +17,15 @@ ENGINE_LOCK = "engine.lock"
 """In the data folder; held by the daemon for life."""
 
 LAST_STEP = 30.0
-"""Seconds a job may take to its next pause once the daemon has been told to end; then it ends all the same."""
+"""Seconds a job may take to its next pause once the daemon has been asked to end; then it ends all the same."""
 
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """Address of a daemon. token: authorises a front end, and proves to it that this is its daemon."""
+    """Address of a daemon.
+
+    token: authorises a front end, and proves to it that this is its daemon.
+    """
 
     port: int
     pid: int
@@ -33,14 +36,18 @@ class Endpoint:
         return f"http://{HOST}:{self.port}"
 
     def proof(self, nonce: str) -> str:
-        """Answer `nonce` as only a holder of the token can; another process on a stale port learns nothing."""
+        """Answer `nonce` as only a holder of the token can.
+
+        Another process on a stale port learns nothing.
+        """
         return hmac.new(self.token.encode(), nonce.encode(), hashlib.sha256).hexdigest()
 
 
 @dataclass(frozen=True, slots=True)
 class BuildInfo:
-    """Identifies the code that runs: front ends and daemon of one build speak the same protocol.
+    """Identifies the code that runs.
 
+    Front ends and daemon of one build speak the same protocol.
     changed: when the newest source file was written, in ns; orders two builds of one version.
     """
 
@@ -72,7 +79,10 @@ def new_token() -> str:
 
 
 def read(home: Path) -> Endpoint | None:
-    """Return the endpoint in `home`; None where there is none that only we could have written."""
+    """Return the endpoint in `home`.
+
+    None where there is none that only we could have written.
+    """
     path = home / "daemon.json"
     try:
         with path.open("rb") as file:

@@ -1,4 +1,7 @@
-"""Finds the daemon of this user or starts it: one at a time, however many front ends look at once."""
+"""Finds the daemon of this user or starts it.
+
+One at a time, however many front ends look at once.
+"""
 
 import contextlib
 import os
@@ -73,8 +76,9 @@ class Launcher:
             return None  # nobody there, or somebody else on a stale port
 
     async def ready(self) -> AsyncGenerator[Endpoint | None]:
-        """Yield None while the daemon is started or replaced, at least every second, at last its endpoint.
+        """Yield None while the daemon is started or replaced.
 
+        At least every second, at last its endpoint.
         Raises EngineFailed if it does not start, or is newer than this front end.
         """
         heard = time.monotonic()
@@ -109,7 +113,7 @@ class Launcher:
         return False
 
     def lock_is_held(self) -> bool:
-        """Whether some process holds the engine's lock, which every daemon does for life."""
+        """Whether a process holds the engine's lock, as every daemon does."""
         from filelock import FileLock, Timeout
 
         path = self._settings.home / ENGINE_LOCK
@@ -128,7 +132,10 @@ class Launcher:
         return endpoints.read(self._settings.home) == endpoint
 
     def has_exited(self, endpoint: Endpoint) -> bool:
-        """Whether that daemon has released its lock, the last thing it does. Another may run by now."""
+        """Whether that daemon has released its lock, the last thing it does.
+
+        Another may run by now.
+        """
         return not self.lock_is_held() or endpoints.read(self._settings.home) not in (None, endpoint)
 
     def timeout_error(self, seconds: float) -> EngineFailed:
@@ -200,7 +207,7 @@ def authorization(endpoint: Endpoint) -> dict[str, str]:
 
 
 def _detached() -> dict[str, Any]:
-    """Return Popen options by which the daemon outlives its front end and terminal."""
+    """Return Popen options for a daemon that outlives its terminal."""
     if os.name == "posix":
         return {"start_new_session": True}
     return {"creationflags": subprocess.DETACHED_PROCESS | subprocess.CREATE_NEW_PROCESS_GROUP}  # type: ignore[attr-defined]

@@ -1,4 +1,7 @@
-"""Jobs and their events as bytes, for executors elsewhere: frames of a JSON header and raw RGB8."""
+"""Jobs and their events as bytes, for executors elsewhere.
+
+Frames of a JSON header and raw RGB8.
+"""
 
 import json
 import math
@@ -103,7 +106,7 @@ class Frames:
 
 
 class _Pixels:
-    """Returns the raw bytes in the order in which they were set aside."""
+    """Hands out the raw bytes in the order they were written."""
 
     def __init__(self, left: memoryview) -> None:
         self.left = left
@@ -124,7 +127,7 @@ class _Pixels:
 
 
 def _tuples(content: dict[str, Any]) -> dict[str, Any]:
-    """JSON knows no tuples, and no field of a message is a list."""
+    """Turn lists back into tuples, which JSON lacks."""
     return {name: tuple(value) if isinstance(value, list) else value for name, value in content.items()}
 
 

@@ -1,4 +1,7 @@
-"""Events of a job, as its listeners get them, and their JSON form."""
+"""Events of a job.
+
+As its listeners get them, and their JSON form.
+"""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -19,13 +22,17 @@ class Submitted:
 
 @dataclass(frozen=True, slots=True)
 class Saving:
-    """The engine is done with an image, and it is being put into the library."""
+    """The engine is done with an image.
+
+    And it is being put into the library.
+    """
 
 
 @dataclass(frozen=True, slots=True)
 class Progressed:
-    """Image number `image` of the request, from 0, got as far as `event` says.
+    """Image number `image` of the request.
 
+    From 0, got as far as `event` says.
     preview: of a Step, for listeners that asked: the image the sampler is heading for.
     """
 
@@ -36,7 +43,10 @@ class Progressed:
 
 @dataclass(frozen=True, slots=True)
 class ImageSaved:
-    """Image number `image`, from 0, is in the library. preview: for listeners that asked for each."""
+    """Image number `image`, from 0, is in the library.
+
+    preview: for listeners that asked for each.
+    """
 
     image: int
     saved: SavedImage
@@ -45,7 +55,10 @@ class ImageSaved:
 
 @dataclass(frozen=True, slots=True)
 class Done:
-    """Every image is saved. ms: by stage, over all images. preview: one image, or a sheet of several."""
+    """Every image is saved.
+
+    ms: by stage, over all images. preview: one image, or a sheet of several.
+    """
 
     warnings: tuple[str, ...] = ()
     ms: Mapping[str, float] = field(default_factory=dict)
@@ -54,7 +67,7 @@ class Done:
 
 @dataclass(frozen=True, slots=True)
 class Failed:
-    """The job ended with an error that can be told to its caller."""
+    """The job ended with an error for its caller."""
 
     error: EngineError | RequestError
 
@@ -129,7 +142,10 @@ def error_to_json(error: EngineError | RequestError) -> dict[str, Any]:
 
 
 def error_from_json(data: Mapping[str, Any]) -> EngineError | RequestError:
-    """Read an error; an unknown kind is an EngineError with the same words."""
+    """Read an error.
+
+    An unknown kind is an EngineError with the same words.
+    """
     values = dict(data)
     kind = _ERRORS.get(values.pop("kind"), EngineError)
     if fix := values.get("fix"):

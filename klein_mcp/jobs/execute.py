@@ -33,7 +33,10 @@ class PreparedRequest:
     region: EditRegion | None = None
 
     def job(self, index: int) -> Job:
-        """Make the job of image number `index`: all are alike but for their seeds."""
+        """Make the job of image number `index`.
+
+        All are alike but for their seeds.
+        """
         request, size = self.request, self.request.size
         return Job(
             prompt=request.prompt,
@@ -65,7 +68,10 @@ class PreparedRequest:
 
 
 def prepare(request: ImageRequest, store: Store, pixels: PixelCache) -> PreparedRequest:
-    """Load references and mask by handle, and cut out the region that is edited. Raises RequestError."""
+    """Load references and mask by handle.
+
+    And cut out the region that is edited. Raises RequestError.
+    """
     records = [store.get(handle) for handle in request.images]
     mask_record = store.get(request.mask) if request.mask else None
     images = tuple(pixels.read(record) for record in records)

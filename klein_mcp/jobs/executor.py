@@ -12,8 +12,9 @@ def nobody_watches() -> bool:
 
 
 class Executor(Protocol):
-    """Runs jobs: the engine of this process, another machine, or a fake in a test.
+    """Runs jobs.
 
+    The engine of this process, another machine, or a fake in a test.
     Methods may be called from several threads, `run` from at most `slots` at once.
     """
 
@@ -23,18 +24,25 @@ class Executor(Protocol):
         ...
 
     def run(self, job: Job, watched: Callable[[], bool] = nobody_watches) -> Iterator[Event]:
-        """Run `job`; the last event is its Result. Closing the iterator cancels it. Raises EngineError.
+        """Run `job`.
 
+        The last event is its Result. Closing the iterator cancels it. Raises EngineError.
         watched: asked before each step whether it should carry a preview.
         """
         ...
 
     def prefetch(self, image: Rgb8) -> bool:
-        """Do one piece of the work that an edit of `image` will need. False when nothing is left to do."""
+        """Do one piece of the work that an edit of `image` needs.
+
+        False when nothing is left to do.
+        """
         ...
 
     def release(self) -> None:
-        """Give back the memory of weights; the next job loads again."""
+        """Give back the memory of weights.
+
+        The next job loads again.
+        """
         ...
 
     def status(self) -> EngineStatus:

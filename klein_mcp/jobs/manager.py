@@ -1,4 +1,7 @@
-"""Owns every job: runs it, tells its listeners, saves its images, and keeps detached ones across restarts."""
+"""Owns every job.
+
+Runs it, tells its listeners, saves its images, and keeps detached ones across restarts.
+"""
 
 import asyncio
 import contextlib
@@ -45,7 +48,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 HEARTBEAT = 1.0
-"""Seconds after which the latest progress is told again, so that a listener can count on waking up."""
+"""Seconds after which the latest progress is sent again, so that a listener can count on waking up."""
 
 LISTEN_WITHIN = 10.0
 """Seconds for somebody to listen to a new job; its submitter may have died in between."""
@@ -61,10 +64,16 @@ ATTEMPTS = 2
 
 
 class JobManager:
-    """The job API of this process, as `jobs.api.Jobs` describes it. Belongs to one event loop."""
+    """The job API of this process, as `jobs.api.Jobs` describes it.
+
+    Belongs to one event loop.
+    """
 
     def __init__(self, folder: Path, library: Path, queue: Queue) -> None:
-        """folder: for detached jobs, a file each. library: opened by the first job."""
+        """folder: for detached jobs, a file each.
+
+        library: opened by the first job.
+        """
         self._folder = folder
         self._library = library
         self._queue = queue
@@ -87,7 +96,10 @@ class JobManager:
     async def run(
         self, request: ImageRequest, *, client: str, listen: Listen = NO_PREVIEWS, saved: Sequence[SavedImage] = ()
     ) -> AsyncGenerator[JobEvent]:
-        """Submit and listen. saved: its first images, that a daemon which crashed had made already."""
+        """Submit and listen.
+
+        saved: its first images, that a daemon which crashed had made already.
+        """
         job = self._submit(request, client, saved)
         async with contextlib.aclosing(self._listen(job, listen, Submitted(job.id))) as events:
             async for event in events:
@@ -120,7 +132,10 @@ class JobManager:
                 self._update_watched(job)
 
     async def detach(self, job: str) -> JobStatus:
-        """Let a job go on without listeners. Raises UnknownJob; EngineFailed if it cannot be written to disk."""
+        """Let a job go on without listeners.
+
+        Raises UnknownJob; EngineFailed if it cannot be written to disk.
+        """
         record = self._find(job)
         if not record.detached:
             try:
@@ -152,11 +167,17 @@ class JobManager:
 
     @property
     def idle_seconds(self) -> float:
-        """Seconds since the last job ended; 0 while there is one."""
+        """Seconds since the last job ended.
+
+        0 while there is one.
+        """
         return 0.0 if any(not job.over for job in self._jobs.values()) else self._queue.idle_seconds
 
     def resume(self) -> None:
-        """Go on with detached jobs that the last daemon did not finish. Forget what was finished long ago."""
+        """Go on with detached jobs that the last daemon did not finish.
+
+        Forget what was finished long ago.
+        """
         for unfinished in self._folder.glob("*.json.*"):  # the last daemon was killed while it wrote
             with contextlib.suppress(OSError):
                 unfinished.unlink()
@@ -177,7 +198,10 @@ class JobManager:
         self._forget()
 
     async def aclose(self) -> None:
-        """Stop every job; the next daemon resumes the detached ones."""
+        """Stop every job.
+
+        The next daemon resumes the detached ones.
+        """
         self._closing = True
         tasks = [job.task for job in self._jobs.values() if job.task and not job.task.done()]
         for task in tasks:
@@ -295,7 +319,10 @@ class JobManager:
         self._write_if_detached(job)
 
     def _put_back(self, job: JobRecord) -> None:
-        """Leave a detached job to the next daemon; end any other."""
+        """Leave a detached job to the next daemon.
+
+        End any other.
+        """
         for listener in job.listeners:
             listener.inbox.put_nowait(Failed(engine_stopped()))
         if job.detached:
@@ -320,7 +347,10 @@ class JobManager:
                 await asyncio.wait([saving])
 
     async def _compute(self, job: JobRecord, image: int, engine_job: Job) -> Result:
-        """Queue one image and pass its events on until its result. Cancelling this cancels it."""
+        """Queue one image and pass its events on until its result.
+
+        Cancelling this cancels it.
+        """
         loop = asyncio.get_running_loop()
         inbox: asyncio.Queue[Event | EngineError] = asyncio.Queue()
         started, waiting = time.perf_counter(), True
@@ -384,7 +414,10 @@ class JobManager:
     # -- library and files ---------------------------------------------------------------------------------------------
 
     def _open(self) -> "tuple[Store, PixelCache]":
-        """Open the library once, though two jobs may begin at the same moment. Blocking."""
+        """Open the library once.
+
+        Though two jobs may begin at the same moment. Blocking.
+        """
         from klein_mcp.images.pixels import PixelCache
 
         with self._opening:

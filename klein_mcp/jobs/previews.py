@@ -1,4 +1,7 @@
-"""Previews for the listeners of jobs: each made once, from pixels that are at hand."""
+"""Previews for the listeners of jobs.
+
+Each made once, from pixels that are at hand.
+"""
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -15,7 +18,10 @@ Key = tuple[tuple[str, ...], int]
 
 
 class PreviewCache:
-    """Makes previews of images by handle. Whoever asks for one that is being made waits for it. For any thread."""
+    """Makes previews of images by handle.
+
+    Whoever asks for one that is being made waits for it. For any thread.
+    """
 
     def __init__(self, read: Callable[[str], Rgb8]) -> None:
         """read: a handle -> its pixels."""
@@ -24,8 +30,9 @@ class PreviewCache:
         self._previews: OrderedDict[Key, Future[Preview]] = OrderedDict()
 
     def get(self, handles: Sequence[str], longest: int, image: "Rgb8 | None" = None) -> Preview:
-        """Return a preview of one image, or a labelled sheet of several. Blocking.
+        """Return a preview of one image, or a labelled sheet of several.
 
+        Blocking.
         longest: the long edge of a single one. image: the pixels of a single one, where the caller has them.
         """
         key = (tuple(handles), longest)

@@ -1,4 +1,7 @@
-"""Events of a job as MCP progress: always rising, never silent for long."""
+"""Events of a job as MCP progress.
+
+Always rising, never silent for long.
+"""
 
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -72,7 +75,10 @@ class Progress:
 
 
 def describe(event: Event | Saving) -> tuple[float, str]:
-    """Return how much of one image is done at `event`, 0 … 1, and words for it."""
+    """Return how much of one image is done at `event`.
+
+    0 … 1, and words for it.
+    """
     match event:
         case Queued(position):
             return 0.0, f"{position} ahead in the queue" if position else "next in the queue"

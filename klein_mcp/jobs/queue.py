@@ -1,4 +1,7 @@
-"""Decides which job runs next: a bounded queue, one turn per client in the round, one thread per executor slot."""
+"""Decides which job runs next.
+
+A bounded queue, one turn per client in the round, one thread per executor slot.
+"""
 
 import itertools
 import logging
@@ -29,7 +32,10 @@ Tell = Callable[[Event | EngineError], None]
 
 @dataclass(eq=False, slots=True)
 class Ticket:
-    """One job that waits or runs. watched: whether its steps should carry previews; may change at any time."""
+    """One job that waits or runs.
+
+    watched: whether its steps should carry previews; may change at any time.
+    """
 
     job: Job
     client: str
@@ -41,7 +47,7 @@ class Ticket:
 
 
 class Queue:
-    """Takes jobs from any thread and runs them in threads of its own, which start with the first job."""
+    """Takes jobs from any thread and runs them in its own."""
 
     def __init__(
         self,
@@ -51,8 +57,9 @@ class Queue:
         keep_alive: float,
         history: TimingHistory | None = None,
     ) -> None:
-        """make_executor: called by the first job's thread, as it may take seconds. size: jobs that may wait.
+        """make_executor: called by the first job's thread, as it may take seconds.
 
+        size: jobs that may wait.
         keep_alive: seconds without a job until the executor releases its weights.
         """
         self._make_executor = make_executor
@@ -101,7 +108,10 @@ class Queue:
                 )
 
     def cancel(self, ticket: Ticket) -> None:
-        """Drop a waiting job; stop a running one at its next yield. Twice does no harm."""
+        """Drop a waiting job.
+
+        Stop a running one at its next yield. Twice does no harm.
+        """
         with self._change:
             ticket.cancelled = True
             line = self._waiting.get(ticket.client)
@@ -112,13 +122,19 @@ class Queue:
                 self._tell_positions()
 
     def prefetch(self, image: Rgb8) -> None:
-        """Prepare for an edit of `image`, once no job has come for a moment."""
+        """Prepare for an edit of `image`.
+
+        Once no job has come for a moment.
+        """
         with self._change:
             self._latest_image, self._prefetch_at = image, time.monotonic() + IDLE_BEFORE_PREFETCH
             self._change.notify_all()
 
     def close(self, timeout: float = 0.0) -> None:
-        """Take no more jobs, stop those there are, and wait at most `timeout` seconds for running ones."""
+        """Take no more jobs, stop those there are.
+
+        And wait at most `timeout` seconds for running ones.
+        """
         with self._change:
             self._closed = True
             tickets = [*self._running, *itertools.chain(*self._waiting.values())]
@@ -133,7 +149,10 @@ class Queue:
 
     @property
     def idle_seconds(self) -> float:
-        """Seconds since the last job ended; 0 while one waits or runs."""
+        """Seconds since the last job ended.
+
+        0 while one waits or runs.
+        """
         with self._change:
             return 0.0 if self._running or self._waiting else time.monotonic() - self._idle_since
 
@@ -150,7 +169,10 @@ class Queue:
             )
 
     def engine_status(self) -> EngineStatus | None:
-        """Describe the executor; None before the first job."""
+        """Describe the executor.
+
+        None before the first job.
+        """
         executor = self._executor
         return executor.status() if executor else None
 
@@ -161,7 +183,7 @@ class Queue:
     # -- threads -------------------------------------------------------------------------------------------------------
 
     def _grow(self) -> None:
-        """Start one more thread where a job would otherwise wait though a slot is free."""
+        """Start a thread if a job waits though a slot is free."""
         slots = self._executor.slots if self._executor else 1
         busy = len(self._running)
         if len(self._threads) < slots and self._count() + busy > len(self._threads):
@@ -188,7 +210,10 @@ class Queue:
             del ticket, outcome
 
     def _next(self) -> Ticket | None:
-        """Wait for the next job, doing what an idle engine should do meanwhile. None once closed."""
+        """Wait for the next job.
+
+        Doing what an idle engine should do meanwhile. None once closed.
+        """
         while True:
             with self._change:
                 if self._closed:
@@ -255,7 +280,10 @@ class Queue:
             log.exception("the weights could not be released")
 
     def _run(self, ticket: Ticket) -> Result | EngineError | None:
-        """Return the result or the error; None if it was cancelled."""
+        """Return the result or the error.
+
+        None if it was cancelled.
+        """
         try:
             return self._execute(ticket)
         except EngineError as exc:
@@ -307,8 +335,9 @@ class Queue:
     # -- turns and positions -------------------------------------------------------------------------------------------
 
     def _round(self) -> list[str]:
-        """Clients that wait, the one served longest ago first and new ones before all.
+        """Clients that wait.
 
+        The one served longest ago first and new ones before all.
         Not the order of arrival: a client that sends one job at a time is always the last to arrive.
         """
         return sorted(self._waiting, key=lambda client: self._turns.get(client, 0))
@@ -346,7 +375,7 @@ class Queue:
         return max(1.0, round(self._seconds_left() or 5.0, 1))
 
     def _in_turn(self) -> Iterator[Ticket]:
-        """Waiting tickets in the order in which they will run if nobody comes or leaves."""
+        """Yield waiting tickets in the order in which they will run."""
         rounds = itertools.zip_longest(*(self._waiting[client] for client in self._round()))
         return (ticket for turn in rounds for ticket in turn if ticket)
 

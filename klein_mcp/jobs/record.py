@@ -1,4 +1,7 @@
-"""One job's state while it lives in memory, and the file that lets it survive a restart."""
+"""One job's state in memory.
+
+And the file that lets it survive a restart.
+"""
 
 import asyncio
 import time
@@ -34,7 +37,7 @@ def _one_line(error: EngineError | RequestError) -> str:
 
 @dataclass(eq=False, slots=True)
 class Listener:
-    """Somebody who is told the events of a job."""
+    """Somebody who hears the events of a job."""
 
     options: Listen
     inbox: "asyncio.Queue[JobEvent]" = field(default_factory=asyncio.Queue)
@@ -45,7 +48,10 @@ JobNews = tuple[JobStatus, JobEvent | None]
 
 
 class Watchers:
-    """Everybody who follows all jobs. One that does not keep up misses the oldest news."""
+    """Everybody who follows all jobs.
+
+    One that does not keep up misses the oldest news.
+    """
 
     MOST = 256
     """News that may wait for a watcher, a few kilobytes each where they hold a preview."""
@@ -75,8 +81,9 @@ class Watchers:
 
 @dataclass(eq=False, slots=True)
 class JobRecord:
-    """A job: its request, what is saved of it, its latest progress, and its listeners.
+    """A job.
 
+    Its request, what is saved of it, its latest progress, and its listeners.
     saved: the first images of the request, in order. ending: its last event, once it is over.
     attempts: daemons that began it. changed: when its state last changed. ticket: its place in the queue.
     """
@@ -130,7 +137,10 @@ class JobRecord:
             self.ms[stage] = self.ms.get(stage, 0.0) + spent
 
     def total_ms(self) -> dict[str, float]:
-        """Return whole milliseconds by stage, over all images, and in total since the job was submitted."""
+        """Return whole milliseconds by stage, over all images.
+
+        And in total since the job was submitted.
+        """
         total = self.ms.get("total", 0.0) + 1000 * (time.monotonic() - self._began)
         return {stage: round(spent) for stage, spent in {**self.ms, "total": total}.items()}
 
@@ -227,8 +237,9 @@ class JobRecord:
 
 
 def _from_0_1(data: Mapping[str, Any]) -> dict[str, Any]:
-    """Convert a job file of klein-mcp 0.1, whose request is what was still to be done. Raises ValueError if it is done.
+    """Convert a job file of klein-mcp 0.1.
 
+    Whose request is what was still to be done. Raises ValueError if it is done.
     Images that were finished before it was detached are in the library, and not in its result.
     """
     if data["state"] == "done":

@@ -1,4 +1,7 @@
-"""Makes an image's whole history again: every edit that led to it, on its own base or on another."""
+"""Makes an image's whole history again.
+
+Every edit that led to it, on its own base or on another.
+"""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -14,14 +17,20 @@ from klein_mcp.jobs.service import Service
 
 @dataclass(frozen=True, slots=True)
 class ReplayPlan:
-    """The images to be made again, parents first. base: the image at the root, following first parents."""
+    """The images to be made again, parents first.
+
+    base: the image at the root, following first parents.
+    """
 
     steps: tuple[Record, ...]
     base: Record
 
 
 def plan(store: Store, handle: str, *, onto: bool) -> ReplayPlan:
-    """Plan the replay of `handle`. onto: with another base, so only what came from it. Raises RequestError."""
+    """Plan the replay of `handle`.
+
+    onto: with another base, so only what came from it. Raises RequestError.
+    """
     image = store.get(handle)
     ancestors = _ancestors(store, image)
     base = image
@@ -73,7 +82,10 @@ def _request(record: Record, again: dict[str, str], seed: int | None) -> ImageRe
 
 
 def _ancestors(store: Store, image: Record) -> dict[str, Record]:
-    """Return the image and all it came from by handle, deleted ones too, as their recipes are kept."""
+    """Return the image and all it came from by handle.
+
+    Deleted ones too, as their recipes are kept.
+    """
     found = {image.handle: image}
     waiting = list(image.parents)
     while waiting:
@@ -88,7 +100,10 @@ def _ancestors(store: Store, image: Record) -> dict[str, Record]:
 
 
 def _parents_first(ancestors: dict[str, Record], image: Record) -> list[Record]:
-    """Sort by lineage, not by the time they were made: a clock may have been set back between two of them."""
+    """Sort by lineage, not by the time they were made.
+
+    A clock may have been set back between two of them.
+    """
     order: dict[str, Record] = {}
     waiting = [image.handle]
     while waiting:
@@ -114,6 +129,9 @@ def _line(ancestors: dict[str, Record], record: Record) -> set[str]:
 
 
 def changed_weights(before: Iterable[Record], after: Iterable[SavedImage]) -> list[str]:
-    """Return the steps that were made with other weights than before, so that their pixels may differ."""
+    """Return the steps that were made with other weights than before.
+
+    So that their pixels may differ.
+    """
     pairs = zip(before, after, strict=True)
     return [old.handle for old, new in pairs if old.recipe.get("fingerprint") != new.fingerprint]

@@ -1,4 +1,7 @@
-"""The one request behind every front end, and the three functions that build it."""
+"""The one request behind every front end.
+
+And the three functions that build it.
+"""
 
 import re
 import secrets
@@ -12,7 +15,10 @@ from klein_mcp.limits import GRID, MAX_AREA, MAX_SEED
 
 @dataclass(frozen=True, slots=True)
 class Native:
-    """The first reference's size as the model sees it; without references, the model's own size."""
+    """The first reference's size as the model sees it.
+
+    Without references, the model's own size.
+    """
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +31,10 @@ class Exact:
 
 @dataclass(frozen=True, slots=True)
 class Aspect:
-    """A shape at the model's native area; only the ratio of the two numbers counts."""
+    """A shape at the model's native area.
+
+    Only the ratio of the two numbers counts.
+    """
 
     width: int
     height: int
@@ -33,7 +42,10 @@ class Aspect:
 
 @dataclass(frozen=True, slots=True)
 class KeepSource:
-    """The size of the image that is edited, with every pixel in its place."""
+    """The size of the image that is edited.
+
+    With every pixel in its place.
+    """
 
 
 Size = Native | Exact | Aspect | KeepSource
@@ -69,7 +81,10 @@ class ImageRequest:
     warnings: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
-        """Leave out what is at its default; write the seed as text, as JSON readers round numbers over 2^53."""
+        """Leave out what is at its default.
+
+        Write the seed as text, as JSON readers round numbers over 2^53.
+        """
         default = ImageRequest(self.tool, "")
         values = {item.name: getattr(self, item.name) for item in fields(self)}
         changed = {name: value for name, value in values.items() if value != getattr(default, name)}
@@ -79,7 +94,10 @@ class ImageRequest:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "ImageRequest":
-        """Read a request, also one of an older klein-mcp. Raises TypeError, ValueError or KeyError."""
+        """Read a request, also one of an older klein-mcp.
+
+        Raises TypeError, ValueError or KeyError.
+        """
         values = {name: tuple(value) if isinstance(value, list) else value for name, value in data.items()}
         values["size"] = _size_from_json(values)
         for name in ("width", "height", "aspect", "keep_size"):
@@ -123,7 +141,10 @@ def generate(
     steps: int | None = None,
     guidance: float | None = None,
 ) -> ImageRequest:
-    """Request new images from words. aspect: such as "16:9". seed: None for a random one. Raises RequestError."""
+    """Request new images from words.
+
+    aspect: such as "16:9". seed: None for a random one. Raises RequestError.
+    """
     size, warnings = _free_size(width, height, aspect)
     return ImageRequest(
         tool="generate_image",
@@ -153,7 +174,10 @@ def edit(
     guidance: float | None = None,
     preserve: Preserve = "auto",
 ) -> ImageRequest:
-    """Request a changed image, of the image's own size unless another is given. Raises RequestError."""
+    """Request a changed image.
+
+    Of the image's own size unless another is given. Raises RequestError.
+    """
     size, warnings = _free_size(width, height, None)
     if isinstance(size, Exact) and (region or mask):
         raise RequestError("region and mask keep the image's size.", hint="Leave out width and height.")
@@ -204,7 +228,10 @@ def compose(
 
 
 def _free_size(width: int | None, height: int | None, aspect: str | None) -> tuple[Size, tuple[str, ...]]:
-    """A size that the model can make, and warnings. Raises RequestError for half a size and for too large an area."""
+    """A size that the model can make, and warnings.
+
+    Raises RequestError for half a size and for too large an area.
+    """
     if (width is None) != (height is None):
         given, other = ("width", "height") if height is None else ("height", "width")
         raise RequestError(f"{given} came without {other}.", hint="Give both, or neither.")

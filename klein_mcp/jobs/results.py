@@ -1,4 +1,7 @@
-"""Results of a job: images in the library, or a job that goes on without its caller."""
+"""Results of a job.
+
+Images in the library, or a job that goes on without its caller.
+"""
 
 import base64
 from collections.abc import Mapping
@@ -10,7 +13,10 @@ from engine.contract import CacheUse
 
 @dataclass(frozen=True, slots=True)
 class Preview:
-    """A small encoded image. base64: text, as every protocol that carries it wants it."""
+    """A small encoded image.
+
+    base64: text, as every protocol that carries it wants it.
+    """
 
     base64: str
     mime: str
@@ -55,7 +61,10 @@ class SavedImage:
 
 @dataclass(frozen=True, slots=True)
 class JobResult:
-    """Everything a finished call returns. ms: by stage. preview: one image, or a sheet of several."""
+    """Everything a finished call returns.
+
+    ms: by stage. preview: one image, or a sheet of several.
+    """
 
     images: tuple[SavedImage, ...]
     warnings: tuple[str, ...]
@@ -65,7 +74,10 @@ class JobResult:
 
 @dataclass(frozen=True, slots=True)
 class PendingJob:
-    """A job that goes on without its caller. progress: 0 … 1. eta_s: seconds, None while unknown."""
+    """A job that goes on without its caller.
+
+    progress: 0 … 1. eta_s: seconds, None while unknown.
+    """
 
     job: str
     state: str

@@ -82,7 +82,10 @@ def _write_changes(store: Store, handle: str, image: FinishedImage, prepared: Pr
 
 
 def provenance_of(request: ImageRequest, result: Result, parents: Sequence[str] = (), handle: str = "") -> Provenance:
-    """Describe how the image of `result` was made. parents: handles; paths outside a library."""
+    """Describe how the image of `result` was made.
+
+    parents: handles; paths outside a library.
+    """
     height, width = result.image.shape[:2]
     return Provenance(
         seed=result.seed,

@@ -1,5 +1,6 @@
-"""Resolves a request's references, submits it, listens, and returns its result: the work of every front end.
+"""Resolves a request's references, submits it, listens, and returns its result.
 
+The work of every front end.
 Heavy imports (numpy, Pillow) wait for the first file that must be opened, so that a front end answers at once.
 """
 
@@ -37,7 +38,10 @@ DEMO = "demo model; klein-mcp pull klein-4b for the real one"
 
 
 class Service:
-    """One per front end. Its methods are what tools do; blocking work goes to worker threads."""
+    """One per front end.
+
+    Its methods are what tools do; blocking work goes to worker threads.
+    """
 
     def __init__(self, settings: Settings, jobs: Jobs) -> None:
         self.settings = settings
@@ -51,7 +55,10 @@ class Service:
 
     @property
     def store(self) -> Store:
-        """The library, opened by the first call that needs it, which may be two at once."""
+        """The library, opened by the first call that needs it.
+
+        Which may be two at once.
+        """
         with self._opening:
             if self._store is None:
                 self._store = Store(self.settings.library)
@@ -75,7 +82,10 @@ class Service:
         return asked or self.settings.model
 
     async def open(self, reference: str, call: CallContext, *, backdrop: int = WHITE) -> "ResolvedImage":
-        """Resolve one reference. backdrop: the grey behind what is transparent in a file. Raises RequestError."""
+        """Resolve one reference.
+
+        backdrop: the grey behind what is transparent in a file. Raises RequestError.
+        """
         opened = await _in_thread(lambda: self.sources.open(reference, call.client, backdrop=backdrop))
         if opened.new:
             await call.on_new_image(f"klein://images/{opened.record.handle}")
@@ -112,7 +122,10 @@ class Service:
     async def run_within(
         self, seconds: float, request: ImageRequest, call: CallContext, *, preview: int = 0
     ) -> JobResult | PendingJob:
-        """Run as `run` does; detach what is not done after `seconds`, for `wait_within` to ask after."""
+        """Run as `run` does.
+
+        Detach what is not done after `seconds`, for `wait_within` to ask after.
+        """
         started = time.monotonic()
         progress = Progress(call.progress, request.count)
         async with progress.heartbeat():
@@ -152,7 +165,10 @@ class Service:
         call: CallContext,
         job: str | None = None,
     ) -> JobResult | PendingJob:
-        """Report events until the job is over, or detach it once it will not be by `deadline`."""
+        """Report events until the job is over.
+
+        Or detach it once it will not be by `deadline`.
+        """
         images: list[SavedImage] = []
         async with aclosing(events):
             async for event in events:
@@ -181,7 +197,10 @@ class Service:
         raise EngineFailed("The engine ended without an image.", hint="Try again; `klein-mcp doctor` looks for causes.")
 
     def _demo(self, asked: str, image: SavedImage, call: CallContext) -> Sequence[str]:
-        """Warn once per client that the model which was taken, because there is no other, is a demo."""
+        """Warn once per client that the model which was taken.
+
+        Because there is no other, is a demo.
+        """
         if asked != "auto" or image.model != EMBEDDED or call.client in self._demo_mentioned:
             return ()
         self._demo_mentioned.add(call.client)

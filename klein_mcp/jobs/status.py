@@ -1,4 +1,7 @@
-"""Status of jobs, queue and daemon as frozen values, and their one JSON form."""
+"""Status of jobs, queue and daemon as frozen values.
+
+And their one JSON form.
+"""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -13,7 +16,10 @@ OVER = ("done", "failed", "cancelled")
 
 @dataclass(frozen=True, slots=True)
 class JobStatus:
-    """A job and its progress, 0 … 1. eta_s: seconds, None while unknown. error: one line, "" where there is none."""
+    """A job and its progress, 0 … 1.
+
+    eta_s: seconds, None while unknown. error: one line, "" where there is none.
+    """
 
     job: str
     client: str
@@ -32,7 +38,10 @@ class JobStatus:
 
 @dataclass(frozen=True, slots=True)
 class QueueStatus:
-    """Jobs that wait and run, and how many have ended since the daemon started. size: jobs that may wait."""
+    """Jobs that wait and run.
+
+    And how many have ended since the daemon started. size: jobs that may wait.
+    """
 
     waiting: int
     size: int
@@ -63,7 +72,10 @@ class DaemonStatus:
 
 
 def to_json(status: DaemonStatus | JobStatus | QueueStatus) -> dict[str, Any]:
-    """Write any status; of a daemon, only what there is to say."""
+    """Write any status.
+
+    Of a daemon, only what there is to say.
+    """
     if not isinstance(status, DaemonStatus):
         return asdict(status)
     if not status.running:

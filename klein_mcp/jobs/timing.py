@@ -1,4 +1,7 @@
-"""Records how long images took on this machine, and estimates how long the next one takes."""
+"""Records how long images took on this machine.
+
+And estimates how long the next one takes.
+"""
 
 import contextlib
 import json
@@ -17,12 +20,15 @@ _SIZES = (512, 768, 1024, 1536, 2048)
 
 
 class TimingHistory:
-    """Seconds by model and pixels, in a small file that survives the process."""
+    """Seconds by model and pixels.
+
+    In a small file that survives the process.
+    """
 
     def __init__(self, path: Path | None = None) -> None:
         self._path = path
         self._seconds: dict[str, list[tuple[float, float]]] = {}
-        self._native: dict[str, int] = {}  # pixels of an image of which nobody said how large
+        self._native: dict[str, int] = {}  # pixels of an image of which nobody gave the size
         if path:
             with contextlib.suppress(OSError, ValueError, TypeError, AttributeError, KeyError):
                 content = json.loads(path.read_text())
@@ -33,7 +39,7 @@ class TimingHistory:
     def note(self, job: Job, result: Result, seconds: float) -> None:
         """Record one measurement."""
         height, width = result.image.shape[:2]
-        for model in {job.model, result.model}:  # the job may have said "auto"
+        for model in {job.model, result.model}:  # the job may name "auto"
             if not job.width and not job.references:
                 self._native[model] = width * height
             seen = self._seconds.setdefault(model, [])
@@ -44,7 +50,10 @@ class TimingHistory:
                 atomic.write(self._path, json.dumps({"seconds": self._seconds, "native": self._native}))
 
     def seconds(self, job: Job) -> float | None:
-        """Estimate the seconds of `job`; None for a model that has made no image here yet."""
+        """Estimate the seconds of `job`.
+
+        None for a model that has made no image here yet.
+        """
         if job.width and job.height:
             canvas = job.width * job.height
         elif job.references:
@@ -66,7 +75,7 @@ class TimingHistory:
         return {f"{side}x{side}": _rounded(self._estimate(model, side * side) or 0.0) for side in _SIZES}
 
     def _estimate(self, model: str, asked: float) -> float | None:
-        """Scale the seconds of the nearest measurement to the size that is asked about."""
+        """Scale the seconds of the nearest measurement to `asked` pixels."""
         if not self._seconds.get(model):
             return None
         known, seconds = self._nearest(model, asked)
@@ -79,10 +88,16 @@ class TimingHistory:
 
 
 def _rounded(seconds: float) -> float:
-    """Round to a tenth, or two digits below ten: a small model takes some time, too."""
+    """Round to a tenth, or two digits below ten.
+
+    A small model takes some time, too.
+    """
     return round(seconds, 1) if seconds >= 10 else float(f"{seconds:.2g}")
 
 
 def _reference_pixels(job: Job) -> int:
-    """Pixels of references that the model reads: no more than a megapixel of each."""
+    """Pixels of references that the model reads.
+
+    No more than a megapixel of each.
+    """
     return sum(min(image.shape[0] * image.shape[1], _MEGAPIXEL) for image in job.references)

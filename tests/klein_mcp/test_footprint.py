@@ -1,4 +1,4 @@
-"""What many doors cost: one process with torch in it, and doors that stay small."""
+"""Memory of many front ends: one process with torch in it, all others small."""
 
 from contextlib import AsyncExitStack
 from pathlib import Path
@@ -14,7 +14,7 @@ from tests.tool_calls import call
 pytestmark = pytest.mark.anyio
 
 MOST = 120_000_000 // 1024
-"""KiB, as Linux counts them: a door with numpy and Pillow in it has about 95 MB."""
+"""KiB, as Linux counts them: a front end with numpy and Pillow in it has about 95 MB."""
 
 
 def of(home: Path) -> dict[int, bool]:
@@ -29,7 +29,7 @@ def of(home: Path) -> dict[int, bool]:
     return found
 
 
-async def test_eight_doors_share_one_torch_and_each_stays_small(tmp_path: Path):
+async def test_eight_front_ends_share_one_torch_and_each_stays_small(tmp_path: Path):
     with living(tmp_path / "home") as place:
         async with AsyncExitStack() as stack:
             # However slow the machine: what is handed over is not yet the client's last.
@@ -45,6 +45,6 @@ async def test_eight_doors_share_one_torch_and_each_stays_small(tmp_path: Path):
                     tasks.start_soon(work, number)
             found = of(place.home)
             assert list(found.values()).count(True) == 1
-            doors = {pid: resident(pid) for pid, torch in found.items() if not torch}
-        assert len(doors) == 8
-        assert max(doors.values()) < MOST, doors
+            front_ends = {pid: resident(pid) for pid, torch in found.items() if not torch}
+        assert len(front_ends) == 8
+        assert max(front_ends.values()) < MOST, front_ends

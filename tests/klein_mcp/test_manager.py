@@ -172,7 +172,7 @@ async def test_equal_calls_are_jobs_of_their_own(home):
             assert len((await wait(service, each.job)).images) == 1
 
 
-async def test_budget_spent_before_the_daemon_is_up_is_a_job_as_soon_as_it_is(home):
+async def test_budget_spent_before_the_daemon_is_up_gives_a_job(home):
     async with front_end(home) as service:
         pending = await service.run_within(0.0, generate("pause=0.2 steps=12"), ME)
         assert isinstance(pending, PendingJob)

@@ -33,7 +33,7 @@ IMAGE = np.zeros((1, 1, 3), np.uint8)
 
 
 class StepExecutor:
-    """Takes a step each time `go` is released; remembers which jobs it began and which were stopped."""
+    """Takes a step each time `go` is released, and remembers its jobs."""
 
     def __init__(self, *, free: bool = False, slots: int = 1) -> None:
         self.slots = slots

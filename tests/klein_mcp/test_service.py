@@ -52,7 +52,7 @@ async def test_edit_keeps_the_size_of_its_input_when_none_is_given(
     assert painter.jobs[0].align
 
 
-async def test_edit_takes_a_size_when_told(client: Client, painter: FakeExecutor):
+async def test_edit_takes_a_size_when_given(client: Client, painter: FakeExecutor):
     await call(client, "generate_image", prompt="x")
     payload = await call(client, "edit_image", image="last", prompt="x", width=256, height=128)
     assert payload["size"] == [256, 128]

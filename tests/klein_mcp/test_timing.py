@@ -1,4 +1,4 @@
-"""What the next picture may take, from what the last ones took."""
+"""Estimates of the next image's seconds from the last ones."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +18,7 @@ def test_a_model_that_never_painted_here_has_no_estimate():
     assert TimingHistory().seconds(Job("a")) is None
 
 
-def test_the_same_size_takes_as_long_again_and_a_larger_one_in_proportion():
+def test_estimates_scale_with_the_size():
     history = TimingHistory()
     history.note(Job("a", width=512, height=512), painting(512, 512), 2.0)
     assert history.seconds(Job("b", width=512, height=512)) == pytest.approx(2.0)
@@ -44,7 +44,7 @@ def test_references_make_a_picture_dearer_up_to_the_megapixel_that_is_read():
     assert history.seconds(Job("b", width=1024, height=1024, references=(photo,))) == pytest.approx(6.0)
 
 
-def test_the_table_of_a_model_with_large_sizes_scales_to_each_of_them():
+def test_table_of_a_large_model_scales_to_each_size():
     history = TimingHistory()
     history.note(Job("a", width=1024, height=1024), painting(1024, 1024), 0.111)
     assert history.tables()["klein-4b"] == {
@@ -52,7 +52,7 @@ def test_the_table_of_a_model_with_large_sizes_scales_to_each_of_them():
     }  # fmt: skip
 
 
-def test_the_table_of_a_model_with_a_small_size_has_that_size_and_what_a_larger_one_took():
+def test_table_of_a_small_model_has_its_own_size():
     """nano paints 128 × 128 and resamples."""
     history = TimingHistory()
     for side, seconds in ((512, 0.3), (1024, 0.4)):

@@ -1,4 +1,4 @@
-"""What crosses between door and daemon comes out as it went in, and nothing else is taken for it."""
+"""Messages come out of the wire as they went in, anything else is refused."""
 
 import json
 import struct
@@ -162,7 +162,7 @@ def test_noise_is_refused_and_never_anything_worse(noise):
         wire.decode(noise)
 
 
-def test_a_frame_that_announces_more_than_the_limit_is_refused_before_it_is_read():
+def test_frame_over_the_limit_is_refused_before_it_is_read():
     with pytest.raises(wire.BadFrame):
         list(wire.Frames().feed(struct.pack("!II", 2**20, 2**31)))
 

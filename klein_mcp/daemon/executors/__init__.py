@@ -1,1 +1,1 @@
-"""Where jobs are computed: one file per executor."""
+"""Executors compute jobs: one file each."""

@@ -1,4 +1,4 @@
-"""The engine of this process as an executor, and the one place that makes an engine from settings."""
+"""The engine of this process as an executor, made from settings."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -41,7 +41,10 @@ class LocalExecutor:
 
 
 def make_engine(settings: Settings) -> "Engine":
-    """Make the engine as the settings want it; what they leave open is the engine's to choose."""
+    """Make the engine as the settings want it.
+
+    What they leave open is the engine's to choose.
+    """
     # Read once, when torch is imported. Spinning threads on a busy machine of 2 cores made 0.1 s of work 0.6 s, and
     # 1.3 s at worst; sleeping ones cost nothing when it is idle. Measured: engine/SPEED.md.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

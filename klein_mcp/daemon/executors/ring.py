@@ -1,4 +1,4 @@
-"""Consistent hashing: which of several machines a request belongs to, and who is next where it cannot serve."""
+"""Consistent hashing: the machine of a request, and its fallbacks."""
 
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator
@@ -9,8 +9,9 @@ VIRTUAL_NODES = 100
 
 
 class HashRing:
-    """Nodes on a circle; a key belongs to the first node clockwise from its own point.
+    """Nodes on a circle.
 
+    A key belongs to the first node clockwise from its own point.
     A node that leaves gives its keys to the next ones, a node that joins takes about 1/n of all keys; the rest stay.
     """
 
@@ -19,7 +20,10 @@ class HashRing:
         self.nodes = frozenset(node for _, node in self._points)
 
     def preference(self, key: str) -> Iterator[str]:
-        """Yield every node once, the one that `key` belongs to first, then those to fall back to."""
+        """Yield every node once.
+
+        The one that `key` belongs to first, then those to fall back to.
+        """
         start = bisect_right(self._points, (_point(key), ""))
         seen: set[str] = set()
         for i in range(len(self._points)):
