@@ -134,7 +134,10 @@ class Daemon:
         return await _streamed(self.jobs.events(request.path_params["job"], listen))
 
     async def _watch(self, request: Request) -> Response:
-        """Answer with a line per event of any job, and an empty one now and then as a sign of life."""
+        """Answer with a line per event of any job.
+
+        An empty line now and then is a sign of life.
+        """
 
         async def lines() -> AsyncIterator[bytes]:
             async with aclosing(self.jobs.watch()) as changes:

@@ -115,7 +115,10 @@ class DaemonClient:
         raise EngineFailed("The engine went away three times.", hint="Try again, or see `klein-mcp doctor`.")
 
     async def watch(self) -> AsyncGenerator[tuple[JobStatus, JobEvent | None] | None]:
-        """Follow the jobs of all clients; ends with the daemon, and never starts one."""
+        """Follow the jobs of all clients.
+
+        Ends with the daemon, and never starts one.
+        """
         import httpx2
 
         hello = await self._launcher().find()
