@@ -1,4 +1,4 @@
-"""Puts a result back into its original and saves it in the library, with its provenance. Blocking."""
+"""Composites a result into its original and stores it with its provenance."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -20,8 +20,9 @@ MENTIONED_DRIFT = 3.0
 
 @dataclass(frozen=True, slots=True)
 class FinishedImage:
-    """A result as it will be stored: where an edit changed nothing, the pixels are the original's.
+    """A result as it will be stored.
 
+    Where an edit changed nothing, the pixels are the original's.
     changed: of an edit at its own size. opacity: of its crop, 0 where the original's bytes are kept; None for nowhere.
     warnings: what the change mask found.
     """
@@ -44,7 +45,10 @@ def finish(prepared: PreparedRequest, result: Result) -> FinishedImage:
 
 
 def _edit_warnings(changed: VisibleChange, change: ChangeMask | None) -> tuple[str, ...]:
-    """Warn of an edit that did nothing, and of everything that was undone around it."""
+    """Warn of an edit that did nothing.
+
+    And of everything that was undone around it.
+    """
     warnings = []
     if changed.share < preserve.NOTHING:
         warnings.append("nothing visible changed")
@@ -61,7 +65,10 @@ def _edit_warnings(changed: VisibleChange, change: ChangeMask | None) -> tuple[s
 
 
 def _checked(image: FinishedImage, prepared: PreparedRequest, stored: bytes) -> VisibleChange | None:
-    """Compare the stored file with the original, byte by byte, wherever it is to be the original's."""
+    """Compare the stored file with the original.
+
+    Byte by byte, wherever it is to be the original's.
+    """
     if image.changed is None or image.opacity is None or prepared.original is None or prepared.region is None:
         return image.changed
     left, top, *_ = prepared.region.box
@@ -70,7 +77,10 @@ def _checked(image: FinishedImage, prepared: PreparedRequest, stored: bytes) -> 
 
 
 def _write_changes(store: Store, handle: str, image: FinishedImage, prepared: PreparedRequest) -> None:
-    """Store the change mask beside the image, of its size: white is painted, black the original's."""
+    """Store the change mask beside the image, of its size.
+
+    White is painted, black the original's.
+    """
     if image.opacity is None or prepared.region is None:
         return
     left, top, right, bottom = prepared.region.box
@@ -104,14 +114,20 @@ def provenance_of(request: ImageRequest, result: Result, parents: Sequence[str] 
 
 
 def _measured(result: Result) -> dict[str, object]:
-    """Return what is told of the making in the recipe resource, and nowhere else."""
+    """Return what is shown of the making in the recipe resource.
+
+    And nowhere else.
+    """
     return {"ms": {stage: round(spent) for stage, spent in result.ms.items()}, "cache": dict(result.cache)}
 
 
 def save(
     store: Store, handle: str, image: FinishedImage, prepared: PreparedRequest, result: Result, client: str
 ) -> tuple[SavedImage, str]:
-    """Store the image under `handle`. Returns it and its pixel hash; then it survives the machine going down."""
+    """Store the image under `handle`.
+
+    Returns it and its pixel hash; then it survives the machine going down.
+    """
     result = replace(result, image=image.pixels)
     provenance = provenance_of(prepared.request, result, [parent.handle for parent in prepared.parents], handle)
     pixels, recipe = image_hash(image.pixels), provenance.to_json()
