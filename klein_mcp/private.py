@@ -4,6 +4,7 @@ import codecs
 import os
 import stat
 from pathlib import Path
+from typing import BinaryIO
 
 MAX_BYTES = 4 * 2**20
 """The largest such file of ours is a detached job, about a kilobyte; a configuration is written by hand."""
@@ -27,6 +28,22 @@ def read_private(path: Path) -> bytes:
     if len(data) > MAX_BYTES:
         raise OSError(f"it is over {MAX_BYTES // 2**20} MiB")
     return data
+
+
+def open_log(path: Path) -> BinaryIO:
+    """Create or empty a log that only this user can write.
+
+    Raises OSError for a link, a FIFO or another user's file.
+    """
+    flags = os.O_WRONLY | os.O_CREAT | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOFOLLOW", 0)
+    file = os.fdopen(os.open(path, flags, 0o600), "wb")
+    status = os.fstat(file.fileno())
+    error = foreign_access(status) or ("" if stat.S_ISREG(status.st_mode) else "it is not a regular file")
+    if error:
+        file.close()
+        raise PermissionError(f"{path} cannot be used as a log: {error}")
+    file.truncate()
+    return file
 
 
 def read_private_text(path: Path) -> str:

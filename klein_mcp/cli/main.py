@@ -1,6 +1,8 @@
 """The command line: one module per command, the stdio server without one."""
 
 import argparse
+import io
+import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -34,6 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     0 done, 1 failed with one line on stderr, 2 wrong usage, 130 interrupted, 143 after SIGTERM.
     """
     words = sys.argv[1:] if argv is None else list(argv)
+    print_anything()
     try:
         if not words:  # a client waits for the first answer: no parser for the common case
             from klein_mcp.cli import stdio
@@ -45,12 +48,38 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     except BrokenPipeError:
         return 1
-    except (SettingsError, OSError) as error:
+    except SettingsError as error:
+        if words[:1] == ["doctor"] and "--json" not in words:
+            print(f"todo  settings: {error}")
         return _failed(error)
+    except OSError as error:
+        return _failed(error)
+    except ImportError as error:
+        return _failed(ImportError(f"{error}. {_import_advice()}"))
     except Exception as error:
         if _is_for_people(error):
             return _failed(error)
         raise
+
+
+def print_anything() -> None:
+    """Print a ? for what a terminal's encoding lacks, instead of failing."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+
+
+def _has_folder() -> bool:
+    try:
+        return bool(os.getcwd())
+    except OSError:
+        return False
+
+
+def _import_advice() -> str:
+    if path := os.environ.get("PYTHONPATH"):
+        return f"PYTHONPATH is {path}: a package there may not fit this Python. Unset it."
+    return "Install klein-mcp again."
 
 
 def build_parser(words: Sequence[str] | None = None) -> argparse.ArgumentParser:
@@ -94,5 +123,7 @@ def _failed(error: Exception) -> int:
     from klein_mcp.errors import explain
 
     message = explain(error) if isinstance(error, EngineError) else str(error)
+    if not _has_folder():
+        message += " The folder this was started in is gone."
     print("klein-mcp:", " ".join(strip_control_chars(message).split()), file=sys.stderr)
     return 1

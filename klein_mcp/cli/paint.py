@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.contract import Event, InvalidJob, Result
+from klein_mcp.atomic import write_new_or_replace
 from klein_mcp.cli.arguments import image_size
 from klein_mcp.cli.terminal import ProgressBar, strip_control_chars
 from klein_mcp.errors import RequestError
@@ -96,8 +97,11 @@ def paint(settings: Settings, options: PaintOptions, *, as_json: bool = False) -
         with _interruptible():
             executor = make_local(settings)
         result = _last(_shown(event, bar) for event in executor.run(prepared.job(0)))
+    # Names, not paths: a file that is passed on must not tell where its references lay.
     recipe = provenance_of(wanted, result, wanted.images).to_json()
-    out.write_bytes(codec.encode(result.image, KINDS[out.suffix.lower()], recipe))  # type: ignore[arg-type]
+    data = codec.encode(result.image, KINDS[out.suffix.lower()], recipe)  # type: ignore[arg-type]
+    folder = out.parent.resolve()
+    write_new_or_replace(folder, folder / out.name, data, overwrite=True)
     warnings = (*wanted.warnings, *result.warnings)
     for warning in warnings:
         print(strip_control_chars(f"klein-mcp: {warning}"), file=sys.stderr)
@@ -119,7 +123,7 @@ def _request(options: PaintOptions) -> request.ImageRequest:
         "guidance": options.guidance,
     }
     if options.references:
-        return request.compose([str(path) for path in options.references], options.prompt, **common)
+        return request.compose([path.name for path in options.references], options.prompt, **common)
     return request.generate(options.prompt, **common)
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import klein_mcp
 from klein_mcp import atomic
+from klein_mcp.private import read_private_text
 
 HOST = "127.0.0.1"
 
@@ -85,13 +86,11 @@ def read(home: Path) -> Endpoint | None:
     """
     path = home / "daemon.json"
     try:
-        with path.open("rb") as file:
-            state = os.fstat(file.fileno())
-            # In a folder that others may write to, a planted endpoint would bring them our prompts and images.
-            if os.name == "posix" and (state.st_uid != os.getuid() or state.st_mode & 0o077):
-                return None
-            return Endpoint(**json.load(file))
-    except (OSError, ValueError, TypeError):
+        # In a folder that others may write to, a planted endpoint would bring them our prompts and images.
+        if os.name == "posix" and path.stat(follow_symlinks=False).st_mode & 0o077:
+            return None
+        return Endpoint(**json.loads(read_private_text(path)))
+    except (OSError, ValueError, TypeError, RecursionError):
         return None
 
 

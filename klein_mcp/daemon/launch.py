@@ -22,6 +22,7 @@ import klein_mcp
 from engine.contract import EngineFailed
 from klein_mcp.daemon import endpoint as endpoints
 from klein_mcp.daemon.endpoint import ENGINE_LOCK, BuildInfo, Endpoint
+from klein_mcp.private import open_log
 from klein_mcp.settings import Settings
 
 if TYPE_CHECKING:
@@ -185,7 +186,7 @@ class Launcher:
     def _spawn(self) -> "subprocess.Popen[Any]":
         home = self._settings.home
         try:
-            with open(home / "daemon.err", "wb") as errors:
+            with open_log(home / "daemon.err") as errors:
                 process = subprocess.Popen(
                     self._command,
                     stdin=subprocess.DEVNULL,

@@ -79,7 +79,7 @@ def decode(frame: bytes) -> Message:
         pixels = _Pixels(memoryview(frame)[_PREFIX.size + header_length :])
         content = json.loads(frame[_PREFIX.size : _PREFIX.size + header_length], object_hook=pixels.put_back)
         message = _message(content.pop("kind"), content)
-    except (struct.error, ValueError, TypeError, KeyError, AttributeError) as exc:
+    except (struct.error, ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError) as exc:
         raise exc if isinstance(exc, BadFrame) else BadFrame(f"Not a message: {exc}") from exc
     if pixels.left:
         raise BadFrame("More pixels than the header speaks of.")

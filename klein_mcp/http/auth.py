@@ -1,6 +1,7 @@
 """Authorisation in one middleware: host names, origins, token, signed links, sessions."""
 
 import hmac
+import os
 import secrets
 import sys
 from collections.abc import Sequence
@@ -17,6 +18,7 @@ from klein_mcp.errors import RequestError
 from klein_mcp.http.sessions import Sessions
 from klein_mcp.http.signed_urls import SignedUrls
 from klein_mcp.http.surface import Surface
+from klein_mcp.private import read_private_text
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
@@ -52,7 +54,7 @@ class AuthMiddleware:
 
     async def _refusal(self, scope: Scope) -> Response | None:
         request, surface = Request(scope), self._surface(scope)
-        if not surface.any_host and (refused := await self._headers.validate_request(request)):
+        if not surface.any_host and (refused := await self._headers.validate_request(Request(_lower_names(scope)))):
             return refused
         if surface.auth == "signed" and not self._urls.allows(request):
             return surface.error(403, "This link is not valid, or no longer; view_image gives a new one.")
@@ -90,12 +92,18 @@ class AuthMiddleware:
         )
 
 
+def _lower_names(scope: Scope) -> Scope:
+    """Return the scope with Host and Origin in lower case: names are the same in any."""
+    headers = [(name, value.lower() if name in (b"host", b"origin") else value) for name, value in scope["headers"]]
+    return {**scope, "headers": headers}
+
+
 def transport_security(hosts: Sequence[str]) -> TransportSecuritySettings:
     """Return the accepted Host and Origin headers.
 
     A page of another site must not reach us through its visitor's browser.
     """
-    names = [*LOOPBACK[:2], "[::1]", *hosts]
+    names = [*LOOPBACK[:2], "[::1]", *map(str.lower, hosts)]
     known = [*names, *(f"{name}:*" for name in names)]
     origins = [f"{scheme}://{name}" for scheme in ("http", "https") for name in known]
     return TransportSecuritySettings(allowed_hosts=known, allowed_origins=origins)
@@ -114,9 +122,13 @@ def make_token(path: Path) -> str:
 def read_token(path: Path, hint: str) -> str:
     """Raises RequestError."""
     try:
-        token = path.read_text(encoding="utf-8").strip()
-    except OSError as exc:
-        raise RequestError(f"The token file {path} cannot be read: {exc.strerror}.", hint=hint) from None
+        token = read_private_text(path).strip()
+        readable = os.name == "posix" and path.stat().st_mode & 0o044
+    except (OSError, ValueError) as exc:
+        reason = getattr(exc, "strerror", None) or ("it is no text" if isinstance(exc, ValueError) else exc)
+        raise RequestError(f"The token file {path} cannot be read: {reason}.", hint=hint) from None
+    if readable:
+        print(f"klein-mcp: other users may read the token in {path}; run: chmod 600 {path}", file=sys.stderr)
     if len(token) < SHORTEST_TOKEN or not token.isascii() or len(token.split()) != 1:
         raise RequestError(f"{path} must hold one word of at least {SHORTEST_TOKEN} ASCII characters.", hint=hint)
     return token

@@ -40,6 +40,7 @@ from klein_mcp.jobs.record import JobNews, JobRecord, Listener, Watchers
 from klein_mcp.jobs.request import ImageRequest
 from klein_mcp.jobs.results import Preview, SavedImage
 from klein_mcp.jobs.status import DaemonStatus, JobStatus
+from klein_mcp.private import read_private_text
 
 if TYPE_CHECKING:
     from klein_mcp.images.pixels import PixelCache
@@ -183,8 +184,8 @@ class JobManager:
                 unfinished.unlink()
         for path in self._folder.glob("*.json"):
             try:
-                job = JobRecord.from_json(path.stem, json.loads(path.read_text()))
-            except (OSError, ValueError, KeyError, TypeError, AttributeError):
+                job = JobRecord.from_json(path.stem, json.loads(read_private_text(path)))
+            except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
                 log.warning("%s is not a job that can be read", path)
                 continue
             self._jobs[job.id] = job

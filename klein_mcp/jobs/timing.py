@@ -5,12 +5,15 @@ And estimates how long the next one takes.
 
 import contextlib
 import json
+import math
 from math import log
 from pathlib import Path
+from typing import Any
 
 from engine.contract import Job, Result
 from engine.families.klein.variants import VARIANTS
 from klein_mcp import atomic
+from klein_mcp.private import read_private_text
 
 MEASUREMENTS = 32
 """Measurements per model; older ones say less about the machine as it is now."""
@@ -30,10 +33,12 @@ class TimingHistory:
         self._seconds: dict[str, list[tuple[float, float]]] = {}
         self._native: dict[str, int] = {}  # pixels of an image of which nobody gave the size
         if path:
-            with contextlib.suppress(OSError, ValueError, TypeError, AttributeError, KeyError):
-                content = json.loads(path.read_text())
-                seconds = {model: [(float(p), float(s)) for p, s in seen] for model, seen in content["seconds"].items()}
-                native = {model: int(pixels) for model, pixels in content["native"].items()}
+            with contextlib.suppress(
+                OSError, ValueError, TypeError, AttributeError, KeyError, OverflowError, RecursionError
+            ):
+                content = json.loads(read_private_text(path))
+                seconds = {model: _measurements(seen) for model, seen in content["seconds"].items()}
+                native = {model: int(pixels) for model, pixels in content["native"].items() if int(pixels) > 0}
                 self._seconds, self._native = seconds, native
 
     def note(self, job: Job, result: Result, seconds: float) -> None:
@@ -93,6 +98,12 @@ def _rounded(seconds: float) -> float:
     A small model takes some time, too.
     """
     return round(seconds, 1) if seconds >= 10 else float(f"{seconds:.2g}")
+
+
+def _measurements(seen: Any) -> list[tuple[float, float]]:
+    """Return (pixels, seconds) that can be divided by."""
+    pairs = [(float(pixels), float(seconds)) for pixels, seconds in seen][-MEASUREMENTS:]
+    return [pair for pair in pairs if all(math.isfinite(value) and value > 0 for value in pair)]
 
 
 def _reference_pixels(job: Job) -> int:

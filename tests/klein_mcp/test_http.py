@@ -136,7 +136,7 @@ async def test_client_with_the_token_generates_an_image(guarded):
 
 async def test_allowed_hosts_are_accepted_with_and_without_port(guarded):
     body = json.dumps(initialize()).encode()
-    for host in ("downloads.example.org", "downloads.example.org:443"):
+    for host in ("downloads.example.org", "downloads.example.org:443", "Downloads.Example.ORG"):
         assert (await post(guarded, body, host=host, **bearer())).status_code == 200
 
 
