@@ -93,7 +93,7 @@ class AuthMiddleware:
 
 
 def _lower_names(scope: Scope) -> Scope:
-    """Return the scope with Host and Origin in lower case: names are the same in any."""
+    """Return the scope with Host and Origin in lower case."""
     headers = [(name, value.lower() if name in (b"host", b"origin") else value) for name, value in scope["headers"]]
     return {**scope, "headers": headers}
 

@@ -15,7 +15,7 @@ EMOJI = "a cat 🐈 on a Straße × 2"
 
 
 def run(home: Path, *words: str, cwd: Path | None = None, **environment: str) -> "subprocess.CompletedProcess[bytes]":
-    """Run the program on a data folder; a value of "" removes a variable."""
+    """Run the program on a data folder, without variables set to ""."""
     merged = {**RealServer(home).environment(), **environment}
     return subprocess.run(
         [sys.executable, "-m", "klein_mcp", *words],
