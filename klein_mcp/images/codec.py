@@ -251,6 +251,20 @@ def resize_mask(mask: npt.NDArray[np.uint8], width: int, height: int) -> npt.NDA
     return np.asarray(Image.fromarray(mask).resize((width, height), Image.Resampling.BILINEAR))
 
 
+PIXEL_ART = 64
+"""Colours: an image with no more of them is enlarged without new ones."""
+
+
+def enlarge(image: Rgb8, longest: int) -> Rgb8:
+    """Resize up by Lanczos, or pixel art by repeating its pixels."""
+    height, width = image.shape[:2]
+    scale = longest / max(width, height)
+    size = max(1, round(width * scale)), max(1, round(height * scale))
+    if len(np.unique(image.reshape(-1, image.shape[2]), axis=0)) > PIXEL_ART:
+        return resize(image, *size)
+    return np.asarray(Image.fromarray(image).resize(size, Image.Resampling.NEAREST))
+
+
 def fit(image: Rgb8, longest: int) -> Rgb8:
     """Resize to `longest` pixels on the long edge, keeping the aspect ratio."""
     height, width = image.shape[:2]

@@ -23,6 +23,7 @@ class SaveOptions:
     """Options of one save.
 
     path: as the caller wrote it; a relative one starts at the first allowed folder.
+    max_size: long edge to shrink to. size: long edge to shrink or enlarge to.
     """
 
     path: str
@@ -30,6 +31,7 @@ class SaveOptions:
     max_size: int | None = None
     strip_metadata: bool = False
     overwrite: bool = False
+    size: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,11 +119,11 @@ def _rendered(store: Store, record: Record, options: SaveOptions, kind: codec.Fo
     """Return (bytes, width, height): the library's own bytes if nothing changes."""
     data = store.read(record)
     longest = max(record.width, record.height)
-    smaller = options.max_size is not None and options.max_size < longest
-    if kind == "png" and not smaller and not options.strip_metadata:
+    wanted = options.size or min(longest, options.max_size or longest)
+    if kind == "png" and wanted == longest and not options.strip_metadata:
         return data, record.width, record.height
     image = codec.decode(data, record.handle).image
-    if smaller and options.max_size:
-        image = codec.fit(image, options.max_size)
+    if wanted != longest:
+        image = codec.enlarge(image, wanted) if wanted > longest else codec.fit(image, wanted)
     height, width = image.shape[:2]
     return codec.encode(image, kind, None if options.strip_metadata else record.provenance), width, height

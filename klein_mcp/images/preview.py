@@ -15,6 +15,8 @@ LONG_EDGE = 1024
 """About 1,369 tokens to a Claude model at 1024²."""
 QUALITIES = (85, 75, 65, 50)
 LABELS = "ABCD"
+GAP, BAND = 8, 24
+"""Pixels between the cells of a sheet, and above each for its label."""
 
 Pixels = npt.NDArray[np.uint8]
 """[height, width, 3 or 4]: RGB, or RGBA if transparency is to be visible."""
@@ -52,25 +54,18 @@ def _encodings(image: Image.Image, kind: str) -> Iterator[bytes]:
         yield out.getvalue()
 
 
-def contact_sheet(images: Sequence[Pixels]) -> Pixels:
-    """Arrange images in two columns, labelled A, B, C, D."""
-    columns = 2
+def contact_sheet(images: Sequence[Pixels], labels: Sequence[str] = LABELS, columns: int = 2) -> Pixels:
+    """Arrange images in columns, each below its label."""
     rows = math.ceil(len(images) / columns)
-    cell = LONG_EDGE // columns
-    shrunk = [Image.fromarray(image) for image in images]
+    cell = LONG_EDGE // columns - GAP
+    shrunk = [Image.fromarray(image).convert("RGB") for image in images]
     for thumbnail in shrunk:
-        thumbnail.thumbnail((cell - 8, cell - 8), Image.Resampling.LANCZOS)
-    width, height = (max(thumbnail.size[axis] for thumbnail in shrunk) + 8 for axis in (0, 1))
-    sheet = Image.new("RGB", (columns * width, rows * height), "white")
+        thumbnail.thumbnail((cell, min(cell, LONG_EDGE // rows - GAP - BAND)), Image.Resampling.LANCZOS)
+    width, height = (max(thumbnail.size[axis] for thumbnail in shrunk) for axis in (0, 1))
+    sheet = Image.new("RGB", (columns * (width + GAP), rows * (height + GAP + BAND)), "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(18)
     for index, thumbnail in enumerate(shrunk):
-        left, top = index % columns * width, index // columns * height
-        sheet.paste(thumbnail, (left + (width - thumbnail.width) // 2, top + (height - thumbnail.height) // 2))
-        _label(ImageDraw.Draw(sheet), LABELS[index], left + 4, top + 4)
+        left, top = index % columns * (width + GAP) + GAP // 2, index // columns * (height + GAP + BAND)
+        draw.text((left, top), labels[index], fill="black", font=font)
+        sheet.paste(thumbnail, (left + (width - thumbnail.width) // 2, top + BAND))
     return np.asarray(sheet)
-
-
-def _label(draw: ImageDraw.ImageDraw, text: str, left: int, top: int) -> None:
-    font = ImageFont.load_default(20)
-    box = draw.textbbox((left + 5, top + 2), text, font=font)
-    draw.rectangle((left, top, box[2] + 5, box[3] + 4), fill="black")
-    draw.text((left + 5, top + 2), text, fill="white", font=font)

@@ -29,6 +29,9 @@ MOST_SEEN = 256
 """Files remembered by their hash; a conversation names a handful."""
 
 _LAST = re.compile(r"last(?:~(\d{1,4}))?", re.IGNORECASE)
+_LABEL = re.compile(r"(?:last\.)?([A-D])", re.IGNORECASE)
+SHEETS_BACK = 32
+"""Images that are looked through for the latest sheet."""
 _HANDLE = re.compile(rf"[{ALPHABET}]{{{HANDLE_LENGTH}}}")
 _READ = os.O_RDONLY | sum(getattr(os, flag, 0) for flag in ("O_NONBLOCK", "O_NOFOLLOW", "O_BINARY"))
 
@@ -62,6 +65,8 @@ class ImageResolver:
         reference = paths.unwrap(reference)
         if match := _LAST.fullmatch(reference):
             return ResolvedImage(self._last(client, int(match[1] or 0)))
+        if match := _LABEL.fullmatch(reference):
+            return ResolvedImage(self._of_sheet(client, match[1].upper()))
         if reference.startswith("klein://images/"):
             return ResolvedImage(self._store.get(reference.removeprefix("klein://images/").split("/")[0]))
         if reference[:5].lower() == "data:":
@@ -94,6 +99,22 @@ class ImageResolver:
         from klein_mcp.images import codec
 
         return codec.decode(self._store.read(record), record.handle).image
+
+    def _of_sheet(self, client: str, label: str) -> Record:
+        """Return the image with this label on the client's latest sheet."""
+        for back in range(SHEETS_BACK):
+            record = self._store.latest(client, back)
+            if record is None:
+                break
+            sheet = self._store.siblings(record)
+            if len(sheet) > 1:
+                if ord(label) - ord("A") < len(sheet):
+                    return sheet[ord(label) - ord("A")]
+                raise UnknownImage(f"The latest sheet has no {label}: it has {len(sheet)} images.")
+        raise UnknownImage(
+            f"There is no {label}: this client has made no sheet lately.",
+            hint="count 2 to 4 makes one; else name a handle.",
+        )
 
     def _last(self, client: str, back: int) -> Record:
         if (pick := self._store.picked(client)) is not None:

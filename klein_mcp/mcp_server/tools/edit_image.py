@@ -2,17 +2,19 @@
 
 from mcp_types import CallToolResult
 
+from klein_mcp.errors import RequestError
 from klein_mcp.jobs import request
 from klein_mcp.jobs.context import CallContext
 from klein_mcp.jobs.service import Service
 from klein_mcp.mcp_server.tools import fields
+from klein_mcp.mcp_server.tools.edit_chain import MAX_STEPS, run_chain
 from klein_mcp.mcp_server.tools.image_tool import run_request
 from klein_mcp.mcp_server.tools.tool import Tool
 
 
 class EditImage(fields.Arguments):
     image: fields.ImageRef
-    prompt: fields.EditPrompt
+    prompt: fields.EditPrompts
     region: fields.Region | None = None
     mask: fields.Mask | None = None
     width: fields.EditWidth | None = None
@@ -25,9 +27,11 @@ class EditImage(fields.Arguments):
 
 
 async def run(service: Service, call: CallContext, arguments: EditImage) -> CallToolResult:
+    prompts = [arguments.prompt] if isinstance(arguments.prompt, str) else arguments.prompt
+    _check_prompts(prompts, arguments.count)
     wanted = request.edit(
         arguments.image,
-        arguments.prompt,
+        prompts[0],
         mask=arguments.mask,
         region=arguments.region,
         width=arguments.width,
@@ -37,7 +41,16 @@ async def run(service: Service, call: CallContext, arguments: EditImage) -> Call
         seed=arguments.seed,
         model=service.model(arguments.model),
     )
+    if len(prompts) > 1:
+        return await run_chain(service, call, wanted, prompts, arguments.show)
     return await run_request(service, call, wanted, arguments.show)
+
+
+def _check_prompts(prompts: list[str], count: int) -> None:
+    if not 1 <= len(prompts) <= MAX_STEPS or not all(prompt.strip() for prompt in prompts):
+        raise RequestError(f"prompt has {len(prompts)} entries; it takes one sentence, or 1 to {MAX_STEPS} of them.")
+    if len(prompts) > 1 and count > 1:
+        raise RequestError("A list of prompts makes one image after another.", hint="Leave out count.")
 
 
 TOOL = Tool(

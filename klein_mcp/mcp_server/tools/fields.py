@@ -11,6 +11,7 @@ from pydantic import (
     Field,
     StringConstraints,
     ValidationInfo,
+    WithJsonSchema,
     field_validator,
 )
 
@@ -62,10 +63,15 @@ Prompt = Annotated[
     StringConstraints(strip_whitespace=True, min_length=1, max_length=MAX_PROMPT),
     Field(description="What the image shows, in plain sentences."),
 ]
-EditPrompt = Annotated[
-    str,
-    StringConstraints(strip_whitespace=True, min_length=1, max_length=MAX_PROMPT),
-    Field(description="What to change, as an instruction; what is not named stays."),
+EditPrompts = Annotated[
+    str | list[Annotated[str, StringConstraints(strip_whitespace=True, min_length=1, max_length=MAX_PROMPT)]],
+    WithJsonSchema(
+        {
+            "type": ["string", "array"],
+            "items": {"type": "string"},
+            "description": "What to change, as an instruction. Or up to 8, each an edit of the result before it.",
+        }
+    ),
 ]
 ComposePrompt = Annotated[
     str,
@@ -75,7 +81,7 @@ ComposePrompt = Annotated[
 ImageRef = Annotated[
     str,
     StringConstraints(strip_whitespace=True, min_length=1),
-    Field(description="A handle (k7f3q2), last, last~1, or an absolute path."),
+    Field(description="A handle (k7f3q2), last, last~1, A to D of the last sheet, or an absolute path."),
 ]
 Images = Annotated[
     list[Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]],
@@ -137,6 +143,9 @@ SaveSize = Annotated[int, Field(ge=16, le=8192, description="Shrink to this long
 Strip = Annotated[bool, Field(description="Leave out how it was made.")]
 Overwrite = Annotated[bool, Field(description="Replace a file that exists.")]
 ViewSize = Annotated[int, Field(ge=64, le=1568, description="Long edge of what you see, in pixels.")]
+CompareWith = Annotated[str, Field(min_length=1, description="Another image: shows both and their difference.")]
+HistoryOf = Annotated[str, Field(min_length=1, description="Its ancestors, oldest first, and their branches.")]
+SaveExact = Annotated[int, Field(ge=16, le=8192, description="Long edge to enlarge or shrink to.")]
 Limit = Annotated[int, Field(ge=1, le=100, description="Entries per page.")]
 Search = Annotated[str, Field(max_length=200, description="Words in the prompt, or part of a path.")]
 Cursor = Annotated[str, Field(max_length=40, description='The "next" of the previous page.')]

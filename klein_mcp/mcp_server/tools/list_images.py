@@ -21,9 +21,13 @@ class ListImages(fields.Arguments):
     limit: fields.Limit = 20
     search: fields.Search | None = None
     cursor: fields.Cursor | None = None
+    image: fields.HistoryOf | None = None
 
 
 async def run(service: Service, call: CallContext, arguments: ListImages) -> CallToolResult:
+    if arguments.image is not None:
+        record = (await service.open(arguments.image, call)).record
+        return await anyio.to_thread.run_sync(lambda: CallToolResult(content=[results.text(_history(service, record))]))
     if arguments.cursor is not None and not (arguments.cursor.isdecimal() and len(arguments.cursor) < 19):
         raise RequestError(
             f"{arguments.cursor!r} is not a cursor.", hint='Give the "next" of the previous page, or nothing.'
@@ -34,6 +38,22 @@ async def run(service: Service, call: CallContext, arguments: ListImages) -> Cal
     )
     payload = {"images": [_entry(record) for record in page], "next": None if following is None else str(following)}
     return CallToolResult(content=[results.text(payload)])
+
+
+def _history(service: Service, record: Record) -> dict[str, object]:
+    """Return the line of first parents, oldest first, with branches."""
+    line = [record]
+    while line[0].parents and (parent := service.store.find(line[0].parents[0])) is not None:
+        line.insert(0, parent)
+    on_line = {each.handle for each in line}
+    steps = []
+    for each in line:
+        branches = [child.handle for child in service.store.children(each.handle) if child.handle not in on_line]
+        words = one_line(each.prompt or each.source or "", PROMPT_LENGTH)
+        steps.append(
+            {"image": each.handle, "made_by": each.tool, "prompt": words} | ({"branches": branches} if branches else {})
+        )
+    return {"image": record.handle, "history": steps}
 
 
 def _entry(record: Record) -> dict[str, object]:

@@ -19,6 +19,7 @@ class SaveImage(fields.Arguments):
     path: fields.SavePath
     format: fields.SaveFormat | None = None
     max_size: fields.SaveSize | None = None
+    size: fields.SaveExact | None = None
     strip_metadata: fields.Strip = False
     overwrite: fields.Overwrite = False
 
@@ -29,7 +30,12 @@ async def run(service: Service, call: CallContext, arguments: SaveImage) -> Call
     opened = await service.open(arguments.image, call)
     roots = await writable(service.settings, call)
     options = export.SaveOptions(
-        arguments.path, arguments.format, arguments.max_size, arguments.strip_metadata, arguments.overwrite
+        arguments.path,
+        arguments.format,
+        arguments.max_size,
+        arguments.strip_metadata,
+        arguments.overwrite,
+        arguments.size,
     )
     settings = service.settings
 
@@ -46,6 +52,10 @@ async def run(service: Service, call: CallContext, arguments: SaveImage) -> Call
         "height": saved.height,
         "bytes": saved.bytes,
     }
+    if arguments.max_size and max(saved.width, saved.height) < arguments.max_size and arguments.size is None:
+        payload["warnings"] = [
+            f"max_size {arguments.max_size} only shrinks: {saved.width}×{saved.height} was written; size enlarges"
+        ]
     return CallToolResult(content=[results.text(payload)])
 
 

@@ -3,6 +3,7 @@
 import anyio.to_thread
 from mcp_types import CallToolResult
 
+from klein_mcp.images.library import Record
 from klein_mcp.jobs.context import CallContext
 from klein_mcp.jobs.service import Service
 from klein_mcp.mcp_server import results
@@ -13,11 +14,17 @@ from klein_mcp.mcp_server.tools.tool import Tool
 class ViewImage(fields.Arguments):
     image: fields.ImageRef
     region: fields.Region | None = None
+    compare_with: fields.CompareWith | None = None
     max_size: fields.ViewSize = 1024
 
 
 async def run(service: Service, call: CallContext, arguments: ViewImage) -> CallToolResult:
     opened = await service.open(arguments.image, call)
+    if arguments.compare_with:
+        other = await service.open(arguments.compare_with, call)
+        return await anyio.to_thread.run_sync(
+            lambda: _compared(service, opened.record, other.record, arguments.max_size)
+        )
 
     def render() -> CallToolResult:
         from klein_mcp.images import codec, preview, region
@@ -39,10 +46,34 @@ async def run(service: Service, call: CallContext, arguments: ViewImage) -> Call
     return await anyio.to_thread.run_sync(render)
 
 
+def _compared(service: Service, record: Record, other: Record, max_size: int) -> CallToolResult:
+    """Show two images and their difference beside each other."""
+    from klein_mcp.images import codec, preserve, preview
+
+    first, second = service.sources.pixels(record), service.sources.pixels(other)
+    warnings = []
+    if first.shape != second.shape:
+        second = codec.resize(second, record.width, record.height)
+        warnings.append(f"{other.handle} is {other.width}×{other.height} and was resized for the comparison")
+    changed = preserve.measure(first, second, kept=False)
+    difference = preserve.difference(first, second)
+    # Black is equal; twice the difference, as a change of 24 of 255 is hardly seen.
+    shown = (255 - (difference.clip(0, 127) * 2))[..., None].repeat(3, axis=2)
+    sheet = preview.contact_sheet([second, first, shown], [other.handle, record.handle, "difference (dark)"], columns=3)
+    line = {
+        "image": record.handle,
+        **({"warnings": warnings} if warnings else {}),
+        "compare_with": other.handle,
+        "changed": {"share": changed.share, "box": changed.box and list(changed.box)},
+        "identical_bytes": round(float((difference == 0).mean()), 4),
+    }
+    return CallToolResult(content=[results.text(line), results.image_block(*preview.preview(sheet, longest=max_size))])
+
+
 TOOL = Tool(
     name="view_image",
     title="View an image",
-    description="Look at an image again, or at one region of it enlarged. Any image: a handle, last, or a path.",
+    description="Look at an image again, at one region of it enlarged, or at two and their difference.",
     arguments=ViewImage,
     run=run,
     read_only=True,

@@ -1,0 +1,157 @@
+"""The loop of an agent through the real server: edits that keep their bytes, in few calls. On the embedded model."""
+
+import base64
+import json
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mcp import Client
+
+from engine.contract import Rgb8
+from engine.nano.training.compositor import BACKGROUNDS
+from engine.nano.training.scenes import MIDDLE, NORMAL, Scene, Thing
+from engine.nano.training.score import background_right, look
+from engine.nano.training.sprites import KINDS
+from tests.images import pixels
+from tests.real_server import RealServer
+from tests.tool_calls import call, kinds, line, preview, refused
+
+pytestmark = pytest.mark.anyio
+
+LEFT, RIGHT = (-1, 0), (1, 0)
+
+
+@pytest.fixture
+async def agent(server: RealServer, tmp_path: Path) -> AsyncIterator[Client]:
+    """A client of a stdio server of its own, with a project to write into."""
+    async with Client(server.stdio(KLEIN_WRITE_ROOTS=str(tmp_path), KLEIN_READ_ROOTS=str(tmp_path))) as client:
+        yield client
+
+
+def image(facts: dict[str, Any]) -> Rgb8:
+    return pixels(Path(facts["path"]).read_bytes())
+
+
+def scene(ground: str, *things: tuple[str, tuple[int, int]]) -> Scene:
+    return Scene(BACKGROUNDS.index(ground), tuple(Thing(KINDS.index(kind), NORMAL, slot) for kind, slot in things))
+
+
+def shows(picture: Rgb8, wanted: Scene) -> bool:
+    """Judge by nano's own scorer: the right things in their places, on the right background."""
+    things = all(look(picture, wanted, i).right(thing) for i, thing in enumerate(wanted.things))
+    return things and background_right(picture, wanted)
+
+
+async def test_apple_turns_green_moves_left_and_is_saved_in_four_calls(agent: Client, tmp_path: Path) -> None:
+    await call(agent, "generate_image", prompt="a red apple on a white background", seed=7)
+    green = await call(agent, "edit_image", image="last", prompt="make the background green", seed=7)
+    moved = await call(agent, "edit_image", image="last", prompt="move the apple to the left", seed=7)
+    saved = await call(agent, "save_image", image="last", path="apple.png")
+    assert shows(image(green), scene("green", ("apple", MIDDLE)))
+    assert green["changed"]["kept"] is False  # a new background is all of the image
+    assert shows(image(moved), scene("green", ("apple", LEFT)))
+    assert moved["changed"]["kept"] is True
+    assert Path(saved["saved"]).parent == tmp_path
+    # The mask says where it was painted; everywhere else the bytes are those of the image before.
+    (content,) = (await agent.read_resource(f"klein://images/{moved['image']}/changes")).contents
+    mask = pixels(base64.b64decode(content.blob))[..., 0]
+    kept = mask == 0
+    assert (image(moved)[kept] == image(green)[kept]).all()
+    assert 0.5 < kept.mean() < 0.95
+
+
+async def test_local_edit_keeps_bytes_and_off_does_not(agent: Client) -> None:
+    both = await call(
+        agent, "generate_image", prompt="a cat on the left and a car on the right on a white background", seed=3
+    )
+    kept = await call(agent, "edit_image", image=both["image"], prompt="Remove the car. Keep everything else.", seed=3)
+    off = await call(agent, "edit_image", image=both["image"], prompt="Remove the car", seed=3, preserve="off")
+    assert kept["read_as"] == "Remove the car"
+    assert kept["changed"]["kept"] is True
+    assert off["changed"]["kept"] is False
+    assert shows(image(kept), scene("white", ("cat", LEFT)))
+    same = (image(kept) == image(both)).all(axis=2)
+    assert same.mean() > 0.6  # the car and its surroundings are a fifth of the image
+    assert (image(off) == image(both)).all(axis=2).mean() < 0.5
+    x, _, width, _ = kept["changed"]["box"]
+    assert x + width / 2 > 64
+
+
+async def test_edit_that_did_nothing_says_so_first(agent: Client) -> None:
+    await call(agent, "generate_image", prompt="an apple on a white background", seed=7)
+    facts = await call(agent, "edit_image", image="last", prompt="remove the cat", seed=7)
+    assert facts["warnings"][0] == "nothing visible changed"
+    assert facts["changed"] == {"share": 0.0, "box": None, "kept": True}
+    assert list(facts)[:2] == ["image", "warnings"]
+
+
+async def test_ten_edits_and_a_branch_take_three_calls(agent: Client) -> None:
+    start = await call(agent, "generate_image", prompt="a cat on the left on a white background", seed=5)
+    first = ["add a small car at the right", "make the background yellow", "replace the car with a duck",
+             "make the background cyan", "remove the duck", "add a small fish at the right", "make the background pink",
+             "replace the fish with a bird"]  # fmt: skip
+    result = await agent.call_tool("edit_image", {"image": start["image"], "prompt": first, "seed": 5})
+    facts = line(result)
+    assert kinds(result) == ["text", "image", "resource_link"]
+    assert len(facts["steps"]) == 8
+    assert facts["steps"][-1]["image"] == facts["image"]
+    second = await call(
+        agent, "edit_image", image="last", prompt=["make the background green", "remove the bird"], seed=5
+    )
+    branch = await call(agent, "edit_image", image=facts["steps"][1]["image"], prompt="make the background red", seed=5)
+    assert look(image(second), scene("green", ("cat", LEFT)), 0).right(scene("green", ("cat", LEFT)).things[0])
+    history = (await call(agent, "list_images", image=second["image"]))["history"]
+    assert history[0]["image"] == start["image"]
+    assert len(history) == 11
+    assert {"image": facts["steps"][1]["image"], "branches": [branch["image"]]}.items() <= history[2].items()
+
+
+async def test_chain_stops_at_the_step_that_changed_nothing(agent: Client) -> None:
+    await call(agent, "generate_image", prompt="an apple on a white background", seed=7)
+    prompts = ["make the background green", "remove the cat", "move the apple to the left"]
+    facts = await call(agent, "edit_image", image="last", prompt=prompts, seed=7)
+    assert len(facts["steps"]) == 2
+    assert facts["warnings"][0] == "stopped at step 2, which changed nothing visible: 'remove the cat'"
+
+
+async def test_cat_and_rocket_are_composed_and_compared_in_four_calls(agent: Client) -> None:
+    cat = await call(agent, "generate_image", prompt="a cat on a white background", seed=2)
+    rocket = await call(agent, "generate_image", prompt="a rocket on a yellow background", seed=2)
+    prompt = "the cat from image 1 and the rocket from image 2 on a blue background"
+    both = await call(agent, "compose_references", images=[cat["image"], rocket["image"]], prompt=prompt, seed=2)
+    result = await agent.call_tool("view_image", {"image": both["image"], "compare_with": cat["image"]})
+    facts = line(result)
+    assert shows(image(both), scene("blue", ("cat", LEFT), ("rocket", RIGHT)))
+    assert facts["changed"]["share"] > 0.5
+    assert preview(result).shape[1] > 2 * 128
+
+
+async def test_labels_name_the_images_of_the_latest_sheet(agent: Client) -> None:
+    sheet = await call(agent, "generate_image", prompt="a dog on a green background", count=3, seed=1)
+    assert sheet["last"] == sheet["images"][2]["image"]
+    for name, index in (("B", 1), ("last.C", 2), ("a", 0)):
+        assert (await call(agent, "view_image", image=name))["image"] == sheet["images"][index]["image"]
+    assert "has 3 images" in await refused(agent, "view_image", image="D")
+    assert (await call(agent, "view_image", image=sheet["images"][0]["image"].upper()))["image"]
+
+
+async def test_saving_enlarges_when_asked_and_says_when_it_did_not(agent: Client) -> None:
+    await call(agent, "generate_image", prompt="a star on a blue background", seed=1)
+    small = await call(agent, "save_image", image="last", path="small.png", max_size=512)
+    large = await call(agent, "save_image", image="last", path="large.png", size=512)
+    assert (small["width"], large["width"]) == (128, 512)
+    assert small["warnings"] == ["max_size 512 only shrinks: 128×128 was written; size enlarges"]
+
+
+async def test_unknown_noun_gets_the_nearest_and_the_way_out(agent: Client) -> None:
+    facts = await call(agent, "generate_image", prompt="an astronaut on a grey background", seed=1)
+    assert "nano does not know astronaut (nearest: robot, rocket); klein-mcp pull klein-4b" in facts["warnings"]
+    assert facts["read_as"] == "an astronaut on a gray background"
+
+
+async def test_tool_list_stays_small(agent: Client) -> None:
+    listed = await agent.list_tools()
+    text = json.dumps([tool.model_dump(mode="json", by_alias=True, exclude_none=True) for tool in listed.tools])
+    assert len(text) <= 10_000
