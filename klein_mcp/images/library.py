@@ -33,6 +33,9 @@ DATABASE = "library.sqlite3"
 MAX_PROMPT = 70_000
 """Characters of a prompt in the index: more than any front end accepts."""
 
+NO_MASKS = """ AND NOT (tool = 'open' AND recipe LIKE '%"mask":true%')"""
+"""Leaves out what was opened as a mask; the recipe is compact JSON."""
+
 _COLUMNS = ", ".join(item.name for item in fields(Record) if item.name != "parents")
 
 
@@ -346,16 +349,19 @@ class Store:
         )
         return None if row is None else self._record(row)
 
-    def search(self, text: str = "", *, limit: int, before: int | None = None) -> tuple[list[Record], int | None]:
+    def search(
+        self, text: str = "", *, limit: int, before: int | None = None, masks: bool = True
+    ) -> tuple[list[Record], int | None]:
         """Return matching images, newest first, and where the next page begins.
 
-        A match has every word of `text` in its prompt or source, or is its handle.
+        A match has every word of `text` in its prompt or source, or is its handle. masks: whether masks count.
         """
         words = [word.replace("\\", "\\\\").replace("%", "\\%").replace("_", "\\_") for word in text.split()]
         has_word = "coalesce(prompt, '') || ' ' || coalesce(source, '') LIKE ? ESCAPE '\\'"
+        matches = f"(handle = ? OR {' AND '.join([has_word] * len(words)) or 'TRUE'})"
         rows = self._rows(
-            f"SELECT {_COLUMNS}, number FROM pictures WHERE deleted IS NULL AND number < ?"
-            f" AND (handle = ? OR {' AND '.join([has_word] * len(words)) or 'TRUE'}) ORDER BY number DESC LIMIT ?",
+            f"SELECT {_COLUMNS}, number FROM pictures WHERE deleted IS NULL AND number < ? AND {matches}"
+            f"{'' if masks else NO_MASKS} ORDER BY number DESC LIMIT ?",
             before if before is not None else 2**62,
             text,
             *(f"%{word}%" for word in words),

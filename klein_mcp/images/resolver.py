@@ -36,6 +36,10 @@ _HANDLE = re.compile(rf"[{ALPHABET}]{{{HANDLE_LENGTH}}}")
 _READ = os.O_RDONLY | sum(getattr(os, flag, 0) for flag in ("O_NONBLOCK", "O_NOFOLLOW", "O_BINARY"))
 
 
+MASK_BACKDROP = 0
+"""Behind the transparent pixels of a mask: black, which is where nothing may change."""
+
+
 @dataclass(frozen=True, slots=True)
 class ResolvedImage:
     """A reference and its record in the library.
@@ -158,6 +162,7 @@ class ImageResolver:
             ancestor = self._store.original(recipe)
             height, width = decoded.image.shape[:2]
             flattened = {"flattened_on": backdrop} if decoded.flattened else {}
+            mask = {"mask": True} if backdrop == MASK_BACKDROP else {}
             record = self._store.put(
                 codec.encode(decoded.image, "png", decoded.recipe),
                 handle=self._store.new_handle(),
@@ -165,7 +170,7 @@ class ImageResolver:
                 size=(width, height),
                 client=client,
                 tool="open",
-                recipe={**flattened, **({"made": recipe} if recipe else {})},
+                recipe={**mask, **flattened, **({"made": recipe} if recipe else {})},
                 parents=[ancestor.handle] if ancestor else [],
                 source=source,
             )

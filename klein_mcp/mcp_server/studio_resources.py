@@ -10,6 +10,7 @@ from mcp.server.lowlevel.helper_types import ReadResourceContents
 
 from klein_mcp.jobs.context import CallContext
 from klein_mcp.jobs.service import Service
+from klein_mcp.mcp_server.tools import TOOLS
 from klein_mcp.studio import views
 from klein_mcp.studio.engine_view import engine_view
 from klein_mcp.studio.feed import Feed
@@ -39,7 +40,8 @@ async def _library(service: Service, feed: Feed, query: Query, call: CallContext
 
 
 async def _engine(service: Service, feed: Feed, query: Query, call: CallContext) -> Any:
-    return await engine_view(service)
+    arguments = TOOLS["edit_image"].arguments.model_fields
+    return await engine_view(service, transparent="background" in arguments)
 
 
 READERS: Mapping[str, Reader] = {"klein://now": _now, "klein://library": _library, "klein://engine": _engine}

@@ -53,6 +53,7 @@ class ImageDetails(Card):
     """One image with its family.
 
     siblings: the images of its sheet, in order, or nothing. family: its relatives and itself, oldest first.
+    read_as: the prompt in the words the model knows, None where it took it as it was.
     """
 
     bytes: int
@@ -60,6 +61,7 @@ class ImageDetails(Card):
     steps: int | None
     region: list[int] | None
     mask: str | None
+    read_as: str | None
     changed: Changed | None
     family: list[Card]
     siblings: list[str]

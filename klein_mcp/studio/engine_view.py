@@ -20,8 +20,11 @@ EXAMPLES = (
 )
 
 
-async def engine_view(service: Service) -> EngineView:
-    """Describe model, memory, queue and speed, without starting an engine."""
+async def engine_view(service: Service, *, transparent: bool = False) -> EngineView:
+    """Describe model, memory, queue and speed, without starting an engine.
+
+    transparent: whether images can be cut out.
+    """
     status = await service.jobs.status()
     engine = status.engine
     setting = service.settings.model
@@ -45,7 +48,7 @@ async def engine_view(service: Service) -> EngineView:
         "tuning": (engine.tuning or None) if engine else None,
         "models": models,
         "max_references": VARIANTS[auto].max_references if auto in VARIANTS else 4,
-        "transparent": False,
+        "transparent": transparent,
         "examples": list(NANO_EXAMPLES if auto == EMBEDDED else EXAMPLES),
     }
 

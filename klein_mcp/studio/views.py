@@ -40,12 +40,12 @@ def card(record: Record, picks: set[str], sheet: str | None = None) -> Card:
 
 
 def library_page(store: Store, *, search: str = "", cursor: str = "", limit: int = 40) -> LibraryPage:
-    """Return one page, newest first.
+    """Return one page, newest first, without masks.
 
     cursor: the `next` of the page before, or nothing.
     """
     before = int(cursor) if cursor.isdecimal() and len(cursor) < 19 else None
-    records, following = store.search(search, limit=max(1, min(limit, 100)), before=before)
+    records, following = store.search(search, limit=max(1, min(limit, 100)), before=before, masks=False)
     sheets = _sheets(records)
     picks = store.picks()
     return {
@@ -69,6 +69,7 @@ def image_details(store: Store, handle: str) -> ImageDetails:
         "steps": recipe.get("steps"),
         "region": list(region) if region else None,
         "mask": _text(request.get("mask")),
+        "read_as": _text(recipe.get("read_as")),
         "changed": _changed(recipe.get("changed")),
         "family": [card(relative, picks) for relative in _family(store, record)],
         "siblings": siblings if len(siblings) > 1 else [],

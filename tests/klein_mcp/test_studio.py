@@ -365,7 +365,8 @@ async def test_picked_mask_is_kept_and_named(browser: httpx2.AsyncClient, connec
         assert picked["image"] == root
         assert re.fullmatch(r"\w{6}", picked["mask"])
         edited = line(await agent.call_tool("edit_image", {"image": "last", "prompt": "red", "mask": picked["mask"]}))
-        assert "image" in edited
+        listed = {card["image"] for card in (await read(browser, "klein://library"))["images"]}
+        assert listed == {root, edited["image"]}, "masks are no images to look at"
 
 
 async def test_calls_of_the_view_leave_the_news_to_the_agent(service: Service) -> None:

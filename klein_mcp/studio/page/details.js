@@ -45,6 +45,7 @@ function render(root) {
   const facts = [
     ["Handle", [image.image, " ", button("Copy", null, () => copy(image.image), { class: "small" })]],
     ["From", image.parents?.length ? image.parents.flatMap((each, i) => (i ? [", ", link(each)] : [link(each)])) : null],
+    ["Read as", image.read_as],
     ["File", image.source],
     ["Seed", image.seed],
     ["Size", image.width && `${image.width} × ${image.height}`],
