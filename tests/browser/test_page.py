@@ -280,6 +280,18 @@ async def test_slider_compares_with_an_ancestor(open_page: Open) -> None:
     assert colours["End"][2] > 120 > colours["End"][0]
 
 
+async def test_changed_pixels_are_counted_and_shown(open_page: Open) -> None:
+    page = await open_page()
+    await generate(page, "a red apple on a blue background", seed=3)
+    await page.get_by_role("button", name="Mask", exact=True).click()
+    await page.get_by_role("radio", name="Box").check()
+    await drag(page, "canvas.mask", (0.4, 0.4), (1.0, 1.0))
+    await edit(page, "make the background yellow")
+    await page.locator("#details .changed").get_by_text(re.compile("% changed")).wait_for()
+    await page.get_by_role("button", name="Changes").click()
+    await page.wait_for_function("() => document.querySelector('img.changes')?.naturalWidth > 0")
+
+
 async def test_branches_of_an_image_stand_in_its_tree(open_page: Open, studio: Studio) -> None:
     page = await open_page()
     root = await generate(page, "a red apple on a blue background", seed=9)
