@@ -24,7 +24,7 @@ from engine.families.klein import lora
 from engine.families.klein.footprint import memory_info
 from engine.families.klein.loader import LoadOptions, prepare
 from engine.families.klein.pipeline import Klein
-from engine.families.klein.runner import CompileOptions, cache_folder
+from engine.families.klein.runner import CompileOptions, cache_folder, obstacle
 from engine.families.klein.variants import EMBEDDED, VARIANTS
 from engine.memory.cache import TensorCache, budgets
 from engine.memory.device import Device
@@ -131,6 +131,10 @@ class Engine:
         root = self.config.compile_cache
         folder = cache_folder(root, self.device) if root else None
         return CompileOptions(enabled=self.config.compile == "auto", folder=folder)
+
+    def compile_obstacle(self) -> str:
+        """Return why no model is compiled on this machine, or ""."""
+        return obstacle(self.device, self._compile_options())
 
     def _options(self, *, loras: bool) -> LoadOptions:
         """Raises ModelNotFound for a LoRA that is not there."""

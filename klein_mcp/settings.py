@@ -14,6 +14,7 @@ from types import MappingProxyType
 from typing import Any, NoReturn
 
 from engine.contract import EngineConfig
+from klein_mcp import __version__
 from klein_mcp.private import check_folder, read_private_text
 
 log = logging.getLogger(__name__)
@@ -165,6 +166,11 @@ class Settings:
     memory: float = _setting(
         0.0, _number(float, 0, 10_000, "GB"), "GB of GPU memory the engine may use; 0: all that is free."
     )
+    compile: str = _setting(
+        "auto",
+        _choice("auto", "off"),
+        "auto compiles the model in idle time where that makes it faster (NVIDIA GPUs, with a C compiler); off never.",
+    )
     threads: int = _setting(0, _number(int, 0, 1024, "threads"), "CPU threads of the engine; 0: torch's default.")
     loras: tuple[str, ...] = _setting((), _words, "LoRA files to load, each with an optional :scale, comma-separated.")
     show: str | None = _setting(
@@ -236,7 +242,14 @@ class Settings:
             loras=self.loras,
             decoder="small" if self.decoder == "small" else "full",
             memory_limit=round(self.memory * 1e9) or None,
+            compile="off" if self.compile == "off" else "auto",
+            compile_cache=self.compile_cache / __version__,
         )
+
+    @property
+    def compile_cache(self) -> Path:
+        """Return the folder of the compilers' caches, one folder per version inside."""
+        return self.home / "compile"
 
     @property
     def library(self) -> Path:

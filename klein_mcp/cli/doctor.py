@@ -74,7 +74,7 @@ def checks(settings: Settings) -> Iterator[Check]:
 
         with ProgressBar("starting the engine"):
             made = make_engine(settings)
-            findings = [_device(made), *_models(settings, made), *_default_model(settings, made)]
+            findings = [_device(made), _compiling(made), *_models(settings, made), *_default_model(settings, made)]
     except (EngineError, ImportError, OSError) as error:
         yield Check("engine", "cannot be created", explain(error) if isinstance(error, EngineError) else str(error))
         return
@@ -195,6 +195,11 @@ def _daemon(settings: Settings) -> Check:
 def _device(made: Any) -> Check:
     state = made.status()
     return Check("device", f"{state.device}, {state.dtype}, {state.free_bytes / 1e9:.1f} GB free")
+
+
+def _compiling(made: Any) -> Check:
+    obstacle = made.compile_obstacle()
+    return Check("compiling", f"not used: {obstacle}" if obstacle else "in idle time, once a model is loaded")
 
 
 def _models(settings: Settings, made: Any) -> Iterator[Check]:

@@ -2,10 +2,12 @@
 
 import argparse
 import json
+import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
 
+from klein_mcp import __version__
 from klein_mcp.cli.arguments import age, byte_size
 from klein_mcp.cli.records import local_day
 from klein_mcp.errors import RequestError
@@ -25,6 +27,7 @@ def run(settings: Settings, arguments: argparse.Namespace) -> int:
     if arguments.older_than is None and arguments.max_size is None:
         print("klein-mcp prune: say --older-than 30d, or --max-size 5GB, or both.", file=sys.stderr)
         return 2
+    remove_old_caches(settings)
     return prune(
         settings,
         older_than=arguments.older_than,
@@ -32,6 +35,14 @@ def run(settings: Settings, arguments: argparse.Namespace) -> int:
         yes=arguments.yes,
         as_json=arguments.json,
     )
+
+
+def remove_old_caches(settings: Settings) -> None:
+    """Delete the compilers' caches of other versions, which nothing reads any more."""
+    if settings.compile_cache.is_dir():
+        for folder in settings.compile_cache.iterdir():
+            if folder.name != __version__:
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def prune(

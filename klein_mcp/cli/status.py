@@ -47,9 +47,11 @@ def _format_engine(engine: EngineStatus) -> list[str]:
     loaded = f"{engine.loaded}, {engine.placement}" if engine.loaded else "none is loaded"
     installed = [f"{model.name} ({model.licence})" for model in engine.models if model.path]
     cache = engine.cache
+    tuning = [f"speed: {engine.tuning}"] if engine.tuning else []
     return [
         f"device: {engine.device}, {engine.dtype}, {engine.free_bytes / 1e9:.1f} GB free",
         f"model: {loaded}",
+        *tuning,
         f"installed: {', '.join(installed)}",
         f"cache: {cache.entries} prompts and references, {cache.bytes / 1e6:.0f} MB; {cache.hits} hits",
     ]

@@ -164,6 +164,10 @@ class Klein:
 
         previews: asked before each step whether somebody watches. Raises InvalidJob before anything is computed.
         """
+        with self.runner.job():
+            yield from self._run(job, previews)
+
+    def _run(self, job: Job, previews: Callable[[], bool]) -> Iterator[Event]:
         variant, clock, warnings = self.variant, _StageClock(self.device), []
         steps, guidance = self._plan(job, warnings)
         canvas, references = self._canvas(job, warnings)

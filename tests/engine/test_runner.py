@@ -1,0 +1,276 @@
+"""Runner: eager at once, compiled after idle time, never in a job's way, and eager again where compiling fails."""
+
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from engine.contract import Job, Result
+from engine.families.klein import runner as runner_module
+from engine.families.klein.pipeline import Klein
+from engine.families.klein.runner import MAX_GRAPHS, CompileOptions, Runner, SampleInputs, obstacle
+from engine.families.klein.transformer import PLAIN_BLOCKS
+from engine.memory.device import Device
+from engine.nn import ops
+from tests.bench.full_size_models import GIANTS, grown, ours
+
+TOY = GIANTS["toy"]
+CPU = Device.choose("cpu", "float32")
+EVERYWHERE = CompileOptions(enabled=True, backend="eager", everywhere=True)
+JOB = Job("a lighthouse", width=64, height=80, seed=3)
+
+
+def make(options: CompileOptions = EVERYWHERE) -> Klein:
+    return ours(grown(TOY, CPU), TOY, CPU, options=options)
+
+
+def generate(klein: Klein, job: Job = JOB) -> Result:
+    *_, result = klein.run(job)
+    assert isinstance(result, Result)
+    return result
+
+
+class InstantCompiler:
+    """Stands for the compiler: the plain functions under another name, at once or when `gate` opens."""
+
+    gate = threading.Event()
+    error: Exception | None = None
+
+    def __init__(self, variant: Any, transformer: Any, autoencoder: Any, device: Device, options: Any) -> None:
+        self.blocks = PLAIN_BLOCKS
+        self.compiled = runner_module.Compiled(PLAIN_BLOCKS, autoencoder.decode, autoencoder.encode)
+
+    def parts(self) -> Iterator[tuple[str, Callable[[], Any]]]:
+        yield "blocks", self._compile
+
+    def _compile(self) -> None:
+        assert self.gate.wait(60)
+        if self.error is not None:
+            raise self.error
+
+
+@pytest.fixture
+def compiler(monkeypatch: pytest.MonkeyPatch) -> type[InstantCompiler]:
+    class Compiler(InstantCompiler):
+        gate = threading.Event()
+
+    monkeypatch.setattr(runner_module, "Compiler", Compiler)
+    return Compiler
+
+
+def tune(klein: Klein) -> None:
+    while klein.runner.tune():
+        pass
+
+
+def test_without_a_reason_to_compile_it_stays_eager() -> None:
+    klein = make(CompileOptions(enabled=True))
+    assert not klein.runner.tune()
+    assert klein.runner.summary() == "eager: compiling does not pay on cpu"
+    assert generate(klein).mode == "eager"
+    assert make(CompileOptions()).runner.summary() == "eager: compiling is off"
+
+
+@pytest.mark.parametrize(
+    ("missing", "reason"), [("triton", "Triton is not installed"), ("compiler", "there is no C compiler")]
+)
+def test_what_the_compiler_lacks_is_named(missing: str, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Device, "is_nvidia", property(lambda self: True))
+    device = Device(torch.device("cpu"), torch.bfloat16)
+    monkeypatch.setattr(runner_module.importlib.util, "find_spec", lambda name: None if missing == "triton" else name)
+    monkeypatch.setattr(runner_module.shutil, "which", lambda name: None if missing == "compiler" else name)
+    assert obstacle(device, CompileOptions(enabled=True)) == reason
+
+
+def test_fp32_is_not_compiled_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Device, "is_nvidia", property(lambda self: True))
+    assert "does not pay in float32" in obstacle(CPU, CompileOptions(enabled=True))
+
+
+def test_a_job_does_not_wait_for_the_compiler(compiler: type[InstantCompiler]) -> None:
+    klein = make()
+    for _ in range(5):
+        assert klein.runner.tune()  # the compiler hangs, and every call returns
+    assert generate(klein).mode == "eager"
+    compiler.gate.set()
+    tune(klein)
+    assert generate(klein).mode == "compiled"
+
+
+def test_the_compiler_stands_still_while_a_job_runs(
+    compiler: type[InstantCompiler], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = [0]
+
+    def tick() -> None:
+        calls[0] += 1
+
+    def work(self: InstantCompiler) -> None:
+        while not self.gate.is_set():
+            tick()
+
+    monkeypatch.setattr(compiler, "_compile", work)
+    klein = make()
+    while not calls[0]:
+        assert klein.runner.tune()
+    for _ in klein.run(JOB):
+        before = calls[0]
+        time.sleep(0.05)
+        assert calls[0] - before <= 1, "it may finish the call it is in"
+    stopped = calls[0]
+    while calls[0] == stopped:
+        assert klein.runner.tune()
+    compiler.gate.set()
+    tune(klein)
+    assert klein.runner.mode == "compiled"
+
+
+def test_an_error_of_the_compiler_leaves_eager_images_and_its_reason(compiler: type[InstantCompiler]) -> None:
+    compiler.error = RuntimeError("no such instruction")
+    compiler.gate.set()
+    klein = make()
+    before = generate(klein).image
+    tune(klein)
+    assert klein.runner.summary() == "eager: compiling failed (RuntimeError: no such instruction)"
+    assert not klein.runner.tune()
+    after = generate(klein)
+    assert after.mode == "eager"
+    assert np.array_equal(after.image, before)
+
+
+def test_a_change_of_mode_under_a_seed_is_told(compiler: type[InstantCompiler]) -> None:
+    compiler.gate.set()
+    klein = make()
+    assert not generate(klein).warnings
+    assert not generate(klein).warnings
+    tune(klein)
+    (warning,) = generate(klein).warnings
+    assert "by compiled kernels, the same seed before by eager ones" in warning
+    assert not generate(klein).warnings, "told once"
+    assert not generate(klein, replace(JOB, seed=4)).warnings
+
+
+def test_a_job_gets_the_mode_it_asks_for_where_it_can_be_had(compiler: type[InstantCompiler]) -> None:
+    compiler.gate.set()
+    klein = make()
+    asked = generate(klein, replace(JOB, mode="compiled"))
+    assert asked.mode == "eager"
+    assert "not by compiled kernels as asked for" in asked.warnings[0]
+    tune(klein)
+    assert generate(klein, replace(JOB, seed=9, mode="compiled")).mode == "compiled"
+    assert generate(klein, replace(JOB, seed=8, mode="eager")).mode == "eager"
+
+
+def test_cached_references_are_of_one_mode(compiler: type[InstantCompiler]) -> None:
+    compiler.gate.set()
+    klein = make()
+    reference = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    edit = replace(JOB, references=(reference,))
+    assert generate(klein, edit).cache["references"] == "miss"
+    tune(klein)
+    assert generate(klein, edit).cache["references"] == "miss", "made by the other kernels"
+    assert generate(klein, edit).cache["references"] == "hit"
+
+
+class FakeGraph:
+    """Replays by calling the function again, on the buffers alone."""
+
+    made = 0
+
+    def __init__(self, function: Callable[[], Tensor], buffers: Sequence[Tensor], pool: Any) -> None:
+        type(self).made += 1
+        self.function, self.buffers = function, buffers
+
+    def __call__(self, inputs: Any) -> Tensor:
+        for buffer, given in zip(self.buffers, inputs, strict=True):
+            buffer.copy_(given)
+        return self.function().clone()
+
+
+def test_captured_steps_give_the_same_bits(compiler: type[InstantCompiler], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Runner, "_captures", property(lambda self: True))
+    monkeypatch.setattr(runner_module, "DeviceGraph", FakeGraph)
+    monkeypatch.setattr(runner_module, "graph_pool", object)
+    compiler.gate.set()
+    klein = make()
+    references = tuple(np.random.default_rng(i).integers(0, 256, (64, 80, 3), dtype=np.uint8) for i in range(2))
+    jobs = [JOB, replace(JOB, references=references[:1]), replace(JOB, references=references, width=96)]
+    tune(klein)
+    plain = [generate(klein, job).image for job in jobs]
+    assert FakeGraph.made == 0, "nothing is captured before a shape was used and idle time came"
+    tune(klein)
+    assert FakeGraph.made == len(jobs)
+    for job, image in zip(jobs, plain, strict=True):
+        assert np.array_equal(generate(klein, job).image, image)
+    for side in range(64, 64 + 16 * (MAX_GRAPHS + 1), 16):
+        generate(klein, replace(JOB, width=side, height=64))
+        tune(klein)
+    assert len(klein.runner._step_graphs) == MAX_GRAPHS
+
+
+def test_a_closed_runner_keeps_nothing(compiler: type[InstantCompiler]) -> None:
+    compiler.gate.set()
+    klein = make()
+    tune(klein)
+    klein.runner.close()
+    assert klein.runner.mode == "eager"
+    assert not klein.runner.tune()
+
+
+def test_two_pass_norm_is_the_plain_one() -> None:
+    x, weight, bias = torch.randn(2, 16, 9, 11), torch.randn(16), torch.randn(16)
+    plain = ops.PLAIN["norm_silu"](x, weight, bias, 4, 1e-6)
+    # Observed: 7e-7, fp32.
+    assert (ops.two_pass_norm_silu(x, weight, bias, 4, 1e-6) - plain).abs().max() < 1e-5
+    with ops.chosen(norm_silu=ops.two_pass_norm_silu):
+        assert ops.norm_silu(x, weight, bias, 4, 1e-6) is not plain
+    with pytest.raises(KeyError):
+        ops.choose(nothing=plain)
+
+
+@pytest.mark.bench
+def test_compiled_networks_compute_what_eager_ones_do(tmp_path: Path) -> None:
+    """Inductor on a toy: minutes beside other load. One program covers every size and number of references."""
+    options = replace(EVERYWHERE, backend="inductor", folder=tmp_path)
+    klein = make(options)
+    references = tuple(np.random.default_rng(i).integers(0, 256, (64, 80, 3), dtype=np.uint8) for i in range(2))
+    jobs = [JOB, replace(JOB, references=references[:1]), replace(JOB, references=references, width=112)]
+    eager = [generate(klein, job).image.astype(int) for job in jobs]
+    tune(klein)
+    assert klein.runner.mode == "compiled", klein.runner.summary()
+    for job, image in zip(jobs, eager, strict=True):
+        # Observed: 1 level of 255.
+        assert np.abs(generate(klein, job).image.astype(int) - image).max() <= 2
+
+
+@pytest.mark.bench
+def test_a_second_process_finds_what_the_first_compiled(tmp_path: Path) -> None:
+    script = """
+import sys, torch
+from pathlib import Path
+from engine.families.klein.runner import CompileOptions, _load_compilers
+_load_compilers(CompileOptions(enabled=True, folder=Path(sys.argv[1])))
+torch.compile(lambda x: torch.nn.functional.silu(x) * 3)(torch.randn(64))
+from torch._dynamo.utils import counters
+print(counters["inductor"]["fxgraph_cache_hit"])
+"""
+    command = [sys.executable, "-c", script, str(tmp_path)]
+    hits = [int(subprocess.run(command, capture_output=True, text=True, check=True).stdout) for _ in range(2)]
+    assert hits == [0, 1]
+    assert any(tmp_path.rglob("*"))
+
+
+def test_sample_inputs_fit_the_networks() -> None:
+    nets = grown(TOY, CPU)
+    sample = SampleInputs(nets.transformer, CPU, TOY.variant.text_length, 3, 5)
+    for references, kv in ((0, False), (7, False), (7, True)):
+        assert nets.transformer(*sample.step(references, kv)).shape == (1, 15, TOY.transformer.channels)
