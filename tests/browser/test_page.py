@@ -287,7 +287,7 @@ async def test_changed_pixels_are_counted_and_shown(open_page: Open) -> None:
     await page.get_by_role("radio", name="Box").check()
     await drag(page, "canvas.mask", (0.4, 0.4), (1.0, 1.0))
     await edit(page, "make the background yellow")
-    await page.locator("#details .changed").get_by_text(re.compile("% changed")).wait_for()
+    await page.locator("#details .changed").get_by_text(re.compile("% of the marked part changed")).wait_for()
     await page.get_by_role("button", name="Changes").click()
     await page.wait_for_function("() => document.querySelector('img.changes')?.naturalWidth > 0")
 

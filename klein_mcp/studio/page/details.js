@@ -18,13 +18,13 @@ const TOOLS = {
 };
 
 /** Say in a sentence how much of an image an edit changed. */
-export function changeWords(changed) {
+export function changeWords(changed, partly) {
   if (!changed) return null;
   const percent = 100 * changed.share;
   if (percent < 0.2) return ["Nothing visible changed", "Try other words, or name the thing to change."];
   const share = percent < 1 ? "under 1 %" : `${Math.round(percent)} %`;
   const rest = changed.kept ? "Every other pixel is as it was." : "The rest may differ a little.";
-  return [`${share} changed`, rest];
+  return [partly ? `${share} of the marked part changed` : `${share} changed`, rest];
 }
 
 function actions(image) {
@@ -41,7 +41,7 @@ function render(root) {
   root.hidden = !image || (state.card && !image.created);
   if (root.hidden) return fill(root);
   const link = (handle) => h("button", { type: "button", class: "link", onclick: () => open(handle) }, handle);
-  const changed = changeWords(image.changed);
+  const changed = changeWords(image.changed, image.region || image.mask);
   const facts = [
     ["Handle", [image.image, " ", button("Copy", null, () => copy(image.image), { class: "small" })]],
     ["From", image.parents?.length ? image.parents.flatMap((each, i) => (i ? [", ", link(each)] : [link(each)])) : null],

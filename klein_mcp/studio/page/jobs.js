@@ -7,13 +7,19 @@ import { emit, on, state } from "./state.js";
 /** Say in words where a job is. */
 export function statusWords(job) {
   const part = job.count > 1 ? `Image ${job.index + 1} of ${job.count}: ` : "";
-  if (job.state === "queued") {
+  if (job.state === "queued" && !job.index) {
     const wait = job.seconds ? `, about ${Math.ceil(job.seconds)} s` : "";
     return job.position > 0 ? `${job.position} ahead${wait}` : `Next${wait}`;
   }
   if (job.state === "loading") return `Loading ${job.model ?? "the model"}`;
   if (job.step) return `${part}step ${job.step} of ${job.steps}`.replace(/^s/, "S");
+  if (part) return `${part}${job.stage === "decode" ? "finishing" : "starting"}`;
   return { prompt: "Reading the prompt", references: "Reading the references", decode: "Finishing" }[job.stage] ?? "Starting";
+}
+
+/** How far a job is, 0 … 1; null while nothing is known. */
+export function fractionOf(job) {
+  return job.fraction ?? (job.index ? job.index / job.count : null);
 }
 
 /** The job of this page's newest call, or a stand-in until the server tells of it. */
@@ -39,7 +45,7 @@ function render(root) {
 function card(job) {
   const who = job.mine ? "" : ` · ${job.who || "an agent"}`;
   const meter = h("progress", { max: 1, "aria-label": "Progress" });
-  if (job.fraction !== null && job.fraction !== undefined) meter.value = job.fraction;
+  if (fractionOf(job) !== null) meter.value = fractionOf(job);
   return h(
     "li",
     {},

@@ -2,13 +2,14 @@
 
 import { addReference, again, copy, download, fail, open, pick, recipeOf, run, save } from "./actions.js";
 import { button, fill, h, icon } from "./dom.js";
-import { ownJob, statusWords } from "./jobs.js";
+import { fractionOf, ownJob, statusWords } from "./jobs.js";
 import { lineage } from "./lineage.js";
 import { Mask } from "./mask.js";
 import { on, state } from "./state.js";
 import { Zoom } from "./zoom.js";
 
 let nodes, zoom, mask, before, shown;
+let opening = false;
 
 export function createViewer(root) {
   nodes = {
@@ -40,8 +41,8 @@ export function createViewer(root) {
   });
   on("error", renderError);
   // Until another image is there, its actions would still mean the one before.
-  on("opening", () => (nodes.tools.inert = nodes.edit.inert = true));
-  on("opened image", () => (nodes.tools.inert = nodes.edit.inert = false));
+  on("opening", () => ((opening = true), renderInert()));
+  on("opened image", () => ((opening = false), renderInert()));
   on("picked", renderSheet);
   render();
 }
@@ -57,6 +58,11 @@ function render() {
   const tree = state.image && !state.card ? lineage(state.image) : null;
   fill(nodes.family, tree);
   tree?.querySelector("[aria-current]")?.scrollIntoView({ block: "nearest", inline: "nearest" });
+}
+
+/** The actions are those of the image on the stage: off while another is made or opened. */
+function renderInert() {
+  nodes.tools.inert = nodes.edit.inert = opening || Boolean(ownJob());
 }
 
 function renderError() {
@@ -88,6 +94,7 @@ async function renderStage() {
   const { image } = state;
   nodes.stage.classList.toggle("empty", !job && !image);
   nodes.zoom.hidden = !image || Boolean(job);
+  renderInert();
   if (job) return renderJob(job);
   if (!image) return renderEmpty();
   if (nodes.stage.shown === `${image.image}/${state.tool}` && !nodes.stage.working) return;
@@ -138,16 +145,17 @@ function renderJob(job) {
   const { picture, meter, words, frame, stop } = nodes.stage.working;
   words.textContent = statusWords(job);
   stop.hidden = [...state.calls].at(-1)?.stop === null;
-  if (job.fraction === null || job.fraction === undefined) meter.removeAttribute("value");
-  else meter.value = job.fraction;
+  if (fractionOf(job) === null) meter.removeAttribute("value");
+  else meter.value = fractionOf(job);
   if (job.preview && picture.getAttribute("src") !== job.preview) {
     picture.onload = () => fitStage(frame, picture.naturalWidth, picture.naturalHeight);
     picture.src = job.preview;
     // Sharper with each step: a preview is an eighth of the image's size.
     picture.style.setProperty("--blur", `${(6 * (1 - (job.step ?? 0) / (job.steps || 1))).toFixed(1)}px`);
   }
-  picture.hidden = !job.preview;
-  if (!job.preview) fitStage(frame, 1, 1);
+  // Between two images of a sheet the one before stays in sight.
+  picture.hidden = !picture.src;
+  if (!picture.src) fitStage(frame, 1, 1);
 }
 
 /** Give the stage and the frame in it the shape of what they show. */
