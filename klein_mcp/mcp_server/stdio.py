@@ -9,13 +9,15 @@ import signal
 import sys
 import threading
 from collections.abc import AsyncIterator
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import anyio
 from mcp.server.stdio import stdio_server
+from mcp.shared.message import SessionMessage
 
 from klein_mcp.exit import exit_now
 from klein_mcp.jobs.service import Service
+from klein_mcp.mcp_server.lines import read_message
 from klein_mcp.mcp_server.server import create_server
 from klein_mcp.settings import Settings, warn_of_misspelt
 
@@ -57,7 +59,9 @@ async def serve(settings: Settings) -> int:
 
             if sys.platform != "win32":  # there, a client ends the server by closing stdin
                 tasks.start_soon(until_signal)
-            async with stdio_server(stdin=_Lines()) as (read, write):  # type: ignore[arg-type]
+            lines = _Lines()
+            async with stdio_server(stdin=lines) as (read, write):  # type: ignore[arg-type]
+                lines.answer_with(write)
                 await server.serve(read, write)
             tasks.cancel_scope.cancel()
         return code
@@ -75,14 +79,23 @@ class _Lines:
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
         self._lines: asyncio.Queue[bytes] = asyncio.Queue()
+        self._output: asyncio.Future[Any] = self._loop.create_future()
         threading.Thread(target=self._read, name="stdin", daemon=True).start()
+
+    def answer_with(self, output: Any) -> None:
+        """Set the SDK's output, for answers to lines that cannot be parsed."""
+        self._output.set_result(output)
 
     def __aiter__(self) -> AsyncIterator[str]:
         return self._each()
 
     async def _each(self) -> AsyncIterator[str]:
         while line := await self._lines.get():
-            yield line.decode("utf-8", "replace")
+            message = read_message(line)
+            if isinstance(message, str):
+                yield message
+            elif message is not None:
+                await (await self._output).send(SessionMessage(message))
         _exit_soon(0)
 
     def _read(self) -> None:

@@ -19,7 +19,7 @@ from mcp_types import CallToolResult
 
 from tests.images import file, pixels, scene
 from tests.klein_mcp.test_codec import HOSTILE
-from tests.real_server import Living
+from tests.real_server import RealServer
 from tests.tool_calls import complaint, kinds, line, preview
 
 LEFT_WITHIN = 1.0
@@ -32,10 +32,10 @@ LEFT_WITHIN = 1.0
 class FrontEnd:
     """The process itself, spoken to by hand."""
 
-    def __init__(self, living: Living) -> None:
+    def __init__(self, server: RealServer) -> None:
         self._process = subprocess.Popen(
             [sys.executable, "-m", "klein_mcp"],
-            env=living.environment(),
+            env=server.environment(),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -52,6 +52,12 @@ class FrontEnd:
 
     def ask(self, number: int, method: str, params: Any) -> None:
         self._write({"jsonrpc": "2.0", "id": number, "method": method, "params": params})
+
+    def send_line(self, line: bytes) -> None:
+        assert self._process.stdin
+        self._process.stdin.flush()
+        self._process.stdin.buffer.write(line + b"\n")  # type: ignore[attr-defined]
+        self._process.stdin.buffer.flush()  # type: ignore[attr-defined]
 
     def hear(self) -> Any:
         assert self._process.stdout
@@ -96,16 +102,18 @@ def leave(front_end: FrontEnd, how: Any) -> tuple[int, float]:
 
 
 @pytest.mark.parametrize(("how", "code"), LEAVING, ids=["end of file", "SIGTERM", "SIGINT"])
-def test_idle_front_end_ends_at_once(living: Living, how: Any, code: int):
-    left, seconds = leave(FrontEnd(living), how)
+def test_idle_front_end_ends_at_once(server: RealServer, how: Any, code: int):
+    left, seconds = leave(FrontEnd(server), how)
     assert left == code
     assert seconds < LEFT_WITHIN
 
 
 @pytest.mark.parametrize(("how", "code"), LEAVING, ids=["end of file", "SIGTERM", "SIGINT"])
-def test_busy_front_end_ends_quickly_and_its_job_is_cancelled(living: Living, studio: "Studio", how: Any, code: int):
+def test_busy_front_end_ends_quickly_and_its_job_is_cancelled(
+    server: RealServer, studio: "Studio", how: Any, code: int
+):
     before = studio.status()["queue"]["done"]
-    front_end = FrontEnd(living)
+    front_end = FrontEnd(server)
     front_end.start_painting()
     left, seconds = leave(front_end, how)
     assert left == code
@@ -142,11 +150,11 @@ print([name for name in ("numpy", "PIL", "torch", "transformers", "jinja2") if n
 class Studio:
     """One client of one real front end, for as long as these tests last."""
 
-    def __init__(self, portal: BlockingPortal, client: Client, project: Path, living: Living) -> None:
+    def __init__(self, portal: BlockingPortal, client: Client, project: Path, server: RealServer) -> None:
         self._portal = portal
         self._client = client
         self.project = project
-        self.living = living
+        self.server = server
 
     def result(self, tool: str, **arguments: Any) -> CallToolResult:
         return self._portal.call(lambda: self._client.call_tool(tool, arguments))
@@ -167,7 +175,7 @@ class Studio:
 
     def terminal(self, *command: str) -> Any:
         """A command of `klein-mcp` in the same home, as JSON."""
-        done = self.living.run("-m", "klein_mcp", *command, "--json")
+        done = self.server.run("-m", "klein_mcp", *command, "--json")
         assert done.returncode == 0, done.stderr
         return json.loads(done.stdout)
 
@@ -177,13 +185,13 @@ def image(payload: dict[str, Any]) -> Any:
 
 
 @pytest.fixture(scope="module")
-def studio(living: Living, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Studio]:
+def studio(server: RealServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Studio]:
     project = tmp_path_factory.mktemp("project")
     roots = {"KLEIN_WRITE_ROOTS": str(project), "KLEIN_READ_ROOTS": str(project), "KLEIN_ALLOW_URLS": "1"}
     with start_blocking_portal() as portal:
-        front_end: AbstractContextManager[Client] = portal.wrap_async_context_manager(Client(living.stdio(**roots)))
+        front_end: AbstractContextManager[Client] = portal.wrap_async_context_manager(Client(server.stdio(**roots)))
         with front_end as client:
-            studio = Studio(portal, client, project, living)
+            studio = Studio(portal, client, project, server)
             studio.call("generate_image", prompt="a red circle on a blue background")  # the engine is up from here on
             yield studio
 
@@ -253,7 +261,7 @@ async def test_client_is_notified_of_a_new_image(studio: Studio, mode: str):
     async def hear(message: Any) -> None:
         heard.append(type(message).__name__)
 
-    async with Client(studio.living.stdio(), mode=mode, message_handler=hear) as client:
+    async with Client(studio.server.stdio(), mode=mode, message_handler=hear) as client:
         if mode == "legacy":
             await client.call_tool("generate_image", {"prompt": "a red circle"})
         else:
@@ -333,3 +341,25 @@ def test_warm_edit_takes_less_than_a_second(studio: Studio):
         studio.call("edit_image", image="last", prompt="make the background green")
         seconds.append(time.monotonic() - began)
     assert sorted(seconds)[10] < 1.0
+
+
+def test_lines_that_cannot_be_parsed_are_answered(server: RealServer):
+    front_end = FrontEnd(server)
+    try:
+        for raw, number, code in (
+            (b"hello", None, -32700),
+            (b"[]", None, -32600),
+            (b'{"id": 5, "method": 1}', 5, -32600),
+        ):
+            front_end.send_line(raw)
+            answer = front_end.hear()
+            assert (answer["id"], answer["error"]["code"]) == (number, code)
+        front_end.send_line(b'\xef\xbb\xbf{"jsonrpc": "2.0", "id": 6, "method": "ping"}')
+        assert front_end.hear() == {"jsonrpc": "2.0", "id": 6, "result": {}}
+        arguments = b'{"reference": "a cat \\ud83d"}'
+        call = b'{"jsonrpc": "2.0", "id": 8, "method": "tools/call", "params": {"name": "view_image", "arguments": %s}}'
+        front_end.send_line(call % arguments)
+        assert front_end.hear()["id"] == 8
+    finally:
+        front_end.close()
+        front_end.left()
