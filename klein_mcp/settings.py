@@ -208,6 +208,9 @@ class Settings:
         "key and certificate chain. Needs klein-mcp[c2pa].",
     )
     allow_urls: bool = _setting(False, _flag, "1 allows image references by https URL (public hosts only).")
+    cors: tuple[str, ...] = _setting(
+        (), _words, "Origins whose pages may call /v1 and /sdapi of `serve`, such as http://localhost:3000."
+    )
     log_level: str = _setting(
         "warning", _choice("debug", "info", "warning", "error"), "Log level: debug, info, warning, error."
     )

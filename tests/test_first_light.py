@@ -17,7 +17,7 @@ from engine.nano.training.score import composed
 from engine.nano.training.sprites import KINDS
 from engine.registry import NANO
 from tests.images import file, noise
-from tests.real_server import Living
+from tests.real_server import RealServer
 from tests.tool_calls import call, refused
 
 pytestmark = pytest.mark.anyio
@@ -33,8 +33,8 @@ def background(path: Path) -> np.ndarray:
     return np.median(np.concatenate([corner.reshape(-1, 3) for corner in corners]), axis=0)
 
 
-def test_demo_images_have_the_requested_backgrounds(living: Living, tmp_path: Path) -> None:
-    shown = living.run("-m", "klein_mcp", "demo", "--json", "--out", str(tmp_path))
+def test_demo_images_have_the_requested_backgrounds(server: RealServer, tmp_path: Path) -> None:
+    shown = server.run("-m", "klein_mcp", "demo", "--json", "--out", str(tmp_path))
     assert shown.returncode == 0, shown.stderr
     calls = json.loads(shown.stdout)
     assert [entry["tool"] for entry in calls] == [
@@ -46,9 +46,9 @@ def test_demo_images_have_the_requested_backgrounds(living: Living, tmp_path: Pa
         assert np.abs(background(Path(entry["path"])) - colour).max() < 25, entry
 
 
-def test_demo_images_show_the_requested_objects(living: Living, tmp_path: Path) -> None:
+def test_demo_images_show_the_requested_objects(server: RealServer, tmp_path: Path) -> None:
     """By the strict scorer of the embedded model: nearest of all its sprites, and of the right outline."""
-    living.run("-m", "klein_mcp", "demo", "--out", str(tmp_path))
+    server.run("-m", "klein_mcp", "demo", "--out", str(tmp_path))
 
     def scene(colour: str, **places: tuple[int, int]) -> Scene:
         things = (Thing(KINDS.index(name), NORMAL, slot) for name, slot in places.items())
@@ -121,8 +121,8 @@ def _on(folder: Path, value: Any) -> Any:
     return value.replace("{folder}", str(folder)) if isinstance(value, str) else value
 
 
-async def test_bad_input_gets_one_line_and_the_next_call_works(living: Living, folder: Path) -> None:
-    async with Client(living.stdio()) as client:
+async def test_bad_input_gets_one_line_and_the_next_call_works(server: RealServer, folder: Path) -> None:
+    async with Client(server.stdio()) as client:
         for tool, arguments, says in BAD:
             message = await refused(client, tool, **{key: _on(folder, value) for key, value in arguments.items()})
             assert says in message, f"{tool} {str(arguments)[:80]}: {message}"
@@ -131,28 +131,28 @@ async def test_bad_input_gets_one_line_and_the_next_call_works(living: Living, f
         assert await call(client, "edit_image", image=str(folder / "good.png"), prompt="make the background red")
 
 
-async def test_truncated_weights_are_named_and_the_engine_survives(living: Living, folder: Path) -> None:
-    async with Client(living.stdio(KLEIN_MODEL=str(folder / "broken"))) as client:
+async def test_truncated_weights_are_named_and_the_engine_survives(server: RealServer, folder: Path) -> None:
+    async with Client(server.stdio(KLEIN_MODEL=str(folder / "broken"))) as client:
         message = await refused(client, "generate_image", prompt="a cat")
         assert "diffusion_pytorch_model.safetensors" in message
         assert "Download it again" in message
         assert await call(client, "generate_image", prompt="a cat", model="nano")
 
 
-async def test_sizes_are_rounded_to_16_with_a_warning(living: Living) -> None:
-    async with Client(living.stdio()) as client:
+async def test_sizes_are_rounded_to_16_with_a_warning(server: RealServer) -> None:
+    async with Client(server.stdio()) as client:
         payload = await call(client, "generate_image", prompt="a cat in the snow", width=100, height=70, seed=1)
         assert payload["size"] == [96, 64]
         assert any("16" in warning for warning in payload.get("warnings", []))
 
 
-async def test_progress_reaches_the_client_for_every_step(living: Living) -> None:
+async def test_progress_reaches_the_client_for_every_step(server: RealServer) -> None:
     payload: list[tuple[float, str]] = []
 
     async def hear(progress: float, total: float | None, message: str | None) -> None:
         payload.append((progress, message or ""))
 
-    async with Client(living.stdio()) as client:
+    async with Client(server.stdio()) as client:
         await client.call_tool("generate_image", {"prompt": "a dog on yellow", "seed": 2}, progress_callback=hear)
     values = [progress for progress, _ in payload]
     assert values == sorted(set(values)), "strictly increasing"

@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 from mcp import Client
 
-from tests.real_server import Living
-from tests.real_server import living as living_in
+from tests.real_server import RealServer, real_server
 from tests.tool_calls import call
 
 pytestmark = pytest.mark.anyio
@@ -25,29 +24,29 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def own_living(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Living]:
+def own_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RealServer]:
     """A home without a daemon: the one that this file starts must inherit PYTHONPATH."""
-    with living_in(tmp_path_factory.mktemp("living")) as living:
-        yield living
+    with real_server(tmp_path_factory.mktemp("home")) as server:
+        yield server
 
 
-async def test_server_and_daemon_use_their_own_packages(own_living: Living, project: Path):
-    server = own_living.stdio(PYTHONPATH=".").model_copy(update={"cwd": project})
-    async with Client(server) as client:
+async def test_server_and_daemon_use_their_own_packages(own_server: RealServer, project: Path):
+    command = own_server.stdio(PYTHONPATH=".").model_copy(update={"cwd": project})
+    async with Client(command) as client:
         assert (await call(client, "generate_image", prompt="a red circle", seed=1))["size"] == [128, 128]
         assert (await client.get_prompt("iterate", {"idea": "a red circle"})).messages
 
 
 @pytest.mark.parametrize("command", ["doctor", "models", "status"])
-def test_commands_use_their_own_packages(own_living: Living, project: Path, command: str):
-    done = own_living.run("-m", "klein_mcp", command, "--json", cwd=project, PYTHONPATH=".")
+def test_commands_use_their_own_packages(own_server: RealServer, project: Path, command: str):
+    done = own_server.run("-m", "klein_mcp", command, "--json", cwd=project, PYTHONPATH=".")
     assert "Traceback" not in done.stderr
     assert json.loads(done.stdout)
 
 
-def test_other_programs_keep_their_packages(own_living: Living, project: Path):
+def test_other_programs_keep_their_packages(own_server: RealServer, project: Path):
     """Only names that klein_mcp ships are claimed: a script that imports it finds its other modules as before."""
     (project / "levels.py").write_text("NAME = 'level 1'\n")
-    done = own_living.run("-c", "import klein_mcp, levels, engine; print(levels.NAME, engine.__file__)", cwd=project)
+    done = own_server.run("-c", "import klein_mcp, levels, engine; print(levels.NAME, engine.__file__)", cwd=project)
     assert done.stdout.startswith("level 1")
     assert str(project) not in done.stdout

@@ -22,7 +22,7 @@ from klein_mcp.mcp_server import prompts
 from klein_mcp.mcp_server.prompts import IMAGES, PromptFile
 from klein_mcp.mcp_server.tools import TOOLS
 from tests.agent import Agent, steps
-from tests.real_server import Living
+from tests.real_server import RealServer
 
 PROMPTS = {file.name: file for file in prompts.prompt_files()}
 ASKED_FOR = {
@@ -52,7 +52,7 @@ class Run:
 
 
 @pytest.fixture(scope="module")
-def runs(living: Living, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run | BaseException]:
+def runs(server: RealServer, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run | BaseException]:
     """Every prompt, in one session with one real server: what the completions offer first is what the user chose.
 
     The folders are the prompts' own, relative to the project, and all in one project.
@@ -70,7 +70,7 @@ def runs(living: Living, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
         return chosen
 
     async def follow_all() -> None:
-        async with Client(living.stdio(KLEIN_WRITE_ROOTS=str(folder))) as client:
+        async with Client(server.stdio(KLEIN_WRITE_ROOTS=str(folder))) as client:
             for seed, noun in ((5, "an apple"), (6, "a house")):
                 await Agent(client).call(
                     "generate_image", {"prompt": f"{noun} on a white background", "seed": seed, "show": "none"}
@@ -128,9 +128,9 @@ def test_edits_of_a_prompt_have_the_previous_image_as_parent(runs: dict[str, Any
 
 
 @pytest.mark.anyio
-async def test_review_within_a_region_keeps_every_pixel_outside(living: Living, tmp_path: Path) -> None:
+async def test_review_within_a_region_keeps_every_pixel_outside(server: RealServer, tmp_path: Path) -> None:
     given = {"image": "last", "change": "make the background green", "region": "0, 0, 64,128", "folder": str(tmp_path)}
-    async with Client(living.stdio(KLEIN_WRITE_ROOTS=str(tmp_path))) as client:
+    async with Client(server.stdio(KLEIN_WRITE_ROOTS=str(tmp_path))) as client:
         first = await Agent(client).call("generate_image", {"prompt": "an apple on a yellow background", "seed": 7})
         got = await client.get_prompt("before_after_review", {**given, "image": first["image"]})
         text = got.messages[0].content.text  # type: ignore[union-attr] - our prompts hold text alone

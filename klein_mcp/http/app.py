@@ -22,7 +22,8 @@ from starlette.middleware import Middleware
 from klein_mcp import __version__
 from klein_mcp.errors import RequestError
 from klein_mcp.exit import exit_now
-from klein_mcp.http import auth, card, downloads, health, mcp, studio, uploads
+from klein_mcp.http import a1111, auth, card, downloads, health, mcp, studio, uploads
+from klein_mcp.http.openai import surface as openai
 from klein_mcp.http.sessions import Sessions
 from klein_mcp.http.signed_urls import SignedUrls
 from klein_mcp.http.surface import HttpContext, SurfaceFactory
@@ -32,6 +33,8 @@ from klein_mcp.settings import Settings, warn_of_misspelt
 
 SURFACES: tuple[SurfaceFactory, ...] = (
     mcp.surface,
+    openai.surface,
+    a1111.surface,
     downloads.surface,
     uploads.surface,
     health.surface,
@@ -142,6 +145,7 @@ def application(
         token=token,
         urls=context.urls,
         sessions=context.sessions,
+        origins=context.service.settings.cors,
     )
     return Starlette(
         routes=[route for surface in served for route in surface.routes],

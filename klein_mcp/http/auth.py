@@ -1,11 +1,14 @@
 """Authorisation in one middleware: host names, origins, token, signed links, sessions."""
 
+import base64
+import contextlib
 import hmac
 import os
 import secrets
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from mcp.server.transport_security import TransportSecurityMiddleware, TransportSecuritySettings
 from starlette.requests import Request
@@ -15,6 +18,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from klein_mcp import atomic
 from klein_mcp.errors import RequestError
+from klein_mcp.http import cors
 from klein_mcp.http.sessions import Sessions
 from klein_mcp.http.signed_urls import SignedUrls
 from klein_mcp.http.surface import Surface
@@ -40,22 +44,38 @@ class AuthMiddleware:
         token: str | None,
         urls: SignedUrls,
         sessions: Sessions,
+        origins: Sequence[str] = (),
     ) -> None:
+        """origins: pages that may call surfaces with `cross_origin`."""
         self._app = app
         self._surfaces = surfaces
         self._headers = TransportSecurityMiddleware(security)
         self._token = token
         self._urls = urls
         self._sessions = sessions
+        self._origins = origins
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        refusal = await self._refusal(scope) if scope["type"] == "http" else None
-        await (refusal or self._app)(scope, receive, send)
-
-    async def _refusal(self, scope: Scope) -> Response | None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
         request, surface = Request(scope), self._surface(scope)
-        if not surface.any_host and (refused := await self._headers.validate_request(Request(_lower_names(scope)))):
-            return refused
+        cross_origin = surface.cross_origin and cors.is_allowed(request, self._origins)
+        answer = await self._wrong_headers(request, surface, cross_origin)
+        if cross_origin and not answer:
+            answer, send = cors.preflight(request), cors.exposing(send, request)
+        answer = answer or self._refusal(request, surface)
+        await (answer or self._app)(scope, receive, send)
+
+    async def _wrong_headers(self, request: Request, surface: Surface, cross_origin: bool) -> Response | None:
+        if surface.any_host:
+            return None
+        scope = _lower_names(request.scope)
+        if cross_origin:
+            scope["headers"] = [header for header in scope["headers"] if header[0] != b"origin"]
+        return await self._headers.validate_request(Request(scope))
+
+    def _refusal(self, request: Request, surface: Surface) -> Response | None:
         if surface.auth == "signed" and not self._urls.allows(request):
             return surface.error(403, "This link is not valid, or no longer; view_image gives a new one.")
         if surface.auth == "session" and not (self._sessions.allows(request) or self._has_token(request)):
@@ -83,16 +103,22 @@ class AuthMiddleware:
         return partial
 
     def _has_token(self, request: Request) -> bool:
-        scheme, _, given = request.headers.get("authorization", "").partition(" ")
-        expected = self._token
-        return (
-            expected is not None
-            and scheme.lower() == "bearer"
-            and hmac.compare_digest(given.strip().encode(), expected.encode())
-        )
+        given = _given_token(request.headers.get("authorization", ""))
+        return self._token is not None and hmac.compare_digest(given.encode(), self._token.encode())
 
 
-def _lower_names(scope: Scope) -> Scope:
+def _given_token(authorization: str) -> str:
+    """Return a bearer token, or the password that A1111's clients send."""
+    scheme, _, given = authorization.partition(" ")
+    if scheme.lower() == "bearer":
+        return given.strip()
+    if scheme.lower() == "basic":
+        with contextlib.suppress(ValueError):
+            return base64.b64decode(given).decode().partition(":")[2]
+    return ""
+
+
+def _lower_names(scope: Scope) -> dict[str, Any]:
     """Return the scope with Host and Origin in lower case."""
     headers = [(name, value.lower() if name in (b"host", b"origin") else value) for name, value in scope["headers"]]
     return {**scope, "headers": headers}

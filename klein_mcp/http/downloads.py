@@ -1,4 +1,9 @@
-"""/images/{handle}.png: the full image behind a signed, expiring link."""
+"""/images/{handle}.png: the full image behind a signed, expiring link.
+
+Also .jpeg and .webp, for callers of the OpenAI API that asked for these.
+"""
+
+from collections.abc import Awaitable, Callable
 
 import anyio.to_thread
 from starlette.requests import Request
@@ -6,30 +11,29 @@ from starlette.responses import FileResponse, Response
 from starlette.routing import Route
 
 from klein_mcp.errors import RequestError
+from klein_mcp.http import render
 from klein_mcp.http.surface import HttpContext, Surface, json_error
-from klein_mcp.images import credentials
-from klein_mcp.images.library import Record
-from klein_mcp.mcp_server.results import MIME
+from klein_mcp.jobs.service import Service
+
+FORMATS = ("png", "jpeg", "webp")
+HEADERS = {"X-Content-Type-Options": "nosniff", "Cache-Control": "private, max-age=3600"}
 
 
 def surface(context: HttpContext) -> Surface:
-    service = context.service
+    routes = [Route(f"/images/{{handle:str}}.{kind}", _download(context.service, kind)) for kind in FORMATS]
+    return Surface("downloads", routes, "signed")
 
+
+def _download(service: Service, kind: str) -> Callable[[Request], Awaitable[Response]]:
     async def download(request: Request) -> Response:
         handle = request.path_params["handle"]
-        headers = {"X-Content-Type-Options": "nosniff", "Cache-Control": "private, max-age=3600"}
         try:
-            record = await anyio.to_thread.run_sync(service.store.get, handle)
-            if service.settings.credentials != "off":
-                return Response(await anyio.to_thread.run_sync(signed, record), media_type=MIME, headers=headers)
-            path = await anyio.to_thread.run_sync(service.store.path, record)
+            if kind == "png" and service.settings.credentials == "off":
+                path = await anyio.to_thread.run_sync(lambda: service.store.path(service.store.get(handle)))
+                return FileResponse(path, media_type="image/png", headers=HEADERS)
+            data = await anyio.to_thread.run_sync(render.outgoing, service, handle, kind)
         except RequestError as exc:
             return json_error(404, str(exc))
-        return FileResponse(path, media_type=MIME, headers=headers)
+        return Response(data, media_type=f"image/{kind}", headers=HEADERS)
 
-    def signed(record: Record) -> bytes:
-        signer = credentials.from_setting(service.settings.credentials, service.settings.home)
-        assert signer is not None
-        return credentials.sign_record(service.store, record, service.store.read(record), MIME, signer)
-
-    return Surface("downloads", [Route("/images/{handle:str}.png", download, methods=["GET"])], "signed")
+    return download

@@ -3,9 +3,11 @@
 import hashlib
 import hmac
 import ipaddress
+import re
 import secrets
 import time
 from collections.abc import Callable
+from urllib.parse import parse_qsl, urlsplit
 
 from starlette.requests import Request
 
@@ -23,13 +25,21 @@ class SignedUrls:
         """Return a maker of addresses, None if the sender is local."""
         return None if is_local(request) else self.absolute(request)
 
-    def absolute(self, request: Request) -> Callable[[str], str]:
-        """Return a function from a handle to its absolute download address."""
+    def absolute(self, request: Request) -> Callable[..., str]:
+        """Return a function from handle and format to an absolute address."""
         base = str(request.base_url).rstrip("/")
-        return lambda handle: base + self.image(handle)
+        return lambda handle, kind="png": base + self.image(handle, kind)
 
-    def image(self, handle: str, now: float | None = None) -> str:
-        return self.sign(f"/images/{handle}.png", now)
+    def image(self, handle: str, kind: str = "png", now: float | None = None) -> str:
+        return self.sign(f"/images/{handle}.{kind}", now)
+
+    def handle_of(self, url: str) -> str | None:
+        """Return the handle in a valid address of ours, else None."""
+        path = urlsplit(url)
+        name = re.fullmatch(r"/images/([a-z0-9]+)\.[a-z]+", path.path)
+        query = dict(parse_qsl(path.query))
+        valid = name and self._verify(path.path, query.get("until", ""), query.get("signature", ""))
+        return name[1] if name and valid else None
 
     def sign(self, path: str, now: float | None = None) -> str:
         """Return `path` with an expiry and a signature in its query."""
@@ -37,11 +47,13 @@ class SignedUrls:
         return f"{path}?until={until}&signature={self._signature(path, until)}"
 
     def allows(self, request: Request) -> bool:
-        until = request.query_params.get("until", "")
-        given = request.query_params.get("signature", "")
+        query = request.query_params
+        return self._verify(request.scope["path"], query.get("until", ""), query.get("signature", ""))
+
+    def _verify(self, path: str, until: str, given: str) -> bool:
         if not (until.isascii() and until.isdecimal() and len(until) < 20):
             return False
-        expected = self._signature(request.scope["path"], int(until))
+        expected = self._signature(path, int(until))
         return hmac.compare_digest(given.encode(), expected.encode()) and time.time() < int(until)
 
     def _signature(self, path: str, until: int) -> str:

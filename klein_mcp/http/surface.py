@@ -27,6 +27,7 @@ class Surface:
 
     error: makes the response where a request is refused, in the shape that this surface's clients read.
     any_host: also answer requests whose Host header is not one of ours.
+    cross_origin: pages of the origins in `KLEIN_CORS` may call it.
     """
 
     name: str
@@ -34,6 +35,7 @@ class Surface:
     auth: Auth
     error: Callable[[int, str], Response] = json_error
     any_host: bool = False
+    cross_origin: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,7 +26,7 @@ def surface(context: HttpContext) -> Surface:
                 return json_error(413, f"More than {MAX_BYTES // 2**20} MiB; send a smaller copy.")
         client = http_client(request)
         try:
-            kept = await anyio.to_thread.run_sync(lambda: service.sources.keep(bytes(body), "The upload", client))
+            kept = await anyio.to_thread.run_sync(lambda: service.sources.add(bytes(body), "The upload", client))
         except RequestError as exc:
             return json_error(400, str(exc))
         record = kept.record

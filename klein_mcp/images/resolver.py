@@ -9,9 +9,9 @@ import re
 import stat
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePath
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 from urllib.parse import unquote_to_bytes
 
 from engine.contract import Rgb8, image_hash
@@ -25,6 +25,11 @@ from klein_mcp.settings import Settings, user_home
 if TYPE_CHECKING:
     from klein_mcp.images.codec import Decoded
 
+WHITE, BLACK = 255, 0
+
+Reading = Literal["image", "mask", "alpha mask"]
+"""image: transparent pixels become white. mask: as `images.mask` decides. alpha mask: transparent pixels may change."""
+
 MOST_SEEN = 256
 """Files remembered by their hash; a conversation names a handful."""
 
@@ -34,10 +39,6 @@ SHEETS_BACK = 32
 """Images that are looked through for the latest sheet."""
 _HANDLE = re.compile(rf"[{ALPHABET}]{{{HANDLE_LENGTH}}}")
 _READ = os.O_RDONLY | sum(getattr(os, flag, 0) for flag in ("O_NONBLOCK", "O_NOFOLLOW", "O_BINARY"))
-
-
-MASK_BACKDROP = 0
-"""Behind the transparent pixels of a mask: black, which is where nothing may change."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,13 +59,13 @@ class ImageResolver:
     def __init__(self, settings: Settings, store: Store) -> None:
         self.settings = settings
         self._store = store
-        self._seen: dict[tuple[str, int], tuple[str, tuple[str, ...]]] = {}
-        """Files opened lately: (SHA-256, backdrop) -> handle and warnings, so that none is decoded twice."""
+        self._seen: dict[tuple[str, Reading], tuple[str, tuple[str, ...]]] = {}
+        """Files opened lately: (SHA-256, reading) -> handle and warnings, so that none is decoded twice."""
 
-    def open(self, reference: str, client: str, *, backdrop: int = 255) -> ResolvedImage:
+    def open(self, reference: str, client: str, *, reading: Reading = "image") -> ResolvedImage:
         """Open one reference. Raises RequestError.
 
-        client: whose `last` is meant. backdrop: the grey behind transparent pixels.
+        client: whose `last` is meant. reading: what the transparent pixels of a file mean.
         """
         reference = paths.unwrap(reference)
         if match := _LAST.fullmatch(reference):
@@ -74,16 +75,16 @@ class ImageResolver:
         if reference.startswith("klein://images/"):
             return ResolvedImage(self._store.get(reference.removeprefix("klein://images/").split("/")[0]))
         if reference[:5].lower() == "data:":
-            return self._import(_data_url(reference), "the data URL", None, client, backdrop)
+            return self._import(decode_data_url(reference), "the data URL", None, client, reading)
         if re.match(r"https?://", reference, re.IGNORECASE):
-            return self._import(self._fetch(reference), quote(reference), reference, client, backdrop)
+            return self._import(self._fetch(reference), quote(reference), reference, client, reading)
         handle = reference.lower().removesuffix(".png")
         if _HANDLE.fullmatch(handle):
             return ResolvedImage(self._store.get(handle))
         absolute = [path for path in map(_expanded, paths.candidates(reference)) if path.is_absolute()]
         if absolute:
             path, real = self._find(absolute)
-            return self._import(_read(real), str(path), str(real), client, backdrop)
+            return self._import(_read(real), str(path), str(real), client, reading)
         if re.search(r"[/\\]|\.\w{1,5}$", reference):
             # Relative to the client's folder, which is unknown: this server was started in another.
             raise UnknownImage(f"{quote(reference)} is a relative path.", hint="Give an absolute one, or a handle.")
@@ -92,9 +93,9 @@ class ImageResolver:
             hint="Give a handle such as k7f3q2, last, last~1, or an absolute path; list_images shows the handles.",
         )
 
-    def add(self, data: bytes, name: str, client: str) -> ResolvedImage:
-        """Add a file that a client uploaded. Raises BadImage."""
-        return self._import(data, name, None, client, 255)
+    def add(self, data: bytes, name: str, client: str, *, reading: Reading = "image") -> ResolvedImage:
+        """Add a file that a client uploaded. Raises RequestError."""
+        return self._import(data, name, None, client, reading)
 
     keep = add  # until every caller uses the new name
 
@@ -134,22 +135,22 @@ class ImageResolver:
             )
         return record
 
-    def _import(self, data: bytes, name: str, source: str | None, client: str, backdrop: int) -> ResolvedImage:
+    def _import(self, data: bytes, name: str, source: str | None, client: str, reading: Reading) -> ResolvedImage:
         """Import a file, so that lineage and replay can refer to it."""
         file = hashlib.sha256(data).hexdigest()
-        if known := self._known(file, data, backdrop):
+        if known := self._known(file, data, reading):
             return known
         from klein_mcp.images import codec
         from klein_mcp.images.budget import DECODING
 
         with DECODING.reserve(codec.declared_pixels(data)):  # until it is stored: encoding needs memory, too
-            resolved = self._import_decoded(codec.decode(data, name, backdrop), source, client, backdrop)
+            resolved = self._import_decoded(_decode(data, name, reading), source, client, reading)
         if len(self._seen) >= MOST_SEEN:
             del self._seen[next(iter(self._seen))]
-        self._seen[file, backdrop] = resolved.record.handle, resolved.warnings
+        self._seen[file, reading] = resolved.record.handle, resolved.warnings
         return resolved
 
-    def _import_decoded(self, decoded: "Decoded", source: str | None, client: str, backdrop: int) -> ResolvedImage:
+    def _import_decoded(self, decoded: "Decoded", source: str | None, client: str, reading: Reading) -> ResolvedImage:
         from klein_mcp.images import codec
 
         pixels = image_hash(decoded.image)
@@ -161,8 +162,8 @@ class ImageResolver:
             recipe = decoded.recipe or {}
             ancestor = self._store.original(recipe)
             height, width = decoded.image.shape[:2]
-            flattened = {"flattened_on": backdrop} if decoded.flattened else {}
-            mask = {"mask": True} if backdrop == MASK_BACKDROP else {}
+            flattened = {"flattened_on": WHITE} if decoded.flattened else {}
+            mask = {"mask": True} if reading != "image" else {}
             record = self._store.put(
                 codec.encode(decoded.image, "png", decoded.recipe),
                 handle=self._store.new_handle(),
@@ -176,11 +177,11 @@ class ImageResolver:
             )
         return ResolvedImage(record, decoded.warnings, new)
 
-    def _known(self, file: str, data: bytes, backdrop: int) -> ResolvedImage | None:
+    def _known(self, file: str, data: bytes, reading: Reading) -> ResolvedImage | None:
         """Find a file of the library, or one opened lately, without decoding."""
         if record := self._store.by_file(file):
             return ResolvedImage(record if self._store.is_whole(record) else self._store.restore(record, data))
-        handle, warnings = self._seen.get((file, backdrop), ("", ()))
+        handle, warnings = self._seen.get((file, reading), ("", ()))
         record = self._store.find(handle) if handle else None
         if record is None or record.deleted is not None or not self._store.is_whole(record):
             return None
@@ -232,6 +233,16 @@ class ImageResolver:
         return fetch.get(url, limit=MAX_FILE_BYTES)
 
 
+def _decode(data: bytes, name: str, reading: Reading) -> "Decoded":
+    from klein_mcp.images import codec, mask
+
+    if reading == "image":
+        return codec.decode(data, name, WHITE)
+    decoded = codec.decode(data, name, BLACK)
+    image = mask.to_brightness(decoded, name, alpha_only=reading == "alpha mask")
+    return replace(decoded, image=image, warnings=(), flattened=False, alpha=None)
+
+
 def _expanded(path: PurePath) -> Path:
     try:
         return Path(path).expanduser()
@@ -254,7 +265,7 @@ def _read(path: Path) -> bytes:
         return file.read(MAX_FILE_BYTES + 1)
 
 
-def _data_url(url: str) -> bytes:
+def decode_data_url(url: str) -> bytes:
     """Decode a data URL as leniently as browsers do."""
     head, comma, body = url[5:].partition(",")
     if not comma:

@@ -34,11 +34,13 @@ class Progressed:
 
     From 0, got as far as `event` says.
     preview: of a Step, for listeners that asked: the image the sampler is heading for.
+    partial: that image at full size, as a PNG, of some steps of a request with `partials`.
     """
 
     image: int
     event: Queued | Loading | Stage | Step | Saving
     preview: Preview | None = None
+    partial: Preview | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,11 +90,13 @@ class Listen:
 
     preview: long edge in pixels of a preview of the whole job in Done; 0 for none.
     each: long edge of a preview of each image in ImageSaved; 0 for none. steps: whether steps carry previews.
+    partials: whether steps carry the partial images that the request asks for.
     """
 
     preview: int = 0
     each: int = 0
     steps: bool = False
+    partials: bool = False
 
 
 NO_PREVIEWS = Listen()
@@ -106,9 +110,10 @@ def to_json(event: JobEvent) -> dict[str, Any]:
     match event:
         case Failed(error):
             return {**kind, "error": error_to_json(error)}
-        case Progressed(image, Step(done, total), preview):
+        case Progressed(image, Step(done, total), preview, partial):
             inner = {"kind": "Step", "done": done, "total": total}
-            return {**kind, "image": image, "event": inner, "preview": preview and asdict(preview)}
+            images = {"preview": preview and asdict(preview), "partial": partial and asdict(partial)}
+            return {**kind, "image": image, "event": inner, **images}
         case Progressed(image, inner):
             return {**kind, "image": image, "event": {"kind": type(inner).__name__, **asdict(inner)}}
         case _:
@@ -119,8 +124,9 @@ def from_json(data: Mapping[str, Any]) -> JobEvent:
     """Read what `to_json` wrote. Raises KeyError, TypeError or ValueError."""
     values = dict(data)
     kind = _JOB_EVENTS[values.pop("kind")]
-    if preview := values.get("preview"):
-        values["preview"] = Preview(**preview)
+    for name in ("preview", "partial"):
+        if encoded := values.get(name):
+            values[name] = Preview(**encoded)
     if kind is Failed:
         return Failed(error_from_json(values["error"]))
     if kind is Progressed:

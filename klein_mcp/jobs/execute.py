@@ -51,9 +51,16 @@ class PreparedRequest:
             steps=request.steps,
             guidance=request.guidance,
             find_change=isinstance(size, KeepSource) and request.preserve == "auto",
+            partials=request.partials,
             hashes=self.hashes,
             affinity=self.affinity,
         )
+
+    def composite(self, image: Rgb8) -> Rgb8:
+        """Put a result back into the image that is edited."""
+        if self.original is None or self.region is None:
+            return image
+        return self.region.composite(image, self.original)
 
     def aspect_warnings(self, result: Result) -> tuple[str, ...]:
         """Warn if the result's aspect ratio misses the requested one."""
@@ -90,8 +97,8 @@ def prepare(request: ImageRequest, store: Store, pixels: PixelCache) -> Prepared
     cut = part.crop(images[0])
     return replace(
         prepared,
-        references=(cut,),
-        hashes=prepared.hashes if cut.shape == images[0].shape else ("",),
+        references=(cut, *images[1:]),
+        hashes=prepared.hashes if cut.shape == images[0].shape else ("", *prepared.hashes[1:]),
         original=images[0],
         region=part,
     )

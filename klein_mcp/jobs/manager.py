@@ -16,7 +16,7 @@ from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING
 
-from engine.contract import EngineError, EngineFailed, Event, Job, Queued, Result, Rgb8, Step
+from engine.contract import EngineError, EngineFailed, Event, Queued, Result, Rgb8, Step
 from klein_mcp import atomic
 from klein_mcp.errors import RequestError, quote
 from klein_mcp.images.library import Store
@@ -256,8 +256,9 @@ class JobManager:
             case Done() if options.preview:
                 handles = [image.handle for image in job.saved]
                 return replace(event, preview=await self._preview(handles, options.preview))
-            case Progressed(preview=Preview()) if not options.steps:
-                return replace(event, preview=None)
+            case Progressed(preview=preview, partial=partial):
+                shown = preview if options.steps else None
+                return replace(event, preview=shown, partial=partial if options.partials else None)
         return event
 
     async def _preview(self, handles: Sequence[str], longest: int) -> Preview | None:
@@ -336,7 +337,7 @@ class JobManager:
         saving: asyncio.Task[None] | None = None
         try:
             for image in range(len(job.saved), job.request.count):
-                result = await self._compute(job, image, prepared.job(image))
+                result = await self._compute(job, image, prepared)
                 if saving:
                     await saving
                 # Beside the next image's computation.
@@ -347,7 +348,7 @@ class JobManager:
             if saving and not saving.done():
                 await asyncio.wait([saving])
 
-    async def _compute(self, job: JobRecord, image: int, engine_job: Job) -> Result:
+    async def _compute(self, job: JobRecord, image: int, prepared: "PreparedRequest") -> Result:
         """Queue one image and pass its events on until its result.
 
         Cancelling this cancels it.
@@ -361,7 +362,7 @@ class JobManager:
                 loop.call_soon_threadsafe(inbox.put_nowait, event)
 
         accepted = image > 0 or job.detached
-        ticket = self._queue.put(engine_job, job.client, tell, watched=job.watched, bypass_limit=accepted)
+        ticket = self._queue.put(prepared.job(image), job.client, tell, watched=job.watched, bypass_limit=accepted)
         job.ticket = ticket
         try:
             while True:
@@ -375,11 +376,14 @@ class JobManager:
                     job.publish(Progressed(image, Saving()))
                     job.add_ms(event.ms)
                     return event
-                preview = None
-                if isinstance(event, Step) and event.preview is not None:
-                    preview = await asyncio.to_thread(_encode_preview, event.preview)
+                preview = partial = None
+                if isinstance(event, Step):
+                    if event.preview is not None:
+                        preview = await asyncio.to_thread(_encode_preview, event.preview)
+                    if event.partial is not None:
+                        partial = await asyncio.to_thread(_encode_partial, event.partial, prepared)
                     event = Step(event.done, event.total)
-                job.publish(Progressed(image, event, preview))
+                job.publish(Progressed(image, event, preview, partial))
         finally:
             job.ticket = None
             self._queue.cancel(ticket)
@@ -456,6 +460,12 @@ class JobManager:
 
     def _file(self, job: JobRecord) -> Path:
         return self._folder / f"{job.id}.json"
+
+
+def _encode_partial(image: Rgb8, prepared: "PreparedRequest") -> Preview:
+    from klein_mcp.images import codec
+
+    return Preview.encode(codec.encode(prepared.composite(image)), "image/png")
 
 
 def _encode_preview(image: Rgb8) -> Preview:

@@ -6,7 +6,7 @@ And the file that lets it survive a restart.
 import asyncio
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from engine.contract import EngineError, Queued
@@ -120,7 +120,8 @@ class JobRecord:
     def publish(self, event: JobEvent) -> None:
         """Tell all listeners."""
         if isinstance(event, Progressed):
-            self.latest = event
+            # Repeated every second, which a partial image is too large for.
+            self.latest = replace(event, partial=None)
             if self._running_since is None and not isinstance(event.event, Queued):
                 self._running_since = time.monotonic()
         elif isinstance(event, LAST):

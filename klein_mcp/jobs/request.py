@@ -63,6 +63,7 @@ class ImageRequest:
     seed: of the first image; image k is made with seed + k.
     steps, guidance: None for what the model was made for.
     preserve: of an edit at its own size.
+    partials: how many steps also report the image they head for; part of no provenance.
     warnings: what building the request had to change, for the result.
     """
 
@@ -78,6 +79,7 @@ class ImageRequest:
     steps: int | None = None
     guidance: float | None = None
     preserve: Preserve = "auto"
+    partials: int = 0
     warnings: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:

@@ -109,7 +109,7 @@ def provenance_of(request: ImageRequest, result: Result, parents: Sequence[str] 
         mode=result.mode,
         image=handle,
         parents=tuple(parents),
-        request=replace(request, count=1, seed=result.seed, warnings=()).to_json(),
+        request=replace(request, count=1, seed=result.seed, partials=0, warnings=()).to_json(),
     )
 
 

@@ -28,7 +28,7 @@ from klein_mcp.jobs.status import OVER
 from klein_mcp.settings import Settings
 
 if TYPE_CHECKING:
-    from klein_mcp.images.resolver import ImageResolver, ResolvedImage
+    from klein_mcp.images.resolver import ImageResolver, Reading, ResolvedImage
 
 T = TypeVar("T")
 
@@ -81,12 +81,12 @@ class Service:
         """Return the model that a call means."""
         return asked or self.settings.model
 
-    async def open(self, reference: str, call: CallContext, *, backdrop: int = WHITE) -> "ResolvedImage":
+    async def open(self, reference: str, call: CallContext, *, reading: "Reading" = "image") -> "ResolvedImage":
         """Resolve one reference.
 
-        backdrop: the grey behind what is transparent in a file. Raises RequestError.
+        reading: what the transparent pixels of a file mean. Raises RequestError.
         """
-        opened = await _in_thread(lambda: self.sources.open(reference, call.client, backdrop=backdrop))
+        opened = await _in_thread(lambda: self.sources.open(reference, call.client, reading=reading))
         if opened.new:
             await call.on_new_image(f"klein://images/{opened.record.handle}")
         return opened
@@ -96,7 +96,7 @@ class Service:
         images = [await self.open(reference, call) for reference in request.images]
         opened, mask = list(images), None
         if request.mask:
-            mask = await self.open(request.mask, call, backdrop=0)
+            mask = await self.open(request.mask, call, reading="mask")
             opened.append(mask)
             if mask.record.recipe.get("flattened_on") == WHITE:
                 raise RequestError(

@@ -96,7 +96,7 @@ class PickImage(fields.Arguments):
 
 async def _run(service: Service, call: CallContext, asked: PickImage) -> CallToolResult:
     image = (await service.open(asked.image, call)).record
-    mask = (await service.open(asked.mask, call, backdrop=0)).record if asked.mask else None
+    mask = (await service.open(asked.mask, call, reading="mask")).record if asked.mask else None
 
     def work() -> None:
         client = picks.agent_for(service.store, image, call.client)

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from tests.klein_mcp.front_ends import serving
-from tests.real_server import Living
+from tests.real_server import RealServer
 
 pytestmark = pytest.mark.conformance
 
@@ -28,6 +28,7 @@ PACKAGES = (
     "@modelcontextprotocol/conformance@0.2.0-alpha.12",
     "@modelcontextprotocol/inspector@2.12.0",
     "@modelcontextprotocol/client@2.4.0",
+    "openai@6.49.0",
 )
 SERVER = (sys.executable, "-m", "klein_mcp")
 REVISIONS = ("2025-11-25", "2026-07-28")
@@ -38,7 +39,10 @@ def node(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with Node 22 and the packages in it. KLEIN_TEST_NODE names one that is kept between runs."""
     kept = os.environ.get("KLEIN_TEST_NODE")
     folder = Path(kept) if kept else tmp_path_factory.mktemp("node")
-    if not (folder / "node_modules" / ".bin" / "conformance").exists():
+    if (
+        not (folder / "node_modules" / ".bin" / "conformance").exists()
+        or not (folder / "node_modules" / "openai").exists()
+    ):
         install = ["npm", "install", "--no-audit", "--no-fund", "--prefix", str(folder), *PACKAGES]
         try:
             subprocess.run(install, check=True, capture_output=True, timeout=400)
@@ -61,11 +65,11 @@ def suite(node: Path, url: str, revision: str, tmp_path: Path, *more: str) -> No
 
 
 @contextmanager
-def fixtures(living: Living) -> Iterator[str]:
+def fixtures(server: RealServer) -> Iterator[str]:
     """Our application with the fixtures of the suite added."""
     process = subprocess.Popen(
         [sys.executable, "-m", "tests.conformance.fixtures"],
-        env=living.environment(),
+        env=server.environment(),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
@@ -93,14 +97,14 @@ def answers(url: str) -> None:
 
 
 @pytest.mark.parametrize("revision", REVISIONS)
-def test_the_real_server_fails_only_where_fixtures_are_missing(node, living, tmp_path, revision):
-    with serving(living) as url:
+def test_the_real_server_fails_only_where_fixtures_are_missing(node, server, tmp_path, revision):
+    with serving(server) as url:
         suite(node, url, revision, tmp_path, "--expected-failures", str(HERE / f"expected-{revision}.yml"))
 
 
 @pytest.mark.parametrize("revision", REVISIONS)
-def test_with_the_fixtures_everything_that_a_revision_requires_passes(node, living, tmp_path, revision):
-    with fixtures(living) as url:
+def test_with_the_fixtures_everything_that_a_revision_requires_passes(node, server, tmp_path, revision):
+    with fixtures(server) as url:
         suite(node, url, revision, tmp_path)
 
 
@@ -113,17 +117,17 @@ def inspect(
 
 
 @pytest.fixture(scope="module")
-def warm(living: Living, tmp_path_factory: pytest.TempPathFactory) -> None:
+def warm(server: RealServer, tmp_path_factory: pytest.TempPathFactory) -> None:
     """The engine is up, so that an image comes within the call and within the Inspector's patience of a minute."""
-    assert living.run("-m", "klein_mcp", "demo", "--out", str(tmp_path_factory.mktemp("demo"))).returncode == 0
+    assert server.run("-m", "klein_mcp", "demo", "--out", str(tmp_path_factory.mktemp("demo"))).returncode == 0
 
 
 @pytest.mark.usefixtures("warm")
 @pytest.mark.parametrize("era", ["legacy", "modern"])
 @pytest.mark.parametrize("front_end", ["stdio", "http"])
-def test_the_inspector_finds_no_fault_with_the_tools_and_paints(node, living, front_end, era):
-    environment = living.environment()
-    with serving(living) as url:
+def test_the_inspector_finds_no_fault_with_the_tools_and_paints(node, server, front_end, era):
+    environment = server.environment()
+    with serving(server) as url:
         target = ["--server-url", f"{url}/mcp"] if front_end == "http" else [*handed_on(environment), *SERVER]
         listed = inspect(node, target, era, "tools/list", "--strict", environment=environment)
         assert listed.returncode == 0, listed.stdout[-3000:] + listed.stderr[-3000:]
@@ -131,7 +135,7 @@ def test_the_inspector_finds_no_fault_with_the_tools_and_paints(node, living, fr
         painted = inspect(node, target, era, "tools/call", *asked, environment=environment)
     assert painted.returncode == 0, painted.stdout[-3000:] + painted.stderr[-3000:]
     assert '"image/jpeg"' in painted.stdout
-    assert str(living.home) in painted.stdout
+    assert str(server.home) in painted.stdout
 
 
 def handed_on(environment: dict[str, str]) -> list[str]:
@@ -139,16 +143,16 @@ def handed_on(environment: dict[str, str]) -> list[str]:
     return [word for name, value in environment.items() if "KLEIN" in name for word in ("-e", f"{name}={value}")]
 
 
-def test_the_typescript_client_paints_edits_and_composes(node, living):
+def test_the_typescript_client_paints_edits_and_composes(node, server):
     script = node / "paint.mjs"
     script.write_text((HERE / "paint.mjs").read_text())  # modules are looked for beside the script
-    done = run(node, "node", str(script), sys.executable, **living.environment())
+    done = run(node, "node", str(script), sys.executable, **server.environment())
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     results = [json.loads(line) for line in done.stdout.splitlines()]
     check([(result["payload"], result["preview"]) for result in results])
 
 
-def test_the_fastmcp_client_paints_edits_and_composes(living, tmp_path):
+def test_the_fastmcp_client_paints_edits_and_composes(server, tmp_path):
     """In an environment of its own: its pins are not ours."""
     folder = tmp_path / "fastmcp"
     try:
@@ -159,7 +163,7 @@ def test_the_fastmcp_client_paints_edits_and_composes(living, tmp_path):
         pytest.skip(f"no fastmcp: {exc}")
     done = subprocess.run(
         [str(folder / "bin" / "python"), str(HERE / "paint_fastmcp.py"), sys.executable],
-        env=living.environment(),
+        env=server.environment(),
         capture_output=True,
         text=True,
         timeout=200,

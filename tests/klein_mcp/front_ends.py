@@ -8,24 +8,24 @@ from contextlib import asynccontextmanager, contextmanager
 from mcp import Client
 from mcp.client.sse import sse_client
 
-from tests.real_server import Living
+from tests.real_server import RealServer
 
 FRONT_ENDS = ("stdio", "stdio legacy", "http", "http legacy", "sse")
 
 
 @contextmanager
-def serving(living: Living) -> Iterator[str]:
+def serving(server: RealServer) -> Iterator[str]:
     """`klein-mcp serve` on a free port: its address, without a path."""
-    with serving_process(living) as (url, _):
+    with serving_process(server) as (url, _):
         yield url
 
 
 @contextmanager
-def serving_process(living: Living) -> Iterator[tuple[str, subprocess.Popen[str]]]:
+def serving_process(server: RealServer) -> Iterator[tuple[str, subprocess.Popen[str]]]:
     """The same with its process."""
     process = subprocess.Popen(
         [sys.executable, "-m", "klein_mcp", "serve", "--port", "0"],
-        env=living.environment(),
+        env=server.environment(),
         stdin=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
@@ -44,9 +44,9 @@ def serving_process(living: Living) -> Iterator[tuple[str, subprocess.Popen[str]
 
 
 @asynccontextmanager
-async def through(front_end: str, living: Living, url: str) -> AsyncIterator[Client]:
+async def through(front_end: str, server: RealServer, url: str) -> AsyncIterator[Client]:
     """Connect a client. url: from `serving`, for the front ends over HTTP."""
     mode = "legacy" if "legacy" in front_end or front_end == "sse" else "auto"
     over_http = sse_client(f"{url}/sse") if front_end == "sse" else f"{url}/mcp"
-    async with Client(living.stdio() if front_end.startswith("stdio") else over_http, mode=mode) as client:
+    async with Client(server.stdio() if front_end.startswith("stdio") else over_http, mode=mode) as client:
         yield client

@@ -10,14 +10,14 @@ import pytest
 from mcp import Client
 
 from tests.klein_mcp.front_ends import FRONT_ENDS, serving, through
-from tests.real_server import Living
+from tests.real_server import RealServer
 
 pytestmark = pytest.mark.anyio
 
 
 @pytest.fixture(scope="module")
-def url(living: Living) -> Iterator[str]:
-    with serving(living) as url:
+def url(server: RealServer) -> Iterator[str]:
+    with serving(server) as url:
         yield url
 
 
@@ -57,9 +57,9 @@ async def paint_all(client: Client) -> list[dict[str, Any]]:
 
 
 @pytest.fixture(scope="module", autouse=True)
-async def expected(living: Living, url: str) -> list[dict[str, Any]]:
+async def expected(server: RealServer, url: str) -> list[dict[str, Any]]:
     """The expected results. Also warms the engine, so that no test meets the wait budget."""
-    async with through("stdio", living, url) as client:
+    async with through("stdio", server, url) as client:
         return [without_names(payload) for payload in await paint_all(client)]
 
 
@@ -69,19 +69,19 @@ def anyio_backend() -> str:
 
 
 @pytest.mark.parametrize("front_end", FRONT_ENDS)
-async def test_tools_give_the_same_images_through_every_front_end(front_end, living, url, expected):
-    async with through(front_end, living, url) as client:
+async def test_tools_give_the_same_images_through_every_front_end(front_end, server, url, expected):
+    async with through(front_end, server, url) as client:
         assert [without_names(payload) for payload in await paint_all(client)] == expected
 
 
 @pytest.mark.parametrize("front_end", FRONT_ENDS)
-async def test_progress_rises_and_names_every_stage(front_end, living, url):
+async def test_progress_rises_and_names_every_stage(front_end, server, url):
     payload: list[tuple[float, str]] = []
 
     async def hear(progress: float, total: float | None, message: str | None) -> None:
         payload.append((progress, message or ""))
 
-    async with through(front_end, living, url) as client:
+    async with through(front_end, server, url) as client:
         await client.call_tool("generate_image", {"prompt": "a cat", "seed": 1}, progress_callback=hear)
     shares = [share for share, _ in payload]
     assert shares == sorted(set(shares))
@@ -91,9 +91,9 @@ async def test_progress_rises_and_names_every_stage(front_end, living, url):
 
 
 @pytest.mark.parametrize("front_end", FRONT_ENDS)
-async def test_cancelled_call_frees_the_engine(front_end, living, url):
+async def test_cancelled_call_frees_the_engine(front_end, server, url):
     """Cancels four images of four steps at the first step."""
-    async with through(front_end, living, url) as client, through("stdio", living, url) as other:
+    async with through(front_end, server, url) as client, through("stdio", server, url) as other:
         begun = anyio.Event()
 
         async def hear(progress: float, total: float | None, message: str | None) -> None:
@@ -121,8 +121,8 @@ async def test_cancelled_call_frees_the_engine(front_end, living, url):
         await call(client, "generate_image", prompt="a dog on yellow", seed=2)
 
 
-async def test_last_belongs_to_each_client(living, url):
-    async with through("stdio", living, url) as one, through("http legacy", living, url) as other:
+async def test_last_belongs_to_each_client(server, url):
+    async with through("stdio", server, url) as one, through("http legacy", server, url) as other:
         mine = await call(one, "generate_image", prompt="a cat on red", seed=1)
         theirs = await call(other, "generate_image", prompt="a dog on blue", seed=2)
         for client, own in ((one, mine), (other, theirs)):
@@ -131,7 +131,7 @@ async def test_last_belongs_to_each_client(living, url):
 
 
 @pytest.mark.parametrize("front_end", FRONT_ENDS)
-async def test_image_can_be_read_back_as_a_resource(front_end, living, url):
-    async with through(front_end, living, url) as client:
+async def test_image_can_be_read_back_as_a_resource(front_end, server, url):
+    async with through(front_end, server, url) as client:
         payload = await call(client, "generate_image", prompt="a fish in the ocean", seed=4)
         assert (await pixels(client, payload)).startswith(b"iVBORw0KGgo")  # PNG, in base64

@@ -23,7 +23,7 @@ from klein_mcp.http import app as http_app
 from klein_mcp.jobs.service import Service
 from tests.images import file, scene
 from tests.klein_mcp.front_ends import serving_process
-from tests.real_server import Living
+from tests.real_server import RealServer
 from tests.tool_calls import call
 
 pytestmark = pytest.mark.anyio
@@ -203,8 +203,8 @@ async def test_oversized_body_is_refused_with_and_without_content_length(url):
         assert (await client.post(f"{url}/mcp", content=chunks(), headers=ACCEPT)).status_code == 413
 
 
-def test_serving_beyond_loopback_needs_an_allowed_host(living: Living):
-    done = living.run("-m", "klein_mcp", "serve", "--host", "0.0.0.0")
+def test_serving_beyond_loopback_needs_an_allowed_host(server: RealServer):
+    done = server.run("-m", "klein_mcp", "serve", "--host", "0.0.0.0")
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
     assert "--allowed-host" in done.stderr
@@ -236,24 +236,24 @@ def test_allowed_host_demands_a_token_on_loopback_too(settings):
     assert http_app.token_for(settings, http_app.HttpOptions(allowed_hosts=("pics.example.com",)))
 
 
-def test_missing_token_file_is_one_line(living: Living, tmp_path):
-    done = living.run("-m", "klein_mcp", "serve", "--token-file", str(tmp_path / "nothing"))
+def test_missing_token_file_is_one_line(server: RealServer, tmp_path):
+    done = server.run("-m", "klein_mcp", "serve", "--token-file", str(tmp_path / "nothing"))
     assert done.returncode == 1
     assert done.stderr.count("\n") == 1
 
 
-def test_occupied_port_is_one_line(living: Living):
+def test_occupied_port_is_one_line(server: RealServer):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        done = living.run("-m", "klein_mcp", "serve", "--port", str(port))
+        done = server.run("-m", "klein_mcp", "serve", "--port", str(port))
     assert done.returncode == 1
     assert done.stderr.count("\n") == 1
     assert f"port {port}" in done.stderr
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-async def test_signal_ends_the_server_despite_open_streams(living: Living, number: signal.Signals):
-    with serving_process(living) as (url, process):
+async def test_signal_ends_the_server_despite_open_streams(server: RealServer, number: signal.Signals):
+    with serving_process(server) as (url, process):
         async with httpx2.AsyncClient() as client, client.stream("GET", f"{url}/sse") as stream:
             assert stream.status_code == 200
             process.send_signal(number)

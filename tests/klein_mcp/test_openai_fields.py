@@ -94,7 +94,7 @@ WRONG = [
     ({"model": ["klein-4b"]}, "model", 404),
     ({"quality": "best"}, "quality", 400),
     ({"background": "white"}, "background", 400),
-    ({"background": "transparent", "output_format": "jpeg"}, "output_format", 400),
+    ({"background": "transparent"}, "background", 400),
     ({"output_format": "gif"}, "output_format", 400),
     ({"output_format": "svg"}, "output_format", 400),
     ({"output_compression": 101}, "output_compression", 400),

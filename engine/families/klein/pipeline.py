@@ -217,10 +217,10 @@ class Klein:
             if before is not None:
                 clean = unpack(predict_clean(before, x, levels[i], levels[i + 1]), rows)
                 preview = self._preview(clean, canvas) if watched else None
-            if before is not None and decoding:
-                with clock("decode"):
-                    decoded = self.runner.decode(clean.to(self.device.dtype), mode)
-                    partial = canvas.crop(to_rgb8(decoded))
+                if decoding:
+                    with clock("decode"):
+                        decoded = self.runner.decode(clean.to(self.device.dtype), mode)
+                        partial = canvas.crop(to_rgb8(decoded))
             yield Step(i + 1, steps, preview, partial)
 
         # 5. From latent to image.

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from starlette.responses import JSONResponse, Response
 
 from engine.contract import Busy, EngineError, InvalidJob, ModelNotFound, OutOfMemory
-from klein_mcp.errors import Refused, RequestError, one_line
+from klein_mcp.errors import Refused, RequestError, explain, one_line
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +43,7 @@ def refusal(status: int, message: str) -> Response:
 
 def to_api_error(exc: Exception) -> ApiError:
     """Translate any exception. One that nobody expected is logged."""
-    message = one_line(str(exc))
+    message = explain(exc) if isinstance(exc, EngineError) else one_line(str(exc))
     match exc:
         case ApiError():
             return exc

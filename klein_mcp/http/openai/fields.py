@@ -77,8 +77,8 @@ def parse(fields: Mapping[str, Any]) -> ImageCall:
 
 
 def _check_together(call: ImageCall) -> None:
-    if call.transparent and call.output_format == "jpeg":
-        raise ApiError(400, "JPEG has no transparency. Take png or webp as output_format.", "output_format")
+    if call.transparent:
+        raise ApiError(400, 'background "transparent" is not supported yet.', "background", "unsupported_parameter")
     if call.partial_images and not call.stream:
         raise ApiError(400, "partial_images needs stream: true.", "partial_images")
     if call.stream and call.as_url:
@@ -116,7 +116,7 @@ def _model(name: str, value: Any) -> str:
     )
 
 
-def _size(name: str, value: Any) -> tuple[int, int] | None:
+def parse_size(name: str, value: Any) -> tuple[int, int] | None:
     if value == "auto":
         return None
     match = re.fullmatch(r"(\d{1,5})[x×](\d{1,5})", value.strip().lower()) if isinstance(value, str) else None
@@ -125,7 +125,7 @@ def _size(name: str, value: Any) -> tuple[int, int] | None:
     return int(match[1]), int(match[2])
 
 
-def _integer(low: int, high: int) -> Callable[[str, Any], int]:
+def integer(low: int, high: int) -> Callable[[str, Any], int]:
     def parse(name: str, value: Any) -> int:
         whole = isinstance(value, int | float) and not isinstance(value, bool) and value == int(value)
         text = isinstance(value, str) and re.fullmatch(r"\d{1,20}", value.strip())
@@ -166,18 +166,18 @@ def _choice(**allowed: Any) -> Callable[[str, Any], Any]:
     return parse
 
 
-def _seed(name: str, value: Any) -> int | None:
+def parse_seed(name: str, value: Any) -> int | None:
     # A1111's clients, and others after them, write -1 for a random seed.
-    return None if str(value).strip() == "-1" else _integer(0, MAX_SEED)(name, value)
+    return None if str(value).strip() == "-1" else integer(0, MAX_SEED)(name, value)
 
 
-_steps, _guidance = _integer(1, 200), _number(0, 100)
+_steps, _guidance = integer(1, 200), _number(0, 100)
 
 PARSERS: Mapping[str, tuple[str, Callable[[str, Any], Any]]] = {
     "prompt": ("prompt", _prompt),
     "model": ("model", _model),
-    "n": ("n", _integer(1, MAX_IMAGES)),
-    "size": ("size", _size),
+    "n": ("n", integer(1, MAX_IMAGES)),
+    "size": ("size", parse_size),
     "quality": (
         "quality",
         # Echoed as one of the five that the SDKs know: klein has no such setting.
@@ -194,11 +194,11 @@ PARSERS: Mapping[str, tuple[str, Callable[[str, Any], Any]]] = {
     ),
     "background": ("transparent", _choice(auto=False, opaque=False, transparent=True)),
     "output_format": ("output_format", _choice(png="png", jpeg="jpeg", webp="webp", jpg="jpeg")),
-    "output_compression": ("compression", _integer(0, 100)),
+    "output_compression": ("compression", integer(0, 100)),
     "response_format": ("as_url", _choice(b64_json=False, url=True)),
     "stream": ("stream", _flag),
-    "partial_images": ("partial_images", _integer(0, 3)),
-    "seed": ("seed", _seed),
+    "partial_images": ("partial_images", integer(0, 3)),
+    "seed": ("seed", parse_seed),
     "steps": ("steps", _steps),
     "num_inference_steps": ("steps", _steps),
     "guidance": ("guidance", _guidance),

@@ -1,0 +1,197 @@
+"""/v1/images/generations and /v1/images/edits: a call becomes a job."""
+
+import base64
+import re
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from dataclasses import dataclass, replace
+from typing import Any
+
+import anyio.to_thread
+from starlette.requests import Request
+from starlette.responses import JSONResponse
+from starlette.types import Receive, Scope, Send
+
+from engine.contract import Step
+from klein_mcp.http import calls, render
+from klein_mcp.http.disconnect import cancelled_on_disconnect
+from klein_mcp.http.openai import payloads
+from klein_mcp.http.openai.body import Body, read_edit, read_json
+from klein_mcp.http.openai.errors import ApiError, to_api_error
+from klein_mcp.http.openai.fields import ImageCall, parse
+from klein_mcp.http.openai.payloads import Operation
+from klein_mcp.http.openai.stream import EventStream
+from klein_mcp.http.surface import HttpContext
+from klein_mcp.images.library import Record
+from klein_mcp.jobs import request as requests
+from klein_mcp.jobs.context import CallContext
+from klein_mcp.jobs.events import Done, ImageSaved, JobEvent, Listen, Progressed
+from klein_mcp.jobs.request import ImageRequest
+from klein_mcp.jobs.results import Preview, SavedImage
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedCall:
+    """A call whose images are in the library.
+
+    references: their sizes, for the count of tokens.
+    """
+
+    call: ImageCall
+    request: ImageRequest
+    context: CallContext
+    references: tuple[tuple[int, int], ...]
+
+
+class OpenAiImageRoute:
+    """One of the two routes, an ASGI application that notices disconnects."""
+
+    def __init__(self, context: HttpContext, operation: Operation) -> None:
+        self._http = context
+        self._service = context.service
+        self._operation: Operation = operation
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        request = Request(scope, receive)
+        try:
+            call, body = await self._read(request)
+            prepared = await self._prepare(request, call, body)
+        except Exception as exc:
+            await to_api_error(exc).response()(scope, receive, send)
+            return
+        async with cancelled_on_disconnect(receive):
+            respond = self._stream if call.stream else self._respond
+            await respond(prepared, request, send)
+
+    async def _read(self, request: Request) -> tuple[ImageCall, Body]:
+        if self._operation == "image_generation":
+            return parse(await read_json(request)), Body({})
+        body = await read_edit(request)
+        return parse(body.fields), body
+
+    # -- from a call to a request --------------------------------------------------------------------------------------
+
+    async def _prepare(self, request: Request, call: ImageCall, body: Body) -> PreparedCall:
+        """Import the images of a body. Raises RequestError or ApiError."""
+        context = calls.call_context(self._http, request, "openai")
+        images = [
+            await calls.import_image(self._http, image, f"image {number}", context)
+            for number, image in enumerate(body.images, 1)
+        ]
+        mask = (
+            None
+            if body.mask is None
+            else await calls.import_image(self._http, body.mask, "The mask", context, mask=True)
+        )
+        sizes = tuple((image.width, image.height) for image in images)
+        wanted = replace(self._request(call, images, mask), partials=call.partial_images)
+        return PreparedCall(call, wanted, context, sizes)
+
+    def _request(self, call: ImageCall, images: list[Record], mask: Record | None) -> ImageRequest:
+        """Build the request: generate, edit one image, or compose several."""
+        width, height = call.size or (None, None)
+        common: dict[str, Any] = {
+            "count": call.n,
+            "seed": call.seed,
+            "model": self._service.model(None if call.model == "auto" else call.model),
+            "steps": call.steps,
+            "guidance": call.guidance,
+        }
+        if not images:
+            return requests.generate(call.prompt, width=width, height=height, **common)
+        if mask is None and len(images) > 1:
+            handles = [image.handle for image in images]
+            return requests.compose(handles, call.prompt, width=width, height=height, **common)
+        first, *others = images
+        if call.size == (first.width, first.height):
+            width = height = None
+        if mask is not None and width is not None:
+            own = f"{first.width}x{first.height}"
+            raise ApiError(400, f'With a mask the size stays {own}. Send that, or "auto".', "size", "invalid_value")
+        edit = requests.edit(first.handle, call.prompt, mask=mask and mask.handle, width=width, height=height, **common)
+        return replace(edit, images=(first.handle, *(image.handle for image in others)))
+
+    # -- from events to a response -------------------------------------------------------------------------------------
+
+    def _events(self, prepared: PreparedCall) -> AsyncGenerator[JobEvent]:
+        listen = Listen(partials=prepared.call.partial_images > 0)
+        return calls.follow(self._service, prepared.request, prepared.context, listen)
+
+    async def _respond(self, prepared: PreparedCall, request: Request, send: Send) -> None:
+        """Answer with one JSON body when every image is there."""
+        saved: list[SavedImage] = []
+        warnings: tuple[str, ...] = ()
+        try:
+            async with aclosing(self._events(prepared)) as events:
+                async for event in events:
+                    if isinstance(event, ImageSaved):
+                        saved.append(event.saved)
+                    elif isinstance(event, Done):
+                        warnings = event.warnings
+            items = [await self._item(prepared.call, image, request) for image in saved]
+            sizes = [(image.width, image.height) for image in saved]
+            usage = payloads.usage(prepared.call.prompt, prepared.references, sizes)
+            content = payloads.images_response(prepared.call, items, sizes[0], usage)
+            if warnings:
+                content["warnings"] = list(warnings)
+            response = JSONResponse(content, headers=_headers(prepared.call, saved))
+        except Exception as exc:
+            response = to_api_error(exc).response()
+        await response(request.scope, request.receive, send)
+
+    async def _stream(self, prepared: PreparedCall, request: Request, send: Send) -> None:
+        """Answer with events: partial images, then each image when it is there."""
+        call = prepared.call
+        stream = EventStream(request.scope, request.receive, send, _headers(call, ()))
+        partials = 0
+        try:
+            async with aclosing(self._events(prepared)) as events:
+                async for event in events:
+                    match event:
+                        case Progressed(event=Step(), partial=Preview() as partial):
+                            await stream.event(await self._partial(call, partial, partials))
+                            partials += 1
+                        case ImageSaved(saved=saved):
+                            item, size = await self._item(call, saved, request), (saved.width, saved.height)
+                            usage = payloads.usage(call.prompt, prepared.references, [size])
+                            await stream.event(payloads.completed_event(self._operation, call, item, size, usage))
+                            partials = 0
+                        case _:
+                            await stream.idle()
+            await stream.finish()
+        except Exception as exc:
+            await stream.fail(to_api_error(exc))
+
+    async def _partial(self, call: ImageCall, partial: Preview, index: int) -> dict[str, Any]:
+        png = partial.data
+        encoded = partial.base64
+        if call.output_format != "png":
+            data = await anyio.to_thread.run_sync(render.encode, png, call.output_format, call.compression)
+            encoded = base64.b64encode(data).decode()
+        return payloads.partial_event(self._operation, call, encoded, index, render.png_size(png))
+
+    async def _item(self, call: ImageCall, saved: SavedImage, request: Request) -> dict[str, Any]:
+        """Return one entry of `data`.
+
+        handle, seed and model are extensions: both SDKs keep unknown keys.
+        """
+        own = {"handle": saved.handle, "seed": str(saved.seed), "model": saved.model}
+        if call.as_url:
+            return {"url": self._http.urls.absolute(request)(saved.handle, call.output_format), **own}
+
+        def encode() -> str:
+            data = render.outgoing(self._service, saved.handle, call.output_format, call.compression)
+            return base64.b64encode(data).decode()
+
+        return {"b64_json": await anyio.to_thread.run_sync(encode), **own}
+
+
+def _headers(call: ImageCall, saved: list[SavedImage] | tuple[()]) -> dict[str, str]:
+    headers = {}
+    if names := [name for name in call.ignored if re.fullmatch(r"[\w.\-\[\]]{1,40}", name, re.ASCII)]:
+        headers["x-klein-ignored"] = ", ".join(names[:20])
+    if len(saved) == 1:
+        cache = ", ".join(f"{name}={use}" for name, use in saved[0].cache.items())
+        headers |= {"x-klein-handle": saved[0].handle, "x-klein-seed": str(saved[0].seed)}
+        headers |= {"x-klein-model": saved[0].model, "x-klein-cache": cache}
+    return headers

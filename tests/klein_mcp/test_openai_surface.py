@@ -1,0 +1,134 @@
+"""The OpenAI surface around a fake executor: keys, CORS, statuses, the library."""
+
+import base64
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from typing import Any
+
+import httpx2
+import openai
+import pytest
+from mcp import Client
+from openai import AsyncOpenAI
+
+from engine.contract import BadWeights, Busy, OutOfMemory
+from klein_mcp.http import app
+from klein_mcp.jobs.service import Service
+from tests.fakes import FakeExecutor
+from tests.images import file, pixels, scene
+from tests.tool_calls import call
+
+pytestmark = pytest.mark.anyio
+
+TOKEN = "a-token-of-our-own-making"
+PAGE = "http://localhost:5173"
+
+
+@pytest.fixture
+def connect_http(service: Service) -> Callable[..., Any]:
+    @asynccontextmanager
+    async def connect(token: str | None = None) -> AsyncIterator[httpx2.AsyncClient]:
+        served = app.application(app.make_context(service), token=token)
+        async with httpx2.AsyncClient(
+            transport=httpx2.ASGITransport(app=served), base_url="http://localhost"
+        ) as client:
+            yield client
+
+    return connect
+
+
+@asynccontextmanager
+async def sdk(http: httpx2.AsyncClient, key: str = "anything", retries: int = 0) -> AsyncIterator[AsyncOpenAI]:
+    yield AsyncOpenAI(base_url="http://localhost/v1", api_key=key, http_client=http, max_retries=retries)
+
+
+async def test_loopback_takes_any_key_or_none(connect_http):
+    async with connect_http() as http, sdk(http) as client:
+        assert (await client.images.generate(prompt="x")).data
+        assert (await http.post("/v1/images/generations", json={"prompt": "x"})).status_code == 200
+
+
+async def test_elsewhere_the_token_is_the_key(connect_http):
+    async with connect_http(TOKEN) as http:
+        async with sdk(http, TOKEN) as client:
+            assert (await client.images.generate(prompt="x")).data
+        for key in ("wrong", TOKEN + "x"):
+            async with sdk(http, key) as client:
+                with pytest.raises(openai.AuthenticationError) as caught:
+                    await client.images.generate(prompt="x")
+                assert caught.value.code == "invalid_api_key"
+                with pytest.raises(openai.AuthenticationError):
+                    await client.models.list()
+
+
+async def test_a1111_takes_the_token_as_basic_password(connect_http):
+    async with connect_http(TOKEN) as http:
+        for password, status in ((TOKEN, 200), ("wrong", 401), ("", 401)):
+            basic = base64.b64encode(f"user:{password}".encode()).decode()
+            answer = await http.get("/sdapi/v1/options", headers={"authorization": f"Basic {basic}"})
+            assert answer.status_code == status
+        assert (await http.get("/sdapi/v1/options", headers={"authorization": "Basic %%%"})).status_code == 401
+
+
+async def test_full_queue_is_429_with_a_time_to_retry(connect_http, painter: FakeExecutor):
+    painter.error = Busy("The queue is full.", retry_after=2.5)
+    async with connect_http() as http, sdk(http) as client:
+        with pytest.raises(openai.RateLimitError, match="queue is full") as caught:
+            await client.images.generate(prompt="x")
+        assert caught.value.response.headers["retry-after"] == "3"
+
+
+async def test_sdk_retries_a_full_queue_and_nothing_that_stays_wrong(connect_http, painter: FakeExecutor):
+    async with connect_http() as http, sdk(http, retries=2) as client:
+        for error, attempts, kind in (
+            (Busy("full", retry_after=0.1), 3, openai.RateLimitError),
+            (OutOfMemory("too large for 8 GB"), 1, openai.BadRequestError),
+            (BadWeights("model.safetensors is cut short"), 1, openai.InternalServerError),
+        ):
+            painter.error, before = error, len(painter.jobs)
+            with pytest.raises(kind):
+                await client.images.generate(prompt="x")
+            assert len(painter.jobs) - before == attempts
+
+
+async def test_last_of_an_agent_is_not_moved(connect_http, client: Client):
+    mine = await call(client, "generate_image", prompt="a dot")
+    async with connect_http() as http, sdk(http) as api:
+        await api.images.generate(prompt="another dot")
+        await api.images.edit(image=("x.png", file(scene(64, 64))), prompt="make it red")
+    assert (await call(client, "view_image", image="last"))["image"] == mine["image"]
+
+
+async def test_returned_image_is_recognised_by_its_pixels(connect_http, service: Service):
+    async with connect_http() as http, sdk(http) as api:
+        (first,) = (await api.images.generate(prompt="a dot")).data or []
+        # Encoded anew: only the pixels are the same.
+        image = ("x.bmp", file(pixels(base64.b64decode(first.b64_json or "")), "BMP"))
+        (edited,) = (await api.images.edit(image=image, prompt="make it red")).data or []
+    assert service.store.get(edited.handle).parents == (first.handle,)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("allowed", [True, False])
+async def test_pages_of_named_origins_may_call_and_no_others(connect_http, service: Service, allowed: bool):
+    service.settings = replace(
+        service.settings, cors=("http://other.example", *([PAGE.replace("localhost", "page")] * allowed))
+    )
+    page = {"origin": PAGE.replace("localhost", "page")}
+    asks = {"access-control-request-method": "POST", "access-control-request-headers": "authorization,content-type"}
+    async with connect_http(TOKEN) as http:
+        preflight = await http.options("/v1/images/generations", headers={**page, **asks})
+        answer = await http.get("/v1/models", headers={**page, "authorization": f"Bearer {TOKEN}"})
+        refused = await http.get("/v1/models", headers=page)
+        other = await http.post("/mcp", headers={**page, "authorization": f"Bearer {TOKEN}"})
+    assert other.status_code == 403
+    if not allowed:
+        assert (preflight.status_code, answer.status_code) == (403, 403)
+        assert "access-control-allow-origin" not in {**preflight.headers, **answer.headers}
+        return
+    assert preflight.status_code == 204
+    assert preflight.headers["access-control-allow-headers"] == "authorization,content-type"
+    assert (answer.status_code, refused.status_code) == (200, 401)
+    for response in (preflight, answer, refused):
+        assert response.headers["access-control-allow-origin"] == page["origin"]
+        assert "access-control-allow-credentials" not in response.headers
