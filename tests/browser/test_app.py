@@ -90,7 +90,8 @@ class Host:
         picture = self.frame.locator(".frame:not(.working) .picture").first
         await picture.wait_for()
         data = await picture.evaluate(
-            "async (node) => { await node.decode(); const canvas = document.createElement('canvas');"
+            "async (node) => { while (!node.naturalWidth) await new Promise((done) => setTimeout(done, 50));"
+            " const canvas = document.createElement('canvas');"
             " [canvas.width, canvas.height] = [node.naturalWidth, node.naturalHeight];"
             " canvas.getContext('2d').drawImage(node, 0, 0); return canvas.toDataURL('image/png'); }"
         )
