@@ -234,6 +234,23 @@ class KnownModel:
 
 
 @dataclass(frozen=True, slots=True)
+class NodeStatus:
+    """One of several machines behind an executor.
+
+    error: "" while it answers. running: jobs that this daemon has there. hits: of its cache.
+    """
+
+    url: str
+    error: str = ""
+    loaded: str | None = None
+    device: str = ""
+    free_bytes: int = 0
+    running: int = 0
+    waiting: int = 0
+    hits: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class EngineStatus:
     """State of an engine.
 
@@ -251,16 +268,20 @@ class EngineStatus:
     models: tuple[KnownModel, ...] = ()
     mode: Mode = "eager"
     tuning: str = ""
+    nodes: tuple[NodeStatus, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Return the fields as JSON values."""
-        return asdict(self) | {"models": [asdict(model) for model in self.models]}
+        values = asdict(self) | {"models": [asdict(model) for model in self.models]}
+        values["nodes"] = [asdict(node) for node in self.nodes]
+        return values if self.nodes else {name: value for name, value in values.items() if name != "nodes"}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "EngineStatus":
         """Build the status from `to_json`."""
+        nodes = tuple(NodeStatus(**node) for node in data.get("nodes", ()))
         models = tuple(KnownModel(**model) for model in data["models"])
-        return cls(**{**data, "cache": CacheStats(**data["cache"]), "models": models})
+        return cls(**{**data, "cache": CacheStats(**data["cache"]), "models": models, "nodes": nodes})
 
 
 Action = Literal["set", "pull", "list"]

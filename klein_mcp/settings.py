@@ -81,6 +81,10 @@ def _path(value: str) -> Path:
     return path
 
 
+def _optional_path(value: str) -> Path | None:
+    return _path(value) if value else None
+
+
 def _paths(value: str) -> tuple[Path, ...]:
     return tuple(_path(part) for part in value.split(os.pathsep) if part)
 
@@ -189,6 +193,12 @@ class Settings:
     )
     exit_after: float = _setting(
         3600.0, _number(float, 0, 1e9, "seconds"), "Idle seconds until the engine's process ends."
+    )
+    engine: tuple[str, ...] = _setting(
+        (), _words, "Addresses of engines on other machines (klein-mcp engine), comma-separated. Unset: this machine's."
+    )
+    engine_token_file: Path | None = field(
+        default=None, metadata={"parse": _optional_path, "doc": "File with the token of those engines."}
     )
     read_roots: tuple[Path, ...] | None = _setting(
         None,

@@ -55,7 +55,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "klein_mcp.daemon": {
         "klein_mcp.jobs", "klein_mcp.images", "klein_mcp.settings",
-        "klein_mcp.private", "klein_mcp.foreign", "klein_mcp.errors", "klein_mcp.atomic",
+        "klein_mcp.private", "klein_mcp.foreign", "klein_mcp.errors", "klein_mcp.atomic", "klein_mcp.limits",
         "engine.contract", "engine.engine",
     },
     "klein_mcp.jobs": {

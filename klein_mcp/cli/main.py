@@ -23,11 +23,12 @@ COMMANDS = {
     "models": "installed models, their licences, and how each fits into this machine's memory",
     "doctor": "check everything that image generation needs; each line says ok, or what to do",
     "status": "what this user's engine holds and does",
+    "engine": "serve this machine's engine to daemons on other machines",
     "stop": "end this user's engine, and wait until it is gone",
 }
 """Each is a module of this package with `configure(parser)` and `run(settings, arguments) -> exit code`."""
 
-WITHOUT_JSON = {"serve", "studio"}
+WITHOUT_JSON = {"engine", "serve", "studio"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

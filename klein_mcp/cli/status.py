@@ -5,7 +5,7 @@ import json
 from collections.abc import Mapping
 from datetime import datetime
 
-from engine.contract import EngineStatus
+from engine.contract import EngineStatus, NodeStatus
 from klein_mcp.cli.daemon import ask_daemon
 from klein_mcp.jobs.status import DaemonStatus, QueueStatus, to_json
 from klein_mcp.settings import Settings
@@ -53,8 +53,16 @@ def _format_engine(engine: EngineStatus) -> list[str]:
         f"model: {loaded}",
         *tuning,
         f"installed: {', '.join(installed)}",
+        *(_format_node(node) for node in engine.nodes),
         f"cache: {cache.entries} prompts and references, {cache.bytes / 1e6:.0f} MB; {cache.hits} hits",
     ]
+
+
+def _format_node(node: NodeStatus) -> str:
+    if node.error:
+        return f"engine {node.url}: {node.error}"
+    loaded = node.loaded or "no model loaded"
+    return f"engine {node.url}: {node.device or 'idle'}, {loaded}, {node.running} running, {node.hits} cache hits"
 
 
 def _format_seconds(seconds: Mapping[str, float]) -> str:

@@ -21,7 +21,7 @@ from filelock import FileLock, Timeout
 from klein_mcp.daemon import endpoint as endpoints
 from klein_mcp.daemon.app import Daemon
 from klein_mcp.daemon.endpoint import ENGINE_LOCK, HOST, LAST_STEP, BuildInfo, Endpoint
-from klein_mcp.daemon.executors.local import make_local
+from klein_mcp.daemon.executors import make_executor as make_from_settings
 from klein_mcp.jobs.executor import Executor
 from klein_mcp.jobs.manager import JobManager
 from klein_mcp.jobs.queue import Queue
@@ -40,7 +40,7 @@ LOST = 5.0
 MakeExecutor = Callable[[Settings], Executor]
 
 
-def main(make: MakeExecutor = make_local) -> int:
+def main(make: MakeExecutor = make_from_settings) -> int:
     """Run the daemon until it should end.
 
     make: called with the first job. Returns the exit code.

@@ -37,11 +37,16 @@ class Endpoint:
         return f"http://{HOST}:{self.port}"
 
     def proof(self, nonce: str) -> str:
-        """Answer `nonce` as only a holder of the token can.
+        """Answer `nonce` as only a holder of the token can."""
+        return proof(self.token, nonce)
 
-        Another process on a stale port learns nothing.
-        """
-        return hmac.new(self.token.encode(), nonce.encode(), hashlib.sha256).hexdigest()
+
+def proof(token: str, nonce: str) -> str:
+    """Answer `nonce` without showing the token.
+
+    Another process on a stale port learns nothing.
+    """
+    return hmac.new(token.encode(), nonce.encode(), hashlib.sha256).hexdigest()
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +67,7 @@ class BuildInfo:
         package = Path(klein_mcp.__file__).parent
         digest, changed = hashlib.sha256(), 0
         for path in sorted((*package.rglob("*.py"), *(package.parent / "engine").rglob("*.py"))):
-            digest.update(str(path.relative_to(package.parent)).encode())
+            digest.update(path.relative_to(package.parent).as_posix().encode())
             digest.update(path.read_bytes())
             changed = max(changed, path.stat().st_mtime_ns)
         return cls(klein_mcp.__version__, digest.hexdigest()[:16], changed)

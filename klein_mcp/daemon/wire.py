@@ -89,7 +89,12 @@ def decode(frame: bytes) -> Message:
 class Frames:
     """Cuts a stream of bytes into frames."""
 
-    def __init__(self) -> None:
+    def __init__(self, limit: int = MAX_FRAME) -> None:
+        """limit: bytes of a frame.
+
+        A peer that announces more is refused before it is read.
+        """
+        self._limit = limit
         self._buffer = bytearray()
 
     def feed(self, data: bytes) -> Iterator[bytes]:
@@ -97,8 +102,8 @@ class Frames:
         self._buffer += data
         while len(self._buffer) >= _PREFIX.size:
             length = _PREFIX.size + sum(_PREFIX.unpack_from(self._buffer))
-            if length > _PREFIX.size + MAX_FRAME:
-                raise BadFrame(f"A frame of {length // 2**20} MiB; at most {MAX_FRAME // 2**20}.")
+            if length > _PREFIX.size + self._limit:
+                raise BadFrame(f"A frame of {length / 2**20:.1f} MiB; at most {self._limit / 2**20:.1f}.")
             if len(self._buffer) < length:
                 return
             yield bytes(self._buffer[:length])

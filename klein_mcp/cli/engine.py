@@ -1,0 +1,60 @@
+"""`klein-mcp engine`: serves this machine's engine to daemons elsewhere."""
+
+import argparse
+import socket
+import sys
+from pathlib import Path
+
+from klein_mcp.settings import Settings
+
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--listen", default="127.0.0.1:8000", metavar="HOST:PORT", help="default: 127.0.0.1:8000")
+    parser.add_argument("--token-file", type=Path, required=True, metavar="F", help="file with the token of daemons")
+    parser.add_argument("--certificate", type=Path, metavar="F", help="TLS certificate, with its chain")
+    parser.add_argument("--key", type=Path, metavar="F", help="TLS private key")
+
+
+def run(settings: Settings, arguments: argparse.Namespace) -> int:
+    """Serve until a signal."""
+    host, _, port = arguments.listen.rpartition(":")
+    host = host.strip("[]")
+    if not port.isdecimal():
+        print(f"klein-mcp engine: {arguments.listen!r} is not HOST:PORT", file=sys.stderr)
+        return 2
+    if host not in LOOPBACK and not (arguments.certificate and arguments.key):
+        print(
+            f"klein-mcp engine: {host} is reached over a network: name --certificate and --key, or listen on 127.0.0.1 "
+            "behind a proxy that speaks TLS",
+            file=sys.stderr,
+        )
+        return 2
+    return serve(settings, host, int(port), arguments)
+
+
+def serve(settings: Settings, host: str, port: int, arguments: argparse.Namespace) -> int:
+    """Serve this machine's engine. Raises OSError."""
+    import uvicorn
+
+    from klein_mcp.daemon.endpoint import BuildInfo
+    from klein_mcp.daemon.engine_server import EngineServer, read_token
+    from klein_mcp.daemon.executors.local import make_local
+    from klein_mcp.jobs.queue import Queue
+
+    try:
+        token = read_token(arguments.token_file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        print(f"klein-mcp engine: {arguments.token_file}: {error}", file=sys.stderr)
+        return 1
+    queue = Queue(lambda: make_local(settings), size=settings.queue_size, keep_alive=settings.keep_alive)
+    app = EngineServer(queue, token, BuildInfo.read()).app()
+    tls = {"ssl_certfile": arguments.certificate, "ssl_keyfile": arguments.key} if arguments.certificate else {}
+    config = uvicorn.Config(app, host=host, port=port, log_level="warning", timeout_graceful_shutdown=2, **tls)
+    listener = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    where = f"[{host}]" if ":" in host else host
+    print(f"klein-mcp engine listens on {where}:{listener.getsockname()[1]}", file=sys.stderr, flush=True)
+    uvicorn.Server(config).run([listener])
+    queue.close(5)
+    return 0

@@ -1,0 +1,168 @@
+"""`klein-mcp engine`: serves this machine's engine to daemons on other machines."""
+
+import asyncio
+import contextlib
+import hmac
+import threading
+from collections import OrderedDict
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import asdict, replace
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
+
+from engine.contract import EngineError, Event, Job, Result, Rgb8, image_hash
+from klein_mcp.daemon import wire
+from klein_mcp.daemon.endpoint import BuildInfo, proof
+from klein_mcp.jobs.queue import Queue, Ticket
+
+HEARTBEAT = 1.0
+"""Seconds after which the latest event is sent again, so that a daemon can count on waking up."""
+
+HELD = 512_000_000
+"""Bytes of references that are kept, so that a daemon need not send them again: 170 images of 1024²."""
+
+INCLUDED = "x-klein-included"
+"""Header: positions of the references that the frame holds, such as 0,2. The others are named by their hashes."""
+
+MISSING = 409
+"""Status code: some of the references that were not sent are not held here either."""
+
+
+class HeldImages:
+    """References by hash, the least recently used first to go.
+
+    For any thread.
+    """
+
+    def __init__(self, budget: int = HELD) -> None:
+        self._budget = budget
+        self._lock = threading.Lock()
+        self._images: OrderedDict[str, Rgb8] = OrderedDict()
+
+    def add(self, image: Rgb8) -> str:
+        """Keep an image and return its hash."""
+        name = image_hash(image)  # never the sender's word for it
+        with self._lock:
+            self._images[name] = image
+            self._images.move_to_end(name)
+            while len(self._images) > 1 and sum(each.nbytes for each in self._images.values()) > self._budget:
+                self._images.popitem(last=False)
+        return name
+
+    def get(self, name: str) -> "Rgb8 | None":
+        with self._lock:
+            if name in self._images:
+                self._images.move_to_end(name)
+            return self._images.get(name)
+
+
+class EngineServer:
+    """One engine's HTTP interface: hello, status and run."""
+
+    def __init__(self, queue: Queue, token: str, build: BuildInfo) -> None:
+        self._queue = queue
+        self._token = token
+        self._build = build
+        self._held = HeldImages()
+
+    def app(self) -> Starlette:
+        """Build the ASGI application."""
+        return Starlette(
+            routes=[
+                Route("/hello", self._hello),
+                Route("/status", self._authorized(self._status)),
+                Route("/run", self._authorized(self._run), methods=["POST"]),
+            ]
+        )
+
+    def _authorized(self, endpoint: Callable[[Request], Awaitable[Response]]) -> Any:
+        async def guarded(request: Request) -> Response:
+            token = request.headers.get("authorization", "").removeprefix("Bearer ")
+            if not hmac.compare_digest(token.encode(), self._token.encode()):
+                return JSONResponse({"error": "Wrong or missing token."}, 401)
+            return await endpoint(request)
+
+        return guarded
+
+    async def _hello(self, request: Request) -> Response:
+        """Prove that we hold the token before a daemon shows it."""
+        answer = proof(self._token, request.query_params.get("nonce", ""))
+        return JSONResponse({"proof": answer, "build": asdict(self._build)})
+
+    async def _status(self, request: Request) -> Response:
+        engine = await asyncio.to_thread(self._queue.engine_status)
+        return JSONResponse({"queue": asdict(self._queue.status()), "engine": engine and engine.to_json()})
+
+    async def _run(self, request: Request) -> Response:
+        try:
+            job = wire.decode(await request.body())
+            if not isinstance(job, Job):
+                raise wire.BadFrame("Only a Job can be run.")
+            job, missing = self._complete(job, request.headers.get(INCLUDED))
+        except (wire.BadFrame, ValueError, IndexError) as exc:
+            return JSONResponse({"error": str(exc)}, 400)
+        if missing:
+            return JSONResponse({"missing": missing}, MISSING)
+        stream = self._frames(job, request.headers.get("x-klein-daemon", ""))
+        return StreamingResponse(stream, media_type="application/octet-stream")
+
+    def _complete(self, job: Job, included: str | None) -> tuple[Job, list[str]]:
+        """Add the references that are held here.
+
+        Return the hashes of those that are not.
+        """
+        sent = [(image, self._held.add(image)) for image in job.references]
+        if included is None:
+            return replace(job, hashes=tuple(name for _, name in sent)), []
+        places = dict(zip([int(word) for word in included.split(",") if word], sent, strict=True))
+        found = [places.get(i, (self._held.get(name), name)) for i, name in enumerate(job.hashes)]
+        missing = [name for image, name in found if image is None]
+        images = tuple(image for image, _ in found if image is not None)
+        return replace(job, references=images, hashes=tuple(name for _, name in found)), missing
+
+    async def _frames(self, job: Job, daemon: str) -> AsyncIterator[bytes]:
+        """Yield events until the result or an error.
+
+        A daemon that disconnects closes this, which cancels the job.
+        """
+        loop = asyncio.get_running_loop()
+        inbox: asyncio.Queue[Event | EngineError] = asyncio.Queue()
+        ticket: Ticket | None = None
+
+        def tell(event: Event | EngineError) -> None:
+            with contextlib.suppress(RuntimeError):
+                loop.call_soon_threadsafe(inbox.put_nowait, event)
+
+        try:
+            ticket = self._queue.put(job, daemon, tell, watched=True)
+            latest: Event | EngineError | None = None
+            while not isinstance(latest, Result | EngineError):
+                try:
+                    latest = await asyncio.wait_for(inbox.get(), HEARTBEAT)
+                except TimeoutError:
+                    if latest is None:
+                        continue
+                if isinstance(latest, Result):
+                    self._held.add(latest.image)  # the next edit is of this one
+                    self._queue.prefetch(latest.image)
+                yield wire.encode(latest)
+        except EngineError as exc:
+            yield wire.encode(exc)
+        finally:
+            if ticket:
+                self._queue.cancel(ticket)
+
+
+def read_token(text: str) -> str:
+    """Return the token of a file's content.
+
+    Raises ValueError if it is too short to be one.
+    """
+    token = text.strip()
+    if len(token) < 16:
+        raise ValueError("a token has at least 16 characters")
+    return token

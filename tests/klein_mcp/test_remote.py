@@ -1,0 +1,231 @@
+"""Engines on other machines: the same bytes, sticky lineages, retries, and nodes that lie."""
+
+import socket
+import struct
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import uvicorn
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
+
+from engine.contract import Busy, EngineFailed, Job, Result, Rgb8, Step, image_hash
+from klein_mcp.daemon import wire
+from klein_mcp.daemon.endpoint import BuildInfo, proof
+from klein_mcp.daemon.engine_server import EngineServer
+from klein_mcp.daemon.executors.remote import RemoteExecutor
+from klein_mcp.jobs.queue import Queue
+from tests.fakes import FakeExecutor, painted
+
+TOKEN = "a token of these tests"
+BUILD = BuildInfo("1.0", "same", 0)
+EDIT = Job("edit", (np.full((64, 48, 3), 7, np.uint8),), align=True, seed=3, affinity="auto k7f3q2")
+
+
+@contextmanager
+def listening(app: Starlette) -> Iterator[str]:
+    """Serve `app` on a free port and yield its address."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    server = uvicorn.Server(uvicorn.Config(app, log_level="error", lifespan="off", timeout_graceful_shutdown=1))
+    thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
+    thread.start()
+    until(lambda: server.started)
+    try:
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join(20)
+
+
+class Machine:
+    """One engine with its server."""
+
+    def __init__(self, build: BuildInfo = BUILD, token: str = TOKEN, size: int = 32) -> None:
+        self.executor = FakeExecutor()
+        self.queue = Queue(lambda: self.executor, size=size, keep_alive=600)
+        self.server = EngineServer(self.queue, token, build)
+        self.app = self.server.app()
+        self.url = ""
+
+    @property
+    def jobs(self) -> list[Job]:
+        return self.executor.jobs
+
+
+@contextmanager
+def machines(*each: Machine) -> Iterator[RemoteExecutor]:
+    with ExitStack() as stack:
+        for machine in each:
+            machine.url = stack.enter_context(listening(machine.app))
+            stack.callback(machine.queue.close, 10)
+            stack.callback(machine.executor.hurry)
+        yield RemoteExecutor([machine.url for machine in each], TOKEN, BUILD)
+
+
+def run(executor: RemoteExecutor, job: Job) -> Result:
+    *_, result = executor.run(job)
+    assert isinstance(result, Result)
+    return result
+
+
+def known(job: Job) -> Job:
+    return replace(job, hashes=tuple(map(image_hash, job.references)))
+
+
+def until(condition: Callable[[], object]) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_remote_result_is_the_local_one_with_every_step():
+    with machines(Machine()) as remote:
+        *events, result = remote.run(known(EDIT))
+    assert result.image.tobytes() == painted(EDIT).tobytes()
+    assert [event.done for event in events if isinstance(event, Step)] == [1, 2, 3, 4]
+
+
+def test_lineage_stays_on_one_machine_and_lineages_spread():
+    one, two = Machine(), Machine()
+    with machines(one, two) as remote:
+        for lineage in range(12):
+            for seed in range(3):
+                run(remote, replace(known(EDIT), affinity=f"auto {lineage}", prompt=str(lineage), seed=seed))
+    by_machine = [{job.prompt for job in machine.jobs} for machine in (one, two)]
+    assert not by_machine[0] & by_machine[1]
+    assert all(by_machine)
+
+
+def test_reference_that_a_machine_holds_is_not_sent_again(monkeypatch):
+    sent, encode = [], wire.encode
+    monkeypatch.setattr(wire, "encode", lambda message: sent.append(message) or encode(message))
+    with machines(machine := Machine()) as remote:
+        first = run(remote, known(EDIT))
+        run(remote, replace(known(EDIT), references=(first.image, *EDIT.references), align=False))
+        run(remote, known(EDIT))
+    frames = [len(message.references) for message in sent if isinstance(message, Job)]
+    assert frames == [1, 2, 0], "hashes of the second job did not match its references, so all were sent"
+    assert machine.jobs[-1].references[0].tobytes() == EDIT.references[0].tobytes()
+
+
+def test_machine_that_forgot_a_reference_gets_it_again():
+    machine = Machine()
+    with machines(machine) as remote:
+        run(remote, known(EDIT))
+        machine.server._held._images.clear()
+        assert run(remote, known(EDIT)).image.tobytes() == painted(EDIT).tobytes()
+
+
+def test_machine_that_dies_mid_job_costs_a_retry():
+    one, two = Machine(), Machine()
+    with machines(one, two) as remote:
+        run(remote, known(EDIT))
+        owner, other = (one, two) if one.jobs else (two, one)
+
+        def die(job: Job) -> Rgb8:
+            raise RuntimeError("the device is gone")
+
+        owner.executor.paint = die
+        assert run(remote, known(EDIT)).image.tobytes() == painted(EDIT).tobytes()
+        assert len(other.jobs) == 1
+        run(remote, known(EDIT))
+        assert len(other.jobs) == 2, "it rests for a while"
+        assert next(node for node in remote.status().nodes if node.url == owner.url)
+
+
+def test_closing_cancels_the_remote_job():
+    machine = Machine()
+    machine.executor.seconds_per_step = 0.05
+    with machines(machine) as remote:
+        with closing(remote.run(known(EDIT))) as events:
+            next(event for event in events if isinstance(event, Step))
+        until(lambda: machine.executor.cancelled == 1)
+
+
+def test_full_machines_are_busy_with_the_least_seconds_to_retry():
+    with machines(Machine(size=0), Machine(size=0)) as remote, pytest.raises(Busy) as full:
+        run(remote, known(EDIT))
+    assert full.value.retry_after >= 1
+
+
+@pytest.mark.parametrize(
+    ("machine", "words"),
+    [
+        (Machine(token="another token of theirs"), "another token"),
+        (Machine(build=BuildInfo("2.0", "other", 0)), "another build"),
+    ],
+)
+def test_wrong_token_or_build_is_refused_in_words(machine, words):
+    with machines(machine) as remote, pytest.raises(EngineFailed, match=words):
+        run(remote, known(EDIT))
+    assert not machine.jobs
+
+
+@pytest.mark.parametrize("url", ["http://10.0.0.7:8000", "http://example.com", "ftp://127.0.0.1", "host:8000"])
+def test_address_in_the_clear_over_a_network_is_refused(url):
+    with pytest.raises(EngineFailed, match=r"in the clear|no address"):
+        RemoteExecutor([url], TOKEN, BUILD)
+
+
+RESULT = Result(np.zeros((64, 48, 3), np.uint8), 3, "fake", "f", 4, 1.0)
+LIES: dict[str, Callable[[], Iterator[bytes]]] = {
+    "garbage": lambda: iter([b"\xff" * 100]),
+    "endless": lambda: endless(),
+    "huge frame": lambda: iter([struct.pack("!II", 10, 400_000_000)]),
+    "other size": lambda: iter([wire.encode(replace(RESULT, image=np.zeros((8, 8, 3), np.uint8)))]),
+    "other seed": lambda: iter([wire.encode(replace(RESULT, seed=4))]),
+    "a job": lambda: iter([wire.encode(Job("mine"))]),
+    "nothing": lambda: iter([]),
+}
+
+
+def endless() -> Iterator[bytes]:
+    frame = wire.encode(Step(1, 4)) * 1000
+    while True:
+        yield frame
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_lying_machine_does_no_harm(lie):
+    async def hello(request: Request) -> Response:
+        answer = proof(TOKEN, request.query_params["nonce"])
+        return JSONResponse({"proof": answer, "build": {"version": "1.0", "fingerprint": "same", "changed": 0}})
+
+    async def lies(request: Request) -> Response:
+        await request.body()
+        return StreamingResponse(LIES[lie]())
+
+    liar = Starlette(routes=[Route("/hello", hello), Route("/run", lies, methods=["POST"])])
+    honest = Machine()
+    with listening(liar) as url, machines(honest):
+        remote = RemoteExecutor([url, honest.url], TOKEN, BUILD)
+        for lineage in range(8):  # some of them belong to the liar
+            job = replace(known(EDIT), affinity=f"auto {lineage}")
+            assert run(remote, job).image.tobytes() == painted(job).tobytes()
+    assert len(honest.jobs) == 8
+
+
+def test_machine_that_comes_back_gets_its_lineages_again(monkeypatch):
+    from klein_mcp.daemon.executors import remote as remotes
+
+    monkeypatch.setattr(remotes, "REST", 0.2)
+    one, two = Machine(), Machine()
+    with machines(one, two) as remote:
+        run(remote, known(EDIT))
+        owner, other = (one, two) if one.jobs else (two, one)
+        paint, owner.executor.paint = owner.executor.paint, lambda job: 1 / 0
+        run(remote, known(EDIT))
+        owner.executor.paint = paint
+        time.sleep(0.3)
+        before = len(owner.jobs)
+        run(remote, known(EDIT))
+        assert len(owner.jobs) == before + 1
+        assert len(other.jobs) == 1
