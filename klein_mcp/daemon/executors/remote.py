@@ -86,7 +86,7 @@ class RemoteExecutor:
     """
 
     def __init__(self, urls: Sequence[str], token: str, build: BuildInfo) -> None:
-        """Raises EngineFailed for an address that would send images over a foreign network in the clear."""
+        """Raises EngineFailed for an address that would send images unencrypted."""
         import httpx2
 
         self._nodes = {url: Node(url) for url in map(_checked, urls)}
@@ -238,7 +238,7 @@ class RemoteExecutor:
         return False
 
     def _greet(self, node: Node) -> None:
-        """Let a node prove that it holds the token and runs our build, before it gets either token or image."""
+        """Let a node prove its token and build before it gets ours."""
         if node.greeted:
             return
         nonce = secrets.token_hex(16)
