@@ -28,7 +28,7 @@ from engine.families.klein.runner import CompileOptions, cache_folder, obstacle
 from engine.families.klein.variants import EMBEDDED, VARIANTS
 from engine.memory.cache import TensorCache, budgets
 from engine.memory.device import Device
-from engine.memory.plan import best, gb
+from engine.memory.plan import CONTEXT, best, gb
 from engine.registry import InstalledModel, ModelRegistry
 
 
@@ -116,6 +116,8 @@ class Engine:
         checkpoint = self.registry.resolve(name, self.config.variant, self.config.quant)
         options = self._options(loras=True)
         self.release()
+        limit = self.config.memory_limit
+        self.device.cap(None if limit is None else max(0, limit - CONTEXT))
         start = time.perf_counter()
         self._klein = yield from Klein.load(checkpoint, self.device, self.cache, options, self._compile_options())
         cache, spill = budgets(self._klein.free(self.device.free_bytes()), self.device.host_bytes())

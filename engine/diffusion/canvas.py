@@ -21,9 +21,9 @@ MAX_ASPECT = 8
 """Of a reference. Source: diffusers Flux2ImageProcessor.check_image_input."""
 
 
-def to_tensor(image: Rgb8) -> Tensor:
-    """[h, w, 3] uint8 -> [1, 3, h, w] fp32 in [-1, 1]."""
-    return rearrange(torch.from_numpy(np.array(image)), "h w c -> 1 c h w").float() / 255.0 * 2.0 - 1.0
+def to_tensor(image: Rgb8, device: torch.device | None = None) -> Tensor:
+    """[h, w, 3] uint8 -> [1, 3, h, w] fp32 in [-1, 1], converted on the device."""
+    return rearrange(torch.from_numpy(np.array(image)).to(device), "h w c -> 1 c h w").float() / 255.0 * 2.0 - 1.0
 
 
 def to_rgb8(pixels: Tensor) -> Rgb8:

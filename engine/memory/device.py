@@ -59,6 +59,13 @@ class Device:
             return torch.cuda.mem_get_info(self.device)[0]
         return _free_host_bytes()
 
+    def cap(self, limit: int | None) -> None:
+        """Let this process take no more than `limit` bytes of a GPU: torch frees what it caches, or fails."""
+        if self.is_cuda:
+            total = torch.cuda.mem_get_info(self.device)[1]
+            share = 1.0 if limit is None else min(1.0, max(0.0, limit / total))
+            torch.cuda.set_per_process_memory_fraction(share, self.device)
+
     def sync(self) -> None:
         """Wait for the device, so that a wall clock tells the truth."""
         if self.device.type == "cuda":

@@ -14,6 +14,9 @@ _PREFERENCE = ("klein-9b-kv", "klein-9b", "klein-4b")
 RESERVE = 500_000_000
 """Bytes of a device that are nobody's: workspaces of its libraries, and what its allocator cuts off."""
 
+CONTEXT = 600_000_000
+"""Bytes of a GPU that CUDA takes for a process before anything is computed. Observed: 570 MB, H200, torch 2.11."""
+
 SIDES = (1024, 768, 512, 256)
 """Of the squares that are tried, in pixels, where the wanted one does not fit."""
 
@@ -61,7 +64,13 @@ class MemoryInfo:
 
     @property
     def usable(self) -> int:
-        return self.free if self.limit is None else min(self.free, self.limit)
+        """Bytes for weights and work: of a limit on a GPU, the driver's context takes its part."""
+        return self.free if self.limit is None else min(self.free, max(0, self.limit - self.context))
+
+    @property
+    def context(self) -> int:
+        """Bytes of a limit that are the driver's."""
+        return CONTEXT if self.host is not None else 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,10 +79,15 @@ class ActivationMemory:
 
     side: int
     bytes: int
+    workspace: int = 0
+
+    def on(self, room: MemoryInfo) -> int:
+        """Bytes on this device: a GPU's convolutions need a workspace besides."""
+        return self.bytes + (self.workspace if room.host is not None else 0)
 
     def at(self, side: int) -> "ActivationMemory":
         """For a smaller square: nearly all of it grows with the area."""
-        return ActivationMemory(side, self.bytes * side**2 // self.side**2)
+        return ActivationMemory(side, *(size * side**2 // self.side**2 for size in (self.bytes, self.workspace)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +125,7 @@ def working(
 
     tokens: text, canvas and references together. decoder: its width at full size. blocks, references: where keys and
     values of so many reference tokens are kept in so many blocks. The factors were counted on the meta device at the
-    real shapes (tests/engine/test_memory.py): 20 hidden-wide rows a token, 3 decoder-wide pictures.
+    real shapes (tests/engine/test_memory.py): 20 hidden-wide rows a token, 3 decoder-wide images.
     """
     kept = 2 * blocks * references * hidden * itemsize
     return kept + max(21 * hidden * itemsize * tokens, 3 * decoder * itemsize * pixels + 16 * pixels)
@@ -144,7 +158,7 @@ def plan(
 
 def fits(needs: WeightSizes, room: MemoryInfo, work: ActivationMemory) -> PlacementPlan | None:
     """The plan, or None."""
-    fixed = needs.rest + work.bytes + RESERVE
+    fixed = needs.rest + work.on(room) + RESERVE
     if room.host is None:
         peak = needs.all + work.bytes + RESERVE
         return PlacementPlan(len(needs.blocks), len(needs.encoder), False, peak, 0) if peak <= room.usable else None
@@ -188,13 +202,13 @@ def _least(needs: WeightSizes, room: MemoryInfo, work: ActivationMemory) -> int:
     """The least device memory any plan needs."""
     if room.host is None:
         return needs.all + work.bytes + RESERVE
-    return needs.rest + work.bytes + RESERVE + SLOTS * max((*needs.encoder, *needs.blocks, 0))
+    return needs.rest + work.on(room) + RESERVE + SLOTS * max((*needs.encoder, *needs.blocks, 0))
 
 
 def _there(room: MemoryInfo) -> str:
     """What there is, and who keeps the rest: the user's own limit, or whoever holds much of the device."""
     if room.usable < room.free:
-        return f"the memory limit is {gb(room.usable)}."
+        return f"the memory limit is {gb(room.limit or 0)}."
     others = f" Other programs hold {gb(room.total - room.free)}." if _is_shared(room) else ""
     return f"{gb(room.free)} of {gb(room.total)} are free.{others}"
 
@@ -212,7 +226,7 @@ def _nearest(
 ) -> tuple[str, Fix | None]:
     """Return the nearest thing that would fit, as a hint or as a fix."""
     if room.usable < room.free and fits(needs, replace(room, limit=None), work) is not None:
-        return "", Fix("set", "memory", effect=f"with {gb(_least(needs, room, work))} it would fit")
+        return "", Fix("set", "memory", effect=f"with {gb(_least(needs, room, work) + room.context)} it would fit")
     if _is_shared(room) and fits(needs, replace(room, free=room.total), work) is not None:
         return "End the other program, or choose another device.", Fix("set", "device")
     for way, other in alternatives:

@@ -412,7 +412,7 @@ class Klein:
         """A reference's latent tokens, [1, tokens, channels]."""
 
         def encode() -> list[Tensor]:
-            pixels = to_tensor(reference.image).to(self.device.device, self.device.dtype)
+            pixels = to_tensor(reference.image, self.device.device).to(self.device.dtype)
             return [pack(self.runner.encode(pixels, mode))]
 
         (tokens,), hit = self.cache.get_or_compute((self.fingerprint, "latent", mode, reference.key), encode)
