@@ -6,8 +6,10 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from mcp import Client
+from PIL import Image
 
 from engine.contract import Rgb8
 from engine.nano.training.compositor import BACKGROUNDS
@@ -143,6 +145,22 @@ async def test_saving_enlarges_when_asked_and_says_when_it_did_not(agent: Client
     large = await call(agent, "save_image", image="last", path="large.png", size=512)
     assert (small["width"], large["width"]) == (128, 512)
     assert small["warnings"] == ["max_size 512 only shrinks: 128×128 was written; size enlarges"]
+
+
+async def test_three_transparent_icons_have_real_alpha(agent: Client, tmp_path: Path) -> None:
+    for subject in ("a cat", "a black square", "a white star on a blue background"):
+        facts = await call(agent, "generate_image", prompt=subject, background="transparent", seed=5)
+        with Image.open(facts["path"]) as opened:
+            assert opened.mode == "RGBA"
+            alpha = np.asarray(opened)[..., 3]
+        assert alpha[:4].max() == 0
+        assert 0.02 < (alpha > 250).mean() < 0.3
+        assert facts["alpha"]["rim"] <= 0.03
+        assert facts["alpha"]["residual"] <= 4
+    # The file that is saved has the alpha too.
+    saved = await call(agent, "save_image", image="last", path="star.png")
+    with Image.open(saved["saved"]) as opened:
+        assert opened.getextrema()[3] == (0, 255)
 
 
 async def test_unknown_noun_gets_the_nearest_and_the_way_out(agent: Client) -> None:

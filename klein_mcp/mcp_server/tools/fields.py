@@ -122,6 +122,7 @@ Model = Annotated[
     ),
     AfterValidator(_known_model),
 ]
+Background = Annotated[Literal["transparent"], Field(description="transparent: real alpha, measured.")]
 Preserve = Annotated[
     Literal["auto", "off"],
     Field(description="auto: pixels that did not change stay the original's; off: as painted."),
