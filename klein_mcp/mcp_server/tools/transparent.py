@@ -1,4 +1,4 @@
-"""Transparent images: a master, two edits of it onto other backings, and the alpha that explains all three."""
+"""Transparent images: a master and two edits of it on other backings."""
 
 import re
 import time
@@ -33,7 +33,7 @@ _BACKGROUND = re.compile(
 async def run_transparent(
     service: Service, call: CallContext, request: ImageRequest, show: str | None
 ) -> CallToolResult:
-    """Generate a transparent image, or an opaque one with the reason as its first warning."""
+    """Generate a transparent image, or warn why it is opaque."""
     from klein_mcp.images import alpha
 
     deadline, mode = time.monotonic() + service.settings.wait_budget, show_mode(service, call, show)
