@@ -147,7 +147,7 @@ def test_an_error_of_the_compiler_leaves_eager_images_and_its_reason(compiler: t
     assert np.array_equal(after.image, before)
 
 
-def test_a_change_of_mode_under_a_seed_is_payload(compiler: type[InstantCompiler]) -> None:
+def test_a_change_of_mode_under_a_seed_is_reported(compiler: type[InstantCompiler]) -> None:
     compiler.gate.set()
     klein = make()
     assert not generate(klein).warnings
@@ -155,7 +155,7 @@ def test_a_change_of_mode_under_a_seed_is_payload(compiler: type[InstantCompiler
     tune(klein)
     (warning,) = generate(klein).warnings
     assert "by compiled kernels, the same seed before by eager ones" in warning
-    assert not generate(klein).warnings, "payload once"
+    assert not generate(klein).warnings, "reported once"
     assert not generate(klein, replace(JOB, seed=4)).warnings
 
 
