@@ -2,7 +2,7 @@
 
 import difflib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -70,6 +70,8 @@ def one_line(text: str, limit: int = 600) -> str:
 
 def quote(value: Any, limit: int = 60) -> str:
     """Return a value as the caller wrote it, shortened for a message."""
+    if isinstance(value, str):
+        value = value[: limit + 1]  # before it is encoded: it may be megabytes
     text = json.dumps(value, ensure_ascii=False, default=str)
     return text if len(text) <= limit else text[: limit - 1] + "…"
 
@@ -77,10 +79,27 @@ def quote(value: Any, limit: int = 60) -> str:
 shown = quote  # until every caller uses the new name
 
 
+LONGEST_NAME = 100
+"""Characters; the longest name that is looked for is a model's."""
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """Return a sentence that names the nearest match, or ""."""
-    near = difflib.get_close_matches(word, list(known), 1)
+    # difflib takes seconds for a megabyte, and nothing is near to it.
+    near = difflib.get_close_matches(word, list(known), 1) if len(word) <= LONGEST_NAME else []
     return f"Did you mean {near[0]}?" if near else ""
+
+
+def unknown_arguments(tool: str, unknown: Sequence[str], known: Iterable[str]) -> str:
+    """Describe the first few arguments that a tool does not have."""
+    named = " ".join(f"{tool} has no argument {quote(name)}. {did_you_mean(name, known)}" for name in unknown[:3])
+    more = f" And {len(unknown) - 3} more." if len(unknown) > 3 else ""
+    takes = ", ".join(known)
+    return one_line(f"{named}{more} It takes {takes or 'none'}.")
+
+
+DESCRIBED = "described"
+"""Type of a validation error whose message says it all."""
 
 
 def argument_errors(tool: str, errors: Iterable[Mapping[str, Any]], properties: Mapping[str, Any]) -> str:
@@ -96,12 +115,10 @@ def argument_errors(tool: str, errors: Iterable[Mapping[str, Any]], properties: 
 
 
 def _argument_error(tool: str, name: str, error: Mapping[str, Any], properties: Mapping[str, Any]) -> str:
-    if error["type"] == "extra_forbidden":
-        return (
-            f"{tool} has no argument {quote(name)}. {did_you_mean(name, properties)} It takes {', '.join(properties)}."
-        )
     if not name:
         return error["ctx"]["error"].args[0] if error["type"] == "value_error" else f"{tool}: {error['msg']}."
+    if error["type"] == DESCRIBED:
+        return f"{name} {error['msg']}."
     allowed = describe(properties[name])
     if error["type"] == "missing":
         return f"{name} is missing; it must be {allowed}."

@@ -76,6 +76,16 @@ def text(metadata: Mapping[str, Any]) -> TextContent:
     return TextContent(type="text", text=json.dumps(metadata, ensure_ascii=False, separators=(",", ":")))
 
 
+def with_warning(result: CallToolResult, warning: str) -> CallToolResult:
+    """Add a warning to the JSON line of a result."""
+    first, *others = result.content
+    if not isinstance(first, TextContent):
+        return result
+    metadata = json.loads(first.text)
+    metadata["warnings"] = [*metadata.get("warnings", ()), warning]
+    return result.model_copy(update={"content": [text(metadata), *others]})
+
+
 def image_block(data: bytes, mime: str) -> ImageContent:
     return ImageContent(type="image", data=base64.b64encode(data).decode(), mime_type=mime)
 

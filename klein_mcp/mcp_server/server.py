@@ -40,6 +40,7 @@ from klein_mcp.jobs.context import CallContext
 from klein_mcp.jobs.service import Service
 from klein_mcp.mcp_server import prompts, resources, results, studio_app, studio_resources
 from klein_mcp.mcp_server.tools import TOOLS
+from klein_mcp.mcp_server.tools.leniency import ignored_warning, split_client_arguments
 from klein_mcp.mcp_server.tools.tool import Tool
 from klein_mcp.studio import picks
 from klein_mcp.studio.feed import Feed
@@ -126,7 +127,9 @@ class KleinServer(MCPServer):
                 raise RequestError(
                     f"There is no tool {shown(name)}. {did_you_mean(name, known)} There are {', '.join(known)}."
                 )
-            return await tool.run(self.service, call, tool.parse(arguments))
+            arguments, added = split_client_arguments(arguments, tool.arguments.model_fields)
+            result = await tool.run(self.service, call, tool.parse(arguments))
+            return results.with_warning(result, ignored_warning(added)) if added else result
         except Busy as exc:
             return _error_result(f"{explain(exc)} Try again in {exc.retry_after:.0f} s.")
         except EngineError as exc:

@@ -1,7 +1,6 @@
 """Arguments that several tools share: type, limits, description."""
 
-import json
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import (
     AfterValidator,
@@ -14,12 +13,24 @@ from pydantic import (
     WithJsonSchema,
     field_validator,
 )
+from pydantic_core import PydanticCustomError
 
 from engine.families.klein.variants import VARIANTS
+from klein_mcp.errors import DESCRIBED
 from klein_mcp.limits import MAX_SEED, MAX_SIDE, MIN_SIDE
+from klein_mcp.mcp_server.tools.leniency import as_choice, as_list, as_number, from_json_list, is_placeholder
 
 MAX_PROMPT = 4000
 """Characters; klein reads 512 tokens, about 2,000 characters of English."""
+
+MAX_PATH = 2000
+"""Characters; Linux allows 4,096, Windows 260 where nobody changed it."""
+
+EXACT = 2**53 - 1
+"""The largest whole number that every JSON reader keeps; larger seeds travel as text."""
+
+NOTHING = {"seed": -1, "width": 0, "height": 0, "max_size": 0}
+"""Numbers for "nothing", by models that must fill in every argument. -1 is a random seed in other tools."""
 
 MAX_REFERENCES = max(row.max_references for row in VARIANTS.values())
 
@@ -31,25 +42,34 @@ class Arguments(BaseModel):
 
     @field_validator("*", mode="before")
     @classmethod
-    def _unquoted(cls, value: Any, info: ValidationInfo) -> Any:
-        """Accept a list as JSON text, and null for an omitted argument.
+    def _omitted(cls, value: Any, info: ValidationInfo) -> Any:
+        """Take a placeholder in an optional argument as an omitted one."""
+        name = info.field_name or ""
+        field = cls.model_fields[name]
+        if field.is_required():
+            return value
+        zeros = name == "region" and isinstance(sides := as_list(value), list) and {*map(str, sides)} == {"0"}
+        nothing = is_placeholder(value) or zeros or (name in NOTHING and as_number(value) == NOTHING[name])
+        return field.default if nothing else value
 
-        Some clients send these.
-        """
-        field = cls.model_fields[info.field_name or ""]
-        if value is None and not field.is_required():
-            return field.default
-        if isinstance(value, str) and value.lstrip().startswith("[") and field.annotation is not str:
-            try:
-                return json.loads(value)
-            except ValueError:
-                return value
+
+def _seed(value: Any) -> Any:
+    """Refuse a number that a client may have rounded on its way."""
+    if isinstance(value, int) and value > EXACT:
+        raise ValueError("may be rounded")
+    return as_number(value)
+
+
+def _at_most(length: int) -> AfterValidator:
+    """Check a length here: llama.cpp makes that many rules of a maxLength."""
+
+    def check(value: str) -> str:
+        if len(value) > length:
+            counted = {"length": len(value), "most": length}
+            raise PydanticCustomError(DESCRIBED, "has {length} characters; at most {most}", counted)
         return value
 
-
-def _whole_number(value: Any) -> Any:
-    """Accept a number as text, as our own results give a seed."""
-    return int(value) if isinstance(value, str) and value.strip().isdecimal() else value
+    return AfterValidator(check)
 
 
 def _known_model(name: str) -> str:
@@ -60,7 +80,8 @@ def _known_model(name: str) -> str:
 
 Prompt = Annotated[
     str,
-    StringConstraints(strip_whitespace=True, min_length=1, max_length=MAX_PROMPT),
+    StringConstraints(strip_whitespace=True, min_length=1),
+    _at_most(MAX_PROMPT),
     Field(description="What the image shows, in plain sentences."),
 ]
 EditPrompts = Annotated[
@@ -72,10 +93,12 @@ EditPrompts = Annotated[
             "description": "What to change, as an instruction. Or up to 8, each an edit of the result before it.",
         }
     ),
+    BeforeValidator(from_json_list),
 ]
 ComposePrompt = Annotated[
     str,
-    StringConstraints(strip_whitespace=True, min_length=1, max_length=MAX_PROMPT),
+    StringConstraints(strip_whitespace=True, min_length=1),
+    _at_most(MAX_PROMPT),
     Field(description='The new image; call the references "image 1", "image 2", ….'),
 ]
 ImageRef = Annotated[
@@ -90,6 +113,7 @@ Images = Annotated[
         max_length=MAX_REFERENCES,
         description="References in order: handles, last, last~1, or absolute paths.",
     ),
+    BeforeValidator(as_list),
 ]
 Mask = Annotated[
     str,
@@ -99,20 +123,25 @@ Mask = Annotated[
 Region = Annotated[
     list[int],
     Field(min_length=4, max_length=4, description="[x, y, width, height] in pixels of the image."),
+    BeforeValidator(as_list),
 ]
-Side = Annotated[int, Field(ge=MIN_SIDE, le=MAX_SIDE), BeforeValidator(_whole_number)]
+Side = Annotated[int, Field(ge=MIN_SIDE, le=MAX_SIDE), BeforeValidator(as_number)]
 Width = Annotated[Side, Field(description="Pixels; with height, instead of aspect_ratio.")]
 EditWidth = Annotated[Side, Field(description="Pixels; with height, instead of the image's own size.")]
 Height = Annotated[Side, Field(description="Pixels; with width.")]
+AspectRatio = Literal["1:1", "4:3", "3:4", "3:2", "2:3", "16:9", "9:16", "21:9", "9:21"]
 Aspect = Annotated[
-    Literal["1:1", "4:3", "3:4", "3:2", "2:3", "16:9", "9:16", "21:9", "9:21"],
+    AspectRatio,
     Field(description="Shape at the model's best size."),
+    BeforeValidator(lambda value: as_choice(value, get_args(AspectRatio))),
 ]
 Count = Annotated[int, Field(ge=1, le=4, description="Number of images; the seed counts up.")]
 Seed = Annotated[
     int,
-    Field(ge=0, le=MAX_SEED, description="Same seed, same image. Default: random."),
-    BeforeValidator(_whole_number),
+    Field(
+        ge=0, le=MAX_SEED, description="Same seed, same image. Default: random.", json_schema_extra={"maximum": EXACT}
+    ),
+    BeforeValidator(_seed),
 ]
 Model = Annotated[
     str,
@@ -121,25 +150,34 @@ Model = Annotated[
         json_schema_extra={"enum": ["auto", *VARIANTS], "x-mcp-header": "Model"},
     ),
     AfterValidator(_known_model),
+    BeforeValidator(lambda value: as_choice(value, ("auto", *VARIANTS))),
 ]
 Background = Annotated[Literal["transparent"], Field(description="transparent: real alpha, measured.")]
 Preserve = Annotated[
     Literal["auto", "off"],
     Field(description="auto: pixels that did not change stay the original's; off: as painted."),
 ]
+ShowMode = Literal["inline", "link", "none"]
 Show = Annotated[
-    Literal["inline", "link", "none"],
+    ShowMode,
     Field(description="inline: a preview in the result. Default: what your client shows."),
+    BeforeValidator(lambda value: as_choice(value, get_args(ShowMode))),
 ]
 
 
 JobHandle = Annotated[str, Field(min_length=1, max_length=64, description='The "job" of the previous result.')]
 SavePath = Annotated[
     str,
-    StringConstraints(strip_whitespace=True, min_length=1, max_length=2000),
+    StringConstraints(strip_whitespace=True, min_length=1),
+    _at_most(MAX_PATH),
     Field(description="File or folder: absolute, or from the project's folder."),
 ]
-SaveFormat = Annotated[Literal["png", "jpeg", "webp"], Field(description="Default: by the path, else png.")]
+FileFormat = Literal["png", "jpeg", "webp"]
+SaveFormat = Annotated[
+    FileFormat,
+    Field(description="Default: by the path, else png."),
+    BeforeValidator(lambda value: as_choice(value, get_args(FileFormat))),
+]
 SaveSize = Annotated[int, Field(ge=16, le=8192, description="Shrink to this long edge.")]
 Strip = Annotated[bool, Field(description="Leave out how it was made.")]
 Overwrite = Annotated[bool, Field(description="Replace a file that exists.")]

@@ -8,7 +8,7 @@ from mcp_types import CallToolResult, ToolAnnotations
 from mcp_types import Tool as Listed
 from pydantic import ValidationError
 
-from klein_mcp.errors import RequestError, argument_errors
+from klein_mcp.errors import RequestError, argument_errors, unknown_arguments
 from klein_mcp.jobs.context import CallContext
 from klein_mcp.jobs.service import Service
 from klein_mcp.mcp_server.tools.fields import Arguments
@@ -52,6 +52,10 @@ class Tool:
 
     def parse(self, arguments: dict[str, Any]) -> Arguments:
         """Validate. Raises RequestError that quotes the published schema."""
+        known = self.arguments.model_fields
+        if unknown := [name for name in arguments if name not in known]:
+            # Before pydantic, which makes an error of each: a client once sent 350,000.
+            raise RequestError(unknown_arguments(self.name, unknown, known))
         try:
             return self.arguments.model_validate(arguments)
         except ValidationError as exc:
