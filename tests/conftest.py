@@ -82,9 +82,3 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RealServer]:
     """The real program on the embedded model, one engine for all tests that ask for it."""
     with real_server(tmp_path_factory.mktemp("server")) as started:
         yield started
-
-
-@pytest.fixture(scope="session")
-def living(server: RealServer) -> RealServer:
-    """The same, until every test uses the new name."""
-    return server

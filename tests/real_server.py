@@ -71,6 +71,3 @@ def wait_until_listening(port: int, process: "subprocess.Popen[bytes]") -> None:
         else:
             return
     raise AssertionError(f"nothing listened on port {port} within {PATIENCE} seconds")
-
-
-Living, living = RealServer, real_server  # until every test uses the new names

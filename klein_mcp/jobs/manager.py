@@ -401,7 +401,8 @@ class JobManager:
             for longest in self._wanted_previews(job)
         ]
         storing = asyncio.to_thread(save.save, store, handle, finished, prepared, result, job.client)
-        (saved, pixel_hash), *_ = await asyncio.gather(storing, *previews)
+        made_previews = asyncio.gather(*previews)
+        (saved, pixel_hash), _ = await asyncio.gather(storing, made_previews)
         pixels.add(pixel_hash, finished.pixels)
         self._queue.prefetch(finished.pixels)
         job.saved.append(saved)

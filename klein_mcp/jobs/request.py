@@ -120,14 +120,14 @@ def _size_to_json(size: Size) -> dict[str, Any]:
 
 
 def _size_from_json(data: Mapping[str, Any]) -> Size:
-    size = data.get("size") or {}
+    size: Mapping[str, Any] = data.get("size") or {}
     # Until 0.1 a request spelled its size out in four fields beside each other.
     if (size.get("keep_source") if size else data.get("keep_size")) is True:
         return KeepSource()
-    exact = size.get("exact") or (data.get("width"), data.get("height"))
-    if exact[0] is not None:
+    exact: Any = size.get("exact") or (data.get("width"), data.get("height"))
+    if None not in exact:
         return Exact(int(exact[0]), int(exact[1]))
-    aspect = size.get("aspect") or data.get("aspect")
+    aspect: Any = size.get("aspect") or data.get("aspect")
     return Aspect(int(aspect[0]), int(aspect[1])) if aspect else Native()
 
 

@@ -32,7 +32,7 @@ from engine.contract import EngineConfig, Job, Result, Rgb8
 from engine.engine import Engine
 from engine.registry import NANO
 from tests.bench.comparisons import HEAD, Row, compare
-from tests.real_server import Living, living
+from tests.real_server import RealServer, real_server
 
 SIDE = 128
 THREADS = 1
@@ -47,7 +47,7 @@ def main(rounds: int) -> None:
         for kv in (False, True):
             for row in engine_rows(_model(Path(folder), kv=kv), kv=kv, rounds=rounds):
                 print(row.markdown(), flush=True)
-        with living(Path(folder) / "home") as place:
+        with real_server(Path(folder) / "home") as place:
             print()
             for line in server_lines(place):
                 print(line, flush=True)
@@ -93,13 +93,13 @@ def engine_rows(model: Path, *, kv: bool, rounds: int) -> Iterator[Row]:
                           target=target, rounds=rounds)  # fmt: skip
 
 
-def server_lines(place: Living) -> Iterator[str]:
+def server_lines(place: RealServer) -> Iterator[str]:
     """What a client of the real stdio server waits for."""
     yield f"exec to tools/list: {_doors(place)}"
     yield from anyio.run(_server_lines, place)
 
 
-async def _server_lines(place: Living) -> list[str]:
+async def _server_lines(place: RealServer) -> list[str]:
     from mcp.client import Client
 
     start, rows = time.perf_counter(), []
@@ -143,7 +143,7 @@ server.run("stdio")
 """
 
 
-def _doors(place: Living, rounds: int = 5) -> str:
+def _doors(place: RealServer, rounds: int = 5) -> str:
     """Our stdio server beside a server of one tool on the same SDK."""
     asked = [
         {"jsonrpc": "2.0", "id": 1, "method": "initialize", "params": {

@@ -304,7 +304,7 @@ class Bench:
                 for count in (0, 1):
                     arguments = example.step(count * side * side)
                     parts[f"step, {count} references"] = lambda arguments=arguments, mode=mode: (
-                        self.klein.runner.velocity((0, 0, ()), *arguments, mode)
+                        self.klein.runner.velocity((0, 0, ()), *arguments, mode)  # type: ignore[arg-type, call-arg]
                     )
                 for name, part in parts.items():
                     found[f"{name}, {mode}, {16 * side}"] = self._taken(part)

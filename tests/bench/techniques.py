@@ -27,7 +27,7 @@ def measure(bench: "Bench") -> dict[str, Any]:
         with ops.chosen(norm_silu=norm):
             found[f"decode, {name}"] = _ms(bench, lambda: runner.decode(latent, "eager"))
             found[f"encode, {name}"] = _ms(bench, lambda: runner.encode(image, "eager"))
-    last = copy.deepcopy(runner.autoencoder).to(memory_format=torch.channels_last)
+    last = copy.deepcopy(runner.autoencoder).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     found["decode, two-pass norm, channels-last"] = _ms(bench, lambda: last.decode(latent))
     found["encode, two-pass norm, channels-last"] = _ms(bench, lambda: last.encode(image))
     if runner.mode == "compiled":

@@ -230,10 +230,9 @@ def test_quantised_layers_keep_their_codes_and_are_changed_beside(kind: str, fol
     for i, (layer, (rows, columns)) in enumerate(LAYERS.items()):
         beside = quantised.get_submodule(layer)
         assert isinstance(beside, LoraLinear)
-        assert torch.equal(
-            beside.layer.weight.view(torch.uint8),
-            plain.get_submodule(layer).weight.view(torch.uint8),  # type: ignore[operator]
-        )
+        before: Any = plain.get_submodule(layer).weight
+        after: Any = beside.layer.weight
+        assert torch.equal(after.view(torch.uint8), before.view(torch.uint8))
         x = torch.randn(2, 5, columns)
         up, down = factors(rows, columns, i)
         want = plain.get_submodule(layer)(x) + 0.5 * x @ (up @ down).T

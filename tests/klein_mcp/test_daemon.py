@@ -61,7 +61,7 @@ async def run(front_end: DaemonClient, prompt: str = "a", *, client: str = "me",
     return events
 
 
-def inner(event: JobEvent) -> object:
+def inner(event: JobEvent) -> Any:
     return event.event if isinstance(event, Progressed) else event
 
 
@@ -102,8 +102,9 @@ async def test_daemon_answers_while_it_loads_and_says_how_far_it_is(front_end):
     loading = []
     async with aclosing(front_end.run(generate("load=1.5"), client="me")) as events:
         async for event in events:
-            if isinstance(inner(event), Loading) and inner(event).fraction:
-                loading.append(inner(event).fraction)
+            seen = inner(event)
+            if isinstance(seen, Loading) and seen.fraction:
+                loading.append(seen.fraction)
                 status = await front_end.status()
                 assert status.queue.running
                 assert not status.engine.loaded
@@ -310,7 +311,9 @@ async def test_idle_weights_leave_and_later_the_process(tmp_path, monkeypatch):
         await run(front_end)
         (first,) = daemons(tmp_path)
         await until(lambda: "releasing the weights" in (tmp_path / "daemon.log").read_text())
-        assert not (await front_end.status()).engine.loaded
+        engine = (await front_end.status()).engine
+        assert engine is not None
+        assert not engine.loaded
         assert any(isinstance(inner(event), Loading) and inner(event).model == "fake" for event in await run(front_end))
         await gone(tmp_path)
         assert isinstance((await run(front_end))[-1], Done)
@@ -392,7 +395,9 @@ async def test_eight_front_ends_that_start_at_once_share_one_daemon(tmp_path):
         results = await asyncio.gather(*(run(each, client=str(n)) for n, each in enumerate(front_ends)))
         assert all(isinstance(events[-1], Done) for events in results)
         assert len(daemons(home)) == 1
-        assert (await front_ends[0].status()).queue.done == 8
+        queue = (await front_ends[0].status()).queue
+        assert queue is not None
+        assert queue.done == 8
         await front_ends[0].stop()
         [await each.aclose() for each in front_ends]
         await gone(home)

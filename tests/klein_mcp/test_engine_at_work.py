@@ -91,4 +91,6 @@ def test_device_that_stays_full_is_an_error_with_numbers(queue: Queue, engine: E
     assert "\n" not in str(error)
     assert str(error).count(" GB") == 3
     assert isinstance(Waiter(queue, "a dog", "a").end, Result)
-    assert queue.engine_status().cache.entries >= 1
+    status = queue.engine_status()
+    assert status is not None
+    assert status.cache.entries >= 1

@@ -15,7 +15,7 @@ import pytest
 from mcp import Client
 
 from klein_mcp.daemon import endpoint as addresses
-from tests.real_server import Living, living
+from tests.real_server import RealServer, real_server
 from tests.tool_calls import call, refused
 
 pytestmark = pytest.mark.anyio
@@ -30,7 +30,7 @@ INITIALIZE = {
 class Typed:
     """A stdio door that a test types into, line by line."""
 
-    def __init__(self, place: Living) -> None:
+    def __init__(self, place: RealServer) -> None:
         server = place.stdio()
         self.process = subprocess.Popen(
             [server.command, *server.args],
@@ -67,7 +67,7 @@ class Typed:
 
 
 @contextmanager
-def typed(place: Living) -> Iterator[Typed]:
+def typed(place: RealServer) -> Iterator[Typed]:
     door = Typed(place)
     try:
         yield door
@@ -78,15 +78,15 @@ def typed(place: Living) -> Iterator[Typed]:
         door.stdout.close()
 
 
-def running(place: Living) -> bool:
+def running(place: RealServer) -> bool:
     """Whether the engine paints."""
     state = json.loads(place.run("-m", "klein_mcp", "status", "--json").stdout)
     return bool(state["running"] and state["queue"]["running"])
 
 
 @pytest.mark.parametrize("how", ["end of file", "SIGTERM", "SIGINT"])
-def test_front_end_whose_client_leaves_ends_and_cancels_its_job(living: Living, how: str):
-    with typed(living) as door:
+def test_front_end_whose_client_leaves_ends_and_cancels_its_job(server: RealServer, how: str):
+    with typed(server) as door:
         door.shake_hands()
         arguments = {"prompt": "a cat", "width": 512, "height": 512, "count": 4}
         params = {"name": "generate_image", "arguments": arguments, "_meta": {"progressToken": 1}}
@@ -98,9 +98,9 @@ def test_front_end_whose_client_leaves_ends_and_cancels_its_job(living: Living, 
             door.process.send_signal(signal.Signals[how])
         door.process.wait(60)
     deadline = time.monotonic() + 60
-    while running(living):
+    while running(server):
         assert time.monotonic() < deadline
-    assert not list((living.home / "library" / "incoming").glob("*/*"))
+    assert not list((server.home / "library" / "incoming").glob("*/*"))
 
 
 NONSENSE = [
@@ -118,8 +118,8 @@ NONSENSE = [
 ]
 
 
-def test_a_client_that_talks_nonsense_is_still_answered_afterwards(living: Living):
-    with typed(living) as door:
+def test_a_client_that_talks_nonsense_is_still_answered_afterwards(server: RealServer):
+    with typed(server) as door:
         door.shake_hands()
         for line in NONSENSE:
             door.line(line)
@@ -187,24 +187,24 @@ def test_a_data_folder_that_is_not_writable_is_one_line(tmp_path: Path):
 
 @posix
 @as_root
-def test_another_user_of_the_machine_is_not_let_in(living: Living):
+def test_another_user_of_the_machine_is_not_let_in(server: RealServer):
     """Even one who is knows where the data folder is, and who could reach the port."""
-    living.run("-m", "klein_mcp", "demo", "--out", str(living.home / "demo"))
-    address = addresses.read(living.home)
+    server.run("-m", "klein_mcp", "demo", "--out", str(server.home / "demo"))
+    address = addresses.read(server.home)
     assert address
-    paths = (living.home, *list(living.home.parents)[:3])
+    paths = (server.home, *list(server.home.parents)[:3])
     modes = [path.stat().st_mode for path in paths]
     for path in paths:
         path.chmod(0o777)  # as careless as one can be
     try:
-        message = dropped(living.home)
-        assert (living.home / "daemon.json").stat().st_mode & 0o077 == 0
+        message = dropped(server.home)
+        assert (server.home / "daemon.json").stat().st_mode & 0o077 == 0
     finally:
         for path, mode in zip(paths, modes, strict=True):
             path.chmod(mode)
     assert "Submitted" not in message
     assert "refused:" in message
-    assert addresses.read(living.home) == address
+    assert addresses.read(server.home) == address
 
 
 @posix
@@ -234,7 +234,7 @@ def small_disk(folder: Path, size: str) -> Iterator[Path]:
 @posix
 @as_root
 async def test_a_full_disk_is_one_line_and_nothing_is_lost(tmp_path: Path):
-    with small_disk(tmp_path / "disk", "3m") as disk, living(disk / "home") as place:
+    with small_disk(tmp_path / "disk", "3m") as disk, real_server(disk / "home") as place:
         async with Client(place.stdio()) as client:
             painted = [await call(client, "generate_image", prompt="a cat on red", seed=1)]
             filler = disk / "filler"
@@ -260,7 +260,7 @@ async def test_the_engine_starts_on_a_full_disk_or_says_why(tmp_path: Path):
     with small_disk(tmp_path / "disk", "40k") as disk:
         with open(disk / "filler", "wb") as file:
             file.write(bytes(32 * 1024))
-        with living(disk / "home") as place:
+        with real_server(disk / "home") as place:
             async with Client(place.stdio()) as client:
                 message = await refused(client, "generate_image", prompt="a cat on red", seed=1)
         assert "Traceback" not in message

@@ -7,7 +7,7 @@ import anyio
 import pytest
 from mcp import Client
 
-from tests.real_server import living
+from tests.real_server import real_server
 from tests.soak.test_soak import resident
 from tests.tool_calls import call
 
@@ -30,7 +30,7 @@ def of(home: Path) -> dict[int, bool]:
 
 
 async def test_eight_front_ends_share_one_torch_and_each_stays_small(tmp_path: Path):
-    with living(tmp_path / "home") as place:
+    with real_server(tmp_path / "home") as place:
         async with AsyncExitStack() as stack:
             # However slow the machine: what is handed over is not yet the client's last.
             server = place.stdio(KLEIN_WAIT_BUDGET="600")

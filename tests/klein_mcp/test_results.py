@@ -28,7 +28,7 @@ async def test_json_line_holds_everything_a_text_only_client_needs(client: Clien
     assert (payload["seed"], payload["size"]) == ("7", [128, 128])
     assert payload["path"].endswith(f"/images/{payload['image']}.png")
     (content,) = (await client.read_resource(f"klein://images/{payload['image']}/recipe")).contents
-    recipe = json.loads(content.text)
+    recipe = json.loads(content.text)  # type: ignore[union-attr]
     assert (recipe["seed"], recipe["model"], recipe["steps"], recipe["parents"]) == ("7", "nano", 4, [])
     assert recipe["cache"] == {"prompt": "miss", "references": "none"}
     assert {"prompt", "denoise", "decode"} <= set(recipe["ms"])

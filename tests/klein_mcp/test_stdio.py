@@ -201,7 +201,7 @@ def test_result_is_a_line_a_preview_and_a_link(studio: Studio):
     assert kinds(result) == ["text", "image", "resource_link"]
     payload = line(result)
     assert payload["seed"] == "3"
-    assert len(result.content[0].text) <= 180
+    assert len(result.content[0].text) <= 180  # type: ignore[union-attr]
     assert preview(result).shape == image(payload).shape
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,9 +18,9 @@ def library(tmp_path: Path) -> Iterator[Store]:
     store.close()
 
 
-def put(store: Store, prompt: str | None = "an apple", seed: int = 1, client: str = "agent", **more: object) -> Record:
+def put(store: Store, prompt: str | None = "an apple", seed: int = 1, client: str = "agent", **more: Any) -> Record:
     handle = store.new_handle()
-    details: dict[str, object] = {
+    details: dict[str, Any] = {
         "client": client,
         "tool": "generate_image",
         "recipe": {"seed": str(seed), "model": "nano"},
@@ -27,10 +28,10 @@ def put(store: Store, prompt: str | None = "an apple", seed: int = 1, client: st
         "size": (64, 64),
         **more,
     }
-    return store.put(handle.encode(), handle=handle, pixels=handle, **details)  # type: ignore[arg-type]
+    return store.put(handle.encode(), handle=handle, pixels=handle, **details)
 
 
-def sheet(store: Store, seed: int, count: int, **more: object) -> list[str]:
+def sheet(store: Store, seed: int, count: int, **more: Any) -> list[str]:
     return [put(store, seed=seed + k, **more).handle for k in range(count)]
 
 
