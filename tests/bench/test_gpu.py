@@ -7,21 +7,31 @@ from pathlib import Path
 
 import pytest
 
+from engine.families.klein.runner import Runner
 from tests.bench import gpu
 from tests.bench.ceilings import Ceilings
 from tests.bench.floors import Counts
 from tests.bench.full_size_models import GIANTS
-from tests.bench.report import markdown, with_compiled
+from tests.bench.report import Line, markdown, with_compiled
 from tests.bench.scenarios import SCENARIOS, TARGETS
 
 ROOT = Path(__file__).parents[2]
 
 
+QUICK = ("ceilings", "first images untuned", "same images", "eager", "tuned", "memory by part", "drift")
+"""Sections that compile nothing: tracing the toys alone takes minutes beside other load."""
+
+
+def smoke(folder: Path, only: tuple[str, ...]) -> gpu.Bench:
+    return gpu.main(replace(gpu.Settings.smoke(), json=folder / "gpu.json", only=only))[0]
+
+
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory: pytest.TempPathFactory) -> gpu.Bench:
-    """The smoke run, its file beside it."""
-    settings = replace(gpu.Settings.smoke(), json=tmp_path_factory.mktemp("bench") / "gpu.json")
-    return gpu.main(settings)[0]
+    """The quick sections of the smoke run, its file beside it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Runner, "tune", lambda self: False)
+        return smoke(tmp_path_factory.mktemp("bench"), QUICK)
 
 
 @pytest.fixture(scope="module")
@@ -29,10 +39,16 @@ def counts() -> Counts:
     return Counts(GIANTS["4B"])
 
 
-def test_every_section_of_the_smoke_run_ends(bench: gpu.Bench) -> None:
-    sections = bench.found["sections"]
+@pytest.mark.bench
+def test_every_section_of_the_smoke_run_ends(tmp_path: Path) -> None:
+    sections = smoke(tmp_path, ()).found["sections"]
     assert {name for name, section in sections.items() if "error" in section or "skipped" in section} == set()
     assert sections["tuning cold"]["mode"] == "compiled"
+
+
+def test_quick_sections_end_and_fill_every_line(bench: gpu.Bench) -> None:
+    sections = bench.found["sections"]
+    assert {name for name, section in sections.items() if "error" in section or "skipped" in section} == set()
     assert [line.name for line in bench.lines] == [scenario.name for scenario in bench.settings.scenarios]
     for line in bench.lines:
         assert {"ours", "eager"} <= line.ms.keys()
@@ -41,10 +57,18 @@ def test_every_section_of_the_smoke_run_ends(bench: gpu.Bench) -> None:
 
 def test_tables_hold_every_line(bench: gpu.Bench) -> None:
     table = markdown(bench.found, bench.lines)
-    for line in with_compiled(bench.lines, bench.found["sections"]["diffusers compiled"]):
+    for line in bench.lines:
         assert line.markdown() in table
     cells = {line.count("|") for line in table.splitlines() if line.startswith("|")}
-    assert cells == {11, 9}  # the two tables, and no broken row
+    assert cells == {11}  # no broken row
+
+
+def test_a_side_timed_apart_is_scaled_to_the_same_run() -> None:
+    line = Line("a", 100.0, {"ours": 200.0, "eager": 400.0}, {"compiled": 0.9})
+    (scaled,) = with_compiled([line], {"a": {"ratio": 0.8}})
+    assert scaled.ms["compiled"] == 250.0
+    assert "met" in scaled.markdown()
+    assert with_compiled([line], {"took": 1.0}) == [line]
 
 
 def test_the_file_holds_what_was_printed(bench: gpu.Bench) -> None:
