@@ -190,6 +190,8 @@ class EngineConfig:
 
     models, hub: folders and files to search for models, and the hub's cache.
     variant: the klein a single file holds, where the file cannot tell.
+    text_encoder, vae: name or path of the companion that a single file uses; None: the one that suits best.
+    answers: file in which answers about model files are kept, such as their hashes.
     quant: fp8 or nvfp4 for the transformer's blocks; None keeps the format of the files.
     loras: names or paths, each with an optional :scale.
     memory_limit: bytes of the device the process may use.
@@ -203,6 +205,9 @@ class EngineConfig:
     dtype: str | None = None
     threads: int | None = None
     variant: str | None = None
+    text_encoder: str | None = None
+    vae: str | None = None
+    answers: Path | None = None
     quant: str | None = None
     loras: tuple[str, ...] = ()
     decoder: Literal["full", "small"] = "full"

@@ -1,4 +1,4 @@
-"""Explain why a file or folder that looks like a model cannot be used."""
+"""Explain why what looks like a model cannot be used."""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ _KLEIN = "klein"
 
 
 def reason(file: Path) -> BadWeights | None:
-    """Return why a single file is no usable model, None for one that is, or has nothing to do with klein."""
+    """Return why a klein in a single file is unusable, else None."""
     try:
         header = read_header(file)
     except BadWeights as error:
@@ -35,7 +35,7 @@ def reason(file: Path) -> BadWeights | None:
 
 
 def not_a_model(folder: Path, kleins: list[Path], index: str) -> BadWeights:
-    """Return the error for a folder without an index that was given as a model: what it has instead."""
+    """Return the error for a folder without an index: what it has."""
     if kleins:
         names = ", ".join(file.name for file in kleins)
         return BadWeights(f"{folder} has {len(kleins)} klein files: {names}.", hint="Give one of them.")

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from engine.contract import (
+    BadWeights,
     EngineConfig,
     EngineError,
     EngineStatus,
@@ -21,6 +22,8 @@ from engine.contract import (
     Rgb8,
 )
 from engine.families.klein import lora
+from engine.families.klein.answers import Answers
+from engine.families.klein.checkpoint import Checkpoint
 from engine.families.klein.footprint import memory_info
 from engine.families.klein.loader import LoadOptions, prepare
 from engine.families.klein.pipeline import Klein
@@ -38,7 +41,15 @@ class Engine:
     def __init__(self, config: EngineConfig | None = None) -> None:
         """Raises InvalidJob for a device or number format that this machine lacks."""
         self.config = config = config or EngineConfig()
-        self.registry = ModelRegistry(config.models, config.hub, small_decoder=config.decoder == "small")
+        self.registry = ModelRegistry(
+            config.models,
+            config.hub,
+            small_decoder=config.decoder == "small",
+            variant=config.variant,
+            text_encoder=config.text_encoder,
+            vae=config.vae,
+            answers=Answers(config.answers),
+        )
         self.device = Device.choose(config.device, config.dtype)
         self.cache = TensorCache(config.cache_bytes or 0, config.spill_bytes or 0)
         self._latest: Rgb8 | None = None  # the image made last
@@ -48,6 +59,7 @@ class Engine:
         self._klein: Klein | None = None
         self._name = self._chosen = ""
         self._auto: tuple[dict[str, Path], str] | None = None  # what was installed, and the best of it
+        self._unusable: set[str] = set()  # what auto chose and could not load
         if config.threads:
             torch.set_num_threads(config.threads)
 
@@ -110,10 +122,22 @@ class Engine:
         )
 
     def _load(self, model: str) -> Generator[Loading, None, tuple[Klein, float]]:
-        name = self._choice() if model == "auto" else model
+        while model == "auto":
+            name = self._choice()
+            try:
+                return (yield from self._load_named(name))
+            except (BadWeights, OutOfMemory):
+                # Some faults show only while loading, such as numbers that are not finite. The next best is used.
+                if name == EMBEDDED:
+                    raise
+                self._unusable.add(name)
+                self._auto, self._chosen = None, ""
+        return (yield from self._load_named(model))
+
+    def _load_named(self, name: str) -> Generator[Loading, None, tuple[Klein, float]]:
         if self._klein is not None and self._name == name:
             return self._klein, 0.0
-        checkpoint = self.registry.resolve(name, self.config.variant, self.config.quant)
+        checkpoint = self.registry.resolve(name, self.config.variant, self.config.quant, self._is_resident)
         options = self._options(loras=True)
         self.release()
         limit = self.config.memory_limit
@@ -153,17 +177,24 @@ class Engine:
         """The best installed model whose transformer stays on the device, else the embedded one."""
         installed = self.registry.installed()
         if self._klein is None or self._auto is None or self._auto[0] != installed:
-            self._auto = installed, best(installed, self._holds) or EMBEDDED
+            usable = [name for name in installed if name not in self._unusable]
+            self._auto = installed, best(usable, self._holds) or EMBEDDED
         return self._auto[1]
 
     def _holds(self, name: str) -> bool:
         """Whether all of the transformer would stay on the device if nothing else were loaded."""
         try:
-            checkpoint = self.registry.resolve(name, None, self.config.quant)
-            prepared = prepare(checkpoint, self.device, self._options(loras=False), self._weight_bytes())
+            return self._is_resident(self.registry.resolve(name, None, self.config.quant, self._is_resident))
         except EngineError:
             return False
-        return prepared.is_resident
+
+    def _is_resident(self, checkpoint: Checkpoint) -> bool:
+        """Return whether all of a transformer would stay on the device if nothing else were loaded."""
+        try:
+            options = self._options(loras=False)
+            return prepare(checkpoint, self.device, options, self._weight_bytes()).is_resident
+        except EngineError:
+            return False
 
     def _weight_bytes(self) -> int:
         klein = self._klein  # another thread may release it while this one asks

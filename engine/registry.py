@@ -1,4 +1,4 @@
-"""ModelRegistry: a model's name or path -> its files, searched in the user's folders and the hub's cache."""
+"""ModelRegistry: a model's name or path -> its files."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -24,7 +24,10 @@ _HUB_WORDS = ("klein", "flux", "qwen3")
 
 @dataclass(frozen=True, slots=True)
 class InstalledModel:
-    """A model that can be called by name. path: its diffusers folder or single file. bits: a weight is stored in."""
+    """A model that can be called by name.
+
+    path: its diffusers folder or single file. bits: that a weight is stored in.
+    """
 
     name: str
     path: Path
@@ -34,7 +37,7 @@ class InstalledModel:
 
 @dataclass(frozen=True, slots=True)
 class UnusableModel:
-    """A file or folder that looks like a model but is not usable. error: says why, and what to do."""
+    """A path that looks like a model but is not usable."""
 
     path: Path
     error: EngineError
@@ -42,7 +45,7 @@ class UnusableModel:
 
 @dataclass(frozen=True, slots=True)
 class ModelRegistry:
-    """The places that are searched for models, and how their parts are chosen.
+    """The places that are searched for models.
 
     paths: folders that are models or hold models (ComfyUI's `models` among them), and single files.
     hub: the hub's cache folder. small_decoder: take the distilled autoencoder where one is found.
@@ -59,7 +62,7 @@ class ModelRegistry:
     answers: Answers = field(default_factory=Answers)
 
     def installed_models(self) -> list[InstalledModel]:
-        """Return every model whose variant is known: published before fine-tuned, the finest format first."""
+        """Return every model whose variant is known, the finest first."""
         found = [InstalledModel(EMBEDDED, NANO, FULL)]
         for path in self._places():
             if (row := self._known_variant(path)) is None:
@@ -71,12 +74,12 @@ class ModelRegistry:
         return sorted(dict.fromkeys(found), key=lambda model: (not _is_published(model.path), -model.bits))
 
     def unusable_models(self) -> list[UnusableModel]:
-        """Return what looks like a klein and cannot be called by name: unnamed, broken, or not read."""
+        """Return what looks like a klein and cannot be called by name."""
         found = ((path, self._reason(path)) for path in self._places())
         return [UnusableModel(path, error) for path, error in dict(found).items() if error is not None]
 
     def installed(self) -> dict[str, Path]:
-        """Return the folder or file of every published variant that is installed, by name."""
+        """Return the path of every published variant that is installed."""
         found: dict[str, Path] = {}
         for model in self.installed_models():
             found.setdefault(model.name, model.path)
@@ -127,7 +130,7 @@ class ModelRegistry:
             except BadWeights as error:
                 errors.append(error)
                 continue
-            if prefer is None or model.format == quant or prefer(checkpoint):
+            if prefer is None or len(models) == 1 or model.format == quant or prefer(checkpoint):
                 return checkpoint
             complete.append(checkpoint)
         if not complete:
@@ -144,7 +147,7 @@ class ModelRegistry:
         )
 
     def _known_variant(self, path: Path) -> Variant | None:
-        """Return the variant of a folder, or of a file that holds a transformer that is read."""
+        """Return the variant of a folder or of a readable transformer."""
         if path.is_dir():
             return identify.by_path(path) if not _foreign_folder(path) else None
         if signatures.TRANSFORMER not in signatures.components_of(path) or path.suffix.lower() not in SUFFIXES:
@@ -161,7 +164,7 @@ class ModelRegistry:
         return row
 
     def _reason(self, path: Path) -> EngineError | None:
-        """Return why a folder with an index, or a file, is not among the installed models, if it looks like a klein."""
+        """Return why a klein is not among the installed models."""
         if path.is_file():
             return None if self._known_variant(path) else diagnose.reason(path)
         if error := _foreign_folder(path):
@@ -208,7 +211,7 @@ class ModelRegistry:
         )
 
     def _single_file(self, file: Path, variant: Variant | None) -> Checkpoint:
-        """Resolve the companions: from the file itself, its own folder and those beside it, then what is installed."""
+        """Resolve the companions of a single file."""
         header = read_header(file)
         signatures.expect(header, signatures.TRANSFORMER)
         foreign.refuse(header)
@@ -226,7 +229,7 @@ class ModelRegistry:
         )
 
     def _variant_of_file(self, file: Path, width: int) -> Variant:
-        """Identify a file by the index beside it, its name, an answer, or its hash. Raises BadWeights to ask."""
+        """Identify a single file. Raises BadWeights to ask."""
         if (file.parent / INDEX).is_file():
             return read_variant(file.parent)
         found = identify.by_path(file) or identify.by_answer(file, self.answers)
@@ -240,11 +243,12 @@ class ModelRegistry:
         return found
 
     def _homes(self, file: Path) -> Iterator[Path]:
-        """Yield the places of companions: the file, its folder, ComfyUI's beside it, and all that is searched."""
+        """Yield the places of companions, the nearest first."""
         yield file
         yield file.parent
         for folder in list(file.parents)[1:3]:
             yield from (folder / name for name in companions.COMFYUI_FOLDERS)
+        yield from self.paths
         yield from self._places()
 
     def _companions(self, needs: Needs, component: str) -> list[Companion]:
@@ -285,7 +289,10 @@ def _companions_of(variant: Variant) -> str:
 
 
 def _first(found: list[Companion], suits: Callable[[Path], bool], part: str, pull: str) -> Path:
-    """Return the first that suits; else the first at all, so that the error says what does not fit together."""
+    """Return the first that suits.
+
+    Else the first at all, so that the error says what does not fit together.
+    """
     if not found:
         raise _missing(part, pull)
     return next((companion.path for companion in found if suits(companion.path)), found[0].path)
@@ -300,7 +307,7 @@ def _missing(part: str, pull: str) -> BadWeights:
 
 
 def _named(wanted: str, found: list[Companion], what: str) -> Path:
-    """Return the companion that a setting names by path or by the file's name."""
+    """Return the companion that a setting names."""
     path = Path(wanted).expanduser()
     if path.is_absolute() and path.exists():
         return path
@@ -368,7 +375,7 @@ def _exists(path: Path) -> bool:
 
 
 def _snapshots(hub: Path) -> Iterator[Path]:
-    """Yield what the hub's cache holds of klein: folders with an index, and the files of other repositories."""
+    """Yield klein's folders and files in the hub's cache."""
     try:
         repos = sorted(hub.glob("models--*"))
     except OSError:

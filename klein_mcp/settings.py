@@ -143,6 +143,8 @@ class Settings:
     )
     model: str = _setting("auto", _text, "Default model: a variant, a folder, a file, or auto.")
     variant: str = _setting("", _text, "Which klein a single file is, if neither its name nor its hash shows it.")
+    encoder: str = _setting("", _text, "Text encoder of single files: name or path. Unset: the best that suits.")
+    vae: str = _setting("", _text, "Autoencoder of single files: name or path. Unset: the best that suits.")
     models: tuple[Path, ...] = _setting(
         (), _paths, "Folders and files of models besides the hub's cache, such as ComfyUI's models folder."
     )
@@ -251,6 +253,9 @@ class Settings:
             dtype=_unless_auto(self.dtype),
             threads=self.threads or None,
             variant=self.variant or None,
+            text_encoder=self.encoder or None,
+            vae=self.vae or None,
+            answers=self.home / "models.json",
             quant=_unless_auto(self.quant),
             loras=self.loras,
             decoder="small" if self.decoder == "small" else "full",

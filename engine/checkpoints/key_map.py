@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class ParamSlice:
-    """Our parameter's name and the row range that a tensor fills: part of `parts` equal ones.
+    """Our parameter's name and the row range that a tensor fills.
 
     swap: its two halves change places while it is read.
     """

@@ -1,4 +1,4 @@
-"""Load tensors into modules: every tensor straight to its place, strictly, with an error that names what is wrong."""
+"""Load tensors into modules, strictly, each straight to its place."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -36,7 +36,7 @@ def load_into(
     ignore: Callable[[str], bool] = lambda name: False,
     allocate: Allocator | None = None,
 ) -> Iterator[int]:
-    """Fill `module` (made on the meta device) with `tensors`, placed by `key_map`; yield bytes as they are read.
+    """Fill a module, yielding bytes as they are read.
 
     what: names the component in errors. ignore: names that are known and not needed.
     Raises BadWeights for a missing, extra or misshapen tensor, before anything is read.
@@ -51,7 +51,7 @@ def load_into(
         pieces.setdefault(key_map[source].name, []).append((source, key_map[source]))
     with TensorReader(device.device) as reader:
         for name, parts in pieces.items():
-            yield from _ParamLoader(module, name, shapes[name], device, allocate).load(reader, tensors, parts)
+            yield from _ParamLoader(module, name, shapes[name], device, allocate, what).load(reader, tensors, parts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,12 +63,14 @@ class _ParamLoader:
     shape: Shape
     device: Device
     allocate: Allocator
+    what: str
 
     def load(self, reader: TensorReader, tensors: Tensors, parts: list[tuple[str, ParamSlice]]) -> Iterator[int]:
         owner = self.module.get_submodule(self.name.rpartition(".")[0])
         if not isinstance(owner, QuantLinear):
             tensor = self.allocate(self.name, self.shape, self.device.dtype)
             yield from self._widen(tensor, reader, tensors, parts)
+            self._check_finite(tensor)
             _assign(self.module, self.name, tensor)
             return
         scheme = MEMORY_SCHEMES[owner.scheme]
@@ -79,14 +81,20 @@ class _ParamLoader:
             for name, entry in stored.entries.items():
                 codes[name] = self.allocate(f"{self.name}:{name}", entry.shape, CODE_DTYPES[entry.storage_dtype])
                 yield from reader.read(entry, codes[name])
+                self._check_finite(codes[name])
             owner.load_tensors(codes)
             return
         # Another scheme than the file's: widened for a moment on the device, one layer at a time.
         tensor = torch.empty(self.shape, dtype=self.device.dtype, device=self.device.device)
         yield from self._widen(tensor, reader, tensors, parts)
+        self._check_finite(tensor)
         owner.load_tensors({
             name: self._moved(f"{self.name}:{name}", value) for name, value in scheme.encode(tensor).items()
         })  # fmt: skip
+
+    def _check_finite(self, tensor: Tensor) -> None:
+        if not is_finite(tensor):
+            raise BadWeights(f"In the {self.what}, {self.name} has numbers that are not finite.", hint=_DAMAGED)
 
     def _moved(self, name: str, value: Tensor) -> Tensor:
         return self.allocate(name, tuple(value.shape), value.dtype).copy_(value)
@@ -115,8 +123,20 @@ class _ParamLoader:
                 yield stored.bytes
 
 
+_DAMAGED = "The file is damaged, or its conversion failed: take another."
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Return whether all numbers are finite, without a copy."""
+    if tensor.is_meta or not tensor.is_floating_point() or not tensor.numel() or tensor.itemsize == 1:
+        # Codes of one byte would have to be widened for it; their scales are looked at, and the latent at the end.
+        return True
+    low, high = torch.aminmax(tensor)
+    return bool(torch.isfinite(low) & torch.isfinite(high))
+
+
 def _decode_rows(stored: StoredWeight, reader: TensorReader, target: Tensor, offset: int) -> Iterator[int]:
-    """Decode the rows from `offset` on into `target`, some at a time: there is never a second copy of a layer."""
+    """Decode rows into `target`, some at a time, without a second copy."""
     for begin, end in stored.pieces(_DECODED_AT_ONCE):
         first, last = max(begin, offset), min(end, offset + len(target))
         if first < last:
@@ -128,7 +148,10 @@ def _decode_rows(stored: StoredWeight, reader: TensorReader, target: Tensor, off
 
 
 def param_shapes(module: nn.Module) -> dict[str, Shape]:
-    """Return the shape of every parameter and buffer to load; a quantised layer counts as the weight it means."""
+    """Return the shape of every parameter and buffer to load.
+
+    A quantised layer counts as the one weight that it means.
+    """
     found: dict[str, Shape] = {}
     for path, owner in module.named_modules():
         prefix = f"{path}." if path else ""
@@ -145,7 +168,7 @@ def param_shapes(module: nn.Module) -> dict[str, Shape]:
 def check_tensors(
     module: nn.Module, tensors: Tensors, key_map: KeyMap, what: str, ignore: Callable[[str], bool]
 ) -> None:
-    """Raise BadWeights for a missing, extra or misshapen tensor, or one of a dtype that is not read."""
+    """Raise BadWeights for a missing, extra, misshapen or unreadable tensor."""
     shapes = param_shapes(module)
     key_map = {source: place for source, place in key_map.items() if place.name in shapes}
     for source, place in key_map.items():
@@ -176,7 +199,7 @@ def _part_shape(shape: Shape, place: ParamSlice) -> Shape:
 
 
 def _shape_matches(found: Shape, expected: Shape) -> bool:
-    """Return whether they are equal, or a 1×1 convolution where we keep a matrix."""
+    """Return whether they are equal, or a 1×1 convolution and a matrix."""
     return found == expected or found == (*expected, 1, 1)
 
 

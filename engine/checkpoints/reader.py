@@ -1,4 +1,4 @@
-"""TensorReader: reads tensors straight into memory that is already theirs, on the host or a device."""
+"""TensorReader: reads tensors straight into memory that is theirs."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -29,7 +29,7 @@ _STAGING = 16 << 20
 
 
 class TensorReader:
-    """Reads tensors into memory that is already theirs, without a copy in between where none is needed."""
+    """Reads tensors into memory that is theirs, without needless copies."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -45,7 +45,10 @@ class TensorReader:
         self._closing.close()
 
     def read(self, entry: Entry, target: Tensor, *, start: int = 0) -> Iterator[int]:
-        """Fill the contiguous `target` with the elements of `entry` from `start` on; yield bytes as they are read."""
+        """Fill a contiguous target, yielding bytes as they are read.
+
+        start: the first element of `entry` that is wanted.
+        """
         dtype = CODE_DTYPES[entry.storage_dtype]
         assert target.is_contiguous(), "only whole row ranges are filled"
         flat = target.view(-1)
@@ -63,7 +66,10 @@ class TensorReader:
             yield count
 
     def load(self, entry: Entry) -> Tensor:
-        """Read a whole tensor as it is stored, onto the device or, where that has no fp8, into host memory."""
+        """Read a whole tensor as it is stored.
+
+        It is on the device or, where that has no fp8, in host memory.
+        """
         where = self._device if stores_fp8(self._device) else _HOST
         tensor = torch.empty(entry.shape, dtype=CODE_DTYPES[entry.storage_dtype], device=where)
         for _ in self.read(entry, tensor):
@@ -71,7 +77,7 @@ class TensorReader:
         return tensor
 
     def _read_staged(self, file: Path, offset: int, count: int, dtype: torch.dtype, target: Tensor) -> None:
-        """Read through a small buffer, because the target is on a device or has another dtype."""
+        """Read through a small buffer, to a device or another dtype."""
         if not self._staging_buffers:
             # Two where the device copies asynchronously: one is read into while the other is being copied.
             buffers = 2 if has_own_memory(self._device) else 1

@@ -1,4 +1,4 @@
-"""Tensors: the tensors of one or several weights files by name, none of them read until asked for."""
+"""Tensors: the tensors of one or several files by name, unread."""
 
 import hashlib
 import json
@@ -75,7 +75,7 @@ class Tensors:
         return self.entries[name].bytes if name in self.entries else 0
 
     def fingerprint(self) -> str:
-        """Hash the headers and a sample of every file: tells these weights from others without reading gigabytes."""
+        """Hash headers and samples of every file, not gigabytes."""
         digest = hashlib.sha256()
         for file in self.files:
             size = file.stat().st_size

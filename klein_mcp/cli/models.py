@@ -1,4 +1,4 @@
-"""`klein-mcp models`: what is installed, under which licence, how large, and how it would live in this machine."""
+"""`klein-mcp models`: installed models, their size, place and fit."""
 
 import argparse
 import json
@@ -29,8 +29,8 @@ def run(settings: Settings, arguments: argparse.Namespace) -> int:
     missing = [row for row in VARIANTS.values() if row.name not in {model.name for model in there}]
     if arguments.json:
         rows = [{"name": row.name, "licence": row.licence, "gated": row.gated} for row in missing]
-        told = [{"path": str(path), "why": why} for path, why in others]
-        print(json.dumps({"installed": [_as_json(model) for model in there], "available": rows, "not_used": told}))
+        not_used = [{"path": str(path), "why": why} for path, why in others]
+        print(json.dumps({"installed": [_as_json(model) for model in there], "available": rows, "not_used": not_used}))
         return 0
     print(harmless("\n\n".join(map(_in_words, there))))
     if others:
@@ -48,14 +48,14 @@ def run(settings: Settings, arguments: argparse.Namespace) -> int:
 
 
 def missing_places(settings: Settings) -> Iterator[tuple[Path, str]]:
-    """What KLEIN_MODELS names and is not there."""
+    """Yield the paths of KLEIN_MODELS that do not exist."""
     for path in settings.models:
         if not path.exists():
             yield path, "KLEIN_MODELS names it, and it is not there."
 
 
 def _memory(model: ModelInfo) -> str:
-    """How it fits into memory, or why it does not and what to do."""
+    """Return its place in memory, or why it does not load."""
     return model.placement or f"{model.error} {fix_words(model.fix)}".strip()
 
 

@@ -1,4 +1,4 @@
-"""`klein-mcp pull NAME`: the files of a model that are needed, into the hub's cache, and no others."""
+"""`klein-mcp pull NAME`: fetch the needed files into the hub's cache."""
 
 import argparse
 import errno
@@ -14,29 +14,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from engine.families.klein.variants import APACHE, EMBEDDED, FULL, SMALL_DECODER, VARIANTS, Variant
+from engine.families.klein.variants import APACHE, VARIANTS, Variant
+from klein_mcp.cli.pull_sources import FileSelection, selections
 from klein_mcp.cli.terminal import ProgressBar
 from klein_mcp.errors import RequestError
 from klein_mcp.settings import Settings
 
 SPARE = 1 << 30
 """Bytes of disk that stay free: a full disk breaks more than a download."""
-
-SMALL = "small-decoder"
-TOKENIZER = "tokenizer"
-"""The one part that neither a single file nor ComfyUI's folders have; the same for every klein."""
-BESIDE = "companions"
-"""Everything of a model but its transformer, for those who have that as a single file."""
-
-COMPANIONS = (
-    "model_index.json",
-    "vae/config.json",
-    "vae/*.safetensors",
-    "text_encoder/config.json",
-    "text_encoder/*.safetensors*",
-    "tokenizer/*",
-)
-TRANSFORMER = ("transformer/config.json", "transformer/*.safetensors*")
 
 LICENCES = {
     APACHE: "Apache-2.0: free to use, for money too.",
@@ -48,16 +33,11 @@ LICENCES = {
 
 
 @dataclass(frozen=True, slots=True)
-class FileSelection:
-    """What is wanted of a repository: file names, or patterns."""
-
-    repo: str
-    patterns: tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True)
 class RemoteFile:
-    """One file to fetch. sha256: of large files only. have: bytes that are there already."""
+    """One file to fetch.
+
+    sha256: of large files only. have: bytes that are there already.
+    """
 
     repo: str
     commit: str
@@ -67,15 +47,9 @@ class RemoteFile:
     have: int
 
 
-def names() -> list[str]:
-    """Everything that can be pulled."""
-    quantised = [f"{row.name}-{file.format}" for row in VARIANTS.values() for file in row.files if file.format != FULL]
-    whole = [row.name for row in VARIANTS.values() if row.repo]
-    return [*whole, *quantised, *(f"{name}-{BESIDE}" for name in whole), SMALL, TOKENIZER]
-
-
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("name", metavar="NAME", help="klein-4b, klein-9b, klein-4b-fp8 …; a wrong one lists them all")
+    parser.add_argument("--format", default="", help="fp8, nvfp4, gguf:Q4_K_M …, comfyui; a wrong one lists them all")
     parser.add_argument(
         "--accept-licence", action="store_true", help="agree to a non-commercial licence without asking"
     )
@@ -83,13 +57,14 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(settings: Settings, arguments: argparse.Namespace) -> int:
     """Raises RequestError, OSError."""
-    row, wishes = _wishes(arguments.name)
+    row, wishes = selections(arguments.name, arguments.format)
     _agree(row, arguments.name, arguments.accept_licence)
     _quiet()
     items: list[RemoteFile] = []
     for wish in wishes:
         with _in_words(row, arguments.name, wish.repo):
             items += _items(settings.hub, wish)
+    _show_sizes(items)
     _check_disk(settings.hub, sum(item.size - item.have for item in items))
     for item in items:
         with _in_words(row, arguments.name, item.repo):
@@ -102,30 +77,8 @@ def run(settings: Settings, arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _wishes(name: str) -> tuple[Variant | None, list[FileSelection]]:
-    if name == SMALL:
-        return None, [FileSelection(SMALL_DECODER.repo, (SMALL_DECODER.name,))]
-    if name == TOKENIZER:
-        return None, [FileSelection(VARIANTS["klein-4b"].repo, ("model_index.json", "tokenizer/*"))]
-    if name == EMBEDDED:
-        raise RequestError(f"{name} is in the package; there is nothing to pull.")
-    for row in VARIANTS.values():
-        if row.repo and name == row.name:
-            return row, [FileSelection(row.repo, COMPANIONS + TRANSFORMER)]
-        if row.repo and name == f"{row.name}-{BESIDE}":
-            return row, [FileSelection(row.repo, COMPANIONS)]
-        for file in row.files:
-            if file.format != FULL and name == f"{row.name}-{file.format}":
-                return row, [FileSelection(file.repo, (file.name,)), FileSelection(row.repo, COMPANIONS)]
-    import difflib
-
-    near = difflib.get_close_matches(name, names(), 1)
-    meant = f" Did you mean {near[0]}?" if near else ""
-    raise RequestError(f"There is no model {name!r} to pull.{meant}", hint=f"There are: {', '.join(names())}.")
-
-
 def _agree(row: Variant | None, name: str, agreed: bool) -> None:
-    """Show the licence; ask where it is not a free one. row: None for what comes with no model, all of it free."""
+    """Show the licence, and ask where it is not a free one."""
     if row is None:
         print(f"{name}: {LICENCES[APACHE]}", file=sys.stderr)
         return
@@ -143,7 +96,7 @@ def _agree(row: Variant | None, name: str, agreed: bool) -> None:
 
 
 def _quiet() -> None:
-    """Bars where someone looks on; nowhere the library's own advice, which is about its own commands."""
+    """Show progress bars only on a terminal, and silence the library's hints."""
     import logging
 
     from huggingface_hub.utils import disable_progress_bars
@@ -154,17 +107,20 @@ def _quiet() -> None:
 
 
 def _items(hub: Path, wish: FileSelection) -> list[RemoteFile]:
-    """The files of the repository that are wanted, with sizes, and what of them is there."""
+    """Return the wanted files of a repository, with sizes."""
     from fnmatch import fnmatch
 
     from huggingface_hub import HfApi
 
     info = HfApi().model_info(wish.repo, files_metadata=True)
     there = {file.rfilename: file for file in info.siblings or []}
+    if wish.which:
+        wish = _one_of(wish, {name: int(file.size or 0) for name, file in there.items()})
     needed = _shards(hub, wish, str(info.sha), there)
     chosen = [name for name in there if any(fnmatch(name, pattern) for pattern in wish.patterns) and needed(name)]
     if missing := [pattern for pattern in wish.patterns if "*" not in pattern and pattern not in there]:
         raise RequestError(f"{wish.repo} has no {missing[0]}.", hint="Has the repository changed? Look at its page.")
+    _check_names(wish.repo, str(info.sha), chosen)
     items = []
     for name in chosen:
         size, lfs = int(there[name].size or 0), there[name].lfs
@@ -173,8 +129,48 @@ def _items(hub: Path, wish: FileSelection) -> list[RemoteFile]:
     return items
 
 
+def _check_names(repo: str, commit: str, names: list[str]) -> None:
+    """Refuse names that would lead out of the cache."""
+    for name in names:
+        if name.startswith("/") or "\\" in name or ":" in name or not {"..", ""}.isdisjoint(name.split("/")):
+            raise RequestError(f"{repo} names a file {name[:80]!r}, which would lie outside the cache.")
+    if not re.fullmatch(r"[0-9a-f]{40,64}", commit):
+        raise RequestError(f"{repo} names a commit {commit[:80]!r}, which is none.")
+
+
+def _one_of(wish: FileSelection, sizes: dict[str, int]) -> FileSelection:
+    """Return the selection of the one file of a block type."""
+    from fnmatch import fnmatch
+
+    kinds = {
+        found[1].upper(): name
+        for name in sizes
+        if any(fnmatch(name, pattern) for pattern in wish.patterns)
+        and (found := re.search(r"[-_.]((?:UD-)?I?Q\d\w*|BF16|F16|F32)\.gguf$", name, re.IGNORECASE))
+    }
+    if (name := kinds.get(wish.which.upper())) is not None:
+        return FileSelection(wish.repo, (name,))
+    known = ", ".join(f"gguf:{kind} ({_gb(sizes[file])})" for kind, file in sorted(kinds.items(), key=_by_size(sizes)))
+    asked = "" if wish.which == "?" else f" no {wish.which}"
+    raise RequestError(f"{wish.repo} has{asked or ' several formats'}.", hint=f"There are: {known or 'none'}.")
+
+
+def _by_size(sizes: dict[str, int]) -> Callable[[tuple[str, str]], int]:
+    return lambda kind: sizes[kind[1]]
+
+
+def _show_sizes(items: list[RemoteFile]) -> None:
+    """Say what will be fetched before it is."""
+    for item in items:
+        if item.size >= 10_000_000:
+            state = " (there)" if item.have == item.size else f" ({_gb(item.have)} there)" if item.have else ""
+            print(f"  {_gb(item.size):>8}  {item.repo}/{item.name}{state}", file=sys.stderr)
+    missing = sum(item.size - item.have for item in items)
+    print(f"  {_gb(missing):>8}  to fetch", file=sys.stderr)
+
+
 def _shards(hub: Path, wish: FileSelection, commit: str, there: dict[str, Any]) -> Callable[[str], bool]:
-    """Whether a file is needed: of the text encoder only the shards with layers that are read."""
+    """Return a test for needed files, which skips unread shards."""
     index = "text_encoder/model.safetensors.index.json"
     if index not in there or not any(pattern.startswith("text_encoder") for pattern in wish.patterns):
         return lambda name: True
@@ -187,7 +183,7 @@ def _shards(hub: Path, wish: FileSelection, commit: str, there: dict[str, Any]) 
 
 
 def _is_read(tensor: str, layers: int) -> bool:
-    """Of Qwen3, the table and the first layers; never the final norm or the language model's head."""
+    """Return whether a tensor of Qwen3 is read."""
     layer = re.match(r"model\.layers\.(\d+)\.", tensor)
     return int(layer[1]) < layers if layer else tensor.startswith("model.embed_tokens.")
 
@@ -232,16 +228,20 @@ def _check_disk(hub: Path, missing: int) -> None:
 
 
 def _fetch(hub: Path, item: RemoteFile) -> None:
-    """One file into the cache. What is large goes through a partial file, which outlives a broken connection."""
-    from huggingface_hub import hf_hub_download
+    """Fetch one file into the cache, resumable if large."""
+    from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
 
     if item.sha256 and not _is_there(hub, item):
         _fetch_large(hub, item)
+    # The library names a file in its cache by what the server calls its ETag.
+    etag = get_hf_file_metadata(hf_hub_url(item.repo, item.name, revision=item.commit)).etag or ""
+    if not re.fullmatch(r"[0-9A-Za-z_-]{1,128}", etag):
+        raise RequestError(f"The hub calls {item.name} of {item.repo} {etag[:80]!r}, which is no name for a file.")
     hf_hub_download(item.repo, item.name, revision=item.commit, cache_dir=hub)
 
 
 def _fetch_large(hub: Path, item: RemoteFile) -> None:
-    """The library keeps no partial file between two runs, and checks lengths, not hashes; gigabytes deserve both."""
+    """Fetch a large file, resumable and checked by its hash."""
     from filelock import FileLock
 
     partial = _partial(hub, item)
@@ -298,7 +298,7 @@ def _sha256(path: Path) -> str:
 
 @contextmanager
 def _in_words(row: Variant | None, name: str, repo: str) -> Iterator[None]:
-    """Turns what the hub and the network answer into one line with the next step."""
+    """Turn errors of hub and network into one line."""
     import httpx2
     from huggingface_hub import constants
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
@@ -328,7 +328,10 @@ def _in_words(row: Variant | None, name: str, repo: str) -> Iterator[None]:
 
 
 def _closed(row: Variant | None, name: str, repo: str, *, known: bool) -> RequestError:
-    """known: the hub knows who asks, and still says no. A quantised file's repository has a gate of its own."""
+    """Return the error for a repository that may not be read.
+
+    known: the hub knows who asks, and still refuses.
+    """
     if row is not None and row.gated:
         line = f"klein-mcp pull {name}" if known else f"{_hf()} auth login && klein-mcp pull {name}"
         return RequestError(f"{name} is gated: accept its terms at {_page(repo)}, signed in.", hint=f"Then run: {line}")
@@ -343,7 +346,7 @@ def _page(repo: str) -> str:
 
 
 def _hf() -> str:
-    """The hub's own command; where this program has an environment of its own, it is not on the PATH."""
+    """Return the hub's command, which may not be on the PATH."""
     beside = Path(sys.executable).with_name("hf")
     return str(beside) if shutil.which("hf") is None and beside.exists() else "hf"
 

@@ -1,5 +1,6 @@
 """LoRAs of every producer change the same rows by the same amount, as diffusers does where it reads them."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from engine.contract import BadWeights, InvalidJob, ModelNotFound
 from engine.families.klein import components, lora
 from engine.families.klein.components import QuantPolicy
 from engine.families.klein.lora import Lora, LoraLinear
+from engine.families.klein.lora.deltas import Kronecker
 from engine.families.klein.transformer import Transformer
 from engine.memory.device import Device
 from tests.engine import published
@@ -331,3 +333,148 @@ def test_the_fingerprint_follows_content_and_scale(tmp_path: Path) -> None:
     prints = {a.fingerprint(), b.fingerprint(), Lora(a.path, 0.9).fingerprint()}
     assert len(prints) == 3
     assert load_file(a.path).keys() == load_file(b.path).keys()
+
+
+# -- kinds of change besides the plain one, each against a delta computed apart ------------------------------------
+
+ROW = "double_blocks.1.img_attn.proj"
+"""The layer that is changed; 128 × 128 in the toy."""
+
+
+def weight_after(
+    folder: Path, tensors: dict[str, Tensor], tmp_path: Path, layer: str = ROW, scale: float = 1.0
+) -> Tensor:
+    file = write({name: tensor.contiguous() for name, tensor in tensors.items()}, tmp_path / "kind.safetensors")
+    return changed(folder, Lora(file, scale)).get_parameter(f"{layer}.weight")
+
+
+@pytest.fixture
+def base(folder: Path) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in load(folder / "transformer").state_dict().items()}
+
+
+def test_loha_is_a_product_of_two_low_ranks(folder: Path, base: dict[str, Tensor], tmp_path: Path) -> None:
+    (a1, b1), (a2, b2) = factors(H, H, 1), factors(H, H, 2)
+    key = f"lora_unet_{ROW.replace('.', '_')}"
+    tensors = {f"{key}.hada_w1_a": a1, f"{key}.hada_w1_b": b1, f"{key}.hada_w2_a": a2, f"{key}.hada_w2_b": b2,
+               f"{key}.alpha": torch.tensor(2.0)}  # fmt: skip
+    want = base[f"{ROW}.weight"] + 0.5 * (2.0 / RANK) * ((a1 @ b1) * (a2 @ b2))
+    torch.testing.assert_close(weight_after(folder, tensors, tmp_path, scale=0.5), want, rtol=1e-5, atol=1e-6)
+
+
+def test_dora_by_rows_is_what_peft_merges(folder: Path, base: dict[str, Tensor], tmp_path: Path) -> None:
+    """In its three spellings; peft's own layer is the oracle."""
+    from peft import LoraConfig, get_peft_model
+
+    up, down = factors(H, H, 3)
+    weight = base[f"{ROW}.weight"]
+    net = torch.nn.Sequential(torch.nn.Linear(H, H, bias=False))
+    net[0].weight.data.copy_(weight)
+    model = get_peft_model(net, LoraConfig(r=RANK, lora_alpha=8, use_dora=True, target_modules=["0"]))  # type: ignore[arg-type]
+    layer = model.base_model.model[0]
+    layer.lora_A["default"].weight.data.copy_(down)
+    layer.lora_B["default"].weight.data.copy_(up)
+    magnitude = torch.rand(H) + 0.5
+    layer.lora_magnitude_vector["default"].weight.data.copy_(magnitude)
+    layer.merge()
+    want = layer.base_layer.weight.detach()
+    for spelling, value in (
+        ("dora_scale", magnitude[:, None]),
+        ("lora_magnitude_vector", magnitude),
+        ("magnitude", magnitude),
+    ):
+        leaves = {"lora_A.weight": down, "lora_B.weight": up, "alpha": torch.tensor(8.0), spelling: value}
+        tensors = {f"diffusion_model.{ROW}.{leaf}": tensor for leaf, tensor in leaves.items()}
+        torch.testing.assert_close(weight_after(folder, tensors, tmp_path), want, rtol=1e-5, atol=1e-6)
+
+
+def test_dora_by_columns_divides_by_norms_of_columns(folder: Path, base: dict[str, Tensor], tmp_path: Path) -> None:
+    up, down = factors(H, H, 4)
+    magnitude = torch.rand(1, H) + 0.5
+    tensors = {f"{ROW}.lora_down.weight": down, f"{ROW}.lora_up.weight": up, f"{ROW}.dora_scale": magnitude}
+    whole = base[f"{ROW}.weight"] + up @ down
+    want = magnitude * whole / whole.norm(dim=0, keepdim=True)
+    torch.testing.assert_close(weight_after(folder, tensors, tmp_path), want, rtol=1e-5, atol=1e-6)
+
+
+def test_dora_on_part_of_a_fused_layer_leaves_the_rest(folder: Path, base: dict[str, Tensor], tmp_path: Path) -> None:
+    up, down = factors(H, H, 5)
+    magnitude, layer = torch.rand(H) + 0.5, "double_blocks.0.img_attn.qkv"
+    key = "transformer.transformer_blocks.0.attn.to_k"
+    tensors = {f"{key}.lora_A.weight": down, f"{key}.lora_B.weight": up, f"{key}.lora_magnitude_vector": magnitude}
+    want = base[f"{layer}.weight"].clone()
+    rows = want[H : 2 * H] + up @ down
+    want[H : 2 * H] = rows * (magnitude / rows.norm(dim=1))[:, None]
+    torch.testing.assert_close(weight_after(folder, tensors, tmp_path, layer), want, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_a_config_beside_the_file_scales_it(
+    rslora: bool, folder: Path, base: dict[str, Tensor], tmp_path: Path
+) -> None:
+    """As peft saves an adapter: alpha, patterns and rsLoRA stand in adapter_config.json alone."""
+    up, down = factors(H, H, 6)
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    key = f"base_model.model.{ROW}"
+    file = write({f"{key}.lora_A.weight": down, f"{key}.lora_B.weight": up}, adapter / "adapter_model.safetensors")
+    config = {"lora_alpha": 3.0, "r": RANK, "use_rslora": rslora}
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    scale = 3.0 / (RANK**0.5 if rslora else RANK)
+    for lora_file in (Lora(file), lora.resolve_lora(str(adapter), [])):
+        got = changed(folder, lora_file).get_parameter(f"{ROW}.weight")
+        torch.testing.assert_close(got, base[f"{ROW}.weight"] + scale * up @ down, rtol=1e-5, atol=1e-6)
+    (adapter / "adapter_config.json").write_text(json.dumps(config | {"alpha_pattern": {"img_attn.proj": 1.0}}))
+    got = changed(folder, Lora(file)).get_parameter(f"{ROW}.weight")
+    torch.testing.assert_close(got, base[f"{ROW}.weight"] + scale / 3 * up @ down, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "spelling", ["lora_{}.default_0.weight", "lora_{}.my-style.weight", "lora_{}", "_.lora_{}.weight"]
+)
+def test_an_adapters_name_inside_a_key_does_no_harm(
+    spelling: str, folder: Path, base: dict[str, Tensor], tmp_path: Path
+) -> None:
+    up, down = factors(H, H, 7)
+    dot = "" if spelling.startswith("_") else "."
+    tensors = {f"diffusion_model.{ROW}{dot}{spelling.format(side)}": value for side, value in (("A", down), ("B", up))}
+    got = weight_after(folder, tensors, tmp_path)
+    torch.testing.assert_close(got, base[f"{ROW}.weight"] + up @ down, rtol=1e-5, atol=1e-6)
+
+
+def test_norms_are_changed_and_weights_are_replaced(folder: Path, base: dict[str, Tensor], tmp_path: Path) -> None:
+    norm = "single_blocks.0.norm.query_norm"
+    delta, new = torch.randn(base[f"{norm}.scale"].shape[0]), torch.randn(H, H)
+    tensors = {f"diffusion_model.{norm}.diff": delta, f"diffusion_model.{ROW}.set_weight": new,
+               f"diffusion_model.{ROW}.diff_b": torch.zeros(H)}  # fmt: skip
+    file = write(tensors, tmp_path / "extracted.safetensors")
+    after = changed(folder, Lora(file, 0.5)).state_dict()
+    torch.testing.assert_close(after[f"{norm}.scale"], base[f"{norm}.scale"] + 0.5 * delta)
+    torch.testing.assert_close(after[f"{ROW}.weight"], base[f"{ROW}.weight"].lerp(new, 0.5), rtol=1e-5, atol=1e-6)
+
+
+def test_text_encoder_keys_are_passed_over_with_a_word(folder: Path, tmp_path: Path) -> None:
+    extra = {"lora_te1_model_layers_0_self_attn_q_proj.lora_down.weight": torch.zeros(RANK, 32)}
+    file = write(bfl_fused() | extra, tmp_path / "both.safetensors")
+    deltas, warnings = lora.read(Lora(file), load(folder / "transformer"))
+    assert len(deltas) == len(LAYERS)
+    assert warnings == ["LoRA both also changes the text encoder (1 layers), which is not applied"]
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_numbers_that_are_not_finite_are_refused_when_read(bad: float, folder: Path, tmp_path: Path) -> None:
+    tensors = bfl_fused()
+    name = next(iter(tensors))
+    tensors[name][0, 0] = bad
+    with pytest.raises(BadWeights, match=r"numbers that are not finite in diffusion_model.*its training diverged"):
+        lora.read(Lora(write(tensors, tmp_path / "nan.safetensors")), load(folder / "transformer"))
+
+
+def test_a_kronecker_product_is_never_written_out(folder: Path, tmp_path: Path) -> None:
+    """All layers of a 4B written out in fp32 would be 15 GB; a few rows at a time they are not."""
+    w1, w2 = torch.randn(16, 4), torch.randn(24, 32)
+    product = Kronecker(w1, w2)
+    whole = torch.kron(w1, w2)
+    assert product.shape == tuple(whole.shape)
+    for begin, end in ((0, 384), (5, 30), (100, 101), (383, 384)):
+        torch.testing.assert_close(product.rows(begin, end), whole[begin:end])

@@ -264,9 +264,9 @@ def test_a_raw_cast_to_fp8_is_taken_at_its_word(bfl: dict[str, Tensor], tmp_path
 
 def test_other_formats_are_refused_by_name(bfl: dict[str, Tensor], tmp_path: Path) -> None:
     tensors, metadata = published.quantised(bfl, "fp8")
-    said = metadata["_quantization_metadata"].replace("float8_e4m3fn", "int8_tensorwise")
+    said = metadata["_quantization_metadata"].replace("float8_e4m3fn", "awq_w4a16")
     file = published.write(tensors, tmp_path / "int8.safetensors", {"_quantization_metadata": said})
-    with pytest.raises(BadWeights, match=r"quantised as int8_tensorwise, which is not read; read are float8_e4m3fn"):
+    with pytest.raises(BadWeights, match=r"quantised as awq_w4a16, which is not read; read are float8_e4m3fn"):
         load(file)
     packed = {n: t for n, t in published.quantised(bfl, "nvfp4")[0].items() if "scale" not in n}
     with pytest.raises(BadWeights, match="packed in a format that is not read"):

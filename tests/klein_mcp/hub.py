@@ -18,7 +18,7 @@ class Hub:
     """repos: repository -> file name -> content. log: (method, path, range) of every request.
 
     slow: seconds between two pieces of a large file. corrupt: file names whose content is served changed.
-    closed: repositories whose files need a token. claimed: sizes that are claimed in the listing.
+    closed: repositories whose files need a token. claimed: sizes that are claimed in the listing. etags: by file name.
     """
 
     repos: dict[str, dict[str, bytes]]
@@ -27,6 +27,7 @@ class Hub:
     corrupt: set[str] = field(default_factory=set)
     closed: set[str] = field(default_factory=set)
     claimed: dict[str, int] = field(default_factory=dict)
+    etags: dict[str, str] = field(default_factory=dict)
     token: str = ""
     url: str = ""
 
@@ -50,7 +51,7 @@ class Hub:
 
 
 def is_large(name: str) -> bool:
-    return name.endswith(".safetensors")
+    return name.endswith((".safetensors", ".gguf"))
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -82,7 +83,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _send(self, name: str, content: bytes, body: bool) -> None:
         digest = hashlib.sha256(content).hexdigest() if is_large(name) else hashlib.sha1(content).hexdigest()
-        headers = {"ETag": f'"{digest}"', "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"}
+        headers = {"ETag": self.hub.etags.get(name, f'"{digest}"'), "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"}
         if is_large(name):
             headers |= {"X-Linked-Etag": f'"{digest}"', "X-Linked-Size": str(len(content))}
         if name in self.hub.corrupt:

@@ -318,8 +318,73 @@ def test_a_wrong_name_lists_the_right_ones(hub: Hub, home: Path) -> None:
     assert "klein-9b-kv-fp8" in err
 
 
-def test_everything_that_can_be_pulled_has_a_wish() -> None:
+def test_everything_that_can_be_pulled_has_a_source() -> None:
     for name in pull.names():
-        _, wishes = pull._wishes(name)
-        assert all(wish.repo.startswith("black-forest-labs/FLUX.2-") for wish in wishes)
+        _, wanted = pull.selections(name)
+        assert all(selection.repo.startswith("black-forest-labs/FLUX.2-") for selection in wanted)
     assert Settings(home=Path("/x")).hub.name == "hub"
+
+
+def gguf_repos(hub: Hub) -> None:
+    """Add a GGUF repository and one of text encoders, as others publish them."""
+    hub.repos["unsloth/FLUX.2-klein-4B-GGUF"] = {
+        "README.md": b"card",
+        "flux-2-klein-4b-Q4_K_M.gguf": noise(40_000, 11),
+        "flux-2-klein-4b-Q8_0.gguf": noise(60_000, 12),
+    }
+    hub.repos["Qwen/Qwen3-4B-GGUF"] = {
+        "Qwen3-4B-Q8_0.gguf": noise(50_000, 13),
+        "Qwen3-4B-Q4_K_M.gguf": noise(30_000, 14),
+    }
+
+
+def test_gguf_brings_one_file_its_encoder_and_the_small_parts(hub: Hub, home: Path) -> None:
+    gguf_repos(hub)
+    code, _, err = run(hub, home, "klein-4b", "--format", "gguf:q4_k_m")
+    assert code == 0, err
+    assert set(there(home, "unsloth/FLUX.2-klein-4B-GGUF")) == {"flux-2-klein-4b-Q4_K_M.gguf"}
+    assert set(there(home, "Qwen/Qwen3-4B-GGUF")) == {"Qwen3-4B-Q8_0.gguf"}
+    rest = {name.split("/")[0] for name in there(home, FOUR)}
+    assert rest == {"model_index.json", "vae", "tokenizer"}
+    assert "to fetch" in err
+
+
+def test_gguf_without_a_type_lists_the_types_with_sizes(hub: Hub, home: Path) -> None:
+    gguf_repos(hub)
+    for words in (("klein-4b", "--format", "gguf"), ("unsloth/FLUX.2-klein-4B-GGUF",)):
+        code, _, err = run(hub, home, *words)
+        assert code == 1
+        assert "has several formats. There are: gguf:Q4_K_M (0.0 GB), gguf:Q8_0 (0.0 GB)." in err
+    assert not hub.fetched()
+
+
+def test_the_repack_brings_its_three_files_and_the_tokenizer(hub: Hub, home: Path) -> None:
+    names = ("diffusion_models/flux-2-klein-4b", "text_encoders/qwen_3_4b", "vae/flux2-vae", "vae/other")
+    repo = "Comfy-Org/Flux-2-Klein-4B"
+    hub.repos[repo] = {f"split_files/{name}.safetensors": noise(5000, i) for i, name in enumerate(names)}
+    assert run(hub, home, "Comfy-Org/flux-2-klein-4b")[0] == 0
+    assert set(there(home, repo)) == {f"split_files/{name}.safetensors" for name in names[:3]}
+    assert {name.split("/")[0] for name in there(home, FOUR)} == {"model_index.json", "tokenizer"}
+
+
+def test_a_format_that_is_not_published_lists_those_that_are(hub: Hub, home: Path) -> None:
+    code, _, err = run(hub, home, "klein-9b-kv", "--format", "gguf:Q8_0")
+    assert code == 1
+    assert "klein-9b-kv is not published as 'gguf:Q8_0'. There are: bf16, fp8." in err
+
+
+@pytest.mark.parametrize("etag", ['"../../../../owned"', '"/tmp/owned"', '""'])
+def test_an_etag_that_leads_out_of_the_cache_is_refused(etag: str, hub: Hub, home: Path) -> None:
+    hub.etags["tokenizer/tokenizer.json"] = etag
+    code, _, err = run(hub, home, "tokenizer")
+    assert code == 1
+    assert "which is no name for a file" in err
+    assert not list(home.rglob("*owned*"))
+
+
+def test_a_file_name_that_leads_out_of_the_cache_is_refused(hub: Hub, home: Path) -> None:
+    hub.repos[FOUR]["tokenizer/../../../owned"] = b"x"
+    code, _, err = run(hub, home, "tokenizer")
+    assert code == 1
+    assert "which would lie outside the cache" in err
+    assert "Traceback" not in err

@@ -1,4 +1,4 @@
-"""Container formats: one reader per file and one row here, chosen by content."""
+"""Container formats: a reader per file and a row here."""
 
 import stat
 from functools import lru_cache
@@ -16,7 +16,7 @@ SUFFIXES = tuple(suffix for container in CONTAINERS for suffix in container.SUFF
 
 
 def read_header(file: Path) -> Header:
-    """Read the header of a weights file, and keep it until the file changes.
+    """Read the header of a weights file, cached until the file changes.
 
     Raises BadWeights, with the reason, for anything but a complete file in one of the containers.
     """

@@ -1,4 +1,4 @@
-"""Name files that are no readable weights by their first bytes: pickles, git-lfs pointers, web pages."""
+"""Name pickles, git-lfs pointers and web pages by their first bytes."""
 
 _PICKLE = "a pickle, which could run code; only safetensors and GGUF are read"
 
@@ -15,5 +15,5 @@ _SIGNATURES: tuple[tuple[bytes, str], ...] = (
 
 
 def foreign_format(start: bytes) -> str:
-    """Return what a file with these first bytes is, or "" for nothing known."""
+    """Return what a file that begins so is, or ""."""
     return next((name for signature, name in _SIGNATURES if start.startswith(signature)), "")

@@ -1,4 +1,4 @@
-"""Read the header of a GGUF file: metadata, then name, dimensions, type and offset of every tensor.
+"""Read the header of a GGUF file: its metadata and tensors.
 
 Layout (little endian): `GGUF`, u32 version, u64 tensors, u64 keys; keys (string, u32 type, value); tensors (string,
 u32 dimensions, u64 each with the fastest first, u32 type, u64 offset); data from the next multiple of
@@ -85,7 +85,7 @@ class _Cursor:
 
 
 def read(file: Path, size: int, stream: BinaryIO) -> Header:
-    """Read the header. Raises BadWeights, with the reason, for anything but a complete file."""
+    """Read the header. Raises BadWeights for anything but a complete file."""
     cursor = _Cursor(stream, size)
     try:
         cursor.take(4, "the magic number")
@@ -156,7 +156,7 @@ def _read_tensor(cursor: _Cursor) -> tuple[str, list[int], int, int]:
 def _place(
     file: Path, size: int, header: int, metadata: dict[str, Any], declared: list[tuple[str, list[int], int, int]]
 ) -> dict[str, Entry]:
-    """Turn offsets from the start of the data into offsets of the file, each checked against its size."""
+    """Turn offsets of the data into offsets of the file, checked."""
     alignment = metadata.get("general.alignment", 32)
     if not isinstance(alignment, int) or alignment not in (2**n for n in range(3, 17)):
         raise _Malformed(f"its alignment is {str(alignment)[:20]}")
@@ -189,7 +189,10 @@ def _check_overlaps(entries: dict[str, Entry]) -> None:
 
 
 def _shape(name: str, shape: list[int], metadata: dict[str, Any]) -> tuple[int, ...]:
-    """Return the shape with the slowest dimension first; ComfyUI's converter keeps one that GGUF cannot hold."""
+    """Return the shape, the slowest dimension first.
+
+    ComfyUI's converter keeps a shape that GGUF cannot hold in the metadata.
+    """
     original = metadata.get(_ORIGINAL_SHAPE + name)
     if isinstance(original, list) and all(isinstance(n, int) and n >= 0 for n in original):
         if math.prod(original) != math.prod(shape):

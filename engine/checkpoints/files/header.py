@@ -1,4 +1,4 @@
-"""Header and Entry: the tensors that a weights file declares, whichever container it is."""
+"""Header and Entry: the tensors that a weights file declares."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,7 +9,10 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One tensor in a file. name: as written there. begin, end: byte offsets from the start of the file."""
+    """One tensor in a file.
+
+    name: as written there. begin, end: byte offsets from the start of the file.
+    """
 
     file: Path
     name: str
@@ -25,7 +28,7 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """The tensors and the metadata that a file declares; no tensor data is read."""
+    """The tensors and the metadata that a file declares."""
 
     file: Path
     entries: dict[str, Entry]
@@ -39,10 +42,10 @@ class Container(Protocol):
 
     @staticmethod
     def matches(start: bytes, size: int) -> bool:
-        """Return whether a file of `size` bytes with these first bytes is in this format."""
+        """Return whether a file that begins so is in this format."""
         ...
 
     @staticmethod
     def read(file: Path, size: int, stream: BinaryIO) -> Header:
-        """Read the header. Raises BadWeights with the reason for anything that is not a complete file."""
+        """Read the header. Raises BadWeights for anything but a complete file."""
         ...

@@ -24,7 +24,7 @@ _MAX_SIDE = 2**48
 
 
 def matches(start: bytes, size: int) -> bool:
-    """Return whether the length of a header comes first and its opening brace next.
+    """Return whether a header's length and opening brace come first.
 
     The length alone would not do: 640, 896 and 1,152 begin with the bytes of a pickle, 67,324,752 with those of a zip.
     """
@@ -32,7 +32,7 @@ def matches(start: bytes, size: int) -> bool:
 
 
 def read(file: Path, size: int, stream: BinaryIO) -> Header:
-    """Read the header. Raises BadWeights, with the reason, for anything but a complete file."""
+    """Read the header. Raises BadWeights for anything but a complete file."""
     start = stream.read(8)
     length = int.from_bytes(start, "little")
     if len(start) < 8 or length > _MAX_HEADER or 8 + length > size:

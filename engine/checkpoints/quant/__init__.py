@@ -1,4 +1,4 @@
-"""Quantised weights: which scheme each layer of a file is in, and which one it gets in memory.
+"""Quantised weights: the scheme of each layer in files and in memory.
 
 A scheme is one file in this package and one row in `SCHEMES`.
 """
@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from engine.checkpoints.files.header import Entry
-from engine.checkpoints.quant import fp8, nvfp4
+from engine.checkpoints.quant import fp8, gguf_blocks, int8, mxfp8, nvfp4
 from engine.checkpoints.quant.scheme import MemoryScheme, QuantLinear, Scheme, StoredWeight
 from engine.contract import BadWeights, InvalidJob
 from engine.memory.device import stores_fp8
 
-SCHEMES: tuple[Scheme, ...] = (fp8.SCHEME, nvfp4.SCHEME)
+SCHEMES: tuple[Scheme, ...] = (mxfp8.SCHEME, fp8.SCHEME, nvfp4.SCHEME, int8.SCHEME, gguf_blocks.SCHEME)
+"""In the order in which a weight without a marker is tried."""
 MEMORY_SCHEMES: dict[str, MemoryScheme] = {scheme.name: scheme for scheme in (fp8.SCHEME, nvfp4.SCHEME)}
 """Those whose layers can be computed with, in the order in which they are proposed to a user who lacks memory."""
 
@@ -33,7 +34,7 @@ _OLD_MARKER = "scaled_fp8"
 def quantised_weights(
     entries: Mapping[str, Entry], metadata: Mapping[str, str], read: Callable[[Entry], bytes]
 ) -> tuple[dict[str, StoredWeight], set[str]]:
-    """Find the quantised weights among `entries`, and the names of all tensors that belong to one or mark it.
+    """Return the quantised weights, and all names that belong to them.
 
     Decided layer by layer from what the file holds: the published files differ in which layers they left in bf16.
     read: returns the bytes of a small marker. Raises BadWeights for a scheme that is not read.
@@ -71,7 +72,7 @@ def _scheme(weight: Entry, siblings: Mapping[str, Entry], marker: Mapping[str, A
 def _read_markers(
     entries: Mapping[str, Entry], metadata: Mapping[str, str], read: Callable[[Entry], bytes]
 ) -> dict[str, Mapping[str, Any]]:
-    """Layer -> what the header's metadata or ComfyUI's marker tensors say of it."""
+    """Return the markers of layers, from metadata or ComfyUI's tensors."""
     try:
         layers = json.loads(metadata.get("_quantization_metadata", "{}")).get("layers", {})
         markers: dict[str, Any] = dict(layers)
@@ -95,7 +96,7 @@ def check(quant: str | None) -> None:
 def memory_scheme(
     stored: StoredWeight | None, wanted: str | None, device: torch.device, *, compact: bool = False
 ) -> MemoryScheme | None:
-    """Return the scheme a layer gets in memory, None for the model's own dtype.
+    """Return the scheme of a layer in memory, None for plain.
 
     wanted: what the user asked for; without it a layer stays as its file holds it. compact: layers whose own scheme
     cannot be computed with become fp8 instead of the model's dtype.
@@ -110,7 +111,7 @@ def memory_scheme(
 
 
 def alternatives(weights: int) -> dict[str, int]:
-    """Bytes that a matrix of so many numbers takes in each scheme that can be asked for."""
+    """Return the bytes of a matrix in each scheme of memory."""
     return {name: scheme.bytes_for(weights) for name, scheme in MEMORY_SCHEMES.items()}
 
 
@@ -135,7 +136,7 @@ def shape_of(layer: nn.Linear | QuantLinear) -> tuple[int, int]:
 
 
 def storage(quantised: Mapping[str, StoredWeight]) -> tuple[str, float]:
-    """Return the scheme most quantised weights are in, and their mean bits; "" and 16 where none is.
+    """Return the scheme of most quantised weights, and their mean bits.
 
     The label of a GGUF weight is its block type.
     """

@@ -1,4 +1,4 @@
-"""fp8: weights as float8_e4m3fn with one scale a layer or a row, multiplied natively where the device can.
+"""fp8: weights as float8_e4m3fn with a scale a layer or a row.
 
 Layout of BFL's files: `weight` F8_E4M3 [out, in], `weight_scale` and `input_scale` F32 []. W = weight · weight_scale.
 Converters also write a scale a row, [out] or [out, 1].
@@ -28,7 +28,7 @@ def _scale(values: Tensor) -> Tensor:
 
 
 def encode(weight: Tensor) -> dict[str, Tensor]:
-    """Quantise [out, in] with one scale, some rows at a time so that there is no second copy."""
+    """Quantise [out, in] with one scale, some rows at a time."""
     scale = _scale(weight)
     codes = torch.empty(weight.shape, dtype=CODE, device=weight.device)
     for rows, into in zip(weight.split(_ROWS), codes.split(_ROWS), strict=True):
@@ -37,7 +37,7 @@ def encode(weight: Tensor) -> dict[str, Tensor]:
 
 
 def decode(stored: dict[str, Tensor], dtype: torch.dtype) -> Tensor:
-    """Return [out, in] in `dtype`. A scale is one number or one a row; without one the codes are the values."""
+    """Return [out, in] in `dtype`. Without scale codes are values."""
     codes, scale = stored["weight"], stored.get("weight_scale")
     if scale is None:
         return codes.to(dtype)
@@ -54,7 +54,7 @@ def _by_rows(codes: Tensor, scale: Tensor) -> tuple[tuple[Tensor, ...], tuple[Te
 
 
 class Fp8Linear(QuantLinear):
-    """A linear layer whose weights stay in fp8. native: multiply in fp8, activations too."""
+    """A linear layer whose weights stay in fp8."""
 
     scheme = "fp8"
     weight: Tensor
@@ -96,7 +96,7 @@ class Fp8Linear(QuantLinear):
 
 
 def quantise_rows(rows: Tensor, static: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Codes of [n, width] and their scale: `static` where there is one, else one for each row, [n, 1].
+    """Quantise [n, width] with a static scale or one for each row.
 
     A scale for each row costs nothing more than one for all, and rows of small values keep their precision.
     """

@@ -1,4 +1,4 @@
-"""nvfp4: two weights a byte, one fp8 scale for sixteen of them, one fp32 scale a layer.
+"""nvfp4: two weights a byte, one fp8 scale for sixteen.
 
 Layout of BFL's files: `weight` U8 [out, in/2], the element of even index in the high nibble; `weight_scale` F8_E4M3
 [out, in/16], lying in cuBLAS's 128 × 4 blocks whatever its shape reads; `weight_scale_2` F32 [].
@@ -7,7 +7,6 @@ same as multiplying the columns of W. Source: comfy-kitchen; sglang found the sa
 """
 
 import itertools
-import math
 from collections.abc import Callable, Mapping
 from functools import lru_cache
 from typing import Any
@@ -18,7 +17,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from engine.checkpoints.files.header import Entry
-from engine.checkpoints.quant.checks import FLOATS, check_scale
+from engine.checkpoints.quant.checks import FLOATS, check_scale, check_weight
 from engine.checkpoints.quant.scheme import Marker, QuantLinear, StoredWeight
 from engine.contract import BadWeights
 from engine.memory.device import multiplies_fp4, multiplies_fp8
@@ -42,7 +41,7 @@ def unpack(codes: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def linear_order(scales: Tensor) -> Tensor:
-    """Reorder scales [out, groups] from cuBLAS's blocks into rows; out a multiple of 128, groups of 4."""
+    """Reorder scales [out, groups] from cuBLAS's 128 × 4 blocks into rows."""
     rows, groups = scales.shape
     blocks = scales.reshape(rows // 128, groups // 4, 32, 4, 4)
     return rearrange(blocks, "R C low high c -> (R high low) (C c)")
@@ -55,7 +54,7 @@ def blocked_order(scales: Tensor) -> Tensor:
 
 
 def encode(weight: Tensor, tensor_scale: Tensor | None = None) -> dict[str, Tensor]:
-    """Quantise [out, in] into the layout of the published files, each weight to the nearest value.
+    """Quantise [out, in] into the layout of the published files.
 
     tensor_scale: None for the one that maps the largest weight to the largest value. Some rows at a time: the
     intermediates are many times as large as the result.
@@ -77,7 +76,7 @@ def _tensor_scale(weight: Tensor) -> Tensor:
 
 
 def _group_scales(weight: Tensor, tensor_scale: Tensor) -> Tensor:
-    """Scale of each group that maps its largest weight to the largest value."""
+    """Return the scale of each group, for its largest weight."""
     largest = weight.unflatten(-1, (-1, GROUP)).abs().amax(-1)
     return (largest / VALUES[-1] / tensor_scale).clamp(max=448.0).to(torch.float8_e4m3fn)
 
@@ -113,7 +112,7 @@ def _reorder(scales: Tensor, order: Callable[[Tensor], Tensor]) -> Tensor:
 
 @lru_cache
 def multiplies(device: torch.device) -> bool:
-    """Return whether the device multiplies these layers natively, by trying one product and checking it.
+    """Return whether the device multiplies natively, by trying one product.
 
     A library that cannot, or that expects another order of scales, must not cost an image.
     """
@@ -130,7 +129,7 @@ def multiplies(device: torch.device) -> bool:
 
 
 class Nvfp4Linear(QuantLinear):
-    """A linear layer whose weights stay in nvfp4. native: multiply in nvfp4, activations too."""
+    """A linear layer whose weights stay in nvfp4."""
 
     scheme = "nvfp4"
     weight: Tensor
@@ -189,7 +188,7 @@ class _Nvfp4:
 
     def store(self, weight: Entry, siblings: Mapping[str, Entry], marker: Marker) -> StoredWeight:
         rows, columns = weight.shape[0], 2 * weight.shape[1]
-        check_scale(weight, ("U8",), {math.prod(weight.shape)})
+        check_weight(weight, "U8", self.name)
         for name in ("weight_scale", "weight_scale_2"):
             if name not in siblings:
                 raise BadWeights(f"{weight.name} is nvfp4 without a {name}.", hint="Download it again.")
@@ -206,6 +205,9 @@ class _Nvfp4:
         return decode(tensors, dtype)
 
     def memory_scheme(self, stored: StoredWeight, device: torch.device) -> str | None:
+        if "pre_quant_scale" in stored.entries:
+            # Folded into the columns it is no nvfp4 any more, and rounding a second time would cost 5 %.
+            return None
         # Widening four bits at every step costs more than it saves where fp8 is multiplied natively, and packing the
         # activations, on Blackwell, is not yet one kernel. A user who lacks the memory for fp8 asks for nvfp4.
         return "fp8" if multiplies_fp8(device) else self.name

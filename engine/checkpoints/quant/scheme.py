@@ -1,4 +1,4 @@
-"""Scheme: how one quantisation stores a weight matrix in a file, and what it becomes in memory."""
+"""Scheme: a quantisation's form in files and in memory."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class StoredWeight:
 
     @property
     def label(self) -> str:
-        """What people call it: the scheme's name, or the block type of GGUF."""
+        """Its common name: the scheme's, or the block type of GGUF."""
         return str(self.options.get("label", self.scheme.name))
 
     def rows(self, begin: int, end: int) -> dict[str, Entry]:
@@ -61,7 +61,7 @@ class StoredWeight:
         return {name: _rows(entry, self.shape[0], begin, end) for name, entry in self.entries.items()}
 
     def pieces(self, weights: int) -> Iterator[tuple[int, int]]:
-        """Row ranges of about `weights` numbers each; the whole matrix where it cannot be cut."""
+        """Yield row ranges of about `weights` numbers, or the whole matrix."""
         rows, columns = self.shape
         step = max(1, weights // max(1, columns)) if self.by_rows else rows
         for begin in range(0, rows, step):
@@ -78,7 +78,7 @@ def _rows(entry: Entry, total: int, begin: int, end: int) -> Entry:
 
 
 class Scheme(Protocol):
-    """How a quantisation stores a matrix.
+    """A quantisation of matrices.
 
     name: ours. markers: the names that files give it. siblings: suffixes of the tensors beside `weight`.
     """
@@ -92,7 +92,7 @@ class Scheme(Protocol):
         ...
 
     def store(self, weight: Entry, siblings: Mapping[str, Entry], marker: Marker) -> StoredWeight:
-        """Describe a weight of this scheme. Raises BadWeights for scales of another kind."""
+        """Describe a weight. Raises BadWeights for scales of another kind."""
         ...
 
     def decode(self, tensors: dict[str, Tensor], dtype: torch.dtype, options: Mapping[str, Any]) -> Tensor:
@@ -100,7 +100,7 @@ class Scheme(Protocol):
         ...
 
     def memory_scheme(self, stored: StoredWeight, device: torch.device) -> str | None:
-        """Return the scheme that keeps such a weight in memory, None to widen it to the model's dtype."""
+        """Return the scheme that holds it in memory, None for plain."""
         ...
 
 
@@ -112,7 +112,7 @@ class MemoryScheme(Scheme, Protocol):
         ...
 
     def fits(self, layer: nn.Linear) -> bool:
-        """Return whether a layer of this size can be held in this scheme."""
+        """Return whether a layer of this size can be held."""
         ...
 
     def make(self, layer: nn.Linear, device: torch.device, *, full_precision: bool) -> QuantLinear:

@@ -1,4 +1,4 @@
-"""Answers: what was found out about files and cannot be read from them, kept between runs."""
+"""Answers: facts about files, kept between runs."""
 
 import json
 import os
@@ -10,7 +10,7 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True)
 class Answers:
-    """Variants that a user named and hashes that were computed, by file, in one JSON file.
+    """Variants named and hashes computed, by file, in one JSON file.
 
     An answer holds as long as the file's size and time of modification do. Without a path nothing is kept; what
     cannot be read or written is done without, since everything in it can be found out again.

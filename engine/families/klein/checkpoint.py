@@ -8,7 +8,7 @@ from engine.families.klein.variants import Variant
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """The file or folder of each component of a model; the tokenizer is always a folder.
+    """The file or folder of each component of a model.
 
     An all-in-one checkpoint is the file of several components.
     """

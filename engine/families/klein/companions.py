@@ -1,4 +1,4 @@
-"""Companions of a single file: which text encoder, autoencoder and tokenizer suit it, ranked.
+"""Companions of a single file, ranked: text encoder, autoencoder, tokenizer.
 
 A candidate suits a transformer by its shapes. Of several, those in the file itself come first, then a diffusers
 folder's own part beside it, then published ones before fine-tunes, then the smallest that is stored at least as
@@ -19,7 +19,7 @@ from engine.families.klein.folder import read_json
 from engine.families.klein.key_maps import autoencoder_name, encoder_name, transformer_name
 from engine.families.klein.variants import Variant
 
-COMFYUI_FOLDERS = ("vae", "text_encoders", "clip")
+COMFYUI_FOLDERS = ("vae", "text_encoders", "clip", "diffusion_models")
 """Folders of ComfyUI beside the one that holds transformers."""
 
 _PUBLISHED = {
@@ -33,7 +33,7 @@ _PUBLISHED = {
 
 @dataclass(frozen=True, slots=True)
 class Companion:
-    """A candidate: a folder or a single file. bits: a weight is stored in."""
+    """A candidate: a folder or file, and its bits a weight."""
 
     path: Path
     component: str
@@ -41,13 +41,15 @@ class Companion:
 
     @property
     def is_published(self) -> bool:
-        """Whether its name is one that companions are published under; folders keep their model's own."""
+        """Whether its name is one that companions are published under."""
         return self.path.is_dir() or _PUBLISHED[self.component].fullmatch(self.path.stem) is not None
 
 
 @dataclass(frozen=True, slots=True)
 class Needs:
-    """What a transformer needs of its companions. context: the width of the states it reads."""
+    """The needs of a transformer, by its shapes.
+
+    context: the width of the states it reads."""
 
     file: Path
     variant: Variant
@@ -65,7 +67,7 @@ class Needs:
         return cls(file, variant, context, channels, stored_format(read_header(file))[1])
 
     def suits_encoder(self, path: Path) -> bool:
-        """Return whether a text encoder is a Qwen3 of the width and depth that this transformer reads."""
+        """Return whether a text encoder has the width and depth needed."""
         layers = self.variant.text_layers
         width, depth = encoder_size(path)
         return len(layers) * width == self.context and depth >= max(layers)
@@ -87,7 +89,7 @@ class Needs:
 
 
 def candidates(home: Path, component: str) -> Iterator[Companion]:
-    """Yield the text encoders or autoencoders in a folder, or in a single file."""
+    """Yield the text encoders or autoencoders in a folder or file."""
     part = {signatures.TEXT_ENCODER: "text_encoder", signatures.AUTOENCODER: "vae"}[component]
     if (home / part / "config.json").is_file():
         yield Companion(home / part, component, _folder_bits(home / part))
@@ -103,7 +105,7 @@ def tokenizers(home: Path) -> Iterator[Path]:
 
 
 def weights_files(home: Path) -> list[Path]:
-    """Return the weights files in a folder, or `home` if it is one."""
+    """Return the weights files in a folder, or `home` itself."""
     if home.is_file():
         return [home]
     try:
@@ -113,7 +115,7 @@ def weights_files(home: Path) -> list[Path]:
 
 
 def stored_format(header: Header) -> tuple[str, float]:
-    """Return how the matrices of a file are stored, and their bits a weight; "bf16" for any full precision."""
+    """Return a file's format and bits a weight, "bf16" for plain."""
     try:
         quantised, _ = quant.quantised_weights(header.entries, header.metadata, lambda entry: b"{}")
     except BadWeights:
@@ -130,7 +132,7 @@ def _folder_bits(folder: Path) -> float:
 
 
 def shapes(path: Path, rename: Callable[[str], str]) -> dict[str, Shape]:
-    """Return the shapes in a file or folder by our names; none for one that cannot be read."""
+    """Return the shapes in a file or folder by our names."""
     files: Iterable[Path] = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
     found: dict[str, Shape] = {}
     for file in files:
@@ -144,7 +146,7 @@ def shapes(path: Path, rename: Callable[[str], str]) -> dict[str, Shape]:
 
 
 def encoder_size(path: Path) -> tuple[int, int]:
-    """Return width and layers of a text encoder, (0, 0) for what is no Qwen3."""
+    """Return width and layers of a text encoder, or zeros."""
     if path.is_dir():
         try:
             config = read_json(path / "config.json")

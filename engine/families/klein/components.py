@@ -1,4 +1,4 @@
-"""Components: files -> the three networks on the meta device, verified, and what will fill them."""
+"""Components: files -> networks on the meta device and their key maps."""
 
 import json
 import re
@@ -42,7 +42,9 @@ _NOTHING = re.compile(r"(?!)")
 
 @dataclass(frozen=True, slots=True)
 class QuantPolicy:
-    """How quantised layers are held. wanted: the scheme the user asked for, None for the file's own.
+    """The way quantised layers are held.
+
+    wanted: the scheme the user asked for, None for the file's own.
 
     compact: layers in a scheme that cannot be computed with become fp8, not the model's dtype.
     """
@@ -77,7 +79,7 @@ class ComponentSpec(Generic[Net]):
         check_tensors(self.module, self.tensors, self.key_map, self.what, self._ignore)
 
     def load(self, device: Device, allocate: Allocator | None = None) -> Iterator[int]:
-        """Read the weights into their places; yield bytes as they are read."""
+        """Read the weights, yielding bytes as they are read."""
         yield from load_into(
             self.module,
             self.tensors,
@@ -93,7 +95,7 @@ class ComponentSpec(Generic[Net]):
 
 
 def _open(path: Path, component: str, rename: Rename) -> Tensors:
-    """Open a file or a folder. Raises BadWeights for a file that is something else."""
+    """Open a file or a folder. Raises BadWeights for another component."""
     if not path.is_file():
         return Tensors.folder(path, rename)
     header = read_header(path)
@@ -111,7 +113,7 @@ def _refuse_absent(tensors: Tensors, what: str) -> None:
 def transformer(
     path: Path, policy: QuantPolicy | None = None, device: torch.device = _CPU
 ) -> ComponentSpec[Transformer]:
-    """Open the velocity field in a diffusers `transformer/` folder or in a single file."""
+    """Open the velocity field in a diffusers folder or single file."""
     what = f"transformer {path.name}" if path.is_file() else "transformer"
     config = {} if path.is_file() else _read_config(path)
     tensors = _open(path, signatures.TRANSFORMER, transformer_name)
@@ -136,7 +138,7 @@ def transformer(
 def _quantise(
     module: nn.Module, blocks: str, tensors: Tensors, key_map: KeyMap, policy: QuantPolicy, device: torch.device
 ) -> tuple[tuple[str, ...], bool]:
-    """Replace block layers by quantised ones as the file or the policy says.
+    """Replace block layers by quantised ones, by file and policy.
 
     Returns the names of all block layers, and whether some are stored in a scheme that is widened.
     """
@@ -156,7 +158,7 @@ def _quantise(
 
 
 def verify(checkpoint: Checkpoint) -> None:
-    """Raise BadWeights unless the checkpoint's files are complete; nothing but headers is read."""
+    """Raise BadWeights unless the files are complete, reading headers only."""
     layers = checkpoint.variant.text_layers
     for part in (
         transformer(checkpoint.transformer),
@@ -193,7 +195,7 @@ def _transformer_shape(shapes: dict[str, Shape], config: dict[str, Any], what: s
 
 
 def _blocks(config: dict[str, Any], key: str, what: str) -> int:
-    """Return a config's number of blocks, 0 where it does not say. Ten million would fill the memory."""
+    """Return a config's number of blocks, within reason, or 0."""
     count = config.get(key, 0)
     if type(count) is not int or not 0 <= count <= _MOST_BLOCKS:
         raise BadWeights(f"The {what}'s config says {key} {str(count)[:20]}; at most {_MOST_BLOCKS} is read.")
@@ -201,7 +203,7 @@ def _blocks(config: dict[str, Any], key: str, what: str) -> int:
 
 
 def autoencoder(path: Path) -> ComponentSpec[Autoencoder]:
-    """Open the autoencoder in a diffusers `vae/` folder or a single file, with either decoder."""
+    """Open the autoencoder in a diffusers folder or single file."""
     what = f"autoencoder {path.name}" if path.is_file() else "autoencoder"
     config = {} if path.is_file() else _read_config(path)
     tensors = _open(path, signatures.AUTOENCODER, autoencoder_name)
@@ -241,7 +243,7 @@ def _autoencoder_shape(shapes: dict[str, Shape], config: dict[str, Any], what: s
 def text_encoder(
     path: Path, layers: tuple[int, ...], device: torch.device = _CPU, *, compact: bool = False
 ) -> ComponentSpec[TextEncoder]:
-    """Open Qwen3 in a transformers folder or a single file, cut after the last of `layers`."""
+    """Open Qwen3, cut after the last of `layers`."""
     what = f"text encoder {path.name}" if path.is_file() else "text encoder"
     tensors = _open(path, signatures.TEXT_ENCODER, encoder_name)
     config = _qwen3_config(tensors.shapes, what) if path.is_file() else _read_config(path)
@@ -258,7 +260,7 @@ def text_encoder(
 
 
 def _unread(read: int) -> re.Pattern[str]:
-    """Match what is never read: layers above the cut, the final norm, the language model's head."""
+    """Match layers above the cut, the final norm and the head."""
     above = "|".join(str(i) for i in range(read, _MOST_LAYERS))
     return re.compile(rf"lm_head\..*|model\.norm\..*|model\.layers\.(?:{above})\..*|logit_scale|rope_freqs\..*")
 
@@ -268,7 +270,10 @@ _MOST_LAYERS = 100
 
 
 def _qwen3_config(shapes: dict[str, Shape], what: str) -> dict[str, Any]:
-    """Return the config that a single file leaves out; what no shape tells is alike in every Qwen3."""
+    """Return the config that a single file leaves out.
+
+    The values that no shape tells are alike in every Qwen3.
+    """
     first = "model.layers.0"
     try:
         vocabulary, hidden = shapes["model.embed_tokens.weight"]
@@ -303,7 +308,7 @@ def _restrict(key_map: KeyMap, module: nn.Module) -> KeyMap:
 
 
 def _count(names: dict[str, Shape], pattern: str) -> int:
-    """Return one more than the highest number in names that match, within reason."""
+    """Return one more than the highest number in matching names."""
     numbers = (re.fullmatch(pattern, name) for name in names)
     # A name may hold any number; a hundred is more than any of these networks has.
     return 1 + min(100, max((int(found.group(1)[:9]) for found in numbers if found), default=-1))

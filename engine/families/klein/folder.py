@@ -1,4 +1,4 @@
-"""Read what a diffusers folder says of its model: its index, and klein.json beside it."""
+"""Read a diffusers folder's index, and klein.json beside it."""
 
 import json
 from collections.abc import Callable
@@ -92,7 +92,10 @@ def _with_extras(variant: Variant, folder: Path) -> Variant:
 
 
 def is_complete(folder: Path) -> bool:
-    """Return whether a folder with an index has a transformer: the hub's cache may hold the companions alone."""
+    """Return whether a folder with an index has a transformer.
+
+    The hub's cache may hold the companions alone.
+    """
     return (folder / INDEX).is_file() and any((folder / "transformer").glob("*.safetensors"))
 
 
@@ -114,5 +117,5 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def forbidden(path: Path) -> BadWeights:
-    """Return the error for a file or folder that this user may not read."""
+    """Return the error for a path this user may not read."""
     return BadWeights(f"{path} may not be read by this user.", hint="Change its permissions or its owner.")

@@ -1,4 +1,4 @@
-"""Memory needs of a klein: its weights, one image's activations, and what smaller choices would take."""
+"""Memory needs of a klein: weights, activations, smaller choices."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -26,7 +26,7 @@ EMBEDDING = "model.embed_tokens"
 
 
 def memory_info(device: Device, limit: int | None = None, held: int = 0) -> MemoryInfo:
-    """Return the memory that is free now. held: bytes that count as free too."""
+    """Return the memory that is free now, with `held` bytes."""
     return MemoryInfo(
         device=device.label,
         free=device.free_bytes() + device.idle_bytes() + held,
@@ -74,7 +74,7 @@ def weight_sizes(
     deltas: Sequence[WeightDelta],
     dtype: torch.dtype,
 ) -> WeightSizes:
-    """Return the bytes of a model's weights in memory, by what can be offloaded."""
+    """Return the bytes of a model's weights in memory."""
     sizes = [_sizes(part.module, dtype) for part in (transformer, text_encoder, autoencoder)]
     blocks = tuple(sizes[0].pop(layer) for layer in transformer.layers)
     encoder = tuple(sizes[1].pop(layer) for layer in text_encoder.layers)
@@ -118,7 +118,7 @@ def alternatives(
 
 
 def smaller_models(variant: Variant, device: Device) -> list[tuple[str, WeightSizes]]:
-    """Return smaller models of the same kind, and their sizes by their rows."""
+    """Return smaller models of the same kind, and their sizes."""
     rows = [
         row
         for row in VARIANTS.values()
@@ -130,6 +130,9 @@ def smaller_models(variant: Variant, device: Device) -> list[tuple[str, WeightSi
 
 
 def device_bytes(networks: Sequence[nn.Module], device: torch.device) -> int:
-    """Return the bytes of weights on the device; host memory counts only where it is the device's."""
+    """Return the bytes of weights on the device.
+
+    Host memory counts only where it is the device's.
+    """
     tensors = (tensor for net in networks for tensor in (*net.parameters(), *net.buffers()))
     return sum(tensor.nbytes for tensor in tensors if not has_own_memory(device) or tensor.device.type == device.type)

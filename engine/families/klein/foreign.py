@@ -1,4 +1,4 @@
-"""Name kleins that other programs quantised in a format that is not read, before anything else is asked."""
+"""Name kleins in other programs' formats, before anything else is asked."""
 
 import json
 from collections.abc import Mapping
@@ -40,7 +40,7 @@ def refuse_config(config: Mapping[str, Any], folder: Path) -> None:
 
 
 def format_of(header: Header) -> str:
-    """Return whose format a file is in, "" for one that is read."""
+    """Return whose format a file is in, "" for a readable one."""
     metadata = header.metadata
     if "nunchaku" in metadata.get("model_class", "").lower():
         return "Nunchaku (SVDQuant)"

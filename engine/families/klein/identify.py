@@ -1,4 +1,4 @@
-"""Identify which variant a file or folder is: by name, hub repository, hash, or an earlier answer."""
+"""Identify a variant by name, hub repository, hash, or earlier answer."""
 
 import difflib
 import hashlib
@@ -13,7 +13,7 @@ from engine.families.klein.variants import EMBEDDED, VARIANTS, Variant
 
 
 def by_path(path: Path) -> Variant | None:
-    """Identify by the name of a folder or file, or of the hub's repository it came from."""
+    """Identify by the name of a path or of its hub repository."""
     name = path.name if path.is_dir() else path.stem
     return by_name(name) or by_repository(path)
 
@@ -23,7 +23,7 @@ _SIZE = re.compile(r"(?:klein)?(?:base)?([49]b)(?:base|kv|distilled)?")
 
 
 def by_name(name: str) -> Variant | None:
-    """Identify by a name without its suffix: `klein`, a size, and maybe `base` or `kv`, with any words around.
+    """Identify by words: `klein`, a size, and maybe `base` or `kv`.
 
     flux-2-klein-4b, FLUX.2-klein-base-4B-fp8, flux2Klein_9bBase, klein4b (1), Flux2-Klein-9B-True-V3-bf16 are names
     that people have.
@@ -42,13 +42,15 @@ def by_name(name: str) -> Variant | None:
 
 
 _FORMAT_ENDING = re.compile(r"[-_.](?:(?:ud[-_])?i?q\d\w*|f16|f32)$", re.IGNORECASE)
-_PUBLISHED_WORDS = frozenset(
-    ["flux", "2", "flux2", "klein", "4b", "9b", "base", "kv", "fp8", "nvfp4", "bf16", "fp16", "safetensors"]
-)
+_FORMATS = {file.format for row in VARIANTS.values() for file in row.files}
+_PUBLISHED_WORDS = {"flux", "2", "flux2", "klein", "4b", "9b", "base", "kv", "fp16", "safetensors"} | _FORMATS
 
 
 def is_published_name(name: str) -> bool:
-    """Return whether a name tells variant and format alone: a fine-tune has a word of its own."""
+    """Return whether a name tells variant and format alone.
+
+    A fine-tune has a word of its own.
+    """
     words = re.split(r"[^a-z0-9]+", _CAMEL.sub("-", _FORMAT_ENDING.sub("", name)).lower())
     return set(words) - {""} <= _PUBLISHED_WORDS
 
@@ -66,7 +68,7 @@ def by_repository(path: Path) -> Variant | None:
 
 
 def by_hash(file: Path, answers: Answers) -> Variant | None:
-    """Identify a renamed published file. Only a file of just that size is read through, and only once."""
+    """Identify a renamed published file, hashed once, by size and hash."""
     size = file.stat().st_size
     rows = [(row, known) for row in VARIANTS.values() for known in row.files if known.sha256 and known.bytes == size]
     if not rows:
@@ -81,7 +83,7 @@ def by_hash(file: Path, answers: Answers) -> Variant | None:
 
 
 def by_answer(file: Path, answers: Answers) -> Variant | None:
-    """Identify by what the user said of this file before, or by its hash where that was computed before."""
+    """Identify by the user's earlier answer or an earlier hash."""
     if (answer := answers.variant(file)) in VARIANTS:
         return VARIANTS[answer]
     return by_hash(file, answers) if answers.sha256(file) or len(file.resolve().name) == 64 else None
@@ -94,7 +96,7 @@ def sha256(file: Path) -> str:
 
 
 def width(header: Header) -> int:
-    """Return the width of the transformer in a file, which tells a 4B from a 9B; 0 where it has none."""
+    """Return the width of the transformer in a file, or 0."""
     names = ("img_in.weight", "x_embedder.weight")
     widths = (
         entry.shape[0] for name, entry in header.entries.items() if entry.shape and transformer_name(name) in names
@@ -103,7 +105,7 @@ def width(header: Header) -> int:
 
 
 def check_width(file: Path, width: int, row: Variant) -> None:
-    """Raise BadWeights if the published models of this width do not include `row`."""
+    """Raise BadWeights if `row` is of another width."""
     widths = {row.hidden for row in VARIANTS.values() if row.hidden}
     if {width, row.hidden} <= widths and row.hidden != width:
         raise BadWeights(f"{file.name} is {width} wide; {row.name} is {row.hidden}.", fix=_fix(width))
@@ -117,7 +119,7 @@ def ambiguous_variant(file: Path, width: int) -> BadWeights:
 
 
 def _fix(width: int) -> Fix:
-    """Return a fix that names the variants of this width, all of them where none has it."""
+    """Return a fix that names the variants of this width."""
     names = [name for name in VARIANTS if name != EMBEDDED]
     names = [name for name in names if VARIANTS[name].hidden == width] or names
     return Fix("set", "variant", choices=tuple(names))
@@ -131,7 +133,7 @@ def named(variant: str) -> Variant:
 
 
 def unknown_name(name: str, rest: str) -> ModelNotFound:
-    """Return the error for a name that no variant has, with the nearest one."""
+    """Return the error for an unknown name, with the nearest one."""
     near = difflib.get_close_matches(name, VARIANTS, 1)
     meant = f" Did you mean {near[0]}?" if near else ""
     return ModelNotFound(f"There is no model {name!r}.{meant} Known: {', '.join(VARIANTS)}; {rest}".rstrip("; "))

@@ -1,4 +1,4 @@
-"""Key maps as data: published layouts -> our modules, which are named as in BFL's files.
+"""Key maps as data: published layouts -> our modules, named as BFL's.
 
 A row is (published name, our name, part, parts): the tensor fills the part-th of `parts` equal row ranges.
 `{i}` stands for a block's number. Source of the names: diffusers 0.42 modules and BFL's published checkpoints.
@@ -91,12 +91,12 @@ def _expand(rows: Iterable[Row], numbers: int) -> KeyMap:
 
 
 def diffusers_transformer(blocks: int) -> KeyMap:
-    """Return every name of a diffusers transformer with up to `blocks` blocks of a kind."""
+    """Return every name of a diffusers transformer of `blocks` blocks."""
     return _expand(DIFFUSERS_TRANSFORMER, blocks)
 
 
 def diffusers_autoencoder(levels: int, layers: int) -> KeyMap:
-    """Return every name of a diffusers AutoencoderKLFlux2, with `layers` residual blocks a level."""
+    """Return every name of a diffusers autoencoder of this size."""
     return _expand(_autoencoder_rows(levels), layers)
 
 
@@ -123,7 +123,7 @@ def _strip(name: str, prefixes: tuple[str, ...]) -> str:
 
 
 def transformer_name(name: str) -> str:
-    """Return the name without what repackers added, "" for a tensor of another component."""
+    """Return the name without prefixes, "" for another component's."""
     if _OTHER_COMPONENTS.match(name):
         return ""
     name = _strip(name, _TRANSFORMER_PREFIXES)
@@ -140,7 +140,7 @@ _NOT_AUTOENCODER = re.compile(
 
 
 def autoencoder_name(name: str) -> str:
-    """Return the name without what repackers added, "" for a tensor of another component."""
+    """Return the name without prefixes, "" for another component's."""
     return "" if _NOT_AUTOENCODER.match(name) else _strip(name, _AUTOENCODER_PREFIXES)
 
 
@@ -160,7 +160,7 @@ _NOT_ENCODER = re.compile(
 
 
 def encoder_name(name: str) -> str:
-    """Return a Qwen3 tensor's name as transformers writes it, "" for a tensor of another component."""
+    """Return transformers' name of a Qwen3 tensor, "" for another component's."""
     if _NOT_ENCODER.match(name):
         return ""
     if layer := _GGUF_LAYER.match(name):

@@ -28,7 +28,10 @@ from engine.nn.autoencoder import Autoencoder
 
 @dataclass(frozen=True, slots=True)
 class LoadOptions:
-    """How to load. quant: scheme of the blocks, None for the file's. limit: bytes of the device that may be used."""
+    """Options of loading.
+
+    quant: scheme of the blocks, None for the file's. limit: bytes of the device that may be used.
+    """
 
     quant: str | None = None
     loras: tuple[Lora, ...] = ()
@@ -52,7 +55,7 @@ class Networks:
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """A model whose files are complete, fit together and fit into memory; nothing is read yet.
+    """A model that is complete and fits into memory, not yet read.
 
     warnings: what of the LoRAs is not applied.
     """
@@ -67,7 +70,7 @@ class Prepared:
 
     @property
     def components(self) -> tuple[ComponentSpec[Any], ...]:
-        """In the order of use, so that a first prompt could be encoded before the transformer is there."""
+        """The components in the order of use."""
         return self.text_encoder, self.transformer, self.autoencoder
 
     @property
@@ -103,7 +106,10 @@ def prepare(
 
 
 class _DoesNotFit(OutOfMemory):
-    """The model does not fit. widened: whether holding some layers in fewer bits could help."""
+    """A model that does not fit.
+
+    widened: whether holding some layers in fewer bits could help.
+    """
 
     def __init__(self, error: OutOfMemory, *, widened: bool) -> None:
         super().__init__(error.message, hint=error.hint, fix=error.fix)
@@ -200,7 +206,10 @@ def _offload(prepared: Prepared, offloaded: dict[str, frozenset[str]], device: t
 
 
 def _fingerprint(read: tuple[ComponentSpec[Any], ...], options: LoadOptions) -> str:
-    """Return 16 hex digits per component; quantisation and LoRAs alter the first."""
+    """Return 16 hex digits per component.
+
+    Quantisation and LoRAs alter the first.
+    """
     prints = [part.tensors.fingerprint()[:16] for part in read]
     if options.quant or options.loras:
         own = ":".join((prints[0], options.quant or "", *(one.fingerprint() for one in options.loras)))

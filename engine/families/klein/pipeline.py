@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from engine.contract import (
+    BadWeights,
     CacheUse,
     ChangeMask,
     Event,
@@ -99,11 +100,16 @@ class Klein:
         placement_summary: str = "",
         limit: int | None = None,
         compile_options: CompileOptions | None = None,
+        warnings: tuple[str, ...] = (),
     ) -> None:
-        """placement_summary: where its weights are, in words. limit: bytes of the device it may use in all."""
+        """placement_summary: where its weights are, in words. limit: bytes of the device it may use in all.
+
+        warnings: for every result, such as what of a LoRA is not applied.
+        """
         self.variant = variant
         self.placement_summary = placement_summary
         self.limit = limit
+        self._warnings = warnings
         self.transformer = transformer
         self.autoencoder = autoencoder
         self.text_encoder = text_encoder
@@ -147,6 +153,7 @@ class Klein:
             networks.placement,
             options.limit,
             compile_options,
+            networks.warnings,
         )
 
     @property
@@ -168,7 +175,7 @@ class Klein:
             yield from self._run(job, previews)
 
     def _run(self, job: Job, previews: Callable[[], bool]) -> Iterator[Event]:
-        variant, clock, warnings = self.variant, _StageClock(self.device), []
+        variant, clock, warnings = self.variant, _StageClock(self.device), list(self._warnings)
         steps, guidance = self._plan(job, warnings)
         canvas, references = self._canvas(job, warnings)
         self._check_memory(canvas, references)
@@ -213,6 +220,8 @@ class Klein:
             before = x.clone() if watched or decoding else None
             with clock("denoise"):
                 x = next(stepping)
+            if decoding or i + 1 == steps:
+                _refuse_not_finite(x, variant.name)
             preview = partial = None
             if before is not None:
                 clean = unpack(predict_clean(before, x, levels[i], levels[i + 1]), rows)
@@ -460,6 +469,15 @@ class Klein:
 
     def _reference_rope(self, references: tuple[tuple[int, int], ...]) -> Rope:
         return self.transformer.rope(torch.cat(_reference_positions(references)))
+
+
+def _refuse_not_finite(latent: Tensor, model: str) -> None:
+    """Raise BadWeights for a latent with NaN or infinity: it would be decoded to a black image."""
+    if not bool(torch.isfinite(latent).all()):
+        raise BadWeights(
+            f"{model} computed numbers that are not finite: its weights, or a LoRA on them, are broken.",
+            hint="Leave the LoRA away, or download the model again.",
+        )
 
 
 def _size(job: Job, references: list[Reference], variant: Variant) -> tuple[int, int]:

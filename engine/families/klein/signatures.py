@@ -1,4 +1,4 @@
-"""Tell from tensor names which component of klein a file holds, or which other model it is."""
+"""Tell components of klein, and other models, by tensor names."""
 
 from pathlib import Path
 
@@ -24,7 +24,7 @@ _SIGNATURES: tuple[tuple[str, tuple[str, ...]], ...] = (
 
 
 def component(header: Header) -> str:
-    """Return a component of klein, "LoRA", or the name of another model; "" for nothing known."""
+    """Return a component of klein, "LoRA", another model's name, or ""."""
     names = header.entries.keys()
     if any(name.endswith((".diff", ".diff_b", ".lora_A", ".lora_B", ".set_weight")) for name in names):
         return LORA
@@ -50,7 +50,7 @@ def components(header: Header) -> frozenset[str]:
 
 
 def expect(header: Header, wanted: str) -> None:
-    """Raise BadWeights for a file whose names tell that it is something else than `wanted`."""
+    """Raise BadWeights for a file that is something else than `wanted`."""
     if wanted not in components(header) and (found := component(header)):
         fix = Fix("set", "loras") if found == LORA else None
         raise BadWeights(f"{header.file.name} is {_with_article(found)}, not a klein {wanted}.", fix=fix)

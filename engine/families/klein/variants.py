@@ -1,4 +1,4 @@
-"""VARIANTS: one frozen row per model. Whatever differs between two kleins is said here and nowhere else."""
+"""VARIANTS: one row per model, with all that differs between them."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -12,7 +12,10 @@ FULL, FP8, NVFP4 = "bf16", "fp8", "nvfp4"
 
 @dataclass(frozen=True, slots=True)
 class File:
-    """One published single file. bytes: exact where it is known, else 0. sha256: its first characters, where known."""
+    """One published single file.
+
+    bytes: exact where it is known, else 0. sha256: its first characters, where known.
+    """
 
     repo: str
     name: str
@@ -23,7 +26,7 @@ class File:
 
 @dataclass(frozen=True, slots=True)
 class Variant:
-    """What a model was made for.
+    """A model and the settings it was made for.
 
     kv: references see references only, at timestep 0, so that their keys and values can be kept.
     guidance: 1.0 means one pass a step; above 1.0 a second, unconditional pass steers the first.

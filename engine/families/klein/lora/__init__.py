@@ -1,4 +1,4 @@
-"""LoRAs of any trainer: files -> deltas of our layers -> merged weights or side branches."""
+"""LoRAs of any trainer: files -> deltas -> weights or side branches."""
 
 from engine.families.klein.lora.apply import LoraLinear, apply
 from engine.families.klein.lora.deltas import RowRange, WeightDelta

@@ -1,4 +1,4 @@
-"""Apply LoRAs: merge where weights are plain, compute beside the layer where they are quantised."""
+"""Apply LoRAs: merge into plain weights, compute beside quantised ones."""
 
 from collections.abc import Iterable, Iterator
 
@@ -17,7 +17,7 @@ _ROWS = 2048
 
 @torch.no_grad()
 def apply(transformer: Transformer, deltas: Iterable[WeightDelta]) -> None:
-    """Apply the deltas. All of one layer are summed in fp32 before the layer's own format rounds them."""
+    """Apply deltas, summed in fp32 before the layer's format rounds them."""
     by_parameter: dict[tuple[str, str], list[WeightDelta]] = {}
     for delta in deltas:
         by_parameter.setdefault((delta.rows.layer, delta.rows.leaf), []).append(delta)
@@ -50,7 +50,7 @@ def _merge(weight: Tensor, deltas: list[WeightDelta]) -> None:
 
 
 def _column_norms(matrix: Tensor, delta: WeightDelta) -> Tensor | None:
-    """Return the norms of the columns that a DoRA by columns divides by; they need all of its rows."""
+    """Return the column norms that a DoRA by columns divides by."""
     if delta.magnitude is None or not delta.by_columns:
         return None
     total = torch.zeros(matrix.shape[1], device=matrix.device)
@@ -68,7 +68,7 @@ def _overlap(delta: WeightDelta, begin: int, end: int) -> Iterator[tuple[int, in
 
 
 class LoraLinear(nn.Module):
-    """A quantised layer whose weights stay as they are, with low-rank changes computed beside it."""
+    """A quantised layer with low-rank changes computed beside it."""
 
     def __init__(self, layer: QuantLinear, deltas: list[WeightDelta], like: Tensor) -> None:
         """like: has the device and the dtype to compute in."""

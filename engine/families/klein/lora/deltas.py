@@ -1,4 +1,4 @@
-"""WeightDelta: a change of some rows of one parameter, computed a few rows at a time."""
+"""WeightDelta: a change of some rows of one parameter."""
 
 from dataclasses import dataclass
 from typing import Protocol
@@ -9,7 +9,10 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class RowRange:
-    """Rows of one of our parameters. swap: its halves change places, as in the key maps."""
+    """Rows of one of our parameters.
+
+    swap: its halves change places, as in the key maps.
+    """
 
     layer: str
     begin: int
@@ -19,7 +22,10 @@ class RowRange:
 
 
 class Matrix(Protocol):
-    """A matrix that is kept in factors: written out, those of a whole model would take as much as the model."""
+    """A matrix that is kept in factors.
+
+    Written out, those of a whole model would take as much memory as the model.
+    """
 
     @property
     def shape(self) -> tuple[int, int]: ...
@@ -94,7 +100,7 @@ class Kronecker:
 
 @dataclass(frozen=True, slots=True)
 class WeightDelta:
-    """A change of the weight W of some rows, applied with a strength.
+    """A change of the weight W of some rows.
 
     Added is scale · matrix. With `magnitude` (DoRA) W + scale · matrix is normalised and multiplied by it, by rows
     [out] or by columns [in]. With `replaces` the matrix is the new W.
@@ -110,7 +116,7 @@ class WeightDelta:
 
     @property
     def is_low_rank(self) -> bool:
-        """Whether it can be computed beside a layer, without the layer's own weights."""
+        """Whether it can be computed beside a layer."""
         return isinstance(self.matrix, LowRank) and self.magnitude is None
 
     @property
@@ -122,13 +128,13 @@ class WeightDelta:
         return self.matrix.up.numel() + self.matrix.down.numel()
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        """Return (up, down) of a low-rank change, scaled and in the order of our rows."""
+        """Return up and down, scaled, in the order of our rows."""
         assert isinstance(self.matrix, LowRank)
         up = self.matrix.up * (self.scale * self.strength)
         return torch.cat(tuple(reversed(up.chunk(2)))) if self.rows.swap else up, self.matrix.down
 
     def change(self, weight: Tensor, begin: int, end: int, column_norms: Tensor | None) -> Tensor:
-        """Return what is added to `weight`, the rows begin … end of those that this is for, in fp32."""
+        """Return the change of `weight`, rows begin … end, in fp32."""
         matrix = self._rows(begin, end).to(weight.device)
         if self.replaces:
             return self.strength * (matrix - weight)
@@ -145,7 +151,7 @@ class WeightDelta:
         return self.strength * (target - weight)
 
     def squared_columns(self, weight: Tensor, begin: int, end: int) -> Tensor:
-        """Return the sums of squares, by columns, of W + scale · matrix in these rows."""
+        """Return the column sums of squares of W + scale · matrix."""
         return (weight + self.scale * self._rows(begin, end).to(weight.device)).square().sum(dim=0)
 
     def _rows(self, begin: int, end: int) -> Tensor:

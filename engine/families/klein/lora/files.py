@@ -1,4 +1,4 @@
-"""LoRA files: which one a user means, and how their training scaled it."""
+"""LoRA files and the settings they were trained with."""
 
 import hashlib
 import json
@@ -25,7 +25,7 @@ class Lora:
     scale: float = 1.0
 
     def fingerprint(self) -> str:
-        """Hash content and scale: they change the image as the model's own weights do."""
+        """Hash content and scale, which both change the image."""
         with self.path.open("rb") as stream:
             digest = hashlib.file_digest(stream, "sha256")
         if (config := _config_file(self.path)) is not None:
@@ -35,7 +35,7 @@ class Lora:
 
 
 def resolve_lora(text: str, folders: Iterable[Path]) -> Lora:
-    """Resolve `path[:scale]`, or `name[:scale]` of a file in a `loras` folder below `folders`.
+    """Resolve a path or a name in a `loras` folder, with `:scale`.
 
     Raises ModelNotFound or InvalidJob.
     """
@@ -73,7 +73,7 @@ def _split_scale(text: str) -> tuple[str, float]:
 
 @dataclass(frozen=True, slots=True)
 class Training:
-    """How a LoRA was trained, as far as the file or a config beside it tells; without it alpha is the rank."""
+    """The settings of a LoRA's training. Without them alpha is the rank."""
 
     settings: Mapping[str, Any]
 
@@ -90,7 +90,7 @@ class Training:
             raise BadWeights(f"The training settings of LoRA {header.file.name} make no sense: {reason}.") from None
 
     def scale(self, module: str, rank: int) -> float:
-        """Return alpha over rank, or over its root for rsLoRA; 1 where nothing is known."""
+        """Return alpha over rank, or over its root for rsLoRA."""
         alpha = self._pattern("alpha_pattern", module)
         alpha = self.settings.get("lora_alpha") if alpha is None else alpha
         if not isinstance(alpha, int | float) or rank == 0:
@@ -110,7 +110,7 @@ _OURS = "transformer."
 
 
 def _matches(pattern: str, module: str) -> bool:
-    """Return whether peft's pattern, a regular expression for the end of a name, means a module."""
+    """Return whether peft's pattern means a module."""
     try:
         return f".{module}".endswith(f".{pattern}") or re.match(rf"(.*\.)?({pattern})$", module) is not None
     except re.error:
@@ -118,7 +118,7 @@ def _matches(pattern: str, module: str) -> bool:
 
 
 def _config_file(file: Path) -> Path | None:
-    """Return peft's config beside its file, if the folder holds that LoRA alone."""
+    """Return peft's config if the folder holds this LoRA alone."""
     config = file.with_name(_CONFIG)
     alone = file.name == ADAPTER or len(list(file.parent.glob("*.safetensors"))) == 1
     return config if alone and config.is_file() else None

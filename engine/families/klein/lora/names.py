@@ -1,4 +1,4 @@
-"""Spellings of klein's layers in LoRA files, and the rows that each means."""
+"""Spellings of klein's layers in LoRA files, and their rows."""
 
 import re
 
@@ -23,7 +23,7 @@ def is_text_encoder(module: str) -> bool:
 
 
 def find_rows(module: str, names: dict[str, RowRange]) -> RowRange | None:
-    """Return the rows that a LoRA's module means, None for a layer that klein lacks."""
+    """Return the rows that a module means, None for unknown ones."""
     flat = _PREFIX.sub("", module.replace(".", "_")).rstrip("_")
     if flat.startswith("sformer_blocks_"):
         # Files of a converter that cut the first letters off are around.
@@ -32,7 +32,7 @@ def find_rows(module: str, names: dict[str, RowRange]) -> RowRange | None:
 
 
 def layer_names(transformer: Transformer) -> dict[str, RowRange]:
-    """Return every spelling of our layers, with underscores for dots, and the rows it means."""
+    """Return every spelling of our layers, with underscores for dots."""
     sizes = {name: shape_of(layer)[0] for name, layer in transformer.named_modules() if isinstance(layer, _LINEAR)}
     names = {name: RowRange(name, 0, rows) for name, rows in sizes.items()}
     for name, parameter in transformer.named_parameters():
@@ -54,7 +54,7 @@ def layer_names(transformer: Transformer) -> dict[str, RowRange]:
 
 
 def _split_single_blocks(transformer: Transformer, sizes: dict[str, int]) -> dict[str, RowRange]:
-    """Name the parts of single blocks as FLUX.1 splits them: q, k, v of the hidden width, then the whole MLP."""
+    """Name the parts of single blocks as FLUX.1 splits them."""
     names: dict[str, RowRange] = {}
     hidden = transformer.shape.hidden
     for i in range(transformer.shape.single_blocks):
@@ -68,6 +68,6 @@ def _split_single_blocks(transformer: Transformer, sizes: dict[str, int]) -> dic
 
 
 def columns_of(transformer: Transformer, rows: RowRange) -> int:
-    """Return the columns of the parameter that `rows` are of; a norm's scale has one."""
+    """Return the columns of a parameter, one for a norm's scale."""
     layer = transformer.get_submodule(rows.layer)
     return shape_of(layer)[1] if isinstance(layer, _LINEAR) else 1

@@ -32,14 +32,14 @@ Leaves = dict[str, Tensor]
 
 
 class LoraDeltas(NamedTuple):
-    """The deltas of a file, and what of it is not applied, in words."""
+    """The deltas of a file, and warnings about the rest."""
 
     deltas: list[WeightDelta]
     warnings: list[str]
 
 
 def read(lora: Lora, transformer: Transformer) -> LoraDeltas:
-    """Read the deltas of a file for `transformer`, which may still be on the meta device.
+    """Read the deltas of a file for a transformer.
 
     Raises BadWeights for a file that is no LoRA, was made for another base, changes what is not read, or has NaN.
     """
@@ -68,7 +68,7 @@ def read(lora: Lora, transformer: Transformer) -> LoraDeltas:
 
 
 def _read_modules(lora: Lora) -> dict[str, Leaves]:
-    """Return the tensors of each module by what they are, in fp32, each checked to be finite."""
+    """Return each module's tensors in fp32, checked to be finite."""
     tensors = Tensors.open([lora.path])
     modules: dict[str, Leaves] = {}
     with TensorReader(torch.device("cpu")) as reader:
@@ -97,7 +97,7 @@ def _load(tensors: Tensors, name: str, reader: TensorReader) -> Tensor:
 
 
 class _Source(NamedTuple):
-    """Where a module's tensors come from, and the rows they are for."""
+    """The origin of a module's tensors, and the rows they change."""
 
     lora: Lora
     module: str
@@ -110,7 +110,7 @@ class _Source(NamedTuple):
 
 
 def _delta(source: _Source, leaves: Leaves) -> WeightDelta | None:
-    """Return a module's delta, None where all it does is add zeros to a bias."""
+    """Return a module's delta, None where it changes nothing."""
     for leaf in ("diff_b", "lora_B.bias", "lora_up.bias", "bias"):
         if leaf in leaves and not bool(leaves.pop(leaf).any()):
             # klein's layers have no bias; one of zeros changes nothing.
@@ -151,7 +151,7 @@ def _scale(source: _Source, leaves: Mapping[str, Tensor], rank: int) -> float:
 
 
 def _kronecker(source: _Source, leaves: Leaves) -> tuple[Kronecker, float]:
-    """Build LoKr: each factor is whole or a product; alpha counts only for a product."""
+    """Build LoKr. Each factor is whole or a product, which alpha scales."""
     scale = 1.0
     factors = []
     for name in ("lokr_w1", "lokr_w2"):
@@ -169,7 +169,10 @@ def _kronecker(source: _Source, leaves: Leaves) -> tuple[Kronecker, float]:
 
 
 def _magnitude(source: _Source, leaves: Leaves, matrix: Matrix) -> tuple[Tensor | None, bool]:
-    """Return DoRA's magnitudes, and whether they are of columns: [1, in], against [out, 1] or [out] of rows."""
+    """Return DoRA's magnitudes, and whether they are of columns.
+
+    Of columns they are [1, in], of rows [out, 1] or [out].
+    """
     found = next((leaves[leaf] for leaf in _MAGNITUDES if leaf in leaves), None)
     if found is None:
         return None, False

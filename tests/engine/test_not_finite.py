@@ -1,0 +1,56 @@
+"""Weights and latents that are not finite are errors before anything is decoded or saved."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from engine.contract import BadWeights, EngineConfig, Job, Stage
+from engine.engine import Engine
+from tests.engine import published
+
+JOB = Job("x", model="nano", width=64, height=64, steps=2)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_layer_that_is_not_finite_is_refused_while_loading(
+    bad: float, bfl: dict[str, Tensor], folder: Path, tmp_path: Path
+) -> None:
+    for part in ("vae", "text_encoder", "tokenizer"):
+        shutil.copytree(folder / part, tmp_path / part)
+    broken = {name: tensor.clone() for name, tensor in bfl.items()}
+    broken["single_blocks.0.linear2.weight"][3, 5] = bad
+    file = published.write(broken, tmp_path / "flux-2-klein-4b.safetensors")
+    with pytest.raises(BadWeights, match=r"single_blocks\.0\.linear2\.weight has numbers that are not finite"):
+        list(Engine(EngineConfig(device="cpu", dtype="float32")).run(Job("x", model=str(file))))
+
+
+def test_latent_that_is_not_finite_is_never_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Engine(EngineConfig(device="cpu"))
+    list(engine.run(JOB))
+    assert engine._klein is not None
+    with torch.no_grad():
+        engine._klein.transformer.img_in.weight[0, 0] = float("nan")
+    monkeypatch.setattr(engine._klein.autoencoder, "decode", lambda latent: pytest.fail("decoded"))
+    stages = []
+    running = engine.run(JOB)
+    with pytest.raises(BadWeights, match="nano computed numbers that are not finite: its weights, or a LoRA"):
+        stages.extend(event for event in running if isinstance(event, Stage))
+    assert Stage("decode") not in stages
+
+
+def test_auto_takes_the_next_model_where_the_best_does_not_load(
+    bfl: dict[str, Tensor], folder: Path, tmp_path: Path
+) -> None:
+    home = tmp_path / "models"
+    for part in ("vae", "text_encoder", "tokenizer"):
+        shutil.copytree(folder / part, home / part)
+    broken = {name: tensor.clone() for name, tensor in bfl.items()}
+    broken["img_in.weight"][0, 0] = float("nan")
+    published.write(broken, home / "flux-2-klein-4b.safetensors")
+    engine = Engine(EngineConfig(models=(home,), device="cpu", dtype="float32"))
+    assert engine.best() == "klein-4b"
+    *_, result = engine.run(Job("x", width=64, height=64, steps=1))
+    assert result.model == "nano"
