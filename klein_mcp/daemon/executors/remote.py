@@ -196,7 +196,7 @@ class RemoteExecutor:
         except (httpx2.HTTPError, wire.BadFrame, ValueError, KeyError, TypeError) as exc:
             raise NodeFailed(f"{type(exc).__name__}: {exc}") from None
 
-    def _stream(self, node: Node, job: Job, included: list[int] | None) -> Iterator[Event]:
+    def _stream(self, node: Node, job: Job, included: list[int] | None) -> Generator[Event]:
         headers = {"authorization": f"Bearer {self._token}", "x-klein-daemon": self._daemon}
         sent = job
         if included is not None and len(job.hashes) == len(job.references):
