@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from klein_mcp.cli import pull
+from klein_mcp.cli import pull, pull_sources
 from klein_mcp.errors import RequestError
 from klein_mcp.settings import Settings
 from tests.klein_mcp.hub import COMMIT, Hub
@@ -319,8 +319,8 @@ def test_a_wrong_name_lists_the_right_ones(hub: Hub, home: Path) -> None:
 
 
 def test_everything_that_can_be_pulled_has_a_source() -> None:
-    for name in pull.names():
-        _, wanted = pull.selections(name)
+    for name in pull_sources.names():
+        _, wanted = pull_sources.selections(name)
         assert all(selection.repo.startswith("black-forest-labs/FLUX.2-") for selection in wanted)
     assert Settings(home=Path("/x")).hub.name == "hub"
 
