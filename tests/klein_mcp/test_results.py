@@ -59,12 +59,14 @@ async def test_several_images_come_as_one_labelled_sheet(client: Client, painter
     assert [one["seed"] for one in payload["images"]] == ["10", "11", "12", "13"]
     assert len({one["image"] for one in payload["images"]}) == 4
     sheet = preview(result)
-    assert sheet.shape == (272, 272, 3)  # two by two, a margin of 4 around each
-    cells = [sheet[:136, :136], sheet[:136, 136:], sheet[136:, :136], sheet[136:, 136:]]
-    corners = [cell[4:34, 4:34] for cell in cells]
-    # Equal images, so what differs in the corners is the letter, white on black.
-    assert len({corner.tobytes() for corner in corners}) == 4
-    assert all((corner < 40).any() and (corner > 215).any() for corner in corners)
+    # Two by two: cells of 128 with gaps of 8, and a band of 24 above each for its label.
+    assert sheet.shape == (320, 272, 3)
+    bands = [sheet[top : top + 24, left : left + 128] for top in (0, 160) for left in (4, 140)]
+    # The images are equal, so the bands differ by their letters.
+    assert len({band.tobytes() for band in bands}) == 4
+    cells = [sheet[top : top + 128, left : left + 128] for top in (24, 184) for left in (4, 140)]
+    apart = [abs(cell.astype(int) - cells[0]).max() for cell in cells]
+    assert max(apart) < 24, "no letter covers an image"  # JPEG alone: 13
 
 
 async def test_image_of_a_count_equals_the_one_generated_alone(client: Client):
