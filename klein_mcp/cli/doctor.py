@@ -18,6 +18,7 @@ from engine.families.klein.variants import EMBEDDED, VARIANTS
 from klein_mcp.cli.daemon import ask_daemon
 from klein_mcp.cli.terminal import ProgressBar, program, strip_control_chars
 from klein_mcp.errors import RequestError, explain, fix_words
+from klein_mcp.jobs.status import DaemonStatus
 from klein_mcp.settings import Settings, misspelled, user_home
 
 OLDEST_PYTHON = (3, 11)
@@ -181,15 +182,15 @@ def _daemon(settings: Settings) -> Check:
     from klein_mcp import __version__
 
     try:
-        state = ask_daemon(settings, "status")
+        status: DaemonStatus = ask_daemon(settings, "status")
     except Exception as error:
         return Check("daemon", f"does not answer ({error})", f"Run: {shlex.join([*program(), 'stop'])}")
-    if not state.get("pid"):
+    if not status.pid:
         return Check("daemon", "not running; the first call starts it")
-    if state.get("version") not in (None, __version__):
+    if status.version not in ("", __version__):
         todo = f"Run: {shlex.join([*program(), 'stop'])}; the next call starts the new one."
-        return Check("daemon", f"runs version {state['version']}, this is {__version__}", todo)
-    return Check("daemon", f"runs, pid {state['pid']}")
+        return Check("daemon", f"runs version {status.version}, this is {__version__}", todo)
+    return Check("daemon", f"runs, pid {status.pid}")
 
 
 def _device(made: Any) -> Check:

@@ -45,7 +45,7 @@ def image_of(facts: dict[str, Any]) -> Any:
 
 
 @pytest.fixture
-async def history(client: Client, tmp_path: Path) -> list[dict[str, Any]]:
+async def history(client: Client, service: Service, tmp_path: Path) -> list[dict[str, Any]]:
     """Make a photo, two edits of it, a new image, and a composition of both."""
     photo = tmp_path / "photo.png"
     photo.write_bytes(file(scene(64, 48)))
@@ -53,7 +53,8 @@ async def history(client: Client, tmp_path: Path) -> list[dict[str, Any]]:
     second = await call(client, "edit_image", image="last", prompt="two", seed=2, region=[8, 8, 40, 30])
     other = await call(client, "generate_image", prompt="other", seed=3)
     last = await call(client, "compose_references", images=[second["image"], other["image"]], prompt="both", seed=4)
-    return [first, second, other, last]
+    made = [first, second, other, last]
+    return [{**facts, "parents": list(service.store.get(facts["image"]).parents)} for facts in made]
 
 
 async def again(service: Service, handle: str, call: CallContext, **more: Any) -> list[Record]:

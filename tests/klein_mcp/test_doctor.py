@@ -38,6 +38,7 @@ def test_fresh_machine_generates_and_lists_what_is_missing(settings: Settings, m
         "clients",
         "daemon",
         "device",
+        "compiling",
         "model",
         "test image",
     ]
