@@ -1,4 +1,7 @@
-"""The scorer that says how far nano obeys: it passes the truth, and fails blobs, blurs and other pictures."""
+"""Tests of the scorer that measures how well nano follows prompts.
+
+It accepts the true images and rejects blobs, blurs and unrelated images.
+"""
 
 from functools import lru_cache
 
@@ -34,7 +37,10 @@ def _some(*parts: str, every: int) -> list[Question]:
 
 
 def _blobs(scene: Scene) -> Picture:
-    """The scene with an ellipse of the right place, extent and mean colour for each object."""
+    """Draw each object as an ellipse.
+
+    Position, extent and mean colour are those of the object.
+    """
     picture = draw(Scene(scene.background))[0].astype(float)
     for thing in scene.things:
         left, top, right, bottom = thing.box
@@ -45,7 +51,10 @@ def _blobs(scene: Scene) -> Picture:
 
 
 def _share_right(pictures: list[Picture], asked: list[Question]) -> float:
-    """Of all objects asked for; circles are left out, being blobs themselves."""
+    """Return the share of requested objects that are right, without circles.
+
+    A circle is itself a blob, so it is not counted.
+    """
     verdicts = [
         look(picture, q[2].target, i).right(thing)
         for q, picture in zip(asked, pictures, strict=True)
@@ -66,7 +75,7 @@ def test_the_truth_scores_at_least_99_percent_on_every_measure():
             assert thing.colour in (None, look(picture, example.target, i).colour)
 
 
-def test_the_truth_of_edits_and_compositions_passes_and_keeps_everything():
+def test_true_edits_and_compositions_pass_and_preserve_the_rest():
     for _, _, example in _some("edit", every=6):
         (picture,) = draw(example.target)
         assert edit_done(picture, example), example.prompt
@@ -74,7 +83,7 @@ def test_the_truth_of_edits_and_compositions_passes_and_keeps_everything():
     assert all(composed(draw(q[2].target)[0], q[2].target) for q in _some("compose", every=20))
 
 
-def test_an_edit_that_changed_nothing_is_not_done():
+def test_unchanged_image_does_not_count_as_an_edit():
     assert not [q[2].prompt for q in _some("edit", every=6) if edit_done(draw(*q[2].references)[0], q[2])]
 
 
@@ -83,7 +92,7 @@ def test_blobs_of_the_right_colour_place_and_extent_fail():
     assert _share_right([_blobs(q[2].target) for q in asked], asked) <= 0.02
 
 
-def test_other_pictures_are_near_chance():
+def test_unrelated_images_score_near_chance():
     asked = _some("one", "two", every=12)
     others = [draw(q[2].target)[0] for q in (*asked[1:], asked[0])]
     assert _share_right(others, asked) <= 0.05
@@ -93,7 +102,10 @@ def test_other_pictures_are_near_chance():
 
 @pytest.mark.parametrize(("radius", "at_most"), [(6, 0.25), (10, 0.05)])
 def test_a_heavy_blur_fails(radius, at_most):
-    """Observed on the whole list: radius 2 keeps 90 %, 4 keeps 48 %, 6 keeps 11 %."""
+    """Reject most objects of a heavily blurred image.
+
+    Observed on the whole list: radius 2 keeps 90 %, 4 keeps 48 %, 6 keeps 11 %.
+    """
     asked = _some("one", "two", every=20)
     blurred = [Image.fromarray(draw(q[2].target)[0]).filter(ImageFilter.GaussianBlur(radius)) for q in asked]
     assert _share_right([np.asarray(image) for image in blurred], asked) <= at_most
@@ -110,7 +122,7 @@ def test_a_shape_in_a_neighbouring_colour_has_the_wrong_colour():
     assert not finding.right(thing)
 
 
-def test_an_object_in_the_wrong_place_is_seen_to_be_there():
+def test_misplaced_object_is_found_at_its_actual_place():
     for _, _, example in _some("two", every=30):
         first, second = example.target.things
         swapped = Scene(

@@ -1,4 +1,7 @@
-"""The world nano learns from: scenes that can be seen, sentences that are known, a list that training never meets."""
+"""Tests of nano's training data.
+
+Every object is visible, every word is known, and training never contains the evaluation list.
+"""
 
 import ast
 import re
@@ -52,7 +55,7 @@ def test_every_object_of_a_scene_is_whole_and_visible():
             assert all(overlap(thing, other) <= TOLERATED_OVERLAP for other in scene.things[:i])
 
 
-def test_a_scene_is_painted_where_its_boxes_are():
+def test_scene_is_drawn_inside_its_boxes():
     world = World(2)
     for scene in (world.scene() for _ in range(20)):
         picture, empty = draw(scene, type(scene)(scene.background))
@@ -64,12 +67,12 @@ def test_a_scene_is_painted_where_its_boxes_are():
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_every_word_that_is_practised_is_known(task):
+def test_every_training_word_is_in_the_vocabulary(task):
     sampler = PromptSampler(3)
     assert not {word for _ in range(500) for word in unknown(training_prompts(sampler, task).prompt)}
 
 
-def test_words_outside_the_world_are_named_once_each_in_order():
+def test_unknown_words_are_named_once_each_in_order():
     assert unknown("A dragon beside the cat; the DRAGON wears a fedora.") == ["dragon", "wears", "fedora"]
     assert unknown("a red circle on a blue background") == []
 
@@ -97,8 +100,11 @@ def test_a_composition_takes_its_objects_from_its_references():
         assert {thing.kind for thing in example.target.things} <= kinds
 
 
-def test_most_edits_are_practised_among_several_things_of_mixed_sizes():
-    """As a chain of edits leaves them. After training on tidy scenes, three moves of five failed there."""
+def test_most_training_edits_have_several_objects_of_mixed_sizes():
+    """Train on scenes such as a chain of edits produces.
+
+    After training on tidy scenes only, three moves of five failed on them.
+    """
     sampler = PromptSampler(8)
     scenes = [training_prompts(sampler, "edit").references[0] for _ in range(1000)]
     assert sum(len(scene.things) > 1 for scene in scenes) > 600
@@ -107,7 +113,7 @@ def test_most_edits_are_practised_among_several_things_of_mixed_sizes():
     assert min(kinds[kind] for kind in EDITS) > 30
 
 
-def test_training_never_meets_the_held_out_list():
+def test_training_never_contains_the_held_out_list():
     asked = [q[2] for q in evaluate.questions() if q[0] != "chain"]
     assert all(wording_held_out(example) and combination_held_out(example) for example in asked)
     sampler = PromptSampler(5)
@@ -118,8 +124,11 @@ def test_training_never_meets_the_held_out_list():
             assert not combination_held_out(example)
 
 
-def test_every_word_that_is_known_or_asked_is_practised():
-    """A wording may be new to nano, its words not: "shrink" stood in no other sentence, and nothing was ever shrunk."""
+def test_every_vocabulary_and_evaluation_word_occurs_in_training():
+    """Allow new wordings in the evaluation list, but no new words.
+
+    "shrink" once occurred in no training sentence, and nano never shrank anything.
+    """
     sampler = PromptSampler(5)
     examples = [training_prompts(sampler, task) for task in TASKS for _ in range(3000)]
     practised = {word for example in examples for word in re.findall(r"[a-z]+", example.prompt.lower())}
@@ -127,13 +136,13 @@ def test_every_word_that_is_known_or_asked_is_practised():
     assert not (asked | KNOWN) - practised
 
 
-def test_the_list_has_at_least_300_questions_a_row_and_chains_of_ten():
+def test_list_has_300_questions_a_row_and_chains_of_ten():
     parts = [q[0] for q in evaluate.questions()]
     assert all(parts.count(part) >= 300 for part in ("one", "two", "edit", "compose"))
     assert parts.count("chain") % evaluate.CHAIN_LENGTH == 0
 
 
-def test_a_chain_hands_each_edit_the_picture_before():
+def test_chain_gives_each_edit_the_previous_image():
     chains: dict[int, list] = {}
     for part, seed, example in evaluate.questions():
         if part == "chain":
@@ -143,7 +152,7 @@ def test_a_chain_hands_each_edit_the_picture_before():
             assert after.references == (before.target,)
 
 
-def test_the_loss_looks_hardest_at_objects():
+def test_loss_weighs_objects_most():
     example = training_prompts(PromptSampler(6), "generate")
     weights = token_weights(example).reshape(8, 8)
     assert weights.mean().item() == pytest.approx(1.0)
@@ -152,7 +161,10 @@ def test_the_loss_looks_hardest_at_objects():
 
 
 def test_the_computed_encoder_is_linear_and_local():
-    """Two objects far apart: what the latents show of one does not depend on the other. Residual 0.3 % at most."""
+    """Encode two distant objects independently of each other.
+
+    The residual is at most 0.3 %.
+    """
     autoencoder = load_autoencoder(WEIGHTS)
     world = World(7)
     pictures = paint_scenes(_painter(), [world.scene() for _ in range(64)])
@@ -174,7 +186,10 @@ def _painter():
 
 
 def test_only_training_and_evaluation_know_the_scenes():
-    """The images come from the network alone."""
+    """Check that only training and evaluation import the scenes.
+
+    Generated images come from the network alone.
+    """
     for path in ENGINE.rglob("*.py"):
         if path.is_relative_to(ENGINE / "nano"):
             continue

@@ -1,4 +1,7 @@
-"""What a job promises, on the embedded model: events, exact sizes, seeds, limits, cancelling, remembering."""
+"""Tests of jobs on the embedded model.
+
+They cover events, exact sizes, seeds, limits, cancellation and caching.
+"""
 
 import gc
 import weakref
@@ -37,7 +40,7 @@ def picture(width: int, height: int, seed: int = 0) -> Rgb8:
     return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
 
 
-def test_events_come_in_order_and_end_with_the_picture(dog: Rgb8) -> None:
+def test_events_arrive_in_order_and_end_with_the_image(dog: Rgb8) -> None:
     fresh = Engine(EngineConfig(device="cpu"))
     events = list(fresh.run(replace(DOG, prompt="make the background red", references=(dog,))))
     loading = [event.fraction for event in events if isinstance(event, Loading)]
@@ -50,7 +53,7 @@ def test_events_come_in_order_and_end_with_the_picture(dog: Rgb8) -> None:
     assert isinstance(events[-1], Result)
 
 
-def test_a_painting_says_what_it_was_made_with(engine: Engine, dog: Rgb8) -> None:
+def test_result_records_its_settings(engine: Engine, dog: Rgb8) -> None:
     painting = paint(engine, replace(DOG, references=(dog,)))
     assert (painting.model, painting.seed, painting.steps, painting.guidance) == ("nano", 3, 4, 1.0)
     assert painting.ms.keys() == {"load", "prompt", "references", "denoise", "decode"}
@@ -58,13 +61,13 @@ def test_a_painting_says_what_it_was_made_with(engine: Engine, dog: Rgb8) -> Non
     assert len(painting.fingerprint) > 20
 
 
-def test_the_same_job_paints_the_same_picture_and_another_seed_another(engine: Engine, dog: Rgb8) -> None:
+def test_same_job_repeats_its_image_and_another_seed_changes_it(engine: Engine, dog: Rgb8) -> None:
     assert np.array_equal(paint(engine, DOG).image, dog)
     assert not np.array_equal(paint(engine, replace(DOG, seed=4)).image, dog)
 
 
 @pytest.mark.parametrize("seed", [0, 2**63 - 1])
-def test_seeds_reach_from_0_to_the_last_63_bit_number(engine: Engine, seed: int) -> None:
+def test_seeds_range_from_0_to_the_largest_63_bit_number(engine: Engine, seed: int) -> None:
     assert paint(engine, replace(DOG, seed=seed)).seed == seed
 
 
@@ -74,7 +77,7 @@ def test_an_aligned_edit_has_exactly_the_size_of_its_input(engine: Engine, size:
     assert painting.image.shape == (size[1], size[0], 3)
 
 
-def test_a_close_up_is_painted_at_the_models_own_size_and_comes_back_at_its_own(engine: Engine) -> None:
+def test_close_up_runs_at_native_size_and_returns_at_input_size(engine: Engine) -> None:
     part = replace(DOG, prompt="red background", references=(picture(40, 30),), align=True)
     close, plain = paint(engine, replace(part, close_up=True)), paint(engine, part)
     assert close.image.shape == plain.image.shape == (30, 40, 3)
@@ -82,13 +85,13 @@ def test_a_close_up_is_painted_at_the_models_own_size_and_comes_back_at_its_own(
     assert close.warnings == plain.warnings == ()
 
 
-def test_a_size_above_the_models_own_is_resampled_and_said(engine: Engine) -> None:
+def test_size_above_native_is_resampled_with_a_warning(engine: Engine) -> None:
     painting = paint(engine, replace(DOG, width=512, height=256))
     assert painting.image.shape == (256, 512, 3)
     assert any("resampled to 512×256" in warning for warning in painting.warnings)
 
 
-def test_a_shape_is_painted_at_the_native_area(engine: Engine) -> None:
+def test_aspect_ratio_is_generated_at_the_native_area(engine: Engine) -> None:
     assert paint(engine, replace(DOG, aspect=(16, 9))).image.shape == (96, 160, 3)
 
 
@@ -112,7 +115,7 @@ def test_without_a_size_the_first_reference_decides(engine: Engine) -> None:
         ({"aspect": (1, 20)}, "at most 8:1"),
     ],
 )
-def test_what_cannot_be_painted_is_refused_in_one_line(engine: Engine, change: dict, says: str) -> None:
+def test_invalid_job_is_refused_in_one_line(engine: Engine, change: dict, says: str) -> None:
     with pytest.raises(InvalidJob) as refusal:
         paint(engine, replace(DOG, **change))
     assert says in str(refusal.value)
@@ -120,25 +123,25 @@ def test_what_cannot_be_painted_is_refused_in_one_line(engine: Engine, change: d
     assert paint(engine, DOG).image.shape == (128, 128, 3), "the next job works"
 
 
-def test_guidance_on_a_distilled_model_is_ignored_and_said(engine: Engine, dog: Rgb8) -> None:
+def test_guidance_on_a_distilled_model_is_ignored_with_a_warning(engine: Engine, dog: Rgb8) -> None:
     painting = paint(engine, replace(DOG, guidance=4.0))
     assert any("guidance 4 is ignored" in warning for warning in painting.warnings)
     assert np.array_equal(painting.image, dog)
 
 
-def test_a_prompt_longer_than_the_model_reads_is_cut_and_said(engine: Engine) -> None:
+def test_prompt_over_the_length_limit_is_cut_with_a_warning(engine: Engine) -> None:
     painting = paint(engine, replace(DOG, prompt=DOG.prompt + " and a cat" * 60))
     assert any("its end was cut" in warning for warning in painting.warnings)
 
 
-def test_words_the_model_does_not_know_are_named(engine: Engine) -> None:
+def test_unknown_words_are_named_in_a_warning(engine: Engine) -> None:
     painting = paint(engine, replace(DOG, prompt="a dog and a Zeppelin wearing a fedora"))
     (warning,) = painting.warnings
     assert warning.startswith("nano does not know zeppelin (nearest: helicopter, airplane, rocket), wearing, fedora;")
     assert not paint(engine, DOG).warnings
 
 
-def test_an_empty_prompt_paints(engine: Engine) -> None:
+def test_empty_prompt_generates_an_image(engine: Engine) -> None:
     assert paint(engine, replace(DOG, prompt="")).image.shape == (128, 128, 3)
 
 
@@ -147,8 +150,8 @@ def _live_tensors() -> int:
     return sum(1 for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor))
 
 
-def test_closing_stops_within_a_step_and_frees_what_the_job_held(engine: Engine) -> None:
-    # Once at full length: the tables of its 50 noise levels are kept for the next such job, on purpose.
+def test_closing_stops_within_a_step_and_frees_the_jobs_memory(engine: Engine) -> None:
+    # One full run first: the tables of its 50 noise levels stay cached for the next such job, on purpose.
     paint(engine, replace(DOG, steps=50))
     before = _live_tensors()
     running: Iterator[Event] = engine.run(replace(DOG, steps=50))
@@ -166,7 +169,7 @@ def test_a_yield_does_not_leak_inference_mode_into_its_consumer(engine: Engine) 
         assert not torch.is_inference_mode_enabled()
 
 
-def test_release_gives_the_weights_back_and_the_next_job_loads_again(dog: Rgb8) -> None:
+def test_release_frees_the_weights_and_the_next_job_reloads(dog: Rgb8) -> None:
     fresh = Engine(EngineConfig(device="cpu"))
     paint(fresh, DOG)
     assert fresh.status().loaded == "nano"
@@ -178,7 +181,7 @@ def test_release_gives_the_weights_back_and_the_next_job_loads_again(dog: Rgb8) 
     assert np.array_equal(painting.image, dog)
 
 
-def test_a_released_model_leaves_memory_at_once() -> None:
+def test_released_model_is_freed_immediately() -> None:
     fresh = Engine(EngineConfig(device="cpu"))
     paint(fresh, DOG)
     assert fresh._klein is not None
@@ -191,14 +194,14 @@ def test_a_released_model_leaves_memory_at_once() -> None:
         gc.enable()
 
 
-def test_what_auto_chose_stays_though_its_own_weights_fill_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_keeps_its_choice_after_its_weights_fill_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     fresh = Engine(EngineConfig(device="cpu"))
     assert paint(fresh, replace(DOG, model="auto")).ms["load"] > 0
     monkeypatch.setattr(fresh, "best", lambda: pytest.fail("asked again while its choice is loaded"))
     assert paint(fresh, replace(DOG, model="auto")).ms["load"] == 0
 
 
-def test_auto_may_be_asked_for_after_a_model_by_its_name() -> None:
+def test_auto_works_after_a_model_requested_by_name() -> None:
     fresh = Engine(EngineConfig(device="cpu"))
     paint(fresh, DOG)
     assert paint(fresh, replace(DOG, model="auto")).model == "nano"
@@ -209,7 +212,7 @@ def test_auto_falls_back_to_the_embedded_model() -> None:
 
 
 @pytest.mark.parametrize("kind", ["plain", "kv"])
-def test_what_is_remembered_paints_the_same_bytes(kind: str, tmp_path: Path) -> None:
+def test_cached_tensors_give_the_same_bytes(kind: str, tmp_path: Path) -> None:
     folder = toys.save(tmp_path / kind, kv=kind == "kv")
     job = Job("a", model=str(folder), references=(picture(64, 80), picture(80, 64, 1)), width=64, height=64)
     cold, warm = Engine(EngineConfig(device="cpu", cache_bytes=0)), Engine(EngineConfig(device="cpu"))
@@ -219,12 +222,12 @@ def test_what_is_remembered_paints_the_same_bytes(kind: str, tmp_path: Path) -> 
         painting = paint(warm, each)
         known.append((painting.cache["prompt"], painting.cache["references"]))
         assert np.array_equal(painting.image, paint(cold, each).image)
-    # Latents belong to a picture, keys and values to an ordered row of them.
+    # Latents are cached per image, keys and values per ordered list of images.
     turned = "miss" if kind == "kv" else "hit"
     assert known == [("miss", "miss"), ("hit", "hit"), ("hit", "hit"), ("miss", "hit"), ("hit", turned), ("hit", "hit")]
 
 
-def test_bf16_paints_nearly_the_same_picture(tmp_path: Path) -> None:
+def test_bf16_gives_nearly_the_same_image(tmp_path: Path) -> None:
     job = Job("a", model=str(toys.save(tmp_path / "toy")), width=64, height=64)
     fp32, bf16 = (
         paint(Engine(EngineConfig(device="cpu", dtype=dtype)), job).image.astype(int)
@@ -234,7 +237,7 @@ def test_bf16_paints_nearly_the_same_picture(tmp_path: Path) -> None:
     assert 0 < np.abs(fp32 - bf16).mean() < 4
 
 
-def test_a_device_this_machine_has_not_is_refused_with_those_it_has() -> None:
+def test_missing_device_is_refused_with_a_list_of_available_ones() -> None:
     for device in ("tpu", "cpu:one", "cpu:1"):
         with pytest.raises(InvalidJob, match=r"this machine has: .*cpu.*Set device to"):
             Engine(EngineConfig(device=device))

@@ -1,4 +1,7 @@
-"""How a small model reads a prompt: pure cases on a made-up vocabulary, and nano's edits scored."""
+"""Tests of prompt rewriting for small models.
+
+Cases without a model use an invented vocabulary; nano's edits are scored.
+"""
 
 from dataclasses import replace
 
@@ -48,34 +51,34 @@ SMALL = replace(
         ("a DOG and a CAT", "a dog and a cat"),
     ],
 )
-def test_prompt_is_read_in_known_words(prompt: str, text: str) -> None:
+def test_prompt_is_rewritten_in_known_words(prompt: str, text: str) -> None:
     reading = read_prompt(prompt, SMALL)
     assert reading.text.lower() == text.lower()
-    # "two" is told of; nothing else was asked for that is not done.
+    # Only "two" is ignored, so only "two" causes a warning.
     assert len(reading.warnings) == ("two" in prompt)
 
 
 @pytest.mark.parametrize("prompt", ["make the background green", "Put the cat from image 1 beside the dog.", "keep it"])
-def test_plain_prompt_stays_as_it_is(prompt: str) -> None:
+def test_plain_prompt_is_unchanged(prompt: str) -> None:
     assert read_prompt(prompt, SMALL).text == prompt
 
 
-def test_unknown_nouns_get_the_nearest_and_the_way_out() -> None:
+def test_unknown_nouns_get_the_nearest_noun_and_a_suggestion() -> None:
     (warning,) = read_prompt("an astronaut on the sofa", SMALL).warnings
     assert warning == "nano does not know astronaut (nearest: rocket), sofa; klein-mcp pull klein-4b"
 
 
 @pytest.mark.parametrize("prompt", ["a blue cat", "make the cat blue", "change the color of the cat to blue"])
-def test_colour_of_a_thing_with_its_own_is_reported(prompt: str) -> None:
+def test_colour_of_an_object_with_fixed_colours_is_reported(prompt: str) -> None:
     assert read_prompt(prompt, SMALL).warnings == ("nano paints every cat in its own colours; blue is ignored",)
 
 
 @pytest.mark.parametrize("prompt", ["a red apple", "a blue circle", "make the circle blue", "a cat on blue"])
-def test_colour_that_is_painted_is_not_reported(prompt: str) -> None:
+def test_supported_colour_is_not_reported(prompt: str) -> None:
     assert read_prompt(prompt, SMALL).warnings == ()
 
 
-def test_large_model_gets_the_words_untouched() -> None:
+def test_large_model_gets_the_prompt_unchanged() -> None:
     prompt = "  An astronaut, centred.  Keep everything else AS IT IS.\n"
     reading = read_prompt(prompt, VARIANTS["klein-4b"])
     assert (reading.text, reading.warnings) == (prompt, ())
@@ -107,7 +110,7 @@ EDITS = [
 
 
 @pytest.mark.parametrize(("kind", "prompt", "before", "after"), EDITS, ids=[edit[1] for edit in EDITS])
-def test_edit_is_done_with_and_without_a_sentence_on_what_stays(
+def test_edit_succeeds_with_and_without_a_preservation_sentence(
     engine: Engine, kind: str, prompt: str, before: Scene, after: Scene
 ) -> None:
     (source,) = draw(before)

@@ -1,4 +1,4 @@
-"""The rows say what is published, and agree with each other."""
+"""Tests that the variant table is complete and consistent."""
 
 from engine.families.klein.variants import APACHE, EMBEDDED, NON_COMMERCIAL, VARIANTS
 
@@ -27,7 +27,10 @@ def test_base_models_are_guided_and_distilled_ones_are_not() -> None:
 
 
 def test_files_are_the_published_ones() -> None:
-    """Sizes and hashes: facts gathered from the hub's own pages; see the rows."""
+    """Compare sizes and hashes with those on the hub's pages.
+
+    The table's rows name the sources.
+    """
     files = [file for row in KLEINS for file in row.files]
     assert len({(file.repo, file.name) for file in files}) == len(files) == 14
     assert all(file.name.startswith("flux-2-klein-") and file.name.endswith(".safetensors") for file in files)
