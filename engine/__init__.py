@@ -1,1 +1,4 @@
-"""The klein engine: a prompt and RGB8 arrays in, RGB8 arrays out. It has never heard of a path, a handle or MCP."""
+"""The klein engine: a prompt and RGB8 arrays in, RGB8 arrays out.
+
+It knows neither image files nor handles nor MCP.
+"""

@@ -1,4 +1,7 @@
-"""Types that cross the engine's border: Job in, Events out, configuration, status and errors. No torch here."""
+"""Types of the engine's interface: jobs, events, configuration, status and errors.
+
+This module imports no torch.
+"""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
@@ -18,7 +21,10 @@ else:
 
 
 def image_hash(image: Rgb8) -> str:
-    """Identify an image by size and pixels, whatever its file: the one hash of library and caches."""
+    """Return the hash of an image's size and pixels.
+
+    It does not depend on the file. The image library and the caches both use it.
+    """
     import hashlib
 
     import numpy as np
@@ -46,7 +52,10 @@ def _same(a: object, b: object) -> bool:
 
 
 class _ByValue:
-    """Equality by value, arrays included: numpy's own == returns an array, which no dataclass can use."""
+    """Base class for dataclasses that compare by value, arrays included.
+
+    The == of numpy returns an array, which the generated `__eq__` of a dataclass cannot use.
+    """
 
     __slots__ = ()
 
@@ -61,7 +70,9 @@ class _ByValue:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Job(_ByValue):
-    """One image to generate: text-to-image without references, an edit with one, a composition with several.
+    """One image to generate, from a prompt and any number of references.
+
+    Text-to-image without references, an edit with one, a composition with several.
 
     width, height: pixels of the result. None: the size of the first reference as the model sees it; without
         references the model's native size. Multiples of 16 unless `align` is set.
@@ -101,11 +112,13 @@ class Job(_ByValue):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ChangeMask(_ByValue):
-    """Where an aligned edit differs from the round trip of its reference through the autoencoder.
+    """Mask of the pixels that an aligned edit changed.
+
+    The edit is compared with the round trip of its reference through the autoencoder.
 
     opacity: uint8, [height, width] of the image: 0 where nothing changed, rising to 255 inside the change.
-    whole: the edit changed the whole image, or so much of it that nothing is to be kept.
-    faint, faint_box: share and place (x, y, width, height) of what came near the threshold and was not taken.
+    whole: the edit changed the whole image, or so much of it that no original pixel should be kept.
+    faint, faint_box: share and box (x, y, width, height) of pixels just below the threshold, left out of the mask.
     shift: pixels (right, down) by which the model had moved the image, undone in the result.
     drift: mean change of colour outside the change, of 255, undone in the result.
     """
@@ -120,7 +133,10 @@ class ChangeMask(_ByValue):
 
 @dataclass(frozen=True, slots=True)
 class Queued:
-    """Waiting: `position` jobs are ahead; the result is about `seconds` away, where that is known."""
+    """The job waits in the queue behind `position` others.
+
+    seconds: estimated time until the result, None where unknown.
+    """
 
     position: int
     seconds: float | None = None
@@ -128,7 +144,7 @@ class Queued:
 
 @dataclass(frozen=True, slots=True)
 class Loading:
-    """Weights are being loaded; fraction is 0 … 1."""
+    """Weights are being loaded, `fraction` (0 … 1) of them so far."""
 
     model: str
     fraction: float
@@ -145,7 +161,7 @@ class Stage:
 class Step(_ByValue):
     """Euler step `done` of `total` is finished.
 
-    preview: the image the sampler is heading for, at most 128 pixels a side; None while nobody watches.
+    preview: the predicted final image, at most 128 pixels a side; None while no client wants previews.
     partial: that image at full size, for some steps of a job with `partials`.
     """
 
@@ -161,9 +177,9 @@ class Result(_ByValue):
 
     model, fingerprint: the variant's name and a hash of the weights, LoRAs included.
     ms: milliseconds of wall time by stage: load, prompt, references, denoise, decode, change.
-    dtype: number format of the products, such as bfloat16. mode: the implementation. A replay needs both.
+    dtype: number format of the matrix products, such as bfloat16. mode: the implementation. A replay needs both.
     change: the change mask, where `find_change` was asked for.
-    read_as: the prompt as a small model read it, where that is not as it came.
+    read_as: the prompt as a small model read it, "" where it equals the prompt.
     """
 
     image: Rgb8
@@ -186,10 +202,12 @@ Event = Queued | Loading | Stage | Step | Result
 
 @dataclass(frozen=True, slots=True)
 class EngineConfig:
-    """Configuration of an engine. Picklable; None leaves the choice to the engine.
+    """Configuration of an engine.
+
+    It can be pickled. None leaves a choice to the engine.
 
     models, hub: folders and files to search for models, and the hub's cache.
-    variant: the klein a single file holds, where the file cannot tell.
+    variant: the variant a single file holds, where the file itself does not show it.
     text_encoder, vae: name or path of the companion that a single file uses; None: the one that suits best.
     answers: file in which answers about model files are kept, such as their hashes.
     quant: fp8 or nvfp4 for the transformer's blocks; None keeps the format of the files.
@@ -220,7 +238,10 @@ class EngineConfig:
 
 @dataclass(frozen=True, slots=True)
 class CacheStats:
-    """Counters of the tensor cache: bytes on the device, bytes spilled to host memory."""
+    """Counters of the tensor cache.
+
+    bytes: on the device. spilled_bytes: in host memory.
+    """
 
     entries: int = 0
     bytes: int = 0
@@ -231,7 +252,10 @@ class CacheStats:
 
 @dataclass(frozen=True, slots=True)
 class KnownModel:
-    """A variant klein knows; path is None where it is not installed."""
+    """A known variant.
+
+    path: None where it is not installed.
+    """
 
     name: str
     licence: str
@@ -294,7 +318,9 @@ Action = Literal["set", "pull", "list"]
 
 @dataclass(frozen=True, slots=True)
 class Fix:
-    """A next step, machine-readable; each front end words it for its reader.
+    """A suggested next step in machine-readable form.
+
+    Each front end turns it into a sentence for its reader.
 
     action: "set" a setting (to one of `choices`, if any), "pull" a model, or "list" the models there are.
     effect: the consequence, where it is known: "it needs 6.4 GB".
@@ -318,10 +344,10 @@ class Fix:
 
 @dataclass(frozen=True, slots=True)
 class ModelInfo:
-    """An installed model and how it would fit into the memory that is free now.
+    """An installed model and its fit into the memory now free.
 
-    bytes: to be read, None where that is unknown. placement: where its weights would be, "" where it does not load;
-    then `error` and `fix` say why and the next step.
+    bytes: to read from disk, None where unknown. placement: where its weights would be, "" where it cannot be loaded;
+    `error` and `fix` then give the reason and the next step.
     """
 
     name: str
@@ -335,12 +361,15 @@ class ModelInfo:
 
     @property
     def fits(self) -> bool:
-        """Whether it would load now."""
+        """Whether the model could be loaded now."""
         return not self.error
 
 
 class EngineError(Exception):
-    """A failure explained in one line: what happened, the limit, and the next step (hint, fix)."""
+    """Base class of the engine's errors.
+
+    message: the failure and the limit it met, in one line. hint, fix: the next step.
+    """
 
     def __init__(self, message: str, *, hint: str = "", fix: Fix | None = None) -> None:
         super().__init__(message)
@@ -353,7 +382,10 @@ class EngineError(Exception):
 
 
 class InvalidJob(EngineError):
-    """The job asks for something no model can do: a size, a step count, too many references."""
+    """The job asks for something no model can do.
+
+    Examples are an impossible size, an impossible number of steps, or too many references.
+    """
 
 
 class ModelNotFound(EngineError):
@@ -369,7 +401,10 @@ class OutOfMemory(EngineError):
 
 
 class Busy(EngineError):
-    """The queue is full. retry_after: seconds until a place should be free."""
+    """The queue is full.
+
+    retry_after: seconds until a place should be free.
+    """
 
     def __init__(self, message: str, *, hint: str = "", fix: Fix | None = None, retry_after: float = 1.0) -> None:
         super().__init__(message, hint=hint, fix=fix)
@@ -377,4 +412,4 @@ class Busy(EngineError):
 
 
 class EngineFailed(EngineError):
-    """The engine broke off: a bug or a crash, not the caller's fault."""
+    """The engine failed through a bug or a crash of its own."""

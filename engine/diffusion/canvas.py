@@ -1,4 +1,7 @@
-"""RGB8 to tensors in [-1, 1] and back; fitting images to an area and to multiples of 16."""
+"""Conversion between RGB8 and tensors, and sizes of images and canvases.
+
+Sizes are fitted to an area and to multiples of 16.
+"""
 
 import math
 from dataclasses import dataclass
@@ -12,40 +15,46 @@ from torch import Tensor
 from engine.contract import Grey8, InvalidJob, Rgb8
 
 GRID = 16
-"""Image pixels a token spans on each side: every size the model sees is a multiple of it."""
+"""Image pixels per token on each side. Every size the model sees is a multiple of it."""
 
 MIN_SIDE = 64
 MOST_ENLARGED = 4
-"""Times a side that a part of an image is enlarged: beyond it the model sees more blur than content."""
+"""Largest factor per side by which a crop is enlarged. Beyond it the model sees more blur than content."""
 MAX_ASPECT = 8
-"""Of a reference. Source: diffusers Flux2ImageProcessor.check_image_input."""
+"""Largest aspect ratio of a reference. Source: diffusers Flux2ImageProcessor.check_image_input."""
 
 
 def to_tensor(image: Rgb8, device: torch.device | None = None) -> Tensor:
-    """[h, w, 3] uint8 -> [1, 3, h, w] fp32 in [-1, 1], converted on the device."""
+    """Convert an image to a tensor, on the device.
+
+    [h, w, 3] uint8 -> [1, 3, h, w] fp32 in [-1, 1].
+    """
     return rearrange(torch.from_numpy(np.array(image)).to(device), "h w c -> 1 c h w").float() / 255.0 * 2.0 - 1.0
 
 
 def to_rgb8(pixels: Tensor) -> Rgb8:
-    """[1, 3, h, w] about [-1, 1] -> [h, w, 3] uint8, clamped."""
+    """Convert a tensor to an image, with values clamped.
+
+    [1, 3, h, w] about [-1, 1] -> [h, w, 3] uint8.
+    """
     levels = ((pixels[0].float() / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
     return rearrange(levels, "c h w -> h w c").contiguous().cpu().numpy()
 
 
 def floor_grid(side: int) -> int:
-    """The largest multiple of 16 in `side`."""
+    """Return `side` rounded down to a multiple of 16."""
     return side // GRID * GRID
 
 
 def ceil_grid(side: int) -> int:
-    """The smallest multiple of 16 that holds `side`."""
+    """Return `side` rounded up to a multiple of 16."""
     return -(-side // GRID) * GRID
 
 
 def size_for_aspect(aspect: tuple[int, int], area: int) -> tuple[int, int]:
-    """Return width and height in multiples of 16, nearest to a shape and to an area, never above it.
+    """Return the size nearest to an aspect ratio and an area.
 
-    Raises InvalidJob beyond 8:1.
+    Both sides are multiples of 16, and the area is never exceeded. Raises InvalidJob beyond 8:1.
     """
     ratio = aspect[0] / aspect[1]
     if not 1 / MAX_ASPECT <= ratio <= MAX_ASPECT:
@@ -65,16 +74,17 @@ def size_for_aspect(aspect: tuple[int, int], area: int) -> tuple[int, int]:
 
 
 def resize(image: Rgb8, width: int, height: int) -> Rgb8:
-    """Lanczos to exactly width × height."""
+    """Resize to exactly width × height with Lanczos."""
     if image.shape[:2] == (height, width):
         return image
     return np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.LANCZOS))
 
 
 def fit_reference(image: Rgb8, area: int) -> Rgb8:
-    """The reference as the model sees it: at most `area` pixels, cropped at the centre to multiples of 16.
+    """Return the reference as the model sees it.
 
-    Never enlarged. Raises InvalidJob if a side is under 64 or the aspect ratio beyond 8. Source: diffusers.
+    It has at most `area` pixels and is cropped at the centre to multiples of 16.
+    It is never enlarged. Raises InvalidJob if a side is under 64 or the aspect ratio beyond 8. Source: diffusers.
     """
     height, width = image.shape[:2]
     if min(width, height) < MIN_SIDE:
@@ -91,9 +101,11 @@ def fit_reference(image: Rgb8, area: int) -> Rgb8:
 
 @dataclass(frozen=True, slots=True)
 class Canvas:
-    """Letterbox: an exact size on a canvas of whole tokens; content scaled evenly, the rest padding.
+    """Letterbox: an image of any size on a canvas of whole tokens.
 
-    width, height: of the image asked for. content_width, content_height: of its content on the canvas, in the
+    The content is scaled evenly, and the rest is padding.
+
+    width, height: of the requested image. content_width, content_height: of its content on the canvas, in the
     top left corner. canvas_width, canvas_height: multiples of 16.
     """
 
@@ -108,14 +120,14 @@ class Canvas:
     def of(cls, width: int, height: int, area: int, least: int = 0) -> "Canvas":
         """Return the canvas of at most `area` pixels for width × height.
 
-        least: pixels to which a smaller image is enlarged, as far as MOST_ENLARGED goes.
+        least: area to which a smaller image is enlarged, by at most MOST_ENLARGED a side.
         """
         enlarged = min(MOST_ENLARGED, math.sqrt(least / (width * height)))
         scale = min(max(1.0, enlarged), math.sqrt(area / (width * height)))
         if max(width, height) < MIN_SIDE:
-            # An icon fills the smallest canvas instead of sitting in its corner.
+            # An icon is enlarged to fill the smallest canvas.
             scale = max(scale, MIN_SIDE / max(width, height))
-        # Rounding up to whole tokens may overshoot the area; each turn takes the overshoot back.
+        # Rounding up to whole tokens may exceed the area. Each iteration reduces the scale.
         while True:
             content_width, content_height = max(1, round(width * scale)), max(1, round(height * scale))
             canvas_width, canvas_height = (max(MIN_SIDE, ceil_grid(side)) for side in (content_width, content_height))
@@ -125,23 +137,26 @@ class Canvas:
 
     @property
     def exact(self) -> bool:
-        """Whether the canvas is the image, pixel for pixel."""
+        """Whether canvas and image have the same size."""
         return (self.width, self.height) == (self.canvas_width, self.canvas_height)
 
     def pad(self, image: Rgb8) -> Rgb8:
-        """Return the image on its canvas; the padding repeats the edge, so that no border appears."""
+        """Return the image on its canvas.
+
+        The padding repeats the edge, so that no border appears.
+        """
         content = resize(image, self.content_width, self.content_height)
         bottom, right = self.canvas_height - self.content_height, self.canvas_width - self.content_width
         return np.pad(content, ((0, bottom), (0, right), (0, 0)), mode="edge")
 
     def crop(self, canvas: Rgb8) -> Rgb8:
-        """Return the image at its exact size, cut from a generated canvas."""
+        """Return the image at its exact size, cropped from a generated canvas."""
         return resize(canvas[: self.content_height, : self.content_width], self.width, self.height)
 
     def crop_mask(self, mask: Grey8) -> Grey8:
-        """Return the part of a mask that `crop` returns of an image, at the image's exact size."""
+        """Return a mask of the canvas cropped and resized as by `crop`."""
         content = mask[: self.content_height, : self.content_width]
         if content.shape == (self.height, self.width):
             return content
-        # Bilinear never rings, so that 0 stays 0 away from a change.
+        # Bilinear does not ring, so 0 stays 0 away from a change.
         return np.asarray(Image.fromarray(content).resize((self.width, self.height), Image.Resampling.BILINEAR))

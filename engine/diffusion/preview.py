@@ -1,4 +1,4 @@
-"""Small RGB previews of the image that the sampler is heading for."""
+"""Small RGB previews of the predicted final image."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from engine.contract import Rgb8
 from engine.diffusion.canvas import to_rgb8
 
 SCALE = 8
-"""Image pixels a latent pixel spans on each side."""
+"""Image pixels per latent pixel on each side."""
 
 MAX_SIDE = 128
 """Pixels of a preview's longer side: 128 × 128 × 3 bytes are 48 KB on the wire."""
@@ -20,13 +20,13 @@ _PATCHES, _PATCH_SIDE = 16, 64
 """1,024 latent pixels for 33 unknowns. Four times as many, or twice the side, moved the result by under 0.1 dB."""
 
 _RIDGE = 1e-4
-"""Keeps channels that never vary out of the fit; between 1e-6 and 1e-3 the result moves by under 0.1 dB."""
+"""Keeps channels that never vary out of the fit. Between 1e-6 and 1e-3 the result moves by under 0.1 dB."""
 
 
 def predict_clean(before: Tensor, x: Tensor, sigma_before: float, sigma: float) -> Tensor:
-    """Return the latent at sigma 0 that an Euler step from `before` to `x` points at.
+    """Return the clean latent predicted by the step from `before` to `x`.
 
-    The step's own velocity is (x - before) / (sigma - sigma_before): nothing is computed twice.
+    The velocity of the step is recovered as (x - before) / (sigma - sigma_before), without running the model again.
     """
     if sigma == 0:
         return x.float()
@@ -35,15 +35,17 @@ def predict_clean(before: Tensor, x: Tensor, sigma_before: float, sigma: float) 
 
 
 def spread_steps(steps: int, count: int) -> set[int]:
-    """Return up to `count` steps, spread over those before the last."""
+    """Return up to `count` steps, evenly spread before the last one."""
     return {round(steps * part / (count + 1)) for part in range(1, count + 1)} - {0, steps}
 
 
 @dataclass(frozen=True, slots=True)
 class PreviewMap:
-    """Linear map from latent channels to RGB at an eighth of the image's size.
+    """Linear map from latent channels to RGB.
 
-    weight: [latent channels + 1, 3]; its last row is the offset.
+    The preview has an eighth of the image's size on each side.
+
+    weight: [latent channels + 1, 3]. Its last row is the offset.
     """
 
     weight: Tensor
@@ -62,7 +64,10 @@ class PreviewMap:
         return cls(torch.linalg.solve(gram, inputs.T @ targets).float())
 
     def __call__(self, latent: Tensor, width: int, height: int) -> Rgb8:
-        """Return the preview of a latent [1, channels, h, w], cropped to width × height image pixels."""
+        """Return the preview of a latent [1, channels, h, w].
+
+        width, height: in image pixels, to which the preview is cropped.
+        """
         rows, columns = latent.shape[2:]
         image = _with_offset(latent.float()) @ self.weight.to(latent.device)
         image = image.reshape(1, rows, columns, 3).permute(0, 3, 1, 2)
@@ -72,7 +77,10 @@ class PreviewMap:
 
 
 def random_patches(count: int, side: int) -> Tensor:
-    """Return images of random colours: graded grounds under overlapping rectangles, [count, 3, side, side]."""
+    """Return images of random colours, [count, 3, side, side].
+
+    Each is a gradient under overlapping rectangles.
+    """
     generator = torch.Generator().manual_seed(0)
 
     def colour() -> Tensor:
@@ -92,6 +100,9 @@ def random_patches(count: int, side: int) -> Tensor:
 
 
 def _with_offset(latent: Tensor) -> Tensor:
-    """[b, c, h, w] -> [b·h·w, c + 1], the last column 1."""
+    """Flatten to rows and append a column of ones.
+
+    [b, c, h, w] -> [b·h·w, c + 1].
+    """
     rows = latent.permute(0, 2, 3, 1).reshape(-1, latent.shape[1])
     return F.pad(rows, (0, 1), value=1.0)

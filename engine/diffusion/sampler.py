@@ -1,4 +1,4 @@
-"""Euler's method along the flow, from noise to image: yields after each step."""
+"""Euler sampler of the flow from noise to image."""
 
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
@@ -10,19 +10,28 @@ Velocity = Callable[[Tensor, float], Tensor]
 
 
 def euler(x: Tensor, velocity: Tensor, sigma: float, sigma_next: float) -> Tensor:
-    """One step of dx/dsigma = v, summed in fp32 and handed back in the dtype of v."""
+    """Return x after one Euler step of dx/dsigma = velocity.
+
+    Computed in fp32 and returned in the dtype of `velocity`.
+    """
     return (x.float() + (sigma_next - sigma) * velocity.float()).to(velocity.dtype)
 
 
 def denoise(velocity: Velocity, x: Tensor, sigmas: Sequence[float]) -> Iterator[Tensor]:
-    """x after each step; `sigmas` falls from 1.0 to 0.0."""
+    """Yield x after each step.
+
+    sigmas: noise levels, falling from 1.0 to 0.0.
+    """
     for sigma, sigma_next in pairwise(sigmas):
         x = euler(x, velocity(x, sigma), sigma, sigma_next)
         yield x
 
 
 def guided(conditional: Velocity, unconditional: Velocity, guidance: float) -> Velocity:
-    """Classifier-free guidance: away from the prediction without a prompt."""
+    """Return the velocity with classifier-free guidance.
+
+    It extrapolates from the prediction without a prompt through the one with it.
+    """
 
     def velocity(x: Tensor, sigma: float) -> Tensor:
         away = unconditional(x, sigma)

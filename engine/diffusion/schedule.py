@@ -1,4 +1,4 @@
-"""Noise levels for n steps and m canvas tokens: pure floats, a source for each constant."""
+"""Noise schedule: the sigmas for a number of steps and canvas tokens."""
 
 import math
 from functools import lru_cache
@@ -13,7 +13,10 @@ _LONG = 4300
 
 
 def shift(steps: int, canvas_tokens: int) -> float:
-    """The exponent mu by which the levels are pushed towards noise; references and text do not count."""
+    """Return mu, the shift of the noise levels towards noise.
+
+    canvas_tokens: of the canvas alone, without references and text.
+    """
     at_200 = _SLOPE_200 * canvas_tokens + _OFFSET_200
     if canvas_tokens > _LONG:
         return at_200
@@ -24,7 +27,7 @@ def shift(steps: int, canvas_tokens: int) -> float:
 
 @lru_cache(maxsize=64)
 def sigmas(steps: int, canvas_tokens: int) -> tuple[float, ...]:
-    """Noise levels from 1.0 down to 0.0, `steps + 1` of them.
+    """Return `steps + 1` noise levels from 1.0 down to 0.0.
 
     canvas_tokens: H/16 · W/16 of the image being generated; more tokens keep the noise high for longer.
     Raises InvalidJob if steps < 1.

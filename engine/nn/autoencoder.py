@@ -1,4 +1,7 @@
-"""Images to latents and back, with the latent normalisation inside. Names as in BFL's single file."""
+"""Autoencoder between images and normalised latents.
+
+Parameter names are those of BFL's single file.
+"""
 
 from dataclasses import dataclass
 from itertools import pairwise
@@ -11,14 +14,16 @@ from engine.diffusion.tokens import patchify, unpatchify
 from engine.nn import ops
 
 NORM_EPS = 1e-6
-"""Of every GroupNorm. Source: diffusers AutoencoderKLFlux2."""
+"""Epsilon of every GroupNorm. Source: diffusers AutoencoderKLFlux2."""
 BN_EPS = 1e-4
-"""Of the latent statistics. Source: diffusers AutoencoderKLFlux2 config `batch_norm_eps`."""
+"""Epsilon of the latent statistics. Source: diffusers AutoencoderKLFlux2 config `batch_norm_eps`."""
 
 
 @dataclass(frozen=True, slots=True)
 class AutoencoderShape:
-    """Everything that decides the parameters' shapes, and the number of norm groups, which does not.
+    """Hyperparameters of the autoencoder.
+
+    All but `groups`, the number of norm groups, determine shapes of parameters.
 
     encoder, decoder: channels from the image's level to the latent's. layers: residual blocks a level when
     encoding; the decoder has one more.
@@ -37,7 +42,7 @@ def _norm_silu(norm: nn.GroupNorm, x: Tensor) -> Tensor:
 
 
 class ResnetBlock(nn.Module):
-    """Two rounds of norm, SiLU and convolution beside a shortcut."""
+    """Residual block: norm, SiLU and convolution twice, plus a shortcut."""
 
     def __init__(self, ins: int, outs: int, groups: int) -> None:
         super().__init__()
@@ -54,7 +59,7 @@ class ResnetBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """Self-attention over all latent pixels; one head."""
+    """Self-attention with one head over all latent pixels."""
 
     def __init__(self, channels: int, groups: int) -> None:
         super().__init__()
@@ -72,7 +77,10 @@ class Attention(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Half the size. Padded at the right and bottom only: symmetric padding would shift the image."""
+    """Halve the size with a strided convolution.
+
+    Padded at the right and bottom only: symmetric padding would shift the image.
+    """
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -83,7 +91,7 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Twice the size."""
+    """Double the size by nearest-neighbour interpolation and a convolution."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -113,7 +121,10 @@ def _through(parts: nn.ModuleDict, x: Tensor) -> Tensor:
 
 
 class Encoder(nn.Module):
-    """[b, 3, 8h, 8w] -> mean of the latent, [b, latent, h, w]."""
+    """Encodes images to the mean of their latent distribution.
+
+    [b, 3, 8h, 8w] -> [b, latent, h, w].
+    """
 
     def __init__(self, shape: AutoencoderShape) -> None:
         super().__init__()
@@ -163,7 +174,10 @@ class Decoder(nn.Module):
 
 
 class LatentStatistics(nn.Module):
-    """Mean and variance of each latent channel over the training images: buffers, named as a BatchNorm's."""
+    """Mean and variance of each latent channel over the training images.
+
+    Stored as buffers with the names of a BatchNorm.
+    """
 
     running_mean: Tensor
     running_var: Tensor
@@ -187,7 +201,7 @@ class LatentStatistics(nn.Module):
 
 
 class Autoencoder(nn.Module):
-    """Maps between images in [-1, 1] and the normalised latents the transformer works in."""
+    """Maps between images in [-1, 1] and the transformer's normalised latents."""
 
     def __init__(self, shape: AutoencoderShape) -> None:
         super().__init__()
@@ -197,9 +211,15 @@ class Autoencoder(nn.Module):
         self.bn = LatentStatistics(4 * shape.latent)
 
     def encode(self, images: Tensor) -> Tensor:
-        """[b, 3, 16h, 16w] in [-1, 1] -> [b, 4·latent, h, w]."""
+        """Encode images to normalised latents.
+
+        [b, 3, 16h, 16w] in [-1, 1] -> [b, 4·latent, h, w].
+        """
         return self.bn.normalise(patchify(self.encoder(images)))
 
     def decode(self, latent: Tensor) -> Tensor:
-        """[b, 4·latent, h, w] -> [b, 3, 16h, 16w], about [-1, 1]."""
+        """Decode normalised latents to images.
+
+        [b, 4·latent, h, w] -> [b, 3, 16h, 16w], about [-1, 1].
+        """
         return self.decoder(unpatchify(self.bn.restore(latent)))

@@ -1,4 +1,4 @@
-"""Modules that transformer blocks are built of: attention projections, norms, modulation, gated MLP."""
+"""Layers of transformer blocks: attention projections, norms, modulation, gated MLP."""
 
 import torch
 import torch.nn.functional as F
@@ -9,9 +9,11 @@ from engine.nn.ops import Rope
 
 
 def rope_table(positions: Tensor, axes: tuple[int, ...], theta: float) -> Rope:
-    """Angles for positions [tokens, len(axes)]; axes: channels of a head that each axis rotates.
+    """Return cosines and sines of the rotary angles of positions.
 
-    Computed in fp64 on the CPU, as diffusers does: bf16 cannot even count past 256, and some devices have no fp64.
+    positions: [tokens, len(axes)]. axes: number of channels of a head that each axis rotates.
+
+    Computed in fp64 on the CPU, as diffusers does: bf16 has no odd integers above 256, and some devices have no fp64.
     """
     angles = [
         torch.outer(positions[:, i].double(), theta ** (-torch.arange(0, width, 2, dtype=torch.float64) / width))
@@ -22,7 +24,10 @@ def rope_table(positions: Tensor, axes: tuple[int, ...], theta: float) -> Rope:
 
 
 class RMSNorm(nn.Module):
-    """Weight of an RMSNorm over a head's channels; `ops.qk_norm_rope` applies it."""
+    """Weight of an RMSNorm over a head's channels.
+
+    `ops.qk_norm_rope` applies it.
+    """
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -30,7 +35,7 @@ class RMSNorm(nn.Module):
 
 
 class QKNorm(nn.Module):
-    """Weights of the norms of queries and keys."""
+    """Weights of the RMSNorms of queries and keys."""
 
     def __init__(self, head_dim: int) -> None:
         super().__init__()
@@ -39,7 +44,7 @@ class QKNorm(nn.Module):
 
 
 class Modulation(nn.Module):
-    """`count` vectors of the hidden width from the timestep, each [b, 1, hidden]."""
+    """Projects the timestep to `count` modulation vectors, each [b, 1, hidden]."""
 
     def __init__(self, hidden: int, count: int) -> None:
         super().__init__()
@@ -61,7 +66,10 @@ class SelfAttention(nn.Module):
         self.proj = nn.Linear(hidden, hidden, bias=False)
 
     def heads(self, x: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries and keys, normed and rotated, and values: each [b, s, heads, head_dim]."""
+        """Return queries, keys and values, each [b, s, heads, head_dim].
+
+        Queries and keys are normed and rotated.
+        """
         q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in self.qkv(x).chunk(3, dim=-1))
         return (
             ops.qk_norm_rope(q, self.norm.query_norm.scale, rope),
@@ -71,19 +79,25 @@ class SelfAttention(nn.Module):
 
 
 def gated_mlp(hidden: int, width: int) -> nn.Sequential:
-    """hidden -> width (gated) -> hidden; index 1 is the gate, so that the names are `.0` and `.2`."""
+    """Return a SwiGLU MLP: hidden -> width -> hidden.
+
+    The activation has index 1, so that the parameters are named `.0` and `.2`.
+    """
     return nn.Sequential(nn.Linear(hidden, 2 * width, bias=False), SwiGLU(), nn.Linear(width, hidden, bias=False))
 
 
 class SwiGLU(nn.Module):
-    """`ops.swiglu` as a module."""
+    """Module around `ops.swiglu`."""
 
     def forward(self, x: Tensor) -> Tensor:
         return ops.swiglu(x)
 
 
 def timestep_embedding(t: Tensor, width: int) -> Tensor:
-    """[b] -> [b, width]: cosines, then sines, of t (0 … 1000) at width/2 falling frequencies; fp32."""
+    """Return the sinusoidal embedding of t: [b] -> [b, width], fp32.
+
+    Cosines, then sines, of t (0 … 1000) at width/2 falling frequencies.
+    """
     half = width // 2
     frequencies = torch.exp(-torch.arange(half, dtype=torch.float32, device=t.device) * (_LOG_10000 / half))
     angles = t.float()[:, None] * frequencies

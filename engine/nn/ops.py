@@ -1,8 +1,8 @@
-"""Plain operations of the networks, the reference for every faster implementation.
+"""Operations of the networks, and the choice between implementations of them.
 
-Networks call them through this module: `ops.attention(q, k, v)`. `choose` puts another implementation in the place of
-one, for the whole process; the plain one stays reachable as `PLAIN["attention"]`. The chosen function computes the same
-up to rounding, and tests compare the two.
+Networks call them through this module: `ops.attention(q, k, v)`. `choose` replaces the implementation of an operation
+for the whole process. The plain one stays available as `PLAIN["attention"]`. Both compute the same function up to
+rounding, and tests compare the two.
 """
 
 from collections.abc import Callable, Iterator
@@ -14,14 +14,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 EPS = 1e-6
-"""Of every LayerNorm and RMSNorm in the transformer. Source: diffusers Flux2Transformer2DModel config `eps`."""
+"""Epsilon of every LayerNorm and RMSNorm in the transformer. Source: diffusers Flux2Transformer2DModel config `eps`."""
 
 Rope = tuple[Tensor, Tensor]
 """(cos, sin), each [tokens, head_dim / 2] in fp32."""
 
 
 def norm_modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """LayerNorm without weights, then scale and shift by the timestep's modulation."""
+    """Apply LayerNorm without weights, then scale and shift by the modulation."""
     return (1 + scale) * F.layer_norm(x, x.shape[-1:], eps=EPS) + shift
 
 
@@ -31,13 +31,16 @@ def gated_residual(x: Tensor, gate: Tensor, update: Tensor) -> Tensor:
 
 
 def swiglu(x: Tensor) -> Tensor:
-    """SiLU of the first half times the second half."""
+    """Return SiLU of the first half times the second half."""
     gate, value = x.chunk(2, dim=-1)
     return F.silu(gate) * value
 
 
 def rotate(x: Tensor, rope: Rope) -> Tensor:
-    """Rotate adjacent channel pairs of x [b, tokens, heads, head_dim] by their position's angles."""
+    """Rotate adjacent channel pairs by the angles of their token's position.
+
+    x: [b, tokens, heads, head_dim].
+    """
     cos, sin = (table[:, None, :] for table in rope)
     # Adjacent pairs (2k, 2k+1), not halves as in Qwen3: halves would give noise, not an error.
     a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)
@@ -45,17 +48,20 @@ def rotate(x: Tensor, rope: Rope) -> Tensor:
 
 
 def qk_norm_rope(x: Tensor, weight: Tensor, rope: Rope) -> Tensor:
-    """RMSNorm over each head's channels, then rotary positions."""
+    """Apply RMSNorm over each head's channels, then rotary positions."""
     return rotate(F.rms_norm(x, weight.shape, weight, eps=EPS), rope)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Full attention without a mask: [b, s, heads, head_dim] -> [b, s, heads · head_dim]."""
+    """Compute full attention without a mask.
+
+    [b, s, heads, head_dim] -> [b, s, heads · head_dim].
+    """
     return _chosen["attention"](q, k, v)
 
 
 def norm_silu(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> Tensor:
-    """GroupNorm of [b, c, h, w], then SiLU."""
+    """Apply GroupNorm to [b, c, h, w], then SiLU."""
     return _chosen["norm_silu"](x, weight, bias, groups, eps)
 
 
@@ -69,14 +75,16 @@ def _norm_silu(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float)
 
 
 def two_pass_norm_silu(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> Tensor:
-    """`norm_silu` as one reduction and one pass over the values; statistics in fp32.
+    """Compute `norm_silu` in one reduction and one pass over the values.
+
+    The statistics are computed in fp32.
 
     torch's GroupNorm gives each group to one thread block: 32 of an H200's 132 processors work, and 44.6 of the
     decoder's 84 ms at 1024² are this one kernel. This form took the decoder to 55 ms; Inductor fuses it to two kernels.
     """
     b, c = x.shape[:2]
     planes = x.reshape(b, groups, -1)
-    # In parts, or an fp32 copy of everything would exist for a moment; a compiler makes none.
+    # In parts, because eager mode would otherwise make an fp32 copy of the whole tensor. Compiled code makes none.
     parts = (planes,) if torch.compiler.is_compiling() else planes.split(max(1, groups // 8), dim=1)
     moments = [torch.var_mean(part.float(), dim=-1, correction=0, keepdim=True) for part in parts]
     variance, mean = (torch.cat(values, dim=1) for values in zip(*moments, strict=True))
@@ -93,7 +101,10 @@ _chosen = dict(PLAIN)
 
 
 def choose(**implementations: Callable[..., Tensor]) -> None:
-    """Use these implementations from now on, in the whole process. Raises KeyError for an unknown operation."""
+    """Use these implementations from now on, in the whole process.
+
+    Raises KeyError for an unknown operation.
+    """
     for name in implementations:
         PLAIN[name]
     _chosen.update(implementations)
