@@ -1,4 +1,7 @@
-"""The words nano was taught, so that a prompt beyond them can be told apart. No torch, no pictures."""
+"""The words nano was trained on, to recognise a prompt beyond them.
+
+This module imports no torch and reads no images.
+"""
 
 import re
 
@@ -20,7 +23,7 @@ COLOURS: dict[str, tuple[int, int, int]] = {
 SHAPES = ("circle", "square", "triangle", "star", "heart", "diamond", "ring", "cross")
 
 SCENES = ("grass", "desert", "ocean", "night", "snow", "sunset")
-"""The painted backgrounds, by the word each is known under here."""
+"""The drawn backgrounds, by the word each is known under here."""
 
 NOUNS: dict[str, str] = {
     "cat": "CAT",
@@ -74,21 +77,24 @@ NOUNS: dict[str, str] = {
 }
 """Noun -> the Unicode name of the emoji that stands for it."""
 
-_SAID_WITH_THEM = """
+_SENTENCE_WORDS = """
     a add an and against at away background beside below between bigger big bottom bring by center change color corner
     delete desert disappear down draw drawing enlarge erase field for from front get give grass huge image in into it
     large larger left little make meadow middle move near next night object ocean of on over above paint painting
     photo picture place plain please put remove replace rid right row sand scene sea set shift show me shrink side sky
     small smaller snow stars sunset swap take the tiny to top turn under up use winter with
 """
-"""Every other word of the sentences nano was taught."""
+"""Every other word of the sentences nano was trained on."""
 
-KNOWN = frozenset((*NOUNS, *SHAPES, *COLOURS, *_SAID_WITH_THEM.split()))
+KNOWN = frozenset((*NOUNS, *SHAPES, *COLOURS, *_SENTENCE_WORDS.split()))
 
 _WORD = re.compile(r"[^\W\d_]+")
 
 
 def unknown(prompt: str) -> list[str]:
-    """Words of the prompt that nano was never taught, in order, each once."""
+    """Return the prompt's words that nano was never trained on, without repeats.
+
+    They come in the order of the prompt.
+    """
     words = (word.lower() for word in _WORD.findall(prompt))
     return list(dict.fromkeys(word for word in words if word not in KNOWN))

@@ -1,4 +1,4 @@
-"""Klein: one loaded model, and the pipeline from a job to an image."""
+"""Run one loaded klein model from a job to an image."""
 
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -45,37 +45,46 @@ from engine.nn.autoencoder import Autoencoder
 from engine.nn.ops import Rope
 
 MAX_STEPS = 200
-"""More than any published klein was made for (base: 50); a larger number is probably a typing error."""
+"""Limit of steps. No published klein needs more than 50, so a larger number is probably a typing error."""
 MAX_GUIDANCE = 100
 MAX_SEED = 2**63 - 1
 
 SEEDS = 4096
-"""Jobs of which the mode is remembered, to warn when the same seed is computed in the other one."""
+"""Number of jobs whose mode is remembered, to warn when the same seed is computed in the other mode."""
 
 
 @dataclass(frozen=True, slots=True)
 class Reference:
-    """A reference as the model sees it. key: identifies its pixels in the cache."""
+    """A reference as the model sees it.
+
+    key: identifies its pixels in the cache.
+    """
 
     image: Rgb8
     key: str
 
     @classmethod
     def of(cls, original: Rgb8, fitted: Rgb8, way: str, known_hash: str = "") -> "Reference":
-        """known_hash: `image_hash` of the original, where it is known. way: how it was fitted."""
+        """Build a reference from its original and its fitted pixels.
+
+        known_hash: `image_hash` of the original, if known. way: how it was fitted.
+        """
         key = known_hash or image_hash(original)
-        # Whatever was fitted keeps its pixels if it kept its size.
+        # An image that kept its size keeps its pixels too.
         return cls(fitted, key if fitted.shape == original.shape else f"{key} {way} {fitted.shape}")
 
     @property
     def tokens(self) -> tuple[int, int]:
-        """Rows and columns of its tokens."""
+        """Return the rows and columns of its tokens."""
         return self.image.shape[0] // GRID, self.image.shape[1] // GRID
 
 
 @dataclass(frozen=True, slots=True)
 class Conditioning:
-    """What every step reads besides the canvas; references as tokens that take part, or as keys and values."""
+    """The inputs of every step besides the canvas.
+
+    References are tokens that take part in the steps, or keys and values.
+    """
 
     text: Tensor
     rope: Rope
@@ -102,9 +111,10 @@ class Klein:
         compile_options: CompileOptions | None = None,
         warnings: tuple[str, ...] = (),
     ) -> None:
-        """placement_summary: where its weights are, in words. limit: bytes of the device it may use in all.
+        """Take the parts of a loaded model.
 
-        warnings: for every result, such as what of a LoRA is not applied.
+        placement_summary: where its weights are, as text. limit: bytes of the device it may use in total.
+        warnings: added to every result, such as the parts of a LoRA that are not applied.
         """
         self.variant = variant
         self.placement_summary = placement_summary
@@ -132,12 +142,13 @@ class Klein:
         options: LoadOptions | None = None,
         compile_options: CompileOptions | None = None,
     ) -> Generator[Loading, None, "Klein"]:
-        """Read a model onto the device, reporting progress; the generator's return value is the model.
+        """Load a model onto the device and report progress.
 
+        The generator's return value is the model.
         Raises BadWeights, or OutOfMemory before much is read.
         """
         yield Loading(checkpoint.variant.name, 0.0)
-        # First, because it is small: its errors are raised before gigabytes are read.
+        # This comes first because it is small: its errors are raised before gigabytes are read.
         tokenizer = Tokenizer(checkpoint.tokenizer, checkpoint.variant.text_length)
         options = options or LoadOptions()
         networks = yield from load(checkpoint, device, options)
@@ -158,7 +169,7 @@ class Klein:
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of weights on the device, without the ring that offloaded layers pass through."""
+        """Return the bytes of weights on the device, without the offload ring."""
         return device_bytes((self.transformer, self.autoencoder, self.text_encoder), self.device.device)
 
     def free(self, free_bytes: int) -> int:
@@ -167,9 +178,10 @@ class Klein:
 
     @torch.no_grad()
     def run(self, job: Job, previews: Callable[[], bool] = lambda: False) -> Iterator[Event]:
-        """Run `job`; the last event is the Result. Closing the iterator stops the work and frees its memory.
+        """Run `job` and yield its events, the Result last.
 
-        previews: asked before each step whether somebody watches. Raises InvalidJob before anything is computed.
+        Closing the iterator stops the work and frees its memory.
+        previews: asked before each step whether a client wants previews. Raises InvalidJob before anything is computed.
         """
         with self.runner.job():
             yield from self._run(job, previews)
@@ -181,7 +193,7 @@ class Klein:
         self._check_memory(canvas, references)
         mode = self._mode(job, warnings)
 
-        # 1. The prompt, as states the transformer reads; a guided model also reads an empty one.
+        # 1. Encode the prompt to states for the transformer; a guided model also encodes an empty one.
         yield Stage("prompt")
         with clock("prompt"):
             reading = read_prompt(job.prompt, variant)
@@ -189,7 +201,7 @@ class Klein:
             text, prompt_hit = self._prompt_states(reading.text, warnings)
             no_text = self._prompt_states("", [])[0] if guidance > 1 else None
 
-        # 2. The references, as tokens that take part in every step, or as keys and values kept for all of them.
+        # 2. Prepare the references: tokens that take part in every step, or keys and values for all steps.
         rows, columns = canvas.canvas_height // GRID, canvas.canvas_width // GRID
         reference_use: CacheUse = "none"
         if references:
@@ -200,12 +212,12 @@ class Klein:
         else:
             condition = Conditioning(text, self._rope(rows, columns, ()))
 
-        # 3. Noise, drawn on the CPU whatever the device, so that a seed means the same image everywhere.
+        # 3. Draw noise on the CPU on every device, so that a seed means the same image everywhere.
         generator = torch.Generator().manual_seed(job.seed)
         noise = torch.randn((1, self.transformer.shape.channels, rows, columns), generator=generator)
         x = pack(noise).to(self.device.device, self.device.dtype)
 
-        # 4. From noise to latent, one Euler step at a time.
+        # 4. Go from noise to latent, one Euler step at a time.
         yield Stage("denoise")
         velocity = self._velocity(rows, columns, condition, mode)
         if no_text is not None:
@@ -216,7 +228,7 @@ class Klein:
         partial_steps = spread_steps(steps, job.partials)
         for i in range(steps):
             watched, decoding = previews(), i + 1 in partial_steps
-            # A copy, since a sampler may step in place; only where it is looked at.
+            # This is a copy, since a sampler may step in place. It is made only if it is used.
             before = x.clone() if watched or decoding else None
             with clock("denoise"):
                 x = next(stepping)
@@ -232,7 +244,7 @@ class Klein:
                         partial = canvas.crop(to_rgb8(decoded))
             yield Step(i + 1, steps, preview, partial)
 
-        # 5. From latent to image.
+        # 5. Decode the latent to an image.
         yield Stage("decode")
         with clock("decode"):
             decoded = self.runner.decode(unpack(x, rows), mode)
@@ -258,7 +270,7 @@ class Klein:
 
     @torch.no_grad()
     def prefetch(self, image: Rgb8) -> None:
-        """Compute in advance what an edit of `image` will need, so that it starts warm."""
+        """Compute in advance what an edit of `image` needs."""
         canvas = Canvas.of(image.shape[1], image.shape[0], self.variant.max_size**2)
         reference = Reference.of(image, canvas.pad(image), "pad")
         if self.variant.kv:
@@ -270,7 +282,10 @@ class Klein:
     def _find_change(
         self, decoded: Tensor, reference: Reference, canvas: Canvas, mode: Mode
     ) -> tuple[Tensor, ChangeMask]:
-        """The decoded edit, matched to its reference outside the change, and the change mask."""
+        """Return the edit and its change mask.
+
+        The edit is matched to its reference outside the change.
+        """
         size = slice(canvas.content_height), slice(canvas.content_width)
         round_trip = self._round_trip(reference, mode).float() / 127.5 - 1
         found = find_change(decoded[:, :, *size], round_trip[:, :, *size])
@@ -281,7 +296,7 @@ class Klein:
         return found.painted, ChangeMask(opacity, found.whole, found.faint, box, shift, found.drift)
 
     def _round_trip(self, reference: Reference, mode: Mode) -> Tensor:
-        """The reference as the autoencoder returns it: [1, 3, h, w] uint8 on the device."""
+        """Encode and decode the reference: [1, 3, h, w] uint8."""
 
         def decode() -> list[Tensor]:
             latent = unpack(self._latents(reference, mode)[0], reference.tokens[0])
@@ -291,7 +306,7 @@ class Klein:
         return self.cache.get_or_compute((self.fingerprint, "round trip", mode, reference.key), decode)[0][0]
 
     def _mode(self, job: Job, warnings: list[str]) -> Mode:
-        """The mode for this job: the one it asks for where that can be had, else the runner's own."""
+        """Return the job's mode if it is available, else the runner's."""
         mode = self.runner.mode
         if job.mode == "eager":
             mode = "eager"
@@ -309,17 +324,20 @@ class Klein:
     def _preview(self, latent: Tensor, canvas: Canvas) -> Rgb8:
         """Return the small image that a normalised latent stands for."""
         if self._preview_map is None:
-            # Fitted with the first watcher: a model that nobody watches pays nothing.
+            # The preview is fitted when first used: a model without previews pays nothing.
             self._preview_map = PreviewMap.fit(self._encode_plain)
         plain = unpatchify(self.autoencoder.bn.restore(latent))
         return self._preview_map(plain, canvas.content_width, canvas.content_height)
 
     def _encode_plain(self, images: Tensor) -> Tensor:
-        """[b, 3, 8h, 8w] -> latents before patches and normalisation, [b, c, h, w]."""
+        """Encode images to latents before patchify and normalisation.
+
+        [b, 3, 8h, 8w] -> [b, c, h, w].
+        """
         return self.autoencoder.encoder(images.to(self.device.device, self.device.dtype))
 
     def _plan(self, job: Job, warnings: list[str]) -> tuple[int, float]:
-        """Steps and guidance, after checking what can be checked before any work."""
+        """Validate the job and return its steps and guidance."""
         variant = self.variant
         if len(job.references) > variant.max_references:
             raise InvalidJob(
@@ -342,7 +360,7 @@ class Klein:
         return steps, guidance
 
     def _canvas(self, job: Job, warnings: list[str]) -> tuple[Canvas, list[Reference]]:
-        """The canvas, and the references as the model sees them."""
+        """Return the canvas, and the references as the model sees them."""
         variant = self.variant
         area = variant.max_size**2
         references = list(job.references)
@@ -370,7 +388,7 @@ class Klein:
         return canvas, fitted
 
     def _check_memory(self, canvas: Canvas, references: list[Reference]) -> None:
-        """Refuse early what the memory that is free now cannot hold. Raises OutOfMemory."""
+        """Raise OutOfMemory if the free memory cannot hold the job."""
         pixels = canvas.canvas_width * canvas.canvas_height
         reference_pixels = GRID**2 * sum(
             rows * columns for rows, columns in (reference.tokens for reference in references)
@@ -378,7 +396,7 @@ class Klein:
         shapes = (self.variant, self.transformer, self.autoencoder, self.device.dtype)
         work = activation_memory(*shapes, pixels=pixels, references=reference_pixels)
         memory = memory_info(self.device)
-        # The cache can be cleared for it.
+        # The cache can be cleared to make room.
         free = self.free(memory.free + self.cache.stats().bytes)
         if work.bytes <= free:
             return
@@ -395,7 +413,7 @@ class Klein:
         )
 
     def _prompt_states(self, prompt: str, warnings: list[str]) -> tuple[Tensor, bool]:
-        """Prompt states after the transformer's own projection: [1, text_length, hidden]."""
+        """Return the prompt states after the transformer's projection: [1, text_length, hidden]."""
         tokens = self.tokenizer(prompt)
         if tokens.cut:
             warnings.append(
@@ -409,7 +427,7 @@ class Klein:
     def _condition(
         self, text: Tensor, rows: int, columns: int, references: list[Reference], mode: Mode
     ) -> tuple[Conditioning, bool]:
-        """Everything the steps read besides the canvas, and whether all references were in the cache."""
+        """Return the step inputs, and whether all references were in the cache."""
         if self.variant.kv:
             pairs, hit = self._reference_kv(references, mode)
             return Conditioning(text, self._rope(rows, columns, ()), reference_kv=pairs), hit
@@ -418,7 +436,7 @@ class Klein:
         return Conditioning(text, self._rope(rows, columns, sizes), sizes, tokens), hit
 
     def _latents(self, reference: Reference, mode: Mode) -> tuple[Tensor, bool]:
-        """A reference's latent tokens, [1, tokens, channels]."""
+        """Return a reference's latent tokens, [1, tokens, channels]."""
 
         def encode() -> list[Tensor]:
             pixels = to_tensor(reference.image, self.device.device).to(self.device.dtype)
@@ -428,12 +446,15 @@ class Klein:
         return tokens, hit
 
     def _reference_tokens(self, references: list[Reference], mode: Mode) -> tuple[Tensor, bool]:
-        """All references as tokens of the hidden width, one after the other."""
+        """Return all references as consecutive tokens of the hidden width."""
         found = [self._latents(reference, mode) for reference in references]
         return self.transformer.img_in(torch.cat([tokens for tokens, _ in found], dim=1)), all(hit for _, hit in found)
 
     def _reference_kv(self, references: list[Reference], mode: Mode) -> tuple[list[KVPair], bool]:
-        """Keys and values of the ordered references: swapped or alone, they would be others."""
+        """Return the keys and values of the references, in their order.
+
+        Another order, or one reference alone, gives other keys and values.
+        """
         keys = tuple(reference.key for reference in references)
 
         def prefill() -> list[Tensor]:
@@ -455,7 +476,7 @@ class Klein:
         return self._modulation_cache.get_or_compute(sigma, lambda: self._compute_modulations(sigma))
 
     def _compute_modulations(self, sigma: float) -> Modulations:
-        # Rounded to the model's dtype in units of 1000, as in training and in diffusers; Euler keeps the exact sigma.
+        # In training and in diffusers, 1000·sigma is rounded to the model's dtype. Euler keeps the exact sigma.
         thousandths = torch.tensor([1000.0 * sigma]).to(self.device.dtype)
         return self.transformer.modulations((thousandths / 1000).to(self.device.device))
 
@@ -472,7 +493,10 @@ class Klein:
 
 
 def _refuse_not_finite(latent: Tensor, model: str) -> None:
-    """Raise BadWeights for a latent with NaN or infinity: it would be decoded to a black image."""
+    """Raise BadWeights for a latent with NaN or infinity.
+
+    Such a latent would be decoded to a black image.
+    """
     if not bool(torch.isfinite(latent).all()):
         raise BadWeights(
             f"{model} computed numbers that are not finite: its weights, or a LoRA on them, are broken.",
@@ -481,7 +505,10 @@ def _refuse_not_finite(latent: Tensor, model: str) -> None:
 
 
 def _size(job: Job, references: list[Reference], variant: Variant) -> tuple[int, int]:
-    """Width and height of the result: as asked, or of the shape asked, or the first reference's, or native."""
+    """Return the width and height of the result.
+
+    The job's size comes first, then its shape, then the first reference's size, then the native size.
+    """
     if job.width and job.height:
         return job.width, job.height
     if job.aspect is not None:

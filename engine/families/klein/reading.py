@@ -1,6 +1,7 @@
-"""How a small model reads a prompt: in the words it knows, without sentences that only say what stays.
+"""Rewrite a prompt for a small model, in the words it knows.
 
-A model that knows more words than could be listed gets every prompt untouched.
+Sentences that only ask for something to stay as it is are left out.
+A model that knows more words than could be listed gets every prompt unchanged.
 """
 
 import re
@@ -17,21 +18,24 @@ _BEGINS = "|".join(re.escape(begin) for begin in CONSTRAINTS)
 _CONSTRAINT = re.compile(rf"\s*(?:please\s+|and\s+|but\s+|also\s+)*(?:no|{_BEGINS})\b", re.IGNORECASE)
 _CLAUSE = re.compile(rf"[,\s]*(?:\b(?:and|but|then)\s+)?(?:,\s*no|\b(?:{_BEGINS}))\b.*", re.IGNORECASE | re.DOTALL)
 NEAREST = 3
-"""Known nouns that are named for one that is not."""
+"""Number of known nouns that are suggested for an unknown one."""
 MOST_NAMED = 4
-"""Unknown words that are named in a warning."""
+"""Number of unknown words that a warning names."""
 
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """text: the prompt as the model gets it. warnings: what of the prompt it cannot do."""
+    """A prompt as the model gets it.
+
+    text: the rewritten prompt. warnings: the parts of the prompt that the model cannot do.
+    """
 
     text: str
     warnings: tuple[str, ...] = ()
 
 
 def read_prompt(prompt: str, variant: Variant) -> Reading:
-    """Return the prompt in the variant's words; untouched where the variant lists none."""
+    """Return the prompt in the variant's words, unchanged if it lists none."""
     if not variant.words:
         return Reading(prompt)
     sentences = [_Sentence.of(text, variant) for text in _sentences(prompt)]
@@ -45,7 +49,10 @@ def read_prompt(prompt: str, variant: Variant) -> Reading:
 
 
 def unknown_words(text: str, variant: Variant) -> list[str]:
-    """Words that the variant does not know, in order, each once; none where it lists no words."""
+    """Return the words the variant does not know, in order, without repeats.
+
+    The list is empty if the variant lists no words.
+    """
     found = (word.lower() for word in _WORD.findall(text)) if variant.words else ()
     return list(dict.fromkeys(word for word in found if not _is_known(word, variant)))
 
@@ -59,7 +66,10 @@ def _is_known(word: str, variant: Variant) -> bool:
 
 
 def _sentences(prompt: str) -> Iterator[str]:
-    """The sentences and what is left of them without clauses about what stays; all of it if nothing would be left."""
+    """Yield the sentences without clauses about what stays as it is.
+
+    Yields all of them if nothing would be left.
+    """
     left = False
     for sentence in _SENTENCE.findall(prompt):
         if _CONSTRAINT.match(sentence):
@@ -76,7 +86,10 @@ def _sentences(prompt: str) -> Iterator[str]:
 
 @dataclass(frozen=True, slots=True)
 class _Sentence:
-    """text: in known words as far as they go. known, unknown: how many of its words say something, and are so."""
+    """A sentence in known words as far as possible.
+
+    known, unknown: how many of its meaningful words are known and unknown.
+    """
 
     text: str
     known: int
@@ -89,7 +102,7 @@ class _Sentence:
     @classmethod
     def of(cls, text: str, variant: Variant) -> "_Sentence":
         pieces, end, known, unknown = [], 0, 0, 0
-        determined = False  # whether the word before is an article, or says more of the same thing
+        determined = False  # whether the previous word is an article or belongs to the same noun phrase
         for match in _WORD.finditer(text):
             lower, word = match[0].lower(), _known_form(match[0], variant)
             pieces.append(text[end : match.start()])
@@ -112,12 +125,15 @@ class _Sentence:
 
 
 def _is_plural(word: str, known: str, variant: Variant) -> bool:
-    """Whether a word was read as one thing where several were asked for."""
+    """Return whether a plural was replaced by a singular."""
     return word.endswith("s") and not known.endswith("s") and (known in variant.nouns or known in variant.shapes)
 
 
 def _says_something(word: str, variant: Variant) -> bool:
-    """Whether the word names a thing, a colour or an act; "the", "of" and "image" stand in any sentence."""
+    """Return whether the word names a thing, a colour or an action.
+
+    "the", "of" and "image" can stand in any sentence.
+    """
     return word.lower().removeprefix("a ") not in _ANYWHERE
 
 
@@ -127,7 +143,7 @@ _ANYWHERE = {*_ARTICLES, "and", "image", "picture", "photo", "side", "one", "it"
 
 
 def _known_form(word: str, variant: Variant) -> str | None:
-    """The word as the model knows it; None if it does not."""
+    """Return the word as the model knows it, else None."""
     lower = word.lower()
     if _is_known(lower, variant):
         return word if word[0].isupper() and not word.isupper() else lower
@@ -145,13 +161,16 @@ def _singulars(word: str) -> Iterator[str]:
 
 
 def _with_articles(text: str) -> str:
-    """ "a" and "an" as the words behind them ask for."""
+    """Correct "a" and "an" to match the words that follow them."""
     text = re.sub(r"\b([Aa])n (?=[^aeiouAEIOU\s])", r"\1 ", text)
     return re.sub(r"\b([Aa]) (?=[aeioAEIO]|u(?!ni))", r"\1n ", text)
 
 
 def _without_adjectives(text: str, variant: Variant) -> str:
-    """Without unknown words in front of a known thing, and without a colour in front of one that has its own."""
+    """Remove adjectives that the model cannot use.
+
+    These are unknown words before a known thing, and a colour before a thing that has its own.
+    """
     things = variant.nouns.keys() | variant.shapes | variant.colours
     while True:
         words = list(_WORD.finditer(text))
@@ -168,7 +187,10 @@ def _without_adjectives(text: str, variant: Variant) -> str:
 
 
 def _unknown(text: str, variant: Variant) -> Iterator[str]:
-    """A warning that names the unknown words, what is known of their kind, and the way out."""
+    """Yield a warning that names unknown words and related known words.
+
+    It also names a remedy.
+    """
     words = unknown_words(text, variant)
     if not words:
         return
@@ -186,7 +208,7 @@ def _nearest(word: str, variant: Variant) -> list[str]:
 
 
 def _counts(prompt: str, variant: Variant) -> Iterator[str]:
-    """A warning for a number of things that the model has no word for."""
+    """Yield a warning for a number of things without a known word."""
     for match in re.finditer(
         rf"\b({'|'.join(sorted(NUMBERS))})\s+(?:[^\W\d_]+\s+)?([^\W\d_]+s)\b", prompt, re.IGNORECASE
     ):
@@ -197,7 +219,7 @@ def _counts(prompt: str, variant: Variant) -> Iterator[str]:
 
 
 def _own_colours(text: str, variant: Variant) -> Iterator[str]:
-    """A warning for each colour that is asked of a thing which the model paints in its own."""
+    """Yield a warning for each colour requested for a fixed-colour thing."""
     if not variant.nouns:
         return
     colours, nouns = ("|".join(map(re.escape, sorted(words))) for words in (variant.colours, variant.nouns))

@@ -1,7 +1,7 @@
-"""Runs klein's networks: eagerly from the start, compiled and captured as graphs once idle time has prepared them.
+"""Run klein's networks, eagerly at first, compiled and captured after idle time.
 
-Two modes compute the same function with different rounding: "eager" and "compiled". Everything that is compiled is
-switched on at once, so that an image is made in one mode throughout and a process changes its mode once.
+Two modes compute the same function with different rounding: "eager" and "compiled". All compiled parts are
+switched on at once, so that one mode makes an image throughout and a process changes its mode once.
 Graphs replay the same kernels on the same shapes: they change the time, not a bit.
 """
 
@@ -45,20 +45,21 @@ from engine.nn.ops import Rope
 log = logging.getLogger(__name__)
 
 MAX_GRAPHS = 4
-"""Shapes of which a step is kept as a CUDA graph; they share one pool, as large as the largest needs."""
+"""Number of shapes with a CUDA graph of a step. They share one pool, as large as the largest needs."""
 
 POLL = 0.05
-"""Seconds that a call of `tune` waits for the compiling thread: a job that arrives waits no longer."""
+"""Seconds that a call of `tune` waits for the compiling thread. A new job waits no longer than this."""
 
 MAX_PAUSE = 20.0
-"""Seconds for which a job pauses the compiling thread at most, should both ever wait for one lock."""
+"""Maximum seconds for which a job pauses the compiling thread, in case both wait for one lock."""
 
 
 @dataclass(frozen=True, slots=True)
 class CompileOptions:
-    """How to compile. enabled: False never compiles. folder: the compilers' disk cache, None for their own default.
+    """Options of compilation.
 
-    everywhere: compile on devices where it does not pay, too, with this backend: for tests.
+    enabled: False never compiles. folder: the compilers' disk cache, None for their own default.
+    everywhere: a backend for tests, which compiles also on devices where it does not pay.
     """
 
     enabled: bool = False
@@ -81,7 +82,10 @@ StepKey = tuple[int, int, tuple[tuple[int, int], ...]]
 
 
 class Runner:
-    """The networks of one model behind three functions; `tune` makes them faster while nobody waits."""
+    """Runs the networks of one model behind three functions.
+
+    `tune` makes them faster in idle time.
+    """
 
     def __init__(
         self,
@@ -96,7 +100,7 @@ class Runner:
         self.transformer, self.autoencoder, self.text_encoder = transformer, autoencoder, text_encoder
         self.eager_reason = obstacle(device, self.options)
         self.seconds: dict[str, float] = {}
-        """Time each part of tuning took."""
+        """Time that each part of tuning took."""
         self._compiled: Compiled | None = None
         self._text_graph: DeviceGraph | None = None
         self._step_graphs: LruCache[DeviceGraph] = LruCache(MAX_GRAPHS)
@@ -109,25 +113,31 @@ class Runner:
 
     @property
     def mode(self) -> Mode:
-        """The mode in which the next image will be made, unless its job asks for another."""
+        """Return the mode of the next image, unless its job requests another."""
         return "compiled" if self._compiled else "eager"
 
     def summary(self) -> str:
-        """State of tuning, in words."""
+        """Return the state of tuning as text."""
         if self.eager_reason:
             return f"eager: {self.eager_reason}"
         if self._compiled is None:
             return "eager, until idle time allows compiling"
         return f"compiled in {sum(self.seconds.values()):.0f} s, {len(self._step_graphs)} shapes captured"
 
-    # The three functions.
+    # Functions that jobs call.
 
     def text(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """Prompt states after the transformer's projection: [1, text_length, hidden]. The same bits in both modes."""
+        """Return prompt states after the transformer's projection: [1, text_length, hidden].
+
+        Both modes give the same bits.
+        """
         return self._text_graph((ids, mask)) if self._text_graph else self._text(ids, mask)
 
     def encode(self, images: Tensor, mode: Mode) -> Tensor:
-        """[b, 3, 16h, 16w] in [-1, 1] -> latents [b, channels, h, w]."""
+        """Encode images to latents.
+
+        [b, 3, 16h, 16w] in [-1, 1] -> [b, channels, h, w].
+        """
         compiled = self._compiled if mode == "compiled" else None
         if compiled is None:
             return self.autoencoder.encode(images)
@@ -135,7 +145,10 @@ class Runner:
             return compiled.encode(images)
 
     def decode(self, latent: Tensor, mode: Mode) -> Tensor:
-        """[1, channels, h, w] -> [1, 3, 16h, 16w], about [-1, 1]."""
+        """Decode a latent to an image.
+
+        [1, channels, h, w] -> [1, 3, 16h, 16w], about [-1, 1].
+        """
         compiled = self._compiled if mode == "compiled" else None
         if compiled is None:
             return self.autoencoder.decode(latent)
@@ -153,7 +166,10 @@ class Runner:
         reference_kv: Sequence[KVPair] | None,
         mode: Mode,
     ) -> Tensor:
-        """Velocity of the canvas x; arguments as of Transformer.forward."""
+        """Return the velocity of the canvas x.
+
+        The arguments are those of Transformer.forward.
+        """
         compiled = self._compiled if mode == "compiled" else None
         if compiled is None:
             return self.transformer(x, text, mods, rope, references, reference_kv)
@@ -166,7 +182,7 @@ class Runner:
 
     @contextmanager
     def job(self) -> Iterator[None]:
-        """Inside, a job runs: the compiling thread stands still."""
+        """Pause the compiling thread while a job runs."""
         self._gate.pause()
         try:
             yield
@@ -176,7 +192,10 @@ class Runner:
     # Tuning.
 
     def tune(self) -> bool:
-        """Do a short piece of tuning, in the thread that runs jobs; False where nothing is left to do."""
+        """Do a short piece of tuning, and return whether more is left.
+
+        It runs in the thread that runs jobs.
+        """
         if self.eager_reason:
             return False
         try:
@@ -185,7 +204,7 @@ class Runner:
             with torch.no_grad():
                 return next(self._units)
         except Exception as exc:
-            # Whatever a compiler raises: eager works.
+            # A compiler may raise anything; the eager mode still works.
             first_line = (str(exc).splitlines() or [""])[0][:200]
             self.eager_reason = f"compiling failed ({type(exc).__name__}: {first_line})"
             self._compiled = None
@@ -195,14 +214,20 @@ class Runner:
             return False
 
     def close(self) -> None:
-        """Stop tuning and drop what it made: the generator of pieces refers back to this object."""
+        """Stop tuning and free what it made.
+
+        The generator of pieces refers back to this object.
+        """
         self._units, self.eager_reason = None, "released"
         self._compiled = self._text_graph = None
         self._step_graphs.clear()
 
     @property
     def _captures(self) -> bool:
-        """Whether steps can be captured: offloaded layers wait for copies, which a graph cannot."""
+        """Return whether steps can be captured.
+
+        Offloaded layers wait for copies, which a graph cannot.
+        """
         return self.device.is_cuda and not self._offloads
 
     @property
@@ -210,7 +235,7 @@ class Runner:
         return any(isinstance(module, OffloadedModule) for module in self.transformer.modules())
 
     def _tuning(self) -> Iterator[bool]:
-        """All of it in order, in short pieces."""
+        """Do all tuning in order, in short pieces."""
         if self.device.is_cuda:
             yield from self._warm_up()
             if not any(isinstance(module, OffloadedModule) for module in self.text_encoder.modules()):
@@ -240,7 +265,7 @@ class Runner:
         return made
 
     def _aside(self, name: str, work: Callable[..., Any], *arguments: Any) -> Iterator[bool]:
-        """Run `work` in a thread of its own, so that a job that arrives need not wait for its end."""
+        """Run `work` in another thread, so that jobs need not wait."""
         failed: list[BaseException] = []
 
         def body() -> None:
@@ -262,7 +287,7 @@ class Runner:
             raise failed[0]
 
     def _warm_up(self) -> Iterator[bool]:
-        """Load the kernels and plans that the first images would wait for."""
+        """Load the kernels and plans that the first images need."""
         side, tokens = self.variant.native_size // GRID, self.variant.text_length
         ids = torch.zeros(1, tokens, dtype=torch.long)
         self._timed("warm-up", lambda: self._text(ids, torch.ones_like(ids)))
@@ -302,7 +327,7 @@ class Runner:
 
 
 class PauseGate:
-    """Stops a thread of Python code between two of its calls, while another has work to do.
+    """Pauses a Python thread between two calls, while another has work.
 
     Compilers are Python: beside one, each of the thousands of calls of a job would wait for the interpreter lock.
     Measured on an H200 without this: jobs of 0.14 s took 0.3 to 36 s. Tracing makes compiling slower, by 1.8 on a CPU.
@@ -314,27 +339,33 @@ class PauseGate:
         self._until = 0.0
 
     def pause(self) -> None:
-        """Let the traced thread stop at its next call."""
+        """Pause the traced thread at its next call."""
         self._until = time.monotonic() + MAX_PAUSE
         self._open.clear()
 
     def resume(self) -> None:
-        """Let it go on."""
+        """Resume the traced thread."""
         self._open.set()
 
     def trace(self, frame: Any, event: str, argument: Any) -> None:
-        """Function for sys.settrace; called at every call of a Python function."""
+        """Wait while paused.
+
+        sys.settrace calls this at every call of a Python function.
+        """
         if not self._open.is_set():
             self._open.wait(max(0.0, self._until - time.monotonic()))
 
 
 def _no_recompiles() -> AbstractContextManager[Any]:
-    """Run eagerly what the compiled form does not cover: no job waits for a compiler."""
+    """Run eagerly what the compiled form does not cover.
+
+    No job waits for a compiler.
+    """
     return torch.compiler.set_stance("eager_on_recompile")
 
 
 def _tensors(arguments: Iterable[Any]) -> Iterator[Tensor]:
-    """All tensors in the arguments of a step, in order."""
+    """Yield all tensors in the arguments of a step, in order."""
     for argument in arguments:
         if isinstance(argument, Tensor):
             yield argument
@@ -346,7 +377,10 @@ def _tensors(arguments: Iterable[Any]) -> Iterator[Tensor]:
 
 
 class SampleInputs:
-    """Inputs of the networks for one shape, to compile with, to capture or to warm up."""
+    """Inputs of the networks for one shape.
+
+    They serve to compile, to capture or to warm up.
+    """
 
     def __init__(self, transformer: Transformer, device: Device, text: int, rows: int, columns: int) -> None:
         self._transformer, self._device = transformer, device
@@ -356,15 +390,18 @@ class SampleInputs:
         return torch.randn(shape, device=self._device.device, dtype=self._device.dtype)
 
     def latent(self) -> Tensor:
-        """Latent of the canvas."""
+        """Return a latent of the canvas."""
         return self._randn(1, self._transformer.shape.channels, self._rows, self._columns)
 
     def image(self) -> Tensor:
-        """Pixels of the canvas."""
+        """Return pixels of the canvas."""
         return self._randn(1, 3, GRID * self._rows, GRID * self._columns).clamp(-1, 1)
 
     def step(self, references: int, kv: bool = False) -> tuple[Any, ...]:
-        """Arguments of Transformer.forward; references: their tokens, which take part or (kv) give keys and values."""
+        """Return the arguments of Transformer.forward.
+
+        references: number of their tokens, which take part in the steps or (kv) give keys and values.
+        """
         shape, canvas = self._transformer.shape, self._rows * self._columns
         tokens = self._text + canvas + (0 if kv else references)
         angles = torch.rand(tokens, shape.head_dim // 2, device=self._device.device)
@@ -378,7 +415,7 @@ class SampleInputs:
 
 
 class Compiler:
-    """Compiles the repeated blocks for all sizes, and decoder and encoder in channels-last order."""
+    """Compiles the repeated blocks for all sizes, and the channels-last autoencoder."""
 
     def __init__(
         self,
@@ -389,7 +426,7 @@ class Compiler:
         options: CompileOptions,
     ) -> None:
         self.variant, self.transformer, self.device = variant, transformer, device
-        # Copies: in eager mode channels-last is slower, and a job may ask for that mode at any time.
+        # These are copies: in eager mode channels-last is slower, and a job may request that mode at any time.
         self.autoencoder = copy.deepcopy(autoencoder).to(memory_format=torch.channels_last)
         compile_ = self._compile(options)
         self.blocks = BlockFunctions(
@@ -397,7 +434,7 @@ class Compiler:
         )
         self._decoder, self._encoder = compile_(Decoder.forward), compile_(Encoder.forward)
         side = max(8, variant.native_size // GRID)
-        # No two dimensions alike, nor 1: what holds by chance in an example would be demanded of every later shape.
+        # No two dimensions are equal, and none is 1: torch would require such a coincidence of every later shape.
         self._example = SampleInputs(transformer, device, variant.text_length, side - 1, side + 1)
         self._small = SampleInputs(transformer, device, variant.text_length, side // 2 - 1, side // 2 + 1)
 
@@ -410,20 +447,23 @@ class Compiler:
         return Compiled(self.blocks, self.decode, self.encode)
 
     def decode(self, latent: Tensor) -> Tensor:
-        """As Autoencoder.decode."""
+        """Decode like Autoencoder.decode."""
         z = unpatchify(self.autoencoder.bn.restore(latent)).contiguous(memory_format=torch.channels_last)
         return self._decoder(self.autoencoder.decoder, z).contiguous()
 
     def encode(self, images: Tensor) -> Tensor:
-        """As Autoencoder.encode."""
+        """Encode like Autoencoder.encode."""
         z = self._encoder(self.autoencoder.encoder, images.contiguous(memory_format=torch.channels_last))
         return self.autoencoder.bn.normalise(patchify(z.contiguous()))
 
     def parts(self) -> Iterator[tuple[str, Callable[[], Any]]]:
-        """Name and work of each part, compiled by being called on the example."""
+        """Yield each part's name and the call that compiles it.
+
+        The call runs the part on the example.
+        """
         for references in (0, 1) if self.variant.kv else (0,):
             yield "blocks", lambda references=references: self._step(references)
-        # Two sizes: torch chooses another convolution for small ones on some devices.
+        # Two sizes are compiled: torch chooses another convolution for small ones on some devices.
         for example in (self._example, self._small):
             yield "decoder", lambda example=example: self.decode(example.latent())
         for example in (self._example, self._small):
@@ -435,9 +475,12 @@ class Compiler:
 
 
 def _load_compilers(options: CompileOptions) -> None:
-    """Import the compilers, which takes seconds, and point their disk caches at the folder."""
+    """Import the compilers and point their disk caches at the folder.
+
+    The import takes seconds.
+    """
     if options.folder is not None:
-        # torch and Triton read these names; there is no other way to tell them.
+        # torch and Triton read these names; there is no other way to configure them.
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(options.folder / "inductor"))
         os.environ.setdefault("TRITON_CACHE_DIR", str(options.folder / "triton"))
     if options.backend == "inductor":
@@ -462,5 +505,8 @@ def obstacle(device: Device, options: CompileOptions) -> str:
 
 
 def cache_folder(root: Path, device: Device) -> Path:
-    """Folder of the compilers' disk cache for this torch and this device, inside `root`."""
+    """Return the folder of the compilers' disk cache, inside `root`.
+
+    It is specific to this torch and this device.
+    """
     return root / f"torch-{torch.__version__}-{'-'.join(device.name.split())}".replace("+", "-")

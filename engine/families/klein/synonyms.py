@@ -1,4 +1,7 @@
-"""English beside the words a small model knows: spellings, synonyms and related nouns. No model is named here."""
+"""Spellings, synonyms and related nouns of words a small model may know.
+
+No model is named here.
+"""
 
 SYNONYMS: dict[str, str] = {
     word: known
@@ -107,7 +110,7 @@ SYNONYMS: dict[str, str] = {
     for word in words.split()
     if word != known
 }
-"""Word -> the word a model may know instead. Of two that stand for one word, the later."""
+"""Word -> its synonyms, which are replaced by it. If a synonym has two words, the later one is used."""
 
 ALTERNATIVES: dict[str, tuple[str, ...]] = {
     "boat": ("sailboat", "ship"),
@@ -128,7 +131,7 @@ ALTERNATIVES: dict[str, tuple[str, ...]] = {
     "lawn": ("grass",),
     "water": ("ocean",),
 }
-"""Words with more than one way to be read, nearest first."""
+"""Words that can be read in more than one way, nearest first."""
 
 RELATED: dict[str, tuple[str, ...]] = {
     word: tuple(nouns.split())
@@ -176,7 +179,7 @@ RELATED: dict[str, tuple[str, ...]] = {
     }.items()
     for word in words.split()
 }
-"""Noun -> nouns of its kind, nearest first."""
+"""Noun -> related nouns, nearest first."""
 
 _FILLERS = """
     very really quite rather just only simply slightly somewhat exactly precisely also now then nice beautiful pretty
@@ -187,7 +190,7 @@ _FILLERS = """
     modern stylised stylized cartoonish photorealistic
 """
 FILLERS = frozenset(_FILLERS.split())
-"""Words that say nothing a small model could act on; left out where it does not know them."""
+"""Words without meaning for a small model. They are left out if the model does not know them."""
 
 NUMBERS = frozenset("two three four five six seven eight nine ten several many few some multiple".split())  # noqa: SIM905
 """Words in place of an article, for which a small model may know no plural."""
@@ -198,4 +201,4 @@ CONSTRAINTS = (
     "nothing else", "all other", "other than that", "no other", "be careful", "it should", "they should",
     "the composition", "the light", "the lighting", "the shadow", "the shadows", "without", "while",
 )  # fmt: skip
-"""Beginnings of sentences and clauses that only say what is to stay as it is."""
+"""Beginnings of sentences and clauses that only ask for something to stay as it is."""

@@ -1,4 +1,7 @@
-"""Prompt to states [text_length, layers · hidden], on transformers' Qwen3 cut after the last layer that is read."""
+"""Encode a prompt to states [text_length, layers · hidden].
+
+The encoder is transformers' Qwen3, cut after the last layer that is read.
+"""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +17,10 @@ from engine.contract import BadWeights
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """A prompt as the encoder reads it: ids and mask [1, length]; `cut`: how many of its tokens did not fit."""
+    """A prompt as the encoder reads it.
+
+    ids, mask: [1, length]. cut: number of its tokens that did not fit.
+    """
 
     ids: Tensor
     mask: Tensor
@@ -22,24 +28,30 @@ class Prompt:
 
 
 class Tokenizer:
-    """One user turn in the chat template, padded on the right to a fixed length."""
+    """Tokenizer of one user turn in the chat template.
+
+    It pads on the right to a fixed length.
+    """
 
     def __init__(self, folder: Path, length: int) -> None:
-        """Raises BadWeights for a folder that is no tokenizer, or one without the chat template or a pad."""
+        """Load the tokenizer of a folder.
+
+        Raises BadWeights if the folder holds no tokenizer, or one without the chat template or a pad token.
+        """
         self.length = length
         try:
             self._tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
             self._pad = int(self._tokenizer.pad_token_id)
             empty, one = self._template(""), self._template("x")
             if one == empty:
-                # transformers makes one without words of a folder that lacks them, and every prompt is alike.
+                # transformers makes a tokenizer without words if the folder lacks them; then all prompts are equal.
                 raise ValueError("it knows no words: tokenizer.json, or vocab.json and merges.txt, is missing")
         except Exception as problem:  # each library below has its own
             why = " ".join(str(problem).split())
             raise BadWeights(
                 f"The tokenizer in {folder} cannot be used ({why[:120]}).", hint="Download it again."
             ) from None
-        # What follows the prompt: the end of the template, as far as two prompts agree on it.
+        # The suffix after the prompt is the end of the template, as far as it is equal for two prompts.
         agree = 0
         while agree < min(len(empty), len(one)) and empty[-1 - agree] == one[-1 - agree]:
             agree += 1
@@ -56,7 +68,7 @@ class Tokenizer:
         ids = self._template(prompt)
         cut = max(0, len(ids) - self.length)
         if cut:
-            # Cutting at the right, as diffusers does, would take the assistant's turn away from a long prompt.
+            # Cutting at the right, as diffusers does, would remove the assistant's turn from a long prompt.
             ids = ids[: self.length - len(self._tail)] + self._tail
         padding = self.length - len(ids)
         return Prompt(
@@ -67,10 +79,16 @@ class Tokenizer:
 
 
 class TextEncoder(nn.Module):
-    """Qwen3 up to the last layer that is read; no language model head."""
+    """Qwen3 up to the last layer that is read.
+
+    It has no language model head.
+    """
 
     def __init__(self, config: dict[str, Any], layers: tuple[int, ...]) -> None:
-        """config: of the whole Qwen3. layers: 1-based numbers of the layers whose outputs are stacked."""
+        """Build the network.
+
+        config: of the whole Qwen3. layers: 1-based numbers of the layers whose outputs are stacked.
+        """
         super().__init__()
         whole = Qwen3Config(**config)
         self.layers = layers
@@ -79,22 +97,22 @@ class TextEncoder(nn.Module):
         self.config.num_hidden_layers = max(layers)
         self.config.layer_types = (whole.layer_types or [])[: max(layers)]
         self.model = Qwen3Model(self.config)
-        # transformers gives the last layer's state after the final norm; a state further down has none.
+        # transformers applies the final norm to the last layer's state; states of earlier layers have none.
         if max(layers) < whole.num_hidden_layers:
             self.model.register_module("norm", nn.Identity())
 
     def finish(self, device: torch.device) -> None:
-        """After loading onto `device`: build what is computed, not stored."""
+        """Build the computed buffers on `device`, after loading."""
         self.model.rotary_emb = Qwen3RotaryEmbedding(config=self.config).to(device)
 
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """ids, mask: [b, length] -> [b, length, width].
+        """Encode ids and mask, [b, length], to states [b, length, width].
 
-        Pads get states of their own, as in training: the transformer reads all rows without a mask.
+        Pad tokens get states of their own, as in training: the transformer reads all rows without a mask.
         """
         length = ids.shape[1]
         causal = torch.ones(length, length, dtype=torch.bool, device=ids.device).tril()
-        # Not made by transformers, which asks the device whether there are pads: that waits, and makes two paths.
+        # transformers would ask the device whether there are pad tokens, which waits and makes two code paths.
         attended = {"full_attention": causal & mask.bool()[:, None, None, :]}
         out = self.model(input_ids=ids, attention_mask=attended, output_hidden_states=True, use_cache=False)
         return torch.cat([out.hidden_states[layer] for layer in self.layers], dim=-1)

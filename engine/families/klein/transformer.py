@@ -1,5 +1,6 @@
-"""The velocity field: double-stream blocks, then single-stream blocks, over text, canvas and reference tokens.
+"""The velocity field: double-stream, then single-stream blocks.
 
+The blocks run over text, canvas and reference tokens.
 Parameter names and row orders are those of BFL's single file (fused qkv, final layer [shift; scale]), because the
 quantised checkpoints come only in that layout; `engine.families.klein.key_maps` maps the diffusers names onto them.
 """
@@ -22,12 +23,12 @@ KLEIN_THETA = 2000.0
 KVPair = tuple[Tensor, Tensor]
 """One block's keys (normed and rotated) and values of the references: each [b, tokens, heads, head_dim].
 
-Of their own storage: a view of the matrix they were cut from would keep four times their size in memory."""
+They own their storage: a view of the matrix they were cut from would keep four times their size in memory."""
 
 
 @dataclass(frozen=True, slots=True)
 class TransformerShape:
-    """Everything that decides the parameters' shapes, and the two numbers of the rotary positions that do not."""
+    """Everything that decides the parameters' shapes, and the rotary constants."""
 
     hidden: int
     head_dim: int
@@ -43,7 +44,10 @@ class TransformerShape:
 
 @dataclass(frozen=True, slots=True)
 class Modulations:
-    """Shifts, scales and gates of one timestep, computed once a step and shared by all blocks of a kind."""
+    """Shifts, scales and gates of one timestep.
+
+    They are computed once a step, and all blocks of a kind share them.
+    """
 
     image: tuple[Tensor, ...]
     text: tuple[Tensor, ...]
@@ -52,14 +56,17 @@ class Modulations:
 
 
 def _with_references(k: Tensor, v: Tensor, reference_kv: KVPair | None) -> tuple[Tensor, Tensor]:
-    """Append the references' keys and values: their order does not matter to attention."""
+    """Append the keys and values of the references.
+
+    Their order does not matter to attention.
+    """
     if reference_kv is None:
         return k, v
     return torch.cat((k, reference_kv[0]), dim=1), torch.cat((v, reference_kv[1]), dim=1)
 
 
 class DoubleBlock(nn.Module):
-    """Block with weights of its own for text and for image tokens, joined only in attention."""
+    """Block with separate weights for text and image, joined only in attention."""
 
     def __init__(self, shape: TransformerShape) -> None:
         super().__init__()
@@ -71,7 +78,7 @@ class DoubleBlock(nn.Module):
     def forward(
         self, text: Tensor, image: Tensor, mods: Modulations, rope: Rope, reference_kv: KVPair | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Both streams after the block. rope covers [text, image]."""
+        """Return both streams after the block. rope covers [text, image]."""
         shift, scale, gate_attn, shift_mlp, scale_mlp, gate_mlp = mods.image
         t_shift, t_scale, t_gate_attn, t_shift_mlp, t_scale_mlp, t_gate_mlp = mods.text
         count = text.shape[1]
@@ -81,7 +88,7 @@ class DoubleBlock(nn.Module):
             self.img_attn.heads(ops.norm_modulate(image, shift, scale), image_rope),
             strict=True,
         )
-        # Text first: the single blocks drop it by count, so [image, text] would give noise, not an error.
+        # Text comes first: the single blocks drop it by count, so [image, text] would give noise, not an error.
         q, k, v = (torch.cat(pair, dim=1) for pair in pairs)
         mixed = ops.attention(q, *_with_references(k, v, reference_kv))
         text_mixed, image_mixed = mixed[:, :count], mixed[:, count:]
@@ -92,7 +99,10 @@ class DoubleBlock(nn.Module):
         return text, image
 
     def prefill(self, references: Tensor, mods: Modulations, rope: Rope) -> tuple[Tensor, KVPair]:
-        """References that attend only to each other: the stream after the block, and their keys and values."""
+        """Return the stream after the block, and the keys and values.
+
+        The references attend only to each other.
+        """
         shift, scale, gate_attn, shift_mlp, scale_mlp, gate_mlp = mods.image
         q, k, v = self.img_attn.heads(ops.norm_modulate(references, shift, scale), rope)
         references = ops.gated_residual(references, gate_attn, self.img_attn.proj(ops.attention(q, k, v)))
@@ -101,7 +111,10 @@ class DoubleBlock(nn.Module):
 
 
 class SingleBlock(nn.Module):
-    """Block of one stream; attention and MLP run side by side between one matrix in and one out."""
+    """Block of one stream, with attention and MLP in parallel.
+
+    One matrix leads into both, and one leads out of both.
+    """
 
     def __init__(self, shape: TransformerShape) -> None:
         super().__init__()
@@ -112,7 +125,7 @@ class SingleBlock(nn.Module):
         self.norm = QKNorm(shape.head_dim)
 
     def forward(self, x: Tensor, mods: Modulations, rope: Rope, reference_kv: KVPair | None = None) -> Tensor:
-        """The stream after the block."""
+        """Return the stream after the block."""
         shift, scale, gate = mods.single
         q, k, v, mlp = self.linear1(ops.norm_modulate(x, shift, scale)).split(self.widths, dim=-1)
         mixed = ops.attention(self._query(q, rope), *_with_references(*self._key(k, v, rope), reference_kv))
@@ -127,7 +140,10 @@ class SingleBlock(nn.Module):
         rows_rope: Rope,
         reference_kv: KVPair | None = None,
     ) -> Tensor:
-        """Only the tokens `rows`, a part of x, after the block: the others give keys and values alone."""
+        """Return only the tokens `rows` of x after the block.
+
+        The other tokens give keys and values alone.
+        """
         shift, scale, gate = mods.single
         k, v = self._project(ops.norm_modulate(x, shift, scale), 1, 3).chunk(2, dim=-1)
         n = ops.norm_modulate(rows, shift, scale)
@@ -137,7 +153,7 @@ class SingleBlock(nn.Module):
         return ops.gated_residual(rows, gate, self.linear2(torch.cat((mixed, ops.swiglu(mlp)), dim=-1)))
 
     def prefill(self, references: Tensor, mods: Modulations, rope: Rope) -> tuple[Tensor, KVPair]:
-        """As DoubleBlock.prefill."""
+        """Return the stream and the keys and values, like DoubleBlock.prefill."""
         shift, scale, gate = mods.single
         q, k, v, mlp = self.linear1(ops.norm_modulate(references, shift, scale)).split(self.widths, dim=-1)
         k, v = self._key(k, v, rope)
@@ -146,7 +162,10 @@ class SingleBlock(nn.Module):
         return ops.gated_residual(references, gate, update), (k, v.contiguous())
 
     def prefill_last(self, references: Tensor, mods: Modulations, rope: Rope) -> KVPair:
-        """Keys and values of the last block: nothing comes after it, so its stream is not needed."""
+        """Return the keys and values of the last block.
+
+        Nothing comes after it, so its stream is not needed.
+        """
         if not self.can_split:
             return self.prefill(references, mods, rope)[1]
         shift, scale, _ = mods.single
@@ -156,11 +175,17 @@ class SingleBlock(nn.Module):
 
     @property
     def can_split(self) -> bool:
-        """Whether some rows of the matrix can be used alone; a quantised one only multiplies as a whole."""
+        """Return whether single row ranges of the matrix can be used.
+
+        A quantised matrix only multiplies as a whole.
+        """
         return type(self.linear1) is nn.Linear
 
     def _project(self, n: Tensor, first: int, end: int) -> Tensor:
-        """Parts first … end - 1 of [q | k | v | mlp]."""
+        """Return the parts `first` to `end - 1` of the projection.
+
+        The parts are [q | k | v | mlp].
+        """
         return F.linear(n, self.linear1.weight[sum(self.widths[:first]) : sum(self.widths[:end])])
 
     def _query(self, q: Tensor, rope: Rope) -> Tensor:
@@ -173,7 +198,7 @@ class SingleBlock(nn.Module):
 
 @dataclass(frozen=True, slots=True)
 class BlockFunctions:
-    """Implementation of the repeated blocks: plain ones, or compiled forms of the same functions."""
+    """Functions of the repeated blocks, plain or compiled."""
 
     double: Callable[..., tuple[Tensor, Tensor]] = DoubleBlock.forward
     single: Callable[..., Tensor] = SingleBlock.forward
@@ -184,7 +209,7 @@ PLAIN_BLOCKS = BlockFunctions()
 
 
 class TimeEmbedder(nn.Module):
-    """The timestep as a vector of the hidden width."""
+    """Embedding of the timestep as a vector of the hidden width."""
 
     def __init__(self, channels: int, hidden: int) -> None:
         super().__init__()
@@ -226,13 +251,19 @@ class Transformer(nn.Module):
         self.final_layer = FinalLayer(shape.hidden, shape.channels)
 
     def rope(self, positions: Tensor) -> Rope:
-        """Rotary table for positions [tokens, 4]; on the device of the weights."""
+        """Return the rotary table for positions [tokens, 4].
+
+        It is on the device of the weights.
+        """
         device = self.img_in.weight.device
         cos, sin = rope_table(positions, self.shape.axes, self.shape.theta)
         return cos.to(device), sin.to(device)
 
     def modulations(self, sigma: Tensor) -> Modulations:
-        """sigma: [b], noise levels in 0 … 1, in the weights' dtype."""
+        """Return the modulations of sigma: [b], noise levels in 0 … 1.
+
+        sigma has the weights' dtype.
+        """
         # The network was trained on 1000·sigma; in bf16 that product rounds, officially so.
         vec = self.time_in(sigma * 1000)
         return Modulations(
@@ -252,7 +283,7 @@ class Transformer(nn.Module):
         reference_kv: Sequence[KVPair] | None = None,
         blocks: BlockFunctions = PLAIN_BLOCKS,
     ) -> Tensor:
-        """Velocity of the canvas: [b, canvas tokens, channels].
+        """Return the velocity of the canvas: [b, canvas tokens, channels].
 
         canvas: [b, canvas tokens, channels]. text: prompt states after `txt_in`, [b, text tokens, hidden].
         references: tokens after `img_in` that take part in every step (plain klein). reference_kv: result of `prefill`
@@ -277,7 +308,9 @@ class Transformer(nn.Module):
         return self.final_layer(x, mods)
 
     def prefill(self, references: Tensor, rope: Rope) -> list[KVPair]:
-        """Keys and values of the references in every block, for KV klein: they attend to each other, at timestep 0.
+        """Return the references' keys and values in every block, for KV klein.
+
+        The references attend to each other, at timestep 0.
 
         They depend on nothing else, so they can be kept for any prompt, seed, size and step.
         references: [b, tokens, hidden] after `img_in`; rope covers them alone.
