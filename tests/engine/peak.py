@@ -1,4 +1,7 @@
-"""How much memory a computation holds at its worst, counted on the meta device: real shapes, no arithmetic."""
+"""Measures the peak memory of a computation on the meta device.
+
+Shapes are real, but nothing is computed.
+"""
 
 import weakref
 from typing import Any
@@ -9,7 +12,10 @@ from torch.utils._pytree import tree_leaves
 
 
 class Peak(TorchDispatchMode):
-    """Sums the storages that come into being while it is on; `bytes` is the most that lived at once."""
+    """Tracks the storages allocated while it is active.
+
+    `bytes` is the largest total that was allocated at one time.
+    """
 
     def __init__(self) -> None:
         super().__init__()

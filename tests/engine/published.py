@@ -1,4 +1,7 @@
-"""Checkpoints in the layouts that are published, quantised by the published formulas and not by the engine's code."""
+"""Writes checkpoints in the published layouts.
+
+Weights are quantised by the published formulas, not by the engine's code.
+"""
 
 import json
 import re
@@ -23,7 +26,7 @@ Quantise = Callable[[Tensor], dict[str, Tensor]]
 
 
 def fp8(weight: Tensor) -> dict[str, Tensor]:
-    """What lies behind `X.` in BFL's fp8 files."""
+    """Return the tensors stored under `X.` in BFL's fp8 files."""
     scale = weight.float().abs().max() / 448
     return {
         "weight": (weight.float() / scale).to(torch.float8_e4m3fn),
@@ -33,7 +36,10 @@ def fp8(weight: Tensor) -> dict[str, Tensor]:
 
 
 def nvfp4(weight: Tensor) -> dict[str, Tensor]:
-    """What lies behind `X.` in BFL's nvfp4 files: high nibble first, scales in cuBLAS's order."""
+    """Return the tensors stored under `X.` in BFL's nvfp4 files.
+
+    The high nibble comes first, and scales are in cuBLAS's order.
+    """
     w = weight.float().numpy()
     rows, columns = w.shape
     whole = np.float32(np.abs(w).max() / (448 * 6))
@@ -60,7 +66,10 @@ FORMATS: dict[str, tuple[str, Quantise]] = {"fp8": ("float8_e4m3fn", fp8), "nvfp
 
 
 def quantised(tensors: dict[str, Tensor], kind: str, keep: str = r"(?!)") -> tuple[dict[str, Tensor], dict[str, str]]:
-    """BFL's tensors with the block linears quantised, but for those that match `keep`; and the header's metadata."""
+    """Return BFL's tensors with quantised block linears, and the header's metadata.
+
+    Layers that match `keep` are not quantised.
+    """
     name_of, quantise = FORMATS[kind]
     out, layers = {}, {}
     for name, tensor in tensors.items():
@@ -74,14 +83,14 @@ def quantised(tensors: dict[str, Tensor], kind: str, keep: str = r"(?!)") -> tup
 
 
 def small_decoder(work: Path) -> dict[str, Tensor]:
-    """BFL's autoencoder file of a toy whose decoder is narrower than its encoder."""
+    """Return BFL's autoencoder tensors with a decoder narrower than the encoder."""
     narrow = AutoencoderKLFlux2(**toys.AUTOENCODER, decoder_block_out_channels=(32, 32, 32, 32))
     narrow.save_pretrained(work / "vae")
     return bfl_autoencoder(work)
 
 
 def toy(folder: Path, **changes: object) -> Path:
-    """A toy as a diffusers folder whose sizes fit nvfp4's blocks: hidden 128."""
+    """Create a toy diffusers folder whose hidden size, 128, fits nvfp4's blocks."""
     return toys.save(folder, **({"num_attention_heads": 4} | changes))
 
 

@@ -1,4 +1,7 @@
-"""A diffusers folder of which something is missing or makes no sense: one line says what, and nothing is painted."""
+"""Tests that a broken diffusers folder is refused with a one-line error.
+
+A part is missing or invalid. The error names it, and no image is generated.
+"""
 
 import json
 import shutil
@@ -21,7 +24,7 @@ Change = Callable[[Path], object]
 
 
 def without(file: str, *starts: str) -> Change:
-    """Every tensor whose name begins so is gone."""
+    """Remove every tensor whose name starts with one of `starts`."""
 
     def change(folder: Path) -> None:
         tensors = load_file(folder / file)
@@ -41,12 +44,12 @@ def stored_as(file: str, name: str, dtype: torch.dtype) -> Change:
 
 
 def saying(file: str, **keys: Any) -> Change:
-    """A JSON file with other values; None takes a key away."""
+    """Change values in a JSON file, where None removes a key."""
 
     def change(folder: Path) -> None:
         there = json.loads((folder / file).read_text()) if (folder / file).exists() else {}
-        said = {key: value for key, value in (there | keys).items() if value is not None}
-        (folder / file).write_text(json.dumps(said))
+        content = {key: value for key, value in (there | keys).items() if value is not None}
+        (folder / file).write_text(json.dumps(content))
 
     return change
 
@@ -116,18 +119,21 @@ BROKEN: dict[str, tuple[Change, str]] = {
 
 
 @pytest.mark.parametrize("what", BROKEN)
-def test_it_is_said_in_one_line(what: str, folder: Path, tmp_path: Path) -> None:
+def test_broken_folder_gives_a_one_line_error(what: str, folder: Path, tmp_path: Path) -> None:
     change, says = BROKEN[what]
     home = Path(shutil.copytree(folder, tmp_path / "broken"))
     change(home)
-    with pytest.raises(BadWeights, match=says) as told:
+    with pytest.raises(BadWeights, match=says) as error:
         list(Engine(EngineConfig(device="cpu", dtype="float32")).run(Job("x", model=str(home), width=64, height=64)))
-    assert "\n" not in str(told.value)
-    assert len(str(told.value)) < 600
+    assert "\n" not in str(error.value)
+    assert len(str(error.value)) < 600
 
 
-def test_a_tokenizer_that_knows_no_words_is_none(tmp_path: Path) -> None:
-    """transformers makes a Qwen2Tokenizer without words of its config alone: every prompt would be the same."""
+def test_tokenizer_without_vocabulary_is_refused(tmp_path: Path) -> None:
+    """Check that a tokenizer without a vocabulary is refused.
+
+    transformers builds a Qwen2Tokenizer without a vocabulary from its config alone, so every prompt would be the same.
+    """
     from engine.families.klein.text_encoder import Tokenizer
     from engine.registry import NANO
 

@@ -1,4 +1,4 @@
-"""What is remembered: within its budgets, back where it was, and without a trace in the picture."""
+"""Tests that the cache respects its budgets and never changes an image."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -28,7 +28,7 @@ def paint(engine: Engine, job: Job) -> Result:
     return painting
 
 
-def test_the_oldest_leaves_for_the_host_and_from_there_for_good() -> None:
+def test_oldest_entry_moves_to_the_host_and_is_then_dropped() -> None:
     memory = TensorCache(budget=80, spill=40)
     for name in "abc":
         memory.insert(name, [tensor(10, ord(name))])  # 40 bytes each
@@ -41,7 +41,7 @@ def test_the_oldest_leaves_for_the_host_and_from_there_for_good() -> None:
     assert (memory.hits, memory.misses) == (1, 1)
 
 
-def test_what_is_too_large_for_the_device_waits_in_the_host() -> None:
+def test_entry_too_large_for_the_device_goes_to_the_host() -> None:
     memory = TensorCache(budget=10, spill=100)
     memory.insert("large", [tensor(20)])
     assert memory.stats().spilled_bytes == 80
@@ -62,7 +62,7 @@ def test_budgets_hold_under_a_thousand_random_jobs(seed: int) -> None:
     assert memory.hits > 50
 
 
-def test_pictures_are_told_apart_by_pixels_and_by_size() -> None:
+def test_image_keys_differ_by_pixels_and_by_size() -> None:
     image = picture(32, 16)
     other = image.copy()
     other[3, 5, 1] ^= 1
@@ -77,7 +77,10 @@ def kv_toy(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def cold(kv_toy: str) -> Callable[[Job], Rgb8]:
-    """What an engine that remembers nothing paints; each job once."""
+    """Return a function that runs a job on an engine without a cache.
+
+    Each job runs once.
+    """
     engine, painted = Engine(EngineConfig(device="cpu", cache_bytes=0, spill_bytes=0)), {}
 
     def paint_once(job: Job) -> Rgb8:
@@ -89,13 +92,13 @@ def cold(kv_toy: str) -> Callable[[Job], Rgb8]:
     return paint_once
 
 
-# One reference's keys and values in the toy: 4 blocks · 2 · 20 tokens · 96 channels · 4 bytes = 61,440.
+# Keys and values of one reference in the toy: 4 blocks · 2 · 20 tokens · 96 channels · 4 bytes = 61,440.
 @pytest.mark.parametrize(
     ("remember", "spill"),
     [(0, 0), (1 << 30, 0), (0, 1 << 30), (200_000, 150_000)],
     ids=["off", "on", "spilled", "tight"],
 )
-def test_remembering_paints_what_a_cold_engine_paints(
+def test_cached_run_equals_a_run_without_cache(
     kv_toy: str, cold: Callable[[Job], Rgb8], remember: int, spill: int
 ) -> None:
     rng = np.random.default_rng(5)
@@ -112,7 +115,7 @@ def test_remembering_paints_what_a_cold_engine_paints(
         assert engine.status().cache.hits >= 10  # observed: 11 (tight)
 
 
-def test_what_is_kept_holds_no_more_memory_than_is_counted(kv_toy: str) -> None:
+def test_cached_tensors_hold_no_more_memory_than_is_counted(kv_toy: str) -> None:
     engine = Engine(EngineConfig(device="cpu"))
     paint(engine, Job("a", model=kv_toy, references=(picture(64, 80), picture(80, 64, 1)), width=64, height=64))
     kept = [tensor for entry in engine.cache._device.entries.values() for tensor in entry]
@@ -120,7 +123,7 @@ def test_what_is_kept_holds_no_more_memory_than_is_counted(kv_toy: str) -> None:
     assert all(tensor.untyped_storage().nbytes() == tensor.nbytes for tensor in kept)
 
 
-def test_an_edit_of_the_picture_just_painted_starts_warm(kv_toy: str) -> None:
+def test_edit_of_the_image_just_generated_hits_the_cache(kv_toy: str) -> None:
     engine = Engine(EngineConfig(device="cpu"))
     painted = paint(engine, Job("a", model=kv_toy, width=70, height=90)).image
     assert engine.prefetch() is True
@@ -131,7 +134,7 @@ def test_an_edit_of_the_picture_just_painted_starts_warm(kv_toy: str) -> None:
     assert np.array_equal(warm.image, paint(Engine(EngineConfig(device="cpu", cache_bytes=0)), edit).image)
 
 
-def test_another_model_misses(kv_toy: str, tmp_path: Path) -> None:
+def test_another_model_misses_the_cache(kv_toy: str, tmp_path: Path) -> None:
     engine = Engine(EngineConfig(device="cpu"))
     other = str(toys.save(tmp_path / "other", kv=True, seed=1))
     job = Job("a", model=kv_toy, references=(picture(64, 80),), width=64, height=64)
@@ -151,11 +154,11 @@ def test_another_model_misses(kv_toy: str, tmp_path: Path) -> None:
     ],
     ids=["a large card", "a small card", "no end of memory", "no memory of its own"],
 )
-def test_a_share_of_what_is_free_is_remembered_in(free: int, host: int | None, expected: tuple[int, int]) -> None:
+def test_cache_budgets_are_a_share_of_free_memory(free: int, host: int | None, expected: tuple[int, int]) -> None:
     assert budgets(free, host) == expected
 
 
-def test_smaller_budgets_let_the_oldest_go_first() -> None:
+def test_smaller_budgets_evict_the_oldest_first() -> None:
     memory = TensorCache(budget=120)
     for name in "abc":
         memory.insert(name, [tensor(10, ord(name))])

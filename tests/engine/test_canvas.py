@@ -1,4 +1,7 @@
-"""Fitting pictures: exact sizes on whole tokens, shapes at the native area, colours there and back."""
+"""Tests how images are fitted to a canvas.
+
+Sizes are whole tokens, aspect ratios fill the native area, and colours survive the round trip.
+"""
 
 import numpy as np
 import pytest
@@ -11,7 +14,7 @@ from engine.diffusion.canvas import GRID, Canvas, fit_reference, size_for_aspect
 sides = st.integers(1, 4096)
 
 
-def test_every_colour_survives_the_way_to_the_model_and_back() -> None:
+def test_every_colour_survives_the_round_trip_to_the_model() -> None:
     levels = np.arange(256, dtype=np.uint8)
     image = np.stack([levels, levels[::-1], np.roll(levels, 7)], axis=-1).reshape(16, 16, 3)
     assert np.array_equal(to_rgb8(to_tensor(image)), image)
@@ -19,13 +22,13 @@ def test_every_colour_survives_the_way_to_the_model_and_back() -> None:
 
 @given(width=sides, height=sides, side=st.sampled_from([128, 256, 1024, 2048]))
 @settings(max_examples=300, deadline=None)
-def test_a_frame_holds_its_content_on_whole_tokens_within_the_area(width: int, height: int, side: int) -> None:
+def test_canvas_holds_its_content_on_whole_tokens_within_the_area(width: int, height: int, side: int) -> None:
     frame = Canvas.of(width, height, side**2)
     assert frame.canvas_width % GRID == frame.canvas_height % GRID == 0
     assert 0 < frame.content_width <= frame.canvas_width
     assert 0 < frame.content_height <= frame.canvas_height
     assert frame.canvas_width * frame.canvas_height <= side**2
-    # Evenly scaled: what the long side says about the scale, the short one says too, to within a pixel of rounding.
+    # Evenly scaled: both sides give the same scale, to within a pixel of rounding.
     scale = frame.content_width / width if width > height else frame.content_height / height
     assert abs(frame.content_width - width * scale) <= 1
     assert abs(frame.content_height - height * scale) <= 1
@@ -35,22 +38,20 @@ def test_a_frame_holds_its_content_on_whole_tokens_within_the_area(width: int, h
     ("size", "canvas"),
     [
         ((512, 512), (1024, 1024)),
-        ((300, 100), (1200, 400)),  # four times: the native area would take 5.9 times
+        ((300, 100), (1200, 400)),  # capped at 4×: the native area would need 5.9×
         ((40, 40), (160, 160)),
         ((1024, 1024), (1024, 1024)),
-        ((1500, 1500), (1504, 1504)),  # never made smaller by it
+        ((1500, 1500), (1504, 1504)),  # never made smaller
     ],
 )
-def test_a_close_up_is_enlarged_to_the_native_area_and_at_most_four_times(
-    size: tuple[int, int], canvas: tuple[int, int]
-) -> None:
+def test_crop_is_enlarged_to_the_native_area_at_most_four_times(size: tuple[int, int], canvas: tuple[int, int]) -> None:
     frame = Canvas.of(*size, 2048**2, least=1024**2)
     assert (frame.canvas_width, frame.canvas_height) == canvas
 
 
 @given(width=st.integers(17, 300), height=st.integers(17, 300))
 @settings(max_examples=60, deadline=None)
-def test_a_picture_laid_on_its_canvas_and_lifted_off_is_itself(width: int, height: int) -> None:
+def test_padding_then_cropping_returns_the_same_image(width: int, height: int) -> None:
     image = np.random.default_rng(width * height).integers(0, 256, (height, width, 3), dtype=np.uint8)
     frame = Canvas.of(width, height, 1024**2)
     lifted = frame.crop(frame.pad(image))
@@ -76,22 +77,22 @@ def test_padding_repeats_the_edge() -> None:
         ((16, 9), 128, (160, 96)),
     ],
 )
-def test_a_shape_takes_the_native_area(aspect: tuple[int, int], side: int, size: tuple[int, int]) -> None:
+def test_aspect_ratio_fills_the_native_area(aspect: tuple[int, int], side: int, size: tuple[int, int]) -> None:
     assert size_for_aspect(aspect, side**2) == size
 
 
 @given(st.integers(1, 8), st.integers(1, 8), st.sampled_from([128, 512, 1024]))
-def test_a_shape_never_passes_the_native_area(across: int, along: int, side: int) -> None:
+def test_aspect_ratio_never_exceeds_the_native_area(across: int, along: int, side: int) -> None:
     width, height = size_for_aspect((across, along), side**2)
     assert width % GRID == height % GRID == 0
     assert 0.4 * side**2 < width * height <= side**2
 
 
-def test_a_shape_beyond_8_to_1_is_refused() -> None:
+def test_aspect_ratio_beyond_8_to_1_is_refused() -> None:
     with pytest.raises(InvalidJob, match="at most 8:1"):
         size_for_aspect((9, 1), 1024**2)
 
 
-def test_a_reference_is_never_enlarged() -> None:
+def test_reference_is_never_enlarged() -> None:
     image = np.zeros((100, 80, 3), np.uint8)
     assert fit_reference(image, 1024**2).shape == (96, 80, 3)

@@ -1,4 +1,7 @@
-"""When the device runs full in the middle of a job: forget, begin once more, and then say so with numbers."""
+"""Tests running out of device memory during a job.
+
+The engine clears its cache and tries once more. If that fails too, the error gives numbers.
+"""
 
 import weakref
 from collections.abc import Callable, Iterator
@@ -26,7 +29,7 @@ def on_metal() -> None:
 
 
 def on_this_machine() -> None:
-    torch.empty(10**14)  # torch's own words for it on the CPU
+    torch.empty(10**14)  # torch's own message on the CPU
 
 
 def in_python() -> None:
@@ -47,7 +50,10 @@ def paint(engine: Engine, job: Job) -> Result:
 
 
 def full(engine: Engine, monkeypatch: pytest.MonkeyPatch, times: int, how: Callable[[], None] = on_cuda) -> list[Any]:
-    """The next `times` decodings fail. Returns a list that gets a weak reference to the latent of each decoding."""
+    """Make the next `times` decodings fail.
+
+    Returns a list that receives a weak reference to the latent of each decoding.
+    """
     assert engine._klein is not None
     decode, latents = engine._klein.autoencoder.decode, []
 
@@ -62,7 +68,7 @@ def full(engine: Engine, monkeypatch: pytest.MonkeyPatch, times: int, how: Calla
 
 
 @pytest.mark.parametrize("how", [on_cuda, on_metal, on_this_machine, in_python])
-def test_what_is_remembered_is_dropped_and_the_job_painted_after_all(
+def test_out_of_memory_clears_the_cache_and_retries_the_job(
     engine: Engine, monkeypatch: pytest.MonkeyPatch, how: Callable[[], None]
 ) -> None:
     undisturbed = paint(engine, DOG).image
@@ -78,7 +84,7 @@ def test_what_is_remembered_is_dropped_and_the_job_painted_after_all(
     assert len(engine.cache) == 1, "its own prompt, read again"
 
 
-def test_nothing_of_the_failed_attempt_is_held_when_the_device_is_emptied(
+def test_failed_attempt_holds_no_tensors_when_memory_is_released(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     latents, alive = full(engine, monkeypatch, 1), []
@@ -87,31 +93,29 @@ def test_nothing_of_the_failed_attempt_is_held_when_the_device_is_emptied(
     assert alive == [False]
 
 
-def test_a_second_time_is_one_line_with_numbers_and_the_next_job_is_painted(
-    engine: Engine, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_second_failure_gives_numbers_and_the_next_job_runs(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     latents = full(engine, monkeypatch, 2)
     monkeypatch.setattr(Device, "label", "GPU")
     monkeypatch.setattr(Device, "total_bytes", lambda self: 24 * GB)
     monkeypatch.setattr(Device, "free_bytes", lambda self: 1_234_000_000)
     monkeypatch.setattr(engine, "_weight_bytes", lambda: 7_800_000_000)
-    with pytest.raises(OutOfMemory) as told:
+    with pytest.raises(OutOfMemory) as error:
         list(engine.run(DOG))
     assert len(latents) == 2, "no third attempt"
-    assert str(told.value) == (
+    assert str(error.value) == (
         "The GPU ran full twice: of its 24.0 GB, weights hold 7.8 GB and 1.2 GB are free, too little for this image. "
         "Ask for a smaller size or fewer references, or end what else uses it."
     )
     assert paint(engine, DOG).ms["load"] == 0, "the weights stayed"
 
 
-def test_the_numbers_are_this_machines_own(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_numbers_are_those_of_this_machine(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     full(engine, monkeypatch, 2)
     with pytest.raises(OutOfMemory, match=r"^The memory ran full twice: of its \d+\.\d GB, weights hold 0\.\d GB and "):
         list(engine.run(DOG))
 
 
-def test_another_error_is_not_tried_again(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_errors_are_not_retried(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken() -> None:
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
 
@@ -122,9 +126,7 @@ def test_another_error_is_not_tried_again(engine: Engine, monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize("times", [1, 2])
-def test_a_device_that_runs_full_while_weights_are_read_gets_a_second_chance_too(
-    monkeypatch: pytest.MonkeyPatch, times: int
-) -> None:
+def test_out_of_memory_while_loading_weights_is_retried(monkeypatch: pytest.MonkeyPatch, times: int) -> None:
     load, begun = Klein.load.__func__, []  # type: ignore[attr-defined]
 
     def load_or_fail(cls: type[Klein], *arguments: Any) -> Iterator[Loading]:
@@ -145,7 +147,7 @@ def test_a_device_that_runs_full_while_weights_are_read_gets_a_second_chance_too
     assert len(begun) == 2
 
 
-def test_what_nobody_asked_for_fails_in_silence(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prefetch_fails_silently(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     assert engine._klein is not None
     monkeypatch.setattr(engine._klein.autoencoder, "encode", lambda pixels: on_cuda())
     assert len(engine.cache) == 1

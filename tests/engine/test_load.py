@@ -1,4 +1,7 @@
-"""Loading reads what is needed and nothing else, into its place at once; whatever is not a klein is one line."""
+"""Tests that loading reads only the tensors it needs.
+
+Tensors go straight to their final place. A file that is no klein model gives a one-line error.
+"""
 
 import json
 import os
@@ -39,7 +42,7 @@ LAYERS = (9, 18, 27)
 
 @contextmanager
 def bytes_read() -> Iterator[list[int]]:
-    """What the operating system says this process read from files, whoever asked for it."""
+    """Count the bytes this process reads from files, as the operating system reports them."""
 
     def so_far() -> int:
         return int(re.search(r"rchar: (\d+)", Path("/proc/self/io").read_text())[1])  # type: ignore[index]
@@ -53,10 +56,10 @@ linux = pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="only Linu
 
 
 @linux
-def test_of_the_text_encoder_only_the_layers_that_are_read_are_loaded(folder: Path, tmp_path: Path) -> None:
+def test_only_the_text_encoder_layers_in_use_are_loaded(folder: Path, tmp_path: Path) -> None:
     home = Path(shutil.copytree(folder / "text_encoder", tmp_path / "text_encoder"))
     file = home / "model.safetensors"
-    # As in the 8B, where the language model's head is a matrix of its own.
+    # As in the 8B, where the language model's head is a separate matrix.
     whole = load_file(file)
     published.write(whole | {"lm_head.weight": whole["model.embed_tokens.weight"] + 1}, file)
     part = components.text_encoder(home, LAYERS)
@@ -66,11 +69,13 @@ def test_of_the_text_encoder_only_the_layers_that_are_read_are_loaded(folder: Pa
         n: e.bytes for n, e in entries.items() if (m := re.match(r"model\.layers\.(\d+)\.", n)) and int(m[1]) < 27
     }
     with bytes_read() as read:
-        told = sum(part.load(CPU))
-    assert told == sum(wanted.values()) == part.bytes
-    assert told <= read[0] < told + 20_000
-    # Of the toy's 29 layers two are above the cut, of the real one's 36 nine.
-    assert file.stat().st_size - told > 2 * sum(e.bytes for n, e in entries.items() if n.startswith("model.layers.28."))
+        reported = sum(part.load(CPU))
+    assert reported == sum(wanted.values()) == part.bytes
+    assert reported <= read[0] < reported + 20_000
+    # The toy has 29 layers, two above the cut. The real encoder has 36, nine above the cut.
+    assert file.stat().st_size - reported > 2 * sum(
+        e.bytes for n, e in entries.items() if n.startswith("model.layers.28.")
+    )
 
 
 @linux
@@ -79,12 +84,12 @@ def test_every_byte_of_a_transformer_is_read_once(folder: Path, bfl: dict[str, T
     for path, wanted in ((folder / "transformer", None), (folder / "transformer", "fp8"), (eight, None)):
         part = components.transformer(path, QuantPolicy(wanted))
         with bytes_read() as read:
-            told = sum(part.load(CPU))
-        assert told == part.bytes <= read[0] < told + 20_000
+            reported = sum(part.load(CPU))
+        assert reported == part.bytes <= read[0] < reported + 20_000
 
 
 def test_shards_above_the_cut_may_be_missing(folder: Path, tmp_path: Path) -> None:
-    """As `pull` leaves them; a shard below the cut may not."""
+    """Check that shards `pull` skips may be missing, but no shard below the cut."""
     home = tmp_path / "text_encoder"
     home.mkdir()
     shutil.copy(folder / "text_encoder" / "config.json", home)
@@ -109,7 +114,7 @@ def test_shards_above_the_cut_may_be_missing(folder: Path, tmp_path: Path) -> No
 
 @pytest.mark.parametrize("prefix", ["", "text_encoders.qwen3_4b.transformer."])
 @pytest.mark.parametrize("bare", [False, True])
-def test_an_encoder_in_a_single_file_needs_no_config(prefix: str, bare: bool, folder: Path, tmp_path: Path) -> None:
+def test_encoder_in_a_single_file_needs_no_config(prefix: str, bare: bool, folder: Path, tmp_path: Path) -> None:
     whole = load_file(folder / "text_encoder" / "model.safetensors")
     tensors = {prefix + (name.removeprefix("model.") if bare else name): tensor for name, tensor in whole.items()}
     file = published.write(tensors, tmp_path / "qwen_3_4b.safetensors")
@@ -119,7 +124,7 @@ def test_an_encoder_in_a_single_file_needs_no_config(prefix: str, bare: bool, fo
         list(part.load(CPU))
         part.module.finish(torch.device("cpu"))
     ids, mask = torch.randint(0, 100, (1, 24)), torch.ones(1, 24, dtype=torch.long)
-    # The toy's rotary base is Qwen3Config's default; every published Qwen3 has a million.
+    # The toy's rotary base is Qwen3Config's default. Every published Qwen3 uses a million.
     assert one.module.config.num_attention_heads == other.module.config.num_attention_heads
     for a, b in zip(one.module.parameters(), other.module.parameters(), strict=True):
         assert torch.equal(a, b)
@@ -127,7 +132,10 @@ def test_an_encoder_in_a_single_file_needs_no_config(prefix: str, bare: bool, fo
 
 
 def test_a_quantised_encoder_is_read_layer_by_layer(folder: Path, tmp_path: Path) -> None:
-    """ComfyUI's mixed encoders: transformers' names, some layers fp8 with a marker."""
+    """Check ComfyUI's mixed encoders.
+
+    They use transformers' names, and a marker tells which layers are fp8.
+    """
     whole = load_file(folder / "text_encoder" / "model.safetensors")
     tensors: dict[str, Tensor] = {}
     for name, tensor in whole.items():
@@ -135,8 +143,8 @@ def test_a_quantised_encoder_is_read_layer_by_layer(folder: Path, tmp_path: Path
             layer = name.removesuffix(".weight")
             codes = published.fp8(tensor)
             tensors |= {f"{layer}.weight": codes["weight"], f"{layer}.weight_scale": codes["weight_scale"]}
-            said = json.dumps({"format": "float8_e4m3fn"}).encode()
-            tensors[f"{layer}.comfy_quant"] = torch.tensor(list(said), dtype=torch.uint8)
+            marker = json.dumps({"format": "float8_e4m3fn"}).encode()
+            tensors[f"{layer}.comfy_quant"] = torch.tensor(list(marker), dtype=torch.uint8)
         else:
             tensors[name] = tensor
     part = components.text_encoder(published.write(tensors, tmp_path / "mixed.safetensors"), LAYERS)
@@ -149,7 +157,7 @@ def test_a_quantised_encoder_is_read_layer_by_layer(folder: Path, tmp_path: Path
         assert float((meant - want).norm() / want.norm()) < 0.04
 
 
-def test_an_autoencoder_in_fp32_becomes_what_is_painted_in(folder: Path, tmp_path: Path) -> None:
+def test_fp32_autoencoder_is_converted_to_the_compute_dtype(folder: Path, tmp_path: Path) -> None:
     file = published.write(published.bfl_autoencoder(folder), tmp_path / "flux2-vae.safetensors")
     assert component(read_header(file)) == "autoencoder"
     part = components.autoencoder(file)
@@ -157,7 +165,7 @@ def test_an_autoencoder_in_fp32_becomes_what_is_painted_in(folder: Path, tmp_pat
     assert {tensor.dtype for tensor in part.module.state_dict().values()} == {torch.bfloat16}
 
 
-def test_the_small_decoder_is_read_from_its_shapes(folder: Path, tmp_path: Path) -> None:
+def test_small_decoder_is_recognised_by_its_shapes(folder: Path, tmp_path: Path) -> None:
     from diffusers import AutoencoderKLFlux2
 
     from tests import toys
@@ -175,7 +183,7 @@ def test_the_small_decoder_is_read_from_its_shapes(folder: Path, tmp_path: Path)
     assert torch.equal(part.module.decode(latent), again.module.decode(latent))
 
 
-def test_in_every_dtype_the_weights_are_the_files_rounded(folder: Path, bfl: dict[str, Tensor]) -> None:
+def test_weights_are_the_files_values_rounded_to_each_dtype(folder: Path, bfl: dict[str, Tensor]) -> None:
     for dtype in (torch.float32, torch.bfloat16):
         part = components.transformer(folder / "transformer")
         list(part.load(Device(torch.device("cpu"), dtype)))
@@ -184,7 +192,10 @@ def test_in_every_dtype_the_weights_are_the_files_rounded(folder: Path, bfl: dic
 
 
 def test_a_lora_and_a_format_change_the_fingerprint(folder: Path, tmp_path: Path) -> None:
-    """What is remembered is kept by it: other weights must never meet old states."""
+    """Check that other weights never reuse cached states.
+
+    The fingerprint is part of the cache key.
+    """
     file = write(bfl_fused(), tmp_path / "style.safetensors")
     checkpoint = ModelRegistry().resolve(str(folder))
     options = (
@@ -198,7 +209,7 @@ def test_a_lora_and_a_format_change_the_fingerprint(folder: Path, tmp_path: Path
     assert last(Klein.load(checkpoint, CPU)).fingerprint in prints
 
 
-def test_a_quantised_model_paints_nearly_the_same_picture(folder: Path) -> None:
+def test_quantised_model_generates_nearly_the_same_image(folder: Path) -> None:
     job = Job("a lighthouse of brass", seed=5, width=64, height=64, steps=2)
     pictures = []
     for quant in (None, "fp8"):
@@ -207,12 +218,15 @@ def test_a_quantised_model_paints_nearly_the_same_picture(folder: Path) -> None:
         assert isinstance(painting, Result)
         pictures.append(painting.image.astype(float))
     difference = abs(pictures[0] - pictures[1]).mean()
-    assert 0 < difference < 25, "fp8 is another rounding, not another picture"
+    assert 0 < difference < 25, "fp8 is another rounding, not another image"
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read in Linux's units")
 def test_there_is_never_a_second_copy_of_the_weights(tmp_path: Path) -> None:
-    """The peak of a process that reads 300 MB of bf16 as bf16, and as fp32, above one that reads nothing."""
+    """Check the peak memory of a process that loads 300 MB of bf16.
+
+    It loads them as bf16 and as fp32. The peak is measured above the memory in use before loading.
+    """
     width = 1024
     tensors = {f"{i}.weight": torch.ones(width * 8, width, dtype=torch.bfloat16) for i in range(18)}
     file = published.write(tensors, tmp_path / "big.safetensors")
@@ -240,7 +254,7 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
         assert int(done.stdout) < times * size + (40 << 20), dtype
 
 
-# What a person may give by mistake -> what they are told.
+# Files given by mistake -> the error for each.
 
 
 def cut(file: Path) -> Path:
@@ -259,10 +273,10 @@ def endless_header(file: Path) -> Path:
 
 
 def overlapping(file: Path) -> Path:
-    said = {
+    header = {
         name: {"dtype": "F32", "shape": [2], "data_offsets": [begin, begin + 8]} for name, begin in (("a", 0), ("b", 4))
     }
-    text = json.dumps(said).encode()
+    text = json.dumps(header).encode()
     file.write_bytes(struct.pack("<Q", len(text)) + text + b"\0" * 12)
     return file
 
@@ -316,18 +330,20 @@ def not_klein(transformer: dict[str, Tensor]) -> dict[str, tuple[Callable[[Path]
 
 
 @pytest.mark.parametrize("what", not_klein({}))
-def test_what_is_no_klein_is_named_in_one_line(what: str, bfl: dict[str, Tensor], folder: Path, tmp_path: Path) -> None:
+def test_file_that_is_no_klein_gives_a_one_line_error(
+    what: str, bfl: dict[str, Tensor], folder: Path, tmp_path: Path
+) -> None:
     make, says = not_klein(bfl)[what]
     for part in ("vae", "text_encoder", "tokenizer"):
         shutil.copytree(folder / part, tmp_path / part)
     file = make(tmp_path / "flux-2-klein-4b.safetensors")
-    with pytest.raises(BadWeights, match=says) as told:
+    with pytest.raises(BadWeights, match=says) as error:
         list(Engine(EngineConfig(device="cpu", dtype="float32")).run(Job("x", model=str(file))))
-    assert "\n" not in str(told.value)
-    assert len(str(told.value)) < 300
+    assert "\n" not in str(error.value)
+    assert len(str(error.value)) < 300
 
 
-def test_a_pickle_by_its_name_is_refused_unopened(tmp_path: Path) -> None:
+def test_file_named_as_a_pickle_is_refused_unopened(tmp_path: Path) -> None:
     file = tmp_path / "flux-2-klein-4b.ckpt"
     file.write_bytes(b"\x80\x02anything")
     with pytest.raises(BadWeights, match="is a pickle"):
@@ -350,7 +366,7 @@ def test_the_9b_encoder_with_a_4b_transformer_is_refused(bfl: dict[str, Tensor],
         list(Engine(EngineConfig(device="cpu", dtype="float32")).run(Job("x", model=str(home))))
 
 
-def test_a_file_that_may_not_be_read_says_so(bfl: dict[str, Tensor], folder: Path, tmp_path: Path) -> None:
+def test_unreadable_file_gives_a_clear_error(bfl: dict[str, Tensor], folder: Path, tmp_path: Path) -> None:
     for part in ("vae", "text_encoder", "tokenizer"):
         shutil.copytree(folder / part, tmp_path / part)
     file = published.write(bfl, tmp_path / "flux-2-klein-4b.safetensors")
@@ -360,7 +376,10 @@ def test_a_file_that_may_not_be_read_says_so(bfl: dict[str, Tensor], folder: Pat
 
 @contextmanager
 def forbidden(file: Path, home: Path) -> Iterator[None]:
-    """Without the right to read it; root, who has every right, steps down for a moment."""
+    """Remove the permission to read `file` for the duration of the context.
+
+    A root process gives up its privileges meanwhile, because root can read everything.
+    """
     above = [folder for folder in file.parents if folder.is_relative_to("/tmp") and folder != Path("/tmp")]
     modes = {path: path.stat().st_mode for path in (*above, file)}
     user = os.geteuid()
@@ -377,7 +396,7 @@ def forbidden(file: Path, home: Path) -> Iterator[None]:
             path.chmod(mode)
 
 
-def test_an_error_while_loading_leaves_no_half_a_model(folder: Path, tmp_path: Path) -> None:
+def test_error_while_loading_leaves_no_partial_model(folder: Path, tmp_path: Path) -> None:
     home = tmp_path / "torn"
     shutil.copytree(folder, home)
     engine = Engine(EngineConfig(device="cpu", dtype="float32", cache_bytes=0))
@@ -392,7 +411,7 @@ def test_an_error_while_loading_leaves_no_half_a_model(folder: Path, tmp_path: P
 
 
 def test_the_same_name_in_two_precisions_is_read_once(folder: Path, tmp_path: Path) -> None:
-    """Some repositories keep an fp16 copy beside the whole model."""
+    """Check a folder that has an fp16 copy beside the full model, as some repositories do."""
     home = tmp_path / "transformer"
     shutil.copytree(folder / "transformer", home)
     shutil.copy(home / "diffusion_pytorch_model.safetensors", home / "diffusion_pytorch_model.fp16.safetensors")
@@ -409,7 +428,7 @@ def test_a_folder_of_pickles_is_refused(folder: Path, tmp_path: Path) -> None:
         list(Engine(EngineConfig(device="cpu", dtype="float32")).run(Job("x", model=str(home))))
 
 
-def test_an_engine_is_told_its_loras_and_format_in_words(folder: Path, tmp_path: Path) -> None:
+def test_engine_takes_loras_and_format_as_strings(folder: Path, tmp_path: Path) -> None:
     models = tmp_path / "models"
     (models / "loras").mkdir(parents=True)
     shutil.copytree(folder, models / "klein-4b")
@@ -428,7 +447,7 @@ def test_an_engine_is_told_its_loras_and_format_in_words(folder: Path, tmp_path:
         list(Engine(EngineConfig(models=(models,), device="cpu", quant="int4")).run(job))
 
 
-def test_a_renamed_file_asks_and_the_users_word_answers(bfl: dict[str, Tensor], folder: Path, tmp_path: Path) -> None:
+def test_renamed_file_needs_the_variant_setting(bfl: dict[str, Tensor], folder: Path, tmp_path: Path) -> None:
     for part in ("vae", "text_encoder", "tokenizer"):
         shutil.copytree(folder / part, tmp_path / part)
     file = published.write(bfl, tmp_path / "mine.safetensors")
@@ -440,8 +459,12 @@ def test_a_renamed_file_asks_and_the_users_word_answers(bfl: dict[str, Tensor], 
     assert (painting.model, painting.guidance) == ("klein-base-4b", 4.0)
 
 
-def test_what_lies_in_comfyuis_folders_paints(bfl: dict[str, Tensor], folder: Path, tmp_path: Path) -> None:
-    """A prefixed fp8 transformer, the fp32 autoencoder, the encoder as one file; only the tokenizer is a folder."""
+def test_model_in_comfyui_folders_runs(bfl: dict[str, Tensor], folder: Path, tmp_path: Path) -> None:
+    """Check that a model runs from ComfyUI's folders.
+
+    The fp8 transformer has a prefix, the autoencoder is fp32 and the encoder is one file.
+    Only the tokenizer is a folder.
+    """
     home = tmp_path / "ComfyUI" / "models"
     prefixed = {f"model.diffusion_model.{n}": t for n, t in published.quantised(bfl, "fp8")[0].items()}
     published.write(prefixed, home / "diffusion_models" / "flux-2-klein-4b-fp8.safetensors")

@@ -1,4 +1,7 @@
-"""LoRAs of every producer change the same rows by the same amount, as diffusers does where it reads them."""
+"""Tests that LoRAs of every producer change the same rows equally.
+
+diffusers is the reference for the layouts that it reads.
+"""
 
 import json
 from pathlib import Path
@@ -23,7 +26,7 @@ CPU = Device(torch.device("cpu"), torch.float32)
 RANK = 4
 H = 128
 
-# Our layer -> (rows, columns), of the toy.
+# Our layer -> (rows, columns) in the toy.
 LAYERS = {
     "double_blocks.0.img_attn.qkv": (3 * H, H),
     "double_blocks.1.txt_attn.qkv": (3 * H, H),
@@ -43,13 +46,13 @@ DIFFUSERS = {
 
 
 def factors(rows: int, columns: int, seed: int) -> tuple[Tensor, Tensor]:
-    """(up, down), large enough to show."""
+    """Return (up, down) factors large enough to have a visible effect."""
     generator = torch.Generator().manual_seed(seed)
     return tuple(torch.randn(s, generator=generator) * 0.3 for s in ((rows, RANK), (RANK, columns)))  # type: ignore[return-value]
 
 
 def bfl_fused() -> dict[str, Tensor]:
-    """As ai-toolkit writes them."""
+    """Return LoRA tensors as ai-toolkit writes them."""
     out = {}
     for i, (layer, (rows, columns)) in enumerate(LAYERS.items()):
         up, down = factors(rows, columns, i)
@@ -67,7 +70,7 @@ def kohya(alpha: float = 2.0) -> dict[str, Tensor]:
 
 
 def peft() -> dict[str, Tensor]:
-    """As diffusers saves them: q, k and v each on its own."""
+    """Return LoRA tensors as diffusers saves them, with separate q, k and v."""
     out = {}
     for i, (layer, (rows, columns)) in enumerate(LAYERS.items()):
         up, down = factors(rows, columns, i)
@@ -121,7 +124,7 @@ def test_weights_are_those_of_diffusers(form: str, scale: float, folder: Path, t
 
 
 def fused(folder: Path, file: Path, scale: float, tmp_path: Path) -> dict[str, Tensor]:
-    """What diffusers makes of the toy's transformer, under BFL's names."""
+    """Return the toy's transformer with the LoRA fused by diffusers, under BFL's names."""
     pipe = Flux2KleinPipeline.from_pretrained(folder)
     pipe.load_lora_weights(str(file.parent), weight_name=file.name, adapter_name="style")
     pipe.set_adapters("style", scale)
@@ -131,13 +134,16 @@ def fused(folder: Path, file: Path, scale: float, tmp_path: Path) -> dict[str, T
     return published.bfl_transformer(tmp_path / "fused")
 
 
-def test_an_alpha_that_only_the_header_tells_counts(folder: Path, tmp_path: Path) -> None:
-    """diffusers writes no alpha beside the weights, but how it trained them into the header."""
+def test_alpha_given_only_in_the_header_is_applied(folder: Path, tmp_path: Path) -> None:
+    """Check an alpha that is in the header only.
+
+    diffusers writes no alpha beside the weights, but stores the training settings in the header.
+    """
     layers: dict[str, Any] = {name.removeprefix("transformer."): tensor for name, tensor in peft().items()}
-    told = {"r": RANK, "lora_alpha": 3 * RANK, "alpha_pattern": {"transformer_blocks.0.attn.to_q": RANK / 2},
+    meta = {"r": RANK, "lora_alpha": 3 * RANK, "alpha_pattern": {"transformer_blocks.0.attn.to_q": RANK / 2},
             "rank_pattern": {}, "target_modules": sorted({name.partition(".lora_")[0] for name in layers})}  # fmt: skip
     Flux2KleinPipeline.save_lora_weights(
-        tmp_path / "lora", transformer_lora_layers=layers, transformer_lora_adapter_metadata=told
+        tmp_path / "lora", transformer_lora_layers=layers, transformer_lora_adapter_metadata=meta
     )
     (file,) = (tmp_path / "lora").iterdir()
     theirs, ours = fused(folder, file, 1.0, tmp_path), changed(folder, Lora(file)).state_dict()
@@ -148,7 +154,10 @@ def test_an_alpha_that_only_the_header_tells_counts(folder: Path, tmp_path: Path
 
 
 def test_all_spellings_mean_the_same_rows(folder: Path, tmp_path: Path) -> None:
-    """One change to q of an image stream and one to a whole linear2, as each producer spells them."""
+    """Check each producer's names for the same two changes.
+
+    One changes q of an image stream, the other a full linear2.
+    """
     up, down = factors(H, H, 1)
     up2, down2 = factors(H, 4 * H, 2)
     q = torch.cat([up, torch.zeros(2 * H, RANK)])
@@ -184,7 +193,7 @@ def test_all_spellings_mean_the_same_rows(folder: Path, tmp_path: Path) -> None:
     assert not delta[H:].any()
 
 
-def test_the_final_layers_halves_change_places_on_the_way(folder: Path, tmp_path: Path) -> None:
+def test_halves_of_the_final_layer_are_swapped(folder: Path, tmp_path: Path) -> None:
     up, down = factors(2 * H, H, 3)
     theirs = write(
         {"transformer.norm_out.linear.lora_A.weight": down, "transformer.norm_out.linear.lora_B.weight": up},
@@ -226,7 +235,7 @@ def test_lokr_is_a_kronecker_product(folder: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["fp8", "nvfp4"])
-def test_quantised_layers_keep_their_codes_and_are_changed_beside(kind: str, folder: Path, tmp_path: Path) -> None:
+def test_lora_leaves_the_codes_of_quantised_layers_unchanged(kind: str, folder: Path, tmp_path: Path) -> None:
     file = write(bfl_fused(), tmp_path / "style.safetensors")
     plain, quantised = load(folder / "transformer", kind), changed(folder, Lora(file, 0.5), wanted=kind)
     for i, (layer, (rows, columns)) in enumerate(LAYERS.items()):
@@ -241,7 +250,7 @@ def test_quantised_layers_keep_their_codes_and_are_changed_beside(kind: str, fol
         torch.testing.assert_close(beside(x), want, rtol=1e-4, atol=1e-4)
 
 
-def test_a_whole_matrix_goes_through_the_codes_of_a_quantised_layer(folder: Path, tmp_path: Path) -> None:
+def test_full_matrix_delta_requantises_a_quantised_layer(folder: Path, tmp_path: Path) -> None:
     delta = torch.randn(H, H) * 0.1
     name = "diffusion_model.double_blocks.0.img_attn.proj"
     file = write({f"{name}.diff": delta}, tmp_path / "diff.safetensors")
@@ -259,7 +268,7 @@ def test_several_loras_add_up_and_are_rounded_once(folder: Path, tmp_path: Path)
         torch.testing.assert_close(both[name], whole[name], rtol=1e-5, atol=1e-6)
 
 
-def test_another_base_is_refused_with_both_shapes(folder: Path, tmp_path: Path) -> None:
+def test_lora_for_another_base_is_refused_with_both_shapes(folder: Path, tmp_path: Path) -> None:
     up, down = factors(12288, 4096, 0)
     name = "diffusion_model.double_blocks.0.img_attn.qkv"
     file = write({f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": up}, tmp_path / "nine.safetensors")
@@ -278,21 +287,21 @@ def test_another_base_is_refused_with_both_shapes(folder: Path, tmp_path: Path) 
         ("img_in.weight", "something unknown, not a LoRA"),
     ],
 )
-def test_what_is_not_read_is_named(key: str, says: str, folder: Path, tmp_path: Path) -> None:
+def test_error_names_unsupported_keys(key: str, says: str, folder: Path, tmp_path: Path) -> None:
     file = write({key: torch.zeros(RANK, H)}, tmp_path / "odd.safetensors")
     with pytest.raises(BadWeights, match=says):
         changed(folder, Lora(file))
 
 
 @pytest.mark.parametrize(
-    ("told", "says"),
+    ("training", "says"),
     [
         ("[]", r"The training settings of LoRA odd\.safetensors make no sense: they are a list"),
         ("{", r"The training settings of LoRA odd\.safetensors make no sense"),
     ],
 )
-def test_a_training_that_is_not_understood_is_named(told: str, says: str, folder: Path, tmp_path: Path) -> None:
-    save_file(peft(), tmp_path / "odd.safetensors", {"lora_adapter_metadata": told})
+def test_error_names_invalid_training_settings(training: str, says: str, folder: Path, tmp_path: Path) -> None:
+    save_file(peft(), tmp_path / "odd.safetensors", {"lora_adapter_metadata": training})
     with pytest.raises(BadWeights, match=says):
         changed(folder, Lora(tmp_path / "odd.safetensors"))
 
@@ -335,10 +344,10 @@ def test_the_fingerprint_follows_content_and_scale(tmp_path: Path) -> None:
     assert load_file(a.path).keys() == load_file(b.path).keys()
 
 
-# -- kinds of change besides the plain one, each against a delta computed apart ------------------------------------
+# -- other kinds of change, each compared with a delta computed independently --------------------------------------
 
 ROW = "double_blocks.1.img_attn.proj"
-"""The layer that is changed; 128 × 128 in the toy."""
+"""The layer that is changed, 128 × 128 in the toy."""
 
 
 def weight_after(
@@ -363,7 +372,7 @@ def test_loha_is_a_product_of_two_low_ranks(folder: Path, base: dict[str, Tensor
 
 
 def test_dora_by_rows_is_what_peft_merges(folder: Path, base: dict[str, Tensor], tmp_path: Path) -> None:
-    """In its three spellings; peft's own layer is the oracle."""
+    """Check all three spellings against peft's own layer."""
     from peft import LoraConfig, get_peft_model
 
     up, down = factors(H, H, 3)
@@ -412,7 +421,10 @@ def test_dora_on_part_of_a_fused_layer_leaves_the_rest(folder: Path, base: dict[
 def test_a_config_beside_the_file_scales_it(
     rslora: bool, folder: Path, base: dict[str, Tensor], tmp_path: Path
 ) -> None:
-    """As peft saves an adapter: alpha, patterns and rsLoRA stand in adapter_config.json alone."""
+    """Check an adapter as peft saves it.
+
+    Only adapter_config.json has alpha, patterns and rsLoRA.
+    """
     up, down = factors(H, H, 6)
     adapter = tmp_path / "adapter"
     adapter.mkdir()
@@ -432,7 +444,7 @@ def test_a_config_beside_the_file_scales_it(
 @pytest.mark.parametrize(
     "spelling", ["lora_{}.default_0.weight", "lora_{}.my-style.weight", "lora_{}", "_.lora_{}.weight"]
 )
-def test_an_adapters_name_inside_a_key_does_no_harm(
+def test_adapter_name_inside_a_key_is_ignored(
     spelling: str, folder: Path, base: dict[str, Tensor], tmp_path: Path
 ) -> None:
     up, down = factors(H, H, 7)
@@ -453,7 +465,7 @@ def test_norms_are_changed_and_weights_are_replaced(folder: Path, base: dict[str
     torch.testing.assert_close(after[f"{ROW}.weight"], base[f"{ROW}.weight"].lerp(new, 0.5), rtol=1e-5, atol=1e-6)
 
 
-def test_text_encoder_keys_are_passed_over_with_a_word(folder: Path, tmp_path: Path) -> None:
+def test_text_encoder_keys_are_skipped_with_a_warning(folder: Path, tmp_path: Path) -> None:
     extra = {"lora_te1_model_layers_0_self_attn_q_proj.lora_down.weight": torch.zeros(RANK, 32)}
     file = write(bfl_fused() | extra, tmp_path / "both.safetensors")
     deltas, warnings = lora.read(Lora(file), load(folder / "transformer"))
@@ -462,7 +474,7 @@ def test_text_encoder_keys_are_passed_over_with_a_word(folder: Path, tmp_path: P
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_numbers_that_are_not_finite_are_refused_when_read(bad: float, folder: Path, tmp_path: Path) -> None:
+def test_non_finite_numbers_are_refused_on_reading(bad: float, folder: Path, tmp_path: Path) -> None:
     tensors = bfl_fused()
     name = next(iter(tensors))
     tensors[name][0, 0] = bad
@@ -470,8 +482,11 @@ def test_numbers_that_are_not_finite_are_refused_when_read(bad: float, folder: P
         lora.read(Lora(write(tensors, tmp_path / "nan.safetensors")), load(folder / "transformer"))
 
 
-def test_a_kronecker_product_is_never_written_out(folder: Path, tmp_path: Path) -> None:
-    """All layers of a 4B written out in fp32 would be 15 GB; a few rows at a time they are not."""
+def test_kronecker_product_is_never_materialised(folder: Path, tmp_path: Path) -> None:
+    """Check that Kronecker products are computed a few rows at a time.
+
+    All layers of a 4B written out in fp32 would take 15 GB.
+    """
     w1, w2 = torch.randn(16, 4), torch.randn(24, 32)
     product = Kronecker(w1, w2)
     whole = torch.kron(w1, w2)

@@ -1,4 +1,7 @@
-"""The memory plan is a pure function; its figures are those of the real models, counted on the meta device."""
+"""Tests the memory plan, a pure function.
+
+Its figures are those of the real models, counted on the meta device.
+"""
 
 from dataclasses import replace
 from functools import lru_cache
@@ -40,7 +43,7 @@ SMALL = AutoencoderShape(decoder=(96, 192, 384, 384))
 
 @lru_cache
 def nets(size: str) -> tuple[Transformer, TextEncoder, Autoencoder]:
-    """The real shapes, without weights."""
+    """Build the models in their real shapes, without weights."""
     shape, (hidden, intermediate) = SHAPES[size]
     with torch.device("meta"):
         encoder = TextEncoder({**QWEN3, "hidden_size": hidden, "intermediate_size": intermediate}, (9, 18, 27))
@@ -48,7 +51,10 @@ def nets(size: str) -> tuple[Transformer, TextEncoder, Autoencoder]:
 
 
 def needs(size: str, kind: str = "bf16") -> WeightSizes:
-    """Of the real models: the blocks in a format, everything else in bf16."""
+    """Return the sizes of a real model's weights.
+
+    The blocks are in format `kind`, everything else in bf16.
+    """
     transformer, encoder, autoencoder = nets(size)
     cost = {"bf16": 2.0, "fp8": 1.0, "nvfp4": 0.5625}[kind]
     blocks = [layer for name, layer in transformer.named_modules() if isinstance(layer, nn.Linear) and "blocks" in name]
@@ -71,12 +77,12 @@ def work(size: str = "4b", side: int = 1024) -> ActivationMemory:
 
 
 def card(gigabytes: float, free: float | None = None, host: float = 64) -> MemoryInfo:
-    """An NVIDIA card of so many GB, of which 0.7 are CUDA's own."""
+    """Describe an NVIDIA card of `gigabytes`, of which CUDA itself takes 0.7."""
     there = gigabytes - 0.7 if free is None else free
     return MemoryInfo("GPU", round(there * GB), round(gigabytes * GB), round(host * GB))
 
 
-def test_the_real_models_need_what_is_published() -> None:
+def test_real_models_have_the_published_sizes() -> None:
     four, nine = needs("4b"), needs("9b")
     assert sum(four.blocks) + 390e6 == pytest.approx(7.751e9, rel=0.01)
     assert sum(nine.blocks) + 717e6 == pytest.approx(18.157e9, rel=0.01)
@@ -87,7 +93,7 @@ def test_the_real_models_need_what_is_published() -> None:
     assert four.embedding == pytest.approx(0.778e9, rel=0.01)
 
 
-# (model, format, card GB) -> (block layers that stay, of all; encoder resident?), and the most it may need.
+# (model, format, card GB) -> (resident block layers, whether the encoder is resident), and the most it may need.
 PLANS = [
     ("4b", "bf16", 80, (80, True), 16.1),
     ("4b", "bf16", 20, (80, True), 16.1),
@@ -107,7 +113,7 @@ PLANS = [
 
 
 @pytest.mark.parametrize(("size", "kind", "gigabytes", "stays", "most"), PLANS)
-def test_every_card_gets_its_plan(size: str, kind: str, gigabytes: float, stays: tuple[int, bool], most: float) -> None:
+def test_each_card_gets_its_plan(size: str, kind: str, gigabytes: float, stays: tuple[int, bool], most: float) -> None:
     wanted = needs(size, kind)
     found = plan(wanted, card(gigabytes), work(size))
     assert (found.blocks, found.encoder == len(wanted.encoder)) == stays
@@ -115,14 +121,14 @@ def test_every_card_gets_its_plan(size: str, kind: str, gigabytes: float, stays:
     assert found.peak <= min(most * GB, card(gigabytes).free)
 
 
-def test_all_in_memory_takes_no_more_than_the_weights_that_are_used_and_two_gigabytes() -> None:
+def test_full_residency_takes_the_weights_plus_two_gigabytes_at_most() -> None:
     four = needs("4b")
     found = plan(four, card(80), work())
     assert found.peak - RESERVE <= four.all - four.embedding + 2.2 * GB
 
 
 @pytest.mark.parametrize("gigabytes", [24, 16, 13, 12, 10, 8, 6, 5])
-def test_no_plan_promises_more_than_there_is(gigabytes: int) -> None:
+def test_no_plan_exceeds_the_available_memory(gigabytes: int) -> None:
     for kind in ("bf16", "fp8", "nvfp4"):
         for side in (512, 1024, 2048):
             try:
@@ -133,23 +139,23 @@ def test_no_plan_promises_more_than_there_is(gigabytes: int) -> None:
             assert found.asleep <= card(gigabytes).host  # type: ignore[operator]
 
 
-def test_more_memory_never_streams_more() -> None:
+def test_more_memory_never_offloads_more() -> None:
     four = needs("4b")
     staying = [plan(four, card(gigabytes), work()).blocks for gigabytes in (6, 7, 8, 9, 10, 11, 12)]
     assert staying == sorted(staying)
     assert staying[0] < staying[-1] == 80
 
 
-def test_a_card_that_others_hold_is_told_of_not_crashed_into() -> None:
-    with pytest.raises(OutOfMemory) as told:
+def test_error_names_memory_that_other_programs_hold() -> None:
+    with pytest.raises(OutOfMemory) as error:
         plan(needs("9b"), card(24, free=1.5), work("9b"))
-    assert str(told.value) == (
+    assert str(error.value) == (
         "klein-9b needs 4.1 GB of the GPU for 1024×1024; 1.5 GB of 24.0 GB are free. Other programs hold 22.5 GB. "
         "End the other program, or choose another device. Set device."
     )
 
 
-def test_a_refusal_names_the_nearest_thing_that_would_fit() -> None:
+def test_refusal_names_the_nearest_setting_that_fits() -> None:
     tight = MemoryInfo("memory", 12 * GB, 16 * GB)
     with pytest.raises(OutOfMemory, match=r"needs 16\.\d GB of the memory.*Set quant to nvfp4: it would fit, with \d+"):
         plan(
@@ -161,10 +167,10 @@ def test_a_refusal_names_the_nearest_thing_that_would_fit() -> None:
         plan(needs("9b"), MemoryInfo("memory", 1 * GB, 2 * GB), work("9b"))
 
 
-def test_a_limit_of_the_users_own_is_not_blamed_on_other_programs() -> None:
-    with pytest.raises(OutOfMemory) as told:
+def test_memory_limit_is_not_blamed_on_other_programs() -> None:
+    with pytest.raises(OutOfMemory) as error:
         plan(needs("9b"), replace(card(24), limit=2 * GB), work("9b"))
-    assert str(told.value) == (
+    assert str(error.value) == (
         "klein-9b needs 4.1 GB of the GPU for 1024×1024; the memory limit is 2.0 GB. "
         "Set memory: with 4.7 GB it would fit."
     )
@@ -174,7 +180,7 @@ def test_a_limit_of_the_users_own_is_not_blamed_on_other_programs() -> None:
     assert plan(needs("4b"), replace(card(8), limit=40 * GB), work()) == plan(needs("4b"), card(8), work())
 
 
-def test_a_smaller_model_is_named_where_nothing_helps_this_one() -> None:
+def test_refusal_names_a_smaller_model_if_nothing_else_fits() -> None:
     nine = VARIANTS["klein-9b"]
     others = smaller_models(nine, Device(torch.device("cpu"), torch.bfloat16))
     assert [name for name, _ in others] == ["klein-4b"]
@@ -185,12 +191,12 @@ def test_a_smaller_model_is_named_where_nothing_helps_this_one() -> None:
     assert [(name, other.all) for name, other in base] == [("klein-base-4b", 27 * GB)]
 
 
-def test_weights_that_sleep_need_room_in_the_host() -> None:
+def test_offloaded_weights_need_host_memory() -> None:
     with pytest.raises(OutOfMemory, match=r"Host memory is short: 2\.0 GB"):
         plan(needs("4b"), card(8, host=2), work())
 
 
-def test_where_device_and_host_share_memory_nothing_sleeps() -> None:
+def test_nothing_is_offloaded_if_device_and_host_share_memory() -> None:
     four = needs("4b")
     found = plan(four, MemoryInfo("memory", 32 * GB, 32 * GB), work())
     assert found == PlacementPlan(80, len(four.encoder), False, four.all + work().bytes + RESERVE, 0)
@@ -198,7 +204,7 @@ def test_where_device_and_host_share_memory_nothing_sleeps() -> None:
     assert "5 of 80" in replace(found, blocks=5).summary(four)
 
 
-def test_auto_takes_the_best_that_fits_and_never_a_base_model() -> None:
+def test_auto_takes_the_best_fit_and_never_a_base_model() -> None:
     everything = list(VARIANTS)
     assert best(everything, lambda name: True) == "klein-9b-kv"
     assert best(everything, lambda name: "9b" not in name) == "klein-4b"
@@ -208,7 +214,7 @@ def test_auto_takes_the_best_that_fits_and_never_a_base_model() -> None:
 
 @pytest.fixture
 def on_meta(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Attention as a fused kernel holds it: its output and nothing else."""
+    """Replace attention by one that allocates only its output, as a fused kernel does."""
     monkeypatch.setattr(F, "scaled_dot_product_attention", lambda q, k, v: torch.empty_like(q))
 
 
@@ -218,7 +224,7 @@ def empty(*shape: int) -> Tensor:
 
 @pytest.mark.parametrize("size", SHAPES)
 @pytest.mark.parametrize(("canvas", "references"), [(1024, 0), (4096, 0), (4096, 4096), (16384, 0)])
-def test_the_transformer_holds_no_more_than_is_planned(size: str, canvas: int, references: int, on_meta: None) -> None:
+def test_transformer_holds_no_more_than_planned(size: str, canvas: int, references: int, on_meta: None) -> None:
     shape = replace(SHAPES[size][0], double_blocks=1, single_blocks=1)
     with torch.device("meta"):
         net = Transformer(shape).to(torch.bfloat16)
@@ -230,7 +236,7 @@ def test_the_transformer_holds_no_more_than_is_planned(size: str, canvas: int, r
         x, text = empty(1, canvas, 128), empty(1, 512, shape.hidden)
         with Peak() as peak:
             net(x, text, mods, rope, seen, None)
-    # The slice of linear1 that the last block reads counts as if it were new.
+    # The slice of linear1 that the last block reads is counted as a new allocation.
     held = peak.bytes - net.single_blocks[0].linear1.weight.nbytes  # type: ignore[union-attr]
     planned = working(hidden=shape.hidden, tokens=tokens, pixels=0, decoder=0, itemsize=2)
     assert 0.5 * planned < held <= planned
@@ -238,7 +244,7 @@ def test_the_transformer_holds_no_more_than_is_planned(size: str, canvas: int, r
 
 @pytest.mark.parametrize("shape", [AutoencoderShape(), SMALL], ids=["full", "small"])
 @pytest.mark.parametrize("side", [512, 1024, 2048])
-def test_the_autoencoder_holds_no_more_than_is_planned(shape: AutoencoderShape, side: int, on_meta: None) -> None:
+def test_autoencoder_holds_no_more_than_planned(shape: AutoencoderShape, side: int, on_meta: None) -> None:
     with torch.device("meta"):
         net = Autoencoder(shape).to(torch.bfloat16)
     planned = working(hidden=0, tokens=0, pixels=side**2, decoder=shape.decoder[1], itemsize=2)
@@ -252,14 +258,17 @@ def test_the_autoencoder_holds_no_more_than_is_planned(shape: AutoencoderShape, 
 
 
 @pytest.mark.parametrize(("limit", "allocated"), [(None, 16.0), (13, 10.6)])
-def test_the_plan_counts_what_an_h200_allocated(limit: int | None, allocated: float) -> None:
-    """allocated: GB at the peak of a 1024² image of the 4B in bf16, H200, 26 November 2026, by the same placement."""
+def test_plan_matches_memory_measured_on_an_h200(limit: int | None, allocated: float) -> None:
+    """Compare the plan with a measurement.
+
+    allocated: GB at the peak of a 1024² image of the 4B in bf16, H200, 26 November 2026, by the same placement.
+    """
     room = replace(card(141), limit=limit and limit * GB)
     found = plan(needs("4b"), room, work())
     assert allocated * GB <= found.peak <= allocated * GB + RESERVE
 
 
 @pytest.mark.parametrize("gigabytes", [13, 8, 6])
-def test_a_limit_holds_the_context_of_the_driver_too(gigabytes: int) -> None:
+def test_memory_limit_includes_the_driver_context(gigabytes: int) -> None:
     found = plan(needs("4b"), replace(card(141), limit=gigabytes * GB), work())
     assert found.peak + CONTEXT <= gigabytes * GB

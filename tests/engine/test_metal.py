@@ -1,4 +1,7 @@
-"""What Apple's devices cannot do is not asked of them: no fp64, no int64 scatter, no fp8. A faked device checks it."""
+"""Tests that the engine avoids operations Apple's devices do not support.
+
+These are fp64, int64 scatter and fp8. A fake device checks it.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -26,9 +29,10 @@ QWEN3 = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "nu
 
 
 class Metal(TorchDispatchMode):
-    """The meta device plays Metal: whatever happens on it in a format it does not know, or scatters int64, fails.
+    """Makes the meta device behave like Metal.
 
-    So does a copy to it that goes on after the call: nothing tells when what is copied from may be used again.
+    Operations in an unsupported format fail, and so does int64 scatter. Asynchronous copies to the device fail too,
+    because nothing shows when the source may be used again.
     """
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -47,7 +51,7 @@ def there(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
 
 
 @torch.inference_mode()
-def test_the_transformer_asks_nothing_of_metal_that_it_cannot_do() -> None:
+def test_transformer_uses_only_operations_that_metal_supports() -> None:
     with torch.device("meta"):
         net = Transformer(SHAPE).to(torch.bfloat16)
     with Metal():
@@ -62,7 +66,7 @@ def test_the_transformer_asks_nothing_of_metal_that_it_cannot_do() -> None:
 
 
 @torch.inference_mode()
-def test_the_autoencoder_asks_nothing_of_metal_that_it_cannot_do() -> None:
+def test_autoencoder_uses_only_operations_that_metal_supports() -> None:
     with torch.device("meta"):
         net = Autoencoder(AutoencoderShape((32, 32), (32, 32), 1, 32)).to(torch.bfloat16)
     with Metal():
@@ -71,8 +75,8 @@ def test_the_autoencoder_asks_nothing_of_metal_that_it_cannot_do() -> None:
 
 
 @torch.inference_mode()
-def test_the_text_encoder_asks_nothing_of_metal_that_it_cannot_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    # Whether any token is a pad is asked of the values, which the meta device has not.
+def test_text_encoder_uses_only_operations_that_metal_supports(monkeypatch: pytest.MonkeyPatch) -> None:
+    # The check for pad tokens reads values, which the meta device does not have.
     monkeypatch.setattr("transformers.masking_utils.fast_all", lambda mask: False)
     with torch.device("meta"):
         net = TextEncoder(QWEN3, (1, 2, 3)).to(torch.bfloat16)
@@ -82,10 +86,10 @@ def test_the_text_encoder_asks_nothing_of_metal_that_it_cannot_do(monkeypatch: p
 
 
 @pytest.mark.parametrize("kind", [None, "fp8", "nvfp4", "raw fp8"])
-def test_no_file_is_read_in_a_way_that_metal_cannot_do(
+def test_loading_uses_only_operations_that_metal_supports(
     kind: str | None, bfl: dict[str, Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Codes are widened before they come to the device."""
+    """Check that codes are widened before they are copied to the device."""
     monkeypatch.setattr("engine.checkpoints.quant.stores_fp8", lambda device: device.type != "meta")
     monkeypatch.setattr("engine.checkpoints.reader.stores_fp8", lambda device: device.type != "meta")
     tensors, metadata = bfl, None
@@ -100,7 +104,7 @@ def test_no_file_is_read_in_a_way_that_metal_cannot_do(
     assert {parameter.dtype for parameter in part.module.parameters()} == {torch.bfloat16}
 
 
-def test_the_faked_device_would_notice() -> None:
+def test_fake_device_rejects_unsupported_operations() -> None:
     with Metal():
         with pytest.raises(AssertionError, match="not waited for"):
             there(3).copy_(torch.zeros(3), non_blocking=True)

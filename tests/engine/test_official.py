@@ -1,4 +1,7 @@
-"""The published files to the byte: every name, format and shape, in sparse files that hold no weights."""
+"""Tests the published files to the byte.
+
+Sparse files have every name, format and shape, but no weights.
+"""
 
 import json
 import math
@@ -24,7 +27,7 @@ SHAPES = {
     3072: TransformerShape(3072, 128, 7680, 5, 20, 9216),
     4096: TransformerShape(4096, 128, 12288, 8, 24, 12288),
 }
-# In the order in which the library that wrote the files sorts them, and the bits of an element.
+# Bits per element, in the order in which the library that wrote the files sorts the formats.
 ORDER = {"I64": (0, 64), "F32": (1, 32), "BF16": (2, 16), "F8_E4M3": (3, 8), "U8": (4, 8)}
 NAMES = {"fp8": "float8_e4m3fn", "nvfp4": "nvfp4"}
 
@@ -59,7 +62,7 @@ def tensors(shape: TransformerShape, kind: str, keep: str = r"(?!)") -> tuple[li
 
 
 def sparse(file: Path, found: list[Tensor], metadata: dict[str, str] | None = None) -> Path:
-    """A file of these tensors, all zeros, that takes no room on the disk."""
+    """Write a sparse file of these tensors, all zeros, that takes no disk space."""
     entries: dict[str, object] = {"__metadata__": metadata} if metadata else {}
     at = 0
     for name, dtype, shape in sorted(found, key=lambda tensor: (ORDER[tensor[1]][0], tensor[0])):
@@ -75,7 +78,7 @@ def sparse(file: Path, found: list[Tensor], metadata: dict[str, str] | None = No
 
 
 @pytest.mark.parametrize(("row", "file"), EXACT, ids=[file.name for _, file in EXACT])
-def test_a_published_file_is_known_to_the_byte(row, file: File, tmp_path: Path) -> None:
+def test_published_file_is_known_to_the_byte(row, file: File, tmp_path: Path) -> None:
     path = sparse(tmp_path / file.name, *tensors(SHAPES[row.hidden], file.format))
     assert path.stat().st_size == file.bytes
     header = read_header(path)
@@ -88,7 +91,7 @@ def test_a_published_file_is_known_to_the_byte(row, file: File, tmp_path: Path) 
     assert part.bytes == file.bytes - 8 - int.from_bytes(path.open("rb").read(8), "little")
 
 
-def test_a_folder_of_all_published_files_is_told_apart_by_names(tmp_path: Path) -> None:
+def test_all_published_files_in_one_folder_are_identified_by_name(tmp_path: Path) -> None:
     for row, file in EXACT:
         sparse(tmp_path / file.name, *tensors(SHAPES[row.hidden], file.format))
     sources = {(source.name, source.format) for source in ModelRegistry((tmp_path,)).installed_models()}
@@ -98,12 +101,12 @@ def test_a_folder_of_all_published_files_is_told_apart_by_names(tmp_path: Path) 
 @pytest.mark.parametrize(
     ("row", "kept", "keep"),
     [
-        # Sizes tell how much stays in bf16, not which layers: any of these shapes, with names as long.
+        # Sizes show how much stays in bf16, not which layers. Any layers with these shapes and name lengths fit.
         ("klein-base-4b", 2, r"double_blocks\.[01]\.img_attn\.proj"),
         ("klein-base-9b", 4, r"double_blocks\.0\.(?:img|txt)_attn\."),
     ],
 )
-def test_the_quantised_base_models_keep_some_layers_in_bf16(row: str, kept: int, keep: str, tmp_path: Path) -> None:
+def test_quantised_base_models_keep_some_layers_in_bf16(row: str, kept: int, keep: str, tmp_path: Path) -> None:
     file = next(file for file in VARIANTS[row].files if file.format == "fp8")
     path = sparse(tmp_path / file.name, *tensors(SHAPES[VARIANTS[row].hidden], "fp8", keep))
     assert path.stat().st_size == file.bytes
@@ -113,8 +116,11 @@ def test_the_quantised_base_models_keep_some_layers_in_bf16(row: str, kept: int,
     )
 
 
-def test_the_published_autoencoder_is_known_to_the_byte(tmp_path: Path) -> None:
-    """flux2-vae.safetensors: fp32, BFL's names, 1×1 convolutions where we keep matrices."""
+def test_published_autoencoder_is_known_to_the_byte(tmp_path: Path) -> None:
+    """Check flux2-vae.safetensors.
+
+    It is fp32, has BFL's names, and has 1×1 convolutions where we have matrices.
+    """
     with torch.device("meta"):
         net = Autoencoder(AutoencoderShape())
     matrix = re.compile(r".*\.attn_1\.(?:q|k|v|proj_out)\.weight")
@@ -126,8 +132,11 @@ def test_the_published_autoencoder_is_known_to_the_byte(tmp_path: Path) -> None:
     assert components.autoencoder(path).module.shape == AutoencoderShape()
 
 
-def test_of_the_published_encoder_27_of_36_layers_are_read(tmp_path: Path) -> None:
-    """ComfyUI's qwen_3_4b.safetensors; and an 8B in one piece, whose head is a matrix of its own."""
+def test_27_of_36_layers_of_the_published_encoder_are_read(tmp_path: Path) -> None:
+    """Check ComfyUI's qwen_3_4b.safetensors and an 8B in one file.
+
+    The head of the 8B is a separate matrix.
+    """
     for name, hidden, mlp, size, read in (
         ("qwen_3_4b", 2560, 9728, 8_044_982_048, 6.23e9),
         ("qwen_3_8b", 4096, 12288, pytest.approx(16.4e9, rel=2e-3), 11.66e9),

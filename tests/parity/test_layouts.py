@@ -1,4 +1,7 @@
-"""Other layouts of the same weights paint the same picture, and the parameter list is the published one."""
+"""Tests that other layouts of the same weights generate the same image.
+
+The parameter list must be the published one.
+"""
 
 import json
 import math
@@ -30,7 +33,10 @@ COMPOSE = "compose, three references"
 
 
 def bfl_transformer(folder: Path) -> dict[str, Tensor]:
-    """BFL's single file from a diffusers folder, written out by hand: the loader's own table would prove nothing."""
+    """Convert a diffusers folder to the tensors of BFL's single file.
+
+    The mapping is written by hand, because the loader's own table would prove nothing.
+    """
     theirs = load_file(folder / "transformer" / "diffusion_pytorch_model.safetensors")
     count = {kind: 1 + max(int(n) for n in re.findall(rf"(?m)^{kind}\.(\d+)\.", "\n".join(theirs)))
              for kind in ("transformer_blocks", "single_transformer_blocks")}  # fmt: skip
@@ -67,7 +73,7 @@ def bfl_transformer(folder: Path) -> dict[str, Tensor]:
 
 
 def bfl_autoencoder(folder: Path, levels: int = 4) -> dict[str, Tensor]:
-    """BFL's autoencoder file from a diffusers `vae/`, by the mapping of the facts."""
+    """Convert a diffusers `vae/` to the tensors of BFL's autoencoder file."""
     spellings = [
         (r"encoder\.down_blocks\.(\d+)\.resnets\.(\d+)", r"encoder.down.\1.block.\2"),
         (r"encoder\.down_blocks\.(\d+)\.downsamplers\.0", r"encoder.down.\1.downsample"),
@@ -93,7 +99,7 @@ def bfl_autoencoder(folder: Path, levels: int = 4) -> dict[str, Tensor]:
 
 
 def single_file(folder: Path, home: Path, prefix: str = "", name: str = "flux-2-klein-4b.safetensors") -> Path:
-    """A folder with BFL's two single files, and the encoder and tokenizer beside them."""
+    """Create a folder with BFL's two single files, the encoder and the tokenizer."""
     home.mkdir()
     for part in ("text_encoder", "tokenizer"):
         shutil.copytree(folder / part, home / part)
@@ -105,23 +111,30 @@ def single_file(folder: Path, home: Path, prefix: str = "", name: str = "flux-2-
 
 @pytest.fixture(scope="module")
 def whole(toy: Callable[[str], Path], engine: Engine) -> Rgb8:
-    """What the folder paints; a file of the same weights must paint it to the last bit."""
+    """Return the image the folder generates.
+
+    A file of the same weights must generate it to the last bit.
+    """
     return paint(engine, CASES[COMPOSE].job(toy("distilled"))).image
 
 
-def test_the_single_file_paints_the_folders_picture(toy: Callable[[str], Path], whole: Rgb8, tmp_path: Path) -> None:
+def test_single_file_generates_the_same_image_as_the_folder(
+    toy: Callable[[str], Path], whole: Rgb8, tmp_path: Path
+) -> None:
     file = single_file(toy("distilled"), tmp_path / "bfl")
     engine = Engine(EngineConfig(device="cpu", dtype="float32", cache_bytes=0))
     assert agreement(paint(engine, CASES[COMPOSE].job(file)).image, whole) == (1.0, 0)
 
 
-def test_a_repacked_file_with_a_prefix_paints_the_same(toy: Callable[[str], Path], whole: Rgb8, tmp_path: Path) -> None:
+def test_repacked_file_with_a_prefix_generates_the_same_image(
+    toy: Callable[[str], Path], whole: Rgb8, tmp_path: Path
+) -> None:
     file = single_file(toy("distilled"), tmp_path / "comfy", "model.diffusion_model.")
     engine = Engine(EngineConfig(device="cpu", dtype="float32", cache_bytes=0))
     assert agreement(paint(engine, CASES[COMPOSE].job(file)).image, whole) == (1.0, 0)
 
 
-def test_a_sharded_folder_paints_the_same(toy: Callable[[str], Path], whole: Rgb8, tmp_path: Path):
+def test_sharded_folder_generates_the_same_image(toy: Callable[[str], Path], whole: Rgb8, tmp_path: Path):
     folder = tmp_path / "sharded"
     shutil.copytree(toy("distilled"), folder)
     for part in ("transformer", "text_encoder"):
@@ -148,7 +161,7 @@ def _shard(folder: Path) -> None:
 
 
 def shapes_in(module: nn.Module, table: KeyMap) -> dict[str, tuple[int, ...]]:
-    """Published name -> shape, as our module would be filled from them."""
+    """Return published name -> shape for the tensors that fill our module."""
     ours = param_shapes(module)
     rows = {their: (ours[place.name], place.parts) for their, place in table.items() if place.name in ours}
     return {their: (whole[0] // parts, *whole[1:]) for their, (whole, parts) in rows.items()}
@@ -166,9 +179,7 @@ def official_shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
     ],
     ids=["4B", "9B"],
 )
-def test_the_parameters_are_the_published_ones(
-    shape: TransformerShape, heads: int, tensors: int, parameters: int
-) -> None:
+def test_parameters_are_the_published_ones(shape: TransformerShape, heads: int, tensors: int, parameters: int) -> None:
     with torch.device("meta"):
         ours = Transformer(shape)
         theirs = Flux2Transformer2DModel(
@@ -185,12 +196,12 @@ def test_the_parameters_are_the_published_ones(
     assert sum(map(math.prod, there.values())) == sum(p.numel() for p in ours.parameters()) == parameters
 
 
-def test_the_real_autoencoder_has_the_published_parameters() -> None:
+def test_real_autoencoder_has_the_published_parameters() -> None:
     with torch.device("meta"):
         ours, theirs = Autoencoder(AutoencoderShape()), AutoencoderKLFlux2()
     official = official_shapes(theirs)
     assert len(official) == 251
-    del official["bn.num_batches_tracked"]  # which nothing reads
+    del official["bn.num_batches_tracked"]  # nothing reads it
     there = shapes_in(ours, diffusers_autoencoder(4, 3))
     assert there == official
     assert sum(p.numel() for p in ours.parameters()) == 84_046_115
@@ -223,7 +234,7 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("kind", CHANGES)
-def test_a_wrong_tensor_is_named(kind: str, toy: Callable[[str], Path], tmp_path: Path) -> None:
+def test_error_names_a_wrong_tensor(kind: str, toy: Callable[[str], Path], tmp_path: Path) -> None:
     change, says = CHANGES[kind]
     folder = tmp_path / "broken"
     shutil.copytree(toy("distilled"), folder)
@@ -232,7 +243,7 @@ def test_a_wrong_tensor_is_named(kind: str, toy: Callable[[str], Path], tmp_path
         paint(Engine(EngineConfig(device="cpu", dtype="float32")), CASES[COMPOSE].job(folder))
 
 
-def test_a_file_cut_short_is_refused_with_its_name(toy: Callable[[str], Path], tmp_path: Path) -> None:
+def test_truncated_file_is_refused_with_its_name(toy: Callable[[str], Path], tmp_path: Path) -> None:
     folder = tmp_path / "cut"
     shutil.copytree(toy("distilled"), folder)
     file = folder / "vae" / "diffusion_pytorch_model.safetensors"
@@ -241,14 +252,14 @@ def test_a_file_cut_short_is_refused_with_its_name(toy: Callable[[str], Path], t
         paint(Engine(EngineConfig(device="cpu", dtype="float32")), CASES[COMPOSE].job(folder))
 
 
-def test_the_wrong_text_encoder_is_refused_by_width(toy: Callable[[str], Path], tmp_path: Path) -> None:
+def test_wrong_text_encoder_is_refused_by_width(toy: Callable[[str], Path], tmp_path: Path) -> None:
     folder = tmp_path / "mixed"
     toys.save(folder, joint_attention_dim=192)
     with pytest.raises(BadWeights, match="gives 96 numbers a token, the transformer reads 192"):
         paint(Engine(EngineConfig(device="cpu", dtype="float32")), CASES[COMPOSE].job(folder))
 
 
-def test_a_model_that_is_not_installed_says_how_to_get_it(tmp_path: Path) -> None:
+def test_error_for_missing_model_says_how_to_get_it(tmp_path: Path) -> None:
     job = CASES["text to image"].job(tmp_path)
     for model, says in (
         ("klein-4b", "Pull klein-4b."),
@@ -265,7 +276,7 @@ def test_shapes_are_read_from_the_files(toy: Callable[[str], Path]) -> None:
     assert shape == TransformerShape(96, 32, 96, 2, 2, 288, axes=(8, 8, 8, 8), theta=2000.0)
 
 
-def test_the_text_encoder_stops_at_the_last_layer_that_is_read(toy: Callable[[str], Path]) -> None:
+def test_text_encoder_stops_at_the_last_layer_in_use(toy: Callable[[str], Path]) -> None:
     part = components.text_encoder(toy("distilled") / "text_encoder", (9, 18, 27))
     assert len(part.module.model.layers) == 27
     assert not any(
