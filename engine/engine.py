@@ -1,4 +1,4 @@
-"""Engine: loads models on demand, runs jobs, prepares for the next job in idle time."""
+"""Engine: loads models, runs jobs and prepares the next one when idle."""
 
 import time
 from collections.abc import Generator, Iterator
@@ -36,7 +36,7 @@ from engine.registry import InstalledModel, ModelRegistry
 
 
 class Engine:
-    """Runs jobs on one device; holds one model in memory at a time."""
+    """Runs jobs on one device with one model loaded at a time."""
 
     def __init__(self, config: EngineConfig | None = None) -> None:
         """Raises InvalidJob for a device or number format that this machine lacks."""
@@ -55,18 +55,18 @@ class Engine:
         self._latest: Rgb8 | None = None  # the image made last
         self._prefetched: Rgb8 | None = None  # the image of which an edit was prepared last
         self.previews = False
-        """Whether somebody watches: steps then carry a preview. May be set while a job runs."""
+        """Whether steps carry a preview. May be set while a job runs."""
         self._klein: Klein | None = None
         self._name = self._chosen = ""
-        self._auto: tuple[dict[str, Path], str] | None = None  # what was installed, and the best of it
-        self._unusable: set[str] = set()  # what auto chose and could not load
+        self._auto: tuple[dict[str, Path], str] | None = None  # installed models, and the best of them
+        self._unusable: set[str] = set()  # models that auto chose and could not load
         if config.threads:
             torch.set_num_threads(config.threads)
 
     def run(self, job: Job) -> Iterator[Event]:
-        """Run `job` with the model it names, which is loaded first if need be. Raises EngineError.
+        """Run `job`, loading its model first if necessary.
 
-        If the device runs out of memory, the cache is cleared and the job started once more.
+        Raises EngineError. If the device runs out of memory, the cache is cleared and the job started once more.
         """
         for _ in range(2):
             try:
@@ -75,12 +75,14 @@ class Engine:
             except (RuntimeError, MemoryError) as exc:
                 if not _is_out_of_memory(exc):
                     raise
-            # Not before the exception is gone: its traceback holds the tensors of the job that failed.
+            # Only after the exception is released: its traceback holds the tensors of the job that failed.
             self._clear_cache()
         raise self._out_of_memory()
 
     def prefetch(self, image: "Rgb8 | None" = None) -> bool:
-        """In idle time: do a short piece of work for the jobs to come. False if there was nothing to do.
+        """Do a short piece of work for later jobs, in idle time.
+
+        Returns False if there was nothing to do.
 
         First an edit of `image`, or of the latest result, is prepared; then, call by call, the model is tuned.
         """
@@ -96,7 +98,7 @@ class Engine:
         except (RuntimeError, MemoryError) as exc:
             if not _is_out_of_memory(exc):
                 raise
-        # Nobody asked for it; the next job will do this work itself.
+        # Prefetching is optional: the next job does this work itself.
         self._clear_cache()
         return True
 
@@ -127,7 +129,7 @@ class Engine:
             try:
                 return (yield from self._load_named(name))
             except (BadWeights, OutOfMemory):
-                # Some faults show only while loading, such as numbers that are not finite. The next best is used.
+                # Some faults appear only while loading, such as values that are not finite. The next best is used.
                 if name == EMBEDDED:
                     raise
                 self._unusable.add(name)
@@ -163,18 +165,24 @@ class Engine:
         return obstacle(self.device, self._compile_options())
 
     def _options(self, *, loras: bool) -> LoadOptions:
-        """Raises ModelNotFound for a LoRA that is not there."""
+        """Return the options of loading.
+
+        Raises ModelNotFound for a LoRA that does not exist.
+        """
         found = tuple(lora.resolve_lora(text, self.registry.paths) for text in self.config.loras) if loras else ()
         return LoadOptions(self.config.quant, found, self.config.memory_limit)
 
     def _choice(self) -> str:
-        # What auto has once chosen stays while it is loaded: memory that it fills itself must not speak against it.
+        # The choice of auto stays while that model is loaded: the memory it fills itself must not count against it.
         if not self._chosen or self._chosen != self._name:
             self._chosen = self.best()
         return self._chosen
 
     def best(self) -> str:
-        """The best installed model whose transformer stays on the device, else the embedded one."""
+        """Return the best installed model whose transformer stays on the device.
+
+        Without one, return the embedded model.
+        """
         installed = self.registry.installed()
         if self._klein is None or self._auto is None or self._auto[0] != installed:
             usable = [name for name in installed if name not in self._unusable]
@@ -182,14 +190,17 @@ class Engine:
         return self._auto[1]
 
     def _holds(self, name: str) -> bool:
-        """Whether all of the transformer would stay on the device if nothing else were loaded."""
+        """Return whether a model, by name, can be resident on the device."""
         try:
             return self._is_resident(self.registry.resolve(name, None, self.config.quant, self._is_resident))
         except EngineError:
             return False
 
     def _is_resident(self, checkpoint: Checkpoint) -> bool:
-        """Return whether all of a transformer would stay on the device if nothing else were loaded."""
+        """Return whether all of a transformer would stay on the device.
+
+        The memory of the model that is loaded now counts as free.
+        """
         try:
             options = self._options(loras=False)
             return prepare(checkpoint, self.device, options, self._weight_bytes()).is_resident
@@ -201,7 +212,10 @@ class Engine:
         return klein.weight_bytes if klein else 0
 
     def release(self) -> None:
-        """Free the memory of weights and cache; the next job loads again."""
+        """Free the memory of weights and cache.
+
+        The next job loads its model again.
+        """
         if self._klein is not None:
             self._klein.runner.close()
         self._klein = None
@@ -210,7 +224,10 @@ class Engine:
         self._clear_cache()
 
     def status(self) -> EngineStatus:
-        """State of the engine; cheap, from any thread."""
+        """Return the state of the engine.
+
+        Cheap, and safe from any thread.
+        """
         installed, klein = self.registry.installed(), self._klein
         return EngineStatus(
             device=str(self.device.device),
@@ -230,7 +247,7 @@ class Engine:
         )
 
     def models(self) -> tuple[ModelInfo, ...]:
-        """Every installed model, and how it would fit into the memory that is free now."""
+        """Return every installed model and its fit into the memory now free."""
         return tuple(self._model_info(source) for source in self.registry.installed_models())
 
     def _model_info(self, source: InstalledModel) -> ModelInfo:
@@ -244,7 +261,7 @@ class Engine:
 
 
 _OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
-"""Wording of Metal, Linux and Windows, where torch has no exception of its own for it."""
+"""Messages of Metal, Linux and Windows, for which torch has no exception class."""
 
 
 def _is_out_of_memory(exc: RuntimeError | MemoryError) -> bool:

@@ -209,12 +209,6 @@ def test_nothing_but_training_and_evaluation_knows_the_scenes() -> None:
 # -- wording -----------------------------------------------------------------------------------------------------------
 
 PENDING = {
-    "engine/diffusion/change_mask.py",
-    "engine/engine.py",
-    "engine/memory/cache.py",
-    "engine/memory/device.py",
-    "engine/memory/offload.py",
-    "engine/memory/plan.py",
     "engine/nano/evaluate.py",
     "engine/nano/training/compiled_training.py",
     "engine/nano/training/compositor.py",

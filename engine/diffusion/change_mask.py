@@ -1,7 +1,7 @@
-"""Change mask of an edit: its result compared with the round trip of its reference.
+"""Change mask of an edit, from the round trip of its reference.
 
 Every pixel of an edit went through the autoencoder, so most of its difference to the original is the autoencoder's.
-Untouched parts come back as the round trip, decode(encode(original)), and not as the original.
+Unchanged parts equal the round trip, decode(encode(original)), not the original.
 """
 
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ HIGHEST = 2.5 * HIGH
 LOW = 0.5
 """Share of the threshold down to which a change continues from its seeds."""
 QUIET = 0.4
-"""Quantile of the distance that counts as noise: most edits leave more than this part of the image alone."""
+"""Quantile of the distance that counts as noise: most edits leave more than this share of the image unchanged."""
 TEXTURE = 40.0
 """Local contrast, of 255, that doubles the threshold: a small misregistration weighs more at edges."""
 FRAME = 2
@@ -33,11 +33,11 @@ CLOSED = 4
 WHOLE = 0.6
 """An edit that changed more of the image than this is a global one. Local edits of nano reach 0.56."""
 BORDER = 0.4
-"""So is one that changed half as much, and this share of the border: nano's global ones ≥ 0.49, local ones ≤ 0.24."""
+"""Or one that changed half as much, and this share of the border: nano's global ones ≥ 0.49, local ones ≤ 0.24."""
 DRIFT = 3.0
-"""Of 255: a drift of colour above this, with nothing else changed, is the edit itself."""
+"""Colour drift, of 255, above which it is the edit itself if nothing else changed."""
 MOST_GAIN = 0.1
-"""A gain farther from 1 is no drift of colour: the fit met an edit."""
+"""A gain farther from 1 is not colour drift but part of the edit."""
 FAINT = 0.002
 """Share of the image: less near the threshold is not reported."""
 
@@ -55,8 +55,8 @@ class Change:
 
     painted: [1, 3, h, w] in [-1, 1], shifted back, with the colours of the unchanged part matched.
     opacity: [h, w] float, 0 where nothing changed; it rises over a few pixels inside the change.
-    whole: most of the image changed, so `painted` is the result as it came and `opacity` is 1.
-    faint, faint_box: share and place of what came near the threshold and was not taken.
+    whole: most of the image changed, so `painted` is the unmodified result and `opacity` is 1.
+    faint, faint_box: share and box of pixels just below the threshold, left out of the mask.
     shift: whole pixels (right, down) by which the model had moved the image.
     drift: mean change of colour outside the change, of 255.
     """
@@ -71,7 +71,10 @@ class Change:
 
 
 def find_change(painted: Tensor, round_trip: Tensor) -> Change:
-    """Compare an edit with the round trip of its reference: both [1, 3, h, w], about [-1, 1]."""
+    """Compare an edit with the round trip of its reference.
+
+    painted, round_trip: [1, 3, h, w], about [-1, 1].
+    """
     painted, round_trip = painted.float().clamp(-1, 1), round_trip.float().clamp(-1, 1)
     texture = _texture(round_trip)
     distance = _distance(painted, round_trip, texture)
@@ -92,7 +95,10 @@ def find_change(painted: Tensor, round_trip: Tensor) -> Change:
 
 
 def bounding_box(mask: Tensor) -> Box | None:
-    """The smallest box around what is true in [h, w]; None if nothing is."""
+    """Return the smallest box around the true pixels, None without any.
+
+    mask: [h, w].
+    """
     rows, columns = mask.any(1).nonzero().flatten().tolist(), mask.any(0).nonzero().flatten().tolist()
     if not rows:
         return None
@@ -100,7 +106,10 @@ def bounding_box(mask: Tensor) -> Box | None:
 
 
 def _distance(a: Tensor, b: Tensor, texture: Tensor) -> Tensor:
-    """[1, 1, h, w], about 0 … 255: the weighted distance of luma and chroma, averaged over 3 × 3 pixels."""
+    """Return the weighted distance of luma and chroma per pixel.
+
+    Averaged over 3 × 3 pixels: [1, 1, h, w], about 0 … 255.
+    """
     weighted = a.new_tensor(_YCC) * a.new_tensor(_WEIGHTS)[:, None] * 127.5
     distance = F.conv2d(a - b, weighted[..., None, None]).square().sum(1, keepdim=True).sqrt()
     distance = _mean(distance, 1) / (1 + texture / TEXTURE)
@@ -108,7 +117,7 @@ def _distance(a: Tensor, b: Tensor, texture: Tensor) -> Tensor:
 
 
 def _texture(image: Tensor) -> Tensor:
-    """[1, 1, h, w]: how much the luma of neighbours differs, of 255."""
+    """Return the local contrast of luma: [1, 1, h, w], of 255."""
     luma = F.conv2d(image, image.new_tensor(_YCC[:1])[..., None, None] * 127.5)
     return _mean(_dilated(luma, 1) + _dilated(-luma, 1), 1)
 
@@ -120,8 +129,11 @@ def _threshold(distance: Tensor) -> Tensor:
 
 
 def _hysteresis(seeds: Tensor, allowed: Tensor) -> Tensor:
-    """Float mask of what is allowed within STEPS cells of a seed: specks dropped, gaps closed, grown by a margin."""
-    # On cells of a few pixels: cheaper, and a gap of one pixel does not stop it. No labelling, which GPUs do badly.
+    """Return a mask of allowed pixels within STEPS cells of a seed.
+
+    Specks are dropped, gaps are closed, and the mask grows by a margin.
+    """
+    # Cells of a few pixels are cheaper and bridge gaps of one pixel. Labelling of components is slow on GPUs.
     height, width = seeds.shape[-2:]
     cell = _margin(seeds)
     grid, ways = (F.max_pool2d(mask.float(), cell, ceil_mode=True) for mask in (seeds, allowed))
@@ -133,7 +145,10 @@ def _hysteresis(seeds: Tensor, allowed: Tensor) -> Tensor:
 
 
 def _is_whole(mask: Tensor) -> bool:
-    """Whether the edit was a global one: most of the image changed, or much of it and of its border."""
+    """Return whether the edit was a global one.
+
+    That is, most of the image changed, or much of it and of its border.
+    """
     share = mask.mean()
     edges = (mask[..., 0, :], mask[..., -1, :], mask[..., :, 0], mask[..., :, -1])
     border = torch.cat([edge.flatten() for edge in edges]).mean()
@@ -145,27 +160,34 @@ def _without_specks(mask: Tensor) -> Tensor:
 
 
 def _margin(mask: Tensor) -> int:
-    """Pixels over which old turns into new around a change: 2, and more in large images."""
+    """Return the width in pixels of the blend around a change.
+
+    It is 2, and more in large images.
+    """
     return max(2, min(mask.shape[-2:]) // 256)
 
 
 def _ramp(mask: Tensor) -> Tensor:
-    """Opacity that rises inside the mask; the border of the image is no edge."""
+    """Return the opacity, which rises inside the mask.
+
+    The border of the image does not count as an edge of the mask.
+    """
     margin = _margin(mask)
     return mask * (2 * _mean(mask, margin) - 1 + 1 / (2 * margin + 1)).clamp(0, 1)
 
 
 def _match_colours(painted: Tensor, round_trip: Tensor, same: Tensor) -> tuple[Tensor, float]:
-    """Undo a gain and an offset per channel, fitted by least squares where the images are the same.
+    """Undo a gain and an offset per channel, and return the drift.
 
-    Also returns the mean change of colour there, of 255. Nothing is undone where the part is too small.
+    Both are fitted by least squares to the pixels that are the same. The drift is the mean change of colour there,
+    of 255. Nothing is undone if these pixels are too few.
     """
     weight = same.float()
     count = weight.sum().clamp(min=1)
     mean, target = ((image * weight).sum((2, 3), keepdim=True) / count for image in (painted, round_trip))
     covariance = ((painted - mean) * (round_trip - target) * weight).sum((2, 3), keepdim=True) / count
     variance = ((round_trip - target).square() * weight).sum((2, 3), keepdim=True) / count
-    # A flat part says nothing of the gain.
+    # A flat region does not determine the gain.
     gain = torch.where(variance > 1e-3, covariance / variance.clamp(min=1e-6), 1.0)
     gain = torch.where((gain - 1).abs() <= MOST_GAIN, gain, 1.0)
     offset = mean - gain * target
@@ -176,9 +198,9 @@ def _match_colours(painted: Tensor, round_trip: Tensor, same: Tensor) -> tuple[T
 
 
 def _shift(painted: Tensor, round_trip: Tensor, texture: Tensor) -> tuple[int, int]:
-    """Whole pixels by which `painted` stands right of and below `round_trip`, found by phase correlation.
+    """Return the shift of `painted` against `round_trip` by phase correlation.
 
-    At most a 64th of the shorter side: what moved farther was asked to move.
+    In whole pixels (right, down). At most a 64th of the shorter side: a larger shift is part of the edit.
     """
     textured = texture > TEXTURE / 4
     before = _median_distance(painted, round_trip, textured)
@@ -205,7 +227,10 @@ def _median_distance(painted: Tensor, round_trip: Tensor, where: Tensor) -> floa
 
 
 def _shifted_back(image: Tensor, shift: tuple[int, int]) -> Tensor:
-    """The image moved back by `shift`; its border is repeated into the gap."""
+    """Return the image moved back by `shift`.
+
+    Its border is repeated into the gap.
+    """
     across, down = shift
     padded = F.pad(image, (max(0, -across), max(0, across), max(0, -down), max(0, down)), mode="replicate")
     top, left = max(0, down), max(0, across)
@@ -213,7 +238,10 @@ def _shifted_back(image: Tensor, shift: tuple[int, int]) -> Tensor:
 
 
 def _dilated(x: Tensor, by: int) -> Tensor:
-    """The largest value within `by` pixels. Slices: 10 to 20 times as fast on a CPU as max_pool2d."""
+    """Return the largest value within `by` pixels.
+
+    Slices are 10 to 20 times as fast on a CPU as max_pool2d.
+    """
     window = 2 * by + 1
     x = F.pad(x, (by,) * 4, value=-torch.inf)
     for axis in (-2, -1):
@@ -227,7 +255,10 @@ def _dilated(x: Tensor, by: int) -> Tensor:
 
 
 def _mean(x: Tensor, reach: int) -> Tensor:
-    """The mean within `reach` pixels; the border is repeated."""
+    """Return the mean within `reach` pixels.
+
+    The border is repeated.
+    """
     x = F.pad(x, (reach,) * 4, mode="replicate")
     for axis in (-2, -1):
         length = x.shape[axis] - 2 * reach

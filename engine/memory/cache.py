@@ -1,4 +1,7 @@
-"""Caches: tensors kept between jobs by content hash, on the device and spilled to the host; and a small LRU."""
+"""Caches: tensors in two tiers, device and host, and a small LRU.
+
+Tensors are cached between jobs by content hash.
+"""
 
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable, Iterator
@@ -15,14 +18,14 @@ CacheEntry = tuple[Tensor, ...]
 Value = TypeVar("Value")
 
 _MAX_BYTES = 32 << 30
-"""More references than an afternoon's work needs."""
+"""Upper limit of a tier's default budget, enough for the references of hours of work."""
 
 
 class LruCache(Generic[Value]):
-    """The values used last, by key.
+    """Cache of the most recently used values.
 
-    Not functools.lru_cache: around a method it holds the object that holds it, and a released model would stay in
-    memory until Python next looks for cycles.
+    Not functools.lru_cache: around a method it forms a reference cycle with the object, and a released model would
+    stay in memory until the next garbage collection.
     """
 
     def __init__(self, size: int) -> None:
@@ -34,11 +37,11 @@ class LruCache(Generic[Value]):
         return self._use(key) if key in self._values else None
 
     def get_or_compute(self, key: Hashable, compute: Callable[[], Value]) -> Value:
-        """Return the value under `key`, computed now if need be."""
+        """Return the value under `key`, computing it if it is missing."""
         return self.insert(key, compute()) if key not in self._values else self._use(key)
 
     def insert(self, key: Hashable, value: Value) -> Value:
-        """Add or replace the value under `key`; return it."""
+        """Add or replace the value under `key` and return it."""
         self._values[key] = value
         if len(self._values) > self._size:
             self._values.popitem(last=False)
@@ -64,21 +67,24 @@ class LruCache(Generic[Value]):
 
 @dataclass(slots=True)
 class LruTier:
-    """Entries in the order of their last use, within a budget of bytes."""
+    """Entries in order of last use, within a budget of bytes."""
 
     budget: int
     held: int
     entries: OrderedDict[Hashable, CacheEntry]
 
     def pop(self, key: Hashable) -> CacheEntry | None:
-        """Take an entry out."""
+        """Remove and return an entry."""
         entry = self.entries.pop(key, None)
         if entry is not None:
             self.held -= _bytes(entry)
         return entry
 
     def insert(self, key: Hashable, entry: CacheEntry) -> list[tuple[Hashable, CacheEntry]]:
-        """Add the latest entry; return what was evicted, which may be the entry itself."""
+        """Add the latest entry and return the evicted ones.
+
+        The entry itself is among them if it exceeds the budget.
+        """
         self.pop(key)
         self.entries[key] = entry
         self.held += _bytes(entry)
@@ -91,10 +97,11 @@ class LruTier:
 
 
 def budgets(free: int, host: int | None) -> tuple[int, int]:
-    """Bytes to keep on the device and in host memory, when so much is free with the model loaded.
+    """Return the default budgets in bytes of device and host.
 
-    host: None where the device computes in host memory; then nothing is gained by spilling.
-    The keys and values of one 1-MP reference take 2.15 GB of a 9B: with less they would never be kept.
+    free: bytes free on the device with the model loaded.
+    host: bytes free in host memory, None where the device computes in it and spilling would save nothing.
+    The keys and values of one 1-MP reference take 2.15 GB with a 9B: a smaller budget would never hold them.
     """
     if host is None:
         return min(free // 4, _MAX_BYTES), 0
@@ -102,13 +109,16 @@ def budgets(free: int, host: int | None) -> tuple[int, int]:
 
 
 class TensorCache:
-    """Tensors by key; the least recently used leave the device for host memory, and then for good.
+    """LRU cache of tensors that spills from device to host memory.
 
-    For one engine in one thread; the counters may be read from any.
+    For one engine in one thread. The counters may be read from any thread.
     """
 
     def __init__(self, budget: int, spill: int = 0) -> None:
-        """budget, spill: bytes that may be kept on the device and in host memory."""
+        """Create an empty cache.
+
+        budget, spill: bytes it may hold on the device and in host memory.
+        """
         self._device = LruTier(budget, 0, OrderedDict())
         self._host = LruTier(spill, 0, OrderedDict())
         self._origin: dict[Hashable, torch.device] = {}
@@ -116,7 +126,10 @@ class TensorCache:
         self.misses = 0
 
     def get(self, key: Hashable) -> CacheEntry | None:
-        """Return the entry, brought back to its device if it was spilled; None if it is gone."""
+        """Return the entry, or None if it is missing.
+
+        A spilled entry is copied back to its device.
+        """
         entry = self._device.pop(key)
         if entry is None and (spilled := self._host.pop(key)) is not None:
             entry = tuple(tensor.to(self._origin[key]) for tensor in spilled)
@@ -127,7 +140,7 @@ class TensorCache:
         return self.insert(key, entry)
 
     def insert(self, key: Hashable, tensors: Iterable[Tensor]) -> CacheEntry:
-        """Keep `tensors`, spilling and evicting the oldest if need be."""
+        """Store `tensors`, spilling and evicting the oldest if necessary."""
         tensors = tuple(tensors)
         self._origin[key] = tensors[0].device
         self._host.pop(key)
@@ -137,13 +150,16 @@ class TensorCache:
         return tensors
 
     def get_or_compute(self, key: Hashable, compute: Callable[[], Iterable[Tensor]]) -> tuple[CacheEntry, bool]:
-        """Return the entry under `key`, computed now if need be; and whether it was there."""
+        """Return the entry under `key` and whether it was cached.
+
+        A missing entry is computed.
+        """
         if (entry := self.get(key)) is not None:
             return entry, True
         return self.insert(key, compute()), False
 
     def resize(self, budget: int, spill: int) -> None:
-        """Set new budgets; what no longer fits leaves as it always does."""
+        """Set new budgets, spilling and evicting entries that no longer fit."""
         entries = list(self._device.entries.items())
         self._device, self._host.budget = LruTier(budget, 0, OrderedDict()), spill
         for key, entry in entries:
@@ -163,7 +179,7 @@ class TensorCache:
         return len(self._origin)
 
     def stats(self) -> CacheStats:
-        """Return the counters; safe from any thread."""
+        """Return the counters, from any thread."""
         return CacheStats(len(self), self._device.held, self._host.held, self.hits, self.misses)
 
 

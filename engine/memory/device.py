@@ -1,4 +1,7 @@
-"""Which device and number format to paint with: the one place that names them."""
+"""Choice of device and number format, and device-specific operations.
+
+No other module names devices.
+"""
 
 import os
 from collections.abc import Callable, Iterable, Sequence
@@ -10,19 +13,22 @@ import torch
 from engine.contract import Fix, InvalidJob
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-"""fp16 is not among them: the autoencoder overflows in it, and the transformer may."""
+"""Number formats to compute in. fp16 is missing: the autoencoder overflows in it, and the transformer may."""
 
 
 @dataclass(frozen=True, slots=True)
 class Device:
-    """Where weights lie and in which format."""
+    """A device to compute on and the number format to compute in."""
 
     device: torch.device
     dtype: torch.dtype
 
     @classmethod
     def choose(cls, device: str | None = None, dtype: str | None = None) -> "Device":
-        """The best this machine has, unless told. Raises InvalidJob for what it has not."""
+        """Return the requested device and format, by default the best available.
+
+        Raises InvalidJob for a device or format that this machine lacks.
+        """
         where = torch.device(_device(device))
         if dtype is not None and dtype not in DTYPES:
             raise InvalidJob(f"dtype is {dtype!r}; allowed: {', '.join(DTYPES)}.")
@@ -30,7 +36,10 @@ class Device:
 
     @property
     def is_cuda(self) -> bool:
-        """Whether it is a GPU behind torch's CUDA interface: NVIDIA's, or AMD's through ROCm."""
+        """Whether it is a GPU of torch's CUDA interface.
+
+        These are NVIDIA GPUs, and AMD GPUs through ROCm.
+        """
         return self.device.type == "cuda"
 
     @property
@@ -40,7 +49,7 @@ class Device:
 
     @property
     def has_tensor_cores(self) -> bool:
-        """Whether products run in the number format that the device is fastest in."""
+        """Whether matrix products run in the device's fastest number format."""
         return self.dtype == torch.bfloat16
 
     @property
@@ -54,27 +63,30 @@ class Device:
         return str(self.dtype).removeprefix("torch.")
 
     def free_bytes(self) -> int:
-        """Memory free on the device now."""
+        """Return the memory that is free on the device now."""
         if self.device.type == "cuda":
             return torch.cuda.mem_get_info(self.device)[0]
         return _free_host_bytes()
 
     def cap(self, limit: int | None) -> None:
-        """Let this process take no more than `limit` bytes of a GPU: torch frees what it caches, or fails."""
+        """Limit this process to `limit` bytes of a GPU.
+
+        At the limit torch frees the memory it caches, or fails.
+        """
         if self.is_cuda:
             total = torch.cuda.mem_get_info(self.device)[1]
             share = 1.0 if limit is None else min(1.0, max(0.0, limit / total))
             torch.cuda.set_per_process_memory_fraction(share, self.device)
 
     def sync(self) -> None:
-        """Wait for the device, so that a wall clock tells the truth."""
+        """Wait until the device has finished, for example to measure time."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         elif self.device.type == "mps":
             torch.mps.synchronize()
 
     def empty_cache(self) -> None:
-        """Hand memory that torch keeps for later back to the device."""
+        """Release the unused memory in torch's caching allocator."""
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
         elif self.device.type == "mps":
@@ -82,68 +94,86 @@ class Device:
 
     @property
     def label(self) -> str:
-        """What a person calls the memory it computes in."""
+        """Name of the memory it computes in, for users."""
         return "GPU" if self.device.type == "cuda" else "memory"
 
     def idle_bytes(self) -> int:
-        """Memory that torch keeps for later: taken, but at hand."""
+        """Return the unused memory in torch's caching allocator."""
         if self.device.type == "cuda":
             return torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
         return 0
 
     def host_bytes(self) -> int | None:
-        """Memory of the host that is free for what sleeps there; None where the device computes in it."""
+        """Return the host memory that is free for offloaded weights.
+
+        None where the device computes in host memory.
+        """
         return _free_host_bytes() if has_own_memory(self.device) else None
 
     def total_bytes(self) -> int:
-        """Memory of the device, whoever uses it."""
+        """Return the total memory of the device."""
         if self.device.type == "cuda":
             return torch.cuda.mem_get_info(self.device)[1]
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 1 << 62
 
 
 def has_own_memory(device: torch.device) -> bool:
-    """Whether it computes in a memory of its own, so that weights can sleep in the host's."""
+    """Return whether the device has memory separate from the host's.
+
+    Only then can weights be offloaded to the host.
+    """
     return device.type == "cuda"
 
 
 def multiplies_fp8(device: torch.device) -> bool:
-    """NVIDIA from compute capability 8.9 on (Ada, Hopper, Blackwell)."""
+    """Return whether the device multiplies fp8.
+
+    NVIDIA GPUs do from compute capability 8.9 on (Ada, Hopper, Blackwell).
+    """
     return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 9)
 
 
 def multiplies_fp4(device: torch.device) -> bool:
-    """NVIDIA from compute capability 10.0 on (Blackwell)."""
+    """Return whether the device multiplies fp4.
+
+    NVIDIA GPUs do from compute capability 10.0 on (Blackwell).
+    """
     return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (10, 0)
 
 
 def stores_fp8(device: torch.device) -> bool:
-    """Metal knows no fp8 at all."""
+    """Return whether the device can store fp8, which Metal cannot."""
     return device.type != "mps"
 
 
 def host_memory(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Uninitialised memory of the host from which `device` can be filled: pinned where it copies by itself."""
+    """Allocate host memory for copies to `device`.
+
+    Pinned on CUDA, so that copies can be asynchronous.
+    """
     return torch.empty(shape, dtype=dtype, pin_memory=device.type == "cuda")
 
 
 StreamEvent = torch.Event | None
-"""A point in a device's work; None where the work is done when the call returns."""
+"""An event in a device's work. None where calls are synchronous."""
 
 
 class CopyStream:
-    """Carries bytes to a device beside its computation; without streams, at once."""
+    """Copies to a device in parallel with its computation.
+
+    On devices without streams it copies synchronously.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def mark(self) -> StreamEvent:
-        """Where the computation will stand after what is asked of it now."""
+        """Record an event on the compute stream."""
         return torch.cuda.current_stream(self._device).record_event() if self._stream is not None else None
 
     def carry(self, target: torch.Tensor, source: torch.Tensor, after: StreamEvent) -> StreamEvent:
-        """Copy once `after` is reached; the mark that is returned is reached with it."""
+        """Copy asynchronously after `after` and return the completion event."""
         if self._stream is None:
             target.copy_(source)
             return None
@@ -154,31 +184,40 @@ class CopyStream:
         return self._stream.record_event()
 
     def wait(self, mark: StreamEvent) -> None:
-        """Let the computation wait for `mark`."""
+        """Make the compute stream wait for `mark`."""
         if mark is not None:
             torch.cuda.current_stream(self._device).wait_event(mark)
 
     @staticmethod
     def settle(mark: StreamEvent) -> None:
-        """Wait here for `mark`."""
+        """Block until `mark` is reached."""
         if mark is not None:
             mark.synchronize()
 
 
 def graph_pool() -> Any:
-    """Memory that several graphs may share: they never run at the same time."""
+    """Return a memory pool that several graphs may share.
+
+    They never run at the same time.
+    """
     return torch.cuda.graph_pool_handle()
 
 
 class DeviceGraph:
-    """A function of fixed shapes, captured as a CUDA graph; calls copy the inputs in and the result out."""
+    """A function of fixed shapes, captured as a CUDA graph.
+
+    A call copies the inputs in and the result out.
+    """
 
     def __init__(self, function: Callable[[], torch.Tensor], buffers: Sequence[torch.Tensor], pool: Any) -> None:
-        """function: reads `buffers`, which every call overwrites."""
+        """Capture `function`, which reads `buffers`.
+
+        Every call overwrites the buffers.
+        """
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            # Libraries set up their workspaces on first use, which must not be captured.
+            # Libraries allocate their workspaces on first use, which must not be captured.
             function()
         torch.cuda.current_stream().wait_stream(stream)
         self._buffers = tuple(buffers)
@@ -191,7 +230,7 @@ class DeviceGraph:
         for buffer, given in zip(self._buffers, inputs, strict=True):
             buffer.copy_(given)
         self._graph.replay()
-        # The graphs share a pool: another's replay may overwrite the result.
+        # The graphs share a pool: the replay of another may overwrite the result.
         return self._result.clone()
 
 
@@ -218,7 +257,10 @@ def _not_there(asked: str, found: list[str]) -> InvalidJob:
 
 
 def _native(device: torch.device) -> torch.dtype:
-    """bf16 where the hardware multiplies it; elsewhere it is emulated, about a hundred times slower than fp32."""
+    """Return bf16 where the hardware multiplies it, else fp32.
+
+    Emulated bf16 is about a hundred times slower than fp32.
+    """
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
     if device.type == "mps":

@@ -1,4 +1,7 @@
-"""Layers that sleep in the host's memory pass through a ring on the device, the next one already on its way."""
+"""Offloading: layers in host memory stream through a ring on the device.
+
+The next layer is copied while one computes.
+"""
 
 from typing import Any
 
@@ -9,21 +12,24 @@ from engine.memory.device import CopyStream, StreamEvent
 from engine.memory.plan import SLOTS
 
 _ALIGN = 256
-"""Bytes between the starts of tensors in a slot: what the device's matrix units want."""
+"""Alignment in bytes of tensors in a slot, as the device's matrix units require."""
 
 
 class OffloadRing:
-    """The ring that all streamed layers of a model share. The order of use is learned from the last time."""
+    """Ring of device memory shared by all offloaded layers of a model.
+
+    The order of use is taken from the previous pass.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self._courier = CopyStream(device)
+        self._copies = CopyStream(device)
         self._slots = [_RingSlot() for _ in range(SLOTS)]
         self._after: dict[OffloadedModule, OffloadedModule] = {}
         self._current: _RingSlot | None = None
 
     def room_for(self, size: int) -> None:
-        """Make the slots hold layers of `size` bytes."""
+        """Enlarge the slots to hold layers of `size` bytes."""
         for slot in self._slots:
             if slot.memory is None or slot.memory.nbytes < size:
                 slot.memory = torch.empty(size, dtype=torch.uint8, device=self.device)
@@ -34,16 +40,19 @@ class OffloadRing:
         return sum(slot.memory.nbytes for slot in self._slots if slot.memory is not None)
 
     def fetch(self, layer: "OffloadedModule") -> dict[str, Tensor]:
-        """The layer's weights on the device, until the next is fetched; and that next one is sent for."""
+        """Return the layer's weights on the device and prefetch the next layer.
+
+        The weights are valid until the next layer is fetched.
+        """
         slot = next((slot for slot in self._slots if slot.layer is layer), None)
         if slot is None:
             slot = next(slot for slot in self._slots if slot is not self._current)
             self._send(layer, slot)
-        self._courier.wait(slot.arrived)
+        self._copies.wait(slot.arrived)
         previous, self._current = self._current, slot
         if previous is not None and previous is not slot:
-            # All that was computed with it has been asked for by now.
-            previous.done = self._courier.mark()
+            # All computation with the previous layer has been issued by now.
+            previous.done = self._copies.mark()
             if previous.layer is not None:
                 self._after[previous.layer] = layer
             following = self._after.get(layer)
@@ -56,13 +65,16 @@ class OffloadRing:
         slot.layer, slot.tensors, at = layer, {}, 0
         for name, asleep in layer.asleep.items():
             there = slot.memory[at : at + asleep.nbytes].view(asleep.dtype).view(asleep.shape)
-            slot.arrived = self._courier.carry(there, asleep, slot.done)
+            slot.arrived = self._copies.carry(there, asleep, slot.done)
             slot.tensors[name] = there
             at += -(-asleep.nbytes // _ALIGN) * _ALIGN
 
 
 class _RingSlot:
-    """memory: as large as the largest layer. arrived: its tensors are there. done: it may be overwritten."""
+    """A slot of the ring, as large as the largest layer.
+
+    arrived: event after which its tensors are valid. done: event after which it may be overwritten.
+    """
 
     def __init__(self) -> None:
         self.memory: Tensor | None = None
@@ -73,28 +85,31 @@ class _RingSlot:
 
 
 class OffloadedModule(nn.Module):
-    """A layer that is on the device only while it computes."""
+    """A layer whose weights are on the device only while it computes."""
 
-    def __init__(self, layer: nn.Module, conveyor: OffloadRing) -> None:
+    def __init__(self, layer: nn.Module, ring: OffloadRing) -> None:
         super().__init__()
         self.layer = layer
-        # Not under its own name, so that the conveyor's slots are nobody's parameters.
-        self._conveyor = [conveyor]
+        # In a list, so that the ring is not registered as a part of the module.
+        self._ring = [ring]
         self.asleep: dict[str, Tensor] = {
             name: tensor.detach() for name, tensor in (*layer.named_parameters(), *layer.named_buffers())
         }
 
     @property
     def bytes(self) -> int:
-        """Of a slot that holds it."""
+        """Size of a slot for this layer."""
         return sum(-(-tensor.nbytes // _ALIGN) * _ALIGN for tensor in self.asleep.values())
 
     def forward(self, x: Tensor) -> Any:
-        return torch.func.functional_call(self.layer, self._conveyor[0].fetch(self), (x,))
+        return torch.func.functional_call(self.layer, self._ring[0].fetch(self), (x,))
 
 
 class CpuEmbedding(nn.Module):
-    """A table that stays in the host's memory: only the rows of the prompt's tokens go to the device."""
+    """An embedding table that stays in host memory.
+
+    Only the rows of the prompt's tokens are copied to the device.
+    """
 
     def __init__(self, table: nn.Embedding, device: torch.device) -> None:
         super().__init__()
@@ -105,9 +120,12 @@ class CpuEmbedding(nn.Module):
         return nn.functional.embedding(ids.to(self.weight.device), self.weight).to(self._device)
 
 
-def stream(module: nn.Module, layers: tuple[str, ...], conveyor: OffloadRing) -> None:
-    """Let the named layers, whose weights lie in the host's memory, pass through `conveyor`."""
+def stream(module: nn.Module, layers: tuple[str, ...], ring: OffloadRing) -> None:
+    """Replace the named layers by ones that stream through `ring`.
+
+    Their weights must be in host memory.
+    """
     for name in layers:
-        streamed = OffloadedModule(module.get_submodule(name), conveyor)
-        conveyor.room_for(streamed.bytes)
+        streamed = OffloadedModule(module.get_submodule(name), ring)
+        ring.room_for(streamed.bytes)
         module.set_submodule(name, streamed)

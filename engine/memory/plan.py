@@ -1,6 +1,6 @@
-"""What fits into this machine's memory: which weights stay on the device, which sleep in the host's and stream through.
+"""Placement of weights: which stay on the device and which are offloaded.
 
-A pure function from sizes to a plan; refuses early, with numbers and the nearest thing that would fit.
+A pure function from sizes to a plan. It refuses before loading, with numbers and the nearest thing that would fit.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -9,33 +9,33 @@ from dataclasses import dataclass, replace
 from engine.contract import Fix, OutOfMemory
 
 _PREFERENCE = ("klein-9b-kv", "klein-9b", "klein-4b")
-"""What `auto` takes first. Base variants are for fine-tuning and slow: only when named."""
+"""Order in which `auto` prefers variants. Base variants are slow and for fine-tuning: used only when named."""
 
 RESERVE = 500_000_000
-"""Bytes of a device that are nobody's: workspaces of its libraries, and what its allocator cuts off."""
+"""Bytes of a device left free for workspaces of its libraries and fragmentation of its allocator."""
 
 CONTEXT = 600_000_000
 """Bytes of a GPU that CUDA takes for a process before anything is computed. Observed: 570 MB, H200, torch 2.11."""
 
 SIDES = (1024, 768, 512, 256)
-"""Of the squares that are tried, in pixels, where the wanted one does not fit."""
+"""Sides in pixels of the squares to try where the requested size does not fit."""
 
 SLOTS = 2
-"""Of the ring that streamed layers pass through: one is computed with while the next is on its way."""
+"""Slots of the ring of offloaded layers: one computes while the next is copied."""
 
 
 def best(installed: Iterable[str], fits: Callable[[str], bool]) -> str | None:
-    """The best of the installed variants that fits."""
+    """Return the best installed variant that fits, or None."""
     there = set(installed)
     return next((name for name in _PREFERENCE if name in there and fits(name)), None)
 
 
 @dataclass(frozen=True, slots=True)
 class WeightSizes:
-    """Bytes of a model's weights in the formats they will have in memory.
+    """Sizes in bytes of a model's weights in memory.
 
     blocks, encoder: of each linear layer in the blocks of the transformer and of the text encoder, in order of use;
-    these can stream. rest: all that cannot. embedding: the encoder's table, of which a prompt needs a few rows.
+    these can be offloaded. rest: all others. embedding: the encoder's table, of which a prompt needs a few rows.
     """
 
     name: str
@@ -51,9 +51,10 @@ class WeightSizes:
 
 @dataclass(frozen=True, slots=True)
 class MemoryInfo:
-    """Memory that is free now, in bytes. total: of the device, whoever uses it. host: None where it is the device's.
+    """Memory that is free now, in bytes.
 
-    limit: what the user allows, whatever is free.
+    total: of the device, used or free. host: free in host memory, None where the device computes in it.
+    limit: set by the user, None without one.
     """
 
     device: str
@@ -64,38 +65,48 @@ class MemoryInfo:
 
     @property
     def usable(self) -> int:
-        """Bytes for weights and work: of a limit on a GPU, the driver's context takes its part."""
+        """Bytes for weights and activations.
+
+        On a GPU, the driver's context is subtracted from a limit.
+        """
         return self.free if self.limit is None else min(self.free, max(0, self.limit - self.context))
 
     @property
     def context(self) -> int:
-        """Bytes of a limit that are the driver's."""
+        """Bytes of a limit that the driver's context takes."""
         return CONTEXT if self.host is not None else 0
 
 
 @dataclass(frozen=True, slots=True)
 class ActivationMemory:
-    """What a picture needs besides weights. side: of the square it is planned for, in pixels."""
+    """Memory of one image besides weights.
+
+    side: of the square image it is planned for, in pixels.
+    """
 
     side: int
     bytes: int
     workspace: int = 0
 
     def on(self, room: MemoryInfo) -> int:
-        """Bytes on this device: a GPU's convolutions need a workspace besides."""
+        """Return the bytes on this device.
+
+        On a GPU, convolutions also need a workspace.
+        """
         return self.bytes + (self.workspace if room.host is not None else 0)
 
     def at(self, side: int) -> "ActivationMemory":
-        """For a smaller square: nearly all of it grows with the area."""
+        """Scale to a smaller square, in proportion to the area."""
         return ActivationMemory(side, *(size * side**2 // self.side**2 for size in (self.bytes, self.workspace)))
 
 
 @dataclass(frozen=True, slots=True)
 class PlacementPlan:
-    """Where weights live. blocks, encoder: how many of the layers stay on the device, the first ones; others stream.
+    """Placement of weights on the device and in host memory.
 
-    embedding_asleep: the table stays in the host's memory. peak: bytes on the device while a picture is painted.
-    asleep: bytes in the host's memory.
+    blocks, encoder: number of first layers that stay on the device. The others are offloaded.
+    embedding_asleep: the table stays in host memory. peak: bytes on the device while an image is generated.
+    asleep: bytes in host memory.
     """
 
     blocks: int
@@ -105,7 +116,7 @@ class PlacementPlan:
     asleep: int
 
     def summary(self, needs: WeightSizes) -> str:
-        """Where the weights are, in words."""
+        """Describe the placement in words."""
         streamed = [
             f"{what} {there} of {whole} layers"
             for what, there, whole in (
@@ -121,10 +132,12 @@ class PlacementPlan:
 def working(
     *, hidden: int, tokens: int, pixels: int, decoder: int, itemsize: int, blocks: int = 0, references: int = 0
 ) -> int:
-    """Bytes besides weights while a picture is painted: the larger of transformer and decoder.
+    """Return the bytes besides weights while an image is generated.
 
-    tokens: text, canvas and references together. decoder: its width at full size. blocks, references: where keys and
-    values of so many reference tokens are kept in so many blocks. The factors were counted on the meta device at the
+    The larger of transformer and decoder counts.
+
+    tokens: text, canvas and references together. decoder: its width at full size. blocks, references: keys and
+    values of so many reference tokens are cached in so many blocks. The factors were counted on the meta device at the
     real shapes (tests/engine/test_memory.py): 20 hidden-wide rows a token, 3 decoder-wide images.
     """
     kept = 2 * blocks * references * hidden * itemsize
@@ -138,10 +151,11 @@ def plan(
     alternatives: Sequence[tuple[Fix, WeightSizes]] = (),
     models: Sequence[tuple[str, WeightSizes]] = (),
 ) -> PlacementPlan:
-    """The fastest plan that fits: all on the device; else the encoder streams; else as few blocks as must.
+    """Return the fastest plan that fits.
 
-    alternatives: (what to say, needs) of ways to load the model that take less, in order of preference, of which the
-    first that fits is named in the error. models: the same of other models, named if nothing helps this one.
+    In order: all on the device, the encoder offloaded, or also as few blocks as possible.
+    alternatives: (fix, needs) of ways to load the model with less memory, in order of preference. The error names the
+    first that fits. models: (name, needs) of other models, named if no alternative fits.
     Raises OutOfMemory.
     """
     found = fits(needs, room, work)
@@ -157,13 +171,13 @@ def plan(
 
 
 def fits(needs: WeightSizes, room: MemoryInfo, work: ActivationMemory) -> PlacementPlan | None:
-    """The plan, or None."""
+    """Return the fastest plan that fits, or None."""
     fixed = needs.rest + work.on(room) + RESERVE
     if room.host is None:
         peak = needs.all + work.bytes + RESERVE
         return PlacementPlan(len(needs.blocks), len(needs.encoder), False, peak, 0) if peak <= room.usable else None
     blocks, encoder = sum(needs.blocks), sum(needs.encoder)
-    # The table always sleeps: a prompt looks up 512 rows of 150,000.
+    # The table is always offloaded: a prompt looks up 512 rows of 150,000.
     if fixed + blocks + encoder <= room.usable:
         return _if_awake(
             PlacementPlan(len(needs.blocks), len(needs.encoder), True, fixed + blocks + encoder, needs.embedding), room
@@ -183,12 +197,12 @@ def fits(needs: WeightSizes, room: MemoryInfo, work: ActivationMemory) -> Placem
 
 
 def _if_awake(found: PlacementPlan, room: MemoryInfo) -> PlacementPlan | None:
-    """The plan, if the host has room for what sleeps."""
+    """Return the plan if its offloaded weights fit into host memory."""
     return found if room.host is not None and found.asleep <= room.host else None
 
 
 def _staying(layers: Sequence[int], room: int) -> int | None:
-    """How many of the first layers fit; None if not even none does."""
+    """Count the first layers that fit, None if `room` is negative."""
     if room < 0:
         return None
     for count, size in enumerate(layers):
@@ -199,14 +213,17 @@ def _staying(layers: Sequence[int], room: int) -> int | None:
 
 
 def _least(needs: WeightSizes, room: MemoryInfo, work: ActivationMemory) -> int:
-    """The least device memory any plan needs."""
+    """Return the least device memory any plan needs."""
     if room.host is None:
         return needs.all + work.bytes + RESERVE
     return needs.rest + work.on(room) + RESERVE + SLOTS * max((*needs.encoder, *needs.blocks, 0))
 
 
 def _there(room: MemoryInfo) -> str:
-    """What there is, and who keeps the rest: the user's own limit, or whoever holds much of the device."""
+    """Describe the free memory and the cause of its shortage.
+
+    That is the user's own limit, or other programs that hold much of the device.
+    """
     if room.usable < room.free:
         return f"the memory limit is {gb(room.limit or 0)}."
     others = f" Other programs hold {gb(room.total - room.free)}." if _is_shared(room) else ""
@@ -224,7 +241,7 @@ def _nearest(
     alternatives: Sequence[tuple[Fix, WeightSizes]],
     models: Sequence[tuple[str, WeightSizes]],
 ) -> tuple[str, Fix | None]:
-    """Return the nearest thing that would fit, as a hint or as a fix."""
+    """Return a hint or fix for the nearest thing that would fit."""
     if room.usable < room.free and fits(needs, replace(room, limit=None), work) is not None:
         return "", Fix("set", "memory", effect=f"with {gb(_least(needs, room, work) + room.context)} it would fit")
     if _is_shared(room) and fits(needs, replace(room, free=room.total), work) is not None:

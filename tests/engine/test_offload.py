@@ -97,7 +97,7 @@ def test_a_slot_is_not_written_before_its_layer_is_done() -> None:
 
     module = nn.Sequential(*(nn.Linear(8, 8, bias=False) for _ in range(4)))
     conveyor = streamed(module)
-    conveyor._courier = recorder = Recorder()
+    conveyor._copies = recorder = Recorder()
     for _ in range(3):
         module(torch.randn(1, 8))
     carried = [after for what, after in recorder.events if what == "carry"]
