@@ -1,1 +1,4 @@
-"""What a user starts from: client configurations, and programs that drive klein-mcp. The tests run all of it."""
+"""Examples for users: client configurations, and programs that call klein-mcp.
+
+The tests run all of them.
+"""

@@ -1,4 +1,6 @@
-"""How each MCP client is told to start klein-mcp: one command, every client's own spelling, and the way back.
+"""Write the configuration that starts klein-mcp for each MCP client.
+
+The command is the same; each client has its own format. Each format can also be read back.
 
 python -m examples.configurations                       write examples/clients/
 python -m examples.configurations /opt/klein/bin/klein-mcp   print them all for a command of your own
@@ -18,25 +20,25 @@ from urllib.parse import parse_qs, quote, unquote, urlsplit
 import yaml
 
 NAME = "klein"
-"""Under which the tools appear; klein_compose_references is the longest, far below the 60 that Cursor allows."""
+"""Name under which the tools appear. klein_compose_references is the longest, far below Cursor's limit of 60."""
 FOLDER = Path(__file__).parent / "clients"
 
 
 @dataclass(frozen=True, slots=True)
 class Launch:
-    """What a client runs."""
+    """The command that a client runs."""
 
     command: str
     args: tuple[str, ...] = ()
     env: Mapping[str, str] = field(default_factory=dict)
 
-    def said(self) -> dict[str, Any]:
-        """As most clients spell it; an empty environment is left out."""
+    def to_json(self) -> dict[str, Any]:
+        """Return the form that most clients use, without an empty environment."""
         return {"command": self.command, "args": [*self.args], **({"env": dict(self.env)} if self.env else {})}
 
     @classmethod
-    def heard(cls, said: Mapping[str, Any]) -> "Launch":
-        return cls(said["command"], tuple(said.get("args", ())), said.get("env", {}))
+    def from_json(cls, value: Mapping[str, Any]) -> "Launch":
+        return cls(value["command"], tuple(value.get("args", ())), value.get("env", {}))
 
 
 LAUNCH = Launch("uvx", ("klein-mcp",))
@@ -44,8 +46,9 @@ LAUNCH = Launch("uvx", ("klein-mcp",))
 
 @dataclass(frozen=True, slots=True)
 class Client:
-    """write(launch) is what belongs into `file`, or after `$ ` in a terminal; read(text) is the launch in it.
+    """An MCP client and its configuration file.
 
+    write(launch): the content of `file`, or the command after `$ ` in a terminal. read(text): the launch in it.
     where: the place a user puts it.
     """
 
@@ -57,10 +60,13 @@ class Client:
 
 
 def _json(*path: str, **more: Any) -> tuple[Callable[[Launch], str], Callable[[str], Launch]]:
-    """Writer and reader of a JSON file that keeps the launch at `path`, with `more` beside it."""
+    """Return writer and reader of a JSON configuration.
+
+    The launch is at `path`, with `more` beside it.
+    """
 
     def write(launch: Launch) -> str:
-        value: Any = {**more, **launch.said()}
+        value: Any = {**more, **launch.to_json()}
         for key in reversed((*path, NAME)):
             value = {key: value}
         return json.dumps(value, indent=2) + "\n"
@@ -69,7 +75,7 @@ def _json(*path: str, **more: Any) -> tuple[Callable[[Launch], str], Callable[[s
         value = json.loads(text)
         for key in (*path, NAME):
             value = value[key]
-        return Launch.heard(value)
+        return Launch.from_json(value)
 
     return write, read
 
@@ -83,12 +89,15 @@ def _codex(launch: Launch) -> str:
 
 
 def _toml(value: str | list[str]) -> str:
-    """TOML's strings and lists are JSON's, but for what lies beyond 16 bits: that stays as it is."""
+    """Return a string or list as TOML.
+
+    JSON has the same form, except for characters beyond 16 bits, which are not escaped.
+    """
     return json.dumps(value, ensure_ascii=False)
 
 
 def _read_codex(text: str) -> Launch:
-    return Launch.heard(tomllib.loads(text)["mcp_servers"][NAME])
+    return Launch.from_json(tomllib.loads(text)["mcp_servers"][NAME])
 
 
 def _goose(launch: Launch) -> str:
@@ -105,8 +114,8 @@ def _goose(launch: Launch) -> str:
 
 
 def _read_goose(text: str) -> Launch:
-    said = yaml.safe_load(text)["extensions"][NAME]
-    return Launch(said["cmd"], tuple(said["args"]), said["envs"])
+    extension = yaml.safe_load(text)["extensions"][NAME]
+    return Launch(extension["cmd"], tuple(extension["args"]), extension["envs"])
 
 
 CLIENTS = (
@@ -128,7 +137,10 @@ CLIENTS = (
 
 
 def _terminal(*program: str, env: str) -> tuple[Callable[[Launch], str], Callable[[str], Launch]]:
-    """Writer and reader of `program … klein ENV -- command arguments`; env: the option that takes one KEY=VALUE."""
+    """Return writer and reader of a terminal command.
+
+    Its form is `program … klein ENV -- command arguments`. env: the option that takes one KEY=VALUE.
+    """
 
     def write(launch: Launch) -> str:
         given = [part for key, value in launch.env.items() for part in (env, f"{key}={value}")]
@@ -148,40 +160,46 @@ COMMANDS = {
     "Claude Code": _terminal("claude", "mcp", "add", env="-e"),
     "Codex": _terminal("codex", "mcp", "add", env="--env"),
 }
-"""Clients that can also be told in a terminal."""
+"""Clients that can also be configured in a terminal."""
 
 
 def vscode_link(launch: Launch) -> str:
-    """VS Code's install link, behind https because GitHub shows no others."""
-    asked = quote(json.dumps({"name": NAME, **launch.said()}, separators=(",", ":")), safe="")
+    """Return VS Code's install link.
+
+    It is wrapped in https because GitHub shows no other links.
+    """
+    asked = quote(json.dumps({"name": NAME, **launch.to_json()}, separators=(",", ":")), safe="")
     return "https://vscode.dev/redirect?url=" + quote(f"vscode:mcp/install?{asked}", safe="")
 
 
 def read_vscode_link(link: str) -> Launch:
-    """The launch behind an install link."""
+    """Return the launch in an install link."""
     (inner,) = parse_qs(urlsplit(link).query)["url"]
-    return Launch.heard(json.loads(unquote(inner.removeprefix("vscode:mcp/install?"))))
+    return Launch.from_json(json.loads(unquote(inner.removeprefix("vscode:mcp/install?"))))
 
 
 def cursor_link(launch: Launch) -> str:
-    """Cursor's install link; cursor.com hands it on to cursor://anysphere.cursor-deeplink/mcp/install."""
-    asked = base64.b64encode(json.dumps(launch.said(), separators=(",", ":")).encode()).decode()
+    """Return Cursor's install link.
+
+    cursor.com forwards it to cursor://anysphere.cursor-deeplink/mcp/install.
+    """
+    asked = base64.b64encode(json.dumps(launch.to_json(), separators=(",", ":")).encode()).decode()
     return f"https://cursor.com/en/install-mcp?name={NAME}&config={quote(asked, safe='')}"
 
 
 def read_cursor_link(link: str) -> Launch:
-    """The launch behind an install link."""
+    """Return the launch in an install link."""
     (asked,) = parse_qs(urlsplit(link).query)["config"]
-    return Launch.heard(json.loads(base64.b64decode(asked)))
+    return Launch.from_json(json.loads(base64.b64decode(asked)))
 
 
 def files(launch: Launch = LAUNCH) -> dict[Path, str]:
-    """What examples/clients/ holds."""
+    """Return the files of examples/clients/."""
     return {FOLDER / client.file: client.write(launch) for client in CLIENTS}
 
 
 def main(words: list[str]) -> None:
-    """Write the folder, or print everything for the command that was given."""
+    """Write the folder, or print everything for the given command."""
     if not words:
         for path, text in files().items():
             path.write_text(text, encoding="utf-8")

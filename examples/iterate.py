@@ -1,9 +1,9 @@
-"""A scripted agent's loop over stdio: drafts, a look at them, one change at a time, the result saved.
+"""A scripted agent's loop over stdio: draft, look, edit, save.
 
     python examples/iterate.py [FOLDER]
 
-Where a language model would look at the pictures, this script measures them: it wants a clean background. Everything
-else is what an agent does: handles from one call go into the next, and the seed stays.
+A language model would look at the images; this script measures them for a clean background. Everything else is
+what an agent does: it passes handles from one call to the next, and it keeps the seed.
 """
 
 import base64
@@ -23,26 +23,32 @@ CHANGES = ("make the background blue", "add a yellow star in the top right corne
 
 
 def server(folder: Path) -> StdioServerParameters:
-    """How to start klein-mcp, allowed to save into `folder`; where it is installed, `command="klein-mcp"` does."""
+    """Return the command that starts klein-mcp, allowed to save into `folder`.
+
+    If klein-mcp is installed, `command="klein-mcp"` is enough.
+    """
     environment = {**os.environ, "KLEIN_WRITE_ROOTS": str(folder)}
     return StdioServerParameters(command=sys.executable, args=["-m", "klein_mcp"], env=environment)
 
 
 async def call(client: Client, tool: str, **arguments: Any) -> tuple[dict[str, Any], Image.Image | None]:
-    """The facts of a result, and its preview as the model would see it."""
+    """Return the metadata of a result, and its preview for the model."""
     result = await client.call_tool(tool, arguments)
     text = result.content[0].text  # type: ignore[union-attr]
     if result.is_error:
         raise RuntimeError(f"{tool}: {text}")
     facts = json.loads(text)
-    if "job" in facts:  # a slow machine: the picture is still being painted
+    if "job" in facts:  # on a slow machine the image is not ready yet
         return await call(client, "wait_for_job", job=facts["job"])
     seen = [block for block in result.content if block.type == "image"]
     return facts, Image.open(io.BytesIO(base64.b64decode(seen[0].data))) if seen else None
 
 
 def unrest(picture: Image.Image) -> float:
-    """How much the outermost pixels differ from each other; 0 for a background of one colour."""
+    """Measure how much the outermost pixels differ.
+
+    Returns 0 for a background of one colour.
+    """
     width, height = picture.size
     frame = picture.convert("RGB")
     edges = [frame.crop(box) for box in ((0, 0, width, 4), (0, height - 4, width, height), (0, 0, 4, height))]
@@ -50,7 +56,7 @@ def unrest(picture: Image.Image) -> float:
 
 
 async def main(folder: Path) -> None:
-    """Draft, look, change, save."""
+    """Draft, look, edit, save."""
     folder = folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
     async with Client(server(folder)) as client:

@@ -1,9 +1,11 @@
-"""Writes what is made from code: configurations, manifests, README's tables, the guide's words; and the pictures.
+"""Write all generated files, and on request the images.
 
-    python -m examples.make             everything but the pictures
-    python -m examples.make pictures    also the pictures, by `klein-mcp demo` on the embedded model, and the icon
+The files are configurations, manifests, README's tables and the guide's word lists.
 
-A made part of a Markdown file lies between `<!-- made: NAME -->` and `<!-- end -->`; tests/test_readme.py compares.
+    python -m examples.make             everything but the images
+    python -m examples.make pictures    also the images, by `klein-mcp demo` on the embedded model, and the icon
+
+A generated part of a Markdown file is between `<!-- made: NAME -->` and `<!-- end -->`; tests/test_readme.py compares.
 """
 
 import html
@@ -39,17 +41,17 @@ SPEED = ROOT / "engine" / "SPEED.md"
 WEIGHTS = ROOT / "engine" / "nano" / "weights"
 
 REPOSITORY = "klein-mcp/klein-mcp"
-"""Owner and name; every address in the project that names the repository is this one."""
+"""Owner and name. Every address in the project that names the repository is built from it."""
 
 
 def table(*rows: tuple[str, ...]) -> str:
-    """A Markdown table; the first row is its head."""
+    """Return a Markdown table, whose first row is the head."""
     head, *body = [f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in rows]
     return "\n".join((head, "|" + " --- |" * len(rows[0]), *body))
 
 
 def pictures() -> str:
-    """The demo's pictures with what made them, from what is written in the files."""
+    """Return the demo's images with their recipes, read from the files."""
     cells = []
     for path in sorted(PICTURES.glob("*.png")):
         with Image.open(path) as picture:
@@ -62,13 +64,13 @@ def pictures() -> str:
 
 
 def links() -> str:
-    """One click each."""
+    """Return the install links, which need one click each."""
     made = {"VS Code": clients.vscode_link(clients.LAUNCH), "Cursor": clients.cursor_link(clients.LAUNCH)}
     return " · ".join(f"[**Install in {client}**]({link})" for client, link in made.items())
 
 
 def configurations() -> str:
-    """One block per client that can be opened."""
+    """Return one collapsible block per client."""
     return "\n".join(map(_configuration, clients.CLIENTS))
 
 
@@ -84,7 +86,7 @@ def _configuration(client: clients.Client) -> str:
 
 
 def tools() -> str:
-    """From tools/list."""
+    """Return the table of tools/list."""
     rows = []
     for tool in TOOLS.values():
         schema = tool.schema()
@@ -95,7 +97,7 @@ def tools() -> str:
 
 
 def recipes() -> str:
-    """From prompts/."""
+    """Return the table of prompts/."""
     rows = [(f"[`{one.name}`](prompts/{one.name}.md)", one.description) for one in prompts.prompt_files()]
     return table(("Prompt", "What it does"), *rows)
 
@@ -133,7 +135,7 @@ def _model(row: Variant) -> tuple[str, ...]:
 
 
 def speed() -> str:
-    """The baselines of engine/SPEED.md."""
+    """Return the baselines of engine/SPEED.md."""
     found = re.search(r"<!-- baselines -->\n(.*?)\n<!-- end -->", SPEED.read_text(encoding="utf-8"), re.DOTALL)
     if found is None:
         raise SystemExit(f"{SPEED} has no table between <!-- baselines --> and <!-- end -->.")
@@ -141,7 +143,7 @@ def speed() -> str:
 
 
 def vocabulary() -> str:
-    """The lists of nano's world, as far as the shipped weights were taught them."""
+    """Return nano's word lists, as far as the shipped weights know them."""
     taught = set(json.loads((WEIGHTS / "klein.json").read_text(encoding="utf-8"))["words"])
     return "\n".join(
         f"- {kind}: {', '.join(word for word in (sorted(known) if kind == 'things' else known) if word in taught)}"
@@ -170,14 +172,14 @@ PARTS: dict[Path, dict[str, Callable[[], str]]] = {
 
 
 NAMESPACE = f"io.github.{REPOSITORY}"
-"""The name in the MCP registry; proven there by the mcp-name line of README.md."""
+"""The name in the MCP registry, which verifies it by the mcp-name line of README.md."""
 DESCRIPTION = "Paint, edit and compose pictures with FLUX.2 [klein] on your own machine; one engine for all agents."
 SHOWN_SETTINGS = ("model", "write_roots", "allow_urls")
-"""What the registry and the desktop bundle ask a user about; the other settings have good defaults."""
+"""Settings that the registry and the desktop bundle ask a user about. The others have good defaults."""
 
 
 def registry() -> dict[str, Any]:
-    """server.json, for the MCP registry."""
+    """Return server.json, for the MCP registry."""
     meanings = {name: meaning for name, _, meaning in settings.table()}
     variables = [settings.variable(name) for name in SHOWN_SETTINGS]
     return {
@@ -201,7 +203,10 @@ def registry() -> dict[str, Any]:
 
 
 def bundle() -> dict[str, Any]:
-    """manifest.json of the desktop bundle: uv installs the package when the user clicks."""
+    """Return manifest.json of the desktop bundle.
+
+    uv installs the package when the user clicks.
+    """
     return {
         "manifest_version": "0.4",
         "name": "klein-mcp",
@@ -242,7 +247,7 @@ def bundle() -> dict[str, Any]:
 
 
 def project_of_bundle() -> str:
-    """pyproject.toml of the desktop bundle."""
+    """Return pyproject.toml of the desktop bundle."""
     return (
         "[project]\n"
         'name = "klein-mcp-bundle"\n'
@@ -253,7 +258,7 @@ def project_of_bundle() -> str:
 
 
 def files() -> dict[Path, str]:
-    """Every file that is made as a whole."""
+    """Return every file that is generated as a whole."""
     return {
         **clients.files(),
         ROOT / "server.json": json.dumps(registry(), indent=2, ensure_ascii=False) + "\n",
@@ -265,7 +270,7 @@ def files() -> dict[Path, str]:
 
 
 def made(path: Path) -> str:
-    """The text of a Markdown file with each made part as it should be."""
+    """Return a Markdown file's text with each generated part updated."""
     text = path.read_text(encoding="utf-8")
     for name, make in PARTS[path].items():
         part = re.compile(rf"(<!-- made: {name} -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -276,9 +281,9 @@ def made(path: Path) -> str:
 
 
 def paint() -> None:
-    """The pictures of README and the icon, anew."""
+    """Generate the images of README and the icon again."""
     with tempfile.TemporaryDirectory() as home:
-        # In fp32, as on most CPUs; where bf16 is multiplied in hardware, that is the default.
+        # fp32 is used, as on most CPUs; hardware that multiplies bf16 would use bf16 by default.
         ours = {"KLEIN_HOME": home, "KLEIN_MODEL": EMBEDDED, "KLEIN_DTYPE": "float32"}
         program = [sys.executable, "-m", "klein_mcp"]
         subprocess.run([*program, "demo", "--out", str(PICTURES)], check=True, env={**os.environ, **ours})
@@ -289,7 +294,7 @@ def paint() -> None:
 
 
 def main(asked: list[str]) -> None:
-    """Write everything that is made."""
+    """Write everything that is generated."""
     if "pictures" in asked:
         paint()
     for path, text in files().items():

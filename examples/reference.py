@@ -1,6 +1,6 @@
-"""Write the reference pages that are made from code: `python -m examples.reference`.
+"""Write the generated reference pages: `python -m examples.reference`.
 
-docs/settings.md, docs/cli.md and docs/errors.md; tests/test_docs.py compares them with what this writes.
+They are docs/settings.md, docs/cli.md and docs/errors.md; tests/test_docs.py compares them with this output.
 """
 
 import argparse
@@ -29,7 +29,7 @@ ERRORS = {
     "EngineFailed": "The engine broke off",
     "SettingsError": "A setting has a wrong value",
 }
-"""Error classes by what they mean to a reader, in the order of the page."""
+"""Error classes by their meaning for a reader, in the order of the page."""
 
 
 def settings_page() -> str:
@@ -119,7 +119,10 @@ def errors_page() -> str:
 
 
 def messages() -> dict[str, set[tuple[str, str]]]:
-    """Return (message, next step) of every error that is constructed in `engine` and `klein_mcp`, by class."""
+    """Return all error messages with their next steps, by class.
+
+    These are the errors that are constructed in `engine` and `klein_mcp`.
+    """
     found: dict[str, set[tuple[str, str]]] = defaultdict(set)
     for path in (*ROOT.glob("engine/**/*.py"), *ROOT.glob("klein_mcp/**/*.py")):
         if "training" in path.parts:
@@ -136,7 +139,10 @@ def messages() -> dict[str, set[tuple[str, str]]]:
 
 
 def _text(node: ast.expr) -> str:
-    """Return a string literal as a reader sees it, its placeholders named by what fills them; "" for anything else."""
+    """Return a string literal as a reader sees it, "" without one.
+
+    Placeholders are named by the expressions that fill them.
+    """
     if isinstance(node, ast.Constant):
         return node.value if isinstance(node.value, str) else ""
     if isinstance(node, ast.JoinedStr):
@@ -156,7 +162,10 @@ _NOISE = {"f", "s", "if", "else", "str", "len", "join", "map", "self", "round", 
 
 
 def _fix(node: ast.expr | None) -> str:
-    """Word a literal `Fix(…)` as the front ends do; "" where it is computed."""
+    """Return a literal `Fix(…)` in words, like the front ends.
+
+    Returns "" if it is computed.
+    """
     if not (isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant)):
         return ""
     words = [_text(argument) for argument in node.args if _text(argument)]

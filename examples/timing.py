@@ -1,8 +1,10 @@
-"""How fast klein-mcp is here: medians as a client sees them, from the request to the picture in its hands.
+"""Measure klein-mcp's median times as a client sees them.
+
+A time runs from the request until the client has the image.
 
     python examples/timing.py [--calls 20] [--model auto]
 
-Through a real stdio server, engine warm, a new seed for each call; prints a row as in engine/SPEED.md.
+This uses a real stdio server, a warm engine and a new seed for each call, and prints a row as in engine/SPEED.md.
 """
 
 import argparse
@@ -21,7 +23,7 @@ SERVER = StdioServerParameters(command=sys.executable, args=["-m", "klein_mcp"],
 
 
 async def call(client: Client, tool: str, **arguments: Any) -> tuple[dict[str, Any], float]:
-    """Facts of a result, and seconds until it was there."""
+    """Return the metadata of a result, and the seconds it took."""
     started = time.perf_counter()
     facts: dict[str, Any] = {}
     while not facts or "job" in facts:

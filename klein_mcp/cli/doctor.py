@@ -112,7 +112,10 @@ def _disk(settings: Settings) -> Check:
 
 
 def _library(settings: Settings) -> Check:
-    """Check the index and that every image has its file, without creating a library."""
+    """Check the index and that every image has its file.
+
+    This does not create a library.
+    """
     from klein_mcp.images.library import DATABASE, Store
 
     if not (settings.library / DATABASE).exists():

@@ -1,4 +1,4 @@
-"""`klein-mcp paint`: makes one image in this process, without the daemon."""
+"""`klein-mcp paint`: make one image in this process, without the daemon."""
 
 import argparse
 import json
@@ -25,7 +25,10 @@ KINDS = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp"}
 
 @dataclass(frozen=True, slots=True)
 class PaintOptions:
-    """Arguments of the command. seed: None for a random one. out: one of KINDS; None for ./klein-<seed>.png."""
+    """Arguments of the command.
+
+    seed: None for a random one. out: a file with an ending in KINDS, None for ./klein-<seed>.png.
+    """
 
     prompt: str
     references: tuple[Path, ...] = ()
@@ -58,7 +61,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(settings: Settings, arguments: argparse.Namespace) -> int:
-    """Make the image that the arguments describe. Raises EngineError, RequestError or OSError."""
+    """Make the image that the arguments describe.
+
+    Raises EngineError, RequestError or OSError.
+    """
     options = PaintOptions(
         prompt=arguments.prompt,
         references=tuple(arguments.ref),
@@ -82,7 +88,10 @@ def _output(text: str) -> Path:
 
 
 def paint(settings: Settings, options: PaintOptions, *, as_json: bool = False) -> int:
-    """Make the image and write its file. Raises EngineError, RequestError or OSError."""
+    """Make the image and write its file.
+
+    Raises EngineError, RequestError or OSError.
+    """
     from klein_mcp.daemon.executors.local import make_local
     from klein_mcp.images import codec
     from klein_mcp.jobs.execute import PreparedRequest
@@ -97,7 +106,7 @@ def paint(settings: Settings, options: PaintOptions, *, as_json: bool = False) -
         with _interruptible():
             executor = make_local(settings)
         result = _last(_shown(event, bar) for event in executor.run(prepared.job(0)))
-    # Names, not paths: a file that is passed on must not tell where its references lay.
+    # The recipe has names, not paths: a file that is passed on must not reveal where its references were.
     recipe = provenance_of(wanted, result, wanted.images).to_json()
     data = codec.encode(result.image, KINDS[out.suffix.lower()], recipe)  # type: ignore[arg-type]
     folder = out.parent.resolve()
@@ -128,7 +137,10 @@ def _request(options: PaintOptions) -> request.ImageRequest:
 
 
 def _check(out: Path) -> None:
-    """Check that the image can be written, before work that may take minutes. Makes the folder."""
+    """Check that the image can be written, and make the folder.
+
+    This runs before work that may take minutes.
+    """
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         error = "it is a folder" if out.is_dir() else ""
@@ -140,7 +152,10 @@ def _check(out: Path) -> None:
 
 @contextmanager
 def _interruptible() -> Iterator[None]:
-    """Let Ctrl-C end the process at once: libraries that are imported here swallow a KeyboardInterrupt."""
+    """Let Ctrl-C end the process at once.
+
+    Libraries that are imported here swallow a KeyboardInterrupt.
+    """
     before = signal.signal(signal.SIGINT, _leave)
     try:
         yield

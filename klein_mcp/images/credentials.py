@@ -1,8 +1,8 @@
-"""Content credentials (C2PA): sign files on their way out, check what a file claims.
+"""Content credentials (C2PA): sign files for export and verify claims.
 
 Only `save_image` and downloads sign, so stored files keep their content address. Needs the extra `klein-mcp[c2pa]`.
 Vocabulary: C2PA 2.2 actions and IPTC digital source types. A local certificate cannot be on a public trust list, so
-other people's verifiers call its signer unknown.
+other people's verifiers report its signer as unknown.
 """
 
 import json
@@ -26,7 +26,7 @@ MAX_DEPTH = 5
 """Generations of parents that are embedded. Each adds about 5.8 KB to a PNG (measured with c2pa-python 0.38.1)."""
 
 _MARK = b"c2pa"
-"""The label of every manifest store (JUMBF), in whichever format it is embedded."""
+"""The label of every manifest store (JUMBF), in each format that embeds it."""
 _MAGIC = {b"\x89PNG": "image/png", b"\xff\xd8": "image/jpeg", b"RIFF": "image/webp"}
 _VALID_FOR = timedelta(days=3650)
 _RECIPE = "io.github.klein-mcp.recipe"
@@ -38,7 +38,7 @@ _UNTRUSTED = "signingCredential.untrusted"
 
 @dataclass(frozen=True, slots=True)
 class Asset:
-    """An image file with its place in the lineage.
+    """An image file with its parents and recipe.
 
     media_type: image/png, image/jpeg or image/webp. recipe: its provenance as JSON, None to leave it out.
     parents: the images it was made from, first reference first.
@@ -56,7 +56,7 @@ class Claim:
     """A file's own statement about its origin, and whether its signature holds.
 
     made_by: name and version of the software. signer: common name of the certificate. trusted: the certificate leads
-    to one we know. error: why the signature does not hold, "" where it does.
+    to a known one. error: why the signature does not hold, "" if it does.
     """
 
     made_by: str
@@ -75,21 +75,30 @@ class CredentialSigner:
     """Signs image files with one key and its certificate chain."""
 
     def __init__(self, key: bytes, chain: bytes) -> None:
-        """key: PEM, unencrypted. chain: PEM certificates, the signer's own first. Raises RequestError."""
+        """Load a key and its chain.
+
+        key: PEM, unencrypted. chain: PEM certificates, the signer's own first. Raises RequestError.
+        """
         self._key, self._chain = key, chain
         self._algorithm = _algorithm(key)
         _library()
 
     @classmethod
     def local(cls, folder: Path) -> "CredentialSigner":
-        """Use this installation's own key, made on first use and readable by its owner alone."""
+        """Return the signer of this installation's own key.
+
+        The key is made on first use; only its owner can read it.
+        """
         if not (folder / "key.pem").exists():
             _make_identity(folder)
         return cls.read(folder)
 
     @classmethod
     def read(cls, path: Path) -> "CredentialSigner":
-        """Read key.pem and chain.pem of a folder, or one PEM file that holds both. Raises RequestError."""
+        """Read a signer from a folder or one PEM file.
+
+        A folder holds key.pem and chain.pem; one PEM file holds both. Raises RequestError.
+        """
         files = (path / "key.pem", path / "chain.pem") if path.is_dir() else (path,)
         try:
             blocks = _pem_blocks(b"\n".join(file.read_bytes() for file in files))
@@ -108,12 +117,15 @@ class CredentialSigner:
         return cls(keys[0], b"".join(chain))
 
     def sign(self, asset: Asset) -> bytes:
-        """Return `asset`'s file with credentials embedded; pixels are untouched. Raises RequestError."""
+        """Return `asset`'s file with credentials embedded.
+
+        The pixels are not changed. Raises RequestError.
+        """
         return self._signed(asset, MAX_DEPTH)
 
     @cached_property
     def anchors(self) -> str:
-        """Certificates that make this signer a known one."""
+        """Return the certificates that make this signer a known one."""
         return self._chain.decode()
 
     def _signed(self, asset: Asset, depth: int) -> bytes:
@@ -138,13 +150,19 @@ class CredentialSigner:
 
 
 def sign_record(store: Store, record: Record, data: bytes, media_type: str, signer: CredentialSigner) -> bytes:
-    """Sign a file made of a library image, its ancestors as ingredients. Raises RequestError. Blocking."""
+    """Sign a file of a library image, with its ancestors as ingredients.
+
+    Raises RequestError. Blocking.
+    """
     asset = Asset(data, media_type, record.handle, record.provenance, _parents(store, record, MAX_DEPTH))
     return signer.sign(asset)
 
 
 def _parents(store: Store, record: Record, depth: int) -> tuple[Asset, ...]:
-    """Read the ancestors that are still there, one generation more than is embedded."""
+    """Read the ancestors that still exist.
+
+    This reads one generation more than is embedded.
+    """
     if depth < 0:
         return ()
     found = (store.find(handle) for handle in record.parents)
@@ -156,7 +174,10 @@ def _parents(store: Store, record: Record, depth: int) -> tuple[Asset, ...]:
 
 
 def from_setting(setting: str, home: Path) -> CredentialSigner | None:
-    """Return the signer that KLEIN_CREDENTIALS names, None for off. Raises RequestError."""
+    """Return the signer that KLEIN_CREDENTIALS names, None for off.
+
+    Raises RequestError.
+    """
     if setting in ("", "off"):
         return None
     if setting == "local":
@@ -165,7 +186,10 @@ def from_setting(setting: str, home: Path) -> CredentialSigner | None:
 
 
 def verify(data: bytes, media_type: str, anchors: str = "") -> Claim | None:
-    """Check the credentials of a file; None where it carries none. Raises RequestError without the extra."""
+    """Verify the credentials of a file, None if it carries none.
+
+    Raises RequestError without the extra.
+    """
     c2pa = _library()
     try:
         reader = c2pa.Reader(media_type, BytesIO(data), context=_context(anchors))
@@ -187,7 +211,10 @@ def verify(data: bytes, media_type: str, anchors: str = "") -> Claim | None:
 
 
 def describe(data: bytes, home: Path) -> str | None:
-    """Say what a file claims about its origin and whether that holds, None where it claims nothing."""
+    """Describe a file's claim about its origin, and whether it holds.
+
+    Returns None if the file claims nothing.
+    """
     media_type = next((kind for magic, kind in _MAGIC.items() if data.startswith(magic)), None)
     if media_type is None or _MARK not in data:
         return None
@@ -199,7 +226,10 @@ def describe(data: bytes, home: Path) -> str | None:
 
 
 def local_anchors(home: Path) -> str:
-    """Return the certificates of this installation's own key, "" before one was made."""
+    """Return the certificates of this installation's own key.
+
+    Returns "" before a key was made.
+    """
     chain = home / "credentials" / "chain.pem"
     try:
         return chain.read_text(encoding="ascii")
@@ -218,7 +248,10 @@ def _library() -> Any:
 
 
 def _context(anchors: str = "") -> "c2pa.Context":
-    """Settings of every call: no thumbnails (they add 427 KB and 130 ms at 1024²), no network."""
+    """Return the settings of every call: no thumbnails, no network.
+
+    Thumbnails add 427 KB and 130 ms at 1024².
+    """
     c2pa = _library()
     settings: dict[str, Any] = {
         "version": 1,
@@ -240,7 +273,7 @@ def _manifest(asset: Asset, parents: int) -> dict[str, Any]:
         ]
         actions.append({"action": "c2pa.edited", "digitalSourceType": _COMPOSITE, "softwareAgent": agent})
     else:
-        # The source type of an image whose parents lie too deep to embed is still that of a composite.
+        # An image whose parents are too deep to embed keeps the source type of a composite.
         source = _COMPOSITE if asset.parents else _CREATED
         actions = [{"action": "c2pa.created", "digitalSourceType": source, "softwareAgent": agent}]
     assertions: list[dict[str, Any]] = [{"label": "c2pa.actions.v2", "data": {"actions": actions}}]
@@ -255,7 +288,7 @@ def _manifest(asset: Asset, parents: int) -> dict[str, Any]:
 
 
 def _ingredient(parent: Asset, index: int) -> dict[str, Any]:
-    # Only one ingredient may be the parent: the image that was edited, or the first of a composition.
+    # Only one ingredient may be the parent: the edited image, or the first image of a composition.
     return {
         "title": parent.title,
         "relationship": "parentOf" if index == 0 else "componentOf",
@@ -279,7 +312,10 @@ def _pem_blocks(text: bytes) -> list[bytes]:
 
 
 def _algorithm(key: bytes) -> bytes:
-    """Return C2PA's name for the signature that fits `key`. Raises RequestError."""
+    """Return C2PA's name for the signature algorithm of `key`.
+
+    Raises RequestError.
+    """
     _library()
     from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
     from cryptography.hazmat.primitives.serialization import load_pem_private_key
@@ -301,7 +337,10 @@ _CURVES = {"secp256r1": b"es256", "secp384r1": b"es384", "secp521r1": b"es512"}
 
 
 def _make_identity(folder: Path) -> None:
-    """Write a private key and a two-certificate chain: C2PA refuses a single self-signed certificate."""
+    """Write a private key and a two-certificate chain.
+
+    C2PA refuses a single self-signed certificate.
+    """
     _library()
     from cryptography.hazmat.primitives.asymmetric import ec
     from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
@@ -311,7 +350,7 @@ def _make_identity(folder: Path) -> None:
     leaf = _certificate("klein-mcp on this machine", key, authority, authority_key)
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     chain = leaf.public_bytes(Encoding.PEM) + authority.public_bytes(Encoding.PEM)
-    # The key last: a run that ends in between makes both anew.
+    # The key is written last: after an interrupted run, the next one makes both files again.
     _write_private(folder / "chain.pem", chain)
     _write_private(folder / "key.pem", key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
 
@@ -324,7 +363,10 @@ def _write_private(path: Path, data: bytes) -> None:
 
 
 def _certificate(name: str, key: Any, issuer: Any = None, issuer_key: Any = None) -> Any:
-    """Make a certificate: an authority's own without `issuer`, else one for signing content (C2PA 2.2, 14.5)."""
+    """Make a certificate for an authority or for signing content.
+
+    Without `issuer` it is an authority's own, else one for signing content (C2PA 2.2, 14.5).
+    """
     from cryptography import x509
     from cryptography.hazmat.primitives import hashes
     from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID

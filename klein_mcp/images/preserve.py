@@ -1,4 +1,4 @@
-"""Untouched means untouched: original pixels put back around a change, checked, and what remains changed measured."""
+"""Restore original pixels around a change, verify them, and measure the change."""
 
 from dataclasses import dataclass
 
@@ -8,13 +8,13 @@ import numpy.typing as npt
 from engine.contract import Grey8, Rgb8
 
 VISIBLE = 24
-"""Of 255, in the channel that differs most: a change smaller than this is hard to see.
+"""Difference in the channel that differs most, of 255. A smaller change is hard to see.
 
-Of 46 local edits of nano, each that did nothing changed no pixel by more, each that did something at least 2.1 %."""
+Of 46 local edits by nano, those without effect changed no pixel by more. The others changed at least 2.1 % by more."""
 NOTHING = 0.002
-"""Share of the pixels: an edit that visibly changed fewer did nothing."""
+"""Share of the pixels. An edit that visibly changed fewer had no effect."""
 _OF_NINE = 5
-"""A visible change has this many changed pixels among nine neighbours: lines of one pixel are the autoencoder's."""
+"""Changed pixels among nine neighbours that make a change visible. The autoencoder makes lines of one pixel."""
 
 Box = tuple[int, int, int, int]
 """x, y, width, height in pixels."""
@@ -22,10 +22,10 @@ Box = tuple[int, int, int, int]
 
 @dataclass(frozen=True, slots=True)
 class VisibleChange:
-    """What an edit changed visibly.
+    """The visible change of an edit.
 
-    share: of the pixels it was allowed to change. box: where, None for nowhere.
-    kept: some bytes are the original's, and this was checked on the stored file.
+    share: of the pixels the edit was allowed to change. box: the changed area, None if there is none.
+    kept: some bytes are the original's, and this was verified on the stored file.
     """
 
     share: float
@@ -38,7 +38,10 @@ class VisibleChange:
 
 
 def put_back(painted: Rgb8, original: Rgb8, opacity: Grey8, at: tuple[int, int] = (0, 0)) -> Rgb8:
-    """Return `original` with `painted` laid over it at (x, y): with opacity 0 the bytes stay as they are."""
+    """Return `original` with `painted` composited at (x, y).
+
+    Bytes with opacity 0 stay as they are.
+    """
     result = original.copy()
     box = bounding_box(opacity > 0)
     if box is None:
@@ -48,13 +51,16 @@ def put_back(painted: Rgb8, original: Rgb8, opacity: Grey8, at: tuple[int, int] 
     target = slice(at[1] + y, at[1] + y + height), slice(at[0] + x, at[0] + x + width)
     weight = opacity[part].astype(np.float32)[..., None] / 255
     old = original[target].astype(np.float32)
-    # With weight 0 this is the old value exactly: float32 holds every uint8.
+    # With weight 0 this is exactly the old value: float32 represents every uint8.
     result[target] = (old + weight * (painted[part].astype(np.float32) - old) + 0.5).astype(np.uint8)
     return result
 
 
 def measure(result: Rgb8, original: Rgb8, allowed: npt.NDArray[np.bool_] | None = None, *, kept: bool) -> VisibleChange:
-    """Measure what changed visibly. allowed: the pixels the edit was allowed to change; None for all."""
+    """Measure the visible change.
+
+    allowed: the pixels the edit was allowed to change, None for all.
+    """
     visible = _without_lines(difference(result, original) > VISIBLE)
     if allowed is not None:
         visible &= allowed
@@ -63,12 +69,15 @@ def measure(result: Rgb8, original: Rgb8, allowed: npt.NDArray[np.bool_] | None 
 
 
 def difference(a: Rgb8, b: Rgb8) -> Grey8:
-    """The difference of each pixel, of 255, in the channel where it is largest."""
+    """Return each pixel's largest difference over the channels, of 255."""
     return (np.maximum(a, b) - np.minimum(a, b)).max(axis=2)
 
 
 def is_kept(stored: Rgb8, original: Rgb8, opacity: Grey8, at: tuple[int, int] = (0, 0)) -> bool:
-    """Whether every byte with opacity 0, and everything outside of it, is the original's."""
+    """Return whether all bytes outside the change are the original's.
+
+    Outside means opacity 0, and everything beyond the mask.
+    """
     differs = (stored != original).any(axis=2)
     height, width = opacity.shape
     inside = differs[at[1] : at[1] + height, at[0] : at[0] + width]
@@ -76,7 +85,7 @@ def is_kept(stored: Rgb8, original: Rgb8, opacity: Grey8, at: tuple[int, int] = 
 
 
 def bounding_box(mask: npt.NDArray[np.bool_]) -> Box | None:
-    """The smallest box around what is true; None if nothing is."""
+    """Return the smallest box around true values, None without any."""
     rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
     if not rows.size:
         return None
@@ -85,7 +94,7 @@ def bounding_box(mask: npt.NDArray[np.bool_]) -> Box | None:
 
 
 def _without_lines(mask: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
-    """The mask without what is only a pixel wide."""
+    """Remove parts of the mask that are only one pixel wide."""
     if not mask.any():
         return mask
     padded = np.pad(mask.astype(np.uint8), 1)

@@ -1,4 +1,7 @@
-"""Provenance of an image: how it was made, as a value, and as metadata of PNG, JPEG and WebP files."""
+"""Provenance of an image, as a value and as file metadata.
+
+PNG, JPEG and WebP files carry it.
+"""
 
 import json
 import time
@@ -33,16 +36,16 @@ _PACKET = (
 )
 
 MAX_PACKET = 65_000
-"""JPEG keeps XMP in one segment of at most 65,502 bytes."""
+"""JPEG stores XMP in one segment of at most 65,502 bytes."""
 
 
 @dataclass(frozen=True, slots=True)
 class Provenance:
-    """How an image was made, with everything it takes to make it again.
+    """Record of how an image was made, to make it again.
 
     request: JSON of the request for this one image, its prompt included, with handles for references.
     image: its handle, "" outside a library. parents: handles, or paths outside a library.
-    fingerprint: of the weights. dtype, mode: number format and execution mode, "" where unknown.
+    fingerprint: of the weights. dtype, mode: number format and execution mode, "" if unknown.
     """
 
     seed: int
@@ -60,7 +63,10 @@ class Provenance:
     created: str = field(default_factory=lambda: time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()))
 
     def to_json(self) -> dict[str, Any]:
-        """Write it as files, library, API and command line show it; the seed as text, as JSON readers round."""
+        """Return it as shown in files, library, API and command line.
+
+        The seed is text, since JSON readers round numbers.
+        """
         values = {name: getattr(self, name) for name in self.__slots__}
         values["parents"], values["request"] = list(self.parents), dict(self.request)
         return {name: value for name, value in values.items() if value not in ("", {})} | {"seed": str(self.seed)}
@@ -71,7 +77,10 @@ class Provenance:
 
 
 def xmp(recipe: Mapping[str, Any]) -> str:
-    """Write the packet that all three formats carry, with the recipe in it, so that one reader serves them all."""
+    """Return the XMP packet with the recipe, for all three formats.
+
+    One reader handles them all.
+    """
     return _PACKET.format(
         namespace=NAMESPACE,
         tool=quoteattr(f"klein-mcp {__version__}"),
@@ -81,12 +90,18 @@ def xmp(recipe: Mapping[str, Any]) -> str:
 
 
 def texts(recipe: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
-    """Write the same for PNG, with the recipe once more under a name that any PNG tool shows."""
+    """Return the PNG text chunks of the recipe.
+
+    They hold the XMP packet, and the recipe under a name that any PNG tool shows.
+    """
     return ((KEYWORD, _json(recipe)), (_XMP_KEYWORD, xmp(recipe)))
 
 
 def read(image: Image.Image) -> dict[str, Any] | None:
-    """Return the recipe of an image that klein-mcp made, else None. Foreign metadata never raises."""
+    """Return the recipe of an image klein-mcp made, else None.
+
+    Foreign metadata never raises.
+    """
     text = image.info.get(KEYWORD)
     if text is None:
         text = _recipe_in(image.info.get("xmp") or image.info.get(_XMP_KEYWORD))
@@ -100,7 +115,7 @@ def read(image: Image.Image) -> dict[str, Any] | None:
 def _recipe_in(packet: bytes | str | None) -> str | None:
     if not packet or len(packet) > MAX_PACKET:
         return None
-    # Reject any DTD: ours has none, and entity expansion could exhaust memory.
+    # Reject any DTD: our packets have none, and entity expansion could exhaust memory.
     if (b"<!" if isinstance(packet, bytes) else "<!") in packet:  # type: ignore[operator]
         return None
     try:
