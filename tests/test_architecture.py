@@ -209,7 +209,6 @@ def test_nothing_but_training_and_evaluation_knows_the_scenes() -> None:
 # -- wording -----------------------------------------------------------------------------------------------------------
 
 PENDING = {
-    "engine/nano/evaluate.py",
     "engine/nano/training/compiled_training.py",
     "engine/nano/training/compositor.py",
     "engine/nano/training/data_loader.py",

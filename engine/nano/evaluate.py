@@ -1,7 +1,8 @@
-"""How far nano obeys: `python -m engine.nano.evaluate` paints the held-out list, scores it and prints the table.
+"""Measure how well nano follows prompts, on a held-out list.
 
-Wordings and combinations of the list were never trained on; `held_out.jsonl` fixes them, with their seeds, so that two
-sets of weights answer the same questions. `--write` draws the list anew, which makes older figures incomparable.
+`python -m engine.nano.evaluate` generates the list's images, scores them and prints the table.
+Wordings and combinations of the list were never trained on. `held_out.jsonl` fixes them with their seeds, so that two
+sets of weights answer the same questions. `--write` draws a new list, which makes older figures incomparable.
 """
 
 import argparse
@@ -39,17 +40,17 @@ from engine.nano.training.sprites import KINDS
 
 LIST = Path(__file__).parent / "training" / "held_out.jsonl"
 ROWS = 300
-"""Questions of each kind."""
+"""Number of questions of each kind."""
 CHAINS = 30
 CHAIN_LENGTH = 10
 BATCH = 20
 SHOULD_CHANGE = 8
-"""Of 255, in the channel that differs most: less is no change that anybody asked for."""
+"""Difference in the channel that differs most, of 255. A smaller one is no change that the edit asked for."""
 CHAINED = "ten edits in a row: untouched part (of 255)"
 CHAINED_PRESERVED = "ten edits in a row, the original put back around each: untouched part (of 255)"
 
 Question = tuple[str, int, Example]
-"""(part of the list, seed, what is asked). A chain is CHAIN_LENGTH questions of one seed, each on the last answer."""
+"""(part of the list, seed, example). A chain is CHAIN_LENGTH questions of one seed, each about the last answer."""
 
 
 def _pack(scene: Scene) -> list:
@@ -64,7 +65,7 @@ def _unpack(packed: list) -> Scene:
 
 
 def questions(path: Path = LIST) -> Iterator[Question]:
-    """The list, in order."""
+    """Yield the list's questions, in order."""
     for line in path.read_text().splitlines():
         part, seed, task, prompt, target, *references = json.loads(line)
         scenes = tuple(_unpack(reference) for reference in references)
@@ -74,7 +75,7 @@ def questions(path: Path = LIST) -> Iterator[Question]:
 
 
 def draw_questions() -> Iterator[Question]:
-    """A new list."""
+    """Yield the questions of a new list."""
     sampler = PromptSampler("held out")
     world = sampler.world
     makes: dict[str, Callable[[PromptSampler], Example | None]] = {
@@ -86,7 +87,7 @@ def draw_questions() -> Iterator[Question]:
         for seed in range(ROWS):
             yield part, seed, unseen(sampler, make)
     for seed in range(ROWS):
-        # Chosen first, lest the kinds with the most held-out wordings crowd out the rest.
+        # This kind is chosen first, because kinds with many held-out wordings would crowd out the others.
         kind = sampler.kind_of_edit()
         yield "edit", seed, unseen(sampler, lambda sampler, kind=kind: sampler.edit(kind))
     for seed in range(CHAINS):
@@ -94,7 +95,7 @@ def draw_questions() -> Iterator[Question]:
 
 
 def _chain(sampler: PromptSampler) -> list[Example]:
-    """Ten edits in a row that leave the background and the first thing alone."""
+    """Return ten edits that leave the background and the first thing unchanged."""
     while True:
         scene = first = sampler.world.pair()
         chain: list[Example] = []
@@ -124,7 +125,10 @@ def _tensor(pictures: list[Picture]) -> torch.Tensor:
 
 
 def answers(nano: Nano, asked: list[Question], steps: int) -> list[Picture]:
-    """What nano paints for questions that stand alone, in batches of equally many references."""
+    """Return nano's images for independent questions.
+
+    A batch holds questions with the same number of references.
+    """
     order = sorted(range(len(asked)), key=lambda i: len(asked[i][2].references))
     painted: dict[int, Picture] = {}
     while order:
@@ -142,7 +146,10 @@ def answers(nano: Nano, asked: list[Question], steps: int) -> list[Picture]:
 
 @dataclass
 class Preserved:
-    """An edit with the original put back around its change. mask: bool, where it may differ from the original."""
+    """An edit with the original restored around its change.
+
+    mask: bool, true where the edit may differ from the original.
+    """
 
     picture: Picture
     mask: np.ndarray
@@ -150,7 +157,10 @@ class Preserved:
 
 
 def preserved(nano: Nano, edited: list[Picture], originals: list[Picture]) -> list[Preserved]:
-    """What the server makes of edits: unchanged parts are the original's, found by the engine's change mask."""
+    """Restore the originals around edits, like the server does.
+
+    The engine's change mask finds the unchanged parts.
+    """
     kept = []
     for picture, original in zip(edited, originals, strict=True):
         round_trip = nano.decode(nano.encode(_tensor([original]).to(nano.device)))
@@ -165,7 +175,10 @@ def preserved(nano: Nano, edited: list[Picture], originals: list[Picture]) -> li
 def chained(
     nano: Nano, asked: list[Question], steps: int, preserve: bool = False
 ) -> list[tuple[list[Example], Picture]]:
-    """Each chain, and the picture after its last edit: every edit is of the picture painted before."""
+    """Return each chain with the image after its last edit.
+
+    Each edit starts from the image that the previous edit made.
+    """
     chains: dict[int, list[Example]] = {}
     for _, seed, example in asked:
         chains.setdefault(seed, []).append(example)
@@ -181,7 +194,7 @@ def chained(
 
 @dataclass
 class Table:
-    """Measure -> (value, of how many)."""
+    """Table of measures -> (value, number of samples)."""
 
     rows: dict[str, tuple[float, int]]
 
@@ -198,7 +211,10 @@ class Table:
 
 
 def evaluate(nano: Nano, asked: list[Question], steps: int = 4) -> tuple[Table, list[tuple[Question, Picture, bool]]]:
-    """The table, and every picture painted for it with whether it is right as a whole."""
+    """Return the table, and every image with whether it is right.
+
+    An image is right if all its parts are.
+    """
     table = Table({})
     parts = {part: [q for q in asked if q[0] == part] for part in ("one", "two", "edit", "compose", "chain")}
     alone = [q for part in ("one", "two", "edit", "compose") for q in parts[part]]
@@ -252,7 +268,7 @@ def evaluate(nano: Nano, asked: list[Question], steps: int = 4) -> tuple[Table, 
 
 
 def _drifts(chains: list[tuple[list[Example], Picture]]) -> list[float]:
-    """Mean difference, of 255, of what no edit of a chain should have touched."""
+    """Return mean differences, of 255, in parts no edit should touch."""
     drift = []
     for chain, picture in chains:
         same = untouched(tuple(box for example in chain for box in example.touched))
@@ -262,7 +278,10 @@ def _drifts(chains: list[tuple[list[Example], Picture]]) -> list[float]:
 
 
 def _add_preserved(table: Table, nano: Nano, edits: list[tuple[Question, Picture]]) -> None:
-    """How well the change mask of each edit meets the pixels that should have changed."""
+    """Add to the table how well each change mask fits its edit.
+
+    The mask should cover the pixels that should have changed.
+    """
     originals = [draw(q[2].references[0])[0] for q, _ in edits]
     kept = preserved(nano, [picture for _, picture in edits], originals)
     rows: dict[str, list[float]] = defaultdict(list)
@@ -288,7 +307,10 @@ def _error(picture: Picture, target: Picture) -> float:
 
 
 def montage(shown: list[tuple[Question, Picture, bool]], path: Path, columns: int = 8) -> None:
-    """References, prompt and answer, the verdict in the prompt's colour: green for right, red for wrong."""
+    """Draw a sheet of references, prompts and answers.
+
+    The colour of a prompt is the verdict: green for right, red for wrong.
+    """
     cell, text = 132, 34
     rows: list[list[tuple[Picture, str, str]]] = [[]]
     for (_, _, example), picture, right in shown:
