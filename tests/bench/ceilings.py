@@ -1,4 +1,7 @@
-"""What this machine can do at most: its matrix products and its memory, measured, not read off a data sheet."""
+"""Peak rates of this machine, measured.
+
+They are those of matrix products and of memory; a data sheet is not used.
+"""
 
 import statistics
 import time
@@ -17,18 +20,27 @@ ROUNDS = 20
 
 @dataclass(frozen=True, slots=True)
 class Ceilings:
-    """A second: flops, of matrix products in the model's number format; bandwidth, bytes read plus written."""
+    """Peak rates per second.
+
+    flops: of matrix products in the model's number format. bandwidth: bytes read plus written.
+    """
 
     flops: float
     bandwidth: float
 
     def seconds(self, flop: float, bytes_: float) -> float:
-        """The least time for so much work: arithmetic and memory at their best, at once."""
+        """Return the minimum time for this work.
+
+        Arithmetic and memory run at their peak rates, in parallel.
+        """
         return max(flop / self.flops, bytes_ / self.bandwidth)
 
 
 def measure(placement: Device, *, matrix: int = MATRIX, copy: int = COPY, rounds: int = ROUNDS) -> Ceilings:
-    """Medians of sustained runs: a burst of one millisecond is not a rate that seconds of painting can have."""
+    """Measure the medians of sustained runs.
+
+    A burst of one millisecond is not a rate that seconds of generation can reach.
+    """
     where = {"device": placement.device, "dtype": placement.dtype}
     a, b = torch.randn(matrix, matrix, **where), torch.randn(matrix, matrix, **where)
     product = torch.empty_like(a)
@@ -45,7 +57,7 @@ def _seconds(do: Callable[[], object], placement: Device, rounds: int) -> float:
     for _ in range(3 + rounds):
         placement.sync()
         start = time.perf_counter()
-        # Several at a time, so that the way to the device and back does not count.
+        # Several at a time, so that the latency of launch and synchronisation does not count.
         for _ in range(4):
             do()
         placement.sync()

@@ -1,4 +1,7 @@
-"""Two ways of doing the same thing, timed in turns: on a shared machine only their ratio means anything."""
+"""Alternating timings of two implementations.
+
+On a shared machine only their ratio is meaningful.
+"""
 
 import statistics
 import time
@@ -6,12 +9,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 Do = Callable[[int], object]
-"""Does the thing once; the number makes it a new thing (a seed, a prompt) where that matters."""
+"""Runs the implementation once. The number varies the input (a seed, a prompt) where that matters."""
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """Milliseconds of ours and theirs, medians; target: the ratio not to be passed."""
+    """Median milliseconds of ours and theirs.
+
+    target: the highest allowed ratio.
+    """
 
     name: str
     ours: float
@@ -23,7 +29,7 @@ class Row:
         return self.ours / self.theirs
 
     def markdown(self) -> str:
-        """A line of the table."""
+        """Return the row as a Markdown table row."""
         wanted = "—" if self.target is None else f"≤ {self.target:g} {'met' if self.ratio <= self.target else 'missed'}"
         return f"| {self.name} | {self.ours:.0f} | {self.theirs:.0f} | {self.ratio:.2f} | {wanted} |"
 
@@ -32,7 +38,10 @@ HEAD = "| | ours, ms | theirs, ms | ratio | target |\n|---|---|---|---|---|"
 
 
 def compare(name: str, ours: Do, theirs: Do, *, target: float | None = None, rounds: int = 6) -> Row:
-    """A, B, B, A … after one warm-up each: what slows the machine down slows both sides."""
+    """Time both sides in the order A, B, B, A after warm-ups.
+
+    Other load then slows both sides equally.
+    """
     ours(-1)
     theirs(-1)
     times: dict[Do, list[float]] = {ours: [], theirs: []}

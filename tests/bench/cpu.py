@@ -1,4 +1,4 @@
-"""Ours against diffusers' own pipeline on the embedded weights, in one run, in turns.
+"""Benchmark of our engine and diffusers on the embedded weights, alternating.
 
     python -m tests.bench.cpu [--rounds 6]
 
@@ -55,7 +55,10 @@ def main(rounds: int) -> None:
 
 
 def engine_rows(model: Path, *, kv: bool, rounds: int) -> Iterator[Row]:
-    """The engine beside the pipeline; each call has a prompt of its own unless said."""
+    """Compare the engine with diffusers' pipeline.
+
+    Each call has a new prompt, unless its row says otherwise.
+    """
     engine, theirs = Engine(EngineConfig(device="cpu", threads=THREADS)), _pipeline(model)
     fresh = itertools.count()
     known = [_picture(-1 - i) for i in range(4)]
@@ -72,7 +75,7 @@ def engine_rows(model: Path, *, kv: bool, rounds: int) -> Iterator[Row]:
 
     kind = "KV pipeline" if kv else "plain pipeline"
     _same(engine, theirs, model, known[:2])
-    # Keys and values can be kept on a KV model alone; elsewhere a known reference only saves its encoding.
+    # Only a KV model can cache keys and values. On others a known reference only saves its encoding.
     known_one, known_four = (0.9, 0.65) if kv else (None, None)
     for name, count, new, target in (
         ("generate", 0, True, 0.9),
@@ -94,7 +97,7 @@ def engine_rows(model: Path, *, kv: bool, rounds: int) -> Iterator[Row]:
 
 
 def server_lines(place: RealServer) -> Iterator[str]:
-    """What a client of the real stdio server waits for."""
+    """Measure the waiting times of a client of the real stdio server."""
     yield f"exec to tools/list: {_doors(place)}"
     yield from anyio.run(_server_lines, place)
 
@@ -111,7 +114,7 @@ async def _server_lines(place: RealServer) -> list[str]:
             return json.loads(result.content[0].text), 1000 * (time.perf_counter() - began)  # type: ignore[union-attr]
 
         first, _ = await call("generate_image", prompt="a dog on a yellow background", seed=1)
-        rows.append(f"cold start, exec to first picture: {time.perf_counter() - start:.1f} s")
+        rows.append(f"cold start, exec to first image: {time.perf_counter() - start:.1f} s")
         for name, tool, more in (
             ("generate", "generate_image", {}),
             ("generate at 256×256", "generate_image", {"width": 256, "height": 256}),
@@ -144,7 +147,7 @@ server.run("stdio")
 
 
 def _doors(place: RealServer, rounds: int = 5) -> str:
-    """Our stdio server beside a server of one tool on the same SDK."""
+    """Compare our stdio server with a one-tool server on the same SDK."""
     asked = [
         {"jsonrpc": "2.0", "id": 1, "method": "initialize", "params": {
             "protocolVersion": "2025-11-25", "capabilities": {}, "clientInfo": {"name": "bench", "version": "0"}}},
@@ -176,9 +179,9 @@ def _doors(place: RealServer, rounds: int = 5) -> str:
 
 
 def _model(home: Path, *, kv: bool) -> Path:
-    """The embedded weights as a folder that takes four references, said to be of the KV kind or not.
+    """Create a model folder with the embedded weights and four references.
 
-    Speed does not ask whether a model was trained for what it is said to be.
+    kv: declare it a KV model. Speed does not depend on what the model was trained for.
     """
     folder = home / ("kv" if kv else "plain")
     if not folder.exists():
@@ -193,13 +196,13 @@ def _change(file: Path, **keys: Any) -> None:
 
 
 def _pipeline(model: Path) -> Callable[[str, list[Rgb8], int], Rgb8]:
-    """diffusers' pipeline, told what klein.json says."""
+    """Load diffusers' pipeline with the settings of klein.json."""
     from diffusers import DiffusionPipeline
     from diffusers.utils import logging
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    said = json.loads((model / "klein.json").read_text())
+    config = json.loads((model / "klein.json").read_text())
     pipe: Any = DiffusionPipeline.from_pretrained(model, torch_dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
 
@@ -210,8 +213,8 @@ def _pipeline(model: Path) -> Callable[[str, list[Rgb8], int], Rgb8]:
             width=SIDE,
             height=SIDE,
             num_inference_steps=4,
-            text_encoder_out_layers=tuple(said["text_layers"]),
-            max_sequence_length=said["text_length"],
+            text_encoder_out_layers=tuple(config["text_layers"]),
+            max_sequence_length=config["text_length"],
             generator=torch.Generator().manual_seed(seed),
         ).images[0]
         return np.asarray(picture)
@@ -220,10 +223,10 @@ def _pipeline(model: Path) -> Callable[[str, list[Rgb8], int], Rgb8]:
 
 
 def _same(engine: Engine, theirs: Callable[..., Rgb8], model: Path, references: list[Rgb8]) -> None:
-    """Before timing two things, make sure that they are one."""
+    """Check that both sides compute the same image before they are timed."""
     ours = _last(engine, Job("a dog", tuple(references), SIDE, SIDE, seed=1, model=str(model))).image
     difference = np.abs(ours.astype(int) - theirs("a dog", references, 1))
-    assert difference.max() <= 1, f"the pictures differ by {difference.max()}"
+    assert difference.max() <= 1, f"the images differ by {difference.max()}"
 
 
 def _picture(seed: int) -> Rgb8:

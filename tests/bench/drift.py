@@ -1,4 +1,7 @@
-"""How far bf16 strays from fp32, ours beside diffusers', on the same random weights of few layers and full width."""
+"""Error of bf16 against fp32, for our engine and diffusers.
+
+Both use the same random weights, with few layers of full width.
+"""
 
 from dataclasses import dataclass
 from itertools import islice
@@ -13,13 +16,16 @@ from tests.bench.scenarios import EDIT, asks
 from tests.bench.sides import engine_side, pipeline_side
 
 SAME = 2
-"""Levels of 255 by which two right implementations may differ in fp32: 1 by rounding, observed; 1 to spare."""
+"""Levels of 255 by which two correct implementations may differ in fp32: 1 by rounding (observed), 1 spare."""
 LOW = torch.bfloat16
 
 
 @dataclass(frozen=True, slots=True)
 class Drift:
-    """Root mean square error in levels of 255 against diffusers in fp32; same: the largest difference in fp32."""
+    """Root mean square errors against diffusers in fp32, in levels of 255.
+
+    same: the largest difference in fp32.
+    """
 
     ours: float
     theirs: float
@@ -32,10 +38,13 @@ class Drift:
 
 @torch.inference_mode()
 def measure(giant: Giant, device: torch.device, pictures: int = 3) -> Drift:
-    """Errors over a few pictures. Raises AssertionError where the two sides do not compute the same in fp32."""
+    """Measure the errors over a few images.
+
+    Raises AssertionError if the two sides do not compute the same in fp32.
+    """
     cut = giant.cut()
     exact, low = Device(device, torch.float32), Device(device, LOW)
-    # TF32 would make the oracle as rough as what it judges.
+    # TF32 would make the oracle as inexact as what it judges.
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         nets = grown(cut, exact)
         wanted, same = _agreed(nets, cut, exact, pictures)
@@ -49,14 +58,14 @@ def measure(giant: Giant, device: torch.device, pictures: int = 3) -> Drift:
 
 
 def _agreed(nets: Nets, cut: Giant, exact: Device, count: int, *, kv: bool = False) -> tuple[list[Rgb8], int]:
-    """diffusers' pictures, after comparing ours with them; and the largest difference, in levels."""
+    """Return diffusers' images and the largest difference from ours, in levels."""
     klein = ours(nets, cut, exact, kv=kv, remember=0)
     mine, oracle = engine_side(klein), pipeline_side(diffusers(nets, cut, exact, kv=kv), cut)
     wanted = [oracle.paint(ask) for ask in islice(asks(EDIT, cut), count)]
     with finite(klein):
         found = [mine.paint(ask) for ask in islice(asks(EDIT, cut), count)]
     same = max(int(np.abs(_levels(a) - _levels(b)).max()) for a, b in zip(wanted, found, strict=True))
-    assert same <= SAME, f"in fp32 the pictures differ by {same} levels: the two sides do not compute the same"
+    assert same <= SAME, f"in fp32 the images differ by {same} levels: the two sides do not compute the same"
     return wanted, same
 
 

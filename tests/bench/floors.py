@@ -1,7 +1,8 @@
-"""The work that a picture needs at the least, counted on our own modules without weights, and the time it implies.
+"""Minimum work and time for an image, counted without weights.
 
-Work that is the same for every picture of a size (modulations of the fixed noise levels, rotary tables) counts nothing:
-it can be done once. FLOP are those of matrix products, convolutions and attention; 1 multiply-add = 2 FLOP.
+The work is counted on our own modules. Work that is the same for every image of a size (modulations of the fixed noise
+levels, rotary tables) counts nothing: it can be done once. FLOP are those of matrix products, convolutions and
+attention; 1 multiply-add = 2 FLOP.
 """
 
 from collections.abc import Callable
@@ -24,7 +25,10 @@ META = torch.device("meta")
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """flop, and the bytes of weights and kept keys that have to be read at the least."""
+    """Minimum work of a stage.
+
+    flop: floating-point operations. bytes: of weights and cached keys that must be read.
+    """
 
     flop: float
     bytes: float
@@ -37,7 +41,7 @@ class Work:
 
 
 class Counts:
-    """How much work each part of a job is, for one model."""
+    """Counts the work of each part of a job for one model."""
 
     def __init__(self, giant: Giant, dtype: torch.dtype = torch.bfloat16) -> None:
         self.giant = giant
@@ -50,7 +54,7 @@ class Counts:
         self.prefill = lru_cache(self._prefill)
 
     def phases(self, scenario: Scenario, steps: int) -> dict[str, Work]:
-        """The least work of a job, by stage."""
+        """Return the minimum work of a job by stage."""
         side, reference = scenario.side(self.giant), self.giant.reference
         tokens, seen = _tokens(side), scenario.references * _tokens(reference)
         phases = {"denoise": self.step(tokens, seen, scenario.kv) * steps, "decode": self.decode(side)}
@@ -63,16 +67,16 @@ class Counts:
         return phases
 
     def seconds(self, scenario: Scenario, steps: int, ceilings: Ceilings) -> float:
-        """The floor: each stage at the machine's best, one after the other."""
+        """Return the minimum time, with all stages at peak rates in sequence."""
         return sum(ceilings.seconds(work.flop, work.bytes) for work in self.phases(scenario, steps).values())
 
     def _text(self) -> Work:
-        """The prompt's states, after the transformer's projection."""
+        """Count the prompt's encoding, with the transformer's projection."""
         encoder, txt_in = self.nets.text_encoder, self.nets.transformer.txt_in
         length = self.giant.variant.text_length
 
         def read() -> None:
-            # Not through `forward`: what the mask says about padding is asked of its values, and meta has none.
+            # Not through `forward`: it reads the mask's values to find padding, and meta tensors have none.
             embedded = self._blank(1, length, encoder.config.hidden_size)
             encoder.model(inputs_embeds=embedded, attention_mask={"full_attention": None}, use_cache=False)
             txt_in(self._blank(1, length, encoder.width))
@@ -81,7 +85,7 @@ class Counts:
         return Work(_flop(read), _weights(layers, txt_in))
 
     def _encode(self, side: int) -> Work:
-        """One reference's latent tokens, ready for the transformer."""
+        """Count the encoding of one reference to latent tokens."""
         net, img_in = self.nets.autoencoder, self.nets.transformer.img_in
 
         def encode() -> None:
@@ -96,7 +100,10 @@ class Counts:
         return Work(_flop(lambda: net.decode(latent)), _weights(net.decoder))
 
     def _step(self, canvas: int, references: int, kv: bool) -> Work:
-        """One velocity: references as tokens that take part, or (kv) as keys and values that were kept."""
+        """Count one velocity.
+
+        References are tokens, or with kv cached keys and values.
+        """
         shape, net = self.giant.transformer, self.nets.transformer
         text = self._blank(1, self.giant.variant.text_length, shape.hidden)
         heads = (1, references, shape.hidden // shape.head_dim, shape.head_dim)
@@ -111,7 +118,7 @@ class Counts:
         return Work(flop, read + (2 * blocks * kept[0][0].nbytes if kept else 0))
 
     def _prefill(self, references: int) -> Work:
-        """Keys and values of the references, for a KV klein."""
+        """Count the references' keys and values for a KV model."""
         net = self.nets.transformer
         seen = self._blank(1, references, self.giant.transformer.hidden)
         flop = _flop(lambda: net.prefill(seen, self._rope(references))) - self._modulation_flop()

@@ -1,4 +1,4 @@
-"""A klein folder of the true size, loaded through Engine within a memory limit, in a process of its own.
+"""Load a full-size model folder within a memory limit.
 
     python -m tests.bench.full_size_folder FOLDER GIGABYTES [--quant fp8] [--tune]
 
@@ -41,14 +41,17 @@ def write(pipe: Any, folder: Path, variant: Variant) -> None:
 
 
 def card_gigabytes() -> float:
-    """Memory of the whole card that is taken, as nvidia-smi shows it."""
+    """Return the used memory of the whole card, as nvidia-smi shows it."""
     query = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
     shown = subprocess.run(query, capture_output=True, text=True).stdout.split()
     return round(int(shown[0]) * 2**20 / 1e9, 2) if shown else 0.0
 
 
 def measure(folder: Path, gigabytes: float, quant: str | None, side: int) -> dict[str, Any]:
-    """Load, make three images, cancel one, release; what each step takes and leaves behind."""
+    """Load, generate three images, cancel one, and release.
+
+    Returns the time and memory of each step.
+    """
     import torch
 
     gpu = torch.cuda.is_available()

@@ -1,4 +1,7 @@
-"""Models of the true shape with random weights, made where they will run: ours, and diffusers' on the same memory."""
+"""Full-size models with random weights, created on the device.
+
+diffusers' modules share the memory of our weights.
+"""
 
 import copy
 from collections.abc import Iterator
@@ -29,7 +32,7 @@ from engine.memory.device import Device, multiplies_fp8
 from engine.nn.autoencoder import Autoencoder, AutoencoderShape
 
 REMEMBER = 16 << 30
-"""Bytes that ours may keep on the device: four references' keys and values are 8.6 GB in the 9B, 5.0 GB in the 4B."""
+"""Cache bytes of our engine on the device: four references' keys and values are 8.6 GB in the 9B, 5.0 GB in the 4B."""
 WORDS = 0.125
 """Share of the text length that is prompt; the rest is padding. 64 of 512 tokens is a prompt of some 50 words."""
 
@@ -39,7 +42,10 @@ KLEIN_AUTOENCODER = AutoencoderShape()
 
 @dataclass(frozen=True, slots=True)
 class Giant:
-    """Everything that decides shapes. encoder: Qwen3's config, all layers. large, small, reference: sides in pixels."""
+    """All settings that determine shapes.
+
+    encoder: Qwen3's config, all layers. large, small, reference: sides in pixels.
+    """
 
     name: str
     variant: Variant
@@ -51,7 +57,10 @@ class Giant:
     reference: int = 1024
 
     def cut(self) -> "Giant":
-        """The same widths, few layers: small enough for fp32, deep enough for errors to add up."""
+        """Return the same widths with few layers.
+
+        It is small enough for fp32 and deep enough for errors to accumulate.
+        """
         variant = replace(self.variant, text_layers=(1, 2, 3))
         double, single = min(2, self.transformer.double_blocks), min(3, self.transformer.single_blocks)
         transformer = replace(self.transformer, double_blocks=double, single_blocks=single)
@@ -121,7 +130,7 @@ class Nets:
 
 
 def empty(giant: Giant, dtype: torch.dtype) -> Nets:
-    """The networks on the meta device: shapes without weights."""
+    """Create the networks on the meta device, without weights."""
     with torch.device("meta"):
         nets = Nets(
             Transformer(giant.transformer),
@@ -134,7 +143,7 @@ def empty(giant: Giant, dtype: torch.dtype) -> Nets:
 
 
 def grown(giant: Giant, placement: Device, seed: int = 0) -> Nets:
-    """The networks with random weights, drawn on the device."""
+    """Create the networks with random weights, drawn on the device."""
     nets = empty(giant, placement.dtype)
     generator = torch.Generator(placement.device).manual_seed(seed)
     for net in nets:
@@ -146,21 +155,24 @@ def grown(giant: Giant, placement: Device, seed: int = 0) -> Nets:
 
 
 def _draw(name: str, tensor: Tensor, generator: torch.Generator) -> None:
-    """Random enough to stay finite and alive: zeros and NaN change the speed of matrix products."""
+    """Draw random weights whose outputs stay finite and non-zero.
+
+    Zeros and NaN would change the speed of matrix products.
+    """
     if name.endswith("running_var"):
         tensor.uniform_(0.5, 2.0, generator=generator)
     elif tensor.ndim > 1:
         fan_in = tensor.numel() // tensor.shape[0]
         tensor.normal_(0.0, fan_in**-0.5, generator=generator)
     elif "norm" in name and name.endswith(("weight", "scale")):
-        # Twice: attention that looks somewhere, instead of averaging everything.
+        # Twice the scale: attention then selects tokens instead of averaging them all.
         tensor.normal_(2.0 if "query_norm" in name or "key_norm" in name else 1.0, 0.1, generator=generator)
     else:
         tensor.normal_(0.0, 0.1, generator=generator)
 
 
 def cast(nets: Nets, giant: Giant, placement: Device) -> Nets:
-    """The same weights in another number format."""
+    """Convert the weights to another number format."""
     other = empty(giant, placement.dtype)
     for ours, theirs in zip(nets, other, strict=True):
         weights = {name: tensor.to(placement.dtype) for name, tensor in ours.state_dict().items()}
@@ -179,7 +191,10 @@ def ours(
     remember: int = REMEMBER,
     options: CompileOptions | None = None,
 ) -> Klein:
-    """The engine's model on these networks. kv: treated as one of the KV kind; speed does not depend on training."""
+    """Create the engine's model from these networks.
+
+    kv: treat it as a KV model. Speed does not depend on training.
+    """
     variant = replace(giant.variant, kv=kv)
     tokenizer = FixedTokenizer(variant.text_length, giant.encoder["vocab_size"])
     return Klein(
@@ -196,9 +211,10 @@ def ours(
 
 
 def in_fp8(nets: Nets, *, static: bool = False) -> Nets:
-    """Our networks with the blocks' matrices in fp8, beside the originals; static: activations have a fixed scale.
+    """Copy our networks with the blocks' matrices in fp8.
 
-    The fixed scale covers 8 standard deviations of a normed activation: speed does not depend on its value.
+    static: activations have a fixed scale, which covers 8 standard deviations of a normed activation: speed does not
+    depend on its value.
     """
     transformer = copy.deepcopy(nets.transformer)
     device = transformer.img_in.weight.device
@@ -215,9 +231,9 @@ def in_fp8(nets: Nets, *, static: bool = False) -> Nets:
 
 
 def diffusers(nets: Nets, giant: Giant, placement: Device, *, kv: bool = False, beside: Any = None) -> Any:
-    """diffusers' pipeline on the same memory: its weights are views of ours, its further text layers are its own.
+    """Create diffusers' pipeline with views of our weights.
 
-    beside: another such pipeline, whose text encoder is taken.
+    Its additional text layers have their own weights. beside: another such pipeline, whose text encoder is reused.
     """
     kind = Flux2KleinKVPipeline if kv else Flux2KleinPipeline
     pipe: Any = kind(
@@ -268,7 +284,10 @@ def _autoencoder(net: Autoencoder, giant: Giant) -> Any:
 
 
 def _text_encoder(net: TextEncoder, giant: Giant, placement: Device) -> Any:
-    """With the layers and the head that ours has no use for: diffusers runs them."""
+    """Create diffusers' text encoder, with all layers and the head.
+
+    Ours does not need them, but diffusers runs them.
+    """
     config = Qwen3Config(**giant.encoder)
     with torch.device("meta"):
         theirs = Qwen3ForCausalLM(config).to(placement.dtype)  # type: ignore[arg-type]
@@ -286,7 +305,10 @@ def _text_encoder(net: TextEncoder, giant: Giant, placement: Device) -> Any:
 
 
 def _views(net: nn.Module, table: KeyMap) -> dict[str, Tensor]:
-    """Our weights under the names of a published layout; row ranges of ours, not copies, but for swapped halves."""
+    """Return our weights under the names of a published layout.
+
+    They are row ranges of ours, not copies, except for swapped halves.
+    """
     found = {}
     weights = net.state_dict()
     for their, place in table.items():
@@ -297,16 +319,20 @@ def _views(net: nn.Module, table: KeyMap) -> dict[str, Tensor]:
 
 
 def _filled(module: nn.Module, weights: dict[str, Tensor]) -> nn.Module:
-    """Strictly: a weight that one side lacks would be a comparison of two models."""
+    """Load weights strictly.
+
+    With a missing weight, two different models would be compared.
+    """
     names = module.state_dict().keys()
     module.load_state_dict({name: weight for name, weight in weights.items() if name in names}, assign=True)
     return module.eval().requires_grad_(False)
 
 
 def compiled(nets: Nets, giant: Giant, placement: Device, backend: str, *, beside: Any) -> Any:
-    """As diffusers' documentation advises for speed: repeated blocks compiled, and a channels-last autoencoder.
+    """Compile a pipeline as diffusers' documentation advises.
 
-    Each shape is compiled for itself: faster than one program for all, and slow only before the clock starts.
+    The repeated blocks are compiled, and the autoencoder is channels-last. Each shape is compiled separately: faster
+    than one program for all, and slow only before timing starts.
     """
     pipe = diffusers(nets, giant, placement, beside=beside)
     options = {"fullgraph": True, "dynamic": False, "backend": backend}
@@ -318,13 +344,13 @@ def compiled(nets: Nets, giant: Giant, placement: Device, backend: str, *, besid
 
 
 def weight_bytes(*modules: nn.Module) -> int:
-    """What the modules' weights take; a tensor that two names share counts once."""
+    """Return the bytes of the modules' weights, with shared tensors counted once."""
     tensors = chain.from_iterable((*module.parameters(), *module.buffers()) for module in modules)
     return sum({tensor.data_ptr(): tensor.nbytes for tensor in tensors}.values())
 
 
 class FixedTokenizer(Tokenizer):
-    """Ids drawn from the prompt instead of a vocabulary that would have to be downloaded."""
+    """Tokenizer that derives ids from the prompt without a vocabulary."""
 
     def __init__(self, length: int, vocabulary: int) -> None:
         self.length = length
@@ -335,7 +361,7 @@ class FixedTokenizer(Tokenizer):
 
 
 class _Tokens:
-    """The same ids, asked for as diffusers asks a tokenizer."""
+    """The same ids behind the interface that diffusers expects."""
 
     def __init__(self, vocabulary: int) -> None:
         self.vocabulary = vocabulary
@@ -349,16 +375,19 @@ class _Tokens:
 
 
 def _ids(prompt: str, length: int, vocabulary: int) -> tuple[Tensor, Tensor]:
-    """Ids and mask, [1, length]; the same for the same prompt."""
-    said = max(1, int(WORDS * length))
+    """Return ids and mask, [1, length], always the same for a prompt."""
+    count = max(1, int(WORDS * length))
     ids = np.zeros((1, length), np.int64)
-    ids[0, :said] = np.random.default_rng(list(prompt.encode())).integers(1, vocabulary, said)
-    return torch.from_numpy(ids), (torch.arange(length) < said).long()[None]
+    ids[0, :count] = np.random.default_rng(list(prompt.encode())).integers(1, vocabulary, count)
+    return torch.from_numpy(ids), (torch.arange(length) < count).long()[None]
 
 
 @contextmanager
 def finite(klein: Klein) -> Iterator[None]:
-    """Inside, every network's output is looked at: NaN would be fast, and a picture all the same."""
+    """Check in this context that all network outputs are finite.
+
+    NaN would run fast and still give an image.
+    """
 
     def look(net: nn.Module, _: object, out: Tensor) -> None:
         assert torch.isfinite(out).all(), f"{type(net).__name__} gave numbers that are not finite"

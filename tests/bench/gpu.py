@@ -1,4 +1,4 @@
-"""Ours against diffusers' own pipeline and against the machine's limit, on a GPU, at the true shape.
+"""GPU benchmark against diffusers and the machine's limits, at full size.
 
     python -m tests.bench.gpu [--variant 4B | 9B] [--seconds 420] [--json PATH] [--only SECTION,…]
     python -m tests.bench.gpu --smoke
@@ -47,7 +47,10 @@ from tests.bench.turns import PACE, Laps, Pace, Stopwatch, in_turns
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """Configuration of a run. backend: of the compilers. seconds: for all. limits: GB of memory to keep within."""
+    """Configuration of a run.
+
+    backend: of the compilers. seconds: for the whole run. limits: memory limits in GB.
+    """
 
     giant: Giant
     device: Device
@@ -63,12 +66,15 @@ class Settings:
 
     @classmethod
     def full(cls, variant: str, seconds: float) -> "Settings":
-        """On the best device there is, in its own number format."""
+        """Return the settings for the best device, in its own number format."""
         return cls(GIANTS[variant], Device.choose(), "inductor", seconds)
 
     @classmethod
     def smoke(cls) -> "Settings":
-        """Every line on toys; the numbers mean nothing."""
+        """Return the settings that run every line on toy models.
+
+        The numbers mean nothing.
+        """
         return cls(
             GIANTS["toy"], Device.choose("cpu", "float32"), "eager", seconds=600.0, scenarios=(FIRST, HALF, EDIT),
             pace=Pace(warm=1, rounds=1), matrix=128, copy=1 << 20, limits=(0,),
@@ -76,7 +82,7 @@ class Settings:
 
 
 class Bench:
-    """The sides, what was measured, and the sections that measure it."""
+    """Sections of the benchmark, the sides they time, and their measurements."""
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
@@ -96,11 +102,11 @@ class Bench:
 
     @property
     def left(self) -> float:
-        """Seconds until the run should end."""
+        """Return the seconds until the run should end."""
         return self.settings.seconds - (time.perf_counter() - self.begun)
 
     def run(self) -> dict[str, Any]:
-        """All sections, the most valuable first; returns everything that was measured."""
+        """Run all sections, the most valuable first, and return all measurements."""
         for name, section, least in (
             ("models", self.make_models, 0),
             ("ceilings", self.measure_ceilings, 5),
@@ -170,7 +176,7 @@ class Bench:
         return {"ms": laps.wall, "peak, GB": self._peak(), "card, GB": self._card()}
 
     def compare_images(self) -> dict[str, Any]:
-        """Make sure that both sides compute the same before they are timed, and that it is numbers."""
+        """Check that both sides compute the same finite image before timing."""
         ask, other = islice(asks(EDIT, self.giant), 2)
         side = engine_side(self.klein)
         with finite(self.klein):
@@ -189,7 +195,10 @@ class Bench:
         return {**found, "stages, ms": self._stages("eager")}
 
     def tune(self) -> dict[str, Any]:
-        """Until nothing is left to do; one job arrives on the way, and is timed."""
+        """Tune until nothing is left to tune.
+
+        One job arrives meanwhile and is timed.
+        """
         runner, jobs, start = self.klein.runner, Laps(), time.perf_counter()
         waiting, asked = engine_side(self.klein), asks(HALF, self.giant)
         before = Laps()
@@ -239,7 +248,10 @@ class Bench:
         return found
 
     def time_compiled(self) -> dict[str, Any]:
-        """diffusers as its documentation advises; each shape is compiled for itself, the first shapes first."""
+        """Time diffusers compiled as its documentation advises.
+
+        Each shape is compiled separately, the first shapes first.
+        """
         if self.pipe_compiled is None:
             build = (self.nets, self.giant, self.device, self.settings.backend)
             self.pipe_compiled = compiled(*build, beside=self.pipe)
@@ -288,7 +300,10 @@ class Bench:
         return found
 
     def measure_parts(self) -> dict[str, Any]:
-        """Bytes that each part allocates beside what was there, at the most: what the plan has to count."""
+        """Measure the peak bytes that each part allocates.
+
+        The memory plan must count them.
+        """
         from engine.families.klein.runner import SampleInputs
 
         example_sides = (self.giant.large // 16, self.giant.small // 16)
@@ -313,20 +328,23 @@ class Bench:
         return {"GB": found, "card, GB": self._card(), "reserved, GB": self._reserved()}
 
     def measure_techniques(self) -> dict[str, Any]:
-        """Open questions of the decoder and of batches, each beside what is done today."""
+        """Time alternatives for the decoder and for batches against today's code."""
         from tests.bench import techniques
 
         return techniques.measure(self)
 
     def measure_limits(self) -> dict[str, Any]:
-        """A folder of the true size on a RAM disk, loaded through Engine in a process of its own for each limit."""
+        """Load a full-size folder from a RAM disk under each memory limit.
+
+        Each limit runs through Engine in a separate process.
+        """
         ram = Path("/dev/shm") if Path("/dev/shm").is_dir() else Path(tempfile.gettempdir())
         folder = Path(tempfile.mkdtemp(prefix="klein-bench-", dir=ram))
         try:
             start = time.perf_counter()
             full_size_folder.write(self.pipe, folder, self.giant.variant)
             found: dict[str, Any] = {"written in, s": round(time.perf_counter() - start, 1)}
-            # The card for them alone: this process keeps nothing it does not need any more.
+            # Free this process's memory first, so that they have the whole card.
             self._free_everything()
             for gigabytes in self.settings.limits:
                 if self.left < 15:
@@ -379,7 +397,7 @@ class Bench:
         return found
 
     def _graph_is_exact(self) -> bool | None:
-        """Whether a captured step gives the bits of the compiled one."""
+        """Tell whether a captured step equals the compiled one bit for bit."""
         runner = self.klein.runner
         side, ask = engine_side(self.klein), next(asks(FIRST, self.giant))
         captured = side.paint(ask)
@@ -404,7 +422,7 @@ class Bench:
         return float(np.abs(one - other).mean())
 
     def _taken(self, part: Callable[[], Any]) -> float:
-        part()  # what libraries keep from their first call on is not this part's
+        part()  # memory that libraries allocate on their first call is not this part's
         if not self.gpu:
             return 0.0
         torch.cuda.synchronize()
@@ -414,7 +432,7 @@ class Bench:
         return round((torch.cuda.max_memory_allocated() - before) / 1e9, 3)
 
     def _card(self) -> float:
-        """GB of the whole card that are taken, whoever takes them."""
+        """Return the used GB of the whole card, by any process."""
         return full_size_folder.card_gigabytes() if self.gpu else 0.0
 
     def _allocated(self) -> float:

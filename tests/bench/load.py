@@ -1,9 +1,9 @@
-"""How fast weights come into memory: our reader beside a plain `readinto` of the same file, in the same run.
+"""Speed of our weight reader against a plain `readinto`, in one run.
 
     python -m tests.bench.load [--gigabytes 2] [--rounds 5]
 
-The page cache is warm, the buffers are fresh, the two take turns. The goal is 0.8 of the plain reading's speed, and no
-second copy of the weights at the peak.
+The page cache is warm, the buffers are fresh, and the two alternate. The goal is 0.8 of the plain reading's speed, and
+no second copy of the weights at the peak.
 """
 
 import argparse
@@ -26,11 +26,11 @@ from engine.memory.device import Device
 
 GOAL = 0.8
 WIDTHS = ((9216, 3072), (3072, 3072), (18432, 3072), (3072, 9216), (27648, 3072), (3072, 12288))
-"""Rows and columns of the layers of a 4B block: what is read is cut as the real file is."""
+"""Rows and columns of the layers of a 4B block. The test file is divided like the real one."""
 
 
 def write(folder: Path, size: int) -> tuple[Path, list[tuple[int, int]]]:
-    """A file of about `size` bytes in bf16, layer by layer."""
+    """Write a bf16 file of about `size` bytes, layer by layer."""
     shapes: list[tuple[int, int]] = []
     while sum(2 * rows * columns for rows, columns in shapes) < size:
         shapes.append(WIDTHS[len(shapes) % len(WIDTHS)])
@@ -42,7 +42,7 @@ def write(folder: Path, size: int) -> tuple[Path, list[tuple[int, int]]]:
     header = json.dumps(entries).encode()
     file = folder / "weights.safetensors"
     with file.open("wb") as stream:
-        # A piece at a time: whoever measures a peak must not have made one.
+        # A piece at a time, so that writing does not raise the peak that is measured.
         stream.write(len(header).to_bytes(8, "little") + header)
         for begin in range(0, at, _PIECE):
             stream.write(b"\x80\x3f" * (min(_PIECE, at - begin) // 2))
@@ -53,7 +53,7 @@ _PIECE = 1 << 20
 
 
 def plainly(file: Path) -> None:
-    """The whole file into one fresh buffer."""
+    """Read the whole file into one new buffer."""
     buffer = torch.empty(file.stat().st_size, dtype=torch.uint8)
     view = memoryview(buffer.numpy())  # type: ignore[arg-type]
     with file.open("rb", buffering=0) as stream:
@@ -62,7 +62,7 @@ def plainly(file: Path) -> None:
 
 
 def ours(file: Path, shapes: list[tuple[int, int]], dtype: torch.dtype) -> None:
-    """Into the parameters of modules, as a model is loaded."""
+    """Read into the parameters of modules, as when a model is loaded."""
     with torch.device("meta"):
         net = nn.Sequential(*(nn.Linear(columns, rows, bias=False) for rows, columns in shapes))
     tensors = Tensors.open([file])
@@ -79,7 +79,7 @@ def timed(read: Callable[[], None]) -> float:
 
 
 def peak() -> int:
-    """Bytes of memory this process has ever held at once."""
+    """Return the peak memory of this process in bytes."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
@@ -99,7 +99,7 @@ def main() -> int:
             turns["ours"].append(timed(lambda: ours(file, shapes, torch.bfloat16)))
         widened = timed(lambda: ours(file, shapes, torch.float32))
     ratios = [one / other for one, other in zip(turns["plain"], turns["ours"], strict=True)]
-    said = {
+    result = {
         "bytes": size,
         "plain_gb_s": round(size / statistics.median(turns["plain"]) / 1e9, 2),
         "ours_gb_s": round(size / statistics.median(turns["ours"]) / 1e9, 2),
@@ -109,8 +109,8 @@ def main() -> int:
         "peak_above_the_weights_mb": round(extra / 1e6, 1),
         "goal": GOAL,
     }
-    print(json.dumps(said, indent=1))
-    return 0 if said["ratio_of_the_fastest"] >= GOAL else 1
+    print(json.dumps(result, indent=1))
+    return 0 if result["ratio_of_the_fastest"] >= GOAL else 1
 
 
 if __name__ == "__main__":

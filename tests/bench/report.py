@@ -1,4 +1,4 @@
-"""What was measured, as the tables of engine/SPEED.md."""
+"""Format the measurements as the tables of engine/SPEED.md."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +12,10 @@ AGAINST = ("floor", "eager", "compiled")
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """A scenario: medians in milliseconds by side, the floor, and the ratios wanted by what ours is compared with."""
+    """Results of a scenario.
+
+    Medians in milliseconds by side, the minimum time, and the target ratios by side.
+    """
 
     name: str
     floor: float
@@ -21,12 +24,12 @@ class Line:
 
     @property
     def ratios(self) -> dict[str, float]:
-        """Ratios of ours to each of the others."""
+        """Return the ratios of ours to each of the others."""
         others = {"floor": self.floor, **self.ms}
         return {name: self.ms["ours"] / others[name] for name in AGAINST if name in others}
 
     def markdown(self) -> str:
-        """A line of the table."""
+        """Return the line as a Markdown table row."""
         ms = {**self.ms, "floor": self.floor}
         held = [(self.ratios[name], target) for name, target in self.wanted.items() if name in self.ratios]
         return _row(
@@ -38,7 +41,10 @@ class Line:
 
 
 def timing_line(model: str, scenario: Scenario, laps: Mapping[str, Laps], floor: float) -> Line:
-    """floor: in milliseconds."""
+    """Create the line of a scenario.
+
+    floor: minimum time in milliseconds.
+    """
     target = TARGETS.get(model, {}).get(scenario.name, NONE)
     wanted = {"floor": target.floor, "eager": target.eager, "compiled": target.compiled}
     asked = {name: value for name, value in wanted.items() if value is not None}
@@ -46,7 +52,10 @@ def timing_line(model: str, scenario: Scenario, laps: Mapping[str, Laps], floor:
 
 
 def with_compiled(lines: Sequence[Line], compiled: Mapping[str, Any]) -> list[Line]:
-    """The lines with the time of diffusers compiled, scaled to the same run of ours where the two were timed apart."""
+    """Add the times of compiled diffusers to the lines.
+
+    Times of a separate run are scaled by our time in both runs.
+    """
     found = []
     for line in lines:
         ratio = compiled.get(line.name, {}).get("ratio") if isinstance(compiled.get(line.name), Mapping) else None
@@ -56,7 +65,7 @@ def with_compiled(lines: Sequence[Line], compiled: Mapping[str, Any]) -> list[Li
 
 
 def markdown(found: Mapping[str, Any], lines: Sequence[Line]) -> str:
-    """The tables, and the machine they were measured on."""
+    """Return the tables and the machine they were measured on."""
     sections = found["sections"]
     compiled = sections.get("diffusers compiled", {})
     limits = sections.get("ceilings", {})
@@ -76,7 +85,7 @@ def markdown(found: Mapping[str, Any], lines: Sequence[Line]) -> str:
 
 
 def _limits(found: Mapping[str, Any]) -> Iterator[str]:
-    """Memory within the limits, a row each."""
+    """Return the memory used under each limit, one row each."""
     columns = ("card, GB", "allocated at the peak, GB", "reserved at the peak, GB", "load, s", "left after release, MB")
     rows = {name: row for name, row in found.items() if isinstance(row, Mapping)}
     if rows:
@@ -91,7 +100,10 @@ def _number(value: float | None, digits: int) -> str:
 
 
 def _verdict(held: list[tuple[float, float]]) -> tuple[str, str]:
-    """Pairs of ratio and target -> the targets in the order of the columns, and whether all are met."""
+    """Return the targets in column order and whether all are met.
+
+    pairs: (ratio, target).
+    """
     if not held:
         return "—", "—"
     met = all(ratio <= target for ratio, target in held)

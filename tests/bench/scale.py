@@ -1,8 +1,9 @@
-"""Simulate many engines behind one front door: `python -m tests.bench.scale` prints the tables of docs/scale.md.
+"""Simulate many engines behind one front end.
 
-A discrete-event model. Sessions arrive at random, paint or open a first image, then edit it several times with a pause
-for thought between. Each node is one GPU with a first-come queue and a cache of reference latents. What differs is
-who gets a request: the node that owns its lineage (consistent hashing), any node, or the node with the least to do.
+`python -m tests.bench.scale` prints the tables of docs/scale.md. A discrete-event model. Sessions arrive at random,
+generate or open a first image, then edit it several times with a pause for thought between. Each node is one GPU with a
+first-come queue and a cache of reference latents. What differs is who gets a request: the node that owns its lineage
+(consistent hashing), any node, or the node with the least to do.
 """
 
 import argparse
@@ -53,9 +54,9 @@ class Session:
     root: str
     left: int
     known: str | None
-    """The image that the next edit refers to; None before the first is painted."""
+    """The image that the next edit refers to; None before the first is generated."""
     holder: str = ""
-    """The node that painted it."""
+    """The node that generated it."""
 
 
 @dataclass(slots=True)
@@ -67,7 +68,7 @@ class Node:
     cache: "OrderedDict[str, None]" = field(default_factory=OrderedDict)
 
     def holds(self, image: str, size: int) -> bool:
-        """Tell whether `image` is cached, and make it the most recent either way."""
+        """Tell whether `image` is cached, and make it the most recent."""
         hit = image in self.cache
         self.cache[image] = None
         self.cache.move_to_end(image)
@@ -80,7 +81,10 @@ Policy = Callable[["Simulation", Session], Node]
 
 
 class Simulation:
-    """Runs one world under one policy; `death` and `arrival` are times at which a node goes or comes."""
+    """Simulates one world under one policy.
+
+    `death` and `arrival` are the times at which a node leaves or joins.
+    """
 
     def __init__(self, world: World, policy: Policy, *, death: float = 0.0, arrival: float = 0.0) -> None:
         self.world, self.policy = world, policy
@@ -114,11 +118,14 @@ class Simulation:
 
     @property
     def per_gpu_second(self) -> float:
-        """Images for each second that a GPU computed."""
+        """Return the images per second of GPU computation."""
         return len(self.latencies) / self.work
 
     def percentile(self, share: float, since: float = 0.0, until: float = float("inf")) -> float:
-        """Latency in seconds that `share` of the requests stay under, of those finished in a window."""
+        """Return a latency percentile in seconds.
+
+        `share` of the requests finished in the window stay under it.
+        """
         window = [value for value, at in zip(self.latencies, self.times, strict=True) if since <= at < until]
         return statistics.quantiles(window, n=1000)[round(1000 * share) - 1]
 
@@ -191,12 +198,15 @@ class Simulation:
 
 
 def by_lineage(simulation: Simulation, session: Session) -> Node:
-    """The owner of the lineage, however much it has to do."""
+    """Pick the owner of the lineage, regardless of its load."""
     return simulation.nodes[next(simulation.ring.preference(session.root))]
 
 
 def bounded(simulation: Simulation, session: Session) -> Node:
-    """The first node of the ring that has no more than BOUND times the mean to do (Mirrokni et al., 2016)."""
+    """Pick the ring's first node within BOUND times the mean load.
+
+    Source: Mirrokni et al., 2016.
+    """
     limit = math.ceil(BOUND * (simulation.outstanding + 1) / len(simulation.nodes))
     for name in simulation.ring.preference(session.root):
         node = simulation.nodes[name]
@@ -206,17 +216,23 @@ def bounded(simulation: Simulation, session: Session) -> Node:
 
 
 def at_random(simulation: Simulation, session: Session) -> Node:
-    """Any node."""
+    """Pick any node."""
     return simulation.random.choice(list(simulation.nodes.values()))
 
 
 def least_loaded(simulation: Simulation, session: Session) -> Node:
-    """The node with the fewest jobs, which needs fresh knowledge of all of them."""
+    """Pick the node with the fewest jobs.
+
+    This needs the current load of all nodes.
+    """
     return min(simulation.nodes.values(), key=lambda node: (len(node.queue) + node.busy, node.busy_until))
 
 
 def holder(simulation: Simulation, session: Session) -> Node:
-    """The node that painted the image if it is free, else the one with the least to do, for one dispatcher."""
+    """Pick the node that generated the image, else the least loaded.
+
+    The first is used only if it is free. This needs a single dispatcher.
+    """
     node = simulation.nodes.get(session.holder)
     return node if node and not node.busy else least_loaded(simulation, session)
 
@@ -252,7 +268,7 @@ def policies_table(nodes: int, loads: tuple[float, ...] = (0.5, 0.7, 0.85)) -> I
 
 
 def changes_table(nodes: int) -> Iterator[str]:
-    """Yield the Markdown rows that tell what a node's death and a node's arrival cost."""
+    """Yield the Markdown rows with the cost of losing and adding nodes."""
     yield "| nodes | event | p99 in the 30 s before | p99 in the 30 s after | p99 from 60 s after |"
     yield "|---|---|---|---|---|"
     world = World(nodes, images=300 * nodes)

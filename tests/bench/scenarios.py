@@ -11,7 +11,10 @@ from tests.bench.full_size_models import Giant
 
 @dataclass(frozen=True, slots=True)
 class Scenario:
-    """known: the references were seen before. compiled: whether diffusers compiled is timed, too."""
+    """A kind of request that both sides are timed on.
+
+    known: the references were used before. compiled: also time compiled diffusers.
+    """
 
     name: str
     references: int = 0
@@ -22,7 +25,7 @@ class Scenario:
     compiled: bool = True
 
     def side(self, giant: Giant) -> int:
-        """Side of the image, in pixels."""
+        """Return the side of the image in pixels."""
         return giant.small if self.small else giant.large
 
 
@@ -42,7 +45,10 @@ FIRST, EDIT, HALF = SCENARIOS[:3]
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """Ratios not to be passed: of ours to the floor, to diffusers eager, to diffusers compiled."""
+    """Highest allowed ratios of our time.
+
+    They are relative to the minimum time, to eager diffusers and to compiled diffusers.
+    """
 
     floor: float | None = None
     eager: float | None = None
@@ -73,7 +79,7 @@ LIMIT = 1.03
 
 @dataclass(frozen=True, slots=True)
 class Ask:
-    """One image as both sides are asked for it; references as decoded pixels."""
+    """Request for one image, with references as decoded pixels."""
 
     prompt: str
     seed: int
@@ -82,7 +88,10 @@ class Ask:
 
 
 def asks(scenario: Scenario, giant: Giant) -> Iterator[Ask]:
-    """Always another one, different in just what the scenario calls new. The first makes the known known."""
+    """Yield requests that differ only in what the scenario calls new.
+
+    The first request introduces the known references.
+    """
     side, count = scenario.side(giant), scenario.references
     known = _images(giant, count, of=0)
     number = 0

@@ -1,4 +1,7 @@
-"""Several ways of doing the same thing, timed in turns: A, B, C, C, B, A. What slows the machine down slows all."""
+"""Alternating timings of several implementations: A, B, C, C, B, A.
+
+Other load then slows all of them equally.
+"""
 
 import statistics
 import time
@@ -14,7 +17,10 @@ from tests.bench.scenarios import Ask
 
 @dataclass(frozen=True, slots=True)
 class Side:
-    """paint: from what is asked to pixels on the host. finish: what else belongs to the answer, such as PNG bytes."""
+    """An implementation to time.
+
+    paint: from the request to pixels on the host. finish: the rest of the answer, such as PNG bytes.
+    """
 
     paint: Callable[[Ask], Any]
     finish: Callable[[Any], object] = lambda picture: picture
@@ -22,10 +28,11 @@ class Side:
 
 @dataclass(frozen=True, slots=True)
 class Laps:
-    """One number of each a picture, in milliseconds: wall, to the end of the answer; device, to the pixels.
+    """Times of each image in milliseconds.
 
+    wall: to the end of the answer. device: to the pixels.
     The device's clock is the GPU's own events; without a GPU it is the wall's.
-    working: bytes taken beside what was there before, at the most; 0 where there is no GPU to ask.
+    working: peak bytes allocated in addition to those before; 0 without a GPU.
     """
 
     wall: list[float] = field(default_factory=list)
@@ -38,14 +45,17 @@ class Laps:
 
 
 class Stopwatch:
-    """Times one picture by two clocks, so that a host that cannot keep up shows."""
+    """Times one image by wall clock and device clock.
+
+    A host that cannot keep up becomes visible.
+    """
 
     def __init__(self, placement: Device) -> None:
         self.placement = placement
         self.gpu = placement.device.type == "cuda"
 
     def time(self, side: Side, ask: Ask, laps: Laps) -> None:
-        """Paint, and note what it took."""
+        """Generate an image and record its times."""
         before = self._memory()
         events = [torch.cuda.Event(enable_timing=True) for _ in range(2)] if self.gpu else []
         start = time.perf_counter()
@@ -62,7 +72,7 @@ class Stopwatch:
         laps.working.append(torch.cuda.max_memory_allocated(self.placement.device) - before if self.gpu else 0)
 
     def _memory(self) -> int:
-        """Bytes held now; what is held at the most is watched from here on."""
+        """Return the allocated bytes and reset the peak."""
         self.placement.sync()
         if not self.gpu:
             return 0
@@ -72,20 +82,26 @@ class Stopwatch:
 
 @dataclass(frozen=True, slots=True)
 class Pace:
-    """How often: warm-ups before the clock starts, then at most `rounds` double turns, as `seconds` allow."""
+    """Number of timed runs.
+
+    Warm-ups come first, then at most `rounds` double turns, as `seconds` allow.
+    """
 
     warm: int = 3
     rounds: int = 8
 
 
 PACE = Pace()
-"""16 pictures a side."""
+"""16 images a side."""
 
 
 def in_turns(
     sides: Mapping[str, Side], asks: Iterator[Ask], watch: Stopwatch, pace: Pace, seconds: float
 ) -> dict[str, Laps]:
-    """Laps of each side; every side is asked the same, and in every turn something new."""
+    """Time all sides in turns and return the laps of each.
+
+    All sides get the same requests, a new one in every turn.
+    """
     begun = time.perf_counter()
     turn = 0.0
     for _ in range(pace.warm):

@@ -1,4 +1,7 @@
-"""Layers that stream give what resident ones give, through a ring of two, the next one fetched while one computes."""
+"""Tests that offloaded layers compute the same as resident ones.
+
+The ring holds two layers: one is copied to the device while the other computes.
+"""
 
 import shutil
 from itertools import pairwise
@@ -35,9 +38,9 @@ def net() -> nn.Sequential:
 
 
 def streamed(module: nn.Module) -> OffloadRing:
-    conveyor = OffloadRing(CPU)
-    stream(module, tuple(name for name, layer in module.named_modules() if isinstance(layer, nn.Linear)), conveyor)
-    return conveyor
+    ring = OffloadRing(CPU)
+    stream(module, tuple(name for name, layer in module.named_modules() if isinstance(layer, nn.Linear)), ring)
+    return ring
 
 
 def test_streaming_changes_no_bit() -> None:
@@ -54,8 +57,11 @@ def test_the_ring_holds_two_layers_and_no_more() -> None:
     assert streamed(module).bytes == 2 * largest
 
 
-def test_the_next_layer_is_sent_for_while_one_computes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """From the second round on every layer is on its way before it is asked for, whatever the order of use is."""
+def test_next_layer_is_copied_while_one_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Copy each layer before it is used, from the second pass on.
+
+    This holds for any order of use.
+    """
     module = net()
     order = [4, 0, 2, 1, 3]
     streamed(module)
@@ -73,12 +79,12 @@ def test_the_next_layer_is_sent_for_while_one_computes(monkeypatch: pytest.Monke
         log.clear()
         for i in order:
             module[i](x)
-    # While 4 computes, 0 is sent, and so on; at the end, 4 again for the next step.
+    # While 4 computes, 0 is copied, and so on. At the end, 4 is copied again for the next step.
     assert log == [word for now, then in pairwise([*order, 4]) for word in (f"use {now}", f"send {then}")]
 
 
 def test_a_slot_is_not_written_before_its_layer_is_done() -> None:
-    """The marks a device would wait for, recorded in the order they are set."""
+    """Record in order the events that a device would wait for."""
 
     class Recorder(CopyStream):
         def __init__(self) -> None:
@@ -96,20 +102,20 @@ def test_a_slot_is_not_written_before_its_layer_is_done() -> None:
             pass
 
     module = nn.Sequential(*(nn.Linear(8, 8, bias=False) for _ in range(4)))
-    conveyor = streamed(module)
-    conveyor._copies = recorder = Recorder()
+    ring = streamed(module)
+    ring._copies = recorder = Recorder()
     for _ in range(3):
         module(torch.randn(1, 8))
     carried = [after for what, after in recorder.events if what == "carry"]
     assert carried[:2] == [None, None]
     for position, (what, after) in enumerate(recorder.events):
         if what == "carry" and after is not None:
-            # The slot was last computed with at `after`; nothing later was asked of it.
+            # `after` is the slot's last computation.
             assert recorder.events.index(after) < position  # type: ignore[arg-type]
     assert None not in carried[2:]
 
 
-def test_quantised_layers_and_loras_stream_too() -> None:
+def test_quantised_layers_and_loras_can_be_offloaded() -> None:
     weight = torch.randn(64, 64)
     layer = Fp8Linear(64, 64)
     layer.load_tensors(fp8.encode(weight))
@@ -119,13 +125,13 @@ def test_quantised_layers_and_loras_stream_too() -> None:
     module = nn.Sequential(beside)
     x = torch.randn(2, 64)
     want = module(x)
-    conveyor = OffloadRing(CPU)
-    stream(module, ("0",), conveyor)
+    ring = OffloadRing(CPU)
+    stream(module, ("0",), ring)
     assert isinstance(module[0], OffloadedModule)
     assert torch.equal(module(x), want)
 
 
-def test_a_sleeping_table_gives_the_rows_of_the_prompt() -> None:
+def test_cpu_embedding_returns_the_rows_of_the_prompt() -> None:
     table = nn.Embedding(50, 8)
     ids = torch.randint(0, 50, (1, 12))
     assert torch.equal(CpuEmbedding(table, CPU)(ids), table(ids))
@@ -141,7 +147,10 @@ def last(generator):
 
 @pytest.fixture
 def cramped(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
-    """A device that is told to have a memory of its own, and little of it."""
+    """Fake a discrete device with little memory.
+
+    Set `free` in the returned dict to its free bytes.
+    """
     room = {"free": 0}
     monkeypatch.setattr(
         footprint,
@@ -159,8 +168,11 @@ def paint(klein: Klein):
     return painting
 
 
-def test_a_model_that_streams_paints_the_same_picture(cramped: dict[str, int]) -> None:
-    """The embedded model in less and less memory: the picture is the same to the last bit."""
+def test_offloaded_model_generates_the_same_image(cramped: dict[str, int]) -> None:
+    """Run the embedded model in less and less memory.
+
+    Every image is identical bit for bit.
+    """
     checkpoint = ModelRegistry().resolve(str(NANO))
     cramped["free"] = 10**9
     whole = last(Klein.load(checkpoint, PLACEMENT))
@@ -177,11 +189,11 @@ def test_a_model_that_streams_paints_the_same_picture(cramped: dict[str, int]) -
         if plan not in seen:
             seen.add(plan)
             assert (paint(klein).image == want).all(), plan
-    # All, without the encoder, and two or more with less and less of the transformer.
+    # All resident, then no encoder, then two or more plans with fewer resident transformer layers.
     assert len(seen) >= 4, seen
 
 
-def test_a_lora_on_streamed_layers_is_the_lora_on_resident_ones(
+def test_lora_on_offloaded_layers_equals_lora_on_resident_ones(
     folder: Path, tmp_path: Path, cramped: dict[str, int]
 ) -> None:
     file = write(bfl_fused(), tmp_path / "style.safetensors")
@@ -203,10 +215,13 @@ def test_a_lora_on_streamed_layers_is_the_lora_on_resident_ones(
         assert torch.equal(*velocities)
 
 
-def test_where_the_native_size_does_not_fit_a_smaller_one_is_planned_for(
+def test_smaller_size_is_planned_when_native_size_does_not_fit(
     folder: Path, cramped: dict[str, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What the refusal of a large picture names as fitting has to be had."""
+    """Load the model whenever a smaller image fits.
+
+    The error for a large image names a size that fits, so that size must work.
+    """
     checkpoint = ModelRegistry().resolve(str(folder))
     cramped["free"] = 10**9
     needed = loader.prepare(checkpoint, PLACEMENT, LoadOptions()).plan.peak
@@ -217,13 +232,13 @@ def test_where_the_native_size_does_not_fit_a_smaller_one_is_planned_for(
     assert "all on the device" in last(Klein.load(checkpoint, PLACEMENT)).placement_summary
 
 
-def test_a_limit_on_memory_is_kept(folder: Path) -> None:
+def test_memory_limit_is_respected(folder: Path) -> None:
     engine = Engine(EngineConfig(device="cpu", dtype="float32", memory_limit=1_000_000, models=(folder,)))
     with pytest.raises(OutOfMemory, match=r"needs 0\.\d GB of the memory.* the memory limit is 0\.0 GB\. Set memory"):
         list(engine.run(Job("x", model=str(folder))))
 
 
-def test_auto_is_the_best_that_need_not_stream_its_transformer(
+def test_auto_picks_the_best_model_with_a_resident_transformer(
     folder: Path, tmp_path: Path, cramped: dict[str, int]
 ) -> None:
     for name in ("klein-4b", "klein-9b", "klein-base-4b"):
@@ -239,7 +254,7 @@ def test_auto_is_the_best_that_need_not_stream_its_transformer(
     assert Engine(EngineConfig(device="cpu", dtype="float32", models=(tmp_path,))).best() == "klein-4b"
 
 
-def test_a_picture_that_memory_cannot_hold_is_refused_before_it_is_begun(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_image_too_large_for_memory_is_refused_before_it_starts(monkeypatch: pytest.MonkeyPatch) -> None:
     klein = last(Klein.load(ModelRegistry().resolve(str(NANO)), PLACEMENT))
     monkeypatch.setattr(
         "engine.families.klein.pipeline.memory_info", lambda placement: MemoryInfo("GPU", 100_000, 10**9, 10**9)
@@ -252,7 +267,7 @@ def test_a_picture_that_memory_cannot_hold_is_refused_before_it_is_begun(monkeyp
     assert not started
 
 
-def test_a_limit_holds_for_pictures_too_and_for_what_is_remembered() -> None:
+def test_memory_limit_covers_images_and_the_cache() -> None:
     klein = last(Klein.load(ModelRegistry().resolve(str(NANO)), PLACEMENT, None, LoadOptions(limit=10**9)))
     assert klein.free(10**12) == 10**9 - klein.weight_bytes
     klein.limit = klein.weight_bytes + 100_000

@@ -1,4 +1,7 @@
-"""Published quantised layouts load layer by layer as close to the original as their format allows."""
+"""Tests of loading and writing quantised weights.
+
+Each published layout loads layer by layer, as close to the original as its format allows.
+"""
 
 import json
 from pathlib import Path
@@ -33,7 +36,10 @@ def load(path: Path, wanted: str | None = None, placement: Device = CPU) -> Tran
 
 
 def weight(module: nn.Module, layer: str) -> Tensor:
-    """What a layer means, read off its answers to unit vectors: the way it will be used."""
+    """Compute a layer's effective weight from its outputs for unit vectors.
+
+    This measures the weight the way it is used.
+    """
     linear = module.get_submodule(layer)
     return linear(torch.eye(linear.in_features)).T  # type: ignore[arg-type]
 
@@ -57,7 +63,7 @@ def file(kind: str, bfl: dict[str, Tensor], tmp_path: Path) -> Path:
     return published.write(tensors, tmp_path / f"flux-2-klein-4b-{kind}.safetensors", metadata)
 
 
-def test_every_layer_is_the_original_within_its_format(kind: str, file: Path, bfl: dict[str, Tensor]) -> None:
+def test_every_layer_equals_the_original_within_its_format(kind: str, file: Path, bfl: dict[str, Tensor]) -> None:
     module = load(file)
     assert len(layers(bfl)) == 2 * 8 + 2 * 2
     for layer in layers(bfl):
@@ -70,7 +76,7 @@ def test_every_layer_is_the_original_within_its_format(kind: str, file: Path, bf
             assert torch.equal(module.state_dict()[name], tensor.bfloat16().float()), name
 
 
-def test_layers_that_a_file_leaves_in_bf16_stay_so(kind: str, bfl: dict[str, Tensor], tmp_path: Path) -> None:
+def test_layers_stored_in_bf16_stay_in_bf16(kind: str, bfl: dict[str, Tensor], tmp_path: Path) -> None:
     tensors, metadata = published.quantised(bfl, kind, keep=r"double_blocks\.1\.img_attn\.proj")
     module = load(published.write(tensors, tmp_path / "some.safetensors", metadata))
     kept = module.get_submodule("double_blocks.1.img_attn.proj")
@@ -79,14 +85,14 @@ def test_layers_that_a_file_leaves_in_bf16_stay_so(kind: str, bfl: dict[str, Ten
     assert isinstance(module.get_submodule("double_blocks.0.img_attn.proj"), QuantLinear)
 
 
-def test_the_header_needs_to_say_nothing_where_the_tensors_do(kind: str, bfl: dict[str, Tensor], tmp_path: Path):
+def test_format_is_found_from_tensors_without_header_metadata(kind: str, bfl: dict[str, Tensor], tmp_path: Path):
     tensors, _ = published.quantised(bfl, kind)
     module = load(published.write(tensors, tmp_path / "silent.safetensors"))
     for layer in layers(bfl):
         assert error(weight(module, layer), bfl[f"{layer}.weight"]) <= ALLOWED[kind]
 
 
-def test_an_input_scale_that_is_missing_does_no_harm(kind: str, bfl: dict[str, Tensor], tmp_path: Path) -> None:
+def test_missing_input_scale_does_not_matter(kind: str, bfl: dict[str, Tensor], tmp_path: Path) -> None:
     tensors, metadata = published.quantised(bfl, kind)
     some = {name: tensor for name, tensor in tensors.items() if not name.endswith("input_scale")}
     module = load(published.write(some, tmp_path / "half.safetensors", metadata))
@@ -95,7 +101,7 @@ def test_an_input_scale_that_is_missing_does_no_harm(kind: str, bfl: dict[str, T
 
 
 @pytest.mark.parametrize("wrong", ["nibbles", "scales"])
-def test_a_wrong_nibble_or_scales_out_of_order_would_show(
+def test_wrong_nibble_or_scale_order_would_be_detected(
     wrong: str, bfl: dict[str, Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if wrong == "nibbles":
@@ -104,7 +110,7 @@ def test_a_wrong_nibble_or_scales_out_of_order_would_show(
         monkeypatch.setattr(nvfp4, "unpack", swapped)
     else:
         monkeypatch.setattr(nvfp4, "linear_order", lambda scales: scales)
-    # Groups of very different size, as in trained weights: equal ones would not tell one scale from another.
+    # Groups differ much in magnitude, as in trained weights. With equal groups a wrong scale would not show.
     torch.manual_seed(0)
     loud = {n: t * torch.rand(t.shape[0], 1).mul(4).exp() if published.BLOCK_LINEAR.fullmatch(n) else t
             for n, t in bfl.items()}  # fmt: skip
@@ -128,12 +134,15 @@ def test_our_own_packing_is_the_published_one(bfl: dict[str, Tensor]) -> None:
 
 
 @pytest.mark.parametrize("pack", [fp8, nvfp4])
-def test_packing_needs_little_more_memory_than_what_is_packed(pack: Any) -> None:
-    """A card that just holds the model has no room for copies of its largest layer in fp32."""
+def test_packing_needs_little_extra_memory(pack: Any) -> None:
+    """Quantise without fp32 copies of whole layers.
+
+    A card that just fits the model has no memory for an fp32 copy of its largest layer.
+    """
     weight = torch.randn(27648, 512, dtype=torch.bfloat16)
     with Peak() as peak:
         packed = pack.encode(weight)
-    # What is packed counts once, by its rows. Observed: 1.30 of it besides what it became; nvfp4 in one piece: 15.8.
+    # Extra memory as a multiple of the packed rows, without the result. Observed: 1.30; nvfp4 in one piece: 15.8.
     assert peak.bytes < sum(tensor.nbytes for tensor in packed.values()) + 1.5 * weight.nbytes
 
 
@@ -147,7 +156,7 @@ def test_any_file_can_be_quantised_while_it_loads(kind: str, folder: Path, bfl: 
     assert isinstance(module.img_in, nn.Linear)
 
 
-def test_four_bits_can_become_eight_while_they_load(bfl: dict[str, Tensor], tmp_path: Path) -> None:
+def test_four_bit_file_can_load_as_eight_bit(bfl: dict[str, Tensor], tmp_path: Path) -> None:
     tensors, metadata = published.quantised(bfl, "nvfp4")
     module = load(published.write(tensors, tmp_path / "f.safetensors", metadata), "fp8")
     for layer in layers(bfl):
@@ -155,8 +164,11 @@ def test_four_bits_can_become_eight_while_they_load(bfl: dict[str, Tensor], tmp_
         assert error(weight(module, layer), bfl[f"{layer}.weight"]) <= ALLOWED["nvfp4"]
 
 
-def test_a_native_layer_multiplies_what_a_widened_one_does(bfl: dict[str, Tensor]) -> None:
-    """The same call that runs on the GPU; the CPU has it too, only slowly."""
+def test_native_layer_equals_a_dequantised_one(bfl: dict[str, Tensor]) -> None:
+    """Use the same torch call as on the GPU.
+
+    The CPU implements it too, only slowly.
+    """
     torch.manual_seed(1)
     original = bfl["single_blocks.1.linear2.weight"]
     x = torch.randn(2, 32, original.shape[1], dtype=torch.bfloat16)
@@ -172,7 +184,10 @@ def test_a_native_layer_multiplies_what_a_widened_one_does(bfl: dict[str, Tensor
 
 
 def blackwell(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, out_dtype: torch.dtype) -> Tensor:
-    """What torch's product of two nvfp4 matrices means; it wants rows, columns, and whole blocks of scales."""
+    """Emulate torch's product of two nvfp4 matrices.
+
+    It requires row-major times column-major matrices, and whole blocks of scales.
+    """
     assert (a.dtype, b.dtype, a.stride(1), b.stride(0)) == (torch.float4_e2m1fn_x2,) * 2 + (1, 1)
     assert all(codes % 128 == 0 for codes in (a.shape[0], b.shape[1]))
     one = torch.ones((), device="cpu")
@@ -183,7 +198,7 @@ def blackwell(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, out_dtype:
     return (left @ right.T).to(out_dtype)
 
 
-def test_on_blackwell_four_bits_are_multiplied_as_they_are(
+def test_blackwell_multiplies_four_bit_weights_natively(
     bfl: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch, "_scaled_mm", blackwell)
@@ -202,7 +217,7 @@ def test_on_blackwell_four_bits_are_multiplied_as_they_are(
         assert error(native.float(), x.float() @ original.T) <= 1.5 * ALLOWED["nvfp4"]
 
 
-def test_a_device_that_multiplies_four_bits_wrongly_or_not_at_all_is_not_trusted(
+def test_device_without_correct_four_bit_products_is_not_native(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def cannot(*_: Any, **__: Any) -> Tensor:
@@ -227,10 +242,10 @@ def test_a_device_that_multiplies_four_bits_wrongly_or_not_at_all_is_not_trusted
         assert multiplies_fp4(torch.device("cuda")) is native
 
 
-def test_comfyuis_markers_are_read(kind: str, bfl: dict[str, Tensor], tmp_path: Path) -> None:
+def test_comfyui_markers_are_read(kind: str, bfl: dict[str, Tensor], tmp_path: Path) -> None:
     tensors, metadata = published.quantised(bfl, kind)
-    said = json.loads(metadata["_quantization_metadata"])["layers"]
-    for layer, entry in said.items():
+    layout = json.loads(metadata["_quantization_metadata"])["layers"]
+    for layer, entry in layout.items():
         text = json.dumps(entry | {"full_precision_matrix_mult": True}).encode()
         tensors[f"{layer}.comfy_quant"] = torch.tensor(list(text), dtype=torch.uint8)
     prefixed = {f"model.diffusion_model.{name}": tensor for name, tensor in tensors.items()}
@@ -240,7 +255,7 @@ def test_comfyuis_markers_are_read(kind: str, bfl: dict[str, Tensor], tmp_path: 
         assert not getattr(module.get_submodule(layer), "native", False)
 
 
-def test_comfyuis_older_markers_are_read(bfl: dict[str, Tensor], tmp_path: Path) -> None:
+def test_older_comfyui_markers_are_read(bfl: dict[str, Tensor], tmp_path: Path) -> None:
     tensors, _ = published.quantised(bfl, "fp8")
     older = {
         name.replace("weight_scale", "scale_weight").replace("input_scale", "scale_input"): tensor
@@ -252,7 +267,7 @@ def test_comfyuis_older_markers_are_read(bfl: dict[str, Tensor], tmp_path: Path)
         assert error(weight(module, layer), bfl[f"{layer}.weight"]) <= ALLOWED["fp8"]
 
 
-def test_a_raw_cast_to_fp8_is_taken_at_its_word(bfl: dict[str, Tensor], tmp_path: Path) -> None:
+def test_raw_fp8_cast_is_loaded_without_scales(bfl: dict[str, Tensor], tmp_path: Path) -> None:
     raw = {name: tensor.to(torch.float8_e4m3fn) for name, tensor in bfl.items()}
     module = load(published.write(raw, tmp_path / "raw.safetensors"))
     for layer in layers(bfl):
@@ -264,8 +279,8 @@ def test_a_raw_cast_to_fp8_is_taken_at_its_word(bfl: dict[str, Tensor], tmp_path
 
 def test_other_formats_are_refused_by_name(bfl: dict[str, Tensor], tmp_path: Path) -> None:
     tensors, metadata = published.quantised(bfl, "fp8")
-    said = metadata["_quantization_metadata"].replace("float8_e4m3fn", "awq_w4a16")
-    file = published.write(tensors, tmp_path / "int8.safetensors", {"_quantization_metadata": said})
+    layout = metadata["_quantization_metadata"].replace("float8_e4m3fn", "awq_w4a16")
+    file = published.write(tensors, tmp_path / "int8.safetensors", {"_quantization_metadata": layout})
     with pytest.raises(BadWeights, match=r"quantised as awq_w4a16, which is not read; read are float8_e4m3fn"):
         load(file)
     packed = {n: t for n, t in published.quantised(bfl, "nvfp4")[0].items() if "scale" not in n}
@@ -273,10 +288,11 @@ def test_other_formats_are_refused_by_name(bfl: dict[str, Tensor], tmp_path: Pat
         load(published.write(packed, tmp_path / "packed.safetensors"))
 
 
-def test_scales_of_other_formats_are_refused_before_anything_is_read(
-    kind: str, bfl: dict[str, Tensor], tmp_path: Path
-) -> None:
-    """Powers of two for 64 weights, a scale a column, blocks of another size, two scales for one layer."""
+def test_scales_of_other_formats_are_refused_before_reading(kind: str, bfl: dict[str, Tensor], tmp_path: Path) -> None:
+    """Refuse scale layouts of other formats.
+
+    They are powers of two for 64 weights, a scale per column, another block size, and two scales for one layer.
+    """
     name = "single_blocks.0.linear1.weight_scale"
     e8m0 = torch.zeros(9 * 128, 2, dtype=torch.uint8).view(torch.float8_e8m0fnu)
     one_of_32 = torch.zeros(9 * 128, 4).to(torch.float8_e4m3fn)
@@ -287,7 +303,7 @@ def test_scales_of_other_formats_are_refused_before_anything_is_read(
             components.transformer(file)
 
 
-def test_numbers_that_are_not_read_and_matrices_that_are_none_are_named(bfl: dict[str, Tensor], tmp_path: Path) -> None:
+def test_unsupported_dtypes_and_shapes_are_named(bfl: dict[str, Tensor], tmp_path: Path) -> None:
     eight = {name: t.to(torch.int8) if published.BLOCK_LINEAR.fullmatch(name) else t for name, t in bfl.items()}
     with pytest.raises(BadWeights, match=r"double_blocks\.\S+ is stored as I8, which is not read"):
         load(published.write(eight, tmp_path / "int8.safetensors"))
@@ -297,8 +313,8 @@ def test_numbers_that_are_not_read_and_matrices_that_are_none_are_named(bfl: dic
             load(flat)
 
 
-def test_metal_gets_everything_widened_because_it_knows_no_fp8(kind: str, file: Path) -> None:
-    """A faked device: what is decided for it, not what it computes."""
+def test_metal_gets_dequantised_weights_because_it_lacks_fp8(kind: str, file: Path) -> None:
+    """Check the decision for a fake device, not its computation."""
     part = components.transformer(file, None, torch.device("mps"))
     assert not any(isinstance(layer, QuantLinear) for layer in part.module.modules())
     assert quant.memory_scheme(None, "fp8", torch.device("mps")) is None
@@ -318,7 +334,7 @@ def test_fp8_is_native_from_ada_on(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not multiplies_fp8(torch.device("cpu"))
 
 
-def test_a_quantised_layer_takes_the_memory_of_its_codes(bfl: dict[str, Tensor]) -> None:
+def test_quantised_layer_uses_the_memory_of_its_codes(bfl: dict[str, Tensor]) -> None:
     weight = bfl["single_blocks.0.linear1.weight"].bfloat16()
     eight, four = Fp8Linear(128, weight.shape[0]), Nvfp4Linear(128, weight.shape[0])
     eight.load_tensors(fp8.encode(weight))
@@ -327,7 +343,7 @@ def test_a_quantised_layer_takes_the_memory_of_its_codes(bfl: dict[str, Tensor])
     assert sizes == [weight.numel() + 4, weight.numel() // 2 + weight.numel() // 16 + 4]
 
 
-def test_a_quantised_checkpoint_is_told_apart_by_its_fingerprint(bfl: dict[str, Tensor], tmp_path: Path) -> None:
+def test_quantised_checkpoint_has_its_own_fingerprint(bfl: dict[str, Tensor], tmp_path: Path) -> None:
     prints = set()
     for kind in ("fp8", "nvfp4"):
         tensors, metadata = published.quantised(bfl, kind)

@@ -1,4 +1,7 @@
-"""A model is found by what its files contain; what they cannot tell comes from index, name, hash, or the user."""
+"""Tests of finding and identifying installed models.
+
+A model is identified by the contents of its files, then by index, name, hash, or the user.
+"""
 
 import hashlib
 import json
@@ -28,7 +31,10 @@ def installed(folder: Path, home: Path, name: str = "klein-4b") -> Path:
 
 
 def hub(cache: Path, repo: str, files: dict[str, Path]) -> Path:
-    """A cache as huggingface_hub lays it out: blobs named by hash, and links to them."""
+    """Create a cache in huggingface_hub's layout.
+
+    Blobs are named by hash, and snapshots link to them.
+    """
     root = cache / f"models--{repo.replace('/', '--')}"
     snapshot = root / "snapshots" / ("a" * 40)
     for name, source in files.items():
@@ -46,7 +52,7 @@ def tree(folder: Path) -> dict[str, Path]:
 
 
 def comfyui(folder: Path, home: Path, name: str, tensors: dict[str, Tensor]) -> Path:
-    """ComfyUI's model folders, with its own file names and prefixes."""
+    """Create ComfyUI's model folders, with its file names and prefixes."""
     published.write({f"model.diffusion_model.{n}": t for n, t in tensors.items()}, home / "diffusion_models" / name)
     published.write(published.bfl_autoencoder(folder), home / "vae" / "flux2-vae.safetensors")
     encoder = load_file(folder / "text_encoder" / "model.safetensors")
@@ -54,7 +60,7 @@ def comfyui(folder: Path, home: Path, name: str, tensors: dict[str, Tensor]) -> 
     return home
 
 
-def test_the_embedded_model_is_always_there(tmp_path: Path) -> None:
+def test_embedded_model_is_always_installed(tmp_path: Path) -> None:
     assert ModelRegistry().installed() == {"nano": NANO}
     assert ModelRegistry().resolve("nano").variant.name == "nano"
 
@@ -67,15 +73,18 @@ def test_a_diffusers_folder_is_found_by_name_in_a_folder_of_models(folder: Path,
     assert (found.variant, found.transformer) == (VARIANTS["klein-4b"], place / "transformer")
 
 
-def test_the_hubs_cache_is_searched_by_repository(folder: Path, tmp_path: Path) -> None:
+def test_hub_cache_is_searched_by_repository(folder: Path, tmp_path: Path) -> None:
     snapshot = hub(tmp_path, VARIANTS["klein-4b"].repo, tree(folder))
     assert ModelRegistry(hub=tmp_path).resolve("klein-4b").transformer == snapshot / "transformer"
 
 
-def test_a_flat_repository_takes_its_companions_from_another(
+def test_single_file_repository_takes_companions_from_another(
     folder: Path, transformer: dict[str, Tensor], tmp_path: Path
 ) -> None:
-    """What `pull klein-4b-fp8` leaves: the fp8 file, and of the whole repository all but its transformer."""
+    """Resolve the files that `pull klein-4b-fp8` downloads.
+
+    They are the fp8 file, and the full repository without its transformer.
+    """
     eight = published.write(*_quantised(transformer, tmp_path / "flux-2-klein-4b-fp8.safetensors"))
     fp8 = VARIANTS["klein-4b"].files[1]
     cache = tmp_path / "hub"
@@ -94,7 +103,7 @@ def _quantised(tensors: dict[str, Tensor], file: Path, kind: str = "fp8"):
     return out, file, metadata
 
 
-def test_of_two_formats_full_precision_comes_first_unless_told(
+def test_full_precision_comes_first_unless_a_format_is_requested(
     folder: Path, transformer: dict[str, Tensor], tmp_path: Path
 ) -> None:
     place = installed(folder, tmp_path)
@@ -105,7 +114,7 @@ def test_of_two_formats_full_precision_comes_first_unless_told(
     assert registry.resolve("klein-4b", quant="nvfp4").transformer == place / "transformer"
 
 
-def test_comfyuis_folders_are_understood_by_content(
+def test_comfyui_folders_are_identified_by_content(
     folder: Path, transformer: dict[str, Tensor], tmp_path: Path
 ) -> None:
     home = comfyui(folder, tmp_path / "ComfyUI" / "models", "flux-2-klein-base-4b-fp8.safetensors", transformer)
@@ -121,7 +130,7 @@ def test_comfyuis_folders_are_understood_by_content(
     assert found.tokenizer == tmp_path / "tokens" / "tokenizer"
 
 
-def test_the_encoder_is_chosen_by_the_width_that_the_transformer_reads(
+def test_encoder_is_chosen_by_the_transformers_input_width(
     folder: Path, transformer: dict[str, Tensor], tmp_path: Path
 ) -> None:
     home = comfyui(folder, tmp_path, "flux-2-klein-4b.safetensors", transformer)
@@ -131,7 +140,7 @@ def test_the_encoder_is_chosen_by_the_width_that_the_transformer_reads(
     assert ModelRegistry((home,)).resolve("klein-4b").text_encoder.name == "qwen_3_4b.safetensors"
 
 
-def test_the_small_decoder_is_taken_where_it_is_asked_for(folder: Path, tmp_path: Path) -> None:
+def test_small_decoder_is_used_when_requested(folder: Path, tmp_path: Path) -> None:
     place = installed(folder, tmp_path)
     small = published.small_decoder(tmp_path / ".work")
     file = published.write(small, tmp_path / "full_encoder_small_decoder.safetensors")
@@ -141,7 +150,7 @@ def test_the_small_decoder_is_taken_where_it_is_asked_for(folder: Path, tmp_path
 
 
 def named(transformer: dict[str, Tensor], folder: Path, home: Path, name: str) -> Path:
-    """A single file with its companions beside it, and no index."""
+    """Create a single file with companions beside it and no index."""
     for part in ("text_encoder", "tokenizer", "vae"):
         shutil.copytree(folder / part, home / part, dirs_exist_ok=True)
     return published.write(transformer, home / name)
@@ -158,7 +167,7 @@ def named(transformer: dict[str, Tensor], folder: Path, home: Path, name: str) -
         ("my-finetune.safetensors", None),
     ],
 )
-def test_variants_that_look_alike_are_told_by_name_or_asked_for(
+def test_similar_variants_are_identified_by_name_or_must_be_given(
     name: str, variant: str | None, folder: Path, transformer: dict[str, Tensor], tmp_path: Path
 ) -> None:
     file = named(transformer, folder, tmp_path, name)
@@ -170,7 +179,7 @@ def test_variants_that_look_alike_are_told_by_name_or_asked_for(
     assert ModelRegistry().resolve(str(file), "klein-base-9b").variant.name == "klein-base-9b"
 
 
-def test_only_variants_of_the_right_size_are_asked_about(
+def test_error_lists_only_variants_of_the_right_size(
     folder: Path, transformer: dict[str, Tensor], tmp_path: Path
 ) -> None:
     wide = transformer | {"img_in.weight": torch.zeros(3072, 128)}
@@ -181,7 +190,7 @@ def test_only_variants_of_the_right_size_are_asked_about(
         ModelRegistry().resolve(str(file), "klein-9b")
 
 
-def test_a_published_file_is_known_by_its_hash_whatever_it_is_called(
+def test_renamed_published_file_is_identified_by_its_hash(
     folder: Path, transformer: dict[str, Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = named(transformer, folder, tmp_path, "renamed.safetensors")
@@ -195,7 +204,7 @@ def test_a_published_file_is_known_by_its_hash_whatever_it_is_called(
         ModelRegistry().resolve(str(file))
 
 
-def test_a_blob_of_the_hub_is_known_by_its_name_without_reading_it(
+def test_hub_blob_is_identified_by_name_without_reading(
     folder: Path, transformer: dict[str, Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = named(transformer, folder, tmp_path, "renamed.safetensors")
@@ -210,7 +219,7 @@ def test_a_blob_of_the_hub_is_known_by_its_name_without_reading_it(
     assert ModelRegistry().resolve(str(file)).variant.name == "klein-9b"
 
 
-def test_the_index_beside_a_file_says_what_it_is(folder: Path, transformer: dict[str, Tensor], tmp_path: Path):
+def test_index_beside_a_file_identifies_it(folder: Path, transformer: dict[str, Tensor], tmp_path: Path):
     file = named(transformer, folder, tmp_path / "mine", "whatever.safetensors")
     index = json.loads((folder / "model_index.json").read_text())
     (tmp_path / "mine" / "model_index.json").write_text(json.dumps(index | {"is_distilled": False}))
@@ -218,12 +227,12 @@ def test_the_index_beside_a_file_says_what_it_is(folder: Path, transformer: dict
     assert (found.name, found.steps, found.guidance) == ("mine", 50, 4.0)
 
 
-def test_a_folder_with_one_klein_file_is_that_file(folder: Path, transformer: dict[str, Tensor], tmp_path: Path):
+def test_folder_with_one_klein_file_resolves_to_it(folder: Path, transformer: dict[str, Tensor], tmp_path: Path):
     file = named(transformer, folder, tmp_path / "flat", "flux-2-klein-4b.safetensors")
     assert ModelRegistry().resolve(str(tmp_path / "flat")).transformer == file
 
 
-def test_a_near_miss_is_named(tmp_path: Path) -> None:
+def test_similar_name_is_suggested(tmp_path: Path) -> None:
     with pytest.raises(ModelNotFound, match=r"'klein-4n'\. Did you mean klein-4b"):
         ModelRegistry().resolve("klein-4n")
     with pytest.raises(ModelNotFound, match=r"'klein-9bkv'\. Did you mean klein-9b-kv"):
@@ -232,10 +241,13 @@ def test_a_near_miss_is_named(tmp_path: Path) -> None:
         ModelRegistry().resolve("klein-9b")
 
 
-def test_what_a_person_may_miss_is_told_with_the_reason(
+def test_unusable_models_are_listed_with_the_reason(
     folder: Path, transformer: dict[str, Tensor], tmp_path: Path
 ) -> None:
-    """A klein of the user's own, one that does not say which it is, a broken one, and formats that are not read."""
+    """List unusable models with the reason for each.
+
+    They are a custom klein, one of unknown variant, a broken one, and unsupported formats.
+    """
     own = installed(folder, tmp_path, "my-klein")
     unnamed = published.write(transformer | {"img_in.weight": torch.zeros(3072, 128)}, tmp_path / "mine.safetensors")
     broken = published.write(transformer, tmp_path / "flux-2-klein-9b.safetensors")
@@ -247,12 +259,12 @@ def test_what_a_person_may_miss_is_told_with_the_reason(
     named_well = installed(folder, tmp_path)
     published.write({"x.lora_A.weight": torch.zeros(2, 2)}, tmp_path / "klein-style.safetensors")
     registry = ModelRegistry((tmp_path,))
-    told = {model.path: str(model.error) for model in registry.unusable_models()}
-    assert told.keys() == {own, unnamed, broken, packed}
-    assert "give its path as the model" in told[own]
-    assert "Set variant to klein-4b or klein-base-4b" in told[unnamed]
-    assert "is not a whole safetensors file" in told[broken]
-    assert "is not a whole GGUF file: its version is 0" in told[packed]
+    errors = {model.path: str(model.error) for model in registry.unusable_models()}
+    assert errors.keys() == {own, unnamed, broken, packed}
+    assert "give its path as the model" in errors[own]
+    assert "Set variant to klein-4b or klein-base-4b" in errors[unnamed]
+    assert "is not a whole safetensors file" in errors[broken]
+    assert "is not a whole GGUF file: its version is 0" in errors[packed]
     assert registry.installed() == {"nano": NANO, "klein-4b": named_well}
     with pytest.raises(BadWeights, match=r"flux-2-klein-9b\.safetensors .* not a whole safetensors file"):
         registry.resolve("klein-9b")
@@ -268,13 +280,13 @@ def test_what_a_person_may_miss_is_told_with_the_reason(
         (["something.weight"], r"is not a FLUX\.2 \[klein\] transformer: it has no img_in"),
     ],
 )
-def test_what_is_no_klein_is_not_asked_which_klein_it_is(keys: list[str], says: str, tmp_path: Path) -> None:
+def test_other_architectures_are_refused_without_asking_the_variant(keys: list[str], says: str, tmp_path: Path) -> None:
     file = published.write({name: torch.zeros(2, 2) for name in keys}, tmp_path / "whatever.safetensors")
     with pytest.raises(BadWeights, match=says):
         ModelRegistry().resolve(str(file))
 
 
-def test_a_folder_that_is_no_model_says_what_it_has(
+def test_error_for_a_folder_without_model_names_its_contents(
     folder: Path, transformer: dict[str, Tensor], tmp_path: Path
 ) -> None:
     with pytest.raises(BadWeights, match=rf"is a part of the model in {folder}\. Give that folder"):
@@ -293,8 +305,13 @@ def test_a_folder_that_is_no_model_says_what_it_has(
         ModelRegistry().resolve("/nowhere")
 
 
-def test_a_missing_part_names_the_least_to_pull(folder: Path, transformer: dict[str, Tensor], tmp_path: Path) -> None:
-    """ComfyUI has no tokenizer among its files; nobody should have to fetch a whole model for it."""
+def test_error_for_a_missing_component_names_the_smallest_pull(
+    folder: Path, transformer: dict[str, Tensor], tmp_path: Path
+) -> None:
+    """Suggest pulling only the missing component.
+
+    ComfyUI's files include no tokenizer, and a whole model is too large to download for it.
+    """
     home = comfyui(folder, tmp_path / "models", "flux-2-klein-9b.safetensors", transformer)
     with pytest.raises(BadWeights, match=r"No tokenizer beside the file, .*Pull tokenizer\.$"):
         ModelRegistry((home,)).resolve("klein-9b")

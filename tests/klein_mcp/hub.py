@@ -1,4 +1,7 @@
-"""A stand-in for the hub on loopback: its listing, its headers, its ranges; and ways to misbehave."""
+"""A fake Hugging Face hub on loopback, with configurable faults.
+
+It serves the listing, the headers and byte ranges.
+"""
 
 import hashlib
 import json
@@ -15,8 +18,9 @@ COMMIT = "c0ffee" * 6 + "beef"
 
 @dataclass
 class Hub:
-    """repos: repository -> file name -> content. log: (method, path, range) of every request.
+    """State of the fake hub: repositories, faults and request log.
 
+    repos: repository -> file name -> content. log: (method, path, range) of every request.
     slow: seconds between two pieces of a large file. corrupt: file names whose content is served changed.
     closed: repositories whose files need a token. claimed: sizes that are claimed in the listing. etags: by file name.
     """
@@ -32,7 +36,7 @@ class Hub:
     url: str = ""
 
     def fetched(self) -> set[str]:
-        """Names of the files of which content was asked for."""
+        """Return the names of the files whose content was requested."""
         return {path.split("/resolve/")[1].split("/", 1)[1] for method, path, _ in self.log
                 if method == "GET" and "/resolve/" in path}  # fmt: skip
 
@@ -59,7 +63,7 @@ class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
     def log_message(self, format: str, *args: object) -> None:
-        """Silent."""
+        """Log nothing."""
 
     def do_HEAD(self) -> None:
         self._answer(body=False)
@@ -107,8 +111,8 @@ class _Handler(BaseHTTPRequestHandler):
             if is_large(name):
                 entry["lfs"] = {"sha256": hashlib.sha256(content).hexdigest(), "size": size, "pointerSize": 134}
             siblings.append(entry)
-        said = {"id": repo, "modelId": repo, "sha": COMMIT, "siblings": siblings, "gated": "auto", "private": False}
-        self._say(200, json.dumps(said).encode(), {"Content-Type": "application/json"})
+        info = {"id": repo, "modelId": repo, "sha": COMMIT, "siblings": siblings, "gated": "auto", "private": False}
+        self._say(200, json.dumps(info).encode(), {"Content-Type": "application/json"})
 
     def _say(
         self, status: int, content: bytes, headers: dict[str, str], *, body: bool = True, slow: bool = False
@@ -125,5 +129,5 @@ class _Handler(BaseHTTPRequestHandler):
                 if slow and self.hub.slow:
                     time.sleep(self.hub.slow)
         except OSError:
-            # Whoever was listening has gone.
+            # The client has disconnected.
             self.close_connection = True

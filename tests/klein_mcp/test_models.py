@@ -1,4 +1,4 @@
-"""`klein-mcp models`: what is here, under which licence, and how it would live in this machine."""
+"""Tests of `klein-mcp models`: installed models, licences and memory placement."""
 
 import argparse
 import json
@@ -13,9 +13,12 @@ from tests.engine import published
 
 
 @pytest.fixture(scope="module")
-def shelf(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A diffusers folder and an fp8 file of a 4B, and a base file whose companions are another model's."""
-    home = tmp_path_factory.mktemp("shelf")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Create a folder of models: a diffusers 4B, an fp8 base 4B.
+
+    The base file uses the companions of the other model.
+    """
+    home = tmp_path_factory.mktemp("model_folder")
     folder = published.toy(home / "klein-4b")
     tensors, metadata = published.quantised(published.bfl_transformer(folder), "fp8")
     published.write(tensors, home / "diffusion_models" / "flux-2-klein-base-4b-fp8.safetensors", metadata)
@@ -26,52 +29,52 @@ def run(settings: Settings, *, as_json: bool = False) -> int:
     return models.run(settings, argparse.Namespace(json=as_json))
 
 
-def settings(home: Path, shelf: Path, **more: object) -> Settings:
-    return Settings(home=home, hub=home / "hub", models=(shelf,), device="cpu", **more)  # type: ignore[arg-type]
+def settings(home: Path, model_folder: Path, **more: object) -> Settings:
+    return Settings(home=home, hub=home / "hub", models=(model_folder,), device="cpu", **more)  # type: ignore[arg-type]
 
 
-def test_every_model_has_its_format_licence_size_and_place(
-    shelf: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_every_model_has_its_format_licence_size_and_path(
+    model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run(settings(tmp_path, shelf), as_json=True) == 0
-    said = json.loads(capsys.readouterr().out)
-    found = {model["name"]: model for model in said["installed"]}
+    assert run(settings(tmp_path, model_folder), as_json=True) == 0
+    output = json.loads(capsys.readouterr().out)
+    found = {model["name"]: model for model in output["installed"]}
     assert found.keys() == {"nano", "klein-4b", "klein-base-4b"}
     assert (found["klein-4b"]["format"], found["klein-base-4b"]["format"]) == ("bf16", "fp8")
     assert found["klein-base-4b"]["licence"] == "Apache-2.0"
-    assert found["klein-4b"]["path"] == str(shelf / "klein-4b")
+    assert found["klein-4b"]["path"] == str(model_folder / "klein-4b")
     assert all(model["fits"] and model["bytes"] > 10**6 for model in found.values())
     assert "all on the device" in found["klein-4b"]["memory"]
-    assert [row["name"] for row in said["available"]] == ["klein-9b", "klein-base-9b", "klein-9b-kv"]
-    assert all(row["gated"] and "Non-Commercial" in row["licence"] for row in said["available"])
+    assert [row["name"] for row in output["available"]] == ["klein-9b", "klein-base-9b", "klein-9b-kv"]
+    assert all(row["gated"] and "Non-Commercial" in row["licence"] for row in output["available"])
 
 
-def test_a_person_reads_what_does_not_fit_and_why(
-    shelf: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_text_output_explains_models_that_do_not_fit(
+    model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    home = tmp_path / "shelf"
-    shutil.copytree(shelf, home)
+    home = tmp_path / "model_folder"
+    shutil.copytree(model_folder, home)
     shutil.rmtree(home / "klein-4b" / "vae")
     assert run(settings(tmp_path, home, memory=0.3)) == 0
-    said = capsys.readouterr().out
-    assert "klein-4b (bf16): Apache-2.0" in said
-    assert "does not load: " in said
-    assert "has no vae folder. Download it again." in said
-    assert "klein-9b       FLUX.2 [klein] 9B, FLUX Non-Commercial, gated, bf16 18.2 GB, fp8 9.4 GB" in said
-    assert "nvfp4; all in memory in bf16: 31 GB" in said
+    output = capsys.readouterr().out
+    assert "klein-4b (bf16): Apache-2.0" in output
+    assert "does not load: " in output
+    assert "has no vae folder. Download it again." in output
+    assert "klein-9b       FLUX.2 [klein] 9B, FLUX Non-Commercial, gated, bf16 18.2 GB, fp8 9.4 GB" in output
+    assert "nvfp4; all in memory in bf16: 31 GB" in output
 
 
-def test_what_cannot_be_called_by_a_name_is_listed_with_the_reason(
-    shelf: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_models_without_a_usable_name_are_listed_with_reasons(
+    model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    home = tmp_path / "shelf"
-    shutil.copytree(shelf / "klein-4b", home / "mine")
+    home = tmp_path / "model_folder"
+    shutil.copytree(model_folder / "klein-4b", home / "mine")
     (home / "flux-2-klein-4b-Q8_0.gguf").write_bytes(b"GGUF" + b"\0" * 20)
     there = Settings(home=tmp_path, hub=tmp_path / "hub", models=(home, tmp_path / "typo"), device="cpu")
     assert run(there) == 0
-    said = capsys.readouterr().out
-    assert f"  {home / 'mine'}\n    It is a klein, under a name of its own: give its path as the model." in said
-    assert "flux-2-klein-4b-Q8_0.gguf (24 bytes) is not a whole GGUF file: its version is 0" in said
-    assert f"  {tmp_path / 'typo'}\n    KLEIN_MODELS names it, and it is not there." in said
+    output = capsys.readouterr().out
+    assert f"  {home / 'mine'}\n    It is a klein, under a name of its own: give its path as the model." in output
+    assert "flux-2-klein-4b-Q8_0.gguf (24 bytes) is not a whole GGUF file: its version is 0" in output
+    assert f"  {tmp_path / 'typo'}\n    KLEIN_MODELS names it, and it is not there." in output
     assert run(there, as_json=True) == 0
     assert len(json.loads(capsys.readouterr().out)["not_used"]) == 3

@@ -1,4 +1,7 @@
-"""`klein-mcp pull` against a hub on loopback: only what is needed, resumed, checked, and every refusal in one line."""
+"""Tests of `klein-mcp pull` against a fake hub on loopback.
+
+It downloads only what is needed, resumes, verifies hashes, and refuses in one line.
+"""
 
 import hashlib
 import json
@@ -31,7 +34,10 @@ def noise(size: int, seed: int) -> bytes:
 
 
 def whole(file: str) -> dict[str, bytes]:
-    """A repository as the published ones are: diffusers folders, the same weights as one file, pictures."""
+    """Return the files of a repository like the published ones.
+
+    It has diffusers folders, the same weights as a single file, and sample images.
+    """
     layers = {
         f"model.layers.{i}.mlp.up_proj.weight": f"model-0000{1 + i // 12}-of-00004.safetensors" for i in range(36)
     }
@@ -103,41 +109,41 @@ def there(home: Path, repo: str) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_only_the_files_that_are_needed_are_fetched(hub: Hub, home: Path) -> None:
+def test_only_needed_files_are_downloaded(hub: Hub, home: Path) -> None:
     code, out, err = run(hub, home, "klein-4b", "--json")
     assert code == 0, err
     assert "Apache-2.0" in err
     got = there(home, FOUR)
     unwanted = ("README", "teaser", "flux", "scheduler")
     kept = {name: content for name, content in hub.repos[FOUR].items() if not name.startswith(unwanted)}
-    # The last shard holds nothing but the language model's head.
+    # The last shard contains only the language model's head.
     del kept["text_encoder/model-00004-of-00004.safetensors"]
     assert got == kept
     assert hub.fetched() == kept.keys()
     assert json.loads(out)["bytes"] == sum(map(len, kept.values()))
 
 
-def test_a_second_pull_fetches_nothing(hub: Hub, home: Path) -> None:
+def test_second_pull_downloads_nothing(hub: Hub, home: Path) -> None:
     assert run(hub, home, "klein-4b")[0] == 0
     hub.log.clear()
     assert run(hub, home, "klein-4b")[0] == 0
     assert not hub.fetched()
 
 
-def test_a_quantised_one_brings_its_companions_and_not_the_large_transformer(hub: Hub, home: Path) -> None:
+def test_quantised_pull_downloads_companions_without_the_large_transformer(hub: Hub, home: Path) -> None:
     assert run(hub, home, "klein-4b-fp8")[0] == 0
     assert set(there(home, EIGHT)) == {"flux-2-klein-4b-fp8.safetensors"}
     assert not [name for name in there(home, FOUR) if name.startswith("transformer")]
     assert {"vae/config.json", "model_index.json", "tokenizer/tokenizer.json"} <= there(home, FOUR).keys()
 
 
-def test_the_small_decoder_comes_alone(hub: Hub, home: Path) -> None:
+def test_small_decoder_is_downloaded_alone(hub: Hub, home: Path) -> None:
     code, _, err = run(hub, home, "small-decoder")
     assert (code, "Apache-2.0" in err) == (0, True)
     assert hub.fetched() == {"full_encoder_small_decoder.safetensors"}
 
 
-def test_a_pull_that_was_cut_goes_on_where_it_stopped(hub: Hub, home: Path) -> None:
+def test_interrupted_pull_resumes_where_it_stopped(hub: Hub, home: Path) -> None:
     # The library writes pieces of 10 MB.
     large = hub.repos[FOUR]["transformer/diffusion_pytorch_model.safetensors"] = noise(24_000_000, 9)
     hub.slow = 0.005
@@ -162,8 +168,11 @@ def test_a_pull_that_was_cut_goes_on_where_it_stopped(hub: Hub, home: Path) -> N
 
 
 @pytest.mark.parametrize("over", [b"", b"and more"])
-def test_a_pull_that_was_ended_while_it_checked_a_file_does_not_begin_again(hub: Hub, home: Path, over: bytes) -> None:
-    """What is there whole is checked; what is longer than it should be is no good, and goes."""
+def test_pull_stopped_during_a_check_does_not_restart(hub: Hub, home: Path, over: bytes) -> None:
+    """Verify a complete partial file instead of downloading it again.
+
+    A file that is longer than expected is deleted.
+    """
     name = "transformer/diffusion_pytorch_model.safetensors"
     content = hub.repos[FOUR][name]
     partial = cache(home, FOUR) / "blobs" / f"{hashlib.sha256(content).hexdigest()}.klein-incomplete"
@@ -194,7 +203,7 @@ def test_a_wrong_hash_is_refused_and_the_file_deleted(hub: Hub, home: Path) -> N
     assert there(home, FOUR)[name] == hub.repos[FOUR][name]
 
 
-def test_a_gated_model_gets_the_exact_line_to_run(hub: Hub, home: Path) -> None:
+def test_gated_model_error_gives_the_exact_command(hub: Hub, home: Path) -> None:
     path = home / "bin"
     path.mkdir()
     (path / "hf").write_text("#!/bin/sh\n")
@@ -208,8 +217,11 @@ def test_a_gated_model_gets_the_exact_line_to_run(hub: Hub, home: Path) -> None:
         )
 
 
-def test_each_of_two_gates_is_named(hub: Hub, home: Path) -> None:
-    """The quantised file lies in a repository of its own, whose terms have to be accepted too."""
+def test_both_gated_repositories_are_named(hub: Hub, home: Path) -> None:
+    """Name both repositories whose terms must be accepted.
+
+    The quantised file is in its own repository.
+    """
     hub.token = "hf_test"
     code, _, err = run(hub, home, "klein-9b-fp8", "--accept-licence", HF_TOKEN="hf_test")
     assert code == 1, "this one is not there"
@@ -221,7 +233,7 @@ def test_each_of_two_gates_is_named(hub: Hub, home: Path) -> None:
     assert run(hub, home, "klein-9b-fp8", "--accept-licence", HF_TOKEN="hf_test")[0] == 0
 
 
-def test_a_repository_that_is_not_there_is_named(hub: Hub, home: Path) -> None:
+def test_missing_repository_is_named(hub: Hub, home: Path) -> None:
     code, _, err = run(hub, home, "klein-base-4b-nvfp4")
     assert code == 1
     assert "does not let black-forest-labs/FLUX.2-klein-base-4b-nvfp4 be read: it is not there, or" in err
@@ -237,7 +249,7 @@ def test_the_tokenizer_alone_and_the_companions_of_a_single_file(hub: Hub, home:
     assert not [name for name in got if name.startswith("transformer")]
 
 
-def test_what_cannot_be_pulled_or_written_is_one_line(hub: Hub, home: Path) -> None:
+def test_failed_pull_or_write_gives_a_one_line_error(hub: Hub, home: Path) -> None:
     code, _, err = run(hub, home, "nano")
     assert (code, err.strip()) == (1, "klein-mcp: nano is in the package; there is nothing to pull.")
     (home / "file").write_text("")
@@ -247,19 +259,19 @@ def test_what_cannot_be_pulled_or_written_is_one_line(hub: Hub, home: Path) -> N
                                                  "its owner.")  # fmt: skip
 
 
-def test_a_disk_that_runs_full_meanwhile_is_one_line() -> None:
+def test_disk_filling_up_gives_a_one_line_error() -> None:
     with pytest.raises(RequestError, match=r"The disk is full\. Make room\. Run the same line again"):  # noqa: SIM117
         with pull._in_words(None, "tokenizer", FOUR):
             raise OSError(28, "No space left on device")
 
 
-def test_with_a_token_the_gate_is_open(hub: Hub, home: Path) -> None:
+def test_token_gives_access_to_a_gated_repository(hub: Hub, home: Path) -> None:
     hub.token = "hf_test"
     assert run(hub, home, "klein-9b", "--accept-licence", HF_TOKEN="hf_test")[0] == 0
     assert "transformer/diffusion_pytorch_model.safetensors" in there(home, NINE)
 
 
-def test_a_non_commercial_licence_has_to_be_agreed_to(hub: Hub, home: Path) -> None:
+def test_non_commercial_licence_must_be_accepted(hub: Hub, home: Path) -> None:
     code, _, err = run(hub, home, "klein-9b")
     assert code == 1
     assert "FLUX Non-Commercial" in err
@@ -268,7 +280,9 @@ def test_a_non_commercial_licence_has_to_be_agreed_to(hub: Hub, home: Path) -> N
 
 
 @pytest.mark.parametrize(("answer", "goes_on"), [("y\n", True), ("\n", False), ("no\n", False)])
-def test_at_a_terminal_it_is_asked(answer: str, goes_on: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_terminal_user_is_asked_to_accept_the_licence(
+    answer: str, goes_on: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import io
 
     asked = io.StringIO(answer)
@@ -282,7 +296,7 @@ def test_at_a_terminal_it_is_asked(answer: str, goes_on: bool, monkeypatch: pyte
             pull._agree(row, "klein-9b", False)
 
 
-def test_a_disk_that_is_too_full_is_told_before_anything_is_fetched(hub: Hub, home: Path) -> None:
+def test_full_disk_is_reported_before_any_download(hub: Hub, home: Path) -> None:
     hub.claimed["transformer/diffusion_pytorch_model.safetensors"] = 10**15
     code, _, err = run(hub, home, "klein-4b")
     assert code == 1
@@ -292,7 +306,7 @@ def test_a_disk_that_is_too_full_is_told_before_anything_is_fetched(hub: Hub, ho
     assert hub.fetched() <= {"text_encoder/model.safetensors.index.json"}
 
 
-def test_what_is_there_already_needs_no_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_already_present_need_no_disk_space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda place: usage(100 * 10**9, 98 * 10**9, 2 * 10**9))
     pull._check_disk(tmp_path / "not" / "there" / "yet", 0)
@@ -301,17 +315,17 @@ def test_what_is_there_already_needs_no_room(tmp_path: Path, monkeypatch: pytest
         pull._check_disk(tmp_path, 10**9)
 
 
-def test_a_hub_that_is_not_there_is_one_line(hub: Hub, home: Path) -> None:
+def test_unreachable_hub_gives_a_one_line_error(hub: Hub, home: Path) -> None:
     hub.url = "http://127.0.0.1:9"
     code, _, err = run(hub, home, "klein-4b")
     assert code == 1
-    said = err.strip().splitlines()[-1]
-    assert said.startswith("klein-mcp: 127.0.0.1:9 cannot be reached: ")
-    assert "Check the network" in said
-    assert "goes on" not in said
+    error = err.strip().splitlines()[-1]
+    assert error.startswith("klein-mcp: 127.0.0.1:9 cannot be reached: ")
+    assert "Check the network" in error
+    assert "goes on" not in error
 
 
-def test_a_wrong_name_lists_the_right_ones(hub: Hub, home: Path) -> None:
+def test_unknown_name_lists_the_valid_ones(hub: Hub, home: Path) -> None:
     code, _, err = run(hub, home, "klein-4b-fp4")
     assert code == 1
     assert "Did you mean klein-4b-" in err
@@ -326,7 +340,7 @@ def test_everything_that_can_be_pulled_has_a_source() -> None:
 
 
 def gguf_repos(hub: Hub) -> None:
-    """Add a GGUF repository and one of text encoders, as others publish them."""
+    """Add a GGUF repository and a text-encoder repository like the published ones."""
     hub.repos["unsloth/FLUX.2-klein-4B-GGUF"] = {
         "README.md": b"card",
         "flux-2-klein-4b-Q4_K_M.gguf": noise(40_000, 11),
@@ -338,7 +352,7 @@ def gguf_repos(hub: Hub) -> None:
     }
 
 
-def test_gguf_brings_one_file_its_encoder_and_the_small_parts(hub: Hub, home: Path) -> None:
+def test_gguf_pull_gets_one_file_its_encoder_and_small_files(hub: Hub, home: Path) -> None:
     gguf_repos(hub)
     code, _, err = run(hub, home, "klein-4b", "--format", "gguf:q4_k_m")
     assert code == 0, err
@@ -358,7 +372,7 @@ def test_gguf_without_a_type_lists_the_types_with_sizes(hub: Hub, home: Path) ->
     assert not hub.fetched()
 
 
-def test_the_repack_brings_its_three_files_and_the_tokenizer(hub: Hub, home: Path) -> None:
+def test_repack_pull_gets_its_three_files_and_the_tokenizer(hub: Hub, home: Path) -> None:
     names = ("diffusion_models/flux-2-klein-4b", "text_encoders/qwen_3_4b", "vae/flux2-vae", "vae/other")
     repo = "Comfy-Org/Flux-2-Klein-4B"
     hub.repos[repo] = {f"split_files/{name}.safetensors": noise(5000, i) for i, name in enumerate(names)}
@@ -367,14 +381,14 @@ def test_the_repack_brings_its_three_files_and_the_tokenizer(hub: Hub, home: Pat
     assert {name.split("/")[0] for name in there(home, FOUR)} == {"model_index.json", "tokenizer"}
 
 
-def test_a_format_that_is_not_published_lists_those_that_are(hub: Hub, home: Path) -> None:
+def test_unpublished_format_lists_the_published_ones(hub: Hub, home: Path) -> None:
     code, _, err = run(hub, home, "klein-9b-kv", "--format", "gguf:Q8_0")
     assert code == 1
     assert "klein-9b-kv is not published as 'gguf:Q8_0'. There are: bf16, fp8." in err
 
 
 @pytest.mark.parametrize("etag", ['"../../../../owned"', '"/tmp/owned"', '""'])
-def test_an_etag_that_leads_out_of_the_cache_is_refused(etag: str, hub: Hub, home: Path) -> None:
+def test_etag_that_escapes_the_cache_is_refused(etag: str, hub: Hub, home: Path) -> None:
     hub.etags["tokenizer/tokenizer.json"] = etag
     code, _, err = run(hub, home, "tokenizer")
     assert code == 1
@@ -382,7 +396,7 @@ def test_an_etag_that_leads_out_of_the_cache_is_refused(etag: str, hub: Hub, hom
     assert not list(home.rglob("*owned*"))
 
 
-def test_a_file_name_that_leads_out_of_the_cache_is_refused(hub: Hub, home: Path) -> None:
+def test_file_name_that_escapes_the_cache_is_refused(hub: Hub, home: Path) -> None:
     hub.repos[FOUR]["tokenizer/../../../owned"] = b"x"
     code, _, err = run(hub, home, "tokenizer")
     assert code == 1
