@@ -211,7 +211,7 @@ async def test_status_prints_a_few_lines(server: RealServer) -> None:
     lines = server.run("-m", "klein_mcp", "status").stdout.splitlines()
     facts = dict(line.split(": ", 1) for line in lines)
     assert list(facts) == [
-        "running", "queue", "device", "model", "installed", "cache", "seconds per image, nano", "log"
+        "running", "queue", "device", "model", "speed", "installed", "cache", "seconds per image, nano", "log"
     ]  # fmt: skip
     assert re.fullmatch(r"version \S+, pid \d+, since \d{4}-\d\d-\d\d \d\d:\d\d", facts["running"])
     assert facts["queue"] == "idle, 0 of 32 waiting; 1 done, 0 failed"

@@ -113,9 +113,17 @@ async def _save(client: "Client", path: Path, tool: str, prompt: str, **more: An
             facts = await _facts(client, bar, "wait_for_job", {"job": facts["job"]})
     seconds = time.perf_counter() - started
     shutil.copyfile(facts["path"], path)
+    recipe = await _recipe(client, facts["image"])
+    load = recipe.get("ms", {}).get("load", 0.0)
     return facts["image"], DemoCall(
-        tool, prompt, seconds, str(path), facts["model"], facts["ms"]["load"], tuple(facts["warnings"])
+        tool, prompt, seconds, str(path), recipe["model"], load, tuple(facts.get("warnings", ()))
     )
+
+
+async def _recipe(client: "Client", handle: str) -> dict[str, Any]:
+    """Read how an image was made: the result line does not say."""
+    found = await client.read_resource(f"klein://images/{handle}/recipe")
+    return json.loads(found.contents[0].text)  # type: ignore[union-attr] - it is JSON, so text
 
 
 async def _facts(client: "Client", bar: ProgressBar, tool: str, arguments: dict[str, Any]) -> dict[str, Any]:

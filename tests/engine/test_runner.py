@@ -234,7 +234,7 @@ def test_two_pass_norm_is_the_plain_one() -> None:
     with ops.chosen(norm_silu=ops.two_pass_norm_silu):
         assert ops.norm_silu(x, weight, bias, 4, 1e-6) is not plain
     with pytest.raises(KeyError):
-        ops.choose(nothing=plain)
+        ops.choose(nothing=torch.relu)
 
 
 @pytest.mark.bench

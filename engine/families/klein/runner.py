@@ -427,7 +427,7 @@ class Compiler:
     ) -> None:
         self.variant, self.transformer, self.device = variant, transformer, device
         # These are copies: in eager mode channels-last is slower, and a job may request that mode at any time.
-        self.autoencoder = copy.deepcopy(autoencoder).to(memory_format=torch.channels_last)
+        self.autoencoder = copy.deepcopy(autoencoder).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         compile_ = self._compile(options)
         self.blocks = BlockFunctions(
             compile_(DoubleBlock.forward), compile_(SingleBlock.forward), compile_(SingleBlock.forward_rows)
