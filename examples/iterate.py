@@ -61,7 +61,7 @@ async def main(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     async with Client(server(folder)) as client:
         drafts, sheet = await call(client, "generate_image", prompt="a cat on a green background", count=4, seed=1)
-        print(f"4 drafts on a sheet of {sheet.size if sheet else 'no preview'}, painted by {drafts['model']}")
+        print(f"4 drafts on a sheet of {sheet.size if sheet else 'no preview'}")
 
         looks = [(await call(client, "view_image", image=draft["image"]))[1] for draft in drafts["images"]]
         scores = [unrest(look) for look in looks if look]
@@ -71,7 +71,7 @@ async def main(folder: Path) -> None:
         picture = best["image"]
         for change in CHANGES:
             edited, _ = await call(client, "edit_image", image=picture, prompt=change, seed=best["seed"])
-            print(f"{change}: {picture} → {edited['image']} in {edited['ms']['total']} ms")
+            print(f"{change}: {picture} → {edited['image']}, {edited['changed']['share']:.0%} of it changed")
             picture = edited["image"]
 
         saved, _ = await call(client, "save_image", image=picture, path=str(folder / "iterated.png"))

@@ -53,8 +53,10 @@ async def main(calls: int, model: str) -> None:
             await call(client, tool, **arguments, model=model)
             times = [(await call(client, tool, **arguments, seed=seed, model=model))[1] for seed in range(calls)]
             medians.append(f"{1000 * statistics.median(times):.0f} ms")
-    size = f"{apple['width']}×{apple['height']}"
-    print(f"| {apple['model']}, {size} | {' | '.join(medians)} | {cold:.1f} s |")
+        size = "×".join(map(str, apple["size"]))
+        recipe = await client.read_resource(f"klein://images/{apple['image']}/recipe")
+        model = json.loads(recipe.contents[0].text)["model"]  # type: ignore[union-attr]
+    print(f"| {model}, {size} | {' | '.join(medians)} | {cold:.1f} s |")
 
 
 if __name__ == "__main__":
