@@ -11,7 +11,7 @@ async function paint(name, args) {
   const result = await client.callTool({ name, arguments: args });
   if (result.isError) throw new Error(result.content[0].text);
   const facts = JSON.parse(result.content[0].text);
-  console.log(JSON.stringify({ facts, preview: result.content.find((block) => block.type === "image").data }));
+  console.log(JSON.stringify({ payload: facts, preview: result.content.find((block) => block.type === "image").data }));
   return facts.image;
 }
 

@@ -12,6 +12,7 @@ from itertools import pairwise
 from engine.families.klein.synonyms import ALTERNATIVES, CONSTRAINTS, FILLERS, NUMBERS, RELATED, SYNONYMS
 from engine.families.klein.variants import Variant
 
+_HEX = re.compile(r"#[0-9A-Fa-f]{3,8}\b ?")
 _WORD = re.compile(r"[^\W\d_]+(?:['’-][^\W\d_]+)*")
 _SENTENCE = re.compile(r"[^.!?;\n]+[.!?;\n]*")
 _BEGINS = "|".join(re.escape(begin) for begin in CONSTRAINTS)
@@ -38,7 +39,8 @@ def read_prompt(prompt: str, variant: Variant) -> Reading:
     """Return the prompt in the variant's words, unchanged if it lists none."""
     if not variant.words:
         return Reading(prompt)
-    sentences = [_Sentence.of(text, variant) for text in _sentences(prompt)]
+    # A hex code is not a word; its letters must not be read as some.
+    sentences = [_Sentence.of(text, variant) for text in _sentences(_HEX.sub("", prompt))]
     kept = [sentence for sentence in sentences if sentence.is_understood] or sentences[:1]
     text = " ".join(sentence.text for sentence in kept)
     if len(sentences) > len(kept) or len(kept) == 1:
