@@ -378,15 +378,15 @@ def test_dora_by_rows_is_what_peft_merges(folder: Path, base: dict[str, Tensor],
     up, down = factors(H, H, 3)
     weight = base[f"{ROW}.weight"]
     net = torch.nn.Sequential(torch.nn.Linear(H, H, bias=False))
-    net[0].weight.data.copy_(weight)
+    net[0].weight.data.copy_(weight)  # type: ignore
     model = get_peft_model(net, LoraConfig(r=RANK, lora_alpha=8, use_dora=True, target_modules=["0"]))  # type: ignore[arg-type]
-    layer = model.base_model.model[0]
-    layer.lora_A["default"].weight.data.copy_(down)
-    layer.lora_B["default"].weight.data.copy_(up)
+    layer = model.base_model.model[0]  # type: ignore
+    layer.lora_A["default"].weight.data.copy_(down)  # type: ignore
+    layer.lora_B["default"].weight.data.copy_(up)  # type: ignore
     magnitude = torch.rand(H) + 0.5
-    layer.lora_magnitude_vector["default"].weight.data.copy_(magnitude)
-    layer.merge()
-    want = layer.base_layer.weight.detach()
+    layer.lora_magnitude_vector["default"].weight.data.copy_(magnitude)  # type: ignore
+    layer.merge()  # type: ignore
+    want = layer.base_layer.weight.detach()  # type: ignore
     for spelling, value in (
         ("dora_scale", magnitude[:, None]),
         ("lora_magnitude_vector", magnitude),

@@ -54,7 +54,7 @@ def _q4_k(weight: Tensor) -> Blocks:
 def _q5_k(weight: Tensor) -> Blocks:
     step, least, codes = _affine(_super_blocks(weight), 32)
     fifth = (codes.astype(np.uint8) >> 4).reshape(-1, 8, 32)
-    high = _sum_of_bits(fifth)
+    high = _sum_of_bits(fifth)  # type: ignore
     scales = np.tile(_pack_scales(), (len(codes), 1))
     return np.concatenate([_halves(step), _halves(least), scales, high, _nibble_groups(codes)], axis=1)
 

@@ -58,7 +58,7 @@ async def test_apple_turns_green_moves_left_and_is_saved_in_four_calls(agent: Cl
     assert Path(saved["saved"]).parent == tmp_path
     # The mask says where it was painted; everywhere else the bytes are those of the image before.
     (content,) = (await agent.read_resource(f"klein://images/{moved['image']}/changes")).contents
-    mask = pixels(base64.b64decode(content.blob))[..., 0]
+    mask = pixels(base64.b64decode(content.blob))[..., 0]  # type: ignore
     kept = mask == 0
     assert (image(moved)[kept] == image(green)[kept]).all()
     assert 0.5 < kept.mean() < 0.95
@@ -160,7 +160,7 @@ async def test_three_transparent_icons_have_real_alpha(agent: Client, tmp_path: 
     # The file that is saved has the alpha too.
     saved = await call(agent, "save_image", image="last", path="star.png")
     with Image.open(saved["saved"]) as opened:
-        assert opened.getextrema()[3] == (0, 255)
+        assert opened.getextrema()[3] == (0, 255)  # type: ignore
 
 
 async def test_unknown_noun_gets_the_nearest_and_the_way_out(agent: Client) -> None:

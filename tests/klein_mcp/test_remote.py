@@ -89,7 +89,7 @@ def until(condition: Callable[[], object]) -> None:
 def test_remote_result_is_the_local_one_with_every_step():
     with machines(Machine()) as remote:
         *events, result = remote.run(known(EDIT))
-    assert result.image.tobytes() == painted(EDIT).tobytes()
+    assert result.image.tobytes() == painted(EDIT).tobytes()  # type: ignore
     assert [event.done for event in events if isinstance(event, Step)] == [1, 2, 3, 4]
 
 
@@ -145,7 +145,7 @@ def test_closing_cancels_the_remote_job():
     machine = Machine()
     machine.executor.seconds_per_step = 0.05
     with machines(machine) as remote:
-        with closing(remote.run(known(EDIT))) as events:
+        with closing(remote.run(known(EDIT))) as events:  # type: ignore
             next(event for event in events if isinstance(event, Step))
         until(lambda: machine.executor.cancelled == 1)
 
@@ -221,7 +221,7 @@ def test_machine_that_comes_back_gets_its_lineages_again(monkeypatch):
     with machines(one, two) as remote:
         run(remote, known(EDIT))
         owner, other = (one, two) if one.jobs else (two, one)
-        paint, owner.executor.paint = owner.executor.paint, lambda job: 1 / 0
+        paint, owner.executor.paint = owner.executor.paint, lambda job: 1 / 0  # type: ignore
         run(remote, known(EDIT))
         owner.executor.paint = paint
         time.sleep(0.3)

@@ -251,7 +251,8 @@ class Runner:
             if missing and self._captures:
                 key = missing[-1]
                 self._step_graphs.get_or_compute(
-                    key, lambda key=key: self._timed("step graphs", lambda: self._capture_step(key, networks.blocks))
+                    key,
+                    lambda key=key: self._timed("step graphs", lambda: self._capture_step(key, networks.blocks)),  # type: ignore
                 )
                 yield True
             else:
