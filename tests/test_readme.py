@@ -85,7 +85,7 @@ def test_every_command_works_or_reports_what_it_needs(server: RealServer, checko
             if command in elsewhere or any(need in line for need in UNTESTED):
                 continue
             words = _translated(server, command, checkout)
-            if "serve" in words:
+            if {"serve", "studio"} & set(words):
                 servers.append(_serving(server, words, checkout))
             else:
                 ran = server.run(*words, cwd=checkout)
@@ -109,16 +109,21 @@ def _translated(server: RealServer, command: str, checkout: Path) -> list[str]:
 
 
 def _serving(server: RealServer, words: list[str], folder: Path) -> "subprocess.Popen[bytes]":
+    """Start a command that serves until it is ended; wait until it says where."""
     process = subprocess.Popen(
         [sys.executable, *words],
         cwd=folder,
-        env=server.environment(),
+        env=server.environment(BROWSER="true"),  # the program of that name: no window opens on a developer's desktop
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
     )
-    port = int(words[words.index("--port") + 1])
-    wait_until_listening(port, process)
+    assert process.stderr
+    line = process.stderr.readline().decode()
+    assert "http://" in line or "studio" in line, f"{words}: {line or process.wait(PATIENCE)}"
+    if "--port" in words:
+        wait_until_listening(int(words[words.index("--port") + 1]), process)
+    # Nothing more is read, and a full pipe would stop the server: it writes a few lines in all.
     return process
 
 
