@@ -109,7 +109,7 @@ def _translated(server: RealServer, command: str, checkout: Path) -> list[str]:
 
 
 def _serving(server: RealServer, words: list[str], folder: Path) -> "subprocess.Popen[bytes]":
-    """Start a command that serves until it is ended; wait until it says where."""
+    """Start a command that serves, and wait until it names its address."""
     process = subprocess.Popen(
         [sys.executable, *words],
         cwd=folder,

@@ -1,4 +1,4 @@
-"""What makes learning quick on a CPU that multiplies bf16 in hardware: one compiled function, its products in bf16.
+"""Compiled training step for CPUs that multiply bf16 in hardware.
 
 Measured on one core of a Xeon with AMX, 16 examples at 2 noise levels, samples a second: plain fp32 31 (generate) and
 27 (edit); autocast alone 44 and 35, since torch's own attention learns slowly in bf16; compiled, with attention as
@@ -20,12 +20,15 @@ Velocity = Callable[[Tensor, Tensor, Prompts, Tensor | None], Tensor]
 
 
 def plain(nano: Nano) -> Velocity:
-    """As nano paints."""
+    """Return the velocity as the sampler computes it."""
     return lambda noisy, sigma, prompts, references: nano.velocity(noisy, sigma, nano.read(prompts), references)
 
 
 def compiled(nano: Nano) -> Velocity:
-    """The same in bf16, its weights and result in fp32; changes attention for this whole process."""
+    """Return the function computed in bf16, with fp32 weights and result.
+
+    Changes attention for this whole process.
+    """
     torch._dynamo.config.recompile_limit = 32  # a shape for each number of references and each text length
     ops.choose(attention=_attend)
 
@@ -43,12 +46,18 @@ def pays(device: torch.device) -> bool:
 
 
 def products(device: torch.device) -> AbstractContextManager[Any]:
-    """Matrix products and convolutions in bf16 where that is quicker: the decoder's in half the time."""
+    """Use bf16 products and convolutions where the processor multiplies bf16.
+
+    The decoder then learns in half the time.
+    """
     return torch.autocast("cpu", torch.bfloat16) if pays(device) else nullcontext()
 
 
 class _Attention(torch.autograd.Function):
-    """softmax(q · kᵀ) · v, with the weights kept for the way back: 8 MB a block here, nothing for a nano."""
+    """Compute softmax(q·kᵀ)·v, saving the weights for the backward pass.
+
+    8 MB a block, which is little for nano.
+    """
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -65,7 +74,7 @@ class _Attention(torch.autograd.Function):
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """As `ops.attention`, which outside of autocast it is."""
+    """Compute `ops.attention`, as plain products under autocast."""
     if v.dtype != torch.bfloat16:
         return ops.PLAIN["attention"](q, k, v)
     batch, _, heads, width = q.shape

@@ -1,4 +1,4 @@
-"""Scenes as pixels: backgrounds and sprites laid over each other, in batches, on whatever device holds them."""
+"""Renders scenes: backgrounds and sprites composited in batches, on any device."""
 
 import math
 
@@ -25,7 +25,10 @@ def _gradient(*stops: tuple[float, tuple[int, int, int]]) -> np.ndarray:
 
 
 def _below(picture: np.ndarray, line: np.ndarray, colour: np.ndarray) -> None:
-    """Fill everything under the line (heights in pixels, one a column), with a soft pixel at its edge."""
+    """Fill everything under a line, with one soft pixel at its edge.
+
+    heights: in pixels, one a column.
+    """
     y = np.arange(CANVAS)[:, None] + 0.5
     cover = np.clip(y - line[None] + 0.5, 0, 1)[..., None]
     picture[:] = picture * (1 - cover) + colour * cover
@@ -95,7 +98,7 @@ def backgrounds() -> np.ndarray:
 
 
 class Compositor(nn.Module):
-    """Batches of scenes in one go: no file, no Pillow, so that a GPU can feed itself.
+    """Renders batches of scenes without files or Pillow, on any device.
 
     sprites: [kinds, sizes, largest, largest, 4]; smaller sizes lie in the top left corner of their cell.
     """

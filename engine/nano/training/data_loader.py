@@ -1,4 +1,4 @@
-"""Batches to learn from: scenes drawn, painted and encoded on the device that learns."""
+"""Training batches: scenes drawn, rendered and encoded on the training device."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -42,7 +42,10 @@ def token_weights(example: Example) -> Tensor:
 
 @dataclass
 class Item:
-    """One encoded example: latents of the target [tokens, channels] and references [pictures, tokens, channels]."""
+    """One encoded example.
+
+    target: [tokens, channels]. references: [images, tokens, channels].
+    """
 
     prompt: str
     target: Tensor

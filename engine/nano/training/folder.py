@@ -1,4 +1,4 @@
-"""nano as a diffusers folder: what training writes, and what it starts again from."""
+"""nano as a diffusers folder, which training writes and resumes from."""
 
 import json
 from pathlib import Path
@@ -59,7 +59,10 @@ def _swap(tensor: Tensor) -> Tensor:
 
 
 def _fill(module: nn.Module, published: dict[str, Tensor], table: KeyMap) -> None:
-    """Every published tensor into its place; a parameter that none fills stays as it is."""
+    """Copy every published tensor into its parameter.
+
+    A parameter that no tensor fills stays as it is.
+    """
     ours = module.state_dict()
     for name, tensor in published.items():
         if name.endswith("num_batches_tracked"):

@@ -17,21 +17,24 @@ _SHARE = 0.15
 
 
 def vocabulary() -> dict[str, Any]:
-    """All words; nouns with the colours their sprites have; shapes, which take any colour; the colours."""
+    """Return the vocabulary: all words, nouns with their colours, shapes, colours."""
     largest = atlas()[SIZES[-1]]
     nouns = {noun: _colours(largest[i]) for i, noun in enumerate(NOUNS)}
     return {"words": sorted(KNOWN), "nouns": nouns, "shapes": sorted(SHAPES), "colours": list(COLOURS)}
 
 
 def _colours(sprite: np.ndarray) -> list[str]:
-    """Names of the colours that fill much of a premultiplied sprite, the largest first."""
+    """Return the names of a sprite's main colours, the largest area first."""
     opaque = sprite[sprite[..., 3] > 250][:, :3]
     found = Counter(_name(*(channel / 255 for channel in pixel)) for pixel in opaque.tolist())
     return [name for name, count in found.most_common() if count >= _SHARE * len(opaque)]
 
 
 def _name(red: float, green: float, blue: float) -> str:
-    """The name a person would give a colour. By its hue: the nearest of twelve RGB points is seldom that."""
+    """Return the name a person would give a colour.
+
+    Decided by hue: the nearest of twelve RGB points is seldom that name.
+    """
     hue, saturation, value = colorsys.rgb_to_hsv(red, green, blue)
     if value < 0.22:
         return "black"

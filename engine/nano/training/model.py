@@ -1,4 +1,4 @@
-"""nano's four parts together: prompts to states, pictures to latents, velocities to learn from, pictures painted."""
+"""nano's four parts together, as training and evaluation use them."""
 
 from dataclasses import dataclass
 from functools import lru_cache
@@ -33,7 +33,10 @@ class Prompts:
 
 
 class Nano(nn.Module):
-    """The parts on one device. References go through the KV way alone: they see only each other, at timestep 0."""
+    """The four modules on one device.
+
+    References are computed as in KV models: they attend only to each other, at timestep 0.
+    """
 
     def __init__(self, folder: Path) -> None:
         super().__init__()
@@ -50,7 +53,10 @@ class Nano(nn.Module):
         return self.transformer.img_in.weight.device
 
     def tokenize(self, prompts: list[str], length: int = TEXT_LENGTH) -> Prompts:
-        """Content, end mark, padding; a prompt that is too long loses its own end, never the mark."""
+        """Tokenize to content, end token and padding.
+
+        A prompt that is too long loses its own end, never the end token.
+        """
         vocabulary = self.tokenizer.get_vocab()
         end, pad = vocabulary[END], vocabulary[PAD]
         ids = torch.full((len(prompts), length), pad)
@@ -62,7 +68,10 @@ class Nano(nn.Module):
         return Prompts(ids.to(self.device), mask.to(self.device))
 
     def read(self, prompts: Prompts) -> Tensor:
-        """Stacked states, [b, length, layers · width]. Pads are computed like words, as in klein."""
+        """Return stacked hidden states, [b, length, layers · width].
+
+        Padding is computed like words, as in klein.
+        """
         states = self.text_encoder(
             input_ids=prompts.ids, attention_mask=prompts.mask, output_hidden_states=True, use_cache=False
         ).hidden_states
@@ -110,7 +119,10 @@ class Nano(nn.Module):
     def paint(
         self, prompts: list[str], seeds: list[int], references: Tensor | None = None, steps: int = STEPS
     ) -> Tensor:
-        """Pictures in [-1, 1], [b, 3, 128, 128]. references: pictures, [b, pictures, 3, 128, 128]."""
+        """Generate images in [-1, 1], [b, 3, 128, 128].
+
+        references: [b, images, 3, 128, 128].
+        """
         states = self.read(self.tokenize(prompts))
         tokens = None
         if references is not None:

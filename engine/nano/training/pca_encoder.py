@@ -1,4 +1,4 @@
-"""An encoder that is computed, not learned: the main components of each 8 × 8 patch, through klein's layers.
+"""An encoder computed by PCA of 8×8 patches, in klein's layers.
 
 Every residual branch is silent, so what is left is linear: three strided convolutions, each keeping the main components
 of 2 × 2 cells of the level above, and an output layer whose norm and SiLU are made straight. Latents are then local
@@ -25,14 +25,20 @@ patch's colour, 0 would drown outlines in noise."""
 
 
 def _components(rows: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Mean [n] and the main components [count, n] of rows [many, n], largest first."""
+    """Return the mean [n] and principal components [count, n], largest first.
+
+    rows: [many, n].
+    """
     mean = rows.mean(dim=0)
     _, vectors = torch.linalg.eigh((rows - mean).T @ (rows - mean))
     return mean, vectors[:, -count:].flip(1).T
 
 
 def _parts(level: Any) -> tuple[Any, Any]:
-    """A level's first residual block and, but for the last level, its strided convolution."""
+    """Return a level's first residual block and its strided convolution.
+
+    The last level has no convolution.
+    """
     return level["block"][0], level["downsample"].conv if "downsample" in level else None
 
 
@@ -50,7 +56,10 @@ def _zero(layer: nn.Module) -> None:
 
 @torch.no_grad()
 def fit_encoder(autoencoder: Autoencoder, pictures: Tensor) -> None:
-    """Set the encoder, and the latents' statistics, from pictures [b, 3, h, w] in [-1, 1]."""
+    """Set the encoder and the latents' statistics from images.
+
+    images: [b, 3, h, w] in [-1, 1].
+    """
     encoder, shape = autoencoder.encoder, autoencoder.shape
     _silence(encoder)
     _zero(encoder.conv_in)
@@ -77,7 +86,9 @@ def _straight(block: ResnetBlock, channels: int) -> None:
 
 
 def _output(autoencoder: Autoencoder, cells: Tensor) -> None:
-    """Through the last norm and SiLU undistorted: SiLU(x) - SiLU(-x) = x, so every component goes through as a pair.
+    """Pass the components through the last norm and SiLU undistorted.
+
+    SiLU(x) - SiLU(-x) = x, so every component goes through as a pair.
 
     One channel is the constant.
     """
@@ -115,7 +126,9 @@ def _output(autoencoder: Autoencoder, cells: Tensor) -> None:
 
 @torch.no_grad()
 def as_one_convolution(autoencoder: Autoencoder) -> nn.Conv2d:
-    """The computed encoder as what it is: one linear map of each patch, fifteen times as quick on a CPU.
+    """The computed encoder as one linear map of each patch.
+
+    Fifteen times as fast on a CPU as through klein's layers.
 
     Read off the encoder itself, patch pixel by patch pixel. Gives raw latents, before normalisation.
     """

@@ -1,4 +1,4 @@
-"""What to say for a scene, an edit or a composition: many wordings for each fact, and which of them are held out."""
+"""Prompts for scenes, edits and compositions, and which wordings are held out."""
 
 import random
 import re
@@ -30,7 +30,7 @@ from engine.nano.words import COLOURS, NOUNS, SHAPES
 
 @dataclass(frozen=True)
 class Example:
-    """One thing to learn or to be asked: the prompt, the pictures given with it, and what must come of it.
+    """One example: the prompt, its reference scenes and the wanted scene.
 
     task: generate, compose, or the kind of edit. touched: boxes (left, top, right, bottom) the edit may repaint.
     """
@@ -130,7 +130,10 @@ def article(phrase: str) -> str:
 
 
 def _unique(thing: Thing, scene: Scene) -> str:
-    """How to name a thing so that no other of the scene is meant: the shape alone where one has it."""
+    """Name a thing so that no other of the scene is meant.
+
+    The shape alone where only one thing has it.
+    """
     alike = [other for other in scene.things if other.shape == thing.shape]
     return thing.shape if thing.shape and len(alike) == 1 else thing.name
 
@@ -150,7 +153,7 @@ class PromptSampler:
         return article(size + thing.name)
 
     def the(self, thing: Thing, scene: Scene) -> str:
-        """A definite phrase for a thing of a picture that is there already."""
+        """Return a definite phrase for a thing that a reference shows."""
         short = _unique(thing, scene)
         return "the " + (thing.name if self.world.chance(0.5) else short)
 
@@ -159,7 +162,7 @@ class PromptSampler:
         return self.pick(_FLAT).format(name) if name in COLOURS else self.pick(_SETTINGS[name])
 
     def content(self, scene: Scene) -> str:
-        """What is there and where, without the background."""
+        """Describe the things of a scene and their places, without the background."""
         slots = [thing.slot for thing in scene.things]
         if len(slots) == 3:
             # Three only fit when small, so that nobody says it.
@@ -200,7 +203,10 @@ class PromptSampler:
         return self.random.choices(tuple(EDITS), tuple(EDITS.values()))[0]
 
     def edit(self, kind: str, source: Scene | None = None) -> Example | None:
-        """An edit of the given kind, of any scene that has a place for it; None if the given scene has none."""
+        """Draw an edit of the given kind.
+
+        None if the given scene has no place for it.
+        """
         while True:
             scene = self.world.scene() if source is None else source
             # The kind stays: drawn anew with the scene, the kinds that seldom fit would hardly ever be met.
@@ -212,7 +218,7 @@ class PromptSampler:
         return Example(kind, self.finish(sentence), target, (scene,), touched(scene, target))
 
     def edit_chain(self) -> Example:
-        """An edit to learn from: of any scene, or of one that edits before it have left behind."""
+        """Draw a training edit of a tidy or an edited scene."""
         while True:
             kind = self.random.choices(tuple(_REHEARSED), tuple(_REHEARSED.values()))[0]
             if self.world.chance(0.35):
@@ -225,7 +231,7 @@ class PromptSampler:
                 return example
 
     def _altered(self, kind: str, scene: Scene) -> Scene:
-        """The scene after an edit of the kind, or as it was if that does not fit."""
+        """Return the scene after an edit, unchanged if none fits."""
         made = getattr(self, f"_{kind}")(scene)
         return made[1] if made else scene
 
@@ -302,14 +308,17 @@ class PromptSampler:
         return self.pick(wordings).format(self.the(thing, scene)), changed(scene, i, size=size)
 
     def compose(self, pictures: int | None = None) -> Example | None:
-        """A new picture from parts of two or three given ones; None if the drawn parts do not go together."""
+        """Draw a composition of parts of two or three references.
+
+        None if the drawn parts do not go together.
+        """
         pictures = pictures or self.random.choices((2, 3), (0.8, 0.2))[0]
         if pictures == 2 and self.world.chance(0.3):
             return self._transplant()
         return self._gather(pictures)
 
     def _transplant(self) -> Example | None:
-        """All of image 1 on the background of image 2, or the other way round."""
+        """Put all of image 1 on image 2's background, or the reverse."""
         references = (self.world.scene(), self.world.scene())
         content = self.random.randrange(2)
         ground = references[1 - content].background
@@ -320,7 +329,7 @@ class PromptSampler:
         return Example("compose", self.finish(sentence), Scene(ground, things), references)
 
     def _gather(self, pictures: int) -> Example | None:
-        """One thing of image 1 and one of image 2, on a background of their own or that of one of the pictures."""
+        """Put one thing of each image on a new or given background."""
         references = tuple(self.world.scene() for _ in range(pictures))
         own = self.random.randrange(-1, pictures) if pictures == 2 else 2
         ground = self.world.background() if own < 0 else references[own].background
@@ -364,7 +373,10 @@ _ALTERATIONS = tuple(kind for kind in EDITS if kind != "background")
 
 
 def touched(before: Scene, after: Scene) -> tuple[tuple[int, int, int, int], ...]:
-    """Boxes of the things that are not the same in both; a new background touches everything else."""
+    """Return the boxes of the things that differ between two scenes.
+
+    A new background changes everything else.
+    """
     return tuple(thing.box for thing in {*before.things} ^ {*after.things})
 
 
@@ -378,18 +390,21 @@ def _one_in(text: str) -> bool:
 
 
 def wording_held_out(example: Example) -> bool:
-    """Whether the sentence, whatever it names, is kept from training. Each of its words is practised in others."""
+    """Whether this wording is held out from training.
+
+    Each of its words occurs in other wordings.
+    """
     sentence = _NAMES_IN_PROMPT.sub("*", example.prompt.lower().rstrip(".")).replace("an *", "a *")
     return _one_in(sentence)
 
 
 def combination_held_out(example: Example) -> bool:
-    """Whether the picture asked for, and those given, are kept from training together."""
+    """Whether this combination of wanted and given scenes is held out."""
     return _one_in(repr((example.references, example.target)))
 
 
 def training_prompts(sampler: PromptSampler, task: str, pictures: int | None = None) -> Example:
-    """One example to learn from: never a wording nor a combination that is held out."""
+    """Draw a training example: no held-out wording, no held-out combination."""
     make = {"generate": sampler.generate, "edit": sampler.edit_chain, "compose": partial(sampler.compose, pictures)}[
         task
     ]

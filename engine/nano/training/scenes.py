@@ -1,4 +1,4 @@
-"""The world nano knows: what a scene may hold, where, and what an edit or a composition makes of it."""
+"""Scenes of nano's world, and the edits and compositions of them."""
 
 import random
 from dataclasses import dataclass, replace
@@ -29,7 +29,7 @@ MIDDLE: Slot = (0, 0)
 
 @dataclass(frozen=True)
 class Thing:
-    """One object: an index into KINDS, an index into SIZES, and where it is."""
+    """One object: indices into KINDS and SIZES, and its place."""
 
     kind: int
     size: int
@@ -69,7 +69,10 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """A background (an index into BACKGROUNDS) and up to three things, later ones in front."""
+    """A background and up to three things, later ones in front.
+
+    background: an index into BACKGROUNDS.
+    """
 
     background: int
     things: tuple[Thing, ...] = ()
@@ -122,7 +125,7 @@ class World:
         return self.random.randrange(flat) if self.chance(0.67) else self.random.randrange(flat, len(BACKGROUNDS))
 
     def kind(self, background: int, *taken: int) -> int:
-        """An object that is visible there and not among those taken, two thirds of them nouns."""
+        """Draw an object that is visible there, two thirds of them nouns."""
         while True:
             noun = self.chance(0.66)
             kind = self.random.randrange(len(NOUNS)) if noun else self.random.randrange(len(NOUNS), len(KINDS))
@@ -144,7 +147,7 @@ class World:
         return Scene(background, self.things(background, size, slot))
 
     def pair(self) -> Scene:
-        """Two objects: side by side, one above the other, or in two corners."""
+        """Place two objects side by side, stacked, or in two corners."""
         background = self.background()
         layout = self.random.random()
         if layout < 0.5:
@@ -162,14 +165,14 @@ class World:
         return Scene(background, self.things(background, SMALL, (-1, 0), (0, 0), (1, 0)))
 
     def loose(self) -> Scene:
-        """One to three objects anywhere, as a chain of edits would leave them."""
+        """Place one to three objects anywhere, as a chain of edits would."""
         scene = Scene(self.background())
         for _ in range(self.random.randint(1, MAX_THINGS)):
             scene = self.with_another(scene, self.random.choice((SMALL, SMALL, NORMAL))) or scene
         return scene
 
     def with_another(self, scene: Scene, size: int = SMALL) -> Scene | None:
-        """The scene with one more thing in a free slot, or None if there is none."""
+        """Add a thing in a free slot, or return None without one."""
         kind = self.kind(scene.background, *(thing.kind for thing in scene.things))
         for slot in self.random.sample(SLOTS, len(SLOTS)):
             thing = Thing(kind, size, slot)

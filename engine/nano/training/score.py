@@ -1,4 +1,4 @@
-"""Is it there? Judges a picture by its pixels alone, against the scene that was asked for.
+"""Scores an image by its pixels alone against the scene asked for.
 
 An object counts when the nearest of all sprites to what is painted round its place is the right one, nearer than a
 plain blob of its size and colour too, and its outline overlaps the sprite's by at least 0.6.
@@ -50,7 +50,7 @@ def _grounds() -> np.ndarray:
 
 
 def _free(things: tuple[Thing, ...], margin: int = 4) -> np.ndarray:
-    """Where no box of the things is: [side, side] bool."""
+    """Return the mask of pixels outside all boxes, [side, side] bool."""
     free = np.ones((CANVAS, CANVAS), bool)
     for thing in things:
         free[_window(thing, margin)] = False
@@ -63,7 +63,7 @@ def _window(thing: Thing, margin: int) -> tuple[slice, slice]:
 
 
 def background_right(picture: Picture, scene: Scene) -> bool:
-    """Whether the free part of the picture is nearest to the right background, and near."""
+    """Whether the free pixels match the right background and no other better."""
     free = _free(scene.things)
     distances = np.abs(_grounds()[:, free] - picture[free]).mean(axis=(1, 2))
     return bool(distances.argmin() == scene.background and distances.min() < NEAR)
@@ -71,14 +71,19 @@ def background_right(picture: Picture, scene: Scene) -> bool:
 
 @lru_cache(maxsize=len(SIZES))
 def _candidates(size: int) -> torch.Tensor:
-    """[2 · kinds, side, side, 4] premultiplied, 0 … 255: all sprites, then a blob of each."""
+    """Return all sprites, then a blob of each.
+
+    [2 · kinds, side, side, 4] premultiplied, 0 … 255.
+    """
     sprites = atlas()[SIZES[size]].astype(np.float32)
     return torch.from_numpy(np.concatenate((sprites, np.stack([_blob(sprite) for sprite in sprites]))))
 
 
 @dataclass(frozen=True)
 class _Rivals:
-    """All candidates of a size as rows, on every second pixel: what tells them apart is larger than that.
+    """Return the candidates of a size as rows, on every second pixel.
+
+    The differences between candidates are larger than a pixel.
 
     cover: 0 … 1, thrice. colour: premultiplied. Each [candidates, pixels · 3].
     """
@@ -115,7 +120,10 @@ def _round_already(kind: int) -> bool:
 
 @dataclass(frozen=True)
 class Finding:
-    """What was found at a thing's place. overlap: of the outlines. nearest: the sprite's kind, or None for a blob."""
+    """The match found at a thing's place.
+
+    overlap: of the outlines. nearest: the sprite's kind, or None for a blob.
+    """
 
     overlap: float
     nearest: int | None
@@ -126,7 +134,10 @@ class Finding:
 
 
 def look(picture: Picture, scene: Scene, index: int) -> Finding:
-    """What stands where the scene's thing should be; the rest of the scene is taken as asked for."""
+    """Find what the image shows at a thing's place.
+
+    The rest of the scene is taken as asked for.
+    """
     thing = scene.things[index]
     (under,) = draw(without(scene, index))
     around = _neighbourhood(picture, under)
@@ -151,7 +162,10 @@ Neighbourhood = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 def _neighbourhood(picture: Picture, under: Picture) -> Neighbourhood:
-    """The search may reach over the edge of the picture; what is there belongs to nothing."""
+    """Pad the image so that the search may reach over its edge.
+
+    Pixels there match nothing.
+    """
     pad = ((_MARGIN, _MARGIN), (_MARGIN, _MARGIN), (0, 0))
     seen, behind = (torch.from_numpy(np.pad(image, pad, mode="edge")).float() for image in (picture, under))
     inside = torch.zeros(CANVAS + 2 * _MARGIN, CANVAS + 2 * _MARGIN, 1)
@@ -165,7 +179,9 @@ def _cut(image: torch.Tensor, thing: Thing, dx: int, dy: int) -> torch.Tensor:
 
 
 def _distances(neighbourhood: Neighbourhood, thing: Thing) -> torch.Tensor:
-    """Squared difference between what is seen and each sprite laid over what is behind: [candidates, shifts].
+    """Return squared differences of the image and each composited candidate.
+
+    [candidates, shifts].
 
     (seen - (behind · (1 - cover) + colour))², multiplied out, so that all shifts of all sprites are a few products.
     """
@@ -183,7 +199,10 @@ def _distances(neighbourhood: Neighbourhood, thing: Thing) -> torch.Tensor:
 
 
 def _overlap(neighbourhood: Neighbourhood, thing: Thing, dx: int, dy: int) -> float:
-    """Of what stands out from the background in the picture and in the truth, over the whole neighbourhood."""
+    """Return the overlap of the outlines in image and truth.
+
+    Over the whole neighbourhood of the thing.
+    """
     seen, behind, inside = neighbourhood
     sprite = _candidates(thing.size)[thing.kind]
     truth = behind.clone()
@@ -204,7 +223,7 @@ def _colour(seen: torch.Tensor, thing: Thing, dx: int, dy: int) -> int:
 
 
 def place_right(picture: Picture, scene: Scene) -> bool:
-    """For one object: whether what stands out is centred on the right one of the nine places."""
+    """Whether a single object is centred on the right of nine places."""
     (thing,) = scene.things
     mask = np.abs(picture.astype(int) - _grounds()[scene.background]).max(axis=-1) > VISIBLE
     if mask.sum() < 0.1 * thing.side**2:
@@ -223,7 +242,10 @@ def place_right(picture: Picture, scene: Scene) -> bool:
 
 
 def places_right(picture: Picture, scene: Scene) -> bool:
-    """For two objects of one size: whether each looks more like itself where it should be than like the other."""
+    """Whether two objects of one size are at their own places.
+
+    Each must look more like itself there than like the other.
+    """
     first, second = scene.things
     swapped = Scene(scene.background, (_put(first, second), _put(second, first)))
     right, wrong = draw(scene, swapped)
@@ -258,7 +280,10 @@ def edit_done(picture: Picture, example: Example) -> bool:
 
 
 def rest_kept(picture: Picture, example: Example) -> float:
-    """Mean absolute difference, of 255, outside what the edit may repaint; behind a new background, of the things."""
+    """Return the mean absolute difference outside the edit, of 255.
+
+    Behind a new background, of the things.
+    """
     (truth,) = draw(example.target)
     if example.task == "background":
         empty = draw(Scene(example.target.background))[0].astype(int)

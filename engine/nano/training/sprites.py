@@ -1,4 +1,4 @@
-"""Every object nano knows, as premultiplied RGBA at each size it is shown in: nouns from a sheet, shapes by geometry.
+"""Sprites of nano's objects: nouns from a sheet, shapes by geometry.
 
 `python -m engine.nano.training.sprites FONT` renders the sheet anew from Noto Color Emoji
 (Debian: fonts-noto-color-emoji).
@@ -33,7 +33,7 @@ _OVERSAMPLE = 8
 
 
 def _render(character: str, font: ImageFont.FreeTypeFont) -> Image.Image:
-    """The emoji, cropped to what is painted and centred on a square cell."""
+    """Return an emoji cropped to its ink, centred on a square cell."""
     canvas = Image.new("RGBA", (160, 160))
     ImageDraw.Draw(canvas).text((8, 8), character, font=font, embedded_color=True)
     drawn = canvas.crop(canvas.getbbox())
@@ -44,7 +44,10 @@ def _render(character: str, font: ImageFont.FreeTypeFont) -> Image.Image:
 
 
 def _shrink(image: Image.Image, side: int) -> Image.Image:
-    """Lanczos on premultiplied colours: the colour under transparent pixels must not bleed into the outline."""
+    """Resize premultiplied colours with Lanczos.
+
+    The colour under transparent pixels must not bleed into the outline.
+    """
     premultiplied = image.convert("RGBa").resize((side, side), Image.Resampling.LANCZOS)
     return premultiplied.convert("RGBA")
 
@@ -67,7 +70,10 @@ def _polygon(points: list[tuple[float, float]], side: int) -> Image.Image:
 
 
 def _turns(count: int, radius: float, inner: float, start: float = -0.5) -> list[tuple[float, float]]:
-    """Points on alternating radii round the centre; start in half turns."""
+    """Return points on alternating radii round the centre.
+
+    start: in half turns.
+    """
     around = (math.pi * (start + i / count) for i in range(2 * count))
     return [
         (0.5 + (radius, inner)[i % 2] * math.cos(angle), 0.5 + (radius, inner)[i % 2] * math.sin(angle))
@@ -116,7 +122,7 @@ def _premultiplied(image: Image.Image, side: int) -> np.ndarray:
 
 @lru_cache(maxsize=1)
 def atlas() -> dict[int, np.ndarray]:
-    """Side -> [kinds, side, side, 4] uint8, premultiplied, in the order of KINDS."""
+    """Return side -> [kinds, side, side, 4] uint8, premultiplied, ordered as KINDS."""
     sheet = Image.open(SHEET).convert("RGBA")
     images = []
     for i in range(len(NOUNS)):

@@ -1,4 +1,6 @@
-"""Every known word one token: `python -m engine.nano.training.tokenizer FOLDER` teaches a folder the words it lacks.
+"""Makes every known word one token of a folder's tokenizer.
+
+python -m engine.nano.training.tokenizer FOLDER
 
 A word that is one token is learned from each sentence it occurs in, not pieced together first. Old tokens keep their
 numbers, so weights trained before go on knowing what they knew.
@@ -21,14 +23,20 @@ _SPACE = "Ġ"
 
 
 def _forms() -> list[str]:
-    """As the words occur: inside a sentence, at its start, and at its start with a capital; nouns follow an article."""
+    """Return the words as they occur in sentences.
+
+    Inside, at the start, and at the start with a capital. Nouns follow an article.
+    """
     inside = [f" {word}" for word in sorted(KNOWN)]
     first = [form for word in sorted(KNOWN - {*NOUNS}) for form in (word, word.capitalize())]
     return inside + first
 
 
 def extend(folder: Path) -> int:
-    """Add the missing words to the folder's tokenizer and text encoder; how many tokens that took."""
+    """Add missing words to tokenizer and text encoder.
+
+    Returns the number of tokens added.
+    """
     path = folder / "tokenizer" / "tokenizer.json"
     settings = json.loads(path.read_text())
     settings["truncation"] = settings["padding"] = None
@@ -53,7 +61,7 @@ def extend(folder: Path) -> int:
 
 
 def _grow(folder: Path, old: int, ancestors: list[list[int]]) -> None:
-    """A row of the embedding for each new token: the mean of its ancestors'."""
+    """Add an embedding row a new token, the mean of its ancestors'."""
     path = folder / "text_encoder" / "model.safetensors"
     tensors = load_file(path)
     rows = list(tensors["model.embed_tokens.weight"][:old].float())

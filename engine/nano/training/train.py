@@ -1,4 +1,6 @@
-"""Train nano on a CPU or a GPU: `python -m engine.nano.training.train STAGE RUN`.
+"""Trains nano on a CPU or a GPU.
+
+python -m engine.nano.training.train STAGE RUN
 
 Resumable, and warm from the committed weights.
 
@@ -50,7 +52,9 @@ WARM_UP = 100
 
 @dataclass(frozen=True)
 class TrainingStage:
-    """shares: of batches, by (task, references). long_text: share of batches at the full text length.
+    """One stage of training.
+
+    shares: of batches, by (task, references). long_text: share of batches at the full text length.
 
     cooling: share of the time, at its end, in which the learning rate falls to nothing.
     """
@@ -72,7 +76,10 @@ STAGES = {
 
 
 def draw_levels(count: int, levels: int, generator: torch.Generator) -> Tensor:
-    """[count · levels] noise levels: different ones for the `levels` looks at the same example."""
+    """Draw noise levels, [count · levels].
+
+    Different ones for the `levels` uses of the same example.
+    """
     own = torch.tensor(OWN_LEVELS)
     # Weighted draws without replacement: the largest of uniform^(1/weight).
     keys = torch.rand(count, len(own), generator=generator) ** (1 / torch.tensor(OWN_WEIGHTS))
@@ -87,7 +94,7 @@ def draw_levels(count: int, levels: int, generator: torch.Generator) -> Tensor:
 def velocity_loss(
     nano: Nano, predict: Velocity, items: list[Item], levels: int, length: int, generator: torch.Generator
 ) -> Tensor:
-    """Weighted squared error of the velocity, one number an example and level: [b · levels]."""
+    """Return the weighted squared error of the velocity, [b · levels]."""
     device = nano.device
     target = torch.stack([item.target for item in items]).repeat_interleave(levels, 0)
     weights = torch.stack([item.weights for item in items]).repeat_interleave(levels, 0)
@@ -109,7 +116,10 @@ def _learned(nano: Nano) -> torch.nn.ModuleList:
 
 
 class Optimiser:
-    """Muon for the matrices inside the blocks, AdamW for everything else, at one learning rate."""
+    """Muon for the blocks' matrices, AdamW for everything else.
+
+    Both at one learning rate.
+    """
 
     def __init__(self, learned: torch.nn.Module) -> None:
         matrices, others = [], []
@@ -142,7 +152,9 @@ class Optimiser:
 
 @dataclass(frozen=True)
 class Lessons:
-    """What one process does over and over. start: when the stage began, by the monotonic clock.
+    """The training loop of one process.
+
+    start: when the stage began, by the monotonic clock.
 
     compiled: in bf16, by a function that takes minutes to compile (`compiled_training`).
     """
@@ -155,12 +167,15 @@ class Lessons:
     compiled: bool = False
 
     def done(self) -> float:
-        """How much of the time is over, 0 … 1; 0 while it has no end."""
+        """Return the elapsed share of the time, 0 … 1.
+
+        0 while it has no end.
+        """
         return (time.monotonic() - self.start) / (60 * self.minutes) if self.minutes else 0.0
 
 
 class Learner:
-    """One process's own examples, noise and optimiser, for weights that may be shared."""
+    """One process's examples, noise and optimizer, for weights that may be shared."""
 
     def __init__(self, nano: Nano, optimiser: Optimiser, lessons: Lessons) -> None:
         seed = time.time_ns() % 2**31
@@ -171,7 +186,10 @@ class Learner:
         self.steps = 0
 
     def step(self) -> tuple[str, int, float]:
-        """Learn from one batch. Gives its task, how many samples it had and their mean loss."""
+        """Learn from one batch.
+
+        Returns its task, how many samples it had and their mean loss.
+        """
         stage, draw = self.lessons.stage, self.data.sampler.random
         self.steps += 1
         rise = min(1.0, self.steps / WARM_UP)
@@ -186,7 +204,7 @@ class Learner:
 
 
 def _help(folder: Path, shared: list[Tensor], samples: Tensor, lessons: Lessons, parent: int) -> None:
-    """A helping process: the same lessons on the same weights, until the first process ends it, or is gone."""
+    """Train the shared weights until the first process ends this one."""
     torch.set_num_threads(1)
     nano = Nano(folder)
     nano.autoencoder.requires_grad_(False)
@@ -199,7 +217,10 @@ def _help(folder: Path, shared: list[Tensor], samples: Tensor, lessons: Lessons,
 
 @contextmanager
 def helpers(run: "Run", lessons: Lessons, count: int) -> Iterator[list[Tensor]]:
-    """Processes beside this one; gives how many samples each has learned from so far."""
+    """Start worker processes.
+
+    Yields the number of samples each has used so far.
+    """
     shared = [parameter.data.share_memory_() for parameter in _learned(run.nano).parameters()] if count else []
     samples = [torch.zeros(1, dtype=torch.long).share_memory_() for _ in range(count)]
     context = multiprocessing.get_context("spawn")
@@ -218,7 +239,7 @@ def helpers(run: "Run", lessons: Lessons, count: int) -> Iterator[list[Tensor]]:
 
 
 class Run:
-    """A folder of training: what is trained, its average, the optimiser, and how far it is."""
+    """A training folder: weights, their average, optimizer state and progress."""
 
     def __init__(self, folder: Path, start: Path, device: str) -> None:
         self.folder = folder
@@ -243,7 +264,10 @@ class Run:
         self.step, self.samples, self.seconds = state["step"], state["samples"], state["seconds"]
 
     def save(self) -> None:
-        """Everything to go on from, and the average as a diffusers folder; each file is whole or the one before."""
+        """Write a checkpoint, and the average as a diffusers folder.
+
+        Each file is replaced in one step, so none is ever partial.
+        """
         state = {
             "learned": _learned(self.nano).state_dict(),
             "average": self.average.state_dict(),
@@ -257,7 +281,10 @@ class Run:
         export(self, self.folder / "weights")
 
     def follow(self) -> None:
-        """Move the average a little towards the newest weights; quicker while there are few."""
+        """Move the average towards the newest weights.
+
+        Faster at the start of training.
+        """
         keep = min(EMA, (self.step + 1) / (self.step + 50))
         with torch.no_grad():
             for mean, new in zip(self.average.parameters(), _learned(self.nano).parameters(), strict=True):
@@ -265,7 +292,7 @@ class Run:
 
 
 def export(run: Run, folder: Path) -> None:
-    """The averaged weights, in 16 bit, into a folder that holds the configs."""
+    """Write the averaged weights, in 16 bit, into a folder with configs."""
     transformer, text_encoder = run.average
     save_transformer(transformer, folder)  # type: ignore[arg-type]
     save_text_encoder(text_encoder, folder)  # type: ignore[arg-type]
@@ -273,10 +300,13 @@ def export(run: Run, folder: Path) -> None:
 
 
 def train(run: Run, lessons: Lessons, save_minutes: float, workers: int = 1) -> None:
-    """Until the minutes are over; 0 means until it is stopped."""
+    """Train until the minutes are over.
+
+    minutes: 0 means until it is stopped.
+    """
     learner = Learner(run.nano, run.optimiser, lessons)
-    last_save = last_tell = lessons.start
-    told = run.samples
+    last_save = last_report = lessons.start
+    reported = run.samples
     losses: dict[str, list[float]] = {}
     with helpers(run, lessons, workers - 1) as helped:
         counted = 0
@@ -290,8 +320,8 @@ def train(run: Run, lessons: Lessons, save_minutes: float, workers: int = 1) -> 
             losses.setdefault(task, []).append(loss)
             now = time.monotonic()
             # The first minute tells whether the machine is worth its time; after that, now and then.
-            if now - last_tell > (20 if now - lessons.start < 60 else 120):
-                told, last_tell, losses = _tell(run, told, last_tell, losses)
+            if now - last_report > (20 if now - lessons.start < 60 else 120):
+                reported, last_report, losses = _report(run, reported, last_report, losses)
             if now - last_save > 60 * save_minutes:
                 run.seconds += now - last_save
                 last_save = now
@@ -300,12 +330,12 @@ def train(run: Run, lessons: Lessons, save_minutes: float, workers: int = 1) -> 
     run.save()
 
 
-def _tell(run: Run, told: int, since: float, losses: dict[str, list[float]]) -> tuple[int, float, dict]:
+def _report(run: Run, reported: int, since: float, losses: dict[str, list[float]]) -> tuple[int, float, dict]:
     now = time.monotonic()
     line = {
         "step": run.step,
         "samples": run.samples,
-        "per_second": round((run.samples - told) / (now - since), 1),
+        "per_second": round((run.samples - reported) / (now - since), 1),
         "minutes": round(run.seconds / 60, 1),
         **{name: round(sum(values) / len(values), 4) for name, values in losses.items()},
     }

@@ -1,4 +1,4 @@
-"""Teach the decoder: from the computed encoder's latents, with a little noise on them, back to the pictures."""
+"""Trains the decoder on the computed encoder's latents, slightly noised."""
 
 import copy
 import math
@@ -23,7 +23,10 @@ EMA = 0.998
 
 
 def crowded(painter: Compositor, count: int, things: int, generator: torch.Generator) -> Tensor:
-    """Pictures with objects anywhere: more outlines a pixel than the scenes of the world have."""
+    """Render images with objects anywhere.
+
+    They have more outlines a pixel than scenes of the world.
+    """
 
     def draw(high: int, *shape: int, low: int = 0) -> Tensor:
         return torch.randint(low, high, shape, generator=generator)
@@ -50,7 +53,9 @@ def psnr(picture: Tensor, decoded: Tensor) -> float:
 
 
 def train_decoder(autoencoder: Autoencoder, minutes: float, device: str, save: Callable[[Autoencoder], None]) -> None:
-    """In place, ending with the average of the weights; `save` gets that average every minute.
+    """Train in place, ending with the average of the weights.
+
+    save: gets that average every minute.
 
     The latents stay what they are, so that a trained transformer goes on fitting.
     """
@@ -65,7 +70,7 @@ def train_decoder(autoencoder: Autoencoder, minutes: float, device: str, save: C
     optimiser = torch.optim.AdamW(decoder.parameters(), lr=RATE, betas=(0.9, 0.98), weight_decay=0.0)
     # Noise in proportion to each channel's spread: that is how the transformer errs.
     deviation = unpatchify((autoencoder.bn.running_var.sqrt() * LATENT_NOISE)[None, :, None, None])[..., :1, :1]
-    start = told = time.monotonic()
+    start = reported = time.monotonic()
     step = 0
     while (done := (time.monotonic() - start) / (60 * minutes)) < 1:
         rate = RATE * min(1.0, (step + 1) / 100)
@@ -86,8 +91,8 @@ def train_decoder(autoencoder: Autoencoder, minutes: float, device: str, save: C
         with torch.no_grad():
             for old, new in zip(average.decoder.parameters(), decoder.parameters(), strict=True):
                 old.lerp_(new, 1 - keep)
-        if time.monotonic() - told > 60:
-            told = time.monotonic()
+        if time.monotonic() - reported > 60:
+            reported = time.monotonic()
             with torch.no_grad():
                 decibels = psnr(held, average.decode(average.encode(held)))
             print(f"step {step}, {done:.0%}: held-out {decibels:.2f} dB", flush=True)
@@ -97,7 +102,7 @@ def train_decoder(autoencoder: Autoencoder, minutes: float, device: str, save: C
 
 
 def fit(autoencoder: Autoencoder, device: str) -> None:
-    """Compute the encoder and the latents' statistics from pictures of the world's objects."""
+    """Compute the encoder and latent statistics from images of all objects."""
     generator = torch.Generator().manual_seed(0)
     painter = Compositor().to(device)
     fit_encoder(autoencoder, torch.cat([crowded(painter, 32, 2, generator) for _ in range(16)]))
