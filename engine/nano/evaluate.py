@@ -25,7 +25,7 @@ from engine.nano.training.model import Nano
 from engine.nano.training.prompts import EDITS, Example, PromptSampler, touched, unseen
 from engine.nano.training.scenes import Scene, Thing
 from engine.nano.training.score import (
-    Picture,
+    Rgb8,
     background_right,
     composed,
     draw,
@@ -116,21 +116,21 @@ def write_questions(path: Path = LIST) -> None:
     path.write_text("".join(json.dumps(line, separators=(",", ":")) + "\n" for line in lines))
 
 
-def _pictures(tensor: torch.Tensor) -> list[Picture]:
+def _images(tensor: torch.Tensor) -> list[Rgb8]:
     return list(((tensor + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy())
 
 
-def _tensor(pictures: list[Picture]) -> torch.Tensor:
-    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 127.5 - 1
+def _tensor(images: list[Rgb8]) -> torch.Tensor:
+    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
-def answers(nano: Nano, asked: list[Question], steps: int) -> list[Picture]:
+def answers(nano: Nano, asked: list[Question], steps: int) -> list[Rgb8]:
     """Return nano's images for independent questions.
 
     A batch holds questions with the same number of references.
     """
     order = sorted(range(len(asked)), key=lambda i: len(asked[i][2].references))
-    painted: dict[int, Picture] = {}
+    painted: dict[int, Rgb8] = {}
     while order:
         count = len(asked[order[0]][2].references)
         batch = [i for i in order[:BATCH] if len(asked[i][2].references) == count]
@@ -140,7 +140,7 @@ def answers(nano: Nano, asked: list[Question], steps: int) -> list[Picture]:
             drawn = [_tensor(draw(*asked[i][2].references)) for i in batch]
             references = torch.stack(drawn).to(nano.device)
         prompts, seeds = [asked[i][2].prompt for i in batch], [asked[i][1] for i in batch]
-        painted.update(zip(batch, _pictures(nano.paint(prompts, seeds, references, steps)), strict=True))
+        painted.update(zip(batch, _images(nano.paint(prompts, seeds, references, steps)), strict=True))
     return [painted[i] for i in range(len(asked))]
 
 
@@ -151,20 +151,20 @@ class Preserved:
     mask: bool, true where the edit may differ from the original.
     """
 
-    picture: Picture
+    image: Rgb8
     mask: np.ndarray
     whole: bool
 
 
-def preserved(nano: Nano, edited: list[Picture], originals: list[Picture]) -> list[Preserved]:
+def preserved(nano: Nano, edited: list[Rgb8], originals: list[Rgb8]) -> list[Preserved]:
     """Restore the originals around edits, like the server does.
 
     The engine's change mask finds the unchanged parts.
     """
     kept = []
-    for picture, original in zip(edited, originals, strict=True):
+    for image, original in zip(edited, originals, strict=True):
         round_trip = nano.decode(nano.encode(_tensor([original]).to(nano.device)))
-        change = find_change(_tensor([picture]).to(nano.device), round_trip)
+        change = find_change(_tensor([image]).to(nano.device), round_trip)
         opacity = change.opacity.cpu().numpy()[..., None]
         painted = ((change.painted[0] + 1) * 127.5).permute(1, 2, 0).cpu().numpy()
         mixed = np.rint(original + opacity * (painted - original)).astype(np.uint8)
@@ -172,9 +172,7 @@ def preserved(nano: Nano, edited: list[Picture], originals: list[Picture]) -> li
     return kept
 
 
-def chained(
-    nano: Nano, asked: list[Question], steps: int, preserve: bool = False
-) -> list[tuple[list[Example], Picture]]:
+def chained(nano: Nano, asked: list[Question], steps: int, preserve: bool = False) -> list[tuple[list[Example], Rgb8]]:
     """Return each chain with the image after its last edit.
 
     Each edit starts from the image that the previous edit made.
@@ -183,13 +181,13 @@ def chained(
     for _, seed, example in asked:
         chains.setdefault(seed, []).append(example)
     seeds = list(chains)
-    pictures = [draw(chains[seed][0].references[0])[0] for seed in seeds]
+    images = [draw(chains[seed][0].references[0])[0] for seed in seeds]
     for step in range(CHAIN_LENGTH):
         prompts = [chains[seed][step].prompt for seed in seeds]
-        references = _tensor(pictures)[:, None].to(nano.device)
-        edited = _pictures(nano.paint(prompts, [seed * CHAIN_LENGTH + step for seed in seeds], references, steps))
-        pictures = [kept.picture for kept in preserved(nano, edited, pictures)] if preserve else edited
-    return list(zip(chains.values(), pictures, strict=True))
+        references = _tensor(images)[:, None].to(nano.device)
+        edited = _images(nano.paint(prompts, [seed * CHAIN_LENGTH + step for seed in seeds], references, steps))
+        images = [kept.image for kept in preserved(nano, edited, images)] if preserve else edited
+    return list(zip(chains.values(), images, strict=True))
 
 
 @dataclass
@@ -210,7 +208,7 @@ class Table:
         return "\n".join(["| measure | value | n |", "|---|---|---|", *lines])
 
 
-def evaluate(nano: Nano, asked: list[Question], steps: int = 4) -> tuple[Table, list[tuple[Question, Picture, bool]]]:
+def evaluate(nano: Nano, asked: list[Question], steps: int = 4) -> tuple[Table, list[tuple[Question, Rgb8, bool]]]:
     """Return the table, and every image with whether it is right.
 
     An image is right if all its parts are.
@@ -219,47 +217,47 @@ def evaluate(nano: Nano, asked: list[Question], steps: int = 4) -> tuple[Table, 
     parts = {part: [q for q in asked if q[0] == part] for part in ("one", "two", "edit", "compose", "chain")}
     alone = [q for part in ("one", "two", "edit", "compose") for q in parts[part]]
     painted = dict(zip(map(id, alone), answers(nano, alone, steps), strict=True))
-    shown: list[tuple[Question, Picture, bool]] = []
+    shown: list[tuple[Question, Rgb8, bool]] = []
 
-    def each(part: str) -> list[tuple[Question, Picture]]:
+    def each(part: str) -> list[tuple[Question, Rgb8]]:
         return [(q, painted[id(q)]) for q in parts[part]]
 
     generated = [*each("one"), *each("two")]
-    grounds = [background_right(picture, q[2].target) for q, picture in generated]
+    grounds = [background_right(image, q[2].target) for q, image in generated]
     table.add("background right", grounds)
     colours: list[bool] = []
     found: dict[str, list[bool]] = {"one": [], "two": []}
-    for (q, picture), ground in zip(generated, grounds, strict=True):
+    for (q, image), ground in zip(generated, grounds, strict=True):
         scene = q[2].target
         whole = ground
         for i, thing in enumerate(scene.things):
-            finding = look(picture, scene, i)
+            finding = look(image, scene, i)
             right = finding.right(thing)
             found[q[0]].append(right)
             whole &= right
             if thing.colour is not None:
                 colours.append(finding.colour == thing.colour)
-        shown.append((q, picture, whole))
+        shown.append((q, image, whole))
     table.add("object there, one asked for", found["one"])
     table.add("object there, each of two", found["two"])
-    places = [place_right(picture, q[2].target) for q, picture in each("one")]
-    places += [places_right(picture, q[2].target) for q, picture in each("two")]
+    places = [place_right(image, q[2].target) for q, image in each("one")]
+    places += [places_right(image, q[2].target) for q, image in each("two")]
     table.add("position right", places)
     table.add("colour of a shape right", colours)
 
-    done = {id(q): edit_done(picture, q[2]) for q, picture in each("edit")}
+    done = {id(q): edit_done(image, q[2]) for q, image in each("edit")}
     table.add("edit done", list(done.values()))
     for kind in EDITS:
         table.add(f"edit done: {kind}", [done[id(q)] for q in parts["edit"] if q[2].task == kind])
-    table.add("edit keeps the rest (of 255)", [rest_kept(picture, q[2]) for q, picture in each("edit")])
-    shown += [(q, picture, done[id(q)]) for q, picture in each("edit")]
+    table.add("edit keeps the rest (of 255)", [rest_kept(image, q[2]) for q, image in each("edit")])
+    shown += [(q, image, done[id(q)]) for q, image in each("edit")]
 
     _add_preserved(table, nano, each("edit"))
 
-    together = {id(q): composed(picture, q[2].target) for q, picture in each("compose")}
+    together = {id(q): composed(image, q[2].target) for q, image in each("compose")}
     table.add("compose: every object there", list(together.values()))
-    table.add("compose: background right", [background_right(picture, q[2].target) for q, picture in each("compose")])
-    shown += [(q, picture, together[id(q)]) for q, picture in each("compose")]
+    table.add("compose: background right", [background_right(image, q[2].target) for q, image in each("compose")])
+    shown += [(q, image, together[id(q)]) for q, image in each("compose")]
 
     if parts["chain"]:
         table.add(CHAINED, _drifts(chained(nano, parts["chain"], steps)))
@@ -267,33 +265,33 @@ def evaluate(nano: Nano, asked: list[Question], steps: int = 4) -> tuple[Table, 
     return table, shown
 
 
-def _drifts(chains: list[tuple[list[Example], Picture]]) -> list[float]:
+def _drifts(chains: list[tuple[list[Example], Rgb8]]) -> list[float]:
     """Return mean differences, of 255, in parts no edit should touch."""
     drift = []
-    for chain, picture in chains:
+    for chain, image in chains:
         same = untouched(tuple(box for example in chain for box in example.touched))
         (original,) = draw(chain[0].references[0])
-        drift.append(float(np.abs(original[same].astype(int) - picture[same]).mean()))
+        drift.append(float(np.abs(original[same].astype(int) - image[same]).mean()))
     return drift
 
 
-def _add_preserved(table: Table, nano: Nano, edits: list[tuple[Question, Picture]]) -> None:
+def _add_preserved(table: Table, nano: Nano, edits: list[tuple[Question, Rgb8]]) -> None:
     """Add to the table how well each change mask fits its edit.
 
     The mask should cover the pixels that should have changed.
     """
     originals = [draw(q[2].references[0])[0] for q, _ in edits]
-    kept = preserved(nano, [picture for _, picture in edits], originals)
+    kept = preserved(nano, [image for _, image in edits], originals)
     rows: dict[str, list[float]] = defaultdict(list)
-    for (q, picture), original, result in zip(edits, originals, kept, strict=True):
+    for (q, image), original, result in zip(edits, originals, kept, strict=True):
         (target,) = draw(q[2].target)
         kind = "global" if q[2].task == "background" else "local"
-        rows[f"{kind} edits: error as painted (of 255)"].append(_error(picture, target))
-        rows[f"{kind} edits: error with the original put back (of 255)"].append(_error(result.picture, target))
+        rows[f"{kind} edits: error as painted (of 255)"].append(_error(image, target))
+        rows[f"{kind} edits: error with the original put back (of 255)"].append(_error(result.image, target))
         rows[f"{kind} edits: taken for global"].append(result.whole)
         if kind == "local":
             should = np.abs(target.astype(int) - original).max(axis=2) > SHOULD_CHANGE
-            same = (result.picture == original).all(axis=2)
+            same = (result.image == original).all(axis=2)
             rows["local edits: pixels that should change, found"].append((result.mask & should).sum() / should.sum())
             rows["local edits: pixels that should stay, byte-identical"].append(
                 (same & ~should).sum() / (~should).sum()
@@ -302,28 +300,28 @@ def _add_preserved(table: Table, nano: Nano, edits: list[tuple[Question, Picture
         table.add(name, values)
 
 
-def _error(picture: Picture, target: Picture) -> float:
-    return float(np.abs(picture.astype(int) - target).mean())
+def _error(image: Rgb8, target: Rgb8) -> float:
+    return float(np.abs(image.astype(int) - target).mean())
 
 
-def montage(shown: list[tuple[Question, Picture, bool]], path: Path, columns: int = 8) -> None:
+def montage(shown: list[tuple[Question, Rgb8, bool]], path: Path, columns: int = 8) -> None:
     """Draw a sheet of references, prompts and answers.
 
     The colour of a prompt is the verdict: green for right, red for wrong.
     """
     cell, text = 132, 34
-    rows: list[list[tuple[Picture, str, str]]] = [[]]
-    for (_, _, example), picture, right in shown:
+    rows: list[list[tuple[Rgb8, str, str]]] = [[]]
+    for (_, _, example), image, right in shown:
         group = [(reference, "", "black") for reference in draw(*example.references)] if example.references else []
-        group.append((picture, example.prompt, "darkgreen" if right else "red"))
+        group.append((image, example.prompt, "darkgreen" if right else "red"))
         if len(rows[-1]) + len(group) > columns:
             rows.append([])
         rows[-1] += group
     sheet = Image.new("RGB", (columns * cell, len(rows) * (cell + text)), "white")
     pen = ImageDraw.Draw(sheet)
     for y, row in enumerate(rows):
-        for x, (picture, prompt, colour) in enumerate(row):
-            sheet.paste(Image.fromarray(picture), (x * cell, y * (cell + text)))
+        for x, (image, prompt, colour) in enumerate(row):
+            sheet.paste(Image.fromarray(image), (x * cell, y * (cell + text)))
             lines = [prompt[i : i + 21] for i in range(0, len(prompt), 21)]
             pen.multiline_text((x * cell, y * (cell + text) + 128), "\n".join(lines[:3]), fill=colour, spacing=0)
     sheet.save(path)

@@ -12,7 +12,7 @@ from PIL import Image, ImageFilter
 from engine.nano.evaluate import Question, questions
 from engine.nano.training.scenes import Scene
 from engine.nano.training.score import (
-    Picture,
+    Rgb8,
     _blob,
     background_right,
     composed,
@@ -36,7 +36,7 @@ def _some(*parts: str, every: int) -> list[Question]:
     return [q for q in _asked() if q[0] in parts and q[1] % every == 0]
 
 
-def _blobs(scene: Scene) -> Picture:
+def _blobs(scene: Scene) -> Rgb8:
     """Draw each object as an ellipse.
 
     Position, extent and mean colour are those of the object.
@@ -50,7 +50,7 @@ def _blobs(scene: Scene) -> Picture:
     return picture.round().astype(np.uint8)
 
 
-def _share_right(pictures: list[Picture], asked: list[Question]) -> float:
+def _share_right(pictures: list[Rgb8], asked: list[Question]) -> float:
     """Return the share of requested objects that are right, without circles.
 
     A circle is itself a blob, so it is not counted.

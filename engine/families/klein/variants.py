@@ -31,7 +31,7 @@ class Variant:
     kv: references see references only, at timestep 0, so that their keys and values can be kept.
     guidance: 1.0 means one pass a step; above 1.0 a second, unconditional pass steers the first.
     native_size: the square side, in pixels, that is painted when no size is asked for.
-    max_size: the square side whose area is the most it paints by itself; larger pictures are resampled from it.
+    max_size: the square side whose area is the most it paints by itself; larger images are resampled from it.
     reference_size: the square side whose area a reference is shrunk to if it is larger.
     words: all that its prompts may hold; empty for a model that knows more than could be listed.
     nouns: those of the words that name a thing, each with the colours it is always painted in.

@@ -15,7 +15,7 @@ from engine.nano.training.scenes import MAX_THINGS, Scene
 
 OBJECT_WEIGHT = 4.0
 """How much more a token counts that shows an object, or that an edit must repaint: backgrounds are learned first and
-fill most of a picture, outlines last."""
+fill most of an image, outlines last."""
 
 
 def paint_scenes(painter: Compositor, scenes: Sequence[Scene]) -> Tensor:
@@ -63,14 +63,14 @@ class DataLoader:
         self.patches = as_one_convolution(nano.autoencoder)
 
     @torch.no_grad()
-    def _encode(self, pictures: Tensor) -> Tensor:
-        return pack(self.nano.autoencoder.bn.normalise(patchify(self.patches(pictures))))
+    def _encode(self, images: Tensor) -> Tensor:
+        return pack(self.nano.autoencoder.bn.normalise(patchify(self.patches(images))))
 
-    def take(self, task: str, pictures: int, count: int) -> list[Item]:
+    def take(self, task: str, images: int, count: int) -> list[Item]:
         """A batch of one task, all with the same number of references."""
-        examples = [training_prompts(self.sampler, task, pictures) for _ in range(count)]
+        examples = [training_prompts(self.sampler, task, images) for _ in range(count)]
         scenes = [scene for example in examples for scene in (example.target, *example.references)]
-        latents = self._encode(paint_scenes(self.painter, scenes)).unflatten(0, (count, 1 + pictures))
+        latents = self._encode(paint_scenes(self.painter, scenes)).unflatten(0, (count, 1 + images))
         return [
             Item(example.prompt, latent[0], latent[1:], token_weights(example).to(latent.device))
             for example, latent in zip(examples, latents, strict=True)

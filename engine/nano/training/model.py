@@ -89,12 +89,12 @@ class Nano(nn.Module):
         """Velocity of canvas tokens.
 
         noisy: [b · n, tokens, channels], n noise levels an example, an example's levels beside each other.
-        sigma: [b · n]. states: [b, length, width]. references: [b, pictures, tokens, channels]; text and
+        sigma: [b · n]. states: [b, length, width]. references: [b, images, tokens, channels]; text and
         references are read once for all n levels.
         """
         levels = noisy.shape[0] // states.shape[0]
-        pictures = 0 if references is None else references.shape[1]
-        rope, reference_rope = self._ropes(states.shape[1], pictures)
+        images = 0 if references is None else references.shape[1]
+        rope, reference_rope = self._ropes(states.shape[1], images)
         kept = None
         if references is not None and reference_rope is not None:
             tokens = self.transformer.img_in(references.flatten(1, 2))
@@ -106,9 +106,9 @@ class Nano(nn.Module):
         return self.transformer(noisy, text, self.transformer.modulations(sigma), rope, reference_kv=kept)
 
     @torch.no_grad()
-    def encode(self, pictures: Tensor) -> Tensor:
+    def encode(self, images: Tensor) -> Tensor:
         """[b, 3, 128, 128] in [-1, 1] -> [b, tokens, channels]."""
-        return pack(self.autoencoder.encode(pictures))
+        return pack(self.autoencoder.encode(images))
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:

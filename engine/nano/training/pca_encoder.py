@@ -2,7 +2,7 @@
 
 Every residual branch is silent, so what is left is linear: three strided convolutions, each keeping the main components
 of 2 × 2 cells of the level above, and an output layer whose norm and SiLU are made straight. Latents are then local
-and linear in the pixels: an object's latents do not depend on what else is in the picture, so that the transformer
+and linear in the pixels: an object's latents do not depend on what else is in the image, so that the transformer
 learns it once. Measured on scenes of the world: 20 components hold 31.1 dB when decoded linearly, 32 hold 33.4 dB; an
 encoder and decoder of this size learned together reached 28.7 dB in 23 minutes on one core.
 """
@@ -17,7 +17,7 @@ from engine.diffusion.tokens import patchify
 from engine.nn.autoencoder import Autoencoder, ResnetBlock
 
 STEADY = 200.0
-"""A constant channel so large that the norm's variance is the same for every picture (to 0.3 %)."""
+"""A constant channel so large that the norm's variance is the same for every image (to 0.3 %)."""
 
 SOFT_WHITENING = 0.75
 """Exponent on the components' variances where latents are normalised: 1 would make a hair's detail count as much as a
@@ -55,7 +55,7 @@ def _zero(layer: nn.Module) -> None:
 
 
 @torch.no_grad()
-def fit_encoder(autoencoder: Autoencoder, pictures: Tensor) -> None:
+def fit_encoder(autoencoder: Autoencoder, images: Tensor) -> None:
     """Set the encoder and the latents' statistics from images.
 
     images: [b, 3, h, w] in [-1, 1].
@@ -64,7 +64,7 @@ def fit_encoder(autoencoder: Autoencoder, pictures: Tensor) -> None:
     _silence(encoder)
     _zero(encoder.conv_in)
     encoder.conv_in.weight[:3, :, 1, 1] = torch.eye(3)
-    cells = pictures
+    cells = images
     for level, width in enumerate(shape.encoder[:-1]):
         block, down = _parts(encoder.down[level])
         _straight(block, cells.shape[1])
@@ -74,7 +74,7 @@ def fit_encoder(autoencoder: Autoencoder, pictures: Tensor) -> None:
         # Padded at the right and bottom, so that the 3 × 3 kernel's first two rows and columns are the cell itself.
         down.weight[:, : cells.shape[1], :2, :2] = rearrange(kept, "k (c y x) -> k c y x", y=2, x=2)
         down.bias.copy_(-kept @ mean)
-        cells = rearrange((patches - mean) @ kept.T, "(b h w) k -> b k h w", b=pictures.shape[0], h=cells.shape[2] // 2)
+        cells = rearrange((patches - mean) @ kept.T, "(b h w) k -> b k h w", b=images.shape[0], h=cells.shape[2] // 2)
     _output(autoencoder, cells)
 
 
@@ -136,7 +136,7 @@ def as_one_convolution(autoencoder: Autoencoder) -> nn.Conv2d:
     probes = torch.eye(3 * patch * patch).reshape(-1, 3, patch, patch)
     device = autoencoder.bn.running_mean.device
     probes = torch.cat((torch.zeros_like(probes[:1]), probes)).to(device)
-    # A cell in the middle of a larger picture, so that no border is near and the norm sees what it always sees.
+    # A cell in the middle of a larger image, so that no border is near and the norm sees what it always sees.
     canvas = torch.zeros(len(probes), 3, 4 * patch, 4 * patch, device=device)
     canvas[..., patch : 2 * patch, patch : 2 * patch] = probes
     answers = torch.cat([autoencoder.encoder(part)[..., 1, 1] for part in canvas.split(32)])

@@ -307,15 +307,15 @@ class PromptSampler:
         wordings = _GROWTHS if size == bigger else _SHRINKINGS
         return self.pick(wordings).format(self.the(thing, scene)), changed(scene, i, size=size)
 
-    def compose(self, pictures: int | None = None) -> Example | None:
+    def compose(self, images: int | None = None) -> Example | None:
         """Draw a composition of parts of two or three references.
 
         None if the drawn parts do not go together.
         """
-        pictures = pictures or self.random.choices((2, 3), (0.8, 0.2))[0]
-        if pictures == 2 and self.world.chance(0.3):
+        images = images or self.random.choices((2, 3), (0.8, 0.2))[0]
+        if images == 2 and self.world.chance(0.3):
             return self._transplant()
-        return self._gather(pictures)
+        return self._gather(images)
 
     def _transplant(self) -> Example | None:
         """Put all of image 1 on image 2's background, or the reverse."""
@@ -328,22 +328,22 @@ class PromptSampler:
         sentence = self.pick(_TRANSPLANTS).format(content + 1, 2 - content)
         return Example("compose", self.finish(sentence), Scene(ground, things), references)
 
-    def _gather(self, pictures: int) -> Example | None:
+    def _gather(self, images: int) -> Example | None:
         """Put one thing of each image on a new or given background."""
-        references = tuple(self.world.scene() for _ in range(pictures))
-        own = self.random.randrange(-1, pictures) if pictures == 2 else 2
+        references = tuple(self.world.scene() for _ in range(images))
+        own = self.random.randrange(-1, images) if images == 2 else 2
         ground = self.world.background() if own < 0 else references[own].background
         order = self.random.sample((0, 1), 2)
         chosen = []
         names = []
-        for picture in order:
-            scene = references[picture]
+        for image in order:
+            scene = references[image]
             if (i := self._one(scene)) is None:
                 return None
             thing = scene.things[i]
             alone = len(scene.things) == 1
             name = "the object" if alone and self.world.chance(0.15) else self.the(thing, scene)
-            names.append(f"{name} {self.pick(('from', 'from', 'of', 'in'))} image {picture + 1}")
+            names.append(f"{name} {self.pick(('from', 'from', 'of', 'in'))} image {image + 1}")
             chosen.append(thing.kind)
         if chosen[0] == chosen[1] or not all(visible(kind, ground) for kind in chosen):
             return None
@@ -403,11 +403,9 @@ def combination_held_out(example: Example) -> bool:
     return _one_in(repr((example.references, example.target)))
 
 
-def training_prompts(sampler: PromptSampler, task: str, pictures: int | None = None) -> Example:
+def training_prompts(sampler: PromptSampler, task: str, images: int | None = None) -> Example:
     """Draw a training example: no held-out wording, no held-out combination."""
-    make = {"generate": sampler.generate, "edit": sampler.edit_chain, "compose": partial(sampler.compose, pictures)}[
-        task
-    ]
+    make = {"generate": sampler.generate, "edit": sampler.edit_chain, "compose": partial(sampler.compose, images)}[task]
     while True:
         if (example := make()) and not wording_held_out(example) and not combination_held_out(example):
             return example

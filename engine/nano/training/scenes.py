@@ -11,7 +11,7 @@ from engine.nano.words import COLOURS, NOUNS, SHAPES
 SMALL, NORMAL, BIG = range(len(SIZES))
 
 REACH = (48, 32, 16)
-"""Pixels from the middle of the picture to the centre of an object at the side, for each size.
+"""Pixels from the middle of the image to the centre of an object at the side, for each size.
 
 Multiples of a token's 16: an object then has the same tokens in every slot, so that what is learned of it in one place
 holds in all.
@@ -120,7 +120,7 @@ class World:
         return self.random.random() < probability
 
     def background(self) -> int:
-        # A third of the pictures get a painted scene: there are fewer of them, but each is harder.
+        # A third of the images get a painted scene: there are fewer of them, but each is harder.
         flat = len(COLOURS)
         return self.random.randrange(flat) if self.chance(0.67) else self.random.randrange(flat, len(BACKGROUNDS))
 

@@ -17,7 +17,7 @@ from engine.nano.training.scenes import SLOTS, Scene, Thing, changed, without
 from engine.nano.training.sprites import KINDS, SIZES, atlas
 from engine.nano.words import COLOURS
 
-Picture = np.ndarray
+Rgb8 = np.ndarray
 """[side, side, 3] uint8."""
 
 OUTLINE = 0.6
@@ -27,7 +27,7 @@ VISIBLE = 40
 NEAR = 24
 """Of 255: a background may be this far off on average; the two nearest flat ones differ by more than twice that."""
 GONE = 20
-"""Of 255: where a thing was taken away, the picture may be this far on average from what lies behind it."""
+"""Of 255: where a thing was taken away, the image may be this far on average from what lies behind it."""
 _REACH = range(-8, 9, 2)
 """Pixels around an object's place that are searched in each direction; the object itself may be 6 away."""
 _MARGIN = 8
@@ -38,10 +38,10 @@ def _painter() -> Compositor:
     return Compositor()
 
 
-def draw(*scenes: Scene) -> list[Picture]:
+def draw(*scenes: Scene) -> list[Rgb8]:
     """The scenes as they ought to look."""
-    pictures = paint_scenes(_painter(), scenes)
-    return list(((pictures + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy())
+    images = paint_scenes(_painter(), scenes)
+    return list(((images + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy())
 
 
 @lru_cache(maxsize=1)
@@ -62,10 +62,10 @@ def _window(thing: Thing, margin: int) -> tuple[slice, slice]:
     return slice(max(0, top - margin), bottom + margin), slice(max(0, left - margin), right + margin)
 
 
-def background_right(picture: Picture, scene: Scene) -> bool:
+def background_right(image: Rgb8, scene: Scene) -> bool:
     """Whether the free pixels match the right background and no other better."""
     free = _free(scene.things)
-    distances = np.abs(_grounds()[:, free] - picture[free]).mean(axis=(1, 2))
+    distances = np.abs(_grounds()[:, free] - image[free]).mean(axis=(1, 2))
     return bool(distances.argmin() == scene.background and distances.min() < NEAR)
 
 
@@ -133,14 +133,14 @@ class Finding:
         return self.nearest == thing.kind and self.overlap >= OUTLINE
 
 
-def look(picture: Picture, scene: Scene, index: int) -> Finding:
+def look(image: Rgb8, scene: Scene, index: int) -> Finding:
     """Find what the image shows at a thing's place.
 
     The rest of the scene is taken as asked for.
     """
     thing = scene.things[index]
     (under,) = draw(without(scene, index))
-    around = _neighbourhood(picture, under)
+    around = _neighbourhood(image, under)
     distances = _distances(around, thing)
     inner = distances[thing.kind].reshape(len(_REACH), len(_REACH))[1:-1, 1:-1]
     y, x = divmod(int(inner.argmin()), inner.shape[1])
@@ -158,16 +158,16 @@ def look(picture: Picture, scene: Scene, index: int) -> Finding:
 
 
 Neighbourhood = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-"""The picture, what should be behind the thing, and 1 where the picture is: padded by _MARGIN, 0 … 255."""
+"""The image, what should be behind the thing, and 1 where the image is: padded by _MARGIN, 0 … 255."""
 
 
-def _neighbourhood(picture: Picture, under: Picture) -> Neighbourhood:
+def _neighbourhood(image: Rgb8, under: Rgb8) -> Neighbourhood:
     """Pad the image so that the search may reach over its edge.
 
     Pixels there match nothing.
     """
     pad = ((_MARGIN, _MARGIN), (_MARGIN, _MARGIN), (0, 0))
-    seen, behind = (torch.from_numpy(np.pad(image, pad, mode="edge")).float() for image in (picture, under))
+    seen, behind = (torch.from_numpy(np.pad(each, pad, mode="edge")).float() for each in (image, under))
     inside = torch.zeros(CANVAS + 2 * _MARGIN, CANVAS + 2 * _MARGIN, 1)
     inside[_MARGIN:-_MARGIN, _MARGIN:-_MARGIN] = 1
     return seen, behind, inside
@@ -222,10 +222,10 @@ def _colour(seen: torch.Tensor, thing: Thing, dx: int, dy: int) -> int:
     return int((torch.tensor(list(COLOURS.values())) - mean).pow(2).sum(dim=1).argmin())
 
 
-def place_right(picture: Picture, scene: Scene) -> bool:
+def place_right(image: Rgb8, scene: Scene) -> bool:
     """Whether a single object is centred on the right of nine places."""
     (thing,) = scene.things
-    mask = np.abs(picture.astype(int) - _grounds()[scene.background]).max(axis=-1) > VISIBLE
+    mask = np.abs(image.astype(int) - _grounds()[scene.background]).max(axis=-1) > VISIBLE
     if mask.sum() < 0.1 * thing.side**2:
         return False
     y, x = np.nonzero(mask)
@@ -241,7 +241,7 @@ def place_right(picture: Picture, scene: Scene) -> bool:
     return min(SLOTS, key=distance) == thing.slot
 
 
-def places_right(picture: Picture, scene: Scene) -> bool:
+def places_right(image: Rgb8, scene: Scene) -> bool:
     """Whether two objects of one size are at their own places.
 
     Each must look more like itself there than like the other.
@@ -250,7 +250,7 @@ def places_right(picture: Picture, scene: Scene) -> bool:
     swapped = Scene(scene.background, (_put(first, second), _put(second, first)))
     right, wrong = draw(scene, swapped)
     free = ~_free(scene.things, 0)
-    seen = picture[free].astype(int)
+    seen = image[free].astype(int)
     return bool(np.abs(seen - right[free]).mean() < np.abs(seen - wrong[free]).mean())
 
 
@@ -258,13 +258,13 @@ def _put(thing: Thing, where: Thing) -> Thing:
     return Thing(thing.kind, thing.size, where.slot)
 
 
-def edit_done(picture: Picture, example: Example) -> bool:
+def edit_done(image: Rgb8, example: Example) -> bool:
     """Whether the asked change is there."""
     target, (source,) = example.target, example.references
     if example.task == "background":
-        return background_right(picture, target)
+        return background_right(image, target)
     changes = [i for i, thing in enumerate(target.things) if thing not in source.things]
-    if not all(look(picture, target, i).right(target.things[i]) for i in changes):
+    if not all(look(image, target, i).right(target.things[i]) for i in changes):
         return False
     old, new = draw(source, target)
     for thing in (thing for thing in source.things if thing not in target.things):
@@ -273,13 +273,13 @@ def edit_done(picture: Picture, example: Example) -> bool:
         for other in target.things:
             if other not in source.things:
                 left_over &= _free((other,), 0)[window]
-        error = np.abs(picture[window].astype(int) - new[window]).mean(axis=-1)
+        error = np.abs(image[window].astype(int) - new[window]).mean(axis=-1)
         if left_over.any() and error[left_over].mean() > GONE:
             return False
     return True
 
 
-def rest_kept(picture: Picture, example: Example) -> float:
+def rest_kept(image: Rgb8, example: Example) -> float:
     """Return the mean absolute difference outside the edit, of 255.
 
     Behind a new background, of the things.
@@ -290,7 +290,7 @@ def rest_kept(picture: Picture, example: Example) -> float:
         kept = np.abs(truth - empty).max(axis=-1) > VISIBLE
     else:
         kept = untouched(example.touched)
-    return float(np.abs(picture[kept].astype(int) - truth[kept]).mean()) if kept.any() else 0.0
+    return float(np.abs(image[kept].astype(int) - truth[kept]).mean()) if kept.any() else 0.0
 
 
 def untouched(boxes: tuple[tuple[int, int, int, int], ...]) -> np.ndarray:
@@ -301,6 +301,6 @@ def untouched(boxes: tuple[tuple[int, int, int, int], ...]) -> np.ndarray:
     return free
 
 
-def composed(picture: Picture, scene: Scene) -> bool:
+def composed(image: Rgb8, scene: Scene) -> bool:
     """Whether every object is there, each where it should be."""
-    return all(look(picture, scene, i).right(thing) for i, thing in enumerate(scene.things))
+    return all(look(image, scene, i).right(thing) for i, thing in enumerate(scene.things))

@@ -53,7 +53,7 @@ def _shrink(image: Image.Image, side: int) -> Image.Image:
 
 
 def build_sheet(font_path: str) -> Image.Image:
-    """All nouns of the vocabulary on one picture, row by row."""
+    """All nouns of the vocabulary on one image, row by row."""
     font = ImageFont.truetype(font_path, _FONT_SIZE)
     rows = math.ceil(len(NOUNS) / COLUMNS)
     sheet = Image.new("RGBA", (COLUMNS * CELL, rows * CELL))

@@ -5,7 +5,7 @@ python -m engine.nano.training.train STAGE RUN
 Resumable, and warm from the committed weights.
 
 Stages: `encoder` (compute it: seconds; the latents change, so only before all else), `decoder` (from latents back to
-pictures; the latents stay), `generate` (mostly text to image), `all` (generate, edit, compose), `cool` (as `all`, with
+images; the latents stay), `generate` (mostly text to image), `all` (generate, edit, compose), `cool` (as `all`, with
 the learning rate falling to nothing).
 `--workers 2`: two processes teach one set of weights without waiting for each other (Hogwild), so that a core that is
 busy elsewhere slows only its own.
@@ -66,7 +66,7 @@ class TrainingStage:
 
 
 _ALL = {("generate", 0): 0.36, ("edit", 1): 0.42, ("compose", 2): 0.18, ("compose", 3): 0.04}
-# Pictures from words alone are learned by then; edits among several things are the hardest, and take longest.
+# Images from words alone are learned by then; edits among several things are the hardest, and take longest.
 _HARDER = {("generate", 0): 0.14, ("edit", 1): 0.58, ("compose", 2): 0.22, ("compose", 3): 0.06}
 STAGES = {
     "generate": TrainingStage({("generate", 0): 0.80, ("edit", 1): 0.12, ("compose", 2): 0.08}, 2e-3),
@@ -195,12 +195,12 @@ class Learner:
         rise = min(1.0, self.steps / WARM_UP)
         fall = min(1.0, (1.0 - min(self.lessons.done(), 1.0)) / stage.cooling) if stage.cooling else 1.0
         rate = stage.rate * rise * fall
-        (task, pictures), *_ = draw.choices(tuple(stage.shares), tuple(stage.shares.values()))
+        (task, images), *_ = draw.choices(tuple(stage.shares), tuple(stage.shares.values()))
         length = TEXT_LENGTH if draw.random() < stage.long_text else SHORT_TEXT
-        items = self.data.take(task, pictures, self.lessons.batch)
+        items = self.data.take(task, images, self.lessons.batch)
         loss = velocity_loss(self.nano, self.predict, items, self.lessons.levels, length, self.generator)
         self.optimiser.learn(loss.mean(), rate)
-        return f"{task}{pictures or ''}", loss.numel(), loss.detach().mean().item()
+        return f"{task}{images or ''}", loss.numel(), loss.detach().mean().item()
 
 
 def _help(folder: Path, shared: list[Tensor], samples: Tensor, lessons: Lessons, parent: int) -> None:

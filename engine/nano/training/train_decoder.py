@@ -39,16 +39,16 @@ def crowded(painter: Compositor, count: int, things: int, generator: torch.Gener
     return painter(*(x.to(device) for x in (draw(len(BACKGROUNDS), count), kind, size, centre)))
 
 
-def reconstruction_loss(picture: Tensor, decoded: Tensor) -> Tensor:
+def reconstruction_loss(image: Tensor, decoded: Tensor) -> Tensor:
     """Colours by both norms, and outlines: the differences between neighbouring pixels."""
-    error = decoded - picture
+    error = decoded - image
     outlines = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
     return error.abs().mean() + 2 * error.pow(2).mean() + 0.5 * outlines
 
 
-def psnr(picture: Tensor, decoded: Tensor) -> float:
-    """Mean over pictures in [-1, 1], in dB."""
-    error = ((picture - decoded.clamp(-1, 1)) / 2).pow(2).mean(dim=(1, 2, 3))
+def psnr(image: Tensor, decoded: Tensor) -> float:
+    """Mean over images in [-1, 1], in dB."""
+    error = ((image - decoded.clamp(-1, 1)) / 2).pow(2).mean(dim=(1, 2, 3))
     return (-10 * torch.log10(error)).mean().item()
 
 
@@ -75,13 +75,13 @@ def train_decoder(autoencoder: Autoencoder, minutes: float, device: str, save: C
     while (done := (time.monotonic() - start) / (60 * minutes)) < 1:
         rate = RATE * min(1.0, (step + 1) / 100)
         optimiser.param_groups[0]["lr"] = rate * (0.02 + 0.49 * (1 + math.cos(math.pi * done)))
-        picture = torch.cat([crowded(painter, batch // 2, things, generator) for things in (2, 4)])
+        image = torch.cat([crowded(painter, batch // 2, things, generator) for things in (2, 4)])
         with torch.no_grad():
-            latent = encode(picture)
+            latent = encode(image)
             latent += deviation * torch.randn(latent.shape, generator=generator).to(device)
-        with compiled_training.products(picture.device):
+        with compiled_training.products(image.device):
             decoded = decoder(latent)
-        loss = reconstruction_loss(picture, decoded.float())
+        loss = reconstruction_loss(image, decoded.float())
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(decoder.parameters(), 1.0)
