@@ -28,10 +28,10 @@ from engine.families.klein.footprint import memory_info
 from engine.families.klein.loader import LoadOptions, prepare
 from engine.families.klein.pipeline import Klein
 from engine.families.klein.runner import CompileOptions, cache_folder, obstacle
-from engine.families.klein.variants import EMBEDDED, VARIANTS
+from engine.families.klein.variants import EMBEDDED, VARIANTS, best
 from engine.memory.cache import TensorCache, budgets
 from engine.memory.device import Device
-from engine.memory.plan import CONTEXT, best, gb
+from engine.memory.plan import CONTEXT, gb
 from engine.registry import InstalledModel, ModelRegistry
 
 

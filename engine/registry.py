@@ -2,24 +2,20 @@
 
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from engine import diagnose
-from engine.checkpoints.files import SUFFIXES, read_header
+from engine.checkpoints.files import read_header
 from engine.contract import BadWeights, EngineError, Fix, ModelNotFound
 from engine.families.klein import companions, components, foreign, identify, signatures
-from engine.families.klein.answers import Answers
 from engine.families.klein.checkpoint import Checkpoint
 from engine.families.klein.companions import Companion, Needs
-from engine.families.klein.folder import INDEX, forbidden, is_complete, read_json, read_variant
+from engine.families.klein.folder import INDEX, forbidden, is_complete, read_variant, weights_files
 from engine.families.klein.variants import EMBEDDED, FULL, VARIANTS, Variant
+from engine.search import ModelSearch, foreign_folder
 
 NANO = Path(__file__).parent / "nano" / "weights"
-_DEPTH = 3
-"""Folders below a given one that are searched: ComfyUI's models/diffusion_models/flux/x.safetensors."""
-_HUB_WORDS = ("klein", "flux", "qwen3")
-"""In the names of the hub's repositories that can hold a klein or its companions."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,38 +40,28 @@ class UnusableModel:
 
 
 @dataclass(frozen=True, slots=True)
-class ModelRegistry:
-    """The places that are searched for models.
+class ModelRegistry(ModelSearch):
+    """Resolves models and the files they are made of.
 
-    paths: folders that are models or hold models (ComfyUI's `models` among them), and single files.
-    hub: the hub's cache folder. small_decoder: take the distilled autoencoder where one is found.
-    variant: the klein that single files hold where they cannot tell. text_encoder, vae: a file's name or path that is
-    taken before any other. answers: what was found out before.
+    small_decoder: take the distilled autoencoder where one is found.
+    text_encoder, vae: a file's name or path that is taken before any other.
     """
 
-    paths: tuple[Path, ...] = ()
-    hub: Path | None = None
     small_decoder: bool = False
-    variant: str | None = None
     text_encoder: str | None = None
     vae: str | None = None
-    answers: Answers = field(default_factory=Answers)
 
     def installed_models(self) -> list[InstalledModel]:
         """Return every model whose variant is known, the finest first."""
         found = [InstalledModel(EMBEDDED, NANO, FULL)]
-        for path in self._places():
-            if (row := self._known_variant(path)) is None:
-                continue
-            if path.is_dir() and is_complete(path):
-                found.append(InstalledModel(row.name, path, *_folder_format(path)))
-            elif path.is_file():
-                found.append(InstalledModel(row.name, path, *companions.stored_format(read_header(path))))
+        for path, row in self.models():
+            stored = _folder_format(path) if path.is_dir() else companions.stored_format(read_header(path))
+            found.append(InstalledModel(row.name, path, *stored))
         return sorted(dict.fromkeys(found), key=lambda model: (not _is_published(model.path), -model.bits))
 
     def unusable_models(self) -> list[UnusableModel]:
         """Return what looks like a klein and cannot be called by name."""
-        found = ((path, self._reason(path)) for path in self._places())
+        found = ((path, self._reason(path)) for path in self.places())
         return [UnusableModel(path, error) for path, error in dict(found).items() if error is not None]
 
     def installed(self) -> dict[str, Path]:
@@ -146,28 +132,11 @@ class ModelRegistry:
             f"Model {name} is not installed; installed: {', '.join(known)}.", fix=Fix("pull", model=name)
         )
 
-    def _known_variant(self, path: Path) -> Variant | None:
-        """Return the variant of a folder or of a readable transformer."""
-        if path.is_dir():
-            return identify.by_path(path) if not _foreign_folder(path) else None
-        if signatures.TRANSFORMER not in signatures.components_of(path) or path.suffix.lower() not in SUFFIXES:
-            return None
-        header = read_header(path)
-        row = identify.by_path(path) or identify.by_answer(path, self.answers)
-        row = row or (VARIANTS.get(self.variant) if self.variant else None)
-        if row is None or foreign.format_of(header):
-            return None
-        try:
-            identify.check_width(path, identify.width(header), row)
-        except BadWeights:
-            return None
-        return row
-
     def _reason(self, path: Path) -> EngineError | None:
         """Return why a klein is not among the installed models."""
         if path.is_file():
-            return None if self._known_variant(path) else diagnose.reason(path)
-        if error := _foreign_folder(path):
+            return None if self.known_variant(path) else diagnose.reason(path)
+        if error := foreign_folder(path):
             return error
         if identify.by_path(path) or not is_complete(path):
             return None
@@ -176,13 +145,6 @@ class ModelRegistry:
         except BadWeights:
             return None
         return BadWeights("It is a klein, under a name of its own: give its path as the model.")
-
-    def _places(self) -> Iterator[Path]:
-        """Yield folders with an index, and single files."""
-        for path in self.paths:
-            yield from _walk(path, _DEPTH)
-        if self.hub is not None:
-            yield from _snapshots(self.hub)
 
     def _checkpoint(self, path: Path, variant: Variant | None) -> Checkpoint:
         if path.is_dir():
@@ -249,7 +211,7 @@ class ModelRegistry:
         for folder in list(file.parents)[1:3]:
             yield from (folder / name for name in companions.COMFYUI_FOLDERS)
         yield from self.paths
-        yield from self._places()
+        yield from self.places()
 
     def _companions(self, needs: Needs, component: str) -> list[Companion]:
         found = (companion for home in self._homes(needs.file) for companion in companions.candidates(home, component))
@@ -273,7 +235,7 @@ class ModelRegistry:
         return _first(found, suits, "vae", pull)
 
     def _small_autoencoder(self, folder: Path) -> Path:
-        homes = (folder, *self._places())
+        homes = (folder, *self.places())
         found = [c for home in homes for c in companions.candidates(home, signatures.AUTOENCODER)]
         return _first(found, companions.has_small_decoder, "vae", "small-decoder")
 
@@ -319,7 +281,7 @@ def _named(wanted: str, found: list[Companion], what: str) -> Path:
 
 
 def _transformers(folder: Path) -> Iterator[Path]:
-    for file in companions.weights_files(folder):
+    for file in weights_files(folder):
         if signatures.TRANSFORMER in signatures.components_of(file):
             yield file
 
@@ -333,16 +295,6 @@ def _is_published(path: Path) -> bool:
     return path.is_dir() or identify.is_published_name(path.stem)
 
 
-def _foreign_folder(folder: Path) -> BadWeights | None:
-    """Return the error for a folder whose transformer another program quantised."""
-    try:
-        if (config := folder / "transformer" / "config.json").is_file():
-            foreign.refuse_config(read_json(config), folder)
-    except BadWeights as error:
-        return error
-    return None
-
-
 def _folder_format(folder: Path) -> tuple[str, float]:
     try:
         return companions.stored_format(read_header(next((folder / "transformer").glob("*.safetensors"))))
@@ -350,37 +302,8 @@ def _folder_format(folder: Path) -> tuple[str, float]:
         return FULL, 16.0
 
 
-def _walk(path: Path, depth: int) -> Iterator[Path]:
-    try:
-        if path.suffix.lower() in (*SUFFIXES, *diagnose.UNREAD_SUFFIXES) and path.is_file():
-            yield path
-        elif path.is_dir():
-            if (path / INDEX).is_file():
-                yield path
-                yield from companions.weights_files(path)
-            elif depth >= 0:
-                for child in sorted(path.iterdir()):
-                    if not child.name.startswith("."):
-                        yield from _walk(child, depth - 1)
-    except OSError:
-        # One of many folders that this user may not read, or that is none, as in /proc: the rest is enough.
-        return
-
-
 def _exists(path: Path) -> bool:
     try:
         return path.exists()
     except PermissionError:
         raise forbidden(path) from None
-
-
-def _snapshots(hub: Path) -> Iterator[Path]:
-    """Yield klein's folders and files in the hub's cache."""
-    try:
-        repos = sorted(hub.glob("models--*"))
-    except OSError:
-        return
-    for repo in repos:
-        if any(word in repo.name.lower() for word in _HUB_WORDS):
-            for snapshot in sorted((repo / "snapshots").glob("*")):
-                yield from _walk(snapshot, _DEPTH)

@@ -31,7 +31,7 @@ def anyio_backend() -> str:
 
 @pytest.fixture
 def settings(tmp_path: Path) -> Settings:
-    return Settings(home=tmp_path / "home", read_roots=(tmp_path,))
+    return Settings(home=tmp_path / "home", hub=tmp_path / "hub", read_roots=(tmp_path,))
 
 
 @pytest.fixture

@@ -15,7 +15,8 @@ from tests.architecture import FILES, ROOT, graph, imports
 MAY_IMPORT: dict[str, set[str]] = {
     # The engine: no package of klein_mcp anywhere.
     "engine.engine": {"engine.contract", "engine.registry", "engine.families", "engine.checkpoints", "engine.memory"},
-    "engine.registry": {"engine.contract", "engine.diagnose", "engine.families", "engine.checkpoints"},
+    "engine.registry": {"engine.contract", "engine.search", "engine.diagnose", "engine.families", "engine.checkpoints"},
+    "engine.search": {"engine.contract", "engine.diagnose", "engine.families", "engine.checkpoints"},
     "engine.diagnose": {"engine.contract", "engine.families", "engine.checkpoints"},
     "engine.families": {"engine.contract", "engine.checkpoints", "engine.memory", "engine.nn", "engine.diffusion"},
     "engine.checkpoints": {"engine.contract", "engine.memory"},
@@ -61,7 +62,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "klein_mcp.jobs": {
         "klein_mcp.images", "klein_mcp.settings",
         "klein_mcp.private", "klein_mcp.foreign", "klein_mcp.errors", "klein_mcp.limits", "klein_mcp.atomic",
-        "engine.contract", "engine.families",
+        "engine.contract", "engine.families", "engine.search",
     },
     "klein_mcp.images": {
         "klein_mcp.settings",
@@ -93,7 +94,7 @@ FORBIDDEN_TO_ENGINE = {
     "httpx2",
     "pydantic",
 }
-PUBLIC = {"engine.contract", "engine.families.klein.variants"}
+PUBLIC = {"engine.contract", "engine.families.klein.variants", "engine.search"}
 MAY_LOAD_THE_ENGINE = {"klein_mcp.daemon.executors.local"}
 HEAVY = ("torch", "transformers", "diffusers", "safetensors")
 
@@ -126,7 +127,9 @@ def test_outside_the_engine_only_contract_and_variants_are_seen(module: str) -> 
     assert not reached, f"{module} imports {reached}"
 
 
-@pytest.mark.parametrize("module", ["engine.contract", "engine.families.klein.variants", "engine.diffusion.schedule"])
+@pytest.mark.parametrize(
+    "module", ["engine.contract", "engine.families.klein.variants", "engine.search", "engine.diffusion.schedule"]
+)
 def test_public_modules_need_no_torch(module: str) -> None:
     assert not {name.split(".")[0] for name in imports(module)} & set(HEAVY)
 

@@ -3,13 +3,10 @@
 A pure function from sizes to a plan. It refuses before loading, with numbers and the nearest thing that would fit.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from engine.contract import Fix, OutOfMemory
-
-_PREFERENCE = ("klein-9b-kv", "klein-9b", "klein-4b")
-"""Order in which `auto` prefers variants. Base variants are slow and for fine-tuning: used only when named."""
 
 RESERVE = 500_000_000
 """Bytes of a device left free for workspaces of its libraries and fragmentation of its allocator."""
@@ -22,12 +19,6 @@ SIDES = (1024, 768, 512, 256)
 
 SLOTS = 2
 """Slots of the ring of offloaded layers: one computes while the next is copied."""
-
-
-def best(installed: Iterable[str], fits: Callable[[str], bool]) -> str | None:
-    """Return the best installed variant that fits, or None."""
-    there = set(installed)
-    return next((name for name in _PREFERENCE if name in there and fits(name)), None)
 
 
 @dataclass(frozen=True, slots=True)

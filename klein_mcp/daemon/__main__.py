@@ -26,7 +26,7 @@ from klein_mcp.jobs.executor import Executor
 from klein_mcp.jobs.manager import JobManager
 from klein_mcp.jobs.queue import Queue
 from klein_mcp.jobs.status import DaemonStatus
-from klein_mcp.jobs.timing import TimingHistory
+from klein_mcp.jobs.timing import HISTORY, TimingHistory
 from klein_mcp.settings import Settings, SettingsError
 
 log = logging.getLogger("klein_mcp.daemon")
@@ -82,7 +82,7 @@ async def _serve(settings: Settings, make: MakeExecutor) -> None:
             loop.call_soon_threadsafe(daemon.drain)
             raise
 
-    history = TimingHistory(settings.home / "history.json")
+    history = TimingHistory(settings.home / HISTORY)
     queue = Queue(make_executor, size=settings.queue_size, keep_alive=settings.keep_alive, history=history)
     jobs = JobManager(settings.home / "jobs", settings.library, queue)
     about = DaemonStatus(

@@ -15,6 +15,9 @@ from engine.families.klein.variants import VARIANTS
 from klein_mcp import atomic
 from klein_mcp.private import read_private_text
 
+HISTORY = "history.json"
+"""File in the data folder: how long images took, and the model that auto took last."""
+
 MEASUREMENTS = 32
 """Measurements per model; older ones say less about the machine as it is now."""
 
@@ -32,6 +35,7 @@ class TimingHistory:
         self._path = path
         self._seconds: dict[str, list[tuple[float, float]]] = {}
         self._native: dict[str, int] = {}  # pixels of an image of which nobody gave the size
+        self._auto = ""  # the model that auto took last
         if path:
             with contextlib.suppress(
                 OSError, ValueError, TypeError, AttributeError, KeyError, OverflowError, RecursionError
@@ -39,11 +43,13 @@ class TimingHistory:
                 content = json.loads(read_private_text(path))
                 seconds = {model: _measurements(seen) for model, seen in content["seconds"].items()}
                 native = {model: int(pixels) for model, pixels in content["native"].items() if int(pixels) > 0}
-                self._seconds, self._native = seconds, native
+                self._seconds, self._native, self._auto = seconds, native, str(content.get("auto", ""))
 
     def note(self, job: Job, result: Result, seconds: float) -> None:
         """Record one measurement."""
         height, width = result.image.shape[:2]
+        if job.model == "auto":
+            self._auto = result.model
         for model in {job.model, result.model}:  # the job may name "auto"
             if not job.width and not job.references:
                 self._native[model] = width * height
@@ -52,7 +58,9 @@ class TimingHistory:
             del seen[:-MEASUREMENTS]
         if self._path:
             with contextlib.suppress(OSError):  # a full disk costs an estimate, not the image
-                atomic.write(self._path, json.dumps({"seconds": self._seconds, "native": self._native}))
+                atomic.write(
+                    self._path, json.dumps({"seconds": self._seconds, "native": self._native, "auto": self._auto})
+                )
 
     def seconds(self, job: Job) -> float | None:
         """Estimate the seconds of `job`.
@@ -112,3 +120,12 @@ def _reference_pixels(job: Job) -> int:
     No more than a megapixel of each.
     """
     return sum(min(image.shape[0] * image.shape[1], _MEGAPIXEL) for image in job.references)
+
+
+def latest_auto(home: Path) -> str:
+    """Return the model that auto took last, else ""."""
+    try:
+        auto = json.loads(read_private_text(home / HISTORY))["auto"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return ""
+    return auto if isinstance(auto, str) else ""

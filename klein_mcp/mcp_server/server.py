@@ -6,9 +6,10 @@ import logging
 import os
 import secrets
 import sqlite3
+import threading
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from mcp.server.extension import Extension
 from mcp.server.lowlevel.helper_types import ReadResourceContents
 from mcp.server.lowlevel.server import NotificationOptions
 from mcp.server.mcpserver import Context, MCPServer
+from mcp.server.models import InitializationOptions
 from mcp.shared.exceptions import MCPError
 from mcp_types import (
     INVALID_PARAMS,
@@ -37,11 +39,13 @@ from klein_mcp import __version__
 from klein_mcp.errors import RequestError, did_you_mean, explain, one_line, shown
 from klein_mcp.images.paths import folder_of
 from klein_mcp.jobs.context import CallContext
+from klein_mcp.jobs.installed import InstalledModels, find, models_of
 from klein_mcp.jobs.service import Service
 from klein_mcp.mcp_server import prompts, resources, results, studio_app, studio_resources
 from klein_mcp.mcp_server.tools import TOOLS
 from klein_mcp.mcp_server.tools.leniency import ignored_warning, split_client_arguments
 from klein_mcp.mcp_server.tools.tool import Tool
+from klein_mcp.settings import Settings
 from klein_mcp.studio import picks
 from klein_mcp.studio.feed import Feed
 
@@ -53,13 +57,15 @@ INSTRUCTIONS = (
     "Handles stay valid, so go back to an earlier image rather than repair a bad one. Same seed and prompt, same "
     "image; count makes drafts to choose from. save_image writes the full image into the user's project; otherwise "
     "tell the user the path. If a result holds a job, call wait_for_job. Prompts: plain sentences, subject first, "
-    "then light; describe what is there, not what is absent. Where the model is nano, a demo, keep to the few words "
-    "it knows: klein://guide."
+    "then light; describe what is there, not what is absent."
 )
 
 
 ROOTS_WAIT = 3.0
 """Seconds for a client to name its folders; some declare that they can and never answer."""
+
+SEARCH_WAIT = 1.0
+"""Seconds to search for models before a client is answered; folders of hundreds of files on a slow disk take longer."""
 
 Link = Callable[[Any], Callable[[str], str] | None]
 """Maps an HTTP request to a maker of download addresses for its sender, None for a sender that shares our disk."""
@@ -98,12 +104,17 @@ class KleinServer(MCPServer):
         low.add_request_handler("resources/subscribe", SubscribeRequestParams, self.subscriptions.subscribe)
         low.add_request_handler("resources/unsubscribe", UnsubscribeRequestParams, self.subscriptions.unsubscribe)
         low.add_request_handler("logging/setLevel", SetLevelRequestParams, _set_level)
-        low.create_initialization_options = partial(  # type: ignore[method-assign]
-            low.create_initialization_options, NotificationOptions(resources_changed=True)
-        )
+        self._make_options = low.create_initialization_options
+        low.create_initialization_options = self._options  # type: ignore[method-assign]
+
+    def _options(self, *_: Any) -> InitializationOptions:
+        """Return the answer to initialize, with the models installed now."""
+        self._lowlevel_server.instructions = f"{INSTRUCTIONS} {_models_in_time(self.service.settings)}".rstrip()
+        return self._make_options(NotificationOptions(resources_changed=True))
 
     async def list_tools(self) -> list[Listed]:
-        tools = [tool.listed() for tool in TOOLS.values()]
+        models = await models_of(self.service)
+        tools = [_for_models(tool.listed(), models) for tool in TOOLS.values()]
         if studio_app.supported():
             tools = [*map(studio_app.with_page, tools), studio_app.PICK.listed()]
         return tools + await super().list_tools()
@@ -214,6 +225,26 @@ class KleinServer(MCPServer):
             on_new_image=self.subscriptions.image_added,
             link=self._link(request) if self._link and request is not None else None,
         )
+
+
+def _models_in_time(settings: Settings) -> str:
+    """Describe the installed models, unless a slow disk keeps them secret."""
+    found: Future[str] = Future()
+    threading.Thread(target=lambda: found.set_result(find(settings).summary()), daemon=True).start()
+    try:
+        return found.result(SEARCH_WAIT)
+    except TimeoutError:
+        return "engine_status lists the models."
+
+
+def _for_models(tool: Listed, models: InstalledModels) -> Listed:
+    """Offer only installed models, and as many references as they take."""
+    properties = tool.input_schema["properties"]
+    if models.names and "model" in properties:
+        properties["model"]["enum"] = ["auto", *models.names]
+    if "images" in properties:
+        properties["images"]["maxItems"] = models.max_references
+    return tool
 
 
 async def _roots(session: Any) -> tuple[Path, ...] | None:

@@ -15,7 +15,7 @@ from engine.contract import Fix, OutOfMemory
 from engine.families.klein.footprint import activation_memory, smaller_models
 from engine.families.klein.text_encoder import TextEncoder
 from engine.families.klein.transformer import Transformer, TransformerShape
-from engine.families.klein.variants import VARIANTS
+from engine.families.klein.variants import VARIANTS, best
 from engine.memory.device import Device
 from engine.memory.plan import (
     CONTEXT,
@@ -24,7 +24,6 @@ from engine.memory.plan import (
     MemoryInfo,
     PlacementPlan,
     WeightSizes,
-    best,
     plan,
     working,
 )

@@ -8,7 +8,6 @@ import pytest
 from mcp import Client
 
 from engine.contract import Busy, InvalidJob, ModelNotFound
-from engine.families.klein.variants import VARIANTS
 from tests.fakes import FakeExecutor
 from tests.tool_calls import call, refused
 
@@ -48,10 +47,10 @@ async def test_no_tool_has_an_output_schema(listed: list[dict[str, Any]]):
     assert not [tool["name"] for tool in listed if "outputSchema" in tool]
 
 
-async def test_offered_models_are_the_variants(listed: list[dict[str, Any]]):
+async def test_offered_models_are_the_installed_ones(listed: list[dict[str, Any]]):
     for tool in listed:
         if tool["name"] in PAINTING:
-            assert tool["inputSchema"]["properties"]["model"]["enum"] == ["auto", *VARIANTS]
+            assert tool["inputSchema"]["properties"]["model"]["enum"] == ["auto", "nano"]
 
 
 async def test_tools_list_is_the_same_in_both_eras(connect: Any):

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from engine.checkpoints import quant
-from engine.checkpoints.files import SUFFIXES, Header, Shape, read_header
+from engine.checkpoints.files import Header, Shape, read_header
 from engine.checkpoints.quant import StoredWeight
 from engine.contract import BadWeights
 from engine.families.klein import signatures
-from engine.families.klein.folder import read_json
+from engine.families.klein.folder import read_json, weights_files
 from engine.families.klein.key_maps import autoencoder_name, encoder_name, transformer_name
 from engine.families.klein.variants import Variant
 
@@ -102,16 +102,6 @@ def tokenizers(home: Path) -> Iterator[Path]:
     """Yield a folder's tokenizer."""
     if (home / "tokenizer").is_dir():
         yield home / "tokenizer"
-
-
-def weights_files(home: Path) -> list[Path]:
-    """Return the weights files in a folder, or `home` itself."""
-    if home.is_file():
-        return [home]
-    try:
-        return sorted(file for file in home.iterdir() if file.suffix.lower() in SUFFIXES)
-    except OSError:
-        return []
 
 
 def stored_format(header: Header) -> tuple[str, float]:

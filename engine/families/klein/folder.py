@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from engine.checkpoints.files import SUFFIXES
 from engine.contract import BadWeights
 from engine.families.klein import identify
 from engine.families.klein.variants import VARIANTS, Variant
@@ -119,3 +120,13 @@ def read_json(file: Path) -> dict[str, Any]:
 def forbidden(path: Path) -> BadWeights:
     """Return the error for a path this user may not read."""
     return BadWeights(f"{path} may not be read by this user.", hint="Change its permissions or its owner.")
+
+
+def weights_files(home: Path) -> list[Path]:
+    """Return the weights files in a folder, or `home` itself."""
+    if home.is_file():
+        return [home]
+    try:
+        return sorted(file for file in home.iterdir() if file.suffix.lower() in SUFFIXES)
+    except OSError:
+        return []

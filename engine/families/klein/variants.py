@@ -1,6 +1,6 @@
 """VARIANTS: one row per model, with all that differs between them."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 APACHE = "Apache-2.0"
@@ -158,5 +158,14 @@ VARIANTS: dict[str, Variant] = {
 EMBEDDED = "nano"
 """The variant that is inside the package."""
 
+AUTO_ORDER = ("klein-9b-kv", "klein-9b", "klein-4b")
+"""Order in which `auto` prefers variants. Base variants are slow and for fine-tuning: used only when named."""
+
 SMALL_DECODER = File(_REPO + "small-decoder", "full_encoder_small_decoder.safetensors")
 """A distilled autoencoder for every klein: 1.4 times as fast and small as the full one. Apache-2.0."""
+
+
+def best(installed: Iterable[str], fits: Callable[[str], bool]) -> str | None:
+    """Return the best installed variant that fits, or None."""
+    there = set(installed)
+    return next((name for name in AUTO_ORDER if name in there and fits(name)), None)

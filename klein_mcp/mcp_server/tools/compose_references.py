@@ -2,8 +2,11 @@
 
 from mcp_types import CallToolResult
 
+from engine.families.klein.variants import VARIANTS
+from klein_mcp.errors import RequestError
 from klein_mcp.jobs import request
 from klein_mcp.jobs.context import CallContext
+from klein_mcp.jobs.installed import models_of
 from klein_mcp.jobs.service import Service
 from klein_mcp.mcp_server.tools import fields
 from klein_mcp.mcp_server.tools.image_tool import run_request
@@ -33,7 +36,17 @@ async def run(service: Service, call: CallContext, arguments: ComposeReferences)
         seed=arguments.seed,
         model=service.model(arguments.model),
     )
+    await _check_number(service, wanted.model, len(arguments.images))
     return await run_request(service, call, wanted, arguments.show)
+
+
+async def _check_number(service: Service, model: str, given: int) -> None:
+    """Refuse too many references before the engine is started for them."""
+    if given <= min(row.max_references for row in VARIANTS.values()):
+        return
+    limit = (await models_of(service)).limit(model)
+    if limit is not None and given > limit[1]:
+        raise RequestError(f"{given} references; {limit[0]} takes at most {limit[1]}.", hint="Compose in two rounds.")
 
 
 TOOL = Tool(

@@ -4,6 +4,7 @@ from mcp_types import CallToolResult
 
 from klein_mcp import __version__
 from klein_mcp.jobs.context import CallContext
+from klein_mcp.jobs.installed import models_of
 from klein_mcp.jobs.service import Service
 from klein_mcp.jobs.status import to_json
 from klein_mcp.mcp_server import results
@@ -16,7 +17,7 @@ class EngineStatusArguments(fields.Arguments):
 
 
 async def run(service: Service, call: CallContext, arguments: EngineStatusArguments) -> CallToolResult:
-    status = await service.jobs.status()
+    status, models = await service.jobs.status(), await models_of(service)
     seconds = service.estimate
     return CallToolResult(
         content=[
@@ -24,6 +25,7 @@ async def run(service: Service, call: CallContext, arguments: EngineStatusArgume
                 {
                     "version": __version__,
                     "model_setting": service.settings.model,
+                    "models": models.to_json(),
                     "model_in_use": status.engine and status.engine.loaded,
                     "seconds_per_image": None if seconds is None else round(seconds, 2),
                     **to_json(status),
@@ -36,7 +38,7 @@ async def run(service: Service, call: CallContext, arguments: EngineStatusArgume
 TOOL = Tool(
     name="engine_status",
     title="Engine status",
-    description="Which models are installed and loaded, their licences, memory, the queue, and seconds per image.",
+    description="Installed models, the one auto takes, licences, memory, the queue, and seconds per image.",
     arguments=EngineStatusArguments,
     run=run,
     read_only=True,

@@ -1,0 +1,119 @@
+"""Installed models as a front end tells of them, before any engine runs."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mcp import Client
+from mcp.client.stdio import StdioServerParameters
+
+from engine.contract import Job, Result
+from engine.families.klein.variants import VARIANTS
+from klein_mcp.jobs.installed import InstalledModels, find
+from klein_mcp.jobs.timing import HISTORY, TimingHistory
+from klein_mcp.settings import Settings
+from tests.engine import published
+from tests.images import noise
+from tests.real_server import RealServer
+from tests.tool_calls import call, refused
+
+pytestmark = pytest.mark.anyio
+
+NANO = "Installed: nano. auto takes nano: 128×128 by default, at most 3 references"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a small model of klein-4b's layout and name."""
+    folder = tmp_path_factory.mktemp("models")
+    published.toy(folder / "klein-4b")
+    return folder
+
+
+def settings(home: Path, *models: Path, **more: Any) -> Settings:
+    return Settings(home=home, hub=home / "hub", models=models, **more)
+
+
+def test_embedded_model_alone_is_what_auto_takes(tmp_path: Path) -> None:
+    found = find(settings(tmp_path))
+    assert (found.names, found.auto, found.max_references) == (("nano",), "nano", 3)
+    assert found.summary().startswith(f"{NANO}, a demo")
+
+
+def test_choice_between_models_is_open_until_the_first_image(tmp_path: Path, folder: Path) -> None:
+    own = settings(tmp_path, folder)
+    assert find(own).names == ("nano", "klein-4b")
+    assert find(own).auto == ""
+    assert "the first image decides" in find(own).summary()
+    history = TimingHistory(tmp_path / HISTORY)
+    history.note(Job("a cat"), Result(noise(64, 64), 0, "klein-4b", "", 4, 1.0), 1.5)
+    assert find(own).auto == "klein-4b"
+    assert "auto takes klein-4b: 1024×1024 by default, at most 4 references." in find(own).summary()
+    assert TimingHistory(tmp_path / HISTORY).tables().keys() == {"klein-4b"}
+
+
+def test_model_that_was_removed_since_is_not_promised(tmp_path: Path) -> None:
+    (tmp_path / HISTORY).write_text('{"seconds": {}, "native": {}, "auto": "klein-9b"}')
+    assert find(settings(tmp_path)).auto == "nano"
+
+
+def test_model_setting_is_named_in_place_of_auto(tmp_path: Path, folder: Path) -> None:
+    assert "A call uses nano: 128×128" in find(settings(tmp_path, folder, model="nano")).summary()
+    assert "A call uses /a/model unless it names a model" in find(settings(tmp_path, model="/a/model")).summary()
+
+
+def test_models_of_another_machine_are_not_invented(tmp_path: Path) -> None:
+    found = find(settings(tmp_path, engine=("http://far:1",)))
+    assert (found.names, found.default, found.limit("auto")) == ((), "", None)
+    assert "another machine" in found.summary()
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_reference_limit_of_a_named_model_is_known(name: str) -> None:
+    assert InstalledModels.of(["nano", name]).limit(name) == (name, VARIANTS[name].max_references)
+
+
+def test_search_imports_no_torch(tmp_path: Path, folder: Path) -> None:
+    code = (
+        "import sys; from pathlib import Path; from klein_mcp.settings import Settings;"
+        "from klein_mcp.jobs.installed import find;"
+        f"print(find(Settings(home=Path({str(tmp_path)!r}), hub=None, models=(Path({str(folder)!r}),))).names,"
+        "'torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "('nano', 'klein-4b') False"
+
+
+def without_engine(home: Path, **more: str) -> StdioServerParameters:
+    """Return the real server in a home of its own, whose engine nothing starts."""
+    return RealServer(home).stdio(KLEIN_MODEL="auto", KLEIN_HUB=str(home / "hub"), **more)
+
+
+async def test_server_tells_its_models_without_an_engine(tmp_path: Path, folder: Path) -> None:
+    async with Client(without_engine(tmp_path)) as client:
+        assert NANO in (client.instructions or "")
+        status = await call(client, "engine_status")
+        assert status["running"] is False
+        nano = {"name": "nano", "licence": "Apache-2.0", "size": 128, "max_references": 3}
+        assert status["models"] == {"installed": [nano], "auto": "nano"}
+        schemas = {tool.name: tool.input_schema["properties"] for tool in (await client.list_tools()).tools}
+        assert schemas["generate_image"]["model"]["enum"] == ["auto", "nano"]
+        assert schemas["compose_references"]["images"]["maxItems"] == 3
+        message = await refused(client, "compose_references", images=["k7f3q2"] * 4, prompt="all of them")
+        assert message == "4 references; nano takes at most 3. Compose in two rounds."
+        assert (await call(client, "engine_status"))["running"] is False
+    async with Client(without_engine(tmp_path, KLEIN_MODELS=str(folder))) as client:
+        schemas = {tool.name: tool.input_schema["properties"] for tool in (await client.list_tools()).tools}
+        assert schemas["edit_image"]["model"]["enum"] == ["auto", "nano", "klein-4b"]
+        assert schemas["compose_references"]["images"]["maxItems"] == 4
+        assert "Installed: nano, klein-4b." in (client.instructions or "")
+
+
+async def test_later_sessions_hear_what_auto_took(tmp_path: Path, folder: Path) -> None:
+    (tmp_path / HISTORY).write_text(json.dumps({"seconds": {}, "native": {}, "auto": "klein-4b"}))
+    (tmp_path / HISTORY).chmod(0o600)
+    async with Client(without_engine(tmp_path, KLEIN_MODELS=str(folder))) as client:
+        assert (await call(client, "engine_status"))["models"]["auto"] == "klein-4b"
