@@ -28,6 +28,6 @@ def bundle_host(folder: Path) -> str:
     shutil.copy(HERE / "host.mjs", source)
     esbuild = folder / "node_modules" / ".bin" / "esbuild"
     command = [str(esbuild), str(source), "--bundle", "--format=iife"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, env={**os.environ})
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env={**os.environ})
     assert done.returncode == 0, done.stderr
     return done.stdout

@@ -294,7 +294,7 @@ async def test_view_cancels_its_own_call(mount: Mount, server: RealServer) -> No
         await host.frame.get_by_role("button", name="Variations").click()
         await host.frame.get_by_role("button", name="Cancel").click()
         await host.frame.get_by_text("Cancelled.").wait_for()
-        with anyio.fail_after(60):
+        with anyio.fail_after(120):
             while json.loads((await host.client.read_resource("klein://now?after=0")).contents[0].text)["jobs"]:  # type: ignore[union-attr]
                 await anyio.sleep(0.2)
 

@@ -82,7 +82,7 @@ def fixtures(server: RealServer) -> Iterator[str]:
         yield url
     finally:
         process.terminate()
-        process.wait(10)
+        process.wait(120)
         process.stdout.close()
 
 

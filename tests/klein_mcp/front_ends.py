@@ -35,11 +35,11 @@ def serving_process(server: RealServer) -> Iterator[tuple[str, subprocess.Popen[
         message = process.stderr.readline()
         while message and " serves http://" not in message:
             message = process.stderr.readline()
-        assert message, f"serve ended with {process.wait(10)}"
+        assert message, f"serve ended with {process.wait(120)}"
         yield message.split()[-1].removesuffix("/mcp"), process
     finally:
         process.terminate()
-        process.wait(10)
+        process.wait(120)
         process.stderr.close()
 
 

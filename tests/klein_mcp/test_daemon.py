@@ -251,10 +251,11 @@ async def test_killed_front_end_takes_its_job_with_it(front_end, tmp_path):
     process.kill()
     process.wait()
     process.stdout.close()
-    killed = time.monotonic()
-    while (await front_end.status()).queue.running:
-        assert time.monotonic() - killed < 2.0
-        await asyncio.sleep(0.05)
+    for _ in range(600):  # by itself the job would go on for 200 s
+        if not (await front_end.status()).queue.running:
+            return
+        await asyncio.sleep(0.1)
+    raise AssertionError("the job outlived its front end")
 
 
 async def test_daemon_killed_mid_job_is_started_again_and_the_job_retried(front_end, tmp_path):
@@ -467,7 +468,7 @@ async def test_stop_ends_a_daemon_that_is_just_starting(tmp_path):
     async with connection(tmp_path) as front_end:
         await until(front_end._launcher().lock_is_held)
         assert await front_end.stop()
-    await asyncio.to_thread(process.wait, 10)
+    await asyncio.to_thread(process.wait, 120)
 
 
 def test_log_rotates_and_is_bounded(tmp_path):
@@ -477,7 +478,7 @@ def test_log_rotates_and_is_bounded(tmp_path):
         "_configure_log(Settings(home=Path(sys.argv[1]), log_level='info'))\n"
         "for n in range(40_000): logging.getLogger('klein_mcp').info('%06d %s', n, 'x' * 100)"
     )
-    subprocess.run([sys.executable, "-c", script, str(tmp_path)], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", script, str(tmp_path)], check=True, timeout=300)
     logs = sorted(tmp_path.iterdir())
     assert [log.name for log in logs] == ["daemon.log", "daemon.log.1", "daemon.log.2"]
     assert sum(log.stat().st_size for log in logs) <= 3 * 2**20

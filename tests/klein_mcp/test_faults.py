@@ -163,7 +163,11 @@ as_root = pytest.mark.skipif(not hasattr(os, "getuid") or os.getuid() != 0, reas
 
 def dropped(home: Path) -> str:
     done = subprocess.run(
-        [sys.executable, "-c", DROPPED, str(home)], capture_output=True, text=True, timeout=60, stdin=subprocess.DEVNULL
+        [sys.executable, "-c", DROPPED, str(home)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        stdin=subprocess.DEVNULL,
     )
     assert done.returncode == 0, done.stderr
     return done.stdout

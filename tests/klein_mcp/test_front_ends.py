@@ -1,7 +1,6 @@
 """The same tools and the same images through every front end, on the real program and the embedded model."""
 
 import json
-import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,7 +9,7 @@ import pytest
 from mcp import Client
 
 from tests.klein_mcp.front_ends import FRONT_ENDS, serving, through
-from tests.real_server import RealServer
+from tests.real_server import PATIENCE, RealServer
 
 pytestmark = pytest.mark.anyio
 
@@ -107,16 +106,15 @@ async def test_cancelled_call_frees_the_engine(front_end, server, url):
                 await client.call_tool("generate_image", large, progress_callback=hear)
 
             tasks.start_soon(paint)
-            with anyio.fail_after(60):
+            with anyio.fail_after(120):
                 await begun.wait()
             tasks.cancel_scope.cancel()
-        started = time.monotonic()
-        while True:
-            status = json.loads((await other.call_tool("engine_status", {})).content[0].text)  # type: ignore[union-attr]
-            if not status["queue"]["running"]:
-                break
-            assert time.monotonic() - started < 10  # a step at this size takes a second on a busy core
-            await anyio.sleep(0.1)
+        with anyio.fail_after(PATIENCE):
+            while True:
+                status = json.loads((await other.call_tool("engine_status", {})).content[0].text)  # type: ignore[union-attr]
+                if not status["queue"]["running"]:
+                    break
+                await anyio.sleep(0.1)
         assert status["queue"]["waiting"] == 0
         await call(client, "generate_image", prompt="a dog on yellow", seed=2)
 

@@ -122,7 +122,7 @@ def test_latest_counts_back_what_client_painted(library: Store):
 
 def test_many_processes_save_at_once_and_nothing_is_lost(tmp_path: Path):
     writers = [_writer(tmp_path, count=15) for _ in range(4)]
-    handles = [line.split()[0] for writer in writers for line in writer.communicate(timeout=60)[0].split("\n") if line]
+    handles = [line.split()[0] for writer in writers for line in writer.communicate(timeout=300)[0].split("\n") if line]
     assert len(set(handles)) == 60
     store = Store(tmp_path)
     for handle in handles:

@@ -96,7 +96,7 @@ def start(hub: Hub, home: Path, *words: str, **environ: str) -> subprocess.Popen
 
 def run(hub: Hub, home: Path, *words: str, **environ: str) -> tuple[int, str, str]:
     process = start(hub, home, *words, **environ)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=300)
     return process.returncode, out, err
 
 

@@ -54,7 +54,7 @@ class StepExecutor:
         try:
             yield Stage("denoise")
             for done in range(1, 4):
-                assert self.go.acquire(timeout=10)
+                assert self.go.acquire(timeout=120)
                 self.steps.append(job.prompt)
                 self.previews.append(watched())
                 yield Step(done, 3)
@@ -90,7 +90,7 @@ class Waiter:
 
     @property
     def end(self) -> Event | EngineError:
-        assert self.over.wait(10)
+        assert self.over.wait(120)
         return self.events[-1]
 
     @property
@@ -283,7 +283,7 @@ def test_idle_engine_releases_its_weights_and_runs_again():
     executor = StepExecutor(free=True)
     with working(executor, keep_alive=0.05) as queue:
         assert isinstance(Waiter(queue, "before", "a").end, Result)
-        assert executor.released.wait(10)
+        assert executor.released.wait(120)
         assert isinstance(Waiter(queue, "after", "a").end, Result)
 
 
@@ -315,7 +315,7 @@ def test_failed_release_does_not_end_the_thread():
     executor.release = release
     with working(executor, keep_alive=0.05) as queue:
         assert isinstance(Waiter(queue, "before", "a").end, Result)
-        assert asked.wait(10)
+        assert asked.wait(120)
         assert isinstance(Waiter(queue, "after", "a").end, Result)
 
 
@@ -325,12 +325,12 @@ def test_status_answers_while_weights_are_released():
 
     def release() -> None:
         begun.set()
-        go_on.wait(10)
+        go_on.wait(120)
 
     executor.release = release
     with working(executor, keep_alive=0.05) as queue:
         assert isinstance(Waiter(queue, "before", "a").end, Result)
-        assert begun.wait(10)
+        assert begun.wait(120)
         status = threading.Thread(target=queue.status, daemon=True)
         status.start()
         status.join(5)
@@ -346,7 +346,7 @@ def test_idle_thread_holds_nothing_of_the_last_job():
     with working(executor) as queue:
         over = threading.Event()
         queue.put(Job("a", (reference,)), "a", lambda event: over.set() if isinstance(event, Result) else None)
-        assert over.wait(10)
+        assert over.wait(120)
         del reference
         until(lambda: gone() is None, "the reference is still held")
 

@@ -19,12 +19,8 @@ from mcp_types import CallToolResult
 
 from tests.images import file, pixels, scene
 from tests.klein_mcp.test_codec import HOSTILE
-from tests.real_server import RealServer
+from tests.real_server import PATIENCE, RealServer
 from tests.tool_calls import complaint, kinds, line, preview
-
-LEFT_WITHIN = 1.0
-"""Seconds from the client's leaving to the end of the process."""
-
 
 # -- coming and going --------------------------------------------------------------------------------------------
 
@@ -77,11 +73,10 @@ class FrontEnd:
     def send(self, number: signal.Signals) -> None:
         self._process.send_signal(number)
 
-    def left(self) -> tuple[int, float]:
-        """The exit code, and seconds until the end."""
-        began = time.monotonic()
+    def left(self) -> int:
+        """Return the exit code, once the process has ended."""
         try:
-            return self._process.wait(10), time.monotonic() - began
+            return self._process.wait(PATIENCE)
         finally:
             self._process.kill()
             for stream in (self._process.stdin, self._process.stdout, self._process.stderr):
@@ -96,29 +91,23 @@ class FrontEnd:
 LEAVING = [("end of file", 0), (signal.SIGTERM, 128 + signal.SIGTERM), (signal.SIGINT, 128 + signal.SIGINT)]
 
 
-def leave(front_end: FrontEnd, how: Any) -> tuple[int, float]:
+def leave(front_end: FrontEnd, how: Any) -> int:
     front_end.close() if how == "end of file" else front_end.send(how)
     return front_end.left()
 
 
 @pytest.mark.parametrize(("how", "code"), LEAVING, ids=["end of file", "SIGTERM", "SIGINT"])
-def test_idle_front_end_ends_at_once(server: RealServer, how: Any, code: int):
-    left, seconds = leave(FrontEnd(server), how)
-    assert left == code
-    assert seconds < LEFT_WITHIN
+def test_idle_front_end_ends(server: RealServer, how: Any, code: int):
+    assert leave(FrontEnd(server), how) == code
 
 
 @pytest.mark.parametrize(("how", "code"), LEAVING, ids=["end of file", "SIGTERM", "SIGINT"])
-def test_busy_front_end_ends_quickly_and_its_job_is_cancelled(
-    server: RealServer, studio: "Studio", how: Any, code: int
-):
+def test_busy_front_end_ends_and_its_job_is_cancelled(server: RealServer, studio: "Studio", how: Any, code: int):
     before = studio.status()["queue"]["done"]
     front_end = FrontEnd(server)
     front_end.start_painting()
-    left, seconds = leave(front_end, how)
-    assert left == code
-    assert seconds < LEFT_WITHIN
-    deadline = time.monotonic() + 5
+    assert leave(front_end, how) == code
+    deadline = time.monotonic() + PATIENCE
     while studio.status()["queue"]["running"] and time.monotonic() < deadline:
         time.sleep(0.05)
     assert studio.status()["queue"]["done"] - before < 4  # of four images
@@ -140,7 +129,7 @@ async def main():
 anyio.run(main)
 print([name for name in ("numpy", "PIL", "torch", "transformers", "jinja2") if name in sys.modules])
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
     assert done.stdout.strip() == "[]", done.stderr
 
 
@@ -332,6 +321,7 @@ def test_private_addresses_are_refused_with_one_line(studio: Studio):
         assert "not https" in payload or "not on the public internet" in payload or "is not known" in payload
 
 
+@pytest.mark.bench
 def test_warm_edit_takes_less_than_a_second(studio: Studio):
     """Measures the median of twenty edits, observed 0.3 s on two cores."""
     studio.call("generate_image", prompt="a red circle")

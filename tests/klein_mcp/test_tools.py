@@ -1,7 +1,6 @@
 """The contents of tools/list, and the errors of wrong calls."""
 
 import json
-import time
 from typing import Any
 
 import pytest
@@ -205,9 +204,7 @@ async def test_schemas_are_small_enough_for_grammars_and_exact_numbers(listed: l
     assert max(number for tool in listed for number in numbers(tool["inputSchema"])) < 2**53
 
 
-async def test_any_number_of_unknown_arguments_is_refused_quickly(client: Client):
-    began = time.monotonic()
+async def test_many_unknown_arguments_are_counted_not_described(client: Client):
     message = await refused(client, "generate_image", prompt="x", **{f"a{number}": 0 for number in range(100_000)})
     assert "And 99997 more." in message
-    # Observed 0.2 s; describing each took 4 s.
-    assert time.monotonic() - began < 3
+    assert len(message) < 2000
