@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from engine.checkpoints.files import Shape
 from engine.checkpoints.key_map import KeyMap, ParamSlice
+from engine.checkpoints.narrow import held_dtype
 from engine.checkpoints.quant import MEMORY_SCHEMES, QuantLinear, StoredWeight, shape_of
 from engine.checkpoints.reader import CODE_DTYPES, DTYPES, TensorReader
 from engine.checkpoints.tensors import Tensors
@@ -68,7 +69,7 @@ class _ParamLoader:
     def load(self, reader: TensorReader, tensors: Tensors, parts: list[tuple[str, ParamSlice]]) -> Iterator[int]:
         owner = self.module.get_submodule(self.name.rpartition(".")[0])
         if not isinstance(owner, QuantLinear):
-            tensor = self.allocate(self.name, self.shape, self.device.dtype)
+            tensor = self.allocate(self.name, self.shape, held_dtype(owner, self.device.dtype))
             yield from self._widen(tensor, reader, tensors, parts)
             self._check_finite(tensor)
             _assign(self.module, self.name, tensor)

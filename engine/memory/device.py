@@ -53,6 +53,14 @@ class Device:
         return self.dtype == torch.bfloat16
 
     @property
+    def narrows(self) -> bool:
+        """Whether weights stay in 16 bits and are widened for each product.
+
+        So a machine that computes in fp32 needs no more memory than one that computes in bf16.
+        """
+        return self.dtype == torch.float32
+
+    @property
     def name(self) -> str:
         """Name of the hardware, such as NVIDIA H200."""
         return torch.cuda.get_device_name(self.device) if self.is_cuda else self.device.type

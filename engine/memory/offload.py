@@ -111,13 +111,14 @@ class CpuEmbedding(nn.Module):
     Only the rows of the prompt's tokens are copied to the device.
     """
 
-    def __init__(self, table: nn.Embedding, device: torch.device) -> None:
+    def __init__(self, table: nn.Embedding, device: torch.device, dtype: torch.dtype) -> None:
+        """dtype: of the rows that are returned."""
         super().__init__()
         self.weight = table.weight
-        self._device = device
+        self._device, self._dtype = device, dtype
 
     def forward(self, ids: Tensor) -> Tensor:
-        return nn.functional.embedding(ids.to(self.weight.device), self.weight).to(self._device)
+        return nn.functional.embedding(ids.to(self.weight.device), self.weight).to(self._device, self._dtype)
 
 
 def stream(module: nn.Module, layers: tuple[str, ...], ring: OffloadRing) -> None:

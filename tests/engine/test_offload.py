@@ -134,7 +134,7 @@ def test_quantised_layers_and_loras_can_be_offloaded() -> None:
 def test_cpu_embedding_returns_the_rows_of_the_prompt() -> None:
     table = nn.Embedding(50, 8)
     ids = torch.randint(0, 50, (1, 12))
-    assert torch.equal(CpuEmbedding(table, CPU)(ids), table(ids))
+    assert torch.equal(CpuEmbedding(table, CPU, torch.float32)(ids), table(ids))
 
 
 def last(generator):

@@ -110,11 +110,6 @@ def memory_scheme(
     return None if name is None else MEMORY_SCHEMES[name]
 
 
-def alternatives(weights: int) -> dict[str, int]:
-    """Return the bytes of a matrix in each scheme of memory."""
-    return {name: scheme.bytes_for(weights) for name, scheme in MEMORY_SCHEMES.items()}
-
-
 def decode(tensors: dict[str, Tensor], stored: StoredWeight, dtype: torch.dtype) -> Tensor:
     """Return the matrix that a file's tensors mean."""
     return stored.scheme.decode(tensors, dtype, stored.options)
@@ -123,11 +118,6 @@ def decode(tensors: dict[str, Tensor], stored: StoredWeight, dtype: torch.dtype)
 def decode_layer(layer: QuantLinear, dtype: torch.dtype) -> Tensor:
     """Return the matrix that a layer in memory means."""
     return MEMORY_SCHEMES[layer.scheme].decode(dict(layer.named_buffers()), dtype, {})
-
-
-def encode_into(layer: QuantLinear, weight: Tensor) -> None:
-    """Quantise `weight` into a layer that holds another."""
-    layer.load_tensors(dict(layer.named_buffers()) | MEMORY_SCHEMES[layer.scheme].encode(weight))
 
 
 def shape_of(layer: nn.Linear | QuantLinear) -> tuple[int, int]:
@@ -159,11 +149,9 @@ __all__ = [
     "QuantLinear",
     "Scheme",
     "StoredWeight",
-    "alternatives",
     "check",
     "decode",
     "decode_layer",
-    "encode_into",
     "memory_scheme",
     "quantised_weights",
     "shape_of",

@@ -27,13 +27,19 @@ def _scale(values: Tensor) -> Tensor:
     return (torch.maximum(-low, high).float() / LARGEST).clamp_min(torch.finfo(torch.float32).tiny)
 
 
-def encode(weight: Tensor) -> dict[str, Tensor]:
-    """Quantise [out, in] with one scale, some rows at a time."""
-    scale = _scale(weight)
+def _scale_rows(rows: Tensor) -> Tensor:
+    """Return the scale of each row of [n, width], [n, 1]."""
+    largest = torch.linalg.vector_norm(rows, float("inf"), dim=1, keepdim=True, dtype=torch.float32)
+    return (largest / LARGEST).clamp_min(torch.finfo(torch.float32).tiny)
+
+
+def encode(weight: Tensor, *, by_rows: bool = False) -> dict[str, Tensor]:
+    """Quantise [out, in] with one scale, or one for each row."""
+    scale = _scale_rows(weight) if by_rows else _scale(weight)
     codes = torch.empty(weight.shape, dtype=CODE, device=weight.device)
-    for rows, into in zip(weight.split(_ROWS), codes.split(_ROWS), strict=True):
-        into.copy_((rows.float() / scale).clamp(-LARGEST, LARGEST))
-    return {"weight": codes, "weight_scale": scale}
+    for rows, into, factor in zip(weight.split(_ROWS), *_by_rows(codes, scale.reshape(-1, 1)), strict=True):
+        into.copy_((rows.float() / factor).clamp(-LARGEST, LARGEST))
+    return {"weight": codes, "weight_scale": scale.flatten() if by_rows else scale}
 
 
 def decode(stored: dict[str, Tensor], dtype: torch.dtype) -> Tensor:
@@ -100,10 +106,7 @@ def quantise_rows(rows: Tensor, static: Tensor | None = None) -> tuple[Tensor, T
 
     A scale for each row costs nothing more than one for all, and rows of small values keep their precision.
     """
-    scale = static
-    if scale is None:
-        largest = torch.linalg.vector_norm(rows, float("inf"), dim=1, keepdim=True, dtype=torch.float32)
-        scale = (largest / LARGEST).clamp_min(torch.finfo(torch.float32).tiny)
+    scale = _scale_rows(rows) if static is None else static
     return (rows / scale).clamp(-LARGEST, LARGEST).to(CODE), scale
 
 

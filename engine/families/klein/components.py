@@ -15,6 +15,8 @@ from engine.checkpoints import quant
 from engine.checkpoints.files import Shape, read_header
 from engine.checkpoints.key_map import KeyMap, identity_map
 from engine.checkpoints.loading import Allocator, check_tensors, load_into
+from engine.checkpoints.narrow import narrowed
+from engine.checkpoints.reader import DTYPES
 from engine.checkpoints.tensors import Rename, Tensors
 from engine.contract import BadWeights
 from engine.families.klein import foreign, signatures
@@ -47,10 +49,12 @@ class QuantPolicy:
     wanted: the scheme the user asked for, None for the file's own.
 
     compact: layers in a scheme that cannot be computed with become fp8, not the model's dtype.
+    narrow: large matrices of 16 bits stay so and are widened for each product; those that are decoded become bf16.
     """
 
     wanted: str | None = None
     compact: bool = False
+    narrow: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +135,10 @@ def transformer(
     else:
         key_map = identity_map(name for name, _ in module.named_parameters())
     blocks = r"(?:double|single)_blocks\..*"
-    layers, widened = _quantise(module, blocks, tensors, key_map, policy or QuantPolicy(), device)
+    policy = policy or QuantPolicy()
+    layers, widened = _quantise(module, blocks, tensors, key_map, policy, device)
+    if policy.narrow:
+        _narrow(module, tensors, key_map)
     return ComponentSpec(what, module, tensors, key_map, _NOTHING, layers, widened)
 
 
@@ -155,6 +162,27 @@ def _quantise(
             with torch.device("meta"):
                 module.set_submodule(name, scheme.make(layer, device, full_precision=full_precision))
     return found, widened
+
+
+def _narrow(module: nn.Module, tensors: Tensors, key_map: KeyMap) -> None:
+    """Replace large layers by ones that hold their weights in 16 bits."""
+    stored: dict[str, set[torch.dtype | None]] = {}
+    for source, place in key_map.items():
+        plain = tensors.entries[source].storage_dtype if source in tensors.entries else ""
+        held = "BF16" if source in tensors.quantised else plain
+        stored.setdefault(place.name, set()).add(DTYPES[held] if held in _NARROW else None)
+    for name, layer in list(module.named_modules()):
+        dtypes = stored.get(f"{name}.weight", set())
+        held = next(iter(dtypes)) if len(dtypes) == 1 else None
+        if held is not None:
+            with torch.device("meta"):
+                narrow = narrowed(layer, held)
+            if narrow is not None:
+                module.set_submodule(name, narrow)
+
+
+_NARROW = ("BF16", "F16")
+"""The formats of files that are held as they are: widened, they mean the same numbers."""
 
 
 def verify(checkpoint: Checkpoint) -> None:
@@ -241,7 +269,7 @@ def _autoencoder_shape(shapes: dict[str, Shape], config: dict[str, Any], what: s
 
 
 def text_encoder(
-    path: Path, layers: tuple[int, ...], device: torch.device = _CPU, *, compact: bool = False
+    path: Path, layers: tuple[int, ...], device: torch.device = _CPU, *, compact: bool = False, narrow: bool = False
 ) -> ComponentSpec[TextEncoder]:
     """Open Qwen3, cut after the last of `layers`."""
     what = f"text encoder {path.name}" if path.is_file() else "text encoder"
@@ -256,6 +284,8 @@ def text_encoder(
     key_map = identity_map(name for name, _ in module.named_parameters())
     policy = QuantPolicy(compact=compact)
     inside, widened = _quantise(module, r"model\.layers\..*", tensors, key_map, policy, device)
+    if narrow:
+        _narrow(module, tensors, key_map)
     return ComponentSpec(what, module, tensors, key_map, _unread(max(layers)), inside, widened)
 
 

@@ -1,5 +1,6 @@
 """Memory needs of a klein: weights, activations, smaller choices."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -8,6 +9,7 @@ from torch import nn
 
 from engine.checkpoints import quant
 from engine.checkpoints.loading import param_shapes
+from engine.checkpoints.narrow import NarrowLinear, held_dtype
 from engine.checkpoints.quant import QuantLinear
 from engine.contract import Fix
 from engine.diffusion.canvas import GRID
@@ -75,17 +77,24 @@ def weight_sizes(
     dtype: torch.dtype,
 ) -> WeightSizes:
     """Return the bytes of a model's weights in memory."""
-    sizes = [_sizes(part.module, dtype) for part in (transformer, text_encoder, autoencoder)]
+    modules = (transformer.module, text_encoder.module, autoencoder.module)
+    sizes = [_sizes(module, dtype) for module in modules]
     blocks = tuple(sizes[0].pop(layer) for layer in transformer.layers)
     encoder = tuple(sizes[1].pop(layer) for layer in text_encoder.layers)
     embedding = sizes[1].pop(EMBEDDING)
-    side_branches = sum(
-        dtype.itemsize * delta.branch_size
-        for delta in deltas
-        if isinstance(transformer.module.get_submodule(delta.rows.layer), QuantLinear)
-    )
-    rest = side_branches + sum(size for part in sizes for size in part.values())
+    side_branches = sum(_delta_bytes(transformer.module.get_submodule(d.rows.layer), d, dtype) for d in deltas)
+    # One narrow matrix at a time is there in full width too.
+    narrow = (layer for module in modules for layer in module.modules() if isinstance(layer, NarrowLinear))
+    widest = dtype.itemsize * max((layer.weight.numel() for layer in narrow), default=0)
+    rest = side_branches + widest + sum(size for part in sizes for size in part.values())
     return WeightSizes(variant.name, blocks, encoder, embedding, rest)
+
+
+def _delta_bytes(layer: nn.Module, delta: WeightDelta, dtype: torch.dtype) -> int:
+    """Return the bytes that a change adds to a layer."""
+    if isinstance(layer, NarrowLinear) and not delta.is_factored:
+        return (dtype.itemsize - layer.held.itemsize) * layer.weight.numel()
+    return delta.branch_bytes(dtype.itemsize) if isinstance(layer, QuantLinear | NarrowLinear) else 0
 
 
 def _sizes(module: nn.Module, dtype: torch.dtype) -> dict[str, int]:
@@ -97,36 +106,42 @@ def _sizes(module: nn.Module, dtype: torch.dtype) -> dict[str, int]:
         size = (
             sum(buffer.nbytes for buffer in layer.buffers())
             if isinstance(layer, QuantLinear)
-            else dtype.itemsize * torch.Size(shape).numel()
+            else held_dtype(layer, dtype).itemsize * torch.Size(shape).numel()
         )
         found[owner] = found.get(owner, 0) + size
     return found
 
 
 def alternatives(
-    sizes: WeightSizes, transformer: ComponentSpec[Transformer], wanted: str | None, device: Device
+    sizes: WeightSizes, half: WeightSizes, transformer: ComponentSpec[Transformer], wanted: str | None, device: Device
 ) -> list[tuple[Fix, WeightSizes]]:
-    """Return ways to load the model in fewer bits, and their sizes."""
-    if wanted is not None or transformer.tensors.quantised:
-        return []
-    weights = [size // device.dtype.itemsize for size in sizes.blocks]
-    return [
-        (Fix("set", "quant", choices=(name,)), replace(sizes, blocks=tuple(map(scheme.bytes_for, weights))))
-        for name, scheme in quant.MEMORY_SCHEMES.items()
-        if quant.memory_scheme(None, name, device.device) is not None
-    ]
+    """Return ways to load the model in fewer bits, and their sizes.
+
+    half: its sizes in bf16, which is named last, since products in bf16 may be slow on this device.
+    """
+    found: list[tuple[Fix, WeightSizes]] = []
+    if wanted is None and not transformer.tensors.quantised:
+        layers = map(transformer.module.get_submodule, transformer.layers)
+        weights = [math.prod(quant.shape_of(layer)) for layer in layers]  # type: ignore[arg-type]
+        found = [
+            (Fix("set", "quant", choices=(name,)), replace(sizes, blocks=tuple(map(scheme.bytes_for, weights))))
+            for name, scheme in quant.MEMORY_SCHEMES.items()
+            if quant.memory_scheme(None, name, device.device) is not None
+        ]
+    if half.all < 0.9 * sizes.all:
+        found.append((Fix("set", "dtype", choices=("bfloat16",)), half))
+    return found
 
 
-def smaller_models(variant: Variant, device: Device) -> list[tuple[str, WeightSizes]]:
+def smaller_models(variant: Variant) -> list[tuple[str, WeightSizes]]:
     """Return smaller models of the same kind, and their sizes."""
     rows = [
         row
         for row in VARIANTS.values()
         if row.repo and row.distilled == variant.distilled and row.memory_gb < variant.memory_gb
     ]
-    # The rows count bf16, and 2 GB of working memory.
-    bytes_per_gb = round(1e9) * device.dtype.itemsize // 2
-    return [(row.name, WeightSizes(row.name, (), (), 0, round((row.memory_gb - 2) * bytes_per_gb))) for row in rows]
+    # The rows count weights of 16 bits, which they have in memory on every device, and 2 GB of working memory.
+    return [(row.name, WeightSizes(row.name, (), (), 0, round((row.memory_gb - 2) * 1e9))) for row in rows]
 
 
 def device_bytes(networks: Sequence[nn.Module], device: torch.device) -> int:

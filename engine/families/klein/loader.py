@@ -20,7 +20,7 @@ from engine.families.klein.lora import Lora, WeightDelta
 from engine.families.klein.text_encoder import TextEncoder
 from engine.families.klein.transformer import Transformer
 from engine.memory import plan
-from engine.memory.device import Device, host_memory
+from engine.memory.device import DTYPES, Device, host_memory
 from engine.memory.offload import CpuEmbedding, OffloadRing, stream
 from engine.memory.plan import PlacementPlan, WeightSizes
 from engine.nn.autoencoder import Autoencoder
@@ -120,19 +120,24 @@ def _prepare(
     checkpoint: Checkpoint, device: Device, options: LoadOptions, held: int, *, smaller: bool, compact: bool
 ) -> Prepared:
     variant = checkpoint.variant
-    policy = QuantPolicy(options.quant, compact=compact)
+    narrow = device.narrows
+    policy = QuantPolicy(options.quant, compact=compact, narrow=narrow)
     transformer = components.transformer(checkpoint.transformer, policy, device.device)
-    text_encoder = components.text_encoder(checkpoint.text_encoder, variant.text_layers, device.device, compact=compact)
+    text_encoder = components.text_encoder(
+        checkpoint.text_encoder, variant.text_layers, device.device, compact=compact, narrow=narrow
+    )
     autoencoder = components.autoencoder(checkpoint.vae)
     _check_match(transformer.module, text_encoder.module, autoencoder.module)
     for part in (transformer, text_encoder, autoencoder):
         part.verify()
     loras = [lora.read(one, transformer.module) for one in options.loras]
     deltas = tuple(delta for one in loras for delta in one.deltas)
-    needs = footprint.weight_sizes(variant, transformer, text_encoder, autoencoder, deltas, device.dtype)
+    sizes = (variant, transformer, text_encoder, autoencoder, deltas)
+    needs = footprint.weight_sizes(*sizes, device.dtype)
+    half = footprint.weight_sizes(*sizes, DTYPES["bfloat16"])
     work = footprint.activation_memory(variant, transformer.module, autoencoder.module, device.dtype)
-    fewer = footprint.alternatives(needs, transformer, options.quant, device)
-    free, models = footprint.memory_info(device, options.limit, held), footprint.smaller_models(variant, device)
+    fewer = footprint.alternatives(needs, half, transformer, options.quant, device)
+    free, models = footprint.memory_info(device, options.limit, held), footprint.smaller_models(variant)
     try:
         found = plan.plan(needs, free, work, fewer, models)
     except OutOfMemory as error:
@@ -163,7 +168,7 @@ def load(checkpoint: Checkpoint, device: Device, options: LoadOptions) -> Genera
     prepared.text_encoder.module.finish(device.device)
     lora.apply(prepared.transformer.module, prepared.deltas)
     if any(offloaded.values()):
-        _offload(prepared, offloaded, device.device)
+        _offload(prepared, offloaded, device)
     return Networks(
         transformer=prepared.transformer.module,
         autoencoder=prepared.autoencoder.module,
@@ -194,15 +199,15 @@ def _allocator(device: torch.device, offloaded: frozenset[str]) -> Allocator:
     return allocate
 
 
-def _offload(prepared: Prepared, offloaded: dict[str, frozenset[str]], device: torch.device) -> None:
-    ring = OffloadRing(device)
+def _offload(prepared: Prepared, offloaded: dict[str, frozenset[str]], device: Device) -> None:
+    ring = OffloadRing(device.device)
     for part in (prepared.text_encoder, prepared.transformer):
         names = offloaded[part.what]
         stream(part.module, tuple(name for name in part.layers if name in names), ring)
         if EMBEDDING in names:
             table = part.module.get_submodule(EMBEDDING)
             assert isinstance(table, nn.Embedding)
-            part.module.set_submodule(EMBEDDING, CpuEmbedding(table, device))
+            part.module.set_submodule(EMBEDDING, CpuEmbedding(table, device.device, device.dtype))
 
 
 def _fingerprint(read: tuple[ComponentSpec[Any], ...], options: LoadOptions) -> str:

@@ -179,14 +179,15 @@ class SingleBlock(nn.Module):
 
         A quantised matrix only multiplies as a whole.
         """
-        return type(self.linear1) is nn.Linear
+        return isinstance(self.linear1, nn.Linear)
 
     def _project(self, n: Tensor, first: int, end: int) -> Tensor:
         """Return the parts `first` to `end - 1` of the projection.
 
         The parts are [q | k | v | mlp].
         """
-        return F.linear(n, self.linear1.weight[sum(self.widths[:first]) : sum(self.widths[:end])])
+        weight = self.linear1.weight[sum(self.widths[:first]) : sum(self.widths[:end])]
+        return F.linear(n, weight.to(n.dtype))  # a narrow weight is widened, another stays itself
 
     def _query(self, q: Tensor, rope: Rope) -> Tensor:
         return ops.qk_norm_rope(q.unflatten(-1, (-1, self.head_dim)), self.norm.query_norm.scale, rope)

@@ -1,4 +1,4 @@
-"""Apply LoRAs: merge into plain weights, compute beside quantised ones."""
+"""Apply LoRAs: merge into plain weights, compute beside quantised and narrow ones."""
 
 from collections.abc import Iterable, Iterator
 
@@ -7,8 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engine.checkpoints import quant
-from engine.checkpoints.quant import QuantLinear
-from engine.families.klein.lora.deltas import WeightDelta
+from engine.checkpoints.narrow import NarrowLinear
+from engine.checkpoints.quant import QuantLinear, fp8
+from engine.families.klein.lora.deltas import Kronecker, LowRank, WeightDelta
 from engine.families.klein.transformer import Transformer
 
 _ROWS = 2048
@@ -17,21 +18,34 @@ _ROWS = 2048
 
 @torch.no_grad()
 def apply(transformer: Transformer, deltas: Iterable[WeightDelta]) -> None:
-    """Apply deltas, summed in fp32 before the layer's format rounds them."""
+    """Apply deltas, summed in fp32 before a plain layer's format rounds them.
+
+    Beside a quantised layer nothing is rounded into its codes: a change of 2 % of the weight would come out with an
+    error of 1.4 times itself in fp8, and of 3.7 times in nvfp4.
+    """
+    like = transformer.double_blocks[0].get_parameter("img_attn.norm.query_norm.scale")
     by_parameter: dict[tuple[str, str], list[WeightDelta]] = {}
     for delta in deltas:
         by_parameter.setdefault((delta.rows.layer, delta.rows.leaf), []).append(delta)
     for (name, leaf), group in by_parameter.items():
         layer = transformer.get_submodule(name)
-        if not isinstance(layer, QuantLinear):
+        if isinstance(layer, QuantLinear):
+            transformer.set_submodule(name, LoraLinear(layer, group, like))
+        elif not isinstance(layer, NarrowLinear):
             _merge(layer.get_parameter(leaf), group)
-            continue
-        if dense := [delta for delta in group if not delta.is_low_rank]:
-            weight = quant.decode_layer(layer, transformer.img_in.weight.dtype)
-            _merge(weight, dense)
-            quant.encode_into(layer, weight)
-        if low_rank := [delta for delta in group if delta.is_low_rank]:
-            transformer.set_submodule(name, LoraLinear(layer, low_rank, transformer.img_in.weight))
+        elif all(delta.is_factored for delta in group):
+            transformer.set_submodule(name, LoraLinear(layer, group, like))
+        else:
+            # A whole matrix beside it would take more than the layer in full width, which holds the change exactly.
+            transformer.set_submodule(name, _widened(layer, group, like))
+
+
+def _widened(layer: NarrowLinear, group: list[WeightDelta], like: Tensor) -> nn.Linear:
+    with torch.device("meta"):
+        plain = nn.Linear(layer.in_features, layer.out_features, bias=False)
+    plain.weight = nn.Parameter(layer.weight.to(like), requires_grad=False)
+    _merge(plain.weight, group)
+    return plain
 
 
 def _merge(weight: Tensor, deltas: list[WeightDelta]) -> None:
@@ -68,20 +82,78 @@ def _overlap(delta: WeightDelta, begin: int, end: int) -> Iterator[tuple[int, in
 
 
 class LoraLinear(nn.Module):
-    """A quantised layer with low-rank changes computed beside it."""
+    """A layer with changes of its weight computed beside it."""
 
-    def __init__(self, layer: QuantLinear, deltas: list[WeightDelta], like: Tensor) -> None:
+    def __init__(self, layer: QuantLinear | NarrowLinear, deltas: list[WeightDelta], like: Tensor) -> None:
         """like: has the device and the dtype to compute in."""
         super().__init__()
         self.layer = layer
         self.rows = [(delta.rows.begin, delta.rows.end) for delta in deltas]
-        for i, delta in enumerate(deltas):
-            up, down = delta.factors()
-            self.register_buffer(f"up_{i}", up.to(like))
-            self.register_buffer(f"down_{i}", down.to(like))
+        self.branches = nn.ModuleList(_branch(layer, delta, like) for delta in deltas)
 
     def forward(self, x: Tensor) -> Tensor:
         out = self.layer(x)
-        for i, (begin, end) in enumerate(self.rows):
-            out[..., begin:end] += F.linear(F.linear(x, getattr(self, f"down_{i}")), getattr(self, f"up_{i}"))
+        for (begin, end), branch in zip(self.rows, self.branches, strict=True):
+            out[..., begin:end] += branch(x)
         return out
+
+
+def _branch(layer: QuantLinear | NarrowLinear, delta: WeightDelta, like: Tensor) -> nn.Module:
+    match delta.factored():
+        case LowRank(up, down):
+            return LowRankBranch(up.to(like), down.to(like))
+        case Kronecker(first, second):
+            return KroneckerBranch(first.to(like), second.to(like))
+    assert isinstance(layer, QuantLinear)
+    return _dense_branch(layer, delta, like)
+
+
+class LowRankBranch(nn.Module):
+    """A change up @ down."""
+
+    up: Tensor
+    down: Tensor
+
+    def __init__(self, up: Tensor, down: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("up", up)
+        self.register_buffer("down", down)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(F.linear(x, self.down), self.up)
+
+
+class KroneckerBranch(nn.Module):
+    """A change kron(first, second), applied in two small products."""
+
+    first: Tensor
+    second: Tensor
+
+    def __init__(self, first: Tensor, second: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("first", first)
+        self.register_buffer("second", second)
+
+    def forward(self, x: Tensor) -> Tensor:
+        columns = x.unflatten(-1, (self.first.shape[1], self.second.shape[1]))
+        return (self.first @ F.linear(columns, self.second)).flatten(-2)
+
+
+def _dense_branch(layer: QuantLinear, delta: WeightDelta, like: Tensor) -> QuantLinear:
+    """Return a layer of the change, in fp8 scaled by rows.
+
+    That rounds 3 % of the change, whatever its size beside the weight. In the model's dtype it would take as much
+    memory as the layer did before it was quantised.
+    """
+    rows = slice(delta.rows.begin, delta.rows.end)
+    weight = quant.decode_layer(layer, like.dtype)
+    norms = _column_norms(weight, delta)
+    change = torch.empty(weight[rows].shape, dtype=torch.float32, device=weight.device)
+    for begin in range(0, len(change), _ROWS):
+        end = min(begin + _ROWS, len(change))
+        base = weight[rows][begin:end].float()
+        change[begin:end] = delta.change(base, begin, end, norms)
+    plain = nn.Linear(change.shape[1], change.shape[0], bias=False, device="meta")
+    branch = fp8.SCHEME.make(plain, change.device, full_precision=False)
+    branch.load_tensors(fp8.encode(change, by_rows=True))
+    return branch

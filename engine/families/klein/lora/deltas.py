@@ -78,6 +78,17 @@ class Hadamard:
     def rows(self, begin: int, end: int) -> Tensor:
         return self.first.rows(begin, end) * self.second.rows(begin, end)
 
+    @property
+    def rank(self) -> int:
+        """Rank of the same matrix as one product of two."""
+        return self.first.down.shape[0] * self.second.down.shape[0]
+
+    def low_rank(self) -> LowRank:
+        """Return the same matrix as one product of two."""
+        up = self.first.up[:, :, None] * self.second.up[:, None, :]
+        down = self.first.down[:, None, :] * self.second.down[None, :, :]
+        return LowRank(up.flatten(1), down.flatten(0, 1))
+
 
 @dataclass(frozen=True, slots=True)
 class Kronecker:
@@ -115,23 +126,46 @@ class WeightDelta:
     replaces: bool = False
 
     @property
-    def is_low_rank(self) -> bool:
-        """Whether it can be computed beside a layer."""
-        return isinstance(self.matrix, LowRank) and self.magnitude is None
+    def is_factored(self) -> bool:
+        """Whether it is computed beside a layer in its factors."""
+        rows, columns = self.matrix.shape
+        match self.matrix:
+            case _ if self.magnitude is not None or self.replaces:
+                return False
+            case LowRank():
+                return True
+            case Hadamard():
+                return self.matrix.rank * (rows + columns) < rows * columns
+            case Kronecker():
+                return not self.rows.swap
+        return False
 
-    @property
-    def branch_size(self) -> int:
-        """Numbers that are kept where it is computed beside a layer."""
-        if not self.is_low_rank:
-            return 0
-        assert isinstance(self.matrix, LowRank)
-        return self.matrix.up.numel() + self.matrix.down.numel()
+    def factored(self) -> LowRank | Kronecker | None:
+        """Return scaled factors in our row order, None for others."""
+        if not self.is_factored:
+            return None
+        if isinstance(self.matrix, Kronecker):
+            return Kronecker(self.matrix.first * (self.scale * self.strength), self.matrix.second)
+        matrix = self.matrix.low_rank() if isinstance(self.matrix, Hadamard) else self.matrix
+        assert isinstance(matrix, LowRank)
+        return LowRank(self._our_order(matrix.up * (self.scale * self.strength)), matrix.down)
 
-    def factors(self) -> tuple[Tensor, Tensor]:
-        """Return up and down, scaled, in the order of our rows."""
-        assert isinstance(self.matrix, LowRank)
-        up = self.matrix.up * (self.scale * self.strength)
-        return torch.cat(tuple(reversed(up.chunk(2)))) if self.rows.swap else up, self.matrix.down
+    def branch_bytes(self, itemsize: int) -> int:
+        """Return the bytes that it takes beside a layer.
+
+        itemsize: bytes of a number of its factors. A whole matrix is held in fp8.
+        """
+        rows, columns = self.matrix.shape
+        match self.matrix:
+            case _ if not self.is_factored:
+                return rows * columns + 4 * rows
+            case Kronecker(first, second):
+                return itemsize * (first.numel() + second.numel())
+            case Hadamard():
+                return itemsize * self.matrix.rank * (rows + columns)
+            case LowRank(up, down):
+                return itemsize * (up.numel() + down.numel())
+        raise AssertionError
 
     def change(self, weight: Tensor, begin: int, end: int, column_norms: Tensor | None) -> Tensor:
         """Return the change of `weight`, rows begin … end, in fp32."""
