@@ -36,12 +36,11 @@ def run(settings: Settings, arguments: argparse.Namespace) -> int:
 
 def serve(settings: Settings, host: str, port: int, arguments: argparse.Namespace) -> int:
     """Serve this machine's engine. Raises OSError."""
-    import uvicorn
-
     from klein_mcp.daemon.endpoint import BuildInfo
     from klein_mcp.daemon.engine_server import EngineServer, read_token
     from klein_mcp.daemon.executors.local import make_local
     from klein_mcp.jobs.queue import Queue
+    from klein_mcp.web_server import WebServer
 
     try:
         token = read_token(arguments.token_file.read_text(encoding="utf-8"))
@@ -51,10 +50,9 @@ def serve(settings: Settings, host: str, port: int, arguments: argparse.Namespac
     queue = Queue(lambda: make_local(settings), size=settings.queue_size, keep_alive=settings.keep_alive)
     app = EngineServer(queue, token, BuildInfo.read()).app()
     tls = {"ssl_certfile": arguments.certificate, "ssl_keyfile": arguments.key} if arguments.certificate else {}
-    config = uvicorn.Config(app, host=host, port=port, log_level="warning", timeout_graceful_shutdown=2, **tls)
     listener = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     where = f"[{host}]" if ":" in host else host
     print(f"klein-mcp engine listens on {where}:{listener.getsockname()[1]}", file=sys.stderr, flush=True)
-    uvicorn.Server(config).run([listener])
+    WebServer(app, log_level="warning", timeout_graceful_shutdown=2, **tls).run([listener])
     queue.close(5)
     return 0

@@ -15,7 +15,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 
-import uvicorn
 from filelock import FileLock, Timeout
 
 from klein_mcp.daemon import endpoint as endpoints
@@ -28,6 +27,7 @@ from klein_mcp.jobs.queue import Queue
 from klein_mcp.jobs.status import DaemonStatus
 from klein_mcp.jobs.timing import HISTORY, TimingHistory
 from klein_mcp.settings import Settings, SettingsError
+from klein_mcp.web_server import BACKLOG, WebServer
 
 log = logging.getLogger("klein_mcp.daemon")
 
@@ -116,29 +116,11 @@ async def _serve(settings: Settings, make: MakeExecutor) -> None:
     log.info("ended")
 
 
-class _Server(uvicorn.Server):
-    """uvicorn without its ten wake-ups a second and its signal handlers."""
+class _Server(WebServer):
+    """The server of the daemon, which handles signals itself."""
 
     def __init__(self, daemon: Daemon) -> None:
-        config = uvicorn.Config(
-            daemon.app(),
-            log_config=None,
-            access_log=False,
-            lifespan="off",
-            date_header=False,
-            timeout_graceful_shutdown=2,
-        )
-        super().__init__(config)
-        self.answering = asyncio.Event()
-        self._ending = asyncio.Event()
-
-    async def main_loop(self) -> None:
-        self.answering.set()
-        await self._ending.wait()
-
-    def end(self) -> None:
-        self.should_exit = True
-        self._ending.set()
+        super().__init__(daemon.app(), lifespan="off", timeout_graceful_shutdown=2)
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -149,7 +131,7 @@ def _bind() -> socket.socket:
     # With the protocol left at 0 asyncio does not switch Nagle's algorithm off, and each job starts 40 ms late.
     listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listener.bind((HOST, 0))
-    listener.listen(128)
+    listener.listen(BACKLOG)
     return listener
 
 

@@ -15,7 +15,6 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
-import uvicorn
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
 
@@ -30,6 +29,7 @@ from klein_mcp.http.surface import HttpContext, SurfaceFactory
 from klein_mcp.jobs.service import Service
 from klein_mcp.mcp_server.server import create_server
 from klein_mcp.settings import Settings, warn_of_misspelt
+from klein_mcp.web_server import BACKLOG, WebServer
 
 SURFACES: tuple[SurfaceFactory, ...] = (
     mcp.surface,
@@ -99,14 +99,12 @@ def run(settings: Settings, options: HttpOptions, ready: Callable[[HttpContext, 
     app = application(context, token=token, hosts=options.allowed_hosts)
     host = f"[{options.host}]" if ":" in options.host else options.host
     ready(context, f"http://{host}:{listener.getsockname()[1]}")
-    config = uvicorn.Config(
-        app, log_config=None, access_log=False, timeout_graceful_shutdown=GRACE, server_header=False
-    )
+    server = _QuietServer(app, timeout_graceful_shutdown=GRACE, server_header=False)
     # uvicorn raises the signal once more when it is done; by default that would end us before the library is closed.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     code: int = 0
     try:
-        _QuietServer(config).run([listener])
+        server.run([listener])
     except KeyboardInterrupt:
         code = 128 + signal.SIGINT
     except SystemExit as end:
@@ -116,7 +114,7 @@ def run(settings: Settings, options: HttpOptions, ready: Callable[[HttpContext, 
     exit_now(code)
 
 
-class _QuietServer(uvicorn.Server):
+class _QuietServer(WebServer):
     """A server that logs no traceback for the streams a signal ends."""
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
@@ -179,5 +177,5 @@ def _bind(options: HttpOptions) -> socket.socket:
         raise RequestError(
             f"Cannot listen on {options.host} port {options.port}: {exc.strerror}.", hint="Choose another --port."
         ) from None
-    listener.listen(128)
+    listener.listen(BACKLOG)
     return listener

@@ -30,6 +30,9 @@ WHITE, BLACK = 255, 0
 Reading = Literal["image", "mask", "alpha mask"]
 """image: transparent pixels become white. mask: as `images.mask` decides. alpha mask: transparent pixels may change."""
 
+MAX_REFERENCE = 8192
+"""Characters of a path or an address; Linux allows 4,096 bytes, browsers 2,000 to 64,000."""
+
 MOST_SEEN = 256
 """Files remembered by their hash; a conversation names a handful."""
 
@@ -67,6 +70,9 @@ class ImageResolver:
 
         client: whose `last` is meant. reading: what the transparent pixels of a file mean.
         """
+        if reference[:5].lower() != "data:" and len(reference) > MAX_REFERENCE:
+            # Before anything splits it: resolving a path of two million folders took minutes.
+            raise UnknownImage(f"{quote(reference)} has {len(reference):,} characters; no path or address is so long.")
         reference = paths.unwrap(reference)
         if match := _LAST.fullmatch(reference):
             return ResolvedImage(self._last(client, int(match[1] or 0)))

@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 import anyio
 from mcp.server.stdio import stdio_server
 from mcp.shared.message import SessionMessage
+from mcp_types import JSONRPCError
 
 from klein_mcp.exit import exit_now
 from klein_mcp.jobs.service import Service
@@ -71,14 +72,16 @@ async def serve(settings: Settings) -> int:
 
 
 class _Lines:
-    """Lines of stdin, read by a daemon thread.
+    """Lines of stdin, read and checked by a daemon thread.
 
-    The SDK joins its own reader, which ends only when stdin does: a signal would have no effect.
+    The SDK joins its own reader, which ends only when stdin does: a signal would have no effect. Checking a line of
+    megabytes takes long; meanwhile the loop serves the calls that run.
     """
 
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
-        self._lines: asyncio.Queue[bytes] = asyncio.Queue()
+        self._lines: asyncio.Queue[str | JSONRPCError | None] = asyncio.Queue()
+        """Messages, answers to lines that hold none, and None at the end."""
         self._output: asyncio.Future[Any] = self._loop.create_future()
         threading.Thread(target=self._read, name="stdin", daemon=True).start()
 
@@ -90,19 +93,19 @@ class _Lines:
         return self._each()
 
     async def _each(self) -> AsyncIterator[str]:
-        while line := await self._lines.get():
-            message = read_message(line)
+        while (message := await self._lines.get()) is not None:
             if isinstance(message, str):
                 yield message
-            elif message is not None:
+            else:
                 await (await self._output).send(SessionMessage(message))
         _exit_soon(0)
 
     def _read(self) -> None:
         with open(0, "rb", closefd=False) as stdin:
             for line in stdin:
-                self._loop.call_soon_threadsafe(self._lines.put_nowait, line)
-        self._loop.call_soon_threadsafe(self._lines.put_nowait, b"")
+                if (message := read_message(line)) is not None:
+                    self._loop.call_soon_threadsafe(self._lines.put_nowait, message)
+        self._loop.call_soon_threadsafe(self._lines.put_nowait, None)
 
 
 def _exit_soon(code: int) -> None:

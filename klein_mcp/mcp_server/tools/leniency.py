@@ -18,6 +18,12 @@ CLIENT_ARGUMENTS = frozenset(
 PLACEHOLDERS = ("", "null", "None", "undefined", "[]", "{}")
 """Text for "nothing" in an optional argument, by models that must fill in all of them."""
 
+MOST_ITEMS = 100
+"""Items that are looked at in a list; the longest list of any tool has ten."""
+
+_MOST_COMMAS = 10 * MOST_ITEMS
+"""In text that stands for a list. Splitting and comparing a megabyte of them took three seconds."""
+
 _REFERENCE = re.compile(r"last(?:~\d+|\.[A-D])?|[A-D]|[a-z0-9]{6}", re.IGNORECASE)
 
 
@@ -25,7 +31,9 @@ def is_placeholder(value: Any) -> bool:
     """True for a value that stands for nothing."""
     if isinstance(value, str):
         return value.strip() in PLACEHOLDERS
-    return value is None or value in ({}, []) or (isinstance(value, list) and all(map(is_placeholder, value)))
+    if isinstance(value, list):
+        return len(value) <= MOST_ITEMS and all(map(is_placeholder, value))
+    return value is None or value == {}
 
 
 def split_client_arguments(
@@ -42,6 +50,8 @@ def as_list(value: Any) -> Any:
         return [value[side] for side in ("x", "y", "width", "height")]
     if not isinstance(value, str):
         return value
+    if value.count(",") > _MOST_COMMAS:
+        return [value]
     if value.lstrip().startswith(("[", "{")):
         try:
             return as_list(json.loads(value)) if value.lstrip()[0] == "{" else json.loads(value)

@@ -8,10 +8,11 @@ from mcp_types import CallToolResult, ToolAnnotations
 from mcp_types import Tool as Listed
 from pydantic import ValidationError
 
-from klein_mcp.errors import RequestError, argument_errors, unknown_arguments
+from klein_mcp.errors import RequestError, argument_errors, describe, unknown_arguments
 from klein_mcp.jobs.context import CallContext
 from klein_mcp.jobs.service import Service
 from klein_mcp.mcp_server.tools.fields import Arguments
+from klein_mcp.mcp_server.tools.leniency import MOST_ITEMS
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,11 +57,23 @@ class Tool:
         if unknown := [name for name in arguments if name not in known]:
             # Before pydantic, which makes an error of each: a client once sent 350,000.
             raise RequestError(unknown_arguments(self.name, unknown, known))
+        if (error := self._too_many(arguments)) is not None:
+            raise error
         try:
             return self.arguments.model_validate(arguments)
         except ValidationError as exc:
             errors = exc.errors(include_url=False)
             raise RequestError(argument_errors(self.name, errors, self.schema()["properties"])) from None
+
+    def _too_many(self, arguments: dict[str, Any]) -> RequestError | None:
+        """Return the error for a list that is far too long."""
+        for name, value in arguments.items():
+            if not isinstance(value, list) or len(value) <= MOST_ITEMS:
+                continue
+            schema = self.schema()["properties"][name]
+            if schema.get("type") == "array":  # edit_image's prompt, text or a list, is checked where it is used
+                return RequestError(f"{name} has {len(value):,} entries; it must be {describe(schema)}.")
+        return None
 
 
 def _flat(schema: Any) -> Any:
