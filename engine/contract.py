@@ -180,6 +180,7 @@ class Result(_ByValue):
     dtype: number format of the matrix products, such as bfloat16. mode: the implementation. A replay needs both.
     change: the change mask, where `find_change` was asked for.
     read_as: the prompt as a small model read it, "" where it equals the prompt.
+    painted: (width, height) that was computed, None where the image was not resampled from it.
     """
 
     image: Rgb8
@@ -195,6 +196,7 @@ class Result(_ByValue):
     mode: Mode = "eager"
     change: ChangeMask | None = None
     read_as: str = ""
+    painted: tuple[int, int] | None = None
 
 
 Event = Queued | Loading | Stage | Step | Result

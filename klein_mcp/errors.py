@@ -2,6 +2,8 @@
 
 import difflib
 import json
+import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -85,9 +87,25 @@ LONGEST_NAME = 100
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """Return a sentence that names the nearest match, or ""."""
+    names = list(known)
+    if shape := _nearest_shape(word, names):
+        return f"Did you mean {shape}?"
     # difflib takes seconds for a megabyte, and nothing is near to it.
-    near = difflib.get_close_matches(word, list(known), 1) if len(word) <= LONGEST_NAME else []
+    near = difflib.get_close_matches(word.lower(), names, 1) if len(word) <= LONGEST_NAME else []
     return f"Did you mean {near[0]}?" if near else ""
+
+
+def _nearest_shape(word: str, names: Sequence[str]) -> str:
+    """Return the aspect ratio nearest to one that is not offered."""
+    asked, shapes = _ratio(word), {name: ratio for name in names if (ratio := _ratio(name))}
+    return min(shapes, key=lambda name: abs(math.log(shapes[name] / asked))) if asked and shapes else ""
+
+
+def _ratio(text: str) -> float:
+    """Return width by height of a shape such as 4:3, else 0."""
+    match = re.fullmatch(r"\s*(\d{1,5}(?:\.\d+)?)\s*[:x×/]\s*(\d{1,5}(?:\.\d+)?)\s*", text)
+    across, along = (float(side) for side in match.groups()) if match else (0.0, 0.0)
+    return across / along if along else 0.0
 
 
 def unknown_arguments(tool: str, unknown: Sequence[str], known: Iterable[str]) -> str:

@@ -140,6 +140,11 @@ class Canvas:
         """Whether canvas and image have the same size."""
         return (self.width, self.height) == (self.canvas_width, self.canvas_height)
 
+    @property
+    def enlarges(self) -> bool:
+        """Whether the image is resampled from a smaller content."""
+        return self.content_width < self.width or self.content_height < self.height
+
     def pad(self, image: Rgb8) -> Rgb8:
         """Return the image on its canvas.
 

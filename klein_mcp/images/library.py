@@ -394,6 +394,21 @@ class Store:
         newest, deleted = self._rows("SELECT coalesce(max(number), 0), count(deleted) FROM pictures")[0]
         return newest, deleted
 
+    # -- files outside the library -------------------------------------------------------------------------------
+
+    def note_saved(self, handle: str, path: str) -> None:
+        """Remember that an image was written to a file outside the library."""
+        with self._lock, self._explained(), self._database:
+            self._database.execute("DELETE FROM saves WHERE path = ?", (path,))  # another image was there
+            self._database.execute(
+                "INSERT INTO saves (image, path, created) VALUES (?, ?, ?)", (handle, path, time.time())
+            )
+
+    def saved_files(self, handle: str) -> list[str]:
+        """Return the existing files that an image was written to."""
+        rows = self._rows("SELECT path FROM saves WHERE image = ? ORDER BY created", handle)
+        return [path for (path,) in rows if os.path.exists(path)]
+
     # -- what a person chose -------------------------------------------------------------------------------------
 
     def pick(self, client: str, image: str, mask: str | None = None) -> None:

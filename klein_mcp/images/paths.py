@@ -25,6 +25,20 @@ def unwrap(text: str) -> str:
     return text
 
 
+_NO_PATH = re.compile(r"(?:klein|https?|data|file):.*|last(?:[~.]\w+)?|[a-z0-9]{6}\.png", re.IGNORECASE | re.DOTALL)
+
+
+def is_relative(text: str) -> bool:
+    """Return whether a reference looks like a relative path.
+
+    Handles with an ending, and URLs, do not.
+    """
+    text = unwrap(text)
+    if _NO_PATH.fullmatch(text) or any(path.is_absolute() for path in candidates(text)) or text.startswith("~"):
+        return False
+    return re.search(r"[/\\]|\.\w{1,5}$", text) is not None
+
+
 def candidates(text: str, *, windows: bool = os.name == "nt") -> Iterator[PurePath]:
     """Yield the paths that a path or URL may mean, likeliest first.
 

@@ -54,10 +54,15 @@ def _encodings(image: Image.Image, kind: str) -> Iterator[bytes]:
         yield out.getvalue()
 
 
-def contact_sheet(images: Sequence[Pixels], labels: Sequence[str] = LABELS, columns: int = 2) -> Pixels:
-    """Arrange images in columns, each below its label."""
+def contact_sheet(
+    images: Sequence[Pixels], labels: Sequence[str] = LABELS, columns: int = 2, longest: int = LONG_EDGE
+) -> Pixels:
+    """Arrange images in columns, each below its label.
+
+    longest: the long edge of an image, where its cell is not smaller.
+    """
     rows = math.ceil(len(images) / columns)
-    cell = LONG_EDGE // columns - GAP
+    cell = min(longest, LONG_EDGE // columns - GAP)
     shrunk = [Image.fromarray(image).convert("RGB") for image in images]
     for thumbnail in shrunk:
         thumbnail.thumbnail((cell, min(cell, LONG_EDGE // rows - GAP - BAND)), Image.Resampling.LANCZOS)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Literal
 from urllib.parse import unquote_to_bytes
 
 from engine.contract import Rgb8, image_hash
-from klein_mcp.errors import BadImage, Refused, RequestError, UnknownImage, quote
+from klein_mcp.errors import BadImage, Refused, RequestError, UnknownImage, did_you_mean, quote
 from klein_mcp.images import paths
 from klein_mcp.images.library import Store
 from klein_mcp.images.record import ALPHABET, HANDLE_LENGTH, Record
@@ -65,10 +65,13 @@ class ImageResolver:
         self._seen: dict[tuple[str, Reading], tuple[str, tuple[str, ...]]] = {}
         """Files opened lately: (SHA-256, reading) -> handle and warnings, so that none is decoded twice."""
 
-    def open(self, reference: str, client: str, *, reading: Reading = "image") -> ResolvedImage:
+    def open(
+        self, reference: str, client: str, *, reading: Reading = "image", folders: Sequence[Path] = ()
+    ) -> ResolvedImage:
         """Open one reference. Raises RequestError.
 
         client: whose `last` is meant. reading: what the transparent pixels of a file mean.
+        folders: that the client works in, where a relative path starts.
         """
         if reference[:5].lower() != "data:" and len(reference) > MAX_REFERENCE:
             # Before anything splits it: resolving a path of two million folders took minutes.
@@ -87,16 +90,18 @@ class ImageResolver:
         handle = reference.lower().removesuffix(".png")
         if _HANDLE.fullmatch(handle):
             return ResolvedImage(self._store.get(handle))
-        absolute = [path for path in map(_expanded, paths.candidates(reference)) if path.is_absolute()]
+        written = [_expanded(path) for path in paths.candidates(reference)]
+        absolute = [path for path in written if path.is_absolute()]
         if absolute:
             path, real = self._find(absolute)
             return self._import(_read(real), str(path), str(real), client, reading)
-        if re.search(r"[/\\]|\.\w{1,5}$", reference):
-            # Relative to the client's folder, which is unknown: this server was started in another.
-            raise UnknownImage(f"{quote(reference)} is a relative path.", hint="Give an absolute one, or a handle.")
+        if paths.is_relative(reference):
+            path, real = self._in_folders(written, folders, reference)
+            return self._import(_read(real), str(path), str(real), client, reading)
+        nearest = did_you_mean(reference, ["last", *self._store.handles("", 1000)])
         raise UnknownImage(
-            f"{quote(reference)} names no image.",
-            hint="Give a handle such as k7f3q2, last, last~1, or an absolute path; list_images shows the handles.",
+            f"{quote(reference)} names no image. {nearest}".rstrip(),
+            hint="Give a handle such as k7f3q2, last, last~1, or a path; list_images shows the handles.",
         )
 
     def add(self, data: bytes, name: str, client: str, *, reading: Reading = "image") -> ResolvedImage:
@@ -193,18 +198,33 @@ class ImageResolver:
             return None
         return ResolvedImage(record, warnings)
 
-    def _find(self, candidates: Sequence[Path]) -> tuple[Path, Path]:
-        """Return the first existing path, as written and resolved."""
+    def _in_folders(self, written: Sequence[Path], folders: Sequence[Path], reference: str) -> tuple[Path, Path]:
+        """Find a relative path in one of the client's folders."""
+        if not folders:
+            # Relative to the client's folder, which is unknown: this server was started in another.
+            raise UnknownImage(f"{quote(reference)} is a relative path.", hint="Give an absolute one, or a handle.")
+        opened = () if self.settings.read_roots is not None else tuple(folders)
+        path, real = self._find([folder / path for folder in folders for path in written], opened)
+        if not os.path.exists(real):
+            places = ", ".join(map(str, folders))
+            raise UnknownImage(f"There is no file {quote(reference)} in {places}.", hint="Check the path.")
+        return path, real
+
+    def _find(self, candidates: Sequence[Path], opened: Sequence[Path] = ()) -> tuple[Path, Path]:
+        """Return the first existing path, as written and resolved.
+
+        opened: folders that may be read besides the settings' own.
+        """
         for path in candidates:
             with contextlib.suppress(RequestError):
-                real = self._allowed(path)
+                real = self._allowed(path, opened)
                 if os.path.exists(real):
                     return path, real
                 # Only after the policy allowed the path as written: a search is a way to learn names.
                 similar = paths.look_alike(path)
                 if similar != path and os.path.exists(similar):
-                    return similar, self._allowed(similar)
-        return candidates[0], self._allowed(candidates[0])
+                    return similar, self._allowed(similar, opened)
+        return candidates[0], self._allowed(candidates[0], opened)
 
     def _roots(self) -> tuple[Path, ...]:
         if self.settings.read_roots is not None:
@@ -212,8 +232,8 @@ class ImageResolver:
         home, temporary = user_home(), Path(tempfile.gettempdir())
         return (home, temporary) if home else (temporary,)
 
-    def _allowed(self, path: Path) -> Path:
-        roots = self._roots()
+    def _allowed(self, path: Path, opened: Sequence[Path] = ()) -> Path:
+        roots = (*self._roots(), *opened)
         try:
             real = path.resolve()
             # Our own results name paths in the library, whose images any caller may open by handle.

@@ -59,6 +59,15 @@ MIGRATIONS = (
         reported INTEGER NOT NULL DEFAULT 0
     ) WITHOUT ROWID;
     """,
+    # 3: the files that images were saved to
+    """
+    CREATE TABLE saves (
+        image TEXT NOT NULL,
+        path TEXT NOT NULL,
+        created REAL NOT NULL,
+        PRIMARY KEY (image, path)
+    ) WITHOUT ROWID;
+    """,
 )
 """Each runs once, in order, in its own transaction; a library's version is the number applied."""
 

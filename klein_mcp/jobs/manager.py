@@ -60,6 +60,8 @@ REMEMBERED = 24 * 3600.0
 MOST = 1000
 """Finished jobs that can be asked after, about a kilobyte each; more within a day is a client in a loop."""
 
+ALIKE_DRAFTS = "the drafts are alike: another seed changes little here; vary the words"
+
 ATTEMPTS = 2
 """Daemons that may crash on one job."""
 
@@ -252,16 +254,17 @@ class JobManager:
         """Add the previews that a listener asked for."""
         match event:
             case ImageSaved(saved=saved) if options.each:
-                return replace(event, preview=await self._preview([saved.handle], options.each))
+                return replace(event, preview=await self._preview([saved], options.each))
             case Done() if options.preview:
-                handles = [image.handle for image in job.saved]
-                return replace(event, preview=await self._preview(handles, options.preview))
+                return replace(event, preview=await self._preview(job.saved, options.preview))
             case Progressed(preview=preview, partial=partial):
                 shown = preview if options.steps else None
                 return replace(event, preview=shown, partial=partial if options.partials else None)
         return event
 
-    async def _preview(self, handles: Sequence[str], longest: int) -> Preview | None:
+    async def _preview(self, images: Sequence[SavedImage], longest: int) -> Preview | None:
+        handles = [image.handle for image in images]
+        longest = min(longest, max(image.painted for image in images) or longest)
         try:
             return await asyncio.to_thread(self._previews.get, handles, longest)
         except RequestError:
@@ -344,6 +347,8 @@ class JobManager:
                 saving = asyncio.create_task(self._save(job, image, prepared, result))
             if saving:
                 await saving
+            if len(job.saved) > 1:
+                job.warnings = (*job.warnings, *await asyncio.to_thread(self._drafts_warnings, job))
         finally:
             if saving and not saving.done():
                 await asyncio.wait([saving])
@@ -395,9 +400,10 @@ class JobManager:
         store, pixels = self._open()
         finished = await asyncio.to_thread(save.finish, prepared, result)
         handle = store.new_handle()
+        painted = save.painted_edge(finished, result)
         # Whoever listens gets the preview with the result, so it is made beside the file.
         previews = [
-            asyncio.to_thread(self._previews.get, [handle], longest, finished.pixels)
+            asyncio.to_thread(self._previews.get, [handle], min(longest, painted or longest), finished.pixels)
             for longest in self._wanted_previews(job)
         ]
         storing = asyncio.to_thread(save.save, store, handle, finished, prepared, result, job.client)
@@ -436,6 +442,17 @@ class JobManager:
         from klein_mcp.jobs.execute import prepare
 
         return prepare(request, *self._open())
+
+    def _drafts_warnings(self, job: JobRecord) -> tuple[str, ...]:
+        """Warn of drafts that are all alike."""
+        from klein_mcp.images import preserve
+
+        shares = [image.changed["share"] for image in job.saved if image.changed]
+        try:
+            drafts = [self._read(image.handle) for image in job.saved]
+        except RequestError:
+            return ()  # one was deleted since
+        return (ALIKE_DRAFTS,) if preserve.are_alike(drafts, max(shares, default=1.0)) else ()
 
     def _read(self, handle: str) -> Rgb8:
         store, pixels = self._open()

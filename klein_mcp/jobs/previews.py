@@ -33,7 +33,7 @@ class PreviewCache:
         """Return a preview of one image, or a labelled sheet of several.
 
         Blocking.
-        longest: the long edge of a single one. image: the pixels of a single one, where the caller has them.
+        longest: the long edge of each. image: the pixels of a single one, where the caller has them.
         """
         key = (tuple(handles), longest)
         with self._lock:
@@ -57,4 +57,4 @@ class PreviewCache:
 
         if len(handles) == 1:
             return Preview.encode(*preview(self._read(handles[0]) if image is None else image, longest=longest))
-        return Preview.encode(*preview(contact_sheet([self._read(handle) for handle in handles])))
+        return Preview.encode(*preview(contact_sheet([self._read(handle) for handle in handles], longest=longest)))

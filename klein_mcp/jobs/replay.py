@@ -3,14 +3,14 @@
 Every edit that led to it, on its own base or on another.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from engine.families.klein.variants import VARIANTS
 from klein_mcp.errors import RequestError
 from klein_mcp.images.library import Record, Store
 from klein_mcp.jobs.context import CallContext
-from klein_mcp.jobs.request import ImageRequest
+from klein_mcp.jobs.request import ImageRequest, Native, generate
 from klein_mcp.jobs.results import SavedImage
 from klein_mcp.jobs.service import Service
 
@@ -37,7 +37,7 @@ def plan(store: Store, handle: str, *, onto: bool) -> ReplayPlan:
     while base.parents:
         base = ancestors[base.parents[0]]
     if onto and base is image:
-        raise RequestError(f"{handle} was not made from another image.", hint="Leave out --onto.")
+        raise RequestError(f"{handle} was not made from another image.", hint="Name an edited one.")
     made = [record for record in _parents_first(ancestors, image) if record.tool != "open"]
     if onto:
         made = [record for record in made if record is not base and base.handle in _line(ancestors, record)]
@@ -59,25 +59,71 @@ async def replay(
         again[chain.base.handle] = (await service.open(onto, call)).record.handle
     made: list[SavedImage] = []
     for record in chain.steps:
-        result = await service.run(_request(record, again, seed), call)
+        result = await service.run(step_request(record, again, seed), call)
         made.append(result.images[0])
         again[record.handle] = result.images[0].handle
     return made
 
 
-def _request(record: Record, again: dict[str, str], seed: int | None) -> ImageRequest:
+def repeat(
+    record: Record,
+    *,
+    width: int | None = None,
+    height: int | None = None,
+    aspect: str | None = None,
+    count: int = 1,
+    seed: int | None = None,
+    model: str | None = None,
+) -> ImageRequest:
+    """Request a recipe again, with whatever is given in its place.
+
+    Raises RequestError for an image without a recipe, or a size that its region or mask forbids.
+    """
+    recipe = recorded_request(record)
+    asked = generate(
+        recipe.prompt,
+        width=width,
+        height=height,
+        aspect=aspect,
+        count=count,
+        seed=recipe.seed if seed is None else seed,
+        model=model or recipe.model,
+    )
+    resized = not isinstance(asked.size, Native)
+    if resized and (recipe.region or recipe.mask):
+        raise RequestError("region and mask keep the image's size.", hint="Leave out the size.")
+    size = asked.size if resized else recipe.size
+    return replace(
+        recipe, size=size, count=count, seed=asked.seed, model=asked.model, warnings=(*recipe.warnings, *asked.warnings)
+    )
+
+
+def recorded_request(record: Record) -> ImageRequest:
+    """Return the request that made an image, naming its model.
+
+    Raises RequestError if there is none.
+    """
     try:
         # "order" is the key of libraries written before 0.2.
         request = ImageRequest.from_json(record.recipe.get("request") or record.recipe["order"])
     except (KeyError, TypeError, ValueError, AttributeError):
         raise RequestError(f"{record.handle} has no recipe that can be painted again.") from None
+    # The model that "auto" was then: by now it may be another.
+    model = record.recipe.get("model")
+    return replace(request, model=model if model in VARIANTS else request.model)
+
+
+def step_request(record: Record, again: Mapping[str, str], seed: int | None = None) -> ImageRequest:
+    """Request one step of a history again.
+
+    again: the images that stand in place of the recorded ones. Raises RequestError.
+    """
+    request = recorded_request(record)
     return replace(
         request,
         images=tuple(again.get(image, image) for image in request.images),
         mask=again.get(request.mask, request.mask) if request.mask else None,
         seed=request.seed if seed is None else seed,
-        # The model that "auto" was then: by now it may be another.
-        model=record.recipe["model"] if record.recipe["model"] in VARIANTS else request.model,
     )
 
 

@@ -113,6 +113,14 @@ def provenance_of(request: ImageRequest, result: Result, parents: Sequence[str] 
     )
 
 
+def painted_edge(image: FinishedImage, result: Result) -> int:
+    """Return the computed long edge, 0 if the image shows more.
+
+    Of an edit that keeps pixels of its original, the file has more detail than was computed.
+    """
+    return max(result.painted) if result.painted and image.opacity is None else 0
+
+
 def _measured(result: Result) -> dict[str, object]:
     """Return what is shown of the making in the recipe resource.
 
@@ -135,6 +143,8 @@ def save(
     encoded = codec.encode(image.pixels, "png", recipe)
     changed = _checked(image, prepared, encoded)
     made: dict[str, object] = {"read_as": result.read_as} if result.read_as else {}
+    if painted := painted_edge(image, result):
+        made["painted"] = painted
     if changed:
         made["changed"] = {**changed.to_json(), "mask": image.opacity is not None}
     _write_changes(store, handle, image, prepared)
@@ -163,6 +173,7 @@ def save(
         cache=dict(result.cache),
         changed=changed.to_json() if changed else None,
         read_as=result.read_as,
+        painted=painted,
         warnings=(*image.warnings, *result.warnings, *prepared.aspect_warnings(result)),
     )
     return saved, pixels

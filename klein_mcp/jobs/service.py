@@ -18,9 +18,11 @@ from engine.contract import EngineFailed, Queued
 from engine.families.klein.variants import EMBEDDED
 from klein_mcp.errors import RequestError, quote
 from klein_mcp.images.library import Store
+from klein_mcp.images.paths import is_relative
 from klein_mcp.jobs.api import Jobs, UnknownJob
 from klein_mcp.jobs.context import CallContext
 from klein_mcp.jobs.events import Cancelled, Done, Failed, ImageSaved, JobEvent, Listen, Progressed, Submitted
+from klein_mcp.jobs.folders import project_folders
 from klein_mcp.jobs.progress import Progress
 from klein_mcp.jobs.request import ImageRequest
 from klein_mcp.jobs.results import JobResult, PendingJob, SavedImage
@@ -86,7 +88,8 @@ class Service:
 
         reading: what the transparent pixels of a file mean. Raises RequestError.
         """
-        opened = await _in_thread(lambda: self.sources.open(reference, call.client, reading=reading))
+        folders = await project_folders(self.settings, call) if is_relative(reference) else ()
+        opened = await _in_thread(lambda: self.sources.open(reference, call.client, reading=reading, folders=folders))
         if opened.new:
             await call.on_new_image(f"klein://images/{opened.record.handle}")
         return opened

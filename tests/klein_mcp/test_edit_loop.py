@@ -171,5 +171,6 @@ async def test_unknown_noun_gets_the_nearest_and_the_way_out(agent: Client) -> N
 
 async def test_tool_list_stays_small(agent: Client) -> None:
     listed = await agent.list_tools()
-    text = json.dumps([tool.model_dump(mode="json", by_alias=True, exclude_none=True) for tool in listed.tools])
+    tools = [tool.model_dump(mode="json", by_alias=True, exclude_none=True) for tool in listed.tools]
+    text = json.dumps(tools, separators=(",", ":"))  # as it is sent
     assert len(text) <= 10_000

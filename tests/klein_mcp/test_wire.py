@@ -72,6 +72,7 @@ paintings = st.builds(
     warnings=st.lists(texts, max_size=3).map(tuple),
     change=st.none() | changes,
     read_as=texts,
+    painted=st.none() | st.tuples(st.integers(1, 99), st.integers(1, 99)),
 )
 messages = st.one_of(
     jobs,

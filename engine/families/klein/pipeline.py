@@ -266,6 +266,7 @@ class Klein:
             mode=mode,
             change=change,
             read_as="" if reading.text == job.prompt else reading.text,
+            painted=(canvas.content_width, canvas.content_height) if canvas.enlarges else None,
         )
 
     @torch.no_grad()
@@ -380,7 +381,7 @@ class Klein:
             if min(width, height) < GRID:
                 raise InvalidJob(f"The size is {width}×{height}; each side needs at least {GRID} pixels.")
             canvas = Canvas.of(width, height, area)
-        if canvas.content_width < canvas.width or canvas.content_height < canvas.height:
+        if canvas.enlarges:
             warnings.append(
                 f"painted at {canvas.content_width}×{canvas.content_height}, the size {variant.name} was made for, "
                 f"and resampled to {canvas.width}×{canvas.height}"

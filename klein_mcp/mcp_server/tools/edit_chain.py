@@ -1,13 +1,14 @@
 """Several edits in one call, each of the result before it."""
 
 import time
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import anyio.to_thread
 from mcp_types import CallToolResult, ContentBlock
 
+from klein_mcp.jobs import replay
 from klein_mcp.jobs.context import CallContext
 from klein_mcp.jobs.request import ImageRequest
 from klein_mcp.jobs.results import JobResult, PendingJob, SavedImage
@@ -18,70 +19,131 @@ from klein_mcp.mcp_server.tools.image_tool import show_mode
 MAX_STEPS = 8
 COLUMNS = 3
 
+Step = Callable[[Sequence[str]], ImageRequest]
+"""Makes a step's request from the handles so far: of the base, then of each step before."""
+
+
+@dataclass(slots=True)
+class Chain:
+    """The images of a chain so far.
+
+    base: handle of the image it starts from. steps: how many were asked for.
+    """
+
+    base: str
+    steps: int
+    made: list[SavedImage] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    pending: PendingJob | None = None
+
+    @property
+    def handles(self) -> list[str]:
+        return [self.base, *(image.handle for image in self.made)]
+
+    def add(self, result: JobResult) -> None:
+        """Add a step's image and those of its warnings that are new."""
+        step = len(self.made) + 1
+        old = self.warnings.copy()
+        self.warnings += [f"step {step}: {each}" for each in result.warnings if not any(each in one for one in old)]
+        self.made.append(result.images[0])
+
+    def changed_nothing(self) -> bool:
+        """Return whether the latest step had no visible effect."""
+        from klein_mcp.images.preserve import NOTHING
+
+        changed = self.made[-1].changed
+        return changed is not None and changed["share"] < NOTHING
+
 
 async def run_chain(
     service: Service, call: CallContext, request: ImageRequest, prompts: Sequence[str], show: str | None
 ) -> CallToolResult:
     """Run one edit per prompt, up to one that changes nothing."""
-    from klein_mcp.images.preserve import NOTHING
+    steps = [_edit(request, prompt) for prompt in prompts]
+    chain = Chain((await service.open(request.images[0], call)).record.handle, len(steps))
 
-    deadline = time.monotonic() + service.settings.wait_budget
-    base = await service.open(request.images[0], call)
-    handle, made, warnings = base.record.handle, list[SavedImage](), list[str]()
-    pending: PendingJob | None = None
-    for step, prompt in enumerate(prompts, 1):
-        wanted = replace(request, images=(handle,), prompt=prompt)
-        result = await service.run_within(max(0.0, deadline - time.monotonic()), wanted, call)
-        if isinstance(result, PendingJob):
-            pending = result
-            break
-        warnings += _of_step(step, result, warnings)
-        made.append(result.images[0])
-        handle = result.images[0].handle
-        if (changed := result.images[0].changed) and changed["share"] < NOTHING and step < len(prompts):
-            warnings.insert(0, f"stopped at step {step}, which changed nothing visible: {prompt!r}")
-            break
-    mode = show_mode(service, call, show)
-    return await anyio.to_thread.run_sync(
-        lambda: _render(service, call, base.record.handle, made, warnings, pending, mode)
-    )
+    def stop() -> bool:
+        done = len(chain.made)
+        if done == len(prompts) or not chain.changed_nothing():
+            return False
+        chain.warnings.insert(0, f"stopped at step {done}, which changed nothing visible: {prompts[done - 1]!r}")
+        return True
+
+    await _run(service, call, chain, steps, stop)
+    return await _rendered(service, call, chain, show)
 
 
-def _of_step(step: int, result: JobResult, before: list[str]) -> list[str]:
-    """Return the warnings of a step, once each."""
-    return [f"step {step}: {warning}" for warning in result.warnings if not any(warning in other for other in before)]
-
-
-def _render(
-    service: Service,
-    call: CallContext,
-    base: str,
-    made: list[SavedImage],
-    warnings: list[str],
-    pending: PendingJob | None,
-    mode: str,
+async def run_replay(
+    service: Service, call: CallContext, image: str, again: str, seed: int | None, model: str | None, show: str | None
 ) -> CallToolResult:
+    """Make the edits that led to one image on another one."""
+    edited = (await service.open(again, call)).record
+    plan = await anyio.to_thread.run_sync(lambda: replay.plan(service.store, edited.handle, onto=True))
+    recorded = [plan.base.handle, *(record.handle for record in plan.steps)]
+
+    def step(index: int) -> Step:
+        def request(handles: Sequence[str]) -> ImageRequest:
+            wanted = replay.step_request(plan.steps[index], dict(zip(recorded, handles, strict=False)), seed)
+            return replace(wanted, model=model or wanted.model)
+
+        return request
+
+    chain = Chain((await service.open(image, call)).record.handle, len(plan.steps))
+    await _run(service, call, chain, [step(index) for index in range(len(plan.steps))], lambda: False)
+    return await _rendered(service, call, chain, show)
+
+
+def _edit(request: ImageRequest, prompt: str) -> Step:
+    return lambda handles: replace(request, images=(handles[-1],), prompt=prompt)
+
+
+async def _run(
+    service: Service, call: CallContext, chain: Chain, steps: Sequence[Step], stop: Callable[[], bool]
+) -> None:
+    """Run the steps as far as the wait budget allows."""
+    deadline = time.monotonic() + service.settings.wait_budget
+    for step in steps:
+        result = await service.run_within(max(0.0, deadline - time.monotonic()), step(chain.handles), call)
+        if isinstance(result, PendingJob):
+            chain.pending = result
+            return
+        chain.add(result)
+        if stop():
+            return
+
+
+async def _rendered(service: Service, call: CallContext, chain: Chain, show: str | None) -> CallToolResult:
+    mode = show_mode(service, call, show)
+    return await anyio.to_thread.run_sync(lambda: _render(service, call, chain, mode))
+
+
+def _render(service: Service, call: CallContext, chain: Chain, mode: str) -> CallToolResult:
     line: dict[str, Any] = {}
-    if made:
-        line["image"] = made[-1].handle
-    if warnings:
-        line["warnings"] = warnings
-    line["steps"] = [
-        {"image": image.handle, "changed": image.changed, **({"read_as": image.read_as} if image.read_as else {})}
-        for image in made
-    ]
-    if made:
-        line |= {"seed": str(made[-1].seed), "size": [made[-1].width, made[-1].height]}
-        where = results.location(service.store, service.store.get(made[-1].handle), call)
+    if chain.made:
+        line["image"] = chain.made[-1].handle
+    if chain.warnings:
+        line["warnings"] = chain.warnings
+    line["steps"] = [_step(image) for image in chain.made]
+    if chain.made:
+        last = chain.made[-1]
+        line |= {"seed": str(last.seed), "size": [last.width, last.height]}
+        where = results.location(service.store, service.store.get(last.handle), call)
         line |= {name: value for name, value in where.items() if name != "image"}
-    if pending:
-        line |= {"job": pending.job, "next": f'wait_for_job with job "{pending.job}", then go on with the next step'}
+    if chain.pending:
+        job, missing = chain.pending.job, chain.steps - len(chain.made) - 1
+        then = f", then go on with the last {missing} steps" if missing else ""
+        line |= {"job": job, "next": f'wait_for_job with job "{job}"{then}'}
     blocks: list[ContentBlock] = [results.text(line)]
-    if mode == "inline" and made:
-        blocks.append(_filmstrip(service, [base, *(image.handle for image in made)]))
+    if mode == "inline" and chain.made:
+        blocks.append(_filmstrip(service, chain.handles))
     if mode != "none":
-        blocks += [results.resource_link(service.store.get(image.handle)) for image in made[-1:]]
+        blocks += [results.resource_link(service.store.get(image.handle)) for image in chain.made[-1:]]
     return CallToolResult(content=blocks)
+
+
+def _step(image: SavedImage) -> dict[str, Any]:
+    read_as = {"read_as": image.read_as} if image.read_as else {}
+    return {"image": image.handle, "changed": image.changed, **read_as}
 
 
 def _filmstrip(service: Service, handles: list[str]) -> ContentBlock:

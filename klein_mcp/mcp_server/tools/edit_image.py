@@ -7,14 +7,15 @@ from klein_mcp.jobs import request
 from klein_mcp.jobs.context import CallContext
 from klein_mcp.jobs.service import Service
 from klein_mcp.mcp_server.tools import fields
-from klein_mcp.mcp_server.tools.edit_chain import MAX_STEPS, run_chain
+from klein_mcp.mcp_server.tools.edit_chain import MAX_STEPS, run_chain, run_replay
 from klein_mcp.mcp_server.tools.image_tool import run_request
 from klein_mcp.mcp_server.tools.tool import Tool
 
 
 class EditImage(fields.Arguments):
     image: fields.ImageRef
-    prompt: fields.EditPrompts
+    prompt: fields.EditPrompts | None = None
+    again: fields.Replay | None = None
     region: fields.Region | None = None
     mask: fields.Mask | None = None
     width: fields.EditWidth | None = None
@@ -27,6 +28,13 @@ class EditImage(fields.Arguments):
 
 
 async def run(service: Service, call: CallContext, arguments: EditImage) -> CallToolResult:
+    if arguments.again is not None:
+        _check_replay(arguments)
+        return await run_replay(
+            service, call, arguments.image, arguments.again, arguments.seed, arguments.model, arguments.show
+        )
+    if arguments.prompt is None:
+        raise RequestError("prompt is missing; it must be text, not empty.", hint="Or again: an image's handle.")
     prompts = [arguments.prompt] if isinstance(arguments.prompt, str) else arguments.prompt
     _check_prompts(prompts, arguments.count)
     wanted = request.edit(
@@ -44,6 +52,18 @@ async def run(service: Service, call: CallContext, arguments: EditImage) -> Call
     if len(prompts) > 1:
         return await run_chain(service, call, wanted, prompts, arguments.show)
     return await run_request(service, call, wanted, arguments.show)
+
+
+def _check_replay(arguments: EditImage) -> None:
+    """Refuse what a replay would have to ignore."""
+    own = {"again", "image", "seed", "model", "show"}
+    if others := sorted(arguments.model_fields_set - own - _at_default(arguments)):
+        raise RequestError(f"again replays edits as they were made, without {others[0]}.", hint="Leave it out.")
+
+
+def _at_default(arguments: EditImage) -> set[str]:
+    fields = type(arguments).model_fields.items()
+    return {name for name, field in fields if getattr(arguments, name) == field.default}
 
 
 def _check_prompts(prompts: list[str], count: int) -> None:

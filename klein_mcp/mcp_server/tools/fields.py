@@ -104,17 +104,19 @@ ComposePrompt = Annotated[
 ImageRef = Annotated[
     str,
     StringConstraints(strip_whitespace=True, min_length=1),
-    Field(description="A handle (k7f3q2), last, last~1, A to D of the last sheet, or an absolute path."),
+    Field(description="A handle (k7f3q2), last, last~1, A to D of the last sheet, or a path."),
 ]
 Images = Annotated[
     list[Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]],
     Field(
         min_length=1,
         max_length=MAX_REFERENCES,
-        description="References in order: handles, last, last~1, or absolute paths.",
+        description="References in order: handles, last, last~1, or paths.",
     ),
     BeforeValidator(as_list),
 ]
+Again = Annotated[str, Field(min_length=1, description="Not prompt: this image's recipe, at another size or model.")]
+Replay = Annotated[str, Field(min_length=1, description="Not prompt: all edits that led to this image.")]
 Mask = Annotated[
     str,
     StringConstraints(strip_whitespace=True, min_length=1),
@@ -152,10 +154,15 @@ Model = Annotated[
     AfterValidator(_known_model),
     BeforeValidator(lambda value: as_choice(value, ("auto", *VARIANTS))),
 ]
-Background = Annotated[Literal["transparent"], Field(description="transparent: real alpha, measured.")]
+Background = Annotated[
+    Literal["transparent"],
+    Field(description="transparent: real alpha, measured."),
+    BeforeValidator(lambda value: as_choice(value, ("transparent",))),
+]
 Preserve = Annotated[
     Literal["auto", "off"],
     Field(description="auto: pixels that did not change stay the original's; off: as painted."),
+    BeforeValidator(lambda value: as_choice(value, ("auto", "off"))),
 ]
 ShowMode = Literal["inline", "link", "none"]
 Show = Annotated[
@@ -165,7 +172,11 @@ Show = Annotated[
 ]
 
 
-JobHandle = Annotated[str, Field(min_length=1, max_length=64, description='The "job" of the previous result.')]
+JobHandle = Annotated[
+    str,
+    StringConstraints(strip_whitespace=True, to_lower=True),
+    Field(min_length=1, max_length=64, description='The "job" of the previous result.'),
+]
 SavePath = Annotated[
     str,
     StringConstraints(strip_whitespace=True, min_length=1),

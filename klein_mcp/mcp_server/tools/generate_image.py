@@ -1,10 +1,14 @@
 """generate_image: makes a new image from words."""
 
+from dataclasses import replace
+
 from mcp_types import CallToolResult
 
 from klein_mcp.errors import RequestError
 from klein_mcp.jobs import request
 from klein_mcp.jobs.context import CallContext
+from klein_mcp.jobs.replay import repeat
+from klein_mcp.jobs.request import ImageRequest
 from klein_mcp.jobs.service import Service
 from klein_mcp.mcp_server.tools import fields
 from klein_mcp.mcp_server.tools.image_tool import run_request
@@ -13,7 +17,8 @@ from klein_mcp.mcp_server.tools.transparent import run_transparent
 
 
 class GenerateImage(fields.Arguments):
-    prompt: fields.Prompt
+    prompt: fields.Prompt | None = None
+    again: fields.Again | None = None
     aspect_ratio: fields.Aspect | None = None
     width: fields.Width | None = None
     height: fields.Height | None = None
@@ -25,6 +30,34 @@ class GenerateImage(fields.Arguments):
 
 
 async def run(service: Service, call: CallContext, arguments: GenerateImage) -> CallToolResult:
+    wanted, background = await _request(service, call, arguments)
+    if background:
+        if arguments.count > 1:
+            raise RequestError("A transparent image is made alone.", hint="Leave out count.")
+        return await run_transparent(service, call, wanted, arguments.show)
+    return await run_request(service, call, wanted, arguments.show)
+
+
+async def _request(service: Service, call: CallContext, arguments: GenerateImage) -> tuple[ImageRequest, bool]:
+    """Return the request, and whether it is transparent."""
+    if arguments.again is not None:
+        record = (await service.open(arguments.again, call)).record
+        if arguments.prompt not in (None, record.prompt):
+            raise RequestError(f"again repeats the prompt of {record.handle}.", hint="Leave out prompt, or again.")
+        wanted = repeat(
+            record,
+            width=arguments.width,
+            height=arguments.height,
+            aspect=arguments.aspect_ratio,
+            count=arguments.count,
+            seed=arguments.seed,
+            model=arguments.model,
+        )
+        if "alpha" in record.recipe and record.prompt:  # its recipe is the master's, on a backing
+            return replace(wanted, prompt=record.prompt), True
+        return wanted, arguments.background is not None
+    if arguments.prompt is None:
+        raise RequestError("prompt is missing; it must be text, not empty.", hint="Or again: an image's handle.")
     wanted = request.generate(
         arguments.prompt,
         width=arguments.width,
@@ -34,11 +67,7 @@ async def run(service: Service, call: CallContext, arguments: GenerateImage) -> 
         seed=arguments.seed,
         model=service.model(arguments.model),
     )
-    if arguments.background:
-        if arguments.count > 1:
-            raise RequestError("A transparent image is made alone.", hint="Leave out count.")
-        return await run_transparent(service, call, wanted, arguments.show)
-    return await run_request(service, call, wanted, arguments.show)
+    return wanted, arguments.background is not None
 
 
 TOOL = Tool(

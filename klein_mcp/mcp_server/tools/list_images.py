@@ -50,9 +50,12 @@ def _history(service: Service, record: Record) -> dict[str, object]:
     for each in line:
         branches = [child.handle for child in service.store.children(each.handle) if child.handle not in on_line]
         words = one_line(each.prompt or each.source or "", PROMPT_LENGTH)
-        steps.append(
-            {"image": each.handle, "made_by": each.tool, "prompt": words} | ({"branches": branches} if branches else {})
-        )
+        step: dict[str, object] = {"image": each.handle, "made_by": each.tool, "prompt": words}
+        if branches:
+            step["branches"] = branches
+        if saved := service.store.saved_files(each.handle):
+            step["saved"] = saved
+        steps.append(step)
     return {"image": record.handle, "history": steps}
 
 

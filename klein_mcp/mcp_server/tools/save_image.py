@@ -1,17 +1,14 @@
 """save_image: writes the full image into the user's project."""
 
-from pathlib import Path
-
 import anyio.to_thread
 from mcp_types import CallToolResult
 
-from klein_mcp.errors import Refused
 from klein_mcp.jobs.context import CallContext
+from klein_mcp.jobs.folders import writable
 from klein_mcp.jobs.service import Service
 from klein_mcp.mcp_server import results
 from klein_mcp.mcp_server.tools import fields
 from klein_mcp.mcp_server.tools.tool import Tool
-from klein_mcp.settings import Settings, user_home
 
 
 class SaveImage(fields.Arguments):
@@ -41,7 +38,9 @@ async def run(service: Service, call: CallContext, arguments: SaveImage) -> Call
 
     def save() -> export.SavedFile:
         signer = credentials.from_setting(settings.credentials, settings.home)
-        return export.save(service.store, opened.record, options, roots, signer)
+        file = export.save(service.store, opened.record, options, roots, signer)
+        service.store.note_saved(opened.record.handle, str(file.path))
+        return file
 
     saved = await anyio.to_thread.run_sync(save)
     payload = {
@@ -57,35 +56,6 @@ async def run(service: Service, call: CallContext, arguments: SaveImage) -> Call
             f"max_size {arguments.max_size} only shrinks: {saved.width}×{saved.height} was written; size enlarges"
         ]
     return CallToolResult(content=[results.text(payload)])
-
-
-async def writable(settings: Settings, call: CallContext) -> tuple[Path, ...]:
-    """Return the folders open for writing.
-
-    Those of the settings, else the client's roots, else the folder this server was started in.
-
-    Raises Refused if that last one is not below the user's home: nobody chose it for images.
-    """
-    if settings.write_roots is not None:
-        return settings.write_roots
-    if call.link is not None:
-        return ()  # a remote client names folders of its own machine, not of ours
-    if roots := await call.roots():
-        return roots
-    from klein_mcp.images.export import ALLOW
-
-    try:
-        here = Path.cwd().resolve()
-    except FileNotFoundError:
-        raise Refused("The folder in which this server was started is gone.", hint=ALLOW) from None
-    home = user_home()
-    if home is None or here == home.resolve() or not here.is_relative_to(home.resolve()):
-        raise Refused(
-            f"No folder is open for writing: {here}, in which this server was started, "
-            "is not a folder below your home, or is the home itself.",
-            hint=ALLOW,
-        )
-    return (here,)
 
 
 TOOL = Tool(

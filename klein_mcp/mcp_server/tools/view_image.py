@@ -37,7 +37,11 @@ async def run(service: Service, call: CallContext, arguments: ViewImage) -> Call
             # A small part is shown enlarged: a model sees nothing in 40 pixels.
             part = codec.fitted(part[top:bottom, left:right], arguments.max_size)
             metadata["region"] = arguments.region
-        data, mime = preview.preview(part, longest=arguments.max_size)
+            data, mime = preview.preview(part, longest=arguments.max_size)
+        else:
+            # An enlarged file shows no more than the pixels it was painted with.
+            longest = min(arguments.max_size, int(record.recipe.get("painted", arguments.max_size)))
+            data, mime = preview.preview(part, longest=longest)
         metadata |= {"parents": record.parents, "prompt": record.prompt, "source": record.source}
         metadata["warnings"] = opened.warnings
         blocks = [results.text(metadata), results.image_block(data, mime), results.resource_link(record)]
