@@ -70,7 +70,7 @@ async def test_unknown_tool_is_an_error_with_the_nearest_name(client: Client):
     ("arguments", "message"),
     [
         ({}, "prompt is missing"),
-        ({"prompt": ""}, 'prompt is ""; it must be text, not empty'),
+        ({"prompt": ""}, "prompt is missing; it must be text, not empty"),
         ({"prompt": "  \n "}, "not empty"),
         ({"prompt": "x" * 4001}, "prompt has 4001 characters; at most 4000"),
         ({"prompt": 7}, "prompt is 7; it must be text"),
