@@ -4,7 +4,7 @@ This module imports no torch.
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -279,6 +279,12 @@ class NodeStatus:
     running: int = 0
     waiting: int = 0
     hits: int = 0
+
+    def with_engine(self, engine: "EngineStatus") -> "NodeStatus":
+        """Return this node with its engine's model, device, memory and hits."""
+        return replace(
+            self, loaded=engine.loaded, device=engine.device, free_bytes=engine.free_bytes, hits=engine.cache.hits
+        )
 
 
 @dataclass(frozen=True, slots=True)

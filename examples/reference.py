@@ -62,9 +62,6 @@ def settings_page() -> str:
 
 def cli_page() -> str:
     """Return docs/cli.md: every command with its usage, arguments and options."""
-    parser = cli.build_parser()
-    (commands,) = (action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
-    about = {action.dest: action.help or "" for action in commands._choices_actions}
     parts = [
         "# Command line",
         "",
@@ -81,16 +78,24 @@ def cli_page() -> str:
         "`paint` writes its image where you say, and not into the library.",
         "",
     ]
-    for name, command in commands.choices.items():
-        parts += [f"## klein-mcp {name}", "", f"{_sentence(about.get(name, ''))}", "", *_arguments(command), ""]
+    parts += _commands(cli.build_parser(), "## klein-mcp")
     return "\n".join(parts).rstrip() + "\n"
+
+
+def _commands(parser: argparse.ArgumentParser, title: str) -> Iterator[str]:
+    """Yield the lines of each command of `parser`, and of their own commands below them."""
+    for commands in (action for action in parser._actions if isinstance(action, argparse._SubParsersAction)):
+        about = {action.dest: action.help or "" for action in commands._choices_actions}
+        for name, command in commands.choices.items():
+            yield from (f"{title} {name}", "", _sentence(about.get(name, "")), "", *_arguments(command), "")
+            yield from _commands(command, f"#{title} {name}")
 
 
 def _arguments(command: argparse.ArgumentParser) -> Iterator[str]:
     yield from ("```", re.sub(r"\s+", " ", command.format_usage().removeprefix("usage: ")).strip(), "```")
     rows = []
     for action in command._actions:
-        if isinstance(action, argparse._HelpAction):
+        if isinstance(action, argparse._HelpAction | argparse._SubParsersAction):
             continue
         value = action.metavar or (action.dest.upper() if action.nargs != 0 and action.option_strings else "")
         value = " ".join(value) if isinstance(value, tuple) else value

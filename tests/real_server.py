@@ -71,3 +71,19 @@ def wait_until_listening(port: int, process: "subprocess.Popen[bytes]") -> None:
         else:
             return
     raise AssertionError(f"nothing listened on port {port} within {PATIENCE} seconds")
+
+
+@contextmanager
+def engine_process(home: Path, token: Path, port: int = 0) -> Iterator[tuple[str, "subprocess.Popen[str]"]]:
+    """Run `klein-mcp engine`. Yield its address and process."""
+    place = RealServer(home)
+    home.mkdir(exist_ok=True)
+    command = [sys.executable, "-m", "klein_mcp", "engine", "--listen", f"127.0.0.1:{port}", "--token-file", str(token)]
+    process = subprocess.Popen(command, env=place.environment(), stderr=subprocess.PIPE, text=True)
+    assert process.stderr
+    try:
+        yield f"http://{process.stderr.readline().split()[-1]}", process
+    finally:
+        process.kill()
+        process.wait()
+        process.stderr.close()

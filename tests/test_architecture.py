@@ -52,7 +52,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     # Jobs and those who run them.
     "klein_mcp.cluster": {
         "klein_mcp.daemon", "klein_mcp.jobs", "klein_mcp.settings",
-        "klein_mcp.private", "klein_mcp.foreign", "klein_mcp.errors", "engine.contract",
+        "klein_mcp.private", "klein_mcp.foreign", "klein_mcp.errors", "klein_mcp.atomic", "engine.contract",
     },
     "klein_mcp.daemon": {
         "klein_mcp.jobs", "klein_mcp.images", "klein_mcp.settings",
@@ -97,7 +97,7 @@ FORBIDDEN_TO_ENGINE = {
 }
 PUBLIC = {"engine.contract", "engine.families.klein.variants", "engine.search"}
 MAY_LOAD_THE_ENGINE = {"klein_mcp.daemon.executors.local"}
-HEAVY = ("torch", "transformers", "diffusers", "safetensors")
+HEAVY = ("torch", "transformers", "diffusers", "safetensors", "ray")
 
 
 def ours(module: str) -> set[str]:
@@ -126,6 +126,11 @@ def test_outside_the_engine_only_contract_and_variants_are_seen(module: str) -> 
     allowed = PUBLIC | ({"engine.engine"} if module in MAY_LOAD_THE_ENGINE else set())
     reached = {name for name in ours(module) if name.split(".")[0] == "engine" and name != "engine"} - allowed
     assert not reached, f"{module} imports {reached}"
+
+
+def test_only_the_cluster_names_ray() -> None:
+    named = {name for name, path in FILES.items() if re.search(r"(import|module\(\W)\s*ray\b", path.read_text())}
+    assert named == {"klein_mcp.cluster.extra"}
 
 
 @pytest.mark.parametrize(

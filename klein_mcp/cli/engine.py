@@ -19,19 +19,28 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(settings: Settings, arguments: argparse.Namespace) -> int:
     """Serve until a signal."""
+    address = listening_address("engine", arguments)
+    return 2 if address is None else serve(settings, *address, arguments)
+
+
+def listening_address(command: str, arguments: argparse.Namespace) -> tuple[str, int] | None:
+    """Return host and port of --listen.
+
+    None, and a line on stderr, if they cannot be used.
+    """
     host, _, port = arguments.listen.rpartition(":")
     host = host.strip("[]")
     if not port.isdecimal():
-        print(f"klein-mcp engine: {arguments.listen!r} is not HOST:PORT", file=sys.stderr)
-        return 2
+        print(f"klein-mcp {command}: {arguments.listen!r} is not HOST:PORT", file=sys.stderr)
+        return None
     if host not in LOOPBACK and not (arguments.certificate and arguments.key):
         print(
-            f"klein-mcp engine: {host} is reached over a network: name --certificate and --key, or listen on 127.0.0.1 "
-            "behind a proxy that speaks TLS",
+            f"klein-mcp {command}: {host} is reached over a network: name --certificate and --key, or listen on "
+            "127.0.0.1 behind a proxy that speaks TLS",
             file=sys.stderr,
         )
-        return 2
-    return serve(settings, host, int(port), arguments)
+        return None
+    return host, int(port)
 
 
 def serve(settings: Settings, host: str, port: int, arguments: argparse.Namespace) -> int:

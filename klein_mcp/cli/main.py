@@ -24,11 +24,12 @@ COMMANDS = {
     "doctor": "check everything that image generation needs; each line says ok, or what to do",
     "status": "what this user's engine holds and does",
     "engine": "serve this machine's engine to daemons on other machines",
+    "cluster": "engines of many machines behind one address, with Ray: up, join, status, down",
     "stop": "end this user's engine, and wait until it is gone",
 }
 """Each is a module of this package with `configure(parser)` and `run(settings, arguments) -> exit code`."""
 
-WITHOUT_JSON = {"engine", "serve", "studio"}
+WITHOUT_JSON = {"cluster", "engine", "serve", "studio"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

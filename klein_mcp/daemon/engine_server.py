@@ -7,14 +7,14 @@ import threading
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import asdict, replace
-from typing import Any
+from typing import Any, Protocol
 
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from engine.contract import EngineError, Event, Job, Result, Rgb8, image_hash
+from engine.contract import EngineError, EngineFailed, Event, Job, NodeStatus, Result, Rgb8, image_hash
 from klein_mcp.daemon import wire
 from klein_mcp.daemon.endpoint import BuildInfo, proof
 from klein_mcp.jobs.queue import Queue, Ticket
@@ -60,14 +60,32 @@ class HeldImages:
             return self._images.get(name)
 
 
+class Peers(Protocol):
+    """Engines behind the same address."""
+
+    async def count(self) -> int:
+        """Return how many there are, this one included."""
+        ...
+
+    async def describe(self) -> "list[NodeStatus]":
+        """Describe each of them."""
+        ...
+
+
+BROKEN = 3
+"""Jobs that break off one after another until the engine counts as broken."""
+
+
 class EngineServer:
     """One engine's HTTP interface: hello, status and run."""
 
-    def __init__(self, queue: Queue, token: str, build: BuildInfo) -> None:
+    def __init__(self, queue: Queue, token: str, build: BuildInfo, peers: Peers | None = None) -> None:
         self._queue = queue
         self._token = token
         self._build = build
+        self._peers = peers
         self._held = HeldImages()
+        self._broken_off = 0
 
     def app(self) -> Starlette:
         """Build the ASGI application."""
@@ -78,6 +96,21 @@ class EngineServer:
                 Route("/run", self._authorized(self._run), methods=["POST"]),
             ]
         )
+
+    @property
+    def is_broken(self) -> bool:
+        """Tell whether the last jobs all broke off.
+
+        A new process may mend it.
+        """
+        return self._broken_off >= BROKEN
+
+    def describe(self, name: str) -> NodeStatus:
+        """Describe this engine under `name`. Waits for no job."""
+        queue = self._queue.status()
+        node = NodeStatus(name, running=int(queue.running), waiting=queue.waiting)
+        engine = self._queue.engine_status()
+        return node.with_engine(engine) if engine else node
 
     def _authorized(self, endpoint: Callable[[Request], Awaitable[Response]]) -> Any:
         async def guarded(request: Request) -> Response:
@@ -91,11 +124,13 @@ class EngineServer:
     async def _hello(self, request: Request) -> Response:
         """Prove that we hold the token before a daemon shows it."""
         answer = proof(self._token, request.query_params.get("nonce", ""))
-        return JSONResponse({"proof": answer, "build": asdict(self._build)})
+        engines = {"engines": await self._peers.count()} if self._peers else {}
+        return JSONResponse({"proof": answer, "build": asdict(self._build), **engines})
 
     async def _status(self, request: Request) -> Response:
         engine = await asyncio.to_thread(self._queue.engine_status)
-        return JSONResponse({"queue": asdict(self._queue.status()), "engine": engine and engine.to_json()})
+        nodes = {"nodes": [asdict(node) for node in await self._peers.describe()]} if self._peers else {}
+        return JSONResponse({"queue": asdict(self._queue.status()), "engine": engine and engine.to_json(), **nodes})
 
     async def _run(self, request: Request) -> Response:
         try:
@@ -146,7 +181,10 @@ class EngineServer:
                 except TimeoutError:
                     if latest is None:
                         continue
+                if isinstance(latest, EngineFailed):
+                    self._broken_off += 1
                 if isinstance(latest, Result):
+                    self._broken_off = 0
                     self._held.add(latest.image)  # the next edit is of this one
                     self._queue.prefetch(latest.image)
                 yield wire.encode(latest)

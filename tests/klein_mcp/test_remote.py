@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -16,10 +16,22 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from engine.contract import Busy, EngineFailed, Job, Result, Rgb8, Step, image_hash
+from engine.contract import (
+    Busy,
+    ChangeMask,
+    EngineFailed,
+    Event,
+    Job,
+    NodeStatus,
+    Result,
+    Rgb8,
+    Step,
+    image_hash,
+)
 from klein_mcp.daemon import wire
 from klein_mcp.daemon.endpoint import BuildInfo, proof
 from klein_mcp.daemon.engine_server import EngineServer
+from klein_mcp.daemon.executors import remote as remotes
 from klein_mcp.daemon.executors.remote import RemoteExecutor
 from klein_mcp.jobs.queue import Queue
 from tests.fakes import FakeExecutor, painted
@@ -193,19 +205,24 @@ def endless() -> Iterator[bytes]:
         yield frame
 
 
+def liar(lie: Callable[[], Iterator[bytes]], token: str, build: BuildInfo) -> Starlette:
+    """An engine that holds the token and answers each job with `lie`."""
+
+    async def hello(request: Request) -> Response:
+        answer = {"proof": proof(token, request.query_params["nonce"]), "build": asdict(build)}
+        return JSONResponse(answer)
+
+    async def run(request: Request) -> Response:
+        await request.body()
+        return StreamingResponse(lie())
+
+    return Starlette(routes=[Route("/hello", hello), Route("/run", run, methods=["POST"])])
+
+
 @pytest.mark.parametrize("lie", LIES)
 def test_lying_machine_does_no_harm(lie):
-    async def hello(request: Request) -> Response:
-        answer = proof(TOKEN, request.query_params["nonce"])
-        return JSONResponse({"proof": answer, "build": {"version": "1.0", "fingerprint": "same", "changed": 0}})
-
-    async def lies(request: Request) -> Response:
-        await request.body()
-        return StreamingResponse(LIES[lie]())
-
-    liar = Starlette(routes=[Route("/hello", hello), Route("/run", lies, methods=["POST"])])
     honest = Machine()
-    with listening(liar) as url, machines(honest):
+    with listening(liar(LIES[lie], TOKEN, BUILD)) as url, machines(honest):
         remote = RemoteExecutor([url, honest.url], TOKEN, BUILD)
         for lineage in range(8):  # some of them belong to the liar
             job = replace(known(EDIT), affinity=f"auto {lineage}")
@@ -214,8 +231,6 @@ def test_lying_machine_does_no_harm(lie):
 
 
 def test_machine_that_comes_back_gets_its_lineages_again(monkeypatch):
-    from klein_mcp.daemon.executors import remote as remotes
-
     monkeypatch.setattr(remotes, "REST", 0.2)
     one, two = Machine(), Machine()
     with machines(one, two) as remote:
@@ -229,3 +244,95 @@ def test_machine_that_comes_back_gets_its_lineages_again(monkeypatch):
         run(remote, known(EDIT))
         assert len(owner.jobs) == before + 1
         assert len(other.jobs) == 1
+
+
+class FakeProxy:
+    """The address of a cluster: answers as its engines do, after those answers to /run that a test gives it."""
+
+    def __init__(self, *answers: Response) -> None:
+        self.answers = list(answers)
+        self.sessions: list[str] = []
+        self.engine = Machine()
+
+    async def hello(self, request: Request) -> Response:
+        answer = {"proof": proof(TOKEN, request.query_params["nonce"]), "build": asdict(BUILD), "engines": 2}
+        return JSONResponse(answer)
+
+    async def run(self, request: Request) -> Response:
+        self.sessions.append(request.headers.get("x-session-id", ""))
+        await request.body()
+        return self.answers.pop(0) if self.answers else await self.engine.server._run(request)
+
+    async def status(self, request: Request) -> Response:
+        nodes = [NodeStatus("a on one", loaded="nano", hits=3), NodeStatus("b on two", error="silent")]
+        return JSONResponse({"queue": {}, "engine": None, "nodes": [asdict(node) for node in nodes]})
+
+    def app(self) -> Starlette:
+        run = Route("/run", self.run, methods=["POST"])
+        return Starlette(routes=[Route("/hello", self.hello), Route("/status", self.status), run])
+
+
+@contextmanager
+def proxied(*answers: Response) -> Iterator[tuple[FakeProxy, RemoteExecutor]]:
+    proxy = FakeProxy(*answers)
+    with listening(proxy.app()) as url, closing(proxy.engine.queue):
+        yield proxy, RemoteExecutor([url], TOKEN, BUILD)
+
+
+def test_cluster_is_sent_one_job_more_than_it_has_engines():
+    with proxied() as (_, remote):
+        assert remote.slots == 1, "not asked yet"
+        run(remote, known(EDIT))
+        assert remote.slots == 3
+        one, two = remote.status().nodes
+    assert one.url.endswith(" a on one")
+    assert (one.loaded, one.hits, two.error) == ("nano", 3, "silent")
+
+
+def test_lineage_has_one_session_and_a_retry_another(monkeypatch):
+    monkeypatch.setattr(remotes, "PAUSES", (0.0, 0.0, 0.0))
+    with proxied(Response(b""), Response(b"")) as (proxy, remote):
+        assert run(remote, known(EDIT)).image.tobytes() == painted(EDIT).tobytes()
+        run(remote, replace(known(EDIT), seed=8))
+        run(remote, Job("nothing to edit"))
+    first, second, third, complete, later, without = proxy.sessions
+    assert len({first, second, third}) == 3, "each try is made at another place of the ring"
+    assert complete == third, "its engine had not seen the reference"
+    assert later == first
+    assert without == ""
+
+
+def test_proxy_that_queues_no_more_is_busy():
+    full_queue = Response("Request dropped", 503, {"retry-after": "7"})
+    with proxied(full_queue) as (_, remote), pytest.raises(Busy) as full:
+        run(remote, known(EDIT))
+    assert full.value.retry_after == 7
+
+
+def test_engine_is_broken_once_jobs_keep_breaking_off():
+    machine = Machine()
+    machine.executor.error = EngineFailed("the device is gone")
+    with machines(machine) as remote:
+        for _ in range(3):
+            assert not machine.server.is_broken
+            with pytest.raises(EngineFailed):
+                run(remote, known(EDIT))
+        assert machine.server.is_broken
+        machine.executor.error = None
+        run(remote, known(EDIT))
+        assert not machine.server.is_broken
+
+
+def test_result_with_a_change_mask_of_its_size_is_read():
+    job = Job("edit", (np.zeros((2400, 2400, 3), np.uint8),), align=True, seed=3, find_change=True)
+    image = np.random.default_rng(0).integers(0, 256, (2400, 2400, 3), np.uint8)
+    machine = Machine()
+    change = ChangeMask(np.full((2400, 2400), 9, np.uint8))
+
+    def masked(job: Job, watched: object) -> Iterator[Event]:
+        yield replace(RESULT, image=image, change=change)
+
+    machine.executor.run = masked  # type: ignore[method-assign]
+    with machines(machine) as remote:
+        result = run(remote, known(job))
+    assert result.change == change

@@ -6,29 +6,28 @@ import secrets
 import ssl
 import threading
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
+from hashlib import blake2b
+from itertools import chain
 from math import ceil
 from typing import TYPE_CHECKING
-from urllib.parse import urlsplit
 
-from engine.contract import Busy, EngineError, EngineFailed, EngineStatus, Event, Job, NodeStatus, Result, Rgb8
+from engine.contract import Busy, EngineFailed, EngineStatus, Event, Job, NodeStatus, Rgb8
 from klein_mcp.daemon import wire
 from klein_mcp.daemon.endpoint import BuildInfo, proof
 from klein_mcp.daemon.engine_server import INCLUDED, MISSING, read_token
+from klein_mcp.daemon.executors.answers import read_events
+from klein_mcp.daemon.executors.node import MOST_ENGINES, Node, NodeFailed, checked_url
 from klein_mcp.daemon.executors.ring import HashRing
 from klein_mcp.jobs.executor import nobody_watches
-from klein_mcp.limits import MAX_AREA
 from klein_mcp.settings import Settings
 
 if TYPE_CHECKING:
     import httpx2
 
 log = logging.getLogger(__name__)
-
-LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 SILENCE = 60.0
 """Seconds without a byte after which a node is taken for dead; it sends the latest event every second."""
@@ -37,46 +36,20 @@ CONNECT = 5.0
 REST = 5.0
 """Seconds for which a node that failed is asked last."""
 
+COUNTED = 5.0
+"""Seconds after which a cluster is asked again how many engines it has."""
+
+PAUSES = (0.0, 1.0, 3.0)
+"""Seconds before each try at a cluster, which needs a moment to see that one of its machines is gone."""
+
 BOUND = 1.25
 """A node takes at most this multiple of the mean of running jobs; the next one on the ring helps. See docs/scale.md."""
 
-MOST_EVENTS = 100_000
-"""Events of one job: one a second for a day. A node that sends more is broken."""
+FULL = 503
+"""Status code of a proxy that queues no more; an engine of ours is busy in words of its own."""
 
-MOST_KNOWN = 10_000
-"""Hashes remembered per node."""
-
-EVENT_BYTES = 4_000_000
-"""Bytes of an event besides the pixels of a result: a header, a preview, a partial image's share is added."""
-
-
-class NodeFailed(Exception):
-    """This node cannot run the job.
-
-    Another may.
-    """
-
-
-@dataclass(eq=False)
-class Node:
-    """One engine elsewhere.
-
-    Known: hashes of references it was sent, the latest last.
-    """
-
-    url: str
-    error: str = ""
-    rests_until: float = 0.0
-    running: int = 0
-    greeted: bool = False
-    known: "OrderedDict[str, None]" = field(default_factory=OrderedDict)
-
-    def learn(self, names: Sequence[str]) -> None:
-        for name in filter(None, names):
-            self.known[name] = None
-            self.known.move_to_end(name)
-        while len(self.known) > MOST_KNOWN:
-            self.known.popitem(last=False)
+RETRY = 5.0
+"""Seconds to wait for a proxy that does not say how many."""
 
 
 class RemoteExecutor:
@@ -89,7 +62,7 @@ class RemoteExecutor:
         """Raises EngineFailed for an address that would send images unencrypted."""
         import httpx2
 
-        self._nodes = {url: Node(url) for url in map(_checked, urls)}
+        self._nodes = {url: Node(url) for url in map(checked_url, urls)}
         self._ring = HashRing(self._nodes)
         self._token = token
         self._build = build
@@ -114,8 +87,8 @@ class RemoteExecutor:
 
     @property
     def slots(self) -> int:
-        """One per node."""
-        return len(self._nodes)
+        """Jobs that all nodes take at once."""
+        return sum(node.slots for node in self._nodes.values())
 
     def run(self, job: Job, watched: Callable[[], bool] = nobody_watches) -> Iterator[Event]:
         """Run `job` on the first node that can.
@@ -134,7 +107,7 @@ class RemoteExecutor:
                 busy = exc if busy is None or exc.retry_after < busy.retry_after else busy
             except NodeFailed as exc:
                 log.warning("%s: %s", node.url, exc)
-                node.error, node.rests_until, node.greeted = str(exc), time.monotonic() + REST, False
+                node.error, node.rests_until, node.greeted = str(exc), time.monotonic() + REST, 0.0
                 failures.append(f"{node.url}: {exc}")
             finally:
                 with self._lock:
@@ -156,7 +129,7 @@ class RemoteExecutor:
 
         Those that do not answer within two seconds say why.
         """
-        nodes = tuple(self._node_status(node) for node in self._nodes.values())
+        nodes = tuple(chain.from_iterable(map(self._node_status, self._nodes.values())))
         return EngineStatus(
             device=f"{len(nodes)} remote",
             dtype="",
@@ -175,29 +148,46 @@ class RemoteExecutor:
         key = job.affinity or secrets.token_hex(8)  # without references, any node is as good
         preferred = [self._nodes[url] for url in self._ring.preference(key)]
         with self._lock:
-            most = ceil(BOUND * (1 + sum(node.running for node in preferred)) / len(preferred))
+            most = ceil(BOUND * (1 + sum(node.running for node in preferred)) / sum(node.slots for node in preferred))
             now = time.monotonic()
             # Stable: within a group, the ring decides.
-            return sorted(preferred, key=lambda node: (node.rests_until > now, node.running >= most))
+            return sorted(preferred, key=lambda node: (node.rests_until > now, node.running >= most * node.slots))
 
     def _run_on(self, node: Node, job: Job) -> Iterator[Event]:
+        """Run `job` on a node.
+
+        On a cluster several times, until it meets a machine that is alive.
+        """
+        for attempt, pause in enumerate(PAUSES, 1):
+            try:
+                time.sleep(pause)
+                yield from self._try_on(node, job, attempt)
+                return
+            except NodeFailed as exc:
+                if not node.engines or attempt == len(PAUSES):
+                    raise
+                log.warning("%s, try %d: %s", node.url, attempt, exc)
+                node.greeted = 0.0
+
+    def _try_on(self, node: Node, job: Job, attempt: int) -> Iterator[Event]:
         import httpx2
 
         try:
             self._greet(node)
             included = [i for i, name in enumerate(job.hashes) if not name or name not in node.known]
-            with closing(self._stream(node, job, included if job.references else None)) as events:
+            with closing(self._stream(node, job, included if job.references else None, attempt)) as events:
                 try:
                     yield from events
                 except _Missing as missing:
                     for name in missing.names:
                         node.known.pop(name, None)
-                    yield from self._stream(node, job, list(range(len(job.references))))
+                    yield from self._stream(node, job, list(range(len(job.references))), attempt)
         except (httpx2.HTTPError, wire.BadFrame, ValueError, KeyError, TypeError) as exc:
             raise NodeFailed(f"{type(exc).__name__}: {exc}") from None
 
-    def _stream(self, node: Node, job: Job, included: list[int] | None) -> Generator[Event]:
+    def _stream(self, node: Node, job: Job, included: list[int] | None, attempt: int) -> Generator[Event]:
         headers = {"authorization": f"Bearer {self._token}", "x-klein-daemon": self._daemon}
+        headers |= _session(job, attempt)
         sent = job
         if included is not None and len(job.hashes) == len(job.references):
             headers[INCLUDED] = ",".join(map(str, included))
@@ -206,40 +196,20 @@ class RemoteExecutor:
         with self._http.stream("POST", f"{node.url}/run", content=wire.encode(sent), headers=headers) as response:
             if response.status_code == MISSING:
                 raise _Missing(json.loads(response.read())["missing"])
+            if response.status_code == FULL:
+                raise Busy(f"{node.url} takes no more jobs at the moment.", retry_after=_seconds(response))
             if response.status_code != 200:
                 raise NodeFailed(f"it answers {response.status_code}: {response.read()[:200]!r}")
             node.learn(job.hashes)
             node.error = ""
-            if (yield from self._events(job, response)):
+            if (yield from read_events(job, response)):
                 return
         raise NodeFailed("its answer ended without a result")
 
-    def _events(self, job: Job, response: "httpx2.Response") -> Generator[Event, None, bool]:
-        """Yield events and return whether the result came.
-
-        Raises NodeFailed for what no honest engine sends.
-        """
-        frames, count = wire.Frames(_pixels(job) * 3 + EVENT_BYTES), 0
-        for chunk in response.iter_raw():
-            for frame in frames.feed(chunk):
-                event = wire.decode(frame)
-                count += 1
-                if isinstance(event, EngineFailed):
-                    raise NodeFailed(str(event))
-                if isinstance(event, EngineError):
-                    raise event
-                if isinstance(event, Job) or count > MOST_EVENTS:
-                    raise NodeFailed("it sends what is no event")
-                if isinstance(event, Result):
-                    _check(job, event)
-                yield event
-                if isinstance(event, Result):
-                    return True
-        return False
-
     def _greet(self, node: Node) -> None:
         """Let a node prove its token and build before it gets ours."""
-        if node.greeted:
+        age = time.monotonic() - node.greeted
+        if node.greeted and (not node.engines or age < COUNTED):
             return
         nonce = secrets.token_hex(16)
         answer = self._http.get(f"{node.url}/hello", params={"nonce": nonce}, timeout=CONNECT).json()
@@ -248,9 +218,11 @@ class RemoteExecutor:
         build = BuildInfo(**answer["build"])
         if build.fingerprint != self._build.fingerprint:
             raise NodeFailed(f"it runs another build ({build.version}) than this machine ({self._build.version})")
-        node.greeted = True
+        node.engines = min(int(answer.get("engines", 0)), MOST_ENGINES)
+        node.greeted = time.monotonic()
 
-    def _node_status(self, node: Node) -> NodeStatus:
+    def _node_status(self, node: Node) -> list[NodeStatus]:
+        """Describe a node, or each engine of a cluster."""
         import httpx2
 
         about = NodeStatus(node.url, running=node.running)
@@ -258,19 +230,13 @@ class RemoteExecutor:
             self._greet(node)
             headers = {"authorization": f"Bearer {self._token}"}
             state = self._http.get(f"{node.url}/status", headers=headers, timeout=2).json()
+            if "nodes" in state:
+                members = [NodeStatus(**each) for each in state["nodes"]]
+                return [replace(each, url=f"{node.url} {each.url}") for each in members]
             about = replace(about, waiting=int(state["queue"]["waiting"]))
-            if state["engine"]:
-                engine = EngineStatus.from_json(state["engine"])
-                about = replace(
-                    about,
-                    loaded=engine.loaded,
-                    device=engine.device,
-                    free_bytes=engine.free_bytes,
-                    hits=engine.cache.hits,
-                )
-            return about
+            return [about.with_engine(EngineStatus.from_json(state["engine"])) if state["engine"] else about]
         except (httpx2.HTTPError, NodeFailed, ValueError, KeyError, TypeError) as exc:
-            return replace(about, error=str(exc) or type(exc).__name__)
+            return [replace(about, error=str(exc) or type(exc).__name__)]
 
 
 class _Missing(Exception):
@@ -281,30 +247,18 @@ class _Missing(Exception):
         self.names = names
 
 
-def _checked(url: str) -> str:
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise EngineFailed(f"KLEIN_ENGINE names {url}, which is no address.", hint="Such as https://host:8000.")
-    if parts.scheme == "http" and parts.hostname not in LOOPBACK:
-        raise EngineFailed(
-            f"{url} would send prompts, images and the token in the clear.",
-            hint="Use https:// (klein-mcp engine --certificate), or a tunnel to this machine.",
-        )
-    return url.rstrip("/")
+def _session(job: Job, attempt: int) -> dict[str, str]:
+    """Return the header that keeps a lineage on one machine.
+
+    Another try goes to another place of its ring, which is most likely another machine.
+    """
+    if not job.affinity and attempt == 1:
+        return {}
+    key = f"{job.affinity or secrets.token_hex(8)} {attempt}"
+    return {"x-session-id": blake2b(key.encode(), digest_size=16).hexdigest()}
 
 
-def _pixels(job: Job) -> int:
-    """Return the most pixels that an honest result has."""
-    if job.align and job.references:
-        return job.references[0].shape[0] * job.references[0].shape[1]
-    return job.width * job.height if job.width and job.height else MAX_AREA
-
-
-def _check(job: Job, result: Result) -> None:
-    """Raise NodeFailed for a result that does not answer the job."""
-    height, width = result.image.shape[:2]
-    asked = (job.width, job.height)
-    if job.align and job.references:
-        asked = (job.references[0].shape[1], job.references[0].shape[0])
-    if (None not in asked and asked != (width, height)) or result.seed != job.seed:
-        raise NodeFailed(f"its result is {width}×{height} with seed {result.seed}, which was not asked for")
+def _seconds(response: "httpx2.Response") -> float:
+    """Return the seconds that a full node wants to be left alone."""
+    text = response.headers.get("retry-after", "")
+    return float(text) if text.isdecimal() else RETRY

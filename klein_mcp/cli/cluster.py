@@ -1,0 +1,107 @@
+"""`klein-mcp cluster`: engines of many machines behind one address, with Ray."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from klein_mcp.cli import arguments as types
+from klein_mcp.cli.engine import listening_address
+from klein_mcp.settings import Settings
+
+if TYPE_CHECKING:
+    from klein_mcp.cluster.machine import Member
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    commands = parser.add_subparsers(dest="part", metavar="up|join|status|down", required=True)
+    up = commands.add_parser("up", help="make this machine the first of a cluster, and serve its address")
+    up.add_argument("--listen", default="127.0.0.1:8000", metavar="HOST:PORT", help="what KLEIN_ENGINE will name")
+    up.add_argument("--certificate", type=Path, metavar="F", help="TLS certificate with its chain")
+    up.add_argument("--key", type=Path, metavar="F", help="TLS private key")
+    up.add_argument("--port", type=types.port, default=6379, help="Ray's port, which other machines join")
+    up.add_argument("--gpus", type=float, metavar="N", help="GPUs per engine, such as 1 or 0.5; default: 1, or 0")
+    up.add_argument("--least", type=types.count, default=1, metavar="N", help="engines while there is nothing to do")
+    up.add_argument("--most", type=types.count, default=64, metavar="N", help="engines while all is to be done")
+    join = commands.add_parser("join", help="add this machine to a cluster")
+    join.add_argument("address", metavar="HOST:PORT", help="the first machine and Ray's port there")
+    for command in (up, join):
+        command.add_argument("--token-file", type=Path, required=True, metavar="F", help="file with the daemons' token")
+        command.add_argument("--host", default="", help="this machine's address for the others; default: Ray's choice")
+        command.add_argument("--engines", type=types.count, metavar="N", help="engines here; default: one per GPU")
+    status = commands.add_parser("status", help="machines of the cluster and what their engines do")
+    down = commands.add_parser("down", help="take this machine out of its cluster; the first machine ends it")
+    for command in (status, down):
+        command.add_argument("--json", action="store_true", help="print JSON for a script")
+
+
+def run(settings: Settings, arguments: argparse.Namespace) -> int:
+    """Raises RequestError."""
+    return _COMMANDS[arguments.part](settings, arguments)
+
+
+def _up(settings: Settings, arguments: argparse.Namespace) -> int:
+    from klein_mcp.cluster import machine
+    from klein_mcp.cluster.application import Deployment, deploy
+
+    listen = listening_address("cluster up", arguments)
+    if listen is None:
+        return 2
+    gpus = min(1.0, machine.gpus_here()) if arguments.gpus is None else arguments.gpus
+    wanted = Deployment(
+        *listen, arguments.certificate, arguments.key, gpus, arguments.least, arguments.most, settings.queue_size
+    )
+    ray_arguments = machine.head_arguments(arguments.port, arguments.host)
+    with machine.member_of(
+        settings.home, arguments, f"{arguments.host or '127.0.0.1'}:{arguments.port}", ray_arguments
+    ):
+        # With more engines than have room here, some of them wait for machines that join.
+        deploy(wanted, wait=wanted.least <= machine.places(arguments))
+    scheme = "https" if wanted.certificate else "http"
+    print(f"serving {scheme}://{listen[0]}:{listen[1]}; other machines join port {arguments.port} of this one")
+    return 0
+
+
+def _join(settings: Settings, arguments: argparse.Namespace) -> int:
+    from klein_mcp.cluster import machine
+
+    with machine.member_of(
+        settings.home, arguments, arguments.address, machine.worker_arguments(arguments.address, arguments.host)
+    ):
+        pass
+    print(f"joined {arguments.address}")
+    return 0
+
+
+def _status(settings: Settings, arguments: argparse.Namespace) -> int:
+    from klein_mcp.cluster import machine
+    from klein_mcp.cluster.report import cluster_report, format_report
+
+    member = _membership(settings)
+    if member is None:
+        return 1
+    with machine.connected(member.address, machine.environment_of(Path(member.token_file))):
+        report = cluster_report()
+    print(json.dumps(report) if arguments.json else format_report(report))
+    return 0
+
+
+def _down(settings: Settings, arguments: argparse.Namespace) -> int:
+    from klein_mcp.cluster import machine
+
+    left = machine.leave(settings.home)
+    print(json.dumps({"left": left}) if arguments.json else "left" if left else "this machine is in no cluster")
+    return 0
+
+
+def _membership(settings: Settings) -> "Member | None":
+    from klein_mcp.cluster import machine
+
+    member = machine.read_member(settings.home)
+    if member is None:
+        print("klein-mcp: this machine is in no cluster; klein-mcp cluster up or join makes it one's", file=sys.stderr)
+    return member
+
+
+_COMMANDS = {"up": _up, "join": _join, "status": _status, "down": _down}
