@@ -102,17 +102,17 @@ async def test_engine_killed_mid_job_costs_nothing_and_comes_back(tmp_path: Path
 
 
 @pytest.mark.crash
-async def test_liar_and_stranger_among_engines_do_no_harm(tmp_path: Path, server: RealServer):
+async def test_liar_and_intruder_among_engines_do_no_harm(tmp_path: Path, server: RealServer):
     token, other = tmp_path / "token", tmp_path / "other"
     token.write_text("a token of this test\n")
     other.write_text("a token of somebody else\n")
     with ExitStack() as stack:
         honest, _ = stack.enter_context(engine_process(tmp_path / "honest", token))
-        stranger, _ = stack.enter_context(engine_process(tmp_path / "stranger", other))
+        intruder, _ = stack.enter_context(engine_process(tmp_path / "intruder", other))
         build = BuildInfo.read()
         liars = [stack.enter_context(listening(liar(lie, token.read_text().strip(), build))) for lie in LIES.values()]
         place = stack.enter_context(real_server(tmp_path / "home"))
-        urls = ",".join([honest, stranger, *liars])
+        urls = ",".join([honest, intruder, *liars])
         remote = place.stdio(KLEIN_ENGINE=urls, KLEIN_ENGINE_TOKEN_FILE=str(token))
         async with Client(remote) as client, Client(server.stdio()) as local:
             request = {"prompt": "an apple on a yellow background", "seed": 7}
@@ -122,7 +122,7 @@ async def test_liar_and_stranger_among_engines_do_no_harm(tmp_path: Path, server
             status = await call(client, "engine_status")
     words = {node["url"]: node["error"] for node in status["engine"]["nodes"]}
     assert words[honest] == ""
-    assert "another token" in words[stranger]
+    assert "another token" in words[intruder]
 
 
 async def running_engine(client: Client) -> str:
