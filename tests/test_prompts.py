@@ -18,6 +18,11 @@ from mcp_types import PromptReference
 from PIL import Image
 
 from engine.families.klein.variants import EMBEDDED, VARIANTS
+from engine.nano.training.compositor import BACKGROUNDS, CANVAS
+from engine.nano.training.scenes import BIG, MIDDLE, NORMAL, SMALL, Scene, Thing
+from engine.nano.training.score import background_right, look
+from engine.nano.training.sprites import KINDS
+from engine.nano.words import COLOURS
 from klein_mcp.mcp_server import prompts
 from klein_mcp.mcp_server.prompts import IMAGES, PromptFile
 from klein_mcp.mcp_server.tools import TOOLS
@@ -60,10 +65,12 @@ def runs(server: RealServer, tmp_path_factory: pytest.TempPathFactory) -> dict[s
     folder = tmp_path_factory.mktemp("prompts")
     done: dict[str, Run | BaseException] = {}
 
-    async def choose(client: Client, name: str) -> dict[str, str]:
+    async def choose(client: Client, name: str, images: dict[str, str]) -> dict[str, str]:
         chosen = {}
         for argument in next(one for one in (await client.list_prompts()).prompts if one.name == name).arguments or ():
-            if argument.required:
+            if PROMPTS[name].arguments[argument.name].complete == IMAGES:
+                chosen[argument.name] = images.get(argument.name, images["image"])
+            elif argument.required:
                 reference = PromptReference(type="ref/prompt", name=name)
                 offered = await client.complete(reference, {"name": argument.name, "value": ""})
                 chosen[argument.name] = offered.completion.values[0]
@@ -71,12 +78,12 @@ def runs(server: RealServer, tmp_path_factory: pytest.TempPathFactory) -> dict[s
 
     async def follow_all() -> None:
         async with Client(server.stdio(KLEIN_WRITE_ROOTS=str(folder))) as client:
-            for seed, noun in ((5, "an apple"), (6, "a house")):
-                await Agent(client).call(
-                    "generate_image", {"prompt": f"{noun} on a white background", "seed": seed, "show": "none"}
-                )
+            images = {}
+            for argument, prompt in {"image": "an apple on a white background", "style": "a house at sunset"}.items():
+                made = await Agent(client).call("generate_image", {"prompt": prompt, "seed": 5, "show": "none"})
+                images[argument] = made["image"]
             for name in PROMPTS:
-                chosen = await choose(client, name)
+                chosen = await choose(client, name, images)
                 got = await client.get_prompt(name, chosen)
                 text = got.messages[0].content.text  # type: ignore[union-attr]
                 agent = Agent(client)
@@ -90,40 +97,82 @@ def runs(server: RealServer, tmp_path_factory: pytest.TempPathFactory) -> dict[s
     return done
 
 
+def scene(ground: str, *things: tuple[str, tuple[int, int]] | tuple[str, tuple[int, int], int]) -> Scene:
+    """The scene of things, each a name, a place and maybe a size, on a background."""
+    placed = (Thing(KINDS.index(name), size[0] if size else NORMAL, slot) for name, slot, *size in things)
+    return Scene(BACKGROUNDS.index(ground), tuple(placed))
+
+
+LEFT, RIGHT, CORNER = (-1, 0), (1, 0), (1, -1)
+SHOWN: dict[str, tuple[Scene, ...]] = {
+    "before_after_review": (scene("white", ("apple", MIDDLE)), scene("green", ("apple", MIDDLE))),
+    "consistent_character": tuple(scene(ground, ("duck", MIDDLE)) for ground in ("white", "grass", "night", "snow")),
+    "game_sprites": (scene("gray", ("bird", MIDDLE)),),
+    "icon_set": tuple(scene("gray", (name, MIDDLE)) for name in ("house", "tree", "rocket")),
+    "iterate": (scene("yellow", ("apple", MIDDLE)), scene("blue", ("apple", MIDDLE), ("yellow star", CORNER, SMALL))),
+    "logo_exploration": (scene("gray", ("cyan star", MIDDLE)), scene("gray", ("black star", MIDDLE))),
+    "new_background": (scene("green", ("apple", MIDDLE)), scene("blue", ("apple", MIDDLE))),
+    "product_shot": (scene("white", ("apple", MIDDLE)), scene("white", ("apple", MIDDLE, BIG))),
+    "restyle_photo": (scene("green", ("apple", MIDDLE)),),
+    "storyboard": (
+        scene("grass", ("dog", MIDDLE)),
+        scene("blue", ("dog", LEFT), ("balloon", RIGHT)),
+        scene("snow", ("dog", MIDDLE)),
+    ),
+    "style_transfer": (scene("sunset", ("apple", MIDDLE)),),
+    "ui_mockup_assets": (
+        scene("green", ("flower", RIGHT)),
+        scene("white", ("book", MIDDLE)),
+        scene("green", ("robot", MIDDLE)),
+    ),
+}
+"""What the images that a prompt saves show, transparent ones over grey."""
+
+
+def seen(path: Path, ground: str) -> np.ndarray:
+    """A saved image as nano's scorer wants it: of nano's size, opaque."""
+    with Image.open(path) as opened:
+        image = opened.convert("RGBA")
+    over = Image.new("RGBA", image.size, (*COLOURS.get(ground, (0, 0, 0)), 255))
+    over.alpha_composite(image)
+    return np.asarray(over.convert("RGB").resize((CANVAS, CANVAS), Image.Resampling.BOX))
+
+
 @pytest.mark.parametrize("name", PROMPTS)
-def test_following_a_prompt_saves_images(runs: dict[str, Any], name: str) -> None:
+def test_saved_images_show_what_the_prompt_promised(runs: dict[str, Any], name: str) -> None:
+    """By the strict scorer of the embedded model: each thing in its place, on the right background."""
     run = runs[name]
     if isinstance(run, BaseException):
         raise run
-    asked = [arguments for tool, arguments, _ in run.calls if tool == "save_image"]
-    assert len(run.saved) == len(asked) >= 1
-    shown = []
-    for path, arguments in zip(run.saved, asked, strict=True):
+    assert len(run.saved) == len(SHOWN[name])
+    for path, wanted in zip(run.saved, SHOWN[name], strict=True):
         assert path.is_relative_to(run.project / (PROMPTS[name].arguments["folder"].default or ""))
-        with Image.open(path) as image:
-            assert max(image.size) <= arguments.get("max_size", 2048)
-            shown.append(np.asarray(image.convert("RGB")).std())
-    # One step of several may ask for what lies outside nano's world, and get an empty ground for it.
-    assert max(shown) > 5, "a flat image shows nothing"
+        image = seen(path, BACKGROUNDS[wanted.background])
+        for index, thing in enumerate(wanted.things):
+            assert look(image, wanted, index).right(thing), f"{path.name} shows no {thing.name} there"
+        assert background_right(image, wanted), f"{path.name} is not on {BACKGROUNDS[wanted.background]}"
 
 
-def test_a_background_asked_for_in_a_prompt_is_in_the_saved_picture(runs: dict[str, Any]) -> None:
-    """Checks an ability that the embedded model has reliably."""
-    run = runs["new_background"]
-    assert run.arguments["backgrounds"] == "a green background; a blue background"
-    strongest = []
-    for path in run.saved:
+@pytest.mark.parametrize("name", ["icon_set", "game_sprites", "logo_exploration"])
+def test_icons_sprites_and_logos_end_transparent(runs: dict[str, Any], name: str) -> None:
+    for path in runs[name].saved:
         with Image.open(path) as image:
-            pixels = np.asarray(image.convert("RGB"))
-        corners = [pixels[y, x] for y in (2, -3) for x in (2, -3)]
-        strongest.append(int(np.argmax(np.mean(corners, axis=0))))
-    assert strongest == [1, 2], "green and blue, by the strongest channel in the corners"
+            assert image.mode == "RGBA"
+            assert image.getchannel("A").getextrema() == (0, 255)
+
+
+def test_prompts_for_nano_cause_no_warnings_but_those_of_size(runs: dict[str, Any]) -> None:
+    """Everything the completions offer first is within nano's words."""
+    for name, run in runs.items():
+        for tool, arguments, payload in run.calls:
+            about_words = [each for each in payload.get("warnings", ()) if "does not know" in each or "ignored" in each]
+            assert not about_words, f"{name}: {tool} {arguments}"
 
 
 def test_edits_of_a_prompt_have_the_previous_image_as_parent(runs: dict[str, Any]) -> None:
     made = {tool: (arguments, payload) for tool, arguments, payload in runs["iterate"].calls}
     arguments, payload = made["edit_image"]
-    assert payload["changed"]["share"] > 0
+    assert [step["changed"]["share"] > 0.01 for step in payload["steps"]] == [True, True]
     assert payload["image"] != arguments["image"]
 
 
@@ -156,16 +205,28 @@ def chosen(file: PromptFile, *, optional: bool = False) -> dict[str, str]:
     }
 
 
+@pytest.mark.parametrize("small", [False, True])
 @pytest.mark.parametrize("optional", [False, True])
 @pytest.mark.parametrize("file", PROMPTS.values(), ids=PROMPTS)
-def test_every_call_of_a_prompt_is_accepted_by_its_tool(file: PromptFile, optional: bool) -> None:
+def test_every_call_of_a_prompt_is_accepted_by_its_tool(file: PromptFile, optional: bool, small: bool) -> None:
     named: set[str] = set()
-    for step in steps(file.render(chosen(file, optional=optional))):
+    for step in steps(file.render(chosen(file, optional=optional), small=small)):
         assert set(step) <= {"tool", "as", "arguments"}
         TOOLS[step["tool"]].parse(step["arguments"])
         used = {word.strip("<>").split(".")[0] for word in _words(step["arguments"]) if word.startswith("<")}
         assert used <= named, "a result is used before it is there"
         named.add(step.get("as", ""))
+
+
+@pytest.mark.parametrize("file", PROMPTS.values(), ids=PROMPTS)
+def test_prompts_for_nano_say_so_and_keep_their_words_short(file: PromptFile) -> None:
+    text = file.render(chosen(file), small=True)
+    assert "The model here is `nano`" in text
+    assert "nano" not in file.render(chosen(file)), "the real model's prompt speaks of another"
+    for call in steps(text):
+        words = call["arguments"].get("prompt", "")
+        for sentence in words if isinstance(words, list) else [words]:
+            assert len(sentence.split()) <= 14, sentence
 
 
 @pytest.mark.parametrize("file", PROMPTS.values(), ids=PROMPTS)

@@ -100,7 +100,7 @@ class ImageResolver:
             return self._import(_read(real), str(path), str(real), client, reading)
         nearest = did_you_mean(reference, ["last", *self._store.handles("", 1000)])
         raise UnknownImage(
-            f"{quote(reference)} names no image. {nearest}".rstrip(),
+            f"{quote(reference)} names no image. {nearest}",
             hint="Give a handle such as k7f3q2, last, last~1, or a path; list_images shows the handles.",
         )
 

@@ -1,6 +1,7 @@
 """The Markdown of prompts/ as MCP prompts with completions, and klein://guide.
 
-A file is TOML front matter between two lines of +++, then a Jinja template. The user's values go into the text as
+A file is TOML front matter between two lines of +++, then a Jinja template, then, behind a line of `+++ small`, another
+one for the embedded model, in its few words. The user's values go into the text as
 they are, and into ```json blocks escaped, so that each block stays one tool call whatever was typed.
 """
 
@@ -87,7 +88,8 @@ class PromptFile:
     """One file of prompts/."""
 
     def __init__(self, name: str, text: str) -> None:
-        front, self._body = text.removeprefix("+++\n").split("\n+++\n", 1)
+        front, body = text.removeprefix("+++\n").split("\n+++\n", 1)
+        self._body, _, self._small_body = body.partition("\n+++ small\n")
         header = tomllib.loads(front)
         self.name = name
         self.title: str = header["title"]
@@ -98,16 +100,24 @@ class PromptFile:
     def _template(self) -> "jinja2.Template":
         return _environment().from_string(_escaped_in_blocks(self._body))
 
-    def render(self, given: Mapping[str, str]) -> str:
-        """Return the prompt's text. Raises ValueError with one line for the user."""
+    @cached_property
+    def _small_template(self) -> "jinja2.Template":
+        return _environment().from_string(_escaped_in_blocks(self._small_body))
+
+    def render(self, given: Mapping[str, str], *, small: bool = False) -> str:
+        """Return the prompt's text. Raises ValueError with one line for the user.
+
+        small: for the embedded model.
+        """
         for name in given:
             if name not in self.arguments:
                 takes = ", ".join(self.arguments)
                 nearest = did_you_mean(name, self.arguments)
                 raise ValueError(one_line(f"{self.name} has no argument {shown(name)}. {nearest} It takes {takes}."))
         values = {name: argument.value(given.get(name)) for name, argument in self.arguments.items()}
-        text = re.sub(r"\n{3,}", "\n\n", self._template.render(values))  # a loop leaves its own line ends behind
-        return f"{text.strip()}\n\n{_steps()}"
+        template = self._small_template if small else self._template
+        text = re.sub(r"\n{3,}", "\n\n", template.render(values))  # a loop leaves its own line ends behind
+        return "\n\n".join([text.strip(), *([_common("_small.md").strip()] if small else []), _common("_steps.md")])
 
 
 def prompt_files() -> list[PromptFile]:
@@ -122,14 +132,15 @@ def guide() -> str:
     return files("klein_mcp.mcp_server").joinpath("guide.md").read_text(encoding="utf-8")
 
 
-def register(server: MCPServer, recent: Callable[[str], Sequence[str]]) -> None:
+def register(server: MCPServer, recent: Callable[[str], Sequence[str]], small: Callable[[], bool]) -> None:
     """Add the prompts, their completions and the guide to a server.
 
     recent: returns handles of the library that begin with the typed text, newest first; may block.
+    small: returns whether a call would use the embedded model; may block.
     """
     known = {file.name: file for file in prompt_files()}
     for file in known.values():
-        server.add_prompt(_FilePrompt.create(file))
+        server.add_prompt(_FilePrompt.create(file, small))
     server.add_resource(
         TextResource(
             uri=GUIDE,
@@ -158,7 +169,7 @@ class _FilePrompt(Prompt):
     """The SDK's prompt, with error messages that name the cause."""
 
     @classmethod
-    def create(cls, file: PromptFile) -> "_FilePrompt":
+    def create(cls, file: PromptFile, small: Callable[[], bool]) -> "_FilePrompt":
         return cls(
             name=file.name,
             title=file.title,
@@ -167,7 +178,7 @@ class _FilePrompt(Prompt):
                 PromptArgument(name=argument.name, description=_described(argument), required=argument.default is None)
                 for argument in file.arguments.values()
             ],
-            fn=file.render,
+            fn=lambda given: file.render(given, small=small()),
         )  # type: ignore[call-arg]
 
     async def render(self, arguments: dict[str, Any] | None, context: Any) -> list[Any]:
@@ -193,8 +204,8 @@ def _folder() -> Traversable:
     return files("prompts")
 
 
-def _steps() -> str:
-    return _folder().joinpath("_steps.md").read_text(encoding="utf-8")
+def _common(name: str) -> str:
+    return _folder().joinpath(name).read_text(encoding="utf-8")
 
 
 def _escaped_in_blocks(text: str) -> str:
@@ -212,5 +223,27 @@ def _environment() -> "jinja2.Environment":
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, autoescape=False)
     environment.filters["in_json"] = lambda value: json.dumps(str(value), ensure_ascii=False)[1:-1]
     environment.filters["sentence"] = lambda text: text[:1].upper() + text[1:]
+    environment.filters["head"] = lambda text: text.split()[-1]
+    environment.filters["ground"] = _ground
+    environment.filters["coloured"] = _coloured
+    environment.filters["colour_words"] = lambda text: [part.split()[-1] for part in text.split(",") if part.strip()]
+    environment.filters["with_article"] = _with_article
     environment.filters["slug"] = lambda text: re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:40] or "image"
     return environment
+
+
+def _ground(text: str) -> str:
+    """Return the colour or place of "a green background" or "the snow"."""
+    return re.sub(r"^(?:an?|the) (?=.* background$)| background$", "", text.strip())
+
+
+def _with_article(text: str) -> str:
+    """Put "a" or "an" before a noun that has no article."""
+    if re.match(r"(?:an?|the|one)\s", text, re.IGNORECASE):
+        return text
+    return f"{'an' if text[:1].lower() in 'aeio' else 'a'} {text}"
+
+
+def _coloured(text: str, colour: str) -> str:
+    """Put a colour before the noun: "a star" becomes "a teal star"."""
+    return _with_article(f"{colour} {re.sub(r'^(?:an?|the) ', '', text.strip(), flags=re.IGNORECASE)}")

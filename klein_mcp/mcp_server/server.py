@@ -35,6 +35,7 @@ from mcp_types import (
 from mcp_types import Tool as Listed
 
 from engine.contract import Busy, EngineError
+from engine.families.klein.variants import EMBEDDED
 from klein_mcp import __version__
 from klein_mcp.errors import RequestError, did_you_mean, explain, one_line, shown
 from klein_mcp.images.paths import folder_of
@@ -278,5 +279,9 @@ def create_server(service: Service, *, link: Link | None = None, extensions: Seq
     extensions: what else it offers, such as MCP Apps; the SDK takes them at construction only.
     """
     server = KleinServer(service, link, (studio_app.StudioApp(), *extensions))
-    prompts.register(server, lambda typed: service.store.handles(typed, 20))
+    prompts.register(
+        server,
+        recent=lambda typed: service.store.handles(typed, 20),
+        small=lambda: find(service.settings).default == EMBEDDED,
+    )
     return server

@@ -112,8 +112,16 @@ async def test_server_tells_its_models_without_an_engine(tmp_path: Path, folder:
         assert "Installed: nano, klein-4b." in (client.instructions or "")
 
 
+async def prompt(client: Client) -> str:
+    got = await client.get_prompt("iterate", {"idea": "an apple on a yellow background"})
+    return got.messages[0].content.text  # type: ignore[union-attr] - our prompts hold text alone
+
+
 async def test_later_sessions_hear_what_auto_took(tmp_path: Path, folder: Path) -> None:
     (tmp_path / HISTORY).write_text(json.dumps({"seconds": {}, "native": {}, "auto": "klein-4b"}))
     (tmp_path / HISTORY).chmod(0o600)
     async with Client(without_engine(tmp_path, KLEIN_MODELS=str(folder))) as client:
         assert (await call(client, "engine_status"))["models"]["auto"] == "klein-4b"
+        assert "nano" not in await prompt(client)
+    async with Client(without_engine(tmp_path)) as client:
+        assert "The model here is `nano`" in await prompt(client)
