@@ -152,9 +152,14 @@ class Loading:
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """A stage of the pipeline begins."""
+    """A stage of the pipeline begins, or goes on.
+
+    fraction: share of the stage that is done. seconds: estimated time until the result, None where unknown.
+    """
 
     name: Literal["prompt", "references", "denoise", "decode"]
+    fraction: float = 0.0
+    seconds: float | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -163,12 +168,14 @@ class Step(_ByValue):
 
     preview: the predicted final image, at most 128 pixels a side; None while no client wants previews.
     partial: that image at full size, for some steps of a job with `partials`.
+    seconds: estimated time until the result, None where unknown.
     """
 
     done: int
     total: int
     preview: "Rgb8 | None" = None
     partial: "Rgb8 | None" = None
+    seconds: float | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -110,8 +110,8 @@ def to_json(event: JobEvent) -> dict[str, Any]:
     match event:
         case Failed(error):
             return {**kind, "error": error_to_json(error)}
-        case Progressed(image, Step(done, total), preview, partial):
-            inner = {"kind": "Step", "done": done, "total": total}
+        case Progressed(image, Step(done, total, seconds=seconds), preview, partial):
+            inner = {"kind": "Step", "done": done, "total": total, "seconds": seconds}
             images = {"preview": preview and asdict(preview), "partial": partial and asdict(partial)}
             return {**kind, "image": image, "event": inner, **images}
         case Progressed(image, inner):

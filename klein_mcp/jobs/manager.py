@@ -387,7 +387,7 @@ class JobManager:
                         preview = await asyncio.to_thread(_encode_preview, event.preview)
                     if event.partial is not None:
                         partial = await asyncio.to_thread(_encode_partial, event.partial, prepared)
-                    event = Step(event.done, event.total)
+                    event = replace(event, preview=None, partial=None)
                 job.publish(Progressed(image, event, preview, partial))
         finally:
             job.ticket = None

@@ -86,8 +86,10 @@ def describe(event: Event | Saving) -> tuple[float, str]:
             return _QUEUED, "starting the engine"
         case Loading(model, fraction):
             return _QUEUED + fraction * (_LOADED - _QUEUED), f"loading {model} {fraction:.0%}"
-        case Stage(name):
-            return _STAGES[name]
+        case Stage(name, fraction):
+            begin, words = _STAGES[name]
+            # Only a prompt is read in parts; the others end where the next begins.
+            return begin + fraction * (_PROMPT - _LOADED), words
         case Step(done, total):
             return _REFERENCES + done / total * (_DENOISED - _REFERENCES), f"step {done} of {total}"
         case Result() | Saving():

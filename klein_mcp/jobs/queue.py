@@ -12,7 +12,19 @@ from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, field
 
-from engine.contract import Busy, EngineError, EngineFailed, EngineStatus, Event, Job, Loading, Queued, Result, Rgb8
+from engine.contract import (
+    Busy,
+    EngineError,
+    EngineFailed,
+    EngineStatus,
+    Event,
+    Job,
+    Loading,
+    Queued,
+    Result,
+    Rgb8,
+    Stage,
+)
 from klein_mcp.jobs.executor import Executor
 from klein_mcp.jobs.status import QueueStatus
 from klein_mcp.jobs.timing import TimingHistory
@@ -25,6 +37,9 @@ REMEMBERED_CLIENTS = 256
 IDLE_BEFORE_PREFETCH = 0.3
 """Seconds without a job before the engine works ahead. The next image of the same call comes sooner and would have to
 wait for it; nobody has looked at an image and asked for a change in less."""
+
+STAGE_PAUSE = 0.5
+"""Seconds between two events of one stage that listeners hear of."""
 
 Tell = Callable[[Event | EngineError], None]
 """Takes a ticket's events. Called from any thread; must return at once and not raise."""
@@ -304,6 +319,7 @@ class Queue:
         executor = self._ready(ticket)
         with closing(executor.run(ticket.job, lambda: ticket.watched)) as events:  # type: ignore[type-var]
             last_percent = None
+            stage, stage_at = "", 0.0
             result = None
             for event in events:
                 if ticket.cancelled:
@@ -317,6 +333,12 @@ class Queue:
                     if percent == last_percent:
                         continue
                     last_percent = percent
+                if isinstance(event, Stage):
+                    # It yields after each layer of a prompt, too: on a fast machine hundreds in a second.
+                    now = time.monotonic()
+                    if event.name == stage and now < stage_at + STAGE_PAUSE:
+                        continue
+                    stage, stage_at = event.name, now
                 ticket.tell(event)
         if not result:
             raise EngineFailed("The engine ended without an image.")

@@ -23,6 +23,7 @@ from engine.contract import (
     Stage,
     Step,
 )
+from klein_mcp.jobs import queue as queue_module
 from klein_mcp.jobs import queue as queues
 from klein_mcp.jobs.executor import nobody_watches
 from klein_mcp.jobs.queue import Queue
@@ -362,3 +363,47 @@ def test_closing_tells_every_waiter_and_takes_no_job_more():
         with pytest.raises(EngineFailed, match="stopped"):
             Waiter(queue, "late", "a")
     assert executor.stopped == ["0"]
+
+
+class PromptExecutor(StepExecutor):
+    """Reads a prompt of a hundred layers, each when `go` is released."""
+
+    def run(self, job: Job, watched: Callable[[], bool] = nobody_watches) -> Iterator[Event]:
+        try:
+            for layer in range(100):
+                assert self.go.acquire(timeout=120)
+                self.steps.append(job.prompt)
+                yield Stage("prompt", layer / 100)
+            yield Stage("denoise")
+            yield Result(IMAGE, job.seed, "fake", "", 3, 1.0)
+        except GeneratorExit:
+            self.stopped.append(job.prompt)
+            raise
+
+
+def test_job_cancelled_while_its_prompt_is_read_stops_before_the_next_layer() -> None:
+    executor = PromptExecutor()
+    with working(executor) as queue:
+        waiter = Waiter(queue, "long", "a")
+        executor.go.release(3)
+        while len(executor.steps) < 3:
+            assert not waiter.over.is_set()
+        queue.cancel(waiter.ticket)
+        executor.go.release(97)
+        other = Waiter(queue, "next", "a")
+        executor.go.release(100)
+        assert isinstance(other.end, Result)
+    # One layer may have begun before the cancellation was seen.
+    assert executor.steps.count("long") <= 4
+    assert executor.stopped == ["long"]
+
+
+def test_layers_of_a_prompt_are_reported_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    reported = []
+    for pause in (3600.0, 0.0):
+        monkeypatch.setattr(queue_module, "STAGE_PAUSE", pause)
+        with working(PromptExecutor(free=True)) as queue:
+            waiter = Waiter(queue, "fast", "a")
+            assert isinstance(waiter.end, Result)
+        reported.append([event.name for event in waiter.events if isinstance(event, Stage)])
+    assert reported == [["prompt", "denoise"], ["prompt"] * 100 + ["denoise"]]

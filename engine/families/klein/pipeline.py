@@ -1,9 +1,11 @@
 """Run one loaded klein model from a job to an image."""
 
+import math
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -13,7 +15,6 @@ from engine.contract import (
     CacheUse,
     ChangeMask,
     Event,
-    InvalidJob,
     Job,
     Loading,
     Mode,
@@ -22,16 +23,17 @@ from engine.contract import (
     Rgb8,
     Stage,
     Step,
-    image_hash,
 )
-from engine.diffusion.canvas import GRID, Canvas, fit_reference, size_for_aspect, to_rgb8, to_tensor
+from engine.diffusion.canvas import GRID, Canvas, to_rgb8, to_tensor
 from engine.diffusion.change_mask import find_change
 from engine.diffusion.preview import PreviewMap, predict_clean, spread_steps
 from engine.diffusion.sampler import Velocity, denoise, guided
 from engine.diffusion.schedule import sigmas
 from engine.diffusion.tokens import grid_positions, pack, reference_time, text_positions, unpack, unpatchify
 from engine.families.klein.checkpoint import Checkpoint
+from engine.families.klein.estimate import Estimator, trial_speed
 from engine.families.klein.footprint import activation_memory, device_bytes, memory_info
+from engine.families.klein.job_inputs import Reference, fit_images, read_settings
 from engine.families.klein.loader import LoadOptions, load
 from engine.families.klein.reading import read_prompt
 from engine.families.klein.runner import CompileOptions, Runner
@@ -44,39 +46,10 @@ from engine.memory.plan import gb
 from engine.nn.autoencoder import Autoencoder
 from engine.nn.ops import Rope
 
-MAX_STEPS = 200
-"""Limit of steps. No published klein needs more than 50, so a larger number is probably a typing error."""
-MAX_GUIDANCE = 100
-MAX_SEED = 2**63 - 1
+T = TypeVar("T")
 
 SEEDS = 4096
 """Number of jobs whose mode is remembered, to warn when the same seed is computed in the other mode."""
-
-
-@dataclass(frozen=True, slots=True)
-class Reference:
-    """A reference as the model sees it.
-
-    key: identifies its pixels in the cache.
-    """
-
-    image: Rgb8
-    key: str
-
-    @classmethod
-    def of(cls, original: Rgb8, fitted: Rgb8, way: str, known_hash: str = "") -> "Reference":
-        """Build a reference from its original and its fitted pixels.
-
-        known_hash: `image_hash` of the original, if known. way: how it was fitted.
-        """
-        key = known_hash or image_hash(original)
-        # An image that kept its size keeps its pixels too.
-        return cls(fitted, key if fitted.shape == original.shape else f"{key} {way} {fitted.shape}")
-
-    @property
-    def tokens(self) -> tuple[int, int]:
-        """Return the rows and columns of its tokens."""
-        return self.image.shape[0] // GRID, self.image.shape[1] // GRID
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,6 +101,7 @@ class Klein:
         self.fingerprint = fingerprint
         self.cache = cache if cache is not None else TensorCache(0)
         self.runner = Runner(variant, transformer, autoencoder, text_encoder, device, compile_options)
+        self.estimator = Estimator(variant, transformer.shape, autoencoder, text_encoder)
         self._ropes: LruCache[Rope] = LruCache(16)
         self._modulation_cache: LruCache[Modulations] = LruCache(256)
         self._modes: LruCache[Mode] = LruCache(SEEDS)
@@ -152,7 +126,7 @@ class Klein:
         tokenizer = Tokenizer(checkpoint.tokenizer, checkpoint.variant.text_length)
         options = options or LoadOptions()
         networks = yield from load(checkpoint, device, options)
-        return cls(
+        klein = cls(
             checkpoint.variant,
             networks.transformer,
             networks.autoencoder,
@@ -166,6 +140,10 @@ class Klein:
             compile_options,
             networks.warnings,
         )
+        with torch.no_grad():
+            rows = checkpoint.variant.native_size**2 // GRID**2
+            klein.estimator.trial = trial_speed(networks.transformer, device, rows)
+        return klein
 
     @property
     def weight_bytes(self) -> int:
@@ -188,27 +166,46 @@ class Klein:
 
     def _run(self, job: Job, previews: Callable[[], bool]) -> Iterator[Event]:
         variant, clock, warnings = self.variant, _StageClock(self.device), list(self._warnings)
-        steps, guidance = self._plan(job, warnings)
-        canvas, references = self._canvas(job, warnings)
+        steps, guidance = read_settings(job, variant, warnings)
+        canvas, references = fit_images(job, variant, warnings)
         self._check_memory(canvas, references)
         mode = self._mode(job, warnings)
 
+        estimate = self.estimator.image(
+            tokens_of(canvas), tuple(math.prod(each.tokens) for each in references), steps,
+            guided=guidance > 1, changed=job.find_change,
+        )  # fmt: skip
+
         # 1. Encode the prompt to states for the transformer; a guided model also encodes an empty one.
-        yield Stage("prompt")
-        with clock("prompt"):
-            reading = read_prompt(job.prompt, variant)
-            warnings += reading.warnings
-            text, prompt_hit = self._prompt_states(reading.text, warnings)
-            no_text = self._prompt_states("", [])[0] if guidance > 1 else None
+        yield Stage("prompt", 0.0, estimate.left("prompt", 0.0, clock.ms))
+        reading = read_prompt(job.prompt, variant)
+        warnings += reading.warnings
+        prompts = [self._prompt_states(reading.text, warnings)]
+        if guidance > 1:
+            prompts.append(self._prompt_states("", []))
+        states: list[tuple[Tensor, bool]] = []
+        for parts in prompts:
+            while True:
+                with clock("prompt"):
+                    share = next_or_result(parts, states)
+                if share is None:
+                    break
+                done = (len(states) + share) / len(prompts)
+                yield Stage("prompt", done, estimate.left("prompt", done, clock.ms))
+        (text, prompt_hit), *rest = states
+        no_text = rest[0][0] if rest else None
+        if prompt_hit:
+            estimate.spared.add("prompt")
 
         # 2. Prepare the references: tokens that take part in every step, or keys and values for all steps.
         rows, columns = canvas.canvas_height // GRID, canvas.canvas_width // GRID
         reference_use: CacheUse = "none"
         if references:
-            yield Stage("references")
+            yield Stage("references", 0.0, estimate.left("references", 0.0, clock.ms))
             with clock("references"):
                 condition, hit = self._condition(text, rows, columns, references, mode)
             reference_use = "hit" if hit else "miss"
+            estimate.spared |= {"references"} if hit else set()
         else:
             condition = Conditioning(text, self._rope(rows, columns, ()))
 
@@ -218,7 +215,7 @@ class Klein:
         x = pack(noise).to(self.device.device, self.device.dtype)
 
         # 4. Go from noise to latent, one Euler step at a time.
-        yield Stage("denoise")
+        yield Stage("denoise", 0.0, estimate.left("denoise", 0.0, clock.ms))
         velocity = self._velocity(rows, columns, condition, mode)
         if no_text is not None:
             unconditional = self._velocity(rows, columns, replace(condition, text=no_text), mode)
@@ -242,18 +239,20 @@ class Klein:
                     with clock("decode"):
                         decoded = self.runner.decode(clean.to(self.device.dtype), mode)
                         partial = canvas.crop(to_rgb8(decoded))
-            yield Step(i + 1, steps, preview, partial)
+            yield Step(i + 1, steps, preview, partial, estimate.left("denoise", (i + 1) / steps, clock.ms))
 
         # 5. Decode the latent to an image.
-        yield Stage("decode")
+        yield Stage("decode", 0.0, estimate.left("decode", 0.0, clock.ms))
         with clock("decode"):
             decoded = self.runner.decode(unpack(x, rows), mode)
         change: ChangeMask | None = None
         if job.find_change:
             with clock("change"):
                 decoded, change = self._find_change(decoded, references[0], canvas, mode)
+        image = canvas.crop(to_rgb8(decoded))
+        self.estimator.learn(estimate, clock.ms)
         yield Result(
-            image=canvas.crop(to_rgb8(decoded)),
+            image=image,
             seed=job.seed,
             model=variant.name,
             fingerprint=self.fingerprint,
@@ -337,57 +336,6 @@ class Klein:
         """
         return self.autoencoder.encoder(images.to(self.device.device, self.device.dtype))
 
-    def _plan(self, job: Job, warnings: list[str]) -> tuple[int, float]:
-        """Validate the job and return its steps and guidance."""
-        variant = self.variant
-        if len(job.references) > variant.max_references:
-            raise InvalidJob(
-                f"{len(job.references)} references; {variant.name} takes at most {variant.max_references}.",
-                hint="Compose in two rounds.",
-            )
-        if job.find_change and not job.align:
-            raise InvalidJob("find_change needs align: only what lies in one frame can be compared.")
-        if not 0 <= job.seed <= MAX_SEED:
-            raise InvalidJob(f"seed is {job.seed}; it must lie in 0 … 2^63-1.")
-        steps = variant.steps if job.steps is None else job.steps
-        if not 1 <= steps <= MAX_STEPS:
-            raise InvalidJob(f"steps is {steps}; it must lie in 1 … {MAX_STEPS}.")
-        guidance = variant.guidance if job.guidance is None else job.guidance
-        if not 0 <= guidance <= MAX_GUIDANCE:
-            raise InvalidJob(f"guidance is {guidance:g}; it must lie in 0 … {MAX_GUIDANCE}.")
-        if guidance > 1 and variant.distilled:
-            warnings.append(f"guidance {guidance:g} is ignored: {variant.name} is distilled and needs none")
-            guidance = 1.0
-        return steps, guidance
-
-    def _canvas(self, job: Job, warnings: list[str]) -> tuple[Canvas, list[Reference]]:
-        """Return the canvas, and the references as the model sees them."""
-        variant = self.variant
-        area = variant.max_size**2
-        references = list(job.references)
-        hashes = job.hashes or ("",) * len(references)
-        if job.align:
-            if not references:
-                raise InvalidJob("align needs a reference to be aligned with.")
-            height, width = references[0].shape[:2]
-            canvas = Canvas.of(width, height, area, variant.native_size**2 if job.close_up else 0)
-            fitted = [Reference.of(references[0], canvas.pad(references[0]), "pad", hashes[0])]
-        else:
-            fitted, canvas = [], None
-        for image, known in list(zip(references, hashes, strict=True))[len(fitted) :]:
-            fitted.append(Reference.of(image, fit_reference(image, variant.reference_size**2), "fit", known))
-        if canvas is None:
-            width, height = _size(job, fitted, variant)
-            if min(width, height) < GRID:
-                raise InvalidJob(f"The size is {width}×{height}; each side needs at least {GRID} pixels.")
-            canvas = Canvas.of(width, height, area)
-        if canvas.enlarges:
-            warnings.append(
-                f"painted at {canvas.content_width}×{canvas.content_height}, the size {variant.name} was made for, "
-                f"and resampled to {canvas.width}×{canvas.height}"
-            )
-        return canvas, fitted
-
     def _check_memory(self, canvas: Canvas, references: list[Reference]) -> None:
         """Raise OutOfMemory if the free memory cannot hold the job."""
         pixels = canvas.canvas_width * canvas.canvas_height
@@ -413,8 +361,11 @@ class Klein:
             hint=f"{side}×{side} would fit." if side else "Use fewer references, or end what else uses the device.",
         )
 
-    def _prompt_states(self, prompt: str, warnings: list[str]) -> tuple[Tensor, bool]:
-        """Return the prompt states after the transformer's projection: [1, text_length, hidden]."""
+    def _prompt_states(self, prompt: str, warnings: list[str]) -> Generator[float, None, tuple[Tensor, bool]]:
+        """Return the prompt states after the transformer's projection: [1, text_length, hidden].
+
+        It yields the share that is done between the encoder's layers, each of which takes a second on a slow machine.
+        """
         tokens = self.tokenizer(prompt)
         if tokens.cut:
             warnings.append(
@@ -422,8 +373,10 @@ class Klein:
                 "reads; its end was cut"
             )
         key = (self.fingerprint, "prompt", prompt)
-        (states,), hit = self.cache.get_or_compute(key, lambda: [self.runner.text(tokens.ids, tokens.mask)])
-        return states, hit
+        if (kept := self.cache.get(key)) is not None:
+            return kept[0], True
+        states = yield from self.runner.text_in_parts(tokens.ids, tokens.mask)
+        return self.cache.insert(key, [states])[0], False
 
     def _condition(
         self, text: Tensor, rows: int, columns: int, references: list[Reference], mode: Mode
@@ -493,6 +446,20 @@ class Klein:
         return self.transformer.rope(torch.cat(_reference_positions(references)))
 
 
+def tokens_of(canvas: Canvas) -> int:
+    """Return the tokens of a canvas."""
+    return canvas.canvas_width * canvas.canvas_height // GRID**2
+
+
+def next_or_result(parts: Generator[float, None, T], results: list[T]) -> float | None:
+    """Return the next part, or None after appending the generator's result."""
+    try:
+        return next(parts)
+    except StopIteration as end:
+        results.append(end.value)
+        return None
+
+
 def _refuse_not_finite(latent: Tensor, model: str) -> None:
     """Raise BadWeights for a latent with NaN or infinity.
 
@@ -503,19 +470,6 @@ def _refuse_not_finite(latent: Tensor, model: str) -> None:
             f"{model} computed numbers that are not finite: its weights, or a LoRA on them, are broken.",
             hint="Leave the LoRA away, or download the model again.",
         )
-
-
-def _size(job: Job, references: list[Reference], variant: Variant) -> tuple[int, int]:
-    """Return the width and height of the result.
-
-    The job's size comes first, then its shape, then the first reference's size, then the native size.
-    """
-    if job.width and job.height:
-        return job.width, job.height
-    if job.aspect is not None:
-        return size_for_aspect(job.aspect, variant.native_size**2)
-    height, width = references[0].image.shape[:2] if references else (variant.native_size, variant.native_size)
-    return job.width or width, job.height or height
 
 
 def _scaled(box: tuple[int, int, int, int], across: float, down: float) -> tuple[int, int, int, int]:

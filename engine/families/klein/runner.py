@@ -13,7 +13,7 @@ import shutil
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -132,6 +132,17 @@ class Runner:
         Both modes give the same bits.
         """
         return self._text_graph((ids, mask)) if self._text_graph else self._text(ids, mask)
+
+    def text_in_parts(self, ids: Tensor, mask: Tensor) -> Generator[float, None, Tensor]:
+        """Return prompt states like `text`, yielding between layers the share done.
+
+        A GPU takes milliseconds for all of them, so there is nothing to yield.
+        """
+        if self.device.is_cuda or self._text_graph:
+            return self.text(ids, mask)
+        device = self.device.device
+        states = yield from self.text_encoder.in_parts(ids.to(device), mask.to(device))
+        return self.transformer.txt_in(states)
 
     def encode(self, images: Tensor, mode: Mode) -> Tensor:
         """Encode images to latents.

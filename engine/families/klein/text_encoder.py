@@ -3,6 +3,7 @@
 The encoder is transformers' Qwen3, cut after the last layer that is read.
 """
 
+from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -110,9 +111,26 @@ class TextEncoder(nn.Module):
 
         Pad tokens get states of their own, as in training: the transformer reads all rows without a mask.
         """
-        length = ids.shape[1]
+        parts = self.in_parts(ids, mask)
+        while True:
+            try:
+                next(parts)
+            except StopIteration as end:
+                return end.value
+
+    def in_parts(self, ids: Tensor, mask: Tensor) -> Generator[float, None, Tensor]:
+        """Encode like `forward` and yield the share that is done between layers."""
+        length, model = ids.shape[1], self.model
         causal = torch.ones(length, length, dtype=torch.bool, device=ids.device).tril()
         # transformers would ask the device whether there are pad tokens, which waits and makes two code paths.
-        attended = {"full_attention": causal & mask.bool()[:, None, None, :]}
-        out = self.model(input_ids=ids, attention_mask=attended, output_hidden_states=True, use_cache=False)
-        return torch.cat([out.hidden_states[layer] for layer in self.layers], dim=-1)
+        attended = causal & mask.bool()[:, None, None, :]
+        states, positions = model.embed_tokens(ids), torch.arange(length, device=ids.device)[None]
+        turns, count = model.rotary_emb(states, positions), len(model.layers)
+        read: dict[int, Tensor] = {}
+        for number, layer in enumerate(model.layers, start=1):
+            states = layer(states, attention_mask=attended, position_embeddings=turns, position_ids=positions)
+            if number in self.layers:
+                read[number] = model.norm(states) if number == count else states
+            if number < count:
+                yield number / count
+        return torch.cat([read[number] for number in self.layers], dim=-1)

@@ -1,0 +1,102 @@
+"""Read a job: its settings, its canvas and its references."""
+
+from dataclasses import dataclass
+
+from engine.contract import InvalidJob, Job, Rgb8, image_hash
+from engine.diffusion.canvas import GRID, Canvas, fit_reference, size_for_aspect
+from engine.families.klein.variants import Variant
+
+MAX_STEPS = 200
+"""Limit of steps. No published klein needs more than 50, so a larger number is probably a typing error."""
+MAX_GUIDANCE = 100
+MAX_SEED = 2**63 - 1
+
+
+@dataclass(frozen=True, slots=True)
+class Reference:
+    """A reference as the model sees it.
+
+    key: identifies its pixels in the cache.
+    """
+
+    image: Rgb8
+    key: str
+
+    @classmethod
+    def of(cls, original: Rgb8, fitted: Rgb8, way: str, known_hash: str = "") -> "Reference":
+        """Build a reference from its original and its fitted pixels.
+
+        known_hash: `image_hash` of the original, if known. way: how it was fitted.
+        """
+        key = known_hash or image_hash(original)
+        # An image that kept its size keeps its pixels too.
+        return cls(fitted, key if fitted.shape == original.shape else f"{key} {way} {fitted.shape}")
+
+    @property
+    def tokens(self) -> tuple[int, int]:
+        """Return the rows and columns of its tokens."""
+        return self.image.shape[0] // GRID, self.image.shape[1] // GRID
+
+
+def read_settings(job: Job, variant: Variant, warnings: list[str]) -> tuple[int, float]:
+    """Validate the job and return its steps and guidance."""
+    if len(job.references) > variant.max_references:
+        raise InvalidJob(
+            f"{len(job.references)} references; {variant.name} takes at most {variant.max_references}.",
+            hint="Compose in two rounds.",
+        )
+    if job.find_change and not job.align:
+        raise InvalidJob("find_change needs align: only what lies in one frame can be compared.")
+    if not 0 <= job.seed <= MAX_SEED:
+        raise InvalidJob(f"seed is {job.seed}; it must lie in 0 … 2^63-1.")
+    steps = variant.steps if job.steps is None else job.steps
+    if not 1 <= steps <= MAX_STEPS:
+        raise InvalidJob(f"steps is {steps}; it must lie in 1 … {MAX_STEPS}.")
+    guidance = variant.guidance if job.guidance is None else job.guidance
+    if not 0 <= guidance <= MAX_GUIDANCE:
+        raise InvalidJob(f"guidance is {guidance:g}; it must lie in 0 … {MAX_GUIDANCE}.")
+    if guidance > 1 and variant.distilled:
+        warnings.append(f"guidance {guidance:g} is ignored: {variant.name} is distilled and needs none")
+        guidance = 1.0
+    return steps, guidance
+
+
+def fit_images(job: Job, variant: Variant, warnings: list[str]) -> tuple[Canvas, list[Reference]]:
+    """Return the canvas, and the references as the model sees them."""
+    area = variant.max_size**2
+    references = list(job.references)
+    hashes = job.hashes or ("",) * len(references)
+    if job.align:
+        if not references:
+            raise InvalidJob("align needs a reference to be aligned with.")
+        height, width = references[0].shape[:2]
+        canvas = Canvas.of(width, height, area, variant.native_size**2 if job.close_up else 0)
+        fitted = [Reference.of(references[0], canvas.pad(references[0]), "pad", hashes[0])]
+    else:
+        fitted, canvas = [], None
+    for image, known in list(zip(references, hashes, strict=True))[len(fitted) :]:
+        fitted.append(Reference.of(image, fit_reference(image, variant.reference_size**2), "fit", known))
+    if canvas is None:
+        width, height = _size(job, fitted, variant)
+        if min(width, height) < GRID:
+            raise InvalidJob(f"The size is {width}×{height}; each side needs at least {GRID} pixels.")
+        canvas = Canvas.of(width, height, area)
+    if canvas.enlarges:
+        warnings.append(
+            f"painted at {canvas.content_width}×{canvas.content_height}, the size {variant.name} was made for, "
+            f"and resampled to {canvas.width}×{canvas.height}"
+        )
+    return canvas, fitted
+
+
+def _size(job: Job, references: list[Reference], variant: Variant) -> tuple[int, int]:
+    """Return the width and height of the result.
+
+    The job's size comes first, then its shape, then the first reference's size, then the native size.
+    """
+    if job.width and job.height:
+        return job.width, job.height
+    if job.aspect is not None:
+        return size_for_aspect(job.aspect, variant.native_size**2)
+    height, width = references[0].image.shape[:2] if references else (variant.native_size, variant.native_size)
+    return job.width or width, job.height or height
