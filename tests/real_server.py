@@ -79,7 +79,10 @@ def engine_process(home: Path, token: Path, port: int = 0) -> Iterator[tuple[str
     place = RealServer(home)
     home.mkdir(exist_ok=True)
     command = [sys.executable, "-m", "klein_mcp", "engine", "--listen", f"127.0.0.1:{port}", "--token-file", str(token)]
-    process = subprocess.Popen(command, env=place.environment(), stderr=subprocess.PIPE, text=True)
+    # A session of its own, as on a machine of its own: Linux shares a busy CPU among sessions.
+    process = subprocess.Popen(
+        command, env=place.environment(), stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
     assert process.stderr
     try:
         yield f"http://{process.stderr.readline().split()[-1]}", process

@@ -4,10 +4,12 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from engine.contract import NodeStatus
 from klein_mcp.cli import arguments as types
 from klein_mcp.cli.engine import listening_address
+from klein_mcp.cli.status import format_node
 from klein_mcp.settings import Settings
 
 if TYPE_CHECKING:
@@ -76,7 +78,7 @@ def _join(settings: Settings, arguments: argparse.Namespace) -> int:
 
 def _status(settings: Settings, arguments: argparse.Namespace) -> int:
     from klein_mcp.cluster import machine
-    from klein_mcp.cluster.report import cluster_report, format_report
+    from klein_mcp.cluster.report import cluster_report
 
     member = _membership(settings)
     if member is None:
@@ -102,6 +104,13 @@ def _membership(settings: Settings) -> "Member | None":
     if member is None:
         print("klein-mcp: this machine is in no cluster; klein-mcp cluster up or join makes it one's", file=sys.stderr)
     return member
+
+
+def format_report(report: dict[str, Any]) -> str:
+    """Format a cluster's report, one line per fact."""
+    lines = [f"cluster: {report['state'].lower()}{': ' if report['message'] else ''}{report['message']}"]
+    lines += [f"machine {each['host']}, {each['address']}: {each['places']} places" for each in report["machines"]]
+    return "\n".join([*lines, *(format_node(NodeStatus(**each)) for each in report["engines"])])
 
 
 _COMMANDS = {"up": _up, "join": _join, "status": _status, "down": _down}

@@ -53,16 +53,18 @@ def _format_engine(engine: EngineStatus) -> list[str]:
         f"model: {loaded}",
         *tuning,
         f"installed: {', '.join(installed)}",
-        *(_format_node(node) for node in engine.nodes),
+        *(format_node(node) for node in engine.nodes),
         f"cache: {cache.entries} prompts and references, {cache.bytes / 1e6:.0f} MB; {cache.hits} hits",
     ]
 
 
-def _format_node(node: NodeStatus) -> str:
+def format_node(node: NodeStatus) -> str:
+    """Format one of several engines."""
     if node.error:
         return f"engine {node.url}: {node.error}"
-    loaded = node.loaded or "no model loaded"
-    return f"engine {node.url}: {node.device or 'idle'}, {loaded}, {node.running} running, {node.hits} cache hits"
+    where = f"{node.device}, {node.free_bytes / 1e9:.1f} GB free" if node.device else "idle"
+    jobs = f"{node.running} running, {node.waiting} waiting"
+    return f"engine {node.url}: {where}, {node.loaded or 'no model loaded'}, {jobs}, {node.hits} cache hits"
 
 
 def _format_seconds(seconds: Mapping[str, float]) -> str:

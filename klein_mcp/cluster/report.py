@@ -1,4 +1,4 @@
-"""A cluster's machines and engines, for people."""
+"""A cluster's machines and engines."""
 
 from dataclasses import asdict
 from typing import Any
@@ -34,23 +34,8 @@ def cluster_report() -> dict[str, Any]:
         "state": application.status.value if application else "not deployed",
         "message": application.message if application else "",
         "machines": machines,
-        "engines": [asdict(each) if isinstance(each, NodeStatus) else {"error": str(each)} for each in engines],
+        "engines": [
+            asdict(each) if isinstance(each, NodeStatus) else asdict(NodeStatus("?", error=str(each)))
+            for each in engines
+        ],
     }
-
-
-def format_report(report: dict[str, Any]) -> str:
-    """Format the report, one line per fact."""
-    lines = [f"cluster: {report['state'].lower()}{': ' if report['message'] else ''}{report['message']}"]
-    lines += [f"machine {each['host']}, {each['address']}: {each['places']} places" for each in report["machines"]]
-    lines += [_format_engine(each) for each in report["engines"]]
-    return "\n".join(lines)
-
-
-def _format_engine(each: dict[str, Any]) -> str:
-    if each["error"]:
-        return f"engine: {each['error']}"
-    return (
-        f"engine {each['url']}: {each['device'] or 'idle'}, {each['loaded'] or 'no model loaded'}, "
-        f"{each['free_bytes'] / 1e9:.1f} GB free, {each['running']} running, {each['waiting']} waiting, "
-        f"{each['hits']} cache hits"
-    )

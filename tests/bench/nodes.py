@@ -7,6 +7,8 @@ Ray Serve proxy with one and with two engines. Not a test: it gates nothing.
 """
 
 import argparse
+import contextlib
+import os
 import statistics
 import tempfile
 import time
@@ -18,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-from engine.contract import Job, image_hash
+from engine.contract import EngineError, Job, image_hash
 from klein_mcp.daemon.endpoint import BuildInfo
 from klein_mcp.daemon.executors.local import make_local
 from klein_mcp.daemon.executors.remote import RemoteExecutor
@@ -29,6 +31,9 @@ from tests.real_server import engine_process
 
 MANY = 24
 """Images of the throughput measurement, of as many lineages."""
+
+PROXY = "ray::ProxyActor"
+"""Title of the process of Ray Serve's proxy."""
 
 REFERENCE = np.random.default_rng(1).integers(0, 256, (128, 128, 3), np.uint8)
 
@@ -77,6 +82,50 @@ def report(sides: dict[str, tuple[Executor, int]], rounds: int) -> Iterator[str]
         yield f"| {name} | {' | '.join(cells)} | {statistics.median(taken['rate']):.1f} ({max(taken['rate']):.1f}) |"
 
 
+def upload(executor: RemoteExecutor, number: int) -> float:
+    """Return the milliseconds until a job with a new reference of 1024² is refused."""
+    image = np.random.default_rng(number).integers(0, 256, (1024, 1024, 3), np.uint8)
+    job = Job("edit", (image,), align=True, model="there is no such model", affinity=f"nano {number}")
+    began = time.perf_counter()
+    try:
+        list(executor.run(job))
+    except EngineError:
+        return 1000 * (time.perf_counter() - began)
+    raise AssertionError("it ran")
+
+
+def cpu_seconds(title: str) -> float:
+    """Return the CPU time that processes of this title have taken."""
+    ticks = 0
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            if title in (stat.parent / "cmdline").read_text():
+                ticks += sum(map(int, stat.read_text().rpartition(")")[2].split()[11:13]))
+    return ticks / os.sysconf("SC_CLK_TCK")
+
+
+def uploads(sides: dict[str, tuple[Executor, int]], rounds: int) -> Iterator[str]:
+    """Yield rows with the cost of sending an image of 1024²."""
+    yield "| an image of 1024² to the engine and a refusal back | ms, median (quickest) |"
+    yield "|---|---|"
+    for name, (executor, _) in sides.items():
+        if isinstance(executor, RemoteExecutor):
+            taken = [upload(executor, number) for number in range(rounds)]
+            yield f"| {name} | {statistics.median(taken):.0f} ({min(taken):.0f}) |"
+
+
+def proxy_cost(executor: RemoteExecutor, rounds: int) -> str:
+    """Return the CPU time that a proxy takes for an image of 1024², beyond what it takes idle."""
+    began, before = time.monotonic(), cpu_seconds(PROXY)
+    time.sleep(10)
+    idle = (cpu_seconds(PROXY) - before) / (time.monotonic() - began)
+    began, before = time.monotonic(), cpu_seconds(PROXY)
+    for number in range(rounds):
+        upload(executor, 1000 + number)
+    busy = cpu_seconds(PROXY) - before - idle * (time.monotonic() - began)
+    return f"CPU of the proxy for an image of 1024² in: {1000 * busy / rounds:.0f} ms ({rounds} images)"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--cluster", action="store_true", help="with Ray Serve, too")
@@ -93,12 +142,16 @@ def main() -> None:
             "one `klein-mcp engine`": (RemoteExecutor(urls[:1], TOKEN, build), 1),
             "two": (RemoteExecutor(urls, TOKEN, build), 2),
         }
+        cluster = None
         if arguments.cluster:
             cluster = stack.enter_context(real_cluster(folder / "cluster", "--least", "2", queue=32))
             cluster.second.join(cluster.ray, cluster.token)
             until(lambda: len(cluster.engines()) == 2)
             sides["Ray Serve, two engines"] = (cluster.executor(), 2)
-        print("\n".join(report(sides, arguments.rounds)))
+        print("\n".join(report(sides, arguments.rounds)), end="\n\n")
+        print("\n".join(uploads(sides, 2 * arguments.rounds)), end="\n\n")
+        if cluster:
+            print(proxy_cost(cluster.executor(), 5 * arguments.rounds))
 
 
 if __name__ == "__main__":
