@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,6 +11,7 @@ from engine.contract import NodeStatus
 from klein_mcp.cli import arguments as types
 from klein_mcp.cli.engine import listening_address
 from klein_mcp.cli.status import format_node
+from klein_mcp.errors import RequestError
 from klein_mcp.settings import Settings
 
 if TYPE_CHECKING:
@@ -40,6 +42,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(settings: Settings, arguments: argparse.Namespace) -> int:
     """Raises RequestError."""
+    if os.name == "nt":
+        raise RequestError("Ray joins machines of Linux or macOS.", hint="A list in KLEIN_ENGINE needs no Ray.")
     return _COMMANDS[arguments.part](settings, arguments)
 
 

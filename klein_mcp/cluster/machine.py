@@ -25,7 +25,7 @@ from klein_mcp.cluster.application import RESOURCE
 from klein_mcp.cluster.extra import import_ray
 from klein_mcp.daemon.engine_server import read_token
 from klein_mcp.errors import RequestError
-from klein_mcp.private import open_log, read_private_text
+from klein_mcp.private import check_folder, open_log, read_private_text
 
 PATIENCE = 120.0
 """Seconds until Ray has to be up: a machine of 2 busy cores took 20."""
@@ -113,12 +113,15 @@ def start_ray(
 
 
 def head_arguments(port: int, host: str) -> list[str]:
-    """Return the arguments of the first machine's Ray."""
+    """Return the arguments of the first machine's Ray. Raises RequestError."""
     # A folder of ours: Ray writes the address of the latest cluster there, and other programs connect to it.
     folder = Path(tempfile.gettempdir()) / f"klein-ray-{os.getuid()}"
-    return [
-        "--head", f"--port={port}", *_host(host), "--include-dashboard=false", f"--temp-dir={folder}"
-    ]  # fmt: skip
+    try:
+        folder.mkdir(mode=0o700, exist_ok=True)
+        check_folder(folder)
+    except OSError as exc:
+        raise RequestError(f"The folder {folder} cannot be used: {exc.strerror or exc}.") from None
+    return ["--head", f"--port={port}", *_host(host), "--include-dashboard=false", f"--temp-dir={folder}"]
 
 
 def worker_arguments(address: str, host: str) -> list[str]:

@@ -29,7 +29,7 @@ from klein_mcp.settings import Settings
 from tests.real_cluster import TOKEN, real_cluster, until
 from tests.real_server import engine_process
 
-MANY = 24
+MANY = 12
 """Images of the throughput measurement, of as many lineages."""
 
 PROXY = "ray::ProxyActor"
@@ -142,16 +142,17 @@ def main() -> None:
             "one `klein-mcp engine`": (RemoteExecutor(urls[:1], TOKEN, build), 1),
             "two": (RemoteExecutor(urls, TOKEN, build), 2),
         }
-        cluster = None
+        behind_proxy = None
         if arguments.cluster:
             cluster = stack.enter_context(real_cluster(folder / "cluster", "--least", "2", queue=32))
+            behind_proxy = cluster.executor()
             cluster.second.join(cluster.ray, cluster.token)
             until(lambda: len(cluster.engines()) == 2)
-            sides["Ray Serve, two engines"] = (cluster.executor(), 2)
+            sides["Ray Serve, two engines"] = (behind_proxy, 2)
         print("\n".join(report(sides, arguments.rounds)), end="\n\n")
         print("\n".join(uploads(sides, 2 * arguments.rounds)), end="\n\n")
-        if cluster:
-            print(proxy_cost(cluster.executor(), 5 * arguments.rounds))
+        if behind_proxy:
+            print(proxy_cost(behind_proxy, 5 * arguments.rounds))
 
 
 if __name__ == "__main__":
