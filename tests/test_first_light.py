@@ -128,7 +128,8 @@ async def test_bad_input_gets_one_line_and_the_next_call_works(server: RealServe
             assert says in message, f"{tool} {str(arguments)[:80]}: {message}"
         after = await call(client, "generate_image", prompt="a cat in the snow", seed=1)
         assert Path(after["path"]).is_file()
-        assert await call(client, "edit_image", image=str(folder / "good.png"), prompt="make the background red")
+        edit = {"image": str(folder / "good.png"), "prompt": "make the background red", "preserve": "off"}
+        assert await call(client, "edit_image", **edit)
 
 
 async def test_truncated_weights_are_named_and_the_engine_survives(server: RealServer, folder: Path) -> None:

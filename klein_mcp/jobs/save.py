@@ -6,7 +6,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from engine.contract import ChangeMask, Grey8, Result, Rgb8, image_hash
+from engine.families.klein.variants import EMBEDDED
 from klein_mcp.images import codec, png, preserve
+from klein_mcp.images.detail import is_detailed
 from klein_mcp.images.library import Store
 from klein_mcp.images.preserve import VisibleChange
 from klein_mcp.images.provenance import Provenance
@@ -41,7 +43,18 @@ def finish(prepared: PreparedRequest, result: Result) -> FinishedImage:
     opacity = region.opacity(result.change)
     image = region.composite(result.image, original, result.change)
     changed = preserve.measure(image, original, region.mask, kept=False)
-    return FinishedImage(image, changed, opacity, _edit_warnings(changed, result.change))
+    warnings = (*_edit_warnings(changed, result.change), *_detail_warnings(prepared, result.model))
+    return FinishedImage(image, changed, opacity, warnings)
+
+
+def _detail_warnings(prepared: PreparedRequest, model: str) -> tuple[str, ...]:
+    """Warn of a photograph that the embedded model had to repaint."""
+    if model != EMBEDDED or prepared.region is None or not is_detailed(prepared.references[0]):
+        return ()
+    lost = (
+        "what it painted is hardly recognisable" if prepared.region.mask is not None else "detail it repainted is lost"
+    )
+    return (f"{model} knows no image such as this, only flat scenes: {lost}; klein-mcp pull klein-4b",)
 
 
 def _edit_warnings(changed: VisibleChange, change: ChangeMask | None) -> tuple[str, ...]:

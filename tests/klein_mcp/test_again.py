@@ -15,7 +15,7 @@ from klein_mcp.images.record import Record
 from klein_mcp.jobs.replay import repeat
 from klein_mcp.jobs.request import Aspect, Exact, Native, edit, generate
 from tests.fakes import FakeExecutor
-from tests.images import file, noise, pixels
+from tests.images import file, noise, pixels, scene
 from tests.real_server import RealServer
 from tests.tool_calls import call, kinds, line, preview, refused
 
@@ -98,7 +98,7 @@ def test_drafts_are_alike_by_what_can_be_seen() -> None:
 
 async def test_relative_path_is_read_from_the_clients_roots(connect: Any, tmp_path: Path) -> None:
     (tmp_path / "project").mkdir()
-    (tmp_path / "project" / "shot.png").write_bytes(file(noise(64, 64)))
+    (tmp_path / "project" / "shot.png").write_bytes(file(scene(64, 64)))
 
     async def roots(context: Any) -> ListRootsResult:
         return ListRootsResult(roots=[Root(uri=(tmp_path / "project").as_uri())])  # type: ignore[arg-type]
