@@ -67,7 +67,7 @@ def main(argv: list[str]) -> int:
         case ["lint"]:
             installed("test")
             installed("lint")
-            checks = (["ruff", "check"], ["ruff", "format", "--check"], ["pyright"], ["mkdocs", "build", "--quiet"])
+            checks = (["ruff", "check"], ["ruff", "format", "--check"], ["pyright"], ["mkdocs", "build"])
             return max(run(BIN / tool, *rest) for tool, *rest in checks)
         case ["run", command, *rest]:
             installed("")

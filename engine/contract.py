@@ -68,24 +68,59 @@ class _ByValue:
     __hash__ = None  # type: ignore[assignment]
 
 
+@dataclass(frozen=True, slots=True)
+class Native:
+    """The size of the first reference as the model sees it.
+
+    Without references, the model's own size.
+    """
+
+
+@dataclass(frozen=True, slots=True)
+class Exact:
+    """A size in pixels, both sides multiples of 16."""
+
+    width: int
+    height: int
+
+
+@dataclass(frozen=True, slots=True)
+class Aspect:
+    """A shape at the model's native area.
+
+    Only the ratio of the two numbers counts. Only the engine knows what "auto" resolves to, and so the area.
+    """
+
+    width: int
+    height: int
+
+
+@dataclass(frozen=True, slots=True)
+class KeepSource:
+    """Exactly the first reference's size, with every pixel in its place.
+
+    Reference and canvas share one frame: both are scaled and padded alike.
+
+    close_up: the reference is a part of a larger image: below the model's native area it is enlarged to it, at
+        most four times a side, because the model is poor at small areas.
+    """
+
+    close_up: bool = False
+
+
+Size = Native | Exact | Aspect | KeepSource
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Job(_ByValue):
     """One image to generate, from a prompt and any number of references.
 
     Text-to-image without references, an edit with one, a composition with several.
 
-    width, height: pixels of the result. None: the size of the first reference as the model sees it; without
-        references the model's native size. Multiples of 16 unless `align` is set.
-    align: the first reference and the canvas share one frame, so that an edit keeps every pixel in its place:
-        both are scaled and padded alike, and the result has exactly the reference's size.
-    close_up: with `align`, the reference is a part of a larger image: below the model's native area it is
-        enlarged to it, at most four times a side, because the model is poor at small areas.
-    aspect: (width, height) of which only the ratio counts: a result of this shape at the model's native area,
-        where no size is given. Only the engine knows what "auto" resolves to, and so the native size.
     seed: 0 … 2**63 - 1; the same job with the same seed gives the same image.
     model: a variant's name, a diffusers folder, a single file, or "auto".
     steps, guidance: None for the variant's defaults.
-    find_change: with `align`, return where the result differs from the first reference.
+    find_change: with `KeepSource`, return where the result differs from the first reference.
     partials: how many steps also return the image they head for, decoded at full size. Never changes the result.
     mode: the implementation to use where it can be had, as a replay asks for it; None leaves it to the engine.
     hashes: `image_hash` of each reference, "" where unknown; caches use them instead of hashing again.
@@ -94,11 +129,7 @@ class Job(_ByValue):
 
     prompt: str
     references: tuple[Rgb8, ...] = ()
-    width: int | None = None
-    height: int | None = None
-    align: bool = False
-    close_up: bool = False
-    aspect: tuple[int, int] | None = None
+    size: Size = field(default_factory=Native)
     seed: int = 0
     model: str = "auto"
     steps: int | None = None
@@ -112,7 +143,7 @@ class Job(_ByValue):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ChangeMask(_ByValue):
-    """Mask of the pixels that an aligned edit changed.
+    """Mask of the pixels that an edit at its source's size changed.
 
     The edit is compared with the round trip of its reference through the autoencoder.
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from engine.contract import Job, Result, Step
+from engine.contract import Job, KeepSource, Result, Step
 from engine.engine import Engine
 
 
@@ -30,7 +30,7 @@ def main(folder: Path) -> None:
     engine = Engine()  # the best installed model on the best device; EngineConfig(device="cpu") chooses
 
     apple = paint(engine, Job("an apple on a yellow background", seed=7))
-    green = paint(engine, Job("make the background green", references=(apple.image,), align=True, seed=7))
+    green = paint(engine, Job("make the background green", references=(apple.image,), size=KeepSource(), seed=7))
     both = paint(engine, Job("image 1 with the background from image 2", references=(apple.image, green.image), seed=7))
 
     for name, painting in (("apple", apple), ("green", green), ("both", both)):

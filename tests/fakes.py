@@ -7,11 +7,14 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from engine.contract import (
+    Aspect,
     EngineError,
     EngineStatus,
     Event,
+    Exact,
     InvalidJob,
     Job,
+    KeepSource,
     KnownModel,
     Loading,
     Result,
@@ -39,13 +42,13 @@ def painted(job: Job) -> Rgb8:
 
 def size(job: Job) -> tuple[int, int]:
     """Return the size by the contract's rules, for a model whose native size is 128."""
-    if job.align:
+    if isinstance(job.size, KeepSource):
         height, width = job.references[0].shape[:2]
         return width, height
-    if job.width and job.height:
-        return job.width, job.height
-    if job.aspect:
-        across, along = job.aspect
+    if isinstance(job.size, Exact):
+        return job.size.width, job.size.height
+    if isinstance(job.size, Aspect):
+        across, along = job.size.width, job.size.height
         scale = 128 * (across * along) ** -0.5
         return round(across * scale / 16) * 16, round(along * scale / 16) * 16
     if job.references:

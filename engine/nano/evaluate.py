@@ -51,6 +51,8 @@ CHAINED_PRESERVED = "ten edits in a row, the original put back around each: unto
 
 Question = tuple[str, int, Example]
 """(part of the list, seed, example). A chain is CHAIN_LENGTH questions of one seed, each about the last answer."""
+Chain = tuple[list[Example], tuple[Rgb8, ...]]
+"""The edits of a chain, and the image after each."""
 
 
 def _pack(scene: Scene) -> list:
@@ -172,8 +174,8 @@ def preserved(nano: Nano, edited: list[Rgb8], originals: list[Rgb8]) -> list[Pre
     return kept
 
 
-def chained(nano: Nano, asked: list[Question], steps: int, preserve: bool = False) -> list[tuple[list[Example], Rgb8]]:
-    """Return each chain with the image after its last edit.
+def chained(nano: Nano, asked: list[Question], steps: int, preserve: bool = False) -> list[Chain]:
+    """Return each chain with the image after each of its edits.
 
     Each edit starts from the image that the previous edit made.
     """
@@ -182,12 +184,14 @@ def chained(nano: Nano, asked: list[Question], steps: int, preserve: bool = Fals
         chains.setdefault(seed, []).append(example)
     seeds = list(chains)
     images = [draw(chains[seed][0].references[0])[0] for seed in seeds]
+    trail = []
     for step in range(CHAIN_LENGTH):
         prompts = [chains[seed][step].prompt for seed in seeds]
         references = _tensor(images)[:, None].to(nano.device)
         edited = _images(nano.paint(prompts, [seed * CHAIN_LENGTH + step for seed in seeds], references, steps))
         images = [kept.image for kept in preserved(nano, edited, images)] if preserve else edited
-    return list(zip(chains.values(), images, strict=True))
+        trail.append(images)
+    return list(zip(chains.values(), zip(*trail, strict=True), strict=True))
 
 
 @dataclass
@@ -265,14 +269,28 @@ def evaluate(nano: Nano, asked: list[Question], steps: int = 4) -> tuple[Table, 
     return table, shown
 
 
-def _drifts(chains: list[tuple[list[Example], Rgb8]]) -> list[float]:
-    """Return mean differences, of 255, in parts no edit should touch."""
+def _drifts(chains: list[Chain], edits: int = CHAIN_LENGTH) -> list[float]:
+    """Return mean differences, of 255, after so many edits.
+
+    In the part of each image that no edit of its chain should touch.
+    """
     drift = []
-    for chain, image in chains:
+    for chain, images in chains:
+        image = images[edits - 1]
         same = untouched(tuple(box for example in chain for box in example.touched))
         (original,) = draw(chain[0].references[0])
         drift.append(float(np.abs(original[same].astype(int) - image[same]).mean()))
     return drift
+
+
+def drift_by_edit(nano: Nano, asked: list[Question], steps: int = 4) -> dict[str, list[float]]:
+    """Return the mean drift after each edit of the chains, by `preserve`."""
+    chains = [q for q in asked if q[0] == "chain"]
+    curves = {}
+    for name in ("off", "auto"):
+        trails = chained(nano, chains, steps, preserve=name == "auto")
+        curves[name] = [round(float(np.mean(_drifts(trails, n + 1))), 2) for n in range(CHAIN_LENGTH)]
+    return curves
 
 
 def _add_preserved(table: Table, nano: Nano, edits: list[tuple[Question, Rgb8]]) -> None:
@@ -334,6 +352,7 @@ def main() -> None:
     parser.add_argument("--every", type=int, default=1, help="of the list, every n-th question; chains stay whole")
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--drift", type=Path, help="measure the chains only, after each edit; write JSON there")
     parser.add_argument("--write", action="store_true", help="draw the held-out list anew")
     args = parser.parse_args()
     if args.write:
@@ -341,8 +360,12 @@ def main() -> None:
     if not args.device.startswith("cuda"):
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     asked = [q for q in questions() if q[1] % args.every == 0]
+    nano = Nano(args.weights).to(args.device)
+    if args.drift:
+        args.drift.write_text(json.dumps(drift_by_edit(nano, asked, args.steps)) + "\n")
+        return
     start = time.monotonic()
-    table, shown = evaluate(Nano(args.weights).to(args.device), asked, args.steps)
+    table, shown = evaluate(nano, asked, args.steps)
     print(table)
     print(f"{time.monotonic() - start:.0f} s")
     montage(shown[:: max(1, len(shown) // 60)], args.montage)

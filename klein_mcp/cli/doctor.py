@@ -13,7 +13,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from engine.contract import EngineError, Job, ModelInfo, Result
+from engine.contract import EngineError, Exact, Job, ModelInfo, Result
 from engine.families.klein.variants import EMBEDDED, VARIANTS
 from klein_mcp.cli.daemon import ask_daemon
 from klein_mcp.cli.terminal import ProgressBar, program, strip_control_chars
@@ -242,7 +242,7 @@ def _test_image(made: Any, clock: Callable[[], float] = time.perf_counter) -> Ch
     start = clock()
     size = VARIANTS[EMBEDDED].native_size
     try:
-        *_, result = made.run(Job("a red ball", width=size, height=size, model=EMBEDDED))
+        *_, result = made.run(Job("a red ball", size=Exact(size, size), model=EMBEDDED))
     except EngineError as error:
         return Check("test image", "failed", explain(error))
     assert isinstance(result, Result)

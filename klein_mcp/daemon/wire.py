@@ -13,20 +13,25 @@ from typing import Any
 import numpy as np
 
 from engine.contract import (
+    Aspect,
     BadWeights,
     Busy,
     ChangeMask,
     EngineError,
     EngineFailed,
     Event,
+    Exact,
     Fix,
     InvalidJob,
     Job,
+    KeepSource,
     Loading,
     ModelNotFound,
+    Native,
     OutOfMemory,
     Queued,
     Result,
+    Size,
     Stage,
     Step,
 )
@@ -35,6 +40,7 @@ Message = Job | Event | EngineError
 
 _PREFIX = struct.Struct("!II")  # bytes of the header, bytes of pixels behind it
 _KINDS: dict[str, type] = {kind.__name__: kind for kind in (Job, Queued, Loading, Stage, Step, Result)}
+_SIZES: dict[str, type[Size]] = {kind.__name__: kind for kind in (Native, Exact, Aspect, KeepSource)}
 _ERRORS: dict[str, type[EngineError]] = {
     kind.__name__: kind
     for kind in (EngineError, InvalidJob, ModelNotFound, BadWeights, OutOfMemory, Busy, EngineFailed)
@@ -58,6 +64,8 @@ def encode(message: Message) -> bytes:
             return {"rgb8" if value.ndim == 3 else "grey8": value.shape[:2]}
         if isinstance(value, ChangeMask):
             return {"change_mask": _fields(value)}
+        if isinstance(value, Size):
+            return {"size": {"kind": type(value).__name__, **asdict(value)}}
         if isinstance(value, Mapping):
             return dict(value)
         raise TypeError(f"{type(value).__name__} cannot cross the wire")
@@ -119,6 +127,8 @@ class _Pixels:
     def put_back(self, value: dict[str, Any]) -> object:
         if value.keys() == {"change_mask"}:
             return ChangeMask(**_tuples(value["change_mask"]))
+        if value.keys() == {"size"} and isinstance(value["size"], dict):
+            return _size(value["size"])
         if value.keys() not in ({"rgb8"}, {"grey8"}):
             return value
         ((kind, (height, width)),) = value.items()
@@ -129,6 +139,13 @@ class _Pixels:
         image = np.frombuffer(self.left[:size], np.uint8).reshape(shape)
         self.left = self.left[size:]
         return image
+
+
+def _size(content: dict[str, Any]) -> Size:
+    kind = content.pop("kind")
+    if not all(isinstance(number, int) for number in content.values()):
+        raise BadFrame("A size that is no number.")
+    return _SIZES[kind](**content)
 
 
 def _tuples(content: dict[str, Any]) -> dict[str, Any]:

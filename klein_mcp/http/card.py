@@ -8,6 +8,7 @@ from starlette.routing import Route
 
 from klein_mcp import __version__
 from klein_mcp.http.surface import HttpContext, Surface
+from klein_mcp.mcp_server import icon
 
 MEDIA_TYPE = "application/mcp-server-card+json"
 _HEADERS = {
@@ -29,6 +30,7 @@ async def _card(request: Request) -> Response:
         "title": "klein-mcp",
         "version": __version__,
         "description": "Generate, edit and compose images with FLUX.2 [klein] on your own machine.",
+        "icons": [{"src": icon.DATA_URI, "mimeType": icon.MEDIA_TYPE, "sizes": ["any"]}],
         "repository": {"url": "https://github.com/klein-mcp/klein-mcp", "source": "github"},
         "remotes": [{"type": "streamable-http", "url": f"{request.url.scheme}://{request.headers['host']}/mcp"}],
     }

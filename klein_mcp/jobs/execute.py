@@ -2,12 +2,12 @@
 
 from dataclasses import dataclass, replace
 
-from engine.contract import Job, Result, Rgb8
+from engine.contract import Aspect, Job, KeepSource, Result, Rgb8
 from klein_mcp.images import region
 from klein_mcp.images.library import Record, Store
 from klein_mcp.images.pixels import PixelCache
 from klein_mcp.images.region import EditRegion
-from klein_mcp.jobs.request import Aspect, Exact, ImageRequest, KeepSource
+from klein_mcp.jobs.request import ImageRequest
 from klein_mcp.limits import GRID
 
 ASPECT_TOLERANCE = 0.03
@@ -38,14 +38,12 @@ class PreparedRequest:
         All are alike but for their seeds.
         """
         request, size = self.request, self.request.size
+        if isinstance(size, KeepSource):
+            size = KeepSource(close_up=self.region is not None and self.region.is_partial)
         return Job(
             prompt=request.prompt,
             references=self.references,
-            width=size.width if isinstance(size, Exact) else None,
-            height=size.height if isinstance(size, Exact) else None,
-            aspect=(size.width, size.height) if isinstance(size, Aspect) else None,
-            align=isinstance(size, KeepSource),
-            close_up=self.region is not None and self.region.is_partial,
+            size=size,
             seed=request.seed + index,
             model=request.model,
             steps=request.steps,

@@ -9,46 +9,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
+from engine.contract import Aspect, Exact, KeepSource, Native, Size
 from klein_mcp.errors import RequestError
 from klein_mcp.limits import GRID, MAX_AREA, MAX_SEED
 
-
-@dataclass(frozen=True, slots=True)
-class Native:
-    """The first reference's size as the model sees it.
-
-    Without references, the model's own size.
-    """
-
-
-@dataclass(frozen=True, slots=True)
-class Exact:
-    """A size in pixels, both sides multiples of GRID."""
-
-    width: int
-    height: int
-
-
-@dataclass(frozen=True, slots=True)
-class Aspect:
-    """A shape at the model's native area.
-
-    Only the ratio of the two numbers counts.
-    """
-
-    width: int
-    height: int
-
-
-@dataclass(frozen=True, slots=True)
-class KeepSource:
-    """The size of the image that is edited.
-
-    With every pixel in its place.
-    """
-
-
-Size = Native | Exact | Aspect | KeepSource
 Preserve = Literal["auto", "off"]
 """Whether an edit puts the original's pixels back where it changed nothing."""
 Region = tuple[int, int, int, int]

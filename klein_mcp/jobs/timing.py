@@ -10,7 +10,7 @@ from math import log
 from pathlib import Path
 from typing import Any
 
-from engine.contract import Job, Result
+from engine.contract import Exact, Job, Native, Result
 from engine.families.klein.variants import VARIANTS
 from klein_mcp import atomic
 from klein_mcp.private import read_private_text
@@ -51,7 +51,7 @@ class TimingHistory:
         if job.model == "auto":
             self._auto = result.model
         for model in {job.model, result.model}:  # the job may name "auto"
-            if not job.width and not job.references:
+            if isinstance(job.size, Native) and not job.references:
                 self._native[model] = width * height
             seen = self._seconds.setdefault(model, [])
             seen.append((width * height + _reference_pixels(job), seconds))
@@ -67,8 +67,8 @@ class TimingHistory:
 
         None for a model that has made no image here yet.
         """
-        if job.width and job.height:
-            canvas = job.width * job.height
+        if isinstance(job.size, Exact):
+            canvas = job.size.width * job.size.height
         elif job.references:
             canvas = job.references[0].shape[0] * job.references[0].shape[1]
         else:

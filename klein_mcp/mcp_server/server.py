@@ -25,6 +25,7 @@ from mcp_types import (
     INVALID_PARAMS,
     CallToolResult,
     EmptyResult,
+    Icon,
     Resource,
     ResourceTemplate,
     SetLevelRequestParams,
@@ -42,7 +43,7 @@ from klein_mcp.images.paths import folder_of
 from klein_mcp.jobs.context import CallContext
 from klein_mcp.jobs.installed import InstalledModels, find, models_of
 from klein_mcp.jobs.service import Service
-from klein_mcp.mcp_server import prompts, resources, results, studio_app, studio_resources
+from klein_mcp.mcp_server import icon, prompts, resources, results, studio_app, studio_resources
 from klein_mcp.mcp_server.tools import TOOLS
 from klein_mcp.mcp_server.tools.leniency import ignored_warning, split_client_arguments
 from klein_mcp.mcp_server.tools.tool import Tool
@@ -92,6 +93,7 @@ class KleinServer(MCPServer):
             title="klein-mcp",
             instructions=INSTRUCTIONS,
             version=__version__,
+            icons=[Icon(src=icon.DATA_URI, mime_type=icon.MEDIA_TYPE, sizes=["any"])],
             extensions=extensions,
             log_level=service.settings.log_level.upper(),  # type: ignore[arg-type]
         )

@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from engine.contract import EngineConfig, Job, Result, Rgb8
+from engine.contract import EngineConfig, Exact, Job, Result, Rgb8
 from engine.engine import Engine
 from engine.registry import NANO
 from tests.bench.comparisons import HEAD, Row, compare
@@ -66,7 +66,9 @@ def engine_rows(model: Path, *, kv: bool, rounds: int) -> Iterator[Row]:
     def ours(count: int, *, new: bool) -> Callable[[int], object]:
         def paint(i: int) -> Rgb8:
             references = tuple(_picture(next(fresh)) if new else known[k] for k in range(count))
-            return _last(engine, Job(f"a dog {i}", references, SIDE, SIDE, seed=i & 0xFF, model=str(model))).image
+            return _last(
+                engine, Job(f"a dog {i}", references, size=Exact(SIDE, SIDE), seed=i & 0xFF, model=str(model))
+            ).image
 
         return paint
 
@@ -224,7 +226,7 @@ def _pipeline(model: Path) -> Callable[[str, list[Rgb8], int], Rgb8]:
 
 def _same(engine: Engine, theirs: Callable[..., Rgb8], model: Path, references: list[Rgb8]) -> None:
     """Check that both sides compute the same image before they are timed."""
-    ours = _last(engine, Job("a dog", tuple(references), SIDE, SIDE, seed=1, model=str(model))).image
+    ours = _last(engine, Job("a dog", tuple(references), size=Exact(SIDE, SIDE), seed=1, model=str(model))).image
     difference = np.abs(ours.astype(int) - theirs("a dog", references, 1))
     assert difference.max() <= 1, f"the images differ by {difference.max()}"
 

@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from engine.contract import EngineConfig, Job, Result
+from engine.contract import EngineConfig, Exact, Job, Result
 from engine.engine import Engine
 from engine.families.klein.variants import Variant
 
@@ -62,7 +62,9 @@ def measure(folder: Path, gigabytes: float, quant: str | None, side: int) -> dic
     for number in range(3):
         start, loaded = time.perf_counter(), 0.0
         result = None
-        for event in engine.run(Job(f"prompt {number % 2}", (), side, side, seed=number % 2, model=str(folder))):
+        for event in engine.run(
+            Job(f"prompt {number % 2}", size=Exact(side, side), seed=number % 2, model=str(folder))
+        ):
             result = event if isinstance(event, Result) else None
         assert isinstance(result, Result)
         loaded = result.ms["load"] / 1000
@@ -78,7 +80,7 @@ def measure(folder: Path, gigabytes: float, quant: str | None, side: int) -> dic
             "card, GB": round(card_gigabytes() - before, 2),
         }
         held = torch.cuda.memory_allocated()
-        job = engine.run(Job("prompt 0", (), side, side, model=str(folder)))
+        job = engine.run(Job("prompt 0", size=Exact(side, side), model=str(folder)))
         next(iter(job))
         job.close()  # type: ignore[attr-defined] - a generator
         found["left by a cancel, MB"] = round((torch.cuda.memory_allocated() - held) / 1e6, 1)

@@ -386,12 +386,14 @@ class Bench:
         return Pace(self.settings.pace.warm and 1, min(rounds, self.settings.pace.rounds))
 
     def _stages(self, mode: Any) -> dict[str, dict[str, float]]:
-        from engine.contract import Job, Result
+        from engine.contract import Exact, Job, Result
 
         found = {}
         for scenario in self._scenarios(3):
             ask = next(islice(asks(scenario, self.giant), 90, None))
-            *_, result = self.klein.run(Job(ask.prompt, ask.references, ask.side, ask.side, seed=1, mode=mode))
+            *_, result = self.klein.run(
+                Job(ask.prompt, ask.references, size=Exact(ask.side, ask.side), seed=1, mode=mode)
+            )
             assert isinstance(result, Result)
             found[scenario.name] = dict(result.ms)
         return found

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-from engine.contract import EngineError, Job, image_hash
+from engine.contract import EngineError, Exact, Job, KeepSource, image_hash
 from klein_mcp.daemon.endpoint import BuildInfo
 from klein_mcp.daemon.executors.local import make_local
 from klein_mcp.daemon.executors.remote import RemoteExecutor
@@ -39,11 +39,11 @@ REFERENCE = np.random.default_rng(1).integers(0, 256, (128, 128, 3), np.uint8)
 
 
 def generate(number: int) -> Job:
-    return Job("a red apple on a yellow background", width=128, height=128, seed=number)
+    return Job("a red apple on a yellow background", size=Exact(128, 128), seed=number)
 
 
 def edit(number: int) -> Job:
-    job = Job("make it blue", (REFERENCE,), align=True, seed=number, hashes=(image_hash(REFERENCE),))
+    job = Job("make it blue", (REFERENCE,), size=KeepSource(), seed=number, hashes=(image_hash(REFERENCE),))
     return replace(job, affinity="nano bench")
 
 

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from engine.contract import Job, Mode, Result, Rgb8
+from engine.contract import Exact, Job, Mode, Result, Rgb8
 from engine.diffusion.canvas import GRID
 from engine.families.klein.pipeline import Klein
 from klein_mcp.images import codec
@@ -18,7 +18,7 @@ def engine_side(klein: Klein, mode: Mode | None = None) -> Side:
     """Our side, to PNG bytes."""
 
     def paint(ask: Ask) -> Rgb8:
-        job = Job(ask.prompt, ask.references, ask.side, ask.side, seed=ask.seed, mode=mode)
+        job = Job(ask.prompt, ask.references, size=Exact(ask.side, ask.side), seed=ask.seed, mode=mode)
         *_, result = klein.run(job)
         assert isinstance(result, Result)
         return result.image

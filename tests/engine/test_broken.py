@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from engine.contract import BadWeights, EngineConfig, Job
+from engine.contract import BadWeights, EngineConfig, Exact, Job
 from engine.engine import Engine
 
 TRANSFORMER = "transformer/diffusion_pytorch_model.safetensors"
@@ -124,7 +124,7 @@ def test_broken_folder_gives_a_one_line_error(what: str, folder: Path, tmp_path:
     home = Path(shutil.copytree(folder, tmp_path / "broken"))
     change(home)
     with pytest.raises(BadWeights, match=says) as error:
-        list(Engine(EngineConfig(device="cpu", dtype="float32")).run(Job("x", model=str(home), width=64, height=64)))
+        list(Engine(EngineConfig(device="cpu", dtype="float32")).run(Job("x", model=str(home), size=Exact(64, 64))))
     assert "\n" not in str(error.value)
     assert len(str(error.value)) < 600
 

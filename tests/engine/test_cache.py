@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from engine.contract import CacheStats, EngineConfig, Job, Result, Rgb8, image_hash
+from engine.contract import CacheStats, EngineConfig, Exact, Job, KeepSource, Result, Rgb8, image_hash
 from engine.engine import Engine
 from engine.memory.cache import TensorCache, budgets
 from tests import toys
@@ -106,7 +106,7 @@ def test_cached_run_equals_a_run_without_cache(
     pool = [picture(64, 80, seed) for seed in range(3)]
     for _ in range(24):
         chosen = tuple(pool[i] for i in rng.integers(0, 3, rng.integers(1, 3)))
-        job = Job("ab"[rng.integers(2)], model=kv_toy, references=chosen, width=64, height=64, steps=1)
+        job = Job("ab"[rng.integers(2)], model=kv_toy, references=chosen, size=Exact(64, 64), steps=1)
         assert np.array_equal(paint(engine, job).image, cold(job))
         counts = engine.status().cache
         assert counts.bytes <= remember
@@ -117,7 +117,7 @@ def test_cached_run_equals_a_run_without_cache(
 
 def test_cached_tensors_hold_no_more_memory_than_is_counted(kv_toy: str) -> None:
     engine = Engine(EngineConfig(device="cpu"))
-    paint(engine, Job("a", model=kv_toy, references=(picture(64, 80), picture(80, 64, 1)), width=64, height=64))
+    paint(engine, Job("a", model=kv_toy, references=(picture(64, 80), picture(80, 64, 1)), size=Exact(64, 64)))
     kept = [tensor for entry in engine.cache._device.entries.values() for tensor in entry]
     assert len(kept) > 8
     assert all(tensor.untyped_storage().nbytes() == tensor.nbytes for tensor in kept)
@@ -125,10 +125,10 @@ def test_cached_tensors_hold_no_more_memory_than_is_counted(kv_toy: str) -> None
 
 def test_edit_of_the_image_just_generated_hits_the_cache(kv_toy: str) -> None:
     engine = Engine(EngineConfig(device="cpu"))
-    painted = paint(engine, Job("a", model=kv_toy, width=70, height=90)).image
+    painted = paint(engine, Job("a", model=kv_toy, size=Exact(70, 90))).image
     assert engine.prefetch() is True
     assert engine.prefetch() is False, "done once"
-    edit = Job("b", model=kv_toy, references=(painted,), align=True)
+    edit = Job("b", model=kv_toy, references=(painted,), size=KeepSource())
     warm = paint(engine, edit)
     assert warm.cache["references"] == "hit"
     assert np.array_equal(warm.image, paint(Engine(EngineConfig(device="cpu", cache_bytes=0)), edit).image)
@@ -137,7 +137,7 @@ def test_edit_of_the_image_just_generated_hits_the_cache(kv_toy: str) -> None:
 def test_another_model_misses_the_cache(kv_toy: str, tmp_path: Path) -> None:
     engine = Engine(EngineConfig(device="cpu"))
     other = str(toys.save(tmp_path / "other", kv=True, seed=1))
-    job = Job("a", model=kv_toy, references=(picture(64, 80),), width=64, height=64)
+    job = Job("a", model=kv_toy, references=(picture(64, 80),), size=Exact(64, 64))
     first = paint(engine, job)
     second = paint(engine, replace(job, model=other))
     assert (second.cache["prompt"], second.cache["references"]) == ("miss", "miss")

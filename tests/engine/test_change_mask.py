@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from engine.contract import EngineConfig, InvalidJob, Job, Result, Rgb8
+from engine.contract import EngineConfig, InvalidJob, Job, KeepSource, Result, Rgb8
 from engine.diffusion.change_mask import Change, find_change
 from engine.engine import Engine
 
@@ -165,7 +165,7 @@ def dog(engine: Engine) -> Rgb8:
 
 
 def test_removed_object_is_the_only_change(engine: Engine, dog: Rgb8) -> None:
-    result = paint(engine, Job("remove the dog", (dog,), align=True, model="nano", find_change=True))
+    result = paint(engine, Job("remove the dog", (dog,), size=KeepSource(), model="nano", find_change=True))
     assert result.change is not None
     assert not result.change.whole
     assert result.change.opacity.shape == dog.shape[:2]
@@ -177,7 +177,7 @@ def test_removed_object_is_the_only_change(engine: Engine, dog: Rgb8) -> None:
 
 
 def test_new_background_changes_the_whole_image(engine: Engine, dog: Rgb8) -> None:
-    job = Job("make the background green", (dog,), align=True, model="nano")
+    job = Job("make the background green", (dog,), size=KeepSource(), model="nano")
     found, plain = paint(engine, replace(job, find_change=True)), paint(engine, job)
     assert found.change is not None
     assert found.change.whole
@@ -187,18 +187,18 @@ def test_new_background_changes_the_whole_image(engine: Engine, dog: Rgb8) -> No
 
 def test_mask_has_the_exact_size_of_an_odd_image(engine: Engine, dog: Rgb8) -> None:
     odd = np.pad(dog, ((0, 5), (0, 31), (0, 0)), mode="edge")
-    result = paint(engine, Job("remove the dog", (odd,), align=True, model="nano", find_change=True))
+    result = paint(engine, Job("remove the dog", (odd,), size=KeepSource(), model="nano", find_change=True))
     assert result.change is not None
     assert result.image.shape[:2] == result.change.opacity.shape == odd.shape[:2]
 
 
 def test_change_is_only_found_in_one_frame(engine: Engine, dog: Rgb8) -> None:
-    with pytest.raises(InvalidJob, match="needs align"):
+    with pytest.raises(InvalidJob, match="needs KeepSource"):
         paint(engine, Job("remove the dog", (dog,), model="nano", find_change=True))
 
 
 def test_known_reference_has_its_round_trip_ready(engine: Engine, dog: Rgb8, monkeypatch: pytest.MonkeyPatch) -> None:
-    job = Job("remove the dog", (dog,), align=True, model="nano", find_change=True)
+    job = Job("remove the dog", (dog,), size=KeepSource(), model="nano", find_change=True)
     first = paint(engine, job)
     assert engine._klein is not None
     autoencoder, decoded = engine._klein.autoencoder, []

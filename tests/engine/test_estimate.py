@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine.contract import Job, Result, Stage, Step
+from engine.contract import Exact, Job, Result, Stage, Step
 from engine.families.klein.estimate import Estimator, ImageEstimate, trial_speed
 from engine.families.klein.pipeline import Klein
 from engine.families.klein.variants import VARIANTS
@@ -17,7 +17,7 @@ from tests.engine.test_memory import nets
 from tests.engine.test_offload import last
 
 CPU = Device(torch.device("cpu"), torch.float32)
-JOB = Job("a red ball", width=64, height=64, seed=3)
+JOB = Job("a red ball", size=Exact(64, 64), seed=3)
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from engine.checkpoints.files import read_header
 from engine.checkpoints.tensors import Tensors
-from engine.contract import BadWeights, EngineConfig, EngineError, Job, Result
+from engine.contract import BadWeights, EngineConfig, EngineError, Exact, Job, Result
 from engine.engine import Engine
 from engine.families.klein import components
 from engine.families.klein.components import QuantPolicy
@@ -210,7 +210,7 @@ def test_a_lora_and_a_format_change_the_fingerprint(folder: Path, tmp_path: Path
 
 
 def test_quantised_model_generates_nearly_the_same_image(folder: Path) -> None:
-    job = Job("a lighthouse of brass", seed=5, width=64, height=64, steps=2)
+    job = Job("a lighthouse of brass", seed=5, size=Exact(64, 64), steps=2)
     pictures = []
     for quant in (None, "fp8"):
         klein = last(Klein.load(ModelRegistry().resolve(str(folder)), CPU, None, LoadOptions(quant)))
@@ -400,12 +400,12 @@ def test_error_while_loading_leaves_no_partial_model(folder: Path, tmp_path: Pat
     home = tmp_path / "torn"
     shutil.copytree(folder, home)
     engine = Engine(EngineConfig(device="cpu", dtype="float32", cache_bytes=0))
-    for _ in engine.run(Job("x", model=str(NANO), width=64, height=64, steps=1)):
+    for _ in engine.run(Job("x", model=str(NANO), size=Exact(64, 64), steps=1)):
         pass
     cut(home / "vae" / "diffusion_pytorch_model.safetensors")
     with pytest.raises(EngineError):
         list(engine.run(Job("x", model=str(home))))
-    for _ in engine.run(Job("x", model=str(NANO), width=64, height=64, steps=1)):
+    for _ in engine.run(Job("x", model=str(NANO), size=Exact(64, 64), steps=1)):
         pass
     assert engine.status().loaded == str(NANO)
 
@@ -433,7 +433,7 @@ def test_engine_takes_loras_and_format_as_strings(folder: Path, tmp_path: Path) 
     (models / "loras").mkdir(parents=True)
     shutil.copytree(folder, models / "klein-4b")
     write(bfl_fused(), models / "loras" / "style.safetensors")
-    job = Job("x", model="klein-4b", width=64, height=64, steps=1)
+    job = Job("x", model="klein-4b", size=Exact(64, 64), steps=1)
     prints = set()
     for words in ({}, {"loras": ("style:0.5",)}, {"loras": ("style",)}, {"quant": "fp8", "loras": ("style",)}):
         engine = Engine(EngineConfig(models=(models,), device="cpu", dtype="float32", **words))  # type: ignore[arg-type]
@@ -451,7 +451,7 @@ def test_renamed_file_needs_the_variant_setting(bfl: dict[str, Tensor], folder: 
     for part in ("vae", "text_encoder", "tokenizer"):
         shutil.copytree(folder / part, tmp_path / part)
     file = published.write(bfl, tmp_path / "mine.safetensors")
-    job = Job("x", model=str(file), width=64, height=64, steps=1)
+    job = Job("x", model=str(file), size=Exact(64, 64), steps=1)
     with pytest.raises(BadWeights, match="Set variant to klein-4b or klein-base-4b"):
         list(Engine(EngineConfig(device="cpu", dtype="float32")).run(job))
     *_, painting = Engine(EngineConfig(device="cpu", dtype="float32", variant="klein-base-4b")).run(job)
@@ -473,7 +473,7 @@ def test_model_in_comfyui_folders_runs(bfl: dict[str, Tensor], folder: Path, tmp
     published.write(encoder, home / "text_encoders" / "qwen_3_4b.safetensors")
     shutil.copytree(folder / "tokenizer", home / "diffusion_models" / "tokenizer")
     engine = Engine(EngineConfig(models=(home,), device="cpu", dtype="float32"))
-    *_, painting = engine.run(Job("x", model="klein-4b", width=64, height=64, steps=2))
+    *_, painting = engine.run(Job("x", model="klein-4b", size=Exact(64, 64), steps=2))
     assert isinstance(painting, Result)
     assert painting.image.std() > 5
     assert engine.models()[1].format == "fp8"

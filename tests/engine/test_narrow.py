@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from engine.checkpoints import narrow
 from engine.checkpoints.narrow import NarrowEmbedding, NarrowLinear
-from engine.contract import Job, OutOfMemory, Result
+from engine.contract import Exact, Job, OutOfMemory, Result
 from engine.families.klein.checkpoint import Checkpoint
 from engine.families.klein.loader import LoadOptions, prepare
 from engine.families.klein.lora import Lora, LoraLinear
@@ -28,7 +28,7 @@ from tests.engine.test_memory import nets
 from tests.engine.test_offload import last
 
 FP32, BF16 = (Device(torch.device("cpu"), dtype) for dtype in (torch.float32, torch.bfloat16))
-JOB = Job("a red ball", width=64, height=64, seed=3)
+JOB = Job("a red ball", size=Exact(64, 64), seed=3)
 WIDE = 1 << 62
 
 

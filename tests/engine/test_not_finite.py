@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from engine.contract import BadWeights, EngineConfig, Job, Stage
+from engine.contract import BadWeights, EngineConfig, Exact, Job, Stage
 from engine.engine import Engine
 from tests.engine import published
 
-JOB = Job("x", model="nano", width=64, height=64, steps=2)
+JOB = Job("x", model="nano", size=Exact(64, 64), steps=2)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
@@ -52,5 +52,5 @@ def test_auto_takes_the_next_model_where_the_best_does_not_load(
     published.write(broken, home / "flux-2-klein-4b.safetensors")
     engine = Engine(EngineConfig(models=(home,), device="cpu", dtype="float32"))
     assert engine.best() == "klein-4b"
-    *_, result = engine.run(Job("x", width=64, height=64, steps=1))
+    *_, result = engine.run(Job("x", size=Exact(64, 64), steps=1))
     assert result.model == "nano"  # type: ignore

@@ -13,7 +13,20 @@ import numpy as np
 import pytest
 import torch
 
-from engine.contract import EngineConfig, Event, InvalidJob, Job, Loading, Result, Rgb8, Stage, Step
+from engine.contract import (
+    Aspect,
+    EngineConfig,
+    Event,
+    Exact,
+    InvalidJob,
+    Job,
+    KeepSource,
+    Loading,
+    Result,
+    Rgb8,
+    Stage,
+    Step,
+)
 from engine.engine import Engine
 from tests import toys
 
@@ -75,26 +88,26 @@ def test_seeds_range_from_0_to_the_largest_63_bit_number(engine: Engine, seed: i
 
 @pytest.mark.parametrize("size", [(100, 60), (64, 64), (33, 128), (250, 190), (31, 17)])
 def test_an_aligned_edit_has_exactly_the_size_of_its_input(engine: Engine, size: tuple[int, int]) -> None:
-    painting = paint(engine, replace(DOG, prompt="red background", references=(picture(*size),), align=True))
+    painting = paint(engine, replace(DOG, prompt="red background", references=(picture(*size),), size=KeepSource()))
     assert painting.image.shape == (size[1], size[0], 3)
 
 
 def test_close_up_runs_at_native_size_and_returns_at_input_size(engine: Engine) -> None:
-    part = replace(DOG, prompt="red background", references=(picture(40, 30),), align=True)
-    close, plain = paint(engine, replace(part, close_up=True)), paint(engine, part)
+    part = replace(DOG, prompt="red background", references=(picture(40, 30),), size=KeepSource())
+    close, plain = paint(engine, replace(part, size=KeepSource(close_up=True))), paint(engine, part)
     assert close.image.shape == plain.image.shape == (30, 40, 3)
     assert not np.array_equal(close.image, plain.image)
     assert close.warnings == plain.warnings == ()
 
 
 def test_size_above_native_is_resampled_with_a_warning(engine: Engine) -> None:
-    painting = paint(engine, replace(DOG, width=512, height=256))
+    painting = paint(engine, replace(DOG, size=Exact(512, 256)))
     assert painting.image.shape == (256, 512, 3)
     assert any("resampled to 512×256" in warning for warning in painting.warnings)
 
 
 def test_aspect_ratio_is_generated_at_the_native_area(engine: Engine) -> None:
-    assert paint(engine, replace(DOG, aspect=(16, 9))).image.shape == (96, 160, 3)
+    assert paint(engine, replace(DOG, size=Aspect(16, 9))).image.shape == (96, 160, 3)
 
 
 def test_without_a_size_the_first_reference_decides(engine: Engine) -> None:
@@ -112,9 +125,9 @@ def test_without_a_size_the_first_reference_decides(engine: Engine) -> None:
         ({"steps": 1000}, "1 … 200"),
         ({"guidance": float("nan")}, "guidance is nan"),
         ({"guidance": -1.0}, "0 … 100"),
-        ({"align": True}, "align needs a reference"),
-        ({"width": 4, "height": 64}, "at least 16 pixels"),
-        ({"aspect": (1, 20)}, "at most 8:1"),
+        ({"size": KeepSource()}, "KeepSource needs a reference"),
+        ({"size": Exact(4, 64)}, "at least 16 pixels"),
+        ({"size": Aspect(1, 20)}, "at most 8:1"),
     ],
 )
 def test_invalid_job_is_refused_in_one_line(engine: Engine, change: dict, says: str) -> None:
@@ -216,7 +229,7 @@ def test_auto_falls_back_to_the_embedded_model() -> None:
 @pytest.mark.parametrize("kind", ["plain", "kv"])
 def test_cached_tensors_give_the_same_bytes(kind: str, tmp_path: Path) -> None:
     folder = toys.save(tmp_path / kind, kv=kind == "kv")
-    job = Job("a", model=str(folder), references=(picture(64, 80), picture(80, 64, 1)), width=64, height=64)
+    job = Job("a", model=str(folder), references=(picture(64, 80), picture(80, 64, 1)), size=Exact(64, 64))
     cold, warm = Engine(EngineConfig(device="cpu", cache_bytes=0)), Engine(EngineConfig(device="cpu"))
     jobs = [job, job, replace(job, seed=5), replace(job, prompt="b"), replace(job, references=job.references[::-1])]
     known = []
@@ -230,7 +243,7 @@ def test_cached_tensors_give_the_same_bytes(kind: str, tmp_path: Path) -> None:
 
 
 def test_bf16_gives_nearly_the_same_image(tmp_path: Path) -> None:
-    job = Job("a", model=str(toys.save(tmp_path / "toy")), width=64, height=64)
+    job = Job("a", model=str(toys.save(tmp_path / "toy")), size=Exact(64, 64))
     fp32, bf16 = (
         paint(Engine(EngineConfig(device="cpu", dtype=dtype)), job).image.astype(int)
         for dtype in ("float32", "bfloat16")

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from engine.contract import EngineConfig, Job, Result, Rgb8, Step
+from engine.contract import EngineConfig, Job, KeepSource, Result, Rgb8, Step
 from engine.diffusion.canvas import to_tensor
 from engine.diffusion.preview import MAX_SIDE, PreviewMap, predict_clean, spread_steps
 from engine.engine import Engine
@@ -73,7 +73,7 @@ def test_watching_may_begin_while_a_job_runs(engine: Engine) -> None:
 
 def test_preview_leaves_out_the_padding_of_an_odd_size(engine: Engine) -> None:
     image = np.full((72, 104, 3), 200, np.uint8)
-    steps, _ = run(engine, replace(APPLE, references=(image,), align=True), previews=True)
+    steps, _ = run(engine, replace(APPLE, references=(image,), size=KeepSource()), previews=True)
     preview = steps[-1].preview
     assert preview is not None
     assert preview.shape == (9, 13, 3)
@@ -143,7 +143,7 @@ def test_image_is_the_same_with_and_without_partials(engine: Engine) -> None:
 def test_partial_of_an_edit_has_the_size_of_its_reference(engine: Engine) -> None:
     _, apple = run(engine, APPLE, previews=False)
     reference = apple.image[:90, :101].copy()
-    edit = replace(APPLE, prompt="make the background green", references=(reference,), align=True, partials=1)
+    edit = replace(APPLE, prompt="make the background green", references=(reference,), size=KeepSource(), partials=1)
     steps, result = run(engine, edit, previews=False)
     (partial,) = (step.partial for step in steps if step.partial is not None)
     assert partial.shape == reference.shape == result.image.shape

@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from engine.contract import EngineConfig, Job, Result, Rgb8
+from engine.contract import EngineConfig, Job, KeepSource, Result, Rgb8
 from engine.engine import Engine
 from engine.families.klein.reading import read_prompt
 from engine.families.klein.variants import VARIANTS
@@ -123,6 +123,6 @@ def test_edit_succeeds_with_and_without_a_preservation_sentence(
 
 
 def paint(engine: Engine, source: Rgb8, prompt: str) -> Result:
-    *_, result = engine.run(Job(prompt, (source,), align=True, model="nano", seed=7))
+    *_, result = engine.run(Job(prompt, (source,), size=KeepSource(), model="nano", seed=7))
     assert isinstance(result, Result)
     return result

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from engine.contract import Job, Result
+from engine.contract import Exact, Job, Result
 from engine.families.klein import runner as runner_module
 from engine.families.klein.pipeline import Klein
 from engine.families.klein.runner import MAX_GRAPHS, CompileOptions, Runner, SampleInputs, obstacle
@@ -26,7 +26,7 @@ from tests.bench.full_size_models import GIANTS, grown, ours
 TOY = GIANTS["toy"]
 CPU = Device.choose("cpu", "float32")
 EVERYWHERE = CompileOptions(enabled=True, backend="eager", everywhere=True)
-JOB = Job("a lighthouse", width=64, height=80, seed=3)
+JOB = Job("a lighthouse", size=Exact(64, 80), seed=3)
 
 
 def make(options: CompileOptions = EVERYWHERE) -> Klein:
@@ -203,7 +203,7 @@ def test_captured_steps_give_the_same_bits(compiler: type[InstantCompiler], monk
     compiler.gate.set()
     klein = make()
     references = tuple(np.random.default_rng(i).integers(0, 256, (64, 80, 3), dtype=np.uint8) for i in range(2))
-    jobs = [JOB, replace(JOB, references=references[:1]), replace(JOB, references=references, width=96)]
+    jobs = [JOB, replace(JOB, references=references[:1]), replace(JOB, references=references, size=Exact(96, 80))]
     tune(klein)
     plain = [generate(klein, job).image for job in jobs]
     assert FakeGraph.made == 0, "nothing is captured before a shape was used and idle time came"
@@ -212,7 +212,7 @@ def test_captured_steps_give_the_same_bits(compiler: type[InstantCompiler], monk
     for job, image in zip(jobs, plain, strict=True):
         assert np.array_equal(generate(klein, job).image, image)
     for side in range(64, 64 + 16 * (MAX_GRAPHS + 1), 16):
-        generate(klein, replace(JOB, width=side, height=64))
+        generate(klein, replace(JOB, size=Exact(side, 64)))
         tune(klein)
     assert len(klein.runner._step_graphs) == MAX_GRAPHS
 
@@ -243,7 +243,7 @@ def test_compiled_networks_compute_what_eager_ones_do(tmp_path: Path) -> None:
     options = replace(EVERYWHERE, backend="inductor", folder=tmp_path)
     klein = make(options)
     references = tuple(np.random.default_rng(i).integers(0, 256, (64, 80, 3), dtype=np.uint8) for i in range(2))
-    jobs = [JOB, replace(JOB, references=references[:1]), replace(JOB, references=references, width=112)]
+    jobs = [JOB, replace(JOB, references=references[:1]), replace(JOB, references=references, size=Exact(112, 80))]
     eager = [generate(klein, job).image.astype(int) for job in jobs]
     tune(klein)
     assert klein.runner.mode == "compiled", klein.runner.summary()

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from engine.checkpoints.quant import QuantLinear, decode_layer
-from engine.contract import BadWeights, EngineConfig, EngineError, Job, Result, Rgb8
+from engine.contract import BadWeights, EngineConfig, EngineError, Exact, Job, Result, Rgb8
 from engine.engine import Engine
 from engine.families.klein import components
 from engine.memory.device import Device
@@ -122,7 +122,7 @@ def as_float(case: Case, toy: Toy, work: Path) -> Path:
 def paint(file: Path) -> Rgb8:
     """A small edit-free image."""
     config = EngineConfig(models=(file.parents[1],), device="cpu", dtype="float32", cache_bytes=0)
-    job = Job("a lighthouse of brass", seed=5, width=64, height=64, steps=2, model=str(file))
+    job = Job("a lighthouse of brass", seed=5, size=Exact(64, 64), steps=2, model=str(file))
     *_, result = Engine(config).run(job)
     assert isinstance(result, Result)
     return result.image

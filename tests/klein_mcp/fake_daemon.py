@@ -13,7 +13,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from engine.contract import EngineStatus, Event, InvalidJob, Job, Loading, Result, Rgb8, Stage, Step
+from engine.contract import EngineStatus, Event, Exact, InvalidJob, Job, KeepSource, Loading, Result, Rgb8, Stage, Step
 from klein_mcp.jobs.executor import nobody_watches
 from klein_mcp.settings import Settings
 
@@ -46,10 +46,9 @@ class ScriptedExecutor:
             if step == int(options.get("crash", 0)):
                 os.kill(os.getpid(), signal.SIGKILL)
         yield Stage("decode")
-        if job.align:
+        width, height = (job.size.width, job.size.height) if isinstance(job.size, Exact) else (64, 64)
+        if isinstance(job.size, KeepSource):
             height, width = job.references[0].shape[:2]
-        else:
-            width, height = job.width or 64, job.height or 64
         image = texture(width, height) if "texture" in job.prompt.split() else noise(width, height, job.seed)
         yield Result(image, job.seed, "fake", "0" * 16, steps, 1.0, ms={"denoise": 1000 * pause * steps})
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from engine.contract import EngineConfig, Job, Result, Rgb8
+from engine.contract import EngineConfig, Job, KeepSource, Native, Result, Rgb8
 from klein_mcp.images import alpha
 
 SIDE = 96
@@ -152,7 +152,9 @@ def test_subjects_of_nano_have_their_known_alpha(subjects: tuple[str, ...]) -> N
     engine = Engine(EngineConfig(device="cpu"))
 
     def paint(prompt: str, *references: Rgb8) -> Rgb8:
-        *_, result = engine.run(Job(prompt, references, align=bool(references), seed=5, model="nano"))
+        *_, result = engine.run(
+            Job(prompt, references, size=KeepSource() if references else Native(), seed=5, model="nano")
+        )
         assert isinstance(result, Result)
         return result.image
 

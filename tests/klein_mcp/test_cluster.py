@@ -19,7 +19,7 @@ import httpx2
 import pytest
 from mcp import Client
 
-from engine.contract import Busy, EngineFailed, Event, Job, Result, Step, image_hash
+from engine.contract import Busy, EngineFailed, Event, Exact, Job, KeepSource, Result, Step, image_hash
 from klein_mcp.daemon import wire
 from klein_mcp.daemon.endpoint import BuildInfo
 from klein_mcp.daemon.executors.local import LocalExecutor, make_local
@@ -59,12 +59,12 @@ def run(executor: RemoteExecutor | LocalExecutor, job: Job) -> Result:
 
 
 def lineage(name: str, **more: Any) -> Job:
-    return Job("a red apple on a yellow background", width=128, height=128, seed=5, affinity=name, **more)
+    return Job("a red apple on a yellow background", size=Exact(128, 128), seed=5, affinity=name, **more)
 
 
 def edit_of(result: Result, prompt: str = "make the background pink") -> Job:
     image = result.image
-    return Job(prompt, (image,), align=True, seed=6, hashes=(image_hash(image),), affinity="nano root")
+    return Job(prompt, (image,), size=KeepSource(), seed=6, hashes=(image_hash(image),), affinity="nano root")
 
 
 async def test_front_end_gets_the_bytes_of_this_machine(cluster: Cluster, server: RealServer, tmp_path: Path):

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mcp import Client
 
+from engine.contract import KeepSource
 from klein_mcp.images.region import SEAM, WORK_AREA, patch
 from tests.fakes import FakeExecutor
 from tests.images import file, noise, pixels, scene
@@ -162,7 +163,7 @@ async def test_small_region_is_painted_close_up_and_all_else_as_it_is(
     path.write_bytes(file(scene(800, 600)))
     for region in ([400, 300, 100, 60], [50, 50, 700, 500], None):
         await call(client, "edit_image", image=str(path), prompt="x", **({"region": region} if region else {}))
-    assert [job.close_up for job in painter.jobs] == [True, False, False]
+    assert [job.size for job in painter.jobs] == [KeepSource(close_up=True), KeepSource(), KeepSource()]
     assert [job.references[0].shape[:2] for job in painter.jobs] == [(188, 228), (600, 800), (600, 800)]
 
 

@@ -22,6 +22,8 @@ from engine.contract import (
     EngineFailed,
     Event,
     Job,
+    KeepSource,
+    Native,
     NodeStatus,
     Result,
     Rgb8,
@@ -38,7 +40,7 @@ from tests.fakes import FakeExecutor, painted
 
 TOKEN = "a token of these tests"
 BUILD = BuildInfo("1.0", "same", 0)
-EDIT = Job("edit", (np.full((64, 48, 3), 7, np.uint8),), align=True, seed=3, affinity="auto k7f3q2")
+EDIT = Job("edit", (np.full((64, 48, 3), 7, np.uint8),), size=KeepSource(), seed=3, affinity="auto k7f3q2")
 
 
 @contextmanager
@@ -121,7 +123,7 @@ def test_reference_that_a_machine_holds_is_not_sent_again(monkeypatch):
     monkeypatch.setattr(wire, "encode", lambda message: sent.append(message) or encode(message))
     with machines(machine := Machine()) as remote:
         first = run(remote, known(EDIT))
-        run(remote, replace(known(EDIT), references=(first.image, *EDIT.references), align=False))
+        run(remote, replace(known(EDIT), references=(first.image, *EDIT.references), size=Native()))
         run(remote, known(EDIT))
     frames = [len(message.references) for message in sent if isinstance(message, Job)]
     assert frames == [1, 2, 0], "hashes of the second job did not match its references, so all were sent"
@@ -324,7 +326,7 @@ def test_engine_is_broken_once_jobs_keep_breaking_off():
 
 
 def test_result_with_a_change_mask_of_its_size_is_read():
-    job = Job("edit", (np.zeros((2400, 2400, 3), np.uint8),), align=True, seed=3, find_change=True)
+    job = Job("edit", (np.zeros((2400, 2400, 3), np.uint8),), size=KeepSource(), seed=3, find_change=True)
     image = np.random.default_rng(0).integers(0, 256, (2400, 2400, 3), np.uint8)
     machine = Machine()
     change = ChangeMask(np.full((2400, 2400), 9, np.uint8))

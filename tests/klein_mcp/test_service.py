@@ -9,7 +9,7 @@ import anyio
 import pytest
 from mcp import Client
 
-from engine.contract import Job, Loading, OutOfMemory, Queued
+from engine.contract import Aspect, Exact, Job, KeepSource, Loading, OutOfMemory, Queued
 from klein_mcp.images.library import Store
 from klein_mcp.jobs import progress as progress_module
 from klein_mcp.jobs.manager import JobManager
@@ -37,7 +37,7 @@ async def test_size_off_the_grid_is_rounded_with_a_warning(client: Client, paint
 async def test_size_overrules_aspect_ratio(client: Client, painter: FakeExecutor):
     await call(client, "generate_image", prompt="x", aspect_ratio="16:9")
     payload = await call(client, "generate_image", prompt="x", aspect_ratio="16:9", width=64, height=64)
-    assert [job.aspect for job in painter.jobs] == [(16, 9), None]
+    assert [job.size for job in painter.jobs] == [Aspect(16, 9), Exact(64, 64)]
     assert any("aspect_ratio was ignored" in warning for warning in payload.get("warnings", []))
 
 
@@ -56,14 +56,14 @@ async def test_edit_keeps_the_size_of_its_input_when_none_is_given(
     path.write_bytes(file(scene(199, 83)))
     payload = await call(client, "edit_image", image=str(path), prompt="x")
     assert payload["size"] == [199, 83]
-    assert painter.jobs[0].align
+    assert painter.jobs[0].size == KeepSource()
 
 
 async def test_edit_takes_a_size_when_given(client: Client, painter: FakeExecutor):
     await call(client, "generate_image", prompt="x")
     payload = await call(client, "edit_image", image="last", prompt="x", width=256, height=128)
     assert payload["size"] == [256, 128]
-    assert not painter.jobs[1].align
+    assert painter.jobs[1].size != KeepSource()
 
 
 async def test_image_over_four_megapixels_is_edited_smaller_and_returned_whole(

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from engine.contract import Job, Result
+from engine.contract import Exact, Job, Result
 from klein_mcp.jobs.timing import MEASUREMENTS, TimingHistory
 
 
@@ -20,10 +20,10 @@ def test_a_model_that_never_painted_here_has_no_estimate():
 
 def test_estimates_scale_with_the_size():
     history = TimingHistory()
-    history.note(Job("a", width=512, height=512), painting(512, 512), 2.0)
-    assert history.seconds(Job("b", width=512, height=512)) == pytest.approx(2.0)
-    assert history.seconds(Job("b", width=1024, height=1024)) == pytest.approx(8.0)
-    assert history.seconds(Job("b", width=512, height=512, model="klein-4b")) == pytest.approx(2.0)
+    history.note(Job("a", size=Exact(512, 512)), painting(512, 512), 2.0)
+    assert history.seconds(Job("b", size=Exact(512, 512))) == pytest.approx(2.0)
+    assert history.seconds(Job("b", size=Exact(1024, 1024))) == pytest.approx(8.0)
+    assert history.seconds(Job("b", size=Exact(512, 512), model="klein-4b")) == pytest.approx(2.0)
 
 
 def test_without_a_size_the_models_own_counts():
@@ -40,13 +40,13 @@ def test_a_models_own_size_is_remembered_by_the_next_process(tmp_path: Path):
 
 def test_references_make_a_picture_dearer_up_to_the_megapixel_that_is_read():
     history, photo = TimingHistory(), np.zeros((4000, 4000, 3), np.uint8)
-    history.note(Job("a", width=1024, height=1024), painting(1024, 1024), 3.0)
-    assert history.seconds(Job("b", width=1024, height=1024, references=(photo,))) == pytest.approx(6.0)
+    history.note(Job("a", size=Exact(1024, 1024)), painting(1024, 1024), 3.0)
+    assert history.seconds(Job("b", size=Exact(1024, 1024), references=(photo,))) == pytest.approx(6.0)
 
 
 def test_table_of_a_large_model_scales_to_each_size():
     history = TimingHistory()
-    history.note(Job("a", width=1024, height=1024), painting(1024, 1024), 0.111)
+    history.note(Job("a", size=Exact(1024, 1024)), painting(1024, 1024), 0.111)
     assert history.tables()["klein-4b"] == {
         "512x512": 0.028, "768x768": 0.062, "1024x1024": 0.11, "1536x1536": 0.25, "2048x2048": 0.44
     }  # fmt: skip
@@ -57,7 +57,7 @@ def test_table_of_a_small_model_has_its_own_size():
     history = TimingHistory()
     for side, seconds in ((512, 0.3), (1024, 0.4)):
         history.note(
-            Job("a", width=side, height=side, model="nano"), replace(painting(side, side), model="nano"), seconds
+            Job("a", size=Exact(side, side), model="nano"), replace(painting(side, side), model="nano"), seconds
         )
     assert history.tables() == {"nano": {"128x128": 0.3}}
 
@@ -65,17 +65,17 @@ def test_table_of_a_small_model_has_its_own_size():
 def test_of_equally_near_measurements_the_latest_counts():
     history = TimingHistory()
     for seconds in (9.0, 1.0):
-        history.note(Job("a", width=512, height=512), painting(512, 512), seconds)
-    assert history.seconds(Job("b", width=512, height=512)) == pytest.approx(1.0)
+        history.note(Job("a", size=Exact(512, 512)), painting(512, 512), seconds)
+    assert history.seconds(Job("b", size=Exact(512, 512))) == pytest.approx(1.0)
 
 
 def test_it_survives_the_process_and_does_not_grow_without_end(tmp_path: Path):
     path = tmp_path / "history.json"
     first = TimingHistory(path)
     for number in range(3 * MEASUREMENTS):
-        first.note(Job("a", width=512, height=512), painting(512, 512), float(number))
+        first.note(Job("a", size=Exact(512, 512)), painting(512, 512), float(number))
     second = TimingHistory(path)
-    assert second.seconds(Job("b", width=512, height=512)) == first.seconds(Job("b", width=512, height=512))
+    assert second.seconds(Job("b", size=Exact(512, 512))) == first.seconds(Job("b", size=Exact(512, 512)))
     assert path.stat().st_size < 4000
     assert second.tables()["klein-4b"]["1024x1024"] == pytest.approx(4 * (3 * MEASUREMENTS - 1), rel=0.01)
 
@@ -87,8 +87,8 @@ def test_a_damaged_file_is_forgotten(content: bytes, tmp_path: Path):
     path = tmp_path / "history.json"
     path.write_bytes(content)
     history = TimingHistory(path)
-    history.note(Job("a", width=512, height=512), painting(512, 512), 1.0)
-    assert TimingHistory(path).seconds(Job("a", width=512, height=512)) == 1.0
+    history.note(Job("a", size=Exact(512, 512)), painting(512, 512), 1.0)
+    assert TimingHistory(path).seconds(Job("a", size=Exact(512, 512))) == 1.0
 
 
 def test_a_full_disk_costs_the_estimate_and_not_the_picture(tmp_path: Path):

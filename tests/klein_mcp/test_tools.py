@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from mcp import Client
 
-from engine.contract import Busy, InvalidJob, ModelNotFound
+from engine.contract import Aspect, Busy, Exact, InvalidJob, KeepSource, ModelNotFound, Native
 from tests.fakes import FakeExecutor
 from tests.tool_calls import call, refused
 
@@ -103,7 +103,7 @@ async def test_loosely_typed_arguments_are_understood(client: Client, painter: F
     """Numbers as text, lists as JSON text, null for what is left out."""
     await call(client, "generate_image", prompt="a dot", width="128", height="96", seed="5", count="1", show=None)
     await call(client, "edit_image", image="last", prompt="x", region="[0, 0, 32, 32]")
-    assert (painter.jobs[0].width, painter.jobs[0].height, painter.jobs[0].seed) == (128, 96, 5)
+    assert (painter.jobs[0].size, painter.jobs[0].seed) == (Exact(128, 96), 5)
 
 
 async def test_largest_seed_arrives_exactly(client: Client, painter: FakeExecutor):
@@ -172,9 +172,9 @@ PLACEHOLDERS = {"aspect_ratio": "", "width": 0, "height": "0", "seed": -1, "mode
 
 async def test_placeholders_of_optional_arguments_mean_nothing(client: Client, painter: FakeExecutor):
     await call(client, "generate_image", prompt="a dot", **PLACEHOLDERS)
-    assert (painter.jobs[0].width, painter.jobs[0].aspect) == (None, None)
+    assert painter.jobs[0].size == Native()
     await call(client, "edit_image", image="last", prompt="x", mask="", region=[0, 0, 0, 0], seed="-1")
-    assert painter.jobs[1].align
+    assert painter.jobs[1].size == KeepSource()
 
 
 async def test_arguments_that_clients_add_are_ignored_with_a_warning(client: Client):
@@ -185,7 +185,7 @@ async def test_arguments_that_clients_add_are_ignored_with_a_warning(client: Cli
 
 async def test_common_spellings_are_understood(client: Client, painter: FakeExecutor):
     await call(client, "generate_image", prompt="a dot", aspect_ratio="16x9 ", model="Nano", show="Inline")
-    assert painter.jobs[0].aspect == (16, 9)
+    assert painter.jobs[0].size == Aspect(16, 9)
     await call(client, "compose_references", images="last, last~0", prompt="x")
     assert len(painter.jobs[1].references) == 2
     await call(client, "edit_image", image="last", prompt="x", region={"x": 0, "y": 0, "width": 16, "height": 16})

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from engine.contract import EngineConfig, Job, Result, Rgb8
+from engine.contract import EngineConfig, Exact, Job, Result, Rgb8
 from engine.engine import Engine
 from tests import toys
 
@@ -40,7 +40,7 @@ class Case:
         return tuple(noise_picture(w, h, i) for i, (w, h) in enumerate(self.references))
 
     def job(self, folder: Path, **changes: Any) -> Job:
-        size = {} if self.size is None else {"width": self.size[0], "height": self.size[1]}
+        size = {} if self.size is None else {"size": Exact(*self.size)}
         guidance = {} if self.guidance == 1.0 else {"guidance": self.guidance}
         whole = {
             "prompt": PROMPT, "references": self.pictures(), "seed": self.seed, "steps": self.steps,

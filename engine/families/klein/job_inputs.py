@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from engine.contract import InvalidJob, Job, Rgb8, image_hash
+from engine.contract import Aspect, Exact, InvalidJob, Job, KeepSource, Rgb8, image_hash
 from engine.diffusion.canvas import GRID, Canvas, fit_reference, size_for_aspect
 from engine.families.klein.variants import Variant
 
@@ -45,8 +45,8 @@ def read_settings(job: Job, variant: Variant, warnings: list[str]) -> tuple[int,
             f"{len(job.references)} references; {variant.name} takes at most {variant.max_references}.",
             hint="Compose in two rounds.",
         )
-    if job.find_change and not job.align:
-        raise InvalidJob("find_change needs align: only what lies in one frame can be compared.")
+    if job.find_change and not isinstance(job.size, KeepSource):
+        raise InvalidJob("find_change needs KeepSource: only what lies in one frame can be compared.")
     if not 0 <= job.seed <= MAX_SEED:
         raise InvalidJob(f"seed is {job.seed}; it must lie in 0 … 2^63-1.")
     steps = variant.steps if job.steps is None else job.steps
@@ -66,11 +66,11 @@ def fit_images(job: Job, variant: Variant, warnings: list[str]) -> tuple[Canvas,
     area = variant.max_size**2
     references = list(job.references)
     hashes = job.hashes or ("",) * len(references)
-    if job.align:
+    if isinstance(job.size, KeepSource):
         if not references:
-            raise InvalidJob("align needs a reference to be aligned with.")
+            raise InvalidJob("KeepSource needs a reference, whose size the result keeps.")
         height, width = references[0].shape[:2]
-        canvas = Canvas.of(width, height, area, variant.native_size**2 if job.close_up else 0)
+        canvas = Canvas.of(width, height, area, variant.native_size**2 if job.size.close_up else 0)
         fitted = [Reference.of(references[0], canvas.pad(references[0]), "pad", hashes[0])]
     else:
         fitted, canvas = [], None
@@ -92,11 +92,12 @@ def fit_images(job: Job, variant: Variant, warnings: list[str]) -> tuple[Canvas,
 def _size(job: Job, references: list[Reference], variant: Variant) -> tuple[int, int]:
     """Return the width and height of the result.
 
-    The job's size comes first, then its shape, then the first reference's size, then the native size.
+    Native is the first reference's size, and the model's own without one.
     """
-    if job.width and job.height:
-        return job.width, job.height
-    if job.aspect is not None:
-        return size_for_aspect(job.aspect, variant.native_size**2)
+    match job.size:
+        case Exact(width, height):
+            return width, height
+        case Aspect(width, height):
+            return size_for_aspect((width, height), variant.native_size**2)
     height, width = references[0].image.shape[:2] if references else (variant.native_size, variant.native_size)
-    return job.width or width, job.height or height
+    return width, height

@@ -312,7 +312,7 @@ class Klein:
             mode = "eager"
         elif job.mode == "compiled" and mode == "eager":
             warnings.append(f"computed eagerly, not by compiled kernels as asked for: {self.runner.summary()}")
-        key = (job.prompt, job.seed, job.width, job.height, job.aspect, job.steps, job.guidance, len(job.references))
+        key = (job.prompt, job.seed, job.size, job.steps, job.guidance, len(job.references))
         before = self._modes.get(key)
         if before not in (None, mode):
             warnings.append(

@@ -3,7 +3,7 @@
 from collections.abc import Generator
 from typing import TYPE_CHECKING
 
-from engine.contract import EngineError, EngineFailed, Event, Job, Result
+from engine.contract import EngineError, EngineFailed, Event, Exact, Job, KeepSource, Result
 from klein_mcp.daemon import wire
 from klein_mcp.daemon.executors.node import NodeFailed
 from klein_mcp.limits import MAX_AREA
@@ -47,16 +47,23 @@ def read_events(job: Job, response: "httpx2.Response") -> Generator[Event, None,
 
 def _pixels(job: Job) -> int:
     """Return the most pixels that an honest result has."""
-    if job.align and job.references:
-        return job.references[0].shape[0] * job.references[0].shape[1]
-    return job.width * job.height if job.width and job.height else MAX_AREA
+    asked = _asked_size(job)
+    return asked[0] * asked[1] if asked else MAX_AREA
+
+
+def _asked_size(job: Job) -> tuple[int, int] | None:
+    """Return the job's width and height, None where the model decides."""
+    match job.size:
+        case Exact(width, height):
+            return width, height
+        case KeepSource() if job.references:
+            height, width = job.references[0].shape[:2]
+            return width, height
+    return None
 
 
 def check_result(job: Job, result: Result) -> None:
     """Raise NodeFailed for a result that does not answer the job."""
     height, width = result.image.shape[:2]
-    asked = (job.width, job.height)
-    if job.align and job.references:
-        asked = (job.references[0].shape[1], job.references[0].shape[0])
-    if (None not in asked and asked != (width, height)) or result.seed != job.seed:
+    if (_asked_size(job) or (width, height)) != (width, height) or result.seed != job.seed:
         raise NodeFailed(f"its result is {width}×{height} with seed {result.seed}, which was not asked for")
