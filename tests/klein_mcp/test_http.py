@@ -289,7 +289,10 @@ async def test_server_card_names_the_endpoint_without_a_token(guarded):
 async def test_modern_client_mirrors_the_model_into_a_header(url):
     """The server refuses a call whose header and argument differ (SEP-2243)."""
     async with Client(streamable_http_client(f"{url}/mcp")) as client:
-        assert client.server_info.icons[0].mime_type == "image/svg+xml"
+        info = client.server_info
+        assert info
+        assert info.icons
+        assert info.icons[0].mime_type == "image/svg+xml"
         tools = {tool.name: tool for tool in (await client.list_tools()).tools}
         assert tools["generate_image"].input_schema["properties"]["model"]["x-mcp-header"] == "Model"
         await call(client, "generate_image", prompt="an apple", model="nano", seed=1)
