@@ -85,7 +85,7 @@ def report(sides: dict[str, tuple[Executor, int]], rounds: int) -> Iterator[str]
 def upload(executor: RemoteExecutor, number: int) -> float:
     """Return the milliseconds until a job with a new reference of 1024² is refused."""
     image = np.random.default_rng(number).integers(0, 256, (1024, 1024, 3), np.uint8)
-    job = Job("edit", (image,), align=True, model="there is no such model", affinity=f"nano {number}")
+    job = Job("edit", (image,), size=KeepSource(), model="there is no such model", affinity=f"nano {number}")
     began = time.perf_counter()
     try:
         list(executor.run(job))
