@@ -73,6 +73,12 @@ class Machine:
         return self.executor.jobs
 
 
+@pytest.fixture(autouse=True)
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Give a busy machine time to connect: a node that is late is passed over, as it should be."""
+    monkeypatch.setattr(remotes, "CONNECT", 60.0)
+
+
 @contextmanager
 def machines(*each: Machine) -> Iterator[RemoteExecutor]:
     with ExitStack() as stack:
