@@ -69,15 +69,16 @@ def describe_file(store: Store, path: Path, home: Path | None = None) -> dict[st
     from klein_mcp.images import codec, credentials
 
     data = path.expanduser().read_bytes()
-    decoded = codec.decode(data, str(path))
+    decoded = codec.decode(data, str(path), None)
     claim = credentials.describe(data, home) if home else None
     recipe = decoded.recipe or {}
-    known = store.by_pixels(image_hash(decoded.image)) or store.original(recipe)
+    known = store.by_pixels(image_hash(decoded.pixels)) or store.original(recipe)
     height, width = decoded.image.shape[:2]
     return {
         "file": str(path),
         "width": width,
         "height": height,
+        "transparent": decoded.alpha is not None,
         "made_by_klein_mcp": decoded.recipe is not None,
         "recipe": recipe,
         **({"credentials": claim} if claim else {}),

@@ -24,22 +24,26 @@ def outgoing(service: Service, handle: str, kind: str = "png", compression: int 
 
 
 def encode(png: bytes, kind: str, compression: int = 100, recipe: Mapping[str, Any] | None = None) -> bytes:
-    """Convert a PNG, with alpha where the format has it.
+    """Convert a PNG, with its alpha. JPEG gets it on white.
 
     recipe: written into the file as provenance, which the PNG has already.
     """
     if kind == "png":
         return png
+    import numpy as np
     from PIL import Image
 
     from klein_mcp.images import provenance
+    from klein_mcp.images.alpha import flat
 
     options: dict[str, Any] = {"xmp": provenance.xmp(recipe).encode()} if recipe else {}
     quality = min(BEST_QUALITY, max(1, compression))
     out = io.BytesIO()
     with Image.open(io.BytesIO(png), formats=("PNG",)) as image:
         if kind == "jpeg":
-            image.convert("RGB").save(out, "JPEG", quality=quality, subsampling=0 if quality >= 90 else 2, **options)
+            Image.fromarray(flat(np.asarray(image))).save(
+                out, "JPEG", quality=quality, subsampling=0 if quality >= 90 else 2, **options
+            )
         else:
             image.save(out, "WEBP", quality=quality, method=4, **options)
     return out.getvalue()

@@ -1,4 +1,4 @@
-"""Image files <-> upright, opaque RGB8."""
+"""Image files <-> upright RGB8, or RGBA8 where the alpha is kept."""
 
 import io
 import warnings as python_warnings
@@ -14,6 +14,7 @@ from engine.contract import Rgb8
 from klein_mcp.errors import BadImage, NotEnoughMemory
 from klein_mcp.foreign import clean_json
 from klein_mcp.images import formats, png, provenance
+from klein_mcp.images.alpha import Pixels, flat, over
 from klein_mcp.images.budget import DECODING, MAX_PIXELS
 from klein_mcp.limits import MAX_FILE_BYTES
 
@@ -33,8 +34,8 @@ _DARK = 0.125
 class Decoded:
     """A decoded file.
 
-    recipe: how it was made, if klein-mcp made it. flattened: whether it was transparent.
-    alpha: [height, width] of a file that is transparent somewhere; `image` has it flattened.
+    recipe: how it was made, if klein-mcp made it. flattened: whether transparent pixels were given a backdrop.
+    alpha: [height, width] of a file that is transparent somewhere; `image` has it flattened, if there was a backdrop.
     """
 
     image: Rgb8
@@ -43,11 +44,19 @@ class Decoded:
     flattened: bool
     alpha: npt.NDArray[np.uint8] | None = None
 
+    @property
+    def pixels(self) -> npt.NDArray[np.uint8]:
+        """RGB8, or RGBA8 of a transparent file decoded without a backdrop."""
+        if self.alpha is None or self.flattened:
+            return self.image
+        return np.dstack([self.image, self.alpha])
 
-def decode(data: bytes, name: str, backdrop: int = 255) -> Decoded:
+
+def decode(data: bytes, name: str, backdrop: int | None = 255) -> Decoded:
     """Decode a file. Raises BadImage or NotEnoughMemory.
 
-    name: how the caller refers to it, for messages. backdrop: the grey behind transparent pixels.
+    name: how the caller refers to it, for messages.
+    backdrop: the grey behind transparent pixels; None keeps their colours and the alpha.
     """
     if not data:
         raise BadImage(f"{name} is empty (0 bytes).")
@@ -83,7 +92,7 @@ def declared_pixels(data: bytes) -> int:
         return 0
 
 
-def _decode(data: bytes, name: str, backdrop: int) -> Decoded:
+def _decode(data: bytes, name: str, backdrop: int | None) -> Decoded:
     with Image.open(io.BytesIO(data), formats=formats.READABLE) as opened:
         warnings = formats.choose_page(opened, name)
         _check_size(opened, name)
@@ -95,13 +104,13 @@ def _decode(data: bytes, name: str, backdrop: int) -> Decoded:
         pixels, alpha = _rgb8(opened, name, warnings, backdrop)
         turn = _TURNS.get(_orientation(opened))
     del opened  # its pixels, before a turn needs another copy
-    if alpha is not None:
+    if alpha is not None and backdrop is not None:
         colour = "white" if backdrop else "black"
         warnings.append(f"{name} is partly transparent; transparent pixels count as {colour}.")
     if turn is not None:
         pixels = np.ascontiguousarray(turn(pixels))
         alpha = None if alpha is None else np.ascontiguousarray(turn(alpha))
-    return Decoded(pixels, tuple(warnings), recipe, alpha is not None, alpha)
+    return Decoded(pixels, tuple(warnings), recipe, alpha is not None and backdrop is not None, alpha)
 
 
 def _check_size(opened: ImageFile.ImageFile, name: str) -> None:
@@ -114,9 +123,9 @@ def _check_size(opened: ImageFile.ImageFile, name: str) -> None:
 
 
 def _rgb8(
-    image: ImageFile.ImageFile, name: str, warnings: list[str], backdrop: int
+    image: ImageFile.ImageFile, name: str, warnings: list[str], backdrop: int | None
 ) -> tuple[Rgb8, npt.NDArray[np.uint8] | None]:
-    """Return RGB8 on the backdrop, and alpha if a pixel is transparent."""
+    """Return RGB8, on the backdrop if any, and alpha if there is."""
     width, height = image.size
     to_srgb = _Srgb(image.info.get("icc_profile"), name, warnings)
     top_value = _top_value(image, name, warnings)
@@ -132,7 +141,7 @@ def _rgb8(
             if alpha is None:
                 alpha = np.full((height, width), 255, np.uint8)
             alpha[top:bottom] = strip_alpha
-            part = _flattened(part, strip_alpha, backdrop)
+            part = part if backdrop is None else over(np.dstack([part, strip_alpha]), backdrop)
         pixels[top:bottom] = part
     return pixels, alpha
 
@@ -212,26 +221,27 @@ class _Srgb:
         return strip.convert("RGB")
 
 
-def _flattened(pixels: Rgb8, alpha: npt.NDArray[np.uint8], backdrop: int) -> Rgb8:
-    opacity = alpha[..., None].astype(np.uint16)
-    return ((pixels * opacity + backdrop * (255 - opacity) + 127) // 255).astype(np.uint8)
+def encode(image: Pixels, kind: Format = "png", recipe: Mapping[str, Any] | None = None) -> bytes:
+    """Encode an image with `recipe` as its provenance.
 
-
-def encode(image: Rgb8, kind: Format = "png", recipe: Mapping[str, Any] | None = None) -> bytes:
-    """Encode an image with `recipe` as its provenance."""
+    JPEG gets transparent images on white.
+    """
     if kind == "png":
         return png.encode(image, provenance.texts(recipe) if recipe else ())
     out = io.BytesIO()
     options: dict[str, Any] = {"xmp": provenance.xmp(recipe).encode()} if recipe else {}
     if kind == "jpeg":
-        Image.fromarray(image).save(out, "JPEG", quality=95, subsampling=0, **options)
+        Image.fromarray(flat(image)).save(out, "JPEG", quality=95, subsampling=0, **options)
     else:
         Image.fromarray(image).save(out, "WEBP", quality=95, method=4, **options)
     return out.getvalue()
 
 
-def resize(image: Rgb8, width: int, height: int) -> Rgb8:
-    """Resize with Lanczos unless the size is already right."""
+def resize(image: Pixels, width: int, height: int) -> Pixels:
+    """Resize with Lanczos unless the size is already right.
+
+    Alpha weighs the colours, so that no hidden one shows at an outline.
+    """
     if image.shape[:2] == (height, width):
         return image
     return np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.LANCZOS))
@@ -255,7 +265,7 @@ PIXEL_ART = 64
 """Colours: an image with no more of them is enlarged without new ones."""
 
 
-def enlarge(image: Rgb8, longest: int) -> Rgb8:
+def enlarge(image: Pixels, longest: int) -> Pixels:
     """Resize up by Lanczos, or pixel art by repeating its pixels."""
     height, width = image.shape[:2]
     scale = longest / max(width, height)
@@ -265,7 +275,7 @@ def enlarge(image: Rgb8, longest: int) -> Rgb8:
     return np.asarray(Image.fromarray(image).resize(size, Image.Resampling.NEAREST))
 
 
-def fit(image: Rgb8, longest: int) -> Rgb8:
+def fit(image: Pixels, longest: int) -> Pixels:
     """Resize to `longest` pixels on the long edge, keeping the aspect ratio."""
     height, width = image.shape[:2]
     scale = longest / max(width, height)

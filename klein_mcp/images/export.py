@@ -1,13 +1,13 @@
 """Save an image into an allowed folder, atomically."""
 
 import os
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 
 from klein_mcp.atomic import write_new_or_replace
 from klein_mcp.errors import Refused, RequestError, did_you_mean, quote
-from klein_mcp.images import codec, credentials
+from klein_mcp.images import codec, credentials, cutout
 from klein_mcp.images.library import Record, Store
 from klein_mcp.images.paths import look_alike, unwrap
 
@@ -24,6 +24,7 @@ class SaveOptions:
 
     path: as the caller wrote it; a relative one starts at the first allowed folder.
     max_size: long edge to shrink to. size: long edge to shrink or enlarge to.
+    transparent: whether the subject is cut out of a plain background.
     """
 
     path: str
@@ -32,17 +33,34 @@ class SaveOptions:
     strip_metadata: bool = False
     overwrite: bool = False
     size: int | None = None
+    transparent: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class SavedFile:
-    """A file that was written."""
+    """A file that was written.
+
+    alpha: the checks of a transparent one. warnings: what the format or the cut-out could not do.
+    """
 
     path: Path
     format: codec.Format
     width: int
     height: int
     bytes: int
+    alpha: Mapping[str, float] | None = None
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(slots=True)
+class _File:
+    """The content of a file that is to be written."""
+
+    data: bytes
+    width: int
+    height: int
+    alpha: Mapping[str, float] | None = None
+    warnings: list[str] = field(default_factory=list)
 
 
 def save(
@@ -58,19 +76,19 @@ def save(
     """
     root, target, kind = resolve(options, record.handle, tuple(filter(Path.is_dir, roots)))
     try:
-        data, width, height = _rendered(store, record, options, kind)
+        file = _rendered(store, record, options, kind)
         if signer is not None and not options.strip_metadata:
-            data = credentials.sign_record(store, record, data, f"image/{kind}", signer)
+            file.data = credentials.sign_record(store, record, file.data, f"image/{kind}", signer)
     except ValueError as error:
         raise RequestError(f"{kind} cannot store it: {error}.", hint="Choose png, or a max_size.") from None
     try:
-        write_new_or_replace(root, target, data, overwrite=options.overwrite)
+        write_new_or_replace(root, target, file.data, overwrite=options.overwrite)
     except FileExistsError:
         raise RequestError(f"{target} exists.", hint="Choose another name, or say overwrite: true.") from None
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise RequestError(f"{target} cannot be written: {reason}.", hint="Choose another path.") from None
-    return SavedFile(target, kind, width, height, len(data))
+    return SavedFile(target, kind, file.width, file.height, len(file.data), file.alpha, tuple(file.warnings))
 
 
 def resolve(options: SaveOptions, handle: str, roots: tuple[Path, ...]) -> tuple[Path, Path, codec.Format]:
@@ -115,15 +133,23 @@ def _with_suffix(path: Path, asked: codec.Format | None) -> tuple[Path, codec.Fo
     return path, kind
 
 
-def _rendered(store: Store, record: Record, options: SaveOptions, kind: codec.Format) -> tuple[bytes, int, int]:
-    """Return (bytes, width, height): the library's own bytes if nothing changes."""
+def _rendered(store: Store, record: Record, options: SaveOptions, kind: codec.Format) -> _File:
+    """Return the file: the library's own bytes if nothing changes. Raises RequestError."""
+    if options.transparent and kind == "jpeg":
+        raise RequestError("JPEG has no transparency.", hint="Save as png or webp.")
     data = store.read(record)
     longest = max(record.width, record.height)
     wanted = options.size or min(longest, options.max_size or longest)
-    if kind == "png" and wanted == longest and not options.strip_metadata:
-        return data, record.width, record.height
-    image = codec.decode(data, record.handle).image
+    if kind == "png" and wanted == longest and not options.strip_metadata and not options.transparent:
+        return _File(data, record.width, record.height)
+    image, checks, warnings = codec.decode(data, record.handle, None).pixels, None, list[str]()
+    if options.transparent:
+        cut = cutout.of_plain(image, record.handle)
+        image, checks, warnings = cut.image, cut.checks.to_json(), list(cut.warnings)
     if wanted != longest:
         image = codec.enlarge(image, wanted) if wanted > longest else codec.fit(image, wanted)
+    if kind == "jpeg" and image.shape[2] == 4:
+        warnings.append("JPEG has no transparency: the image was flattened onto white")
     height, width = image.shape[:2]
-    return codec.encode(image, kind, None if options.strip_metadata else record.provenance), width, height
+    encoded = codec.encode(image, kind, None if options.strip_metadata else record.provenance)
+    return _File(encoded, width, height, checks, warnings)

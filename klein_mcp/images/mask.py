@@ -7,6 +7,7 @@ import numpy as np
 
 from engine.contract import Rgb8
 from klein_mcp.errors import RequestError
+from klein_mcp.images.alpha import Pixels, over
 from klein_mcp.images.codec import Decoded
 
 NEAR = 48
@@ -33,6 +34,13 @@ def to_brightness(mask: Decoded, name: str, *, alpha_only: bool = False) -> Rgb8
             hint="For the first, make the rest black. For the second, flatten it onto black.",
         )
     return np.repeat(255 - mask.alpha[..., None], 3, axis=2)
+
+
+def of_image(image: Pixels, name: str) -> Rgb8:
+    """Read an image of the library as `to_brightness` reads a file."""
+    if image.shape[2] == 3:
+        return image
+    return to_brightness(Decoded(over(image, 0), (), None, True, image[..., 3]), name)
 
 
 def _is_ambiguous(mask: Decoded) -> bool:

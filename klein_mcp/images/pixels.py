@@ -1,10 +1,10 @@
-"""Decoded images of the library, cached by their pixel hash."""
+"""Decoded images of the library, alpha included, cached by their pixel hash."""
 
 import threading
 from collections import OrderedDict
 
-from engine.contract import Rgb8
 from klein_mcp.images import codec
+from klein_mcp.images.alpha import Pixels
 from klein_mcp.images.library import Record, Store
 
 BUDGET = 96_000_000
@@ -21,20 +21,20 @@ class PixelCache:
         self._store = store
         self._budget = budget
         self._lock = threading.Lock()
-        self._images: OrderedDict[str, Rgb8] = OrderedDict()
+        self._images: OrderedDict[str, Pixels] = OrderedDict()
         self._bytes = 0
 
-    def read(self, record: Record) -> Rgb8:
+    def read(self, record: Record) -> Pixels:
         """Return the pixels of `record`. Raises UnknownImage or BadImage."""
         with self._lock:
             if (image := self._images.get(record.pixels)) is not None:
                 self._images.move_to_end(record.pixels)
                 return image
-        image = codec.decode(self._store.read(record), record.handle).image
+        image = codec.decode(self._store.read(record), record.handle, None).pixels
         self.add(record.pixels, image)
         return image
 
-    def add(self, pixels: str, image: Rgb8) -> None:
+    def add(self, pixels: str, image: Pixels) -> None:
         """Cache `image`. pixels: its `image_hash`."""
         with self._lock:
             if pixels in self._images or image.nbytes > self._budget:

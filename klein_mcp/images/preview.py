@@ -8,6 +8,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 
+from klein_mcp.images.alpha import shown
+
 MAX_BYTES = 512_000
 """Never more: as base64 that is 683 KB, and a message must stay below 1,000,000 bytes (Claude Desktop refuses more)."""
 AIM_BYTES = 300_000
@@ -19,38 +21,35 @@ GAP, BAND = 8, 24
 """Pixels between the cells of a sheet, and above each for its label."""
 
 Pixels = npt.NDArray[np.uint8]
-"""[height, width, 3 or 4]: RGB, or RGBA if transparency is to be visible."""
+"""[height, width, 3 or 4]: RGB, or RGBA, which is shown over a plain grey."""
 
 
 def preview(
     image: Pixels, *, longest: int = LONG_EDGE, aim: int = AIM_BYTES, most: int = MAX_BYTES
 ) -> tuple[bytes, str]:
-    """Return (bytes, MIME): JPEG, or PNG if there is alpha.
+    """Return (bytes, MIME) of a JPEG, over grey if transparent.
 
     Quality goes down first, then size, until it fits.
     """
-    full = Image.fromarray(image)
-    kind = "PNG" if full.mode == "RGBA" and full.getextrema()[3][0] < 255 else "JPEG"  # type: ignore[index]
-    if kind == "JPEG":
-        full = full.convert("RGB")
+    full = Image.fromarray(shown(image))
     scale = min(1.0, longest / max(full.size))
     while True:
         width, height = (max(1, round(edge * scale)) for edge in full.size)
         small = full if scale == 1 else full.resize((width, height), Image.Resampling.LANCZOS)
         data = b""
-        for data in _encodings(small, kind):
+        for data in _encodings(small):
             if len(data) <= aim:
-                return data, f"image/{kind.lower()}"
+                return data, "image/jpeg"
         # The aim was missed at every quality: the hard limit decides whether a smaller size must be tried.
         if len(data) <= most or max(width, height) == 1:
-            return data, f"image/{kind.lower()}"
+            return data, "image/jpeg"
         scale *= min(0.75, (most / len(data)) ** 0.5)
 
 
-def _encodings(image: Image.Image, kind: str) -> Iterator[bytes]:
-    for options in [{"quality": quality} for quality in QUALITIES] if kind == "JPEG" else [{"compress_level": 6}]:
+def _encodings(image: Image.Image) -> Iterator[bytes]:
+    for quality in QUALITIES:
         out = io.BytesIO()
-        image.save(out, kind, **options)
+        image.save(out, "JPEG", quality=quality)
         yield out.getvalue()
 
 
@@ -63,7 +62,7 @@ def contact_sheet(
     """
     rows = math.ceil(len(images) / columns)
     cell = min(longest, LONG_EDGE // columns - GAP)
-    shrunk = [Image.fromarray(image).convert("RGB") for image in images]
+    shrunk = [Image.fromarray(shown(image)) for image in images]
     for thumbnail in shrunk:
         thumbnail.thumbnail((cell, min(cell, LONG_EDGE // rows - GAP - BAND)), Image.Resampling.LANCZOS)
     width, height = (max(thumbnail.size[axis] for thumbnail in shrunk) for axis in (0, 1))

@@ -12,7 +12,7 @@ HANDLE_LENGTH = 6
 class Record:
     """One image of the library.
 
-    file: SHA-256 of the file's bytes, and its name. pixels: a hash of size and RGB8 values, independent of the file.
+    file: SHA-256 of the file's bytes, and its name. pixels: a hash of size and values, independent of the file.
     tool: what made it; source: the path or URL it was opened from, if any.
     recipe: seed (text), model, fingerprint, steps, guidance, region and what else generating it again needs.
     """
@@ -31,6 +31,11 @@ class Record:
     recipe: Mapping[str, Any] = field(default_factory=dict)
     parents: tuple[str, ...] = ()
     deleted: float | None = None
+
+    @property
+    def transparent(self) -> bool:
+        """Return whether the image has alpha."""
+        return bool(self.recipe.get("alpha"))
 
     @property
     def provenance(self) -> Mapping[str, Any] | None:

@@ -50,10 +50,11 @@ def record_in(file: Path) -> Record | None:
         name = hashlib.sha256(data).hexdigest()
         if name != file.stem:
             return None
-        decoded = codec.decode(data, file.name)
+        decoded = codec.decode(data, file.name, None)
     except (OSError, RequestError):
         return None
     recipe = decoded.recipe or {}
+    transparent = {} if decoded.alpha is None else {"alpha": True}
     request: Any = recipe.get("request") or recipe.get("order") or {}
     generated = isinstance(request, dict) and "tool" in request
     parents = [parent for parent in recipe.get("parents") or () if isinstance(parent, str)]
@@ -61,7 +62,7 @@ def record_in(file: Path) -> Record | None:
     return Record(
         handle=str(recipe.get("image", "")),
         file=name,
-        pixels=image_hash(decoded.image),
+        pixels=image_hash(decoded.pixels),
         width=width,
         height=height,
         bytes=len(data),
@@ -70,7 +71,7 @@ def record_in(file: Path) -> Record | None:
         tool=str(request["tool"]) if generated else "open",
         source=None,
         prompt=str(recipe.get("prompt") or request.get("prompt") or "") or None if generated else None,
-        recipe=recipe if generated else {"made": recipe} if recipe else {},
+        recipe={**(recipe if generated else {"made": recipe} if recipe else {}), **transparent},
         parents=tuple(parents) if generated else (),
     )
 

@@ -14,7 +14,7 @@ from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Literal
 from urllib.parse import unquote_to_bytes
 
-from engine.contract import Rgb8, image_hash
+from engine.contract import image_hash
 from klein_mcp.errors import BadImage, Refused, RequestError, UnknownImage, did_you_mean, quote
 from klein_mcp.images import paths
 from klein_mcp.images.library import Store
@@ -23,12 +23,13 @@ from klein_mcp.limits import MAX_FILE_BYTES
 from klein_mcp.settings import Settings, user_home
 
 if TYPE_CHECKING:
+    from klein_mcp.images.alpha import Pixels
     from klein_mcp.images.codec import Decoded
 
-WHITE, BLACK = 255, 0
+BLACK = 0
 
 Reading = Literal["image", "mask", "alpha mask"]
-"""image: transparent pixels become white. mask: as `images.mask` decides. alpha mask: transparent pixels may change."""
+"""image: as it is, alpha included. mask: as `images.mask` decides. alpha mask: transparent pixels may change."""
 
 MAX_REFERENCE = 8192
 """Characters of a path or an address; Linux allows 4,096 bytes, browsers 2,000 to 64,000."""
@@ -110,11 +111,11 @@ class ImageResolver:
 
     keep = add  # until every caller uses the new name
 
-    def pixels(self, record: Record) -> Rgb8:
-        """Decode an image of the library. Raises UnknownImage or BadImage."""
+    def pixels(self, record: Record) -> "Pixels":
+        """Decode an image of the library, alpha included. Raises UnknownImage or BadImage."""
         from klein_mcp.images import codec
 
-        return codec.decode(self._store.read(record), record.handle).image
+        return codec.decode(self._store.read(record), record.handle, None).pixels
 
     def _of_sheet(self, client: str, label: str) -> Record:
         """Return the image with this label on the client's latest sheet."""
@@ -164,25 +165,26 @@ class ImageResolver:
     def _import_decoded(self, decoded: "Decoded", source: str | None, client: str, reading: Reading) -> ResolvedImage:
         from klein_mcp.images import codec
 
-        pixels = image_hash(decoded.image)
+        image = decoded.pixels
+        pixels = image_hash(image)
         record = self._store.by_pixels(pixels)
         new = record is None
         if record is not None and not self._store.is_whole(record):
-            record = self._store.restore(record, codec.encode(decoded.image, "png", record.provenance))
+            record = self._store.restore(record, codec.encode(image, "png", record.provenance))
         if record is None:
             recipe = decoded.recipe or {}
             ancestor = self._store.original(recipe)
-            height, width = decoded.image.shape[:2]
-            flattened = {"flattened_on": WHITE} if decoded.flattened else {}
+            height, width = image.shape[:2]
+            transparent = {"alpha": True} if image.shape[2] == 4 else {}
             mask = {"mask": True} if reading != "image" else {}
             record = self._store.put(
-                codec.encode(decoded.image, "png", decoded.recipe),
+                codec.encode(image, "png", decoded.recipe),
                 handle=self._store.new_handle(),
                 pixels=pixels,
                 size=(width, height),
                 client=client,
                 tool="open",
-                recipe={**mask, **flattened, **({"made": recipe} if recipe else {})},
+                recipe={**mask, **transparent, **({"made": recipe} if recipe else {})},
                 parents=[ancestor.handle] if ancestor else [],
                 source=source,
             )
@@ -263,7 +265,7 @@ def _decode(data: bytes, name: str, reading: Reading) -> "Decoded":
     from klein_mcp.images import codec, mask
 
     if reading == "image":
-        return codec.decode(data, name, WHITE)
+        return codec.decode(data, name, None)
     decoded = codec.decode(data, name, BLACK)
     image = mask.to_brightness(decoded, name, alpha_only=reading == "alpha mask")
     return replace(decoded, image=image, warnings=(), flattened=False, alpha=None)

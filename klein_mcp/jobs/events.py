@@ -33,6 +33,7 @@ class Progressed:
     """Image number `image` of the request.
 
     From 0, got as far as `event` says.
+    part, parts: of several that make one image, such as a transparent one, the one that `event` is of.
     preview: of a Step, for listeners that asked: the image the sampler is heading for.
     partial: that image at full size, as a PNG, of some steps of a request with `partials`.
     """
@@ -41,6 +42,15 @@ class Progressed:
     event: Queued | Loading | Stage | Step | Saving
     preview: Preview | None = None
     partial: Preview | None = None
+    part: int = 0
+    parts: int = 1
+
+    def share(self, of_part: float) -> float:
+        """Return the share of the image that is done.
+
+        of_part: the share of this part.
+        """
+        return (self.part + of_part) / self.parts
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,12 +120,13 @@ def to_json(event: JobEvent) -> dict[str, Any]:
     match event:
         case Failed(error):
             return {**kind, "error": error_to_json(error)}
-        case Progressed(image, Step(done, total, seconds=seconds), preview, partial):
+        case Progressed(image, Step(done, total, seconds=seconds), preview, partial, part, parts):
             inner = {"kind": "Step", "done": done, "total": total, "seconds": seconds}
             images = {"preview": preview and asdict(preview), "partial": partial and asdict(partial)}
-            return {**kind, "image": image, "event": inner, **images}
-        case Progressed(image, inner):
-            return {**kind, "image": image, "event": {"kind": type(inner).__name__, **asdict(inner)}}
+            return {**kind, "image": image, "event": inner, **images, "part": part, "parts": parts}
+        case Progressed(image, inner, _, _, part, parts):
+            event_json = {"kind": type(inner).__name__, **asdict(inner)}
+            return {**kind, "image": image, "event": event_json, "part": part, "parts": parts}
         case _:
             return {**kind, **asdict(event)}
 

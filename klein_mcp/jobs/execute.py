@@ -1,9 +1,11 @@
 """Turns a request with library handles into jobs for the engine. Blocking."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from engine.contract import Aspect, Job, KeepSource, Result, Rgb8
-from klein_mcp.images import region
+from klein_mcp.images import alpha, mask, region
+from klein_mcp.images.alpha import Rgba8
 from klein_mcp.images.library import Record, Store
 from klein_mcp.images.pixels import PixelCache
 from klein_mcp.images.region import EditRegion
@@ -20,6 +22,7 @@ class PreparedRequest:
 
     hashes: `image_hash` of each reference that is sent as it is, "" for a part of one.
     parents: records of the references; a mask is no parent. original, region: of an edit that keeps its size.
+    original_rgba: the original with its alpha, if it has any; `original` is that over the grey `backing`.
     affinity: names the lineage, so that its jobs meet on the machine that caches its references.
     """
 
@@ -31,6 +34,8 @@ class PreparedRequest:
     affinity: str = ""
     original: "Rgb8 | None" = None
     region: EditRegion | None = None
+    original_rgba: Rgba8 | None = None
+    backing: int = 255
 
     def job(self, index: int) -> Job:
         """Make the job of image number `index`.
@@ -78,20 +83,27 @@ def prepare(request: ImageRequest, store: Store, pixels: PixelCache) -> Prepared
     And cut out the region that is edited. Raises RequestError.
     """
     records = [store.get(handle) for handle in request.images]
-    mask_record = store.get(request.mask) if request.mask else None
-    images = tuple(pixels.read(record) for record in records)
-    mask = pixels.read(mask_record) if mask_record else None
+    stored = [pixels.read(record) for record in records]
+    backings = [alpha.plain_backing(image) if image.shape[2] == 4 else 255 for image in stored]
+    images = tuple(alpha.flat(image, backing) for image, backing in zip(stored, backings, strict=True))
+    allowed = mask.of_image(pixels.read(store.get(request.mask)), "The mask") if request.mask else None
+    keeps_size = isinstance(request.size, KeepSource)
     prepared = PreparedRequest(
         request,
         images,
-        tuple(record.pixels for record in records),
+        # The hash of a transparent image is not that of what the engine gets.
+        tuple("" if image.shape[2] == 4 else record.pixels for image, record in zip(stored, records, strict=True)),
         tuple(records),
-        (*request.warnings, *(region.mask_warnings(mask) if mask is not None else ())),
+        (
+            *request.warnings,
+            *(region.mask_warnings(allowed) if allowed is not None else ()),
+            *_flattened(records[1 if keeps_size else 0 :]),
+        ),
         f"{request.model} {store.root(records[0].handle)}" if records else "",
     )
-    if not isinstance(request.size, KeepSource):
+    if not keeps_size:
         return prepared
-    part = region.edit_region(images[0], request.region, mask)
+    part = region.edit_region(images[0], request.region, allowed)
     cut = part.crop(images[0])
     return replace(
         prepared,
@@ -99,4 +111,12 @@ def prepare(request: ImageRequest, store: Store, pixels: PixelCache) -> Prepared
         hashes=prepared.hashes if cut.shape == images[0].shape else ("", *prepared.hashes[1:]),
         original=images[0],
         region=part,
+        original_rgba=stored[0] if stored[0].shape[2] == 4 else None,
+        backing=backings[0],
     )
+
+
+def _flattened(records: Sequence[Record]) -> list[str]:
+    """Warn of references whose transparency the result cannot keep."""
+    return [f"{record.handle} is transparent, and was shown to the model on one grey" for record in records
+            if record.transparent]  # fmt: skip

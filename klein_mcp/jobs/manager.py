@@ -43,8 +43,10 @@ from klein_mcp.jobs.status import DaemonStatus, JobStatus
 from klein_mcp.private import read_private_text
 
 if TYPE_CHECKING:
+    from klein_mcp.images.alpha import Pixels
     from klein_mcp.images.pixels import PixelCache
     from klein_mcp.jobs.execute import PreparedRequest
+    from klein_mcp.jobs.transparent import Made, Part
 
 log = logging.getLogger(__name__)
 
@@ -340,11 +342,11 @@ class JobManager:
         saving: asyncio.Task[None] | None = None
         try:
             for image in range(len(job.saved), job.request.count):
-                result = await self._compute(job, image, prepared)
+                made = await self._make(job, image, prepared)
                 if saving:
                     await saving
                 # Beside the next image's computation.
-                saving = asyncio.create_task(self._save(job, image, prepared, result))
+                saving = asyncio.create_task(self._save(job, image, prepared, made))
             if saving:
                 await saving
             if len(job.saved) > 1:
@@ -353,8 +355,19 @@ class JobManager:
             if saving and not saving.done():
                 await asyncio.wait([saving])
 
-    async def _compute(self, job: JobRecord, image: int, prepared: "PreparedRequest") -> Result:
-        """Queue one image and pass its events on until its result.
+    async def _make(self, job: JobRecord, image: int, prepared: "PreparedRequest") -> "Made":
+        """Run the engine's jobs of one image, nearly always one."""
+        from klein_mcp.jobs import transparent
+
+        making, result = transparent.parts(prepared, image), None
+        while True:
+            step = await asyncio.to_thread(transparent.advance, making, result)
+            if isinstance(step, transparent.Made):
+                return step
+            result = await self._compute(job, image, prepared, step)
+
+    async def _compute(self, job: JobRecord, image: int, prepared: "PreparedRequest", part: "Part") -> Result:
+        """Queue one engine job and pass its events on.
 
         Cancelling this cancels it.
         """
@@ -366,8 +379,8 @@ class JobManager:
             with contextlib.suppress(RuntimeError):  # the loop is closed: nobody is left to tell
                 loop.call_soon_threadsafe(inbox.put_nowait, event)
 
-        accepted = image > 0 or job.detached
-        ticket = self._queue.put(prepared.job(image), job.client, tell, watched=job.watched, bypass_limit=accepted)
+        accepted = image > 0 or part.number > 0 or job.detached
+        ticket = self._queue.put(part.job, job.client, tell, watched=job.watched, bypass_limit=accepted)
         job.ticket = ticket
         try:
             while True:
@@ -378,7 +391,8 @@ class JobManager:
                 if isinstance(event, EngineError):
                     raise event
                 if isinstance(event, Result):
-                    job.publish(Progressed(image, Saving()))
+                    if part.number + 1 == part.count:
+                        job.publish(Progressed(image, Saving(), None, None, part.number, part.count))
                     job.add_ms(event.ms)
                     return event
                 preview = partial = None
@@ -388,29 +402,30 @@ class JobManager:
                     if event.partial is not None:
                         partial = await asyncio.to_thread(_encode_partial, event.partial, prepared)
                     event = replace(event, preview=None, partial=None)
-                job.publish(Progressed(image, event, preview, partial))
+                job.publish(Progressed(image, event, preview, partial, part.number, part.count))
         finally:
             job.ticket = None
             self._queue.cancel(ticket)
 
-    async def _save(self, job: JobRecord, image: int, prepared: "PreparedRequest", result: Result) -> None:
+    async def _save(self, job: JobRecord, image: int, prepared: "PreparedRequest", made: "Made") -> None:
         from klein_mcp.jobs import save
 
         started = time.perf_counter()
         store, pixels = self._open()
-        finished = await asyncio.to_thread(save.finish, prepared, result)
+        finished = made.image
         handle = store.new_handle()
-        painted = save.painted_edge(finished, result)
+        painted = save.painted_edge(finished, made.result)
         # Whoever listens gets the preview with the result, so it is made beside the file.
         previews = [
             asyncio.to_thread(self._previews.get, [handle], min(longest, painted or longest), finished.pixels)
             for longest in self._wanted_previews(job)
         ]
-        storing = asyncio.to_thread(save.save, store, handle, finished, prepared, result, job.client)
+        storing = asyncio.to_thread(save.save, store, handle, finished, prepared, made.result, job.client)
         made_previews = asyncio.gather(*previews)
         (saved, pixel_hash), _ = await asyncio.gather(storing, made_previews)
         pixels.add(pixel_hash, finished.pixels)
-        self._queue.prefetch(finished.pixels)
+        if finished.pixels.shape[2] == 3:  # a transparent image is edited over a backing
+            self._queue.prefetch(finished.pixels)
         job.saved.append(saved)
         job.add_ms({"save": 1000 * (time.perf_counter() - started)})
         job.publish(ImageSaved(image, saved))
@@ -446,15 +461,16 @@ class JobManager:
     def _drafts_warnings(self, job: JobRecord) -> tuple[str, ...]:
         """Warn of drafts that are all alike."""
         from klein_mcp.images import preserve
+        from klein_mcp.images.alpha import flat
 
         shares = [image.changed["share"] for image in job.saved if image.changed]
         try:
-            drafts = [self._read(image.handle) for image in job.saved]
+            drafts = [flat(self._read(image.handle)) for image in job.saved]
         except RequestError:
             return ()  # one was deleted since
         return (ALIKE_DRAFTS,) if preserve.are_alike(drafts, max(shares, default=1.0)) else ()
 
-    def _read(self, handle: str) -> Rgb8:
+    def _read(self, handle: str) -> "Pixels":
         store, pixels = self._open()
         return pixels.read(store.get(handle))
 

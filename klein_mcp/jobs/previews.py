@@ -7,9 +7,12 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from threading import Lock
+from typing import TYPE_CHECKING
 
-from engine.contract import Rgb8
 from klein_mcp.jobs.results import Preview
+
+if TYPE_CHECKING:
+    from klein_mcp.images.alpha import Pixels
 
 CACHED = 32
 """Previews of the latest images, up to 0.7 MB each."""
@@ -23,13 +26,13 @@ class PreviewCache:
     Whoever asks for one that is being made waits for it. For any thread.
     """
 
-    def __init__(self, read: Callable[[str], Rgb8]) -> None:
+    def __init__(self, read: "Callable[[str], Pixels]") -> None:
         """read: a handle -> its pixels."""
         self._read = read
         self._lock = Lock()
         self._previews: OrderedDict[Key, Future[Preview]] = OrderedDict()
 
-    def get(self, handles: Sequence[str], longest: int, image: "Rgb8 | None" = None) -> Preview:
+    def get(self, handles: Sequence[str], longest: int, image: "Pixels | None" = None) -> Preview:
         """Return a preview of one image, or a labelled sheet of several.
 
         Blocking.
@@ -52,7 +55,7 @@ class PreviewCache:
                     self._previews.pop(key, None)
         return future.result()
 
-    def _make(self, handles: Sequence[str], longest: int, image: "Rgb8 | None") -> Preview:
+    def _make(self, handles: Sequence[str], longest: int, image: "Pixels | None") -> Preview:
         from klein_mcp.images.preview import contact_sheet, preview
 
         if len(handles) == 1:

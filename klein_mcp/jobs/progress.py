@@ -40,7 +40,7 @@ class Progress:
         """Report an event of a job."""
         share, self._message = describe(event.event)
         self._image = event.image
-        await self._report(event.image + share)
+        await self._report(event.image + event.share(share))
 
     @asynccontextmanager
     async def heartbeat(self) -> AsyncIterator[None]:

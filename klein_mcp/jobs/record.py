@@ -147,15 +147,15 @@ class JobRecord:
         return {stage: round(spent) for stage, spent in {**self.ms, "total": total}.items()}
 
     def all_warnings(self) -> tuple[str, ...]:
-        """Warnings of the request and of its images, each once."""
-        return tuple(dict.fromkeys((*self.warnings, *(each for image in self.saved for each in image.warnings))))
+        """Warnings of its images, then of the request, each once."""
+        return tuple(dict.fromkeys((*(each for image in self.saved for each in image.warnings), *self.warnings)))
 
     def status(self) -> JobStatus:
         """Describe the job now."""
         progress, message, eta = 0.0, "waiting", None
         if self.latest is not None:
             share, message = describe(self.latest.event)
-            progress = (self.latest.image + share) / self.request.count
+            progress = (self.latest.image + self.latest.share(share)) / self.request.count
             eta = self._eta(progress)
         if self.ending is not None:
             progress, message, eta = 1.0 if isinstance(self.ending, Done) else progress, self.state, 0.0

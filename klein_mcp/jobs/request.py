@@ -15,6 +15,8 @@ from klein_mcp.limits import GRID, MAX_AREA, MAX_SEED
 
 Preserve = Literal["auto", "off"]
 """Whether an edit puts the original's pixels back where it changed nothing."""
+Background = Literal["auto", "transparent"]
+"""transparent: the image is cut out, and the cut-out measured."""
 Region = tuple[int, int, int, int]
 """x, y, width, height in pixels."""
 
@@ -27,6 +29,7 @@ class ImageRequest:
     seed: of the first image; image k is made with seed + k.
     steps, guidance: None for what the model was made for.
     preserve: of an edit at its own size.
+    background: whether the image is to be transparent.
     partials: how many steps also report the image they head for; part of no provenance.
     warnings: what building the request had to change, for the result.
     """
@@ -43,6 +46,7 @@ class ImageRequest:
     steps: int | None = None
     guidance: float | None = None
     preserve: Preserve = "auto"
+    background: Background = "auto"
     partials: int = 0
     warnings: tuple[str, ...] = ()
 
@@ -106,6 +110,7 @@ def generate(
     model: str = "auto",
     steps: int | None = None,
     guidance: float | None = None,
+    background: Background = "auto",
 ) -> ImageRequest:
     """Request new images from words.
 
@@ -121,6 +126,7 @@ def generate(
         model=model,
         steps=steps,
         guidance=guidance,
+        background=background,
         warnings=warnings,
     )
 
@@ -139,6 +145,7 @@ def edit(
     steps: int | None = None,
     guidance: float | None = None,
     preserve: Preserve = "auto",
+    background: Background = "auto",
 ) -> ImageRequest:
     """Request a changed image.
 
@@ -160,6 +167,7 @@ def edit(
         model=model,
         steps=steps,
         guidance=guidance,
+        background=background,
         warnings=warnings,
     )
 
@@ -176,6 +184,7 @@ def compose(
     model: str = "auto",
     steps: int | None = None,
     guidance: float | None = None,
+    background: Background = "auto",
 ) -> ImageRequest:
     """Request a new image made of several. Raises RequestError."""
     size, warnings = _free_size(width, height, aspect)
@@ -189,6 +198,7 @@ def compose(
         model=model,
         steps=steps,
         guidance=guidance,
+        background=background,
         warnings=(*_missing_references(prompt, len(images)), *warnings),
     )
 

@@ -5,9 +5,10 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from engine.contract import ChangeMask, Grey8, Result, Rgb8, image_hash
+from engine.contract import ChangeMask, Grey8, Result, image_hash
 from engine.families.klein.variants import EMBEDDED
-from klein_mcp.images import codec, png, preserve
+from klein_mcp.images import alpha, codec, png, preserve
+from klein_mcp.images.alpha import AlphaChecks, Pixels
 from klein_mcp.images.detail import is_detailed
 from klein_mcp.images.library import Store
 from klein_mcp.images.preserve import VisibleChange
@@ -26,13 +27,14 @@ class FinishedImage:
 
     Where an edit changed nothing, the pixels are the original's.
     changed: of an edit at its own size. opacity: of its crop, 0 where the original's bytes are kept; None for nowhere.
-    warnings: what the change mask found.
+    checks: of a transparent image. warnings: what the change mask and the checks found.
     """
 
-    pixels: Rgb8
+    pixels: Pixels
     changed: VisibleChange | None = None
     opacity: "Grey8 | None" = None
     warnings: tuple[str, ...] = ()
+    checks: AlphaChecks | None = None
 
 
 def finish(prepared: PreparedRequest, result: Result) -> FinishedImage:
@@ -44,7 +46,8 @@ def finish(prepared: PreparedRequest, result: Result) -> FinishedImage:
     image = region.composite(result.image, original, result.change)
     changed = preserve.measure(image, original, region.mask, kept=False)
     warnings = (*_edit_warnings(changed, result.change), *_detail_warnings(prepared, result.model))
-    return FinishedImage(image, changed, opacity, warnings)
+    finished = FinishedImage(image, changed, opacity, warnings)
+    return finished if prepared.original_rgba is None else _with_alpha(finished, prepared)
 
 
 def _detail_warnings(prepared: PreparedRequest, model: str) -> tuple[str, ...]:
@@ -55,6 +58,22 @@ def _detail_warnings(prepared: PreparedRequest, model: str) -> tuple[str, ...]:
         "what it painted is hardly recognisable" if prepared.region.mask is not None else "detail it repainted is lost"
     )
     return (f"{model} knows no image such as this, only flat scenes: {lost}; klein-mcp pull klein-4b",)
+
+
+def _with_alpha(finished: FinishedImage, prepared: PreparedRequest) -> FinishedImage:
+    """Give the edit of a transparent image its alpha."""
+    assert prepared.original_rgba is not None
+    assert prepared.region is not None
+    may_change = None
+    if finished.opacity is not None:
+        left, top, right, bottom = prepared.region.box
+        may_change = np.zeros(finished.pixels.shape[:2], bool)
+        may_change[top:bottom, left:right] = finished.opacity > 0
+    image = alpha.after_edit(finished.pixels, prepared.original_rgba, prepared.backing, may_change)
+    if (image[..., 3] == 255).all():
+        opaque = "not transparent any more: the edit painted the background"
+        return replace(finished, warnings=(*finished.warnings, opaque))
+    return replace(finished, pixels=image, checks=alpha.measure(image))
 
 
 def _edit_warnings(changed: VisibleChange, change: ChangeMask | None) -> tuple[str, ...]:
@@ -85,7 +104,10 @@ def _checked(image: FinishedImage, prepared: PreparedRequest, stored: bytes) -> 
     if image.changed is None or image.opacity is None or prepared.original is None or prepared.region is None:
         return image.changed
     left, top, *_ = prepared.region.box
-    kept = preserve.is_kept(png.decode(stored), prepared.original, image.opacity, (left, top))
+    original = prepared.original if image.pixels.shape[2] == 3 else prepared.original_rgba
+    if original is None:
+        return image.changed
+    kept = preserve.is_kept(png.decode(stored), original, image.opacity, (left, top))
     return replace(image.changed, kept=kept)
 
 
@@ -160,6 +182,8 @@ def save(
         made["painted"] = painted
     if changed:
         made["changed"] = {**changed.to_json(), "mask": image.opacity is not None}
+    if image.checks:
+        made["alpha"] = image.checks.to_json()
     _write_changes(store, handle, image, prepared)
     store.put(
         encoded,
@@ -185,6 +209,7 @@ def save(
         mode=result.mode,
         cache=dict(result.cache),
         changed=changed.to_json() if changed else None,
+        alpha=image.checks.to_json() if image.checks else None,
         read_as=result.read_as,
         painted=painted,
         warnings=(*image.warnings, *result.warnings, *prepared.aspect_warnings(result)),

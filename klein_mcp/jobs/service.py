@@ -34,8 +34,6 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-WHITE = 255
-
 DEMO = "demo model; klein-mcp pull klein-4b for the real one"
 
 
@@ -101,11 +99,6 @@ class Service:
         if request.mask:
             mask = await self.open(request.mask, call, reading="mask")
             opened.append(mask)
-            if mask.record.recipe.get("flattened_on") == WHITE:
-                raise RequestError(
-                    f"The mask {request.mask} was transparent when it was opened as an image, and is white there now.",
-                    hint="Give the mask's own file as mask.",
-                )
         return replace(
             request,
             images=tuple(image.record.handle for image in images),

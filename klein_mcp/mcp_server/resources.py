@@ -122,7 +122,7 @@ def _full_image(service: Service, record: Record, call: CallContext) -> list[Rea
         return [ReadResourceContents(data, results.MIME)]
     from klein_mcp.images import codec, preview
 
-    image = codec.decode(data, record.handle).image
+    image = codec.decode(data, record.handle, None).pixels
     longest = max(record.width, record.height)
     smaller, mime = preview.preview(image, longest=longest, aim=MAX_BYTES, most=MAX_BYTES)
     note = f"A smaller rendition: the exact image has {len(data)} bytes."
@@ -130,9 +130,9 @@ def _full_image(service: Service, record: Record, call: CallContext) -> list[Rea
 
 
 def _preview(service: Service, record: Record) -> ReadResourceContents:
-    from klein_mcp.images import codec, preview
+    from klein_mcp.images import preview
 
-    return ReadResourceContents(*preview.preview(codec.decode(service.store.read(record), record.handle).image))
+    return ReadResourceContents(*preview.preview(service.sources.pixels(record)))
 
 
 _thumbs: OrderedDict[str, tuple[bytes, str]] = OrderedDict()
@@ -143,11 +143,11 @@ def _thumb(service: Service, record: Record) -> ReadResourceContents:
 
     The latest are cached, since the same page of them is read again and again.
     """
-    from klein_mcp.images import codec, preview
+    from klein_mcp.images import preview
     from klein_mcp.studio.views import THUMB_SIDE
 
     if (made := _thumbs.get(record.file)) is None:
-        image = codec.decode(service.store.read(record), record.handle).image
+        image = service.sources.pixels(record)
         made = preview.preview(image, longest=THUMB_SIDE, aim=24_000, most=60_000)
         _thumbs[record.file] = made
         if len(_thumbs) > MAX_THUMBS:

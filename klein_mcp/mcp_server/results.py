@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 MIME = "image/png"
 
+TRANSPARENT = "transparent; the preview shows it on plain grey"
+
 
 def tool_result(result: "JobResult", store: Store, show: str, call: CallContext) -> CallToolResult:
     """Return the result of generate, edit and compose. Blocking."""
@@ -48,6 +50,7 @@ def _entry(image: "SavedImage", where: Mapping[str, str]) -> dict[str, Any]:
     """
     return {
         "image": image.handle,
+        **({"background": TRANSPARENT, "alpha": image.alpha} if image.alpha else {}),
         **({"changed": image.changed} if image.changed else {}),
         **({"read_as": image.read_as} if image.read_as else {}),
         "seed": str(image.seed),

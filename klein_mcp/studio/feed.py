@@ -60,13 +60,13 @@ class _Job:
             case Progressed(image, inner, preview):
                 if image != view["index"]:
                     view |= {"index": image, "preview": None, "step": None, "stage": None}
-                self._progress(inner)
+                self._progress(inner, event)
                 if preview is not None:
                     view["preview"] = f"data:{preview.mime};base64,{preview.base64}"
             case ImageSaved(image):
                 view |= {"index": min(image + 1, view["count"] - 1)}
 
-    def _progress(self, event: Queued | Loading | Stage | Step | Saving) -> None:
+    def _progress(self, event: Queued | Loading | Stage | Step | Saving, progressed: Progressed) -> None:
         view = self.view
         match event:
             case Queued(position, seconds):
@@ -78,7 +78,7 @@ class _Job:
             case Saving():
                 view |= {"state": "running", "stage": "save"}
             case Step(done, total):
-                share = (view["index"] + done / total) / view["count"]
+                share = (view["index"] + progressed.share(done / total)) / view["count"]
                 view |= {"state": "running", "step": done, "steps": total, "fraction": share}
 
 

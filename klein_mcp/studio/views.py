@@ -33,7 +33,7 @@ def card(record: Record, picks: set[str], sheet: str | None = None) -> Card:
         "parents": list(record.parents),
         "seed": None if seed is None else str(seed),
         "model": _text(recipe.get("model")),
-        "alpha": bool(recipe.get("alpha")),
+        "alpha": record.transparent,
         "picked": record.handle in picks,
         "sheet": sheet,
     }

@@ -132,6 +132,68 @@ def test_backing_is_never_a_colour_the_prompt_names() -> None:
     assert alpha.choose_backing("a gray and green frog", avoid=("blue",)) == "white"
 
 
+# Edits of a transparent image
+
+RED = (200, 30, 40)
+
+
+def layered(opacity: np.ndarray, colour: tuple[int, int, int] = RED) -> alpha.Rgba8:
+    """A transparent image with this alpha."""
+    rgba = np.zeros((SIDE, SIDE, 4), np.uint8)
+    rgba[..., 3] = np.rint(255 * opacity)
+    rgba[opacity > 0, :3] = colour
+    return rgba
+
+
+def test_edit_of_a_transparent_image_keeps_alpha_where_nothing_changed() -> None:
+    original = layered(soft_disc(0.2, (0.35, 0.35)))
+    added = soft_disc(0.12, (0.75, 0.75))
+    painted = (added[..., None] * (20, 60, 200) + (1 - added[..., None]) * alpha.over(original, 255)).astype(np.uint8)
+    may_change = np.zeros((SIDE, SIDE), bool)
+    may_change[SIDE // 2 :, SIDE // 2 :] = True
+    edited = alpha.after_edit(painted, original, 255, may_change)
+    assert (edited[~may_change] == original[~may_change]).all()
+    # Observed: 0.004, the noise of rounding at the new disc's edge.
+    truth = np.maximum(original[..., 3] / 255, added)
+    assert np.abs(edited[..., 3] / 255 - truth).mean() < 0.02
+    assert np.abs(edited[SIDE * 3 // 4, SIDE * 3 // 4].astype(int) - (20, 60, 200, 255)).max() <= 2
+
+
+def test_what_an_edit_removes_becomes_transparent() -> None:
+    original = layered(np.maximum(soft_disc(0.15, (0.3, 0.3)), soft_disc(0.15, (0.7, 0.7))))
+    painted = on((250, 250, 250), soft_disc(0.15, (0.3, 0.3)), RED)  # a model's white is not quite white
+    edited = alpha.after_edit(painted, original, 255, None)
+    assert (edited[int(0.6 * SIDE) :, int(0.6 * SIDE) :, 3] == 0).all()
+    assert (edited[..., 3] > 127).mean() == pytest.approx(np.pi * 0.15**2, abs=0.01)
+
+
+def test_edit_that_paints_the_background_makes_the_image_opaque() -> None:
+    original = layered(soft_disc(0.2))
+    edited = alpha.after_edit(on((40, 160, 60), soft_disc(0.2), RED), original, 255, None)
+    assert (edited[..., 3] == 255).all()
+
+
+@pytest.mark.parametrize(("colour", "grey"), [(RED, 255), ((245, 245, 245), 128), ((150, 250, 250), 20)])
+def test_model_sees_a_transparent_image_on_a_grey_that_stands_out(colour: tuple[int, int, int], grey: int) -> None:
+    image = layered(soft_disc(0.3), colour)
+    if grey == 20:
+        image[: SIDE // 2, :, :3] = (128, 128, 128)
+        image[SIDE // 2 :, :, :3] = (250, 250, 250)
+    assert alpha.plain_backing(image) == grey
+
+
+def test_resizing_shows_no_hidden_colour() -> None:
+    from klein_mcp.images import codec
+
+    image = layered(soft_disc(0.3, edge=1))
+    image[image[..., 3] == 0, :3] = (0, 255, 0)
+    for size in (24, 300):
+        resized = codec.resize(image, size, size)
+        seen = resized[resized[..., 3] > 32]  # below that, 8 bits of premultiplied colour are too few to compare
+        # Green would show at the outline if colours were averaged without their alpha.
+        assert seen[:, 1].max() <= 60
+
+
 # On nano
 
 SUBJECTS = ("cat", "rocket", "penguin", "umbrella", "black square", "white circle")

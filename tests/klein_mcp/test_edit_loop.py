@@ -16,6 +16,7 @@ from engine.nano.training.compositor import BACKGROUNDS
 from engine.nano.training.scenes import MIDDLE, NORMAL, Scene, Thing
 from engine.nano.training.score import background_right, look
 from engine.nano.training.sprites import KINDS
+from klein_mcp.images.alpha import over
 from tests.images import pixels
 from tests.real_server import RealServer
 from tests.tool_calls import call, kinds, line, preview, refused
@@ -161,6 +162,103 @@ async def test_three_transparent_icons_have_real_alpha(agent: Client, tmp_path: 
     saved = await call(agent, "save_image", image="last", path="star.png")
     with Image.open(saved["saved"]) as opened:
         assert opened.getextrema()[3] == (0, 255)  # type: ignore
+
+
+def rgba(facts: dict[str, Any]) -> np.ndarray:
+    with Image.open(facts["path"]) as opened:
+        assert opened.mode == "RGBA"
+        return np.asarray(opened)
+
+
+async def test_edit_with_a_transparent_background_says_its_checks(agent: Client) -> None:
+    await call(agent, "generate_image", prompt="a dog in the snow", seed=5)
+    snow = (await call(agent, "list_images", limit=1))["images"][0]["image"]
+    cut = await call(agent, "edit_image", image=snow, prompt="remove the background", background="transparent", seed=5)
+    cat = await call(
+        agent, "edit_image", image=snow, prompt="replace the dog with a cat", background="transparent", seed=5
+    )
+    for facts in (cut, cat):
+        assert facts["background"].startswith("transparent")
+        # Observed: rim 0.000, residual 1.2, half transparent 0.024.
+        assert facts["alpha"]["rim"] <= 0.03
+        assert facts["alpha"]["residual"] <= 4
+        assert 0.03 < (rgba(facts)[..., 3] > 127).mean() < 0.3
+    assert shows(over(rgba(cat), 248), scene("white", ("cat", MIDDLE)))
+    assert cat["changed"]["share"] > 0.02
+    # Nothing but the result is in the library: no master, no backing.
+    listed = (await call(agent, "list_images", limit=3))["images"]
+    assert [entry["image"] for entry in listed] == [cat["image"], cut["image"], snow]
+
+
+async def test_edit_of_a_transparent_image_keeps_its_alpha(agent: Client) -> None:
+    before = await call(agent, "generate_image", prompt="a black square", background="transparent", seed=5)
+    after = await call(agent, "edit_image", image="last", prompt="add a red star at the top", seed=5)
+    assert after["changed"]["kept"] is True
+    old, new = rgba(before), rgba(after)
+    assert (old[96:] == new[96:]).all()
+    kept = (old == new).all(axis=2)
+    assert kept.mean() > 0.8  # observed: 0.93
+    top = new[:45]
+    red = (top[..., 3] > 200) & (top[..., 0] > 150) & (top[..., 1] < 90)
+    assert red.sum() > 100
+    assert (top[:, :32, 3] == 0).all()
+
+
+async def test_chain_ends_in_a_transparent_image(agent: Client) -> None:
+    await call(agent, "generate_image", prompt="a cat in the snow", seed=5)
+    prompts = ["replace the cat with a dog", "move the dog to the left"]
+    facts = await call(agent, "edit_image", image="last", prompt=prompts, background="transparent", seed=5)
+    assert facts["alpha"]["rim"] <= 0.03
+    assert (rgba(facts)[..., 3] > 127).mean() > 0.03
+    first = await call(agent, "view_image", image=facts["steps"][0]["image"])
+    assert "background" not in first
+
+
+async def test_saving_cuts_out_of_a_plain_background_and_keeps_alpha(agent: Client) -> None:
+    await call(agent, "generate_image", prompt="a rocket on a yellow background", seed=5)
+    seen = await call(agent, "view_image", image="last", background="transparent")
+    assert seen["alpha"]["rim"] <= 0.03
+    for name, more in (("cut.png", {}), ("small.webp", {"max_size": 96}), ("large.png", {"size": 300}),
+                       ("bare.png", {"strip_metadata": True})):  # fmt: skip
+        saved = await call(agent, "save_image", image="last", path=name, background="transparent", **more)
+        assert saved["alpha"]["subject"] == seen["alpha"]["subject"]
+        with Image.open(saved["saved"]) as opened:
+            assert opened.mode == "RGBA"
+            alpha = np.asarray(opened)[..., 3]
+            assert max(opened.size) == more.get("max_size", more.get("size", 128))
+        assert alpha[0].max() == 0
+        assert (alpha > 127).mean() == pytest.approx(seen["alpha"]["subject"], abs=0.01)
+    assert "JPEG has no transparency" in await refused(
+        agent, "save_image", image="last", path="cut.jpg", background="transparent"
+    )
+
+
+async def test_transparent_image_saved_as_jpeg_says_it_is_on_white(agent: Client) -> None:
+    await call(agent, "generate_image", prompt="a cat", background="transparent", seed=5)
+    saved = await call(agent, "save_image", image="last", path="cat.jpg")
+    assert saved["warnings"] == ["JPEG has no transparency: the image was flattened onto white"]
+    with Image.open(saved["saved"]) as opened:
+        assert min(opened.convert("RGB").getpixel((4, 4))) > 250  # type: ignore[arg-type]
+
+
+async def test_image_without_plain_background_names_the_way_out(agent: Client) -> None:
+    await call(agent, "generate_image", prompt="a cat in the snow", seed=5)
+    for tool, more in (("view_image", {}), ("save_image", {"path": "cat.png"})):
+        message = await refused(agent, tool, image="last", background="transparent", **more)
+        assert 'edit_image with prompt "remove the background" and background "transparent"' in message
+
+
+async def test_transparent_file_of_the_user_keeps_its_alpha(agent: Client, tmp_path: Path) -> None:
+    logo = np.zeros((128, 128, 4), np.uint8)
+    logo[40:88, 40:88] = (200, 30, 40, 255)
+    logo[60:70, 60:70, 3] = 100
+    Image.fromarray(logo).save(tmp_path / "logo.webp", lossless=True, exact=True)
+    seen = await call(agent, "view_image", image=str(tmp_path / "logo.webp"))
+    assert seen["background"].startswith("transparent")
+    assert (rgba(seen) == logo).all()
+    # Its own file, read again, is the same image.
+    Image.fromarray(logo).save(tmp_path / "again.png")
+    assert (await call(agent, "view_image", image=str(tmp_path / "again.png")))["image"] == seen["image"]
 
 
 async def test_unknown_noun_gets_the_nearest_and_the_way_out(agent: Client) -> None:

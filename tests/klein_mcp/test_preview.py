@@ -42,8 +42,19 @@ def test_preview_fits_whatever_it_shows(width: int, height: int, grain: int, alp
         assert opened.size == (max(1, round(width * scale)), max(1, round(height * scale))) or (
             abs(opened.width - width * scale) <= 1 and abs(opened.height - height * scale) <= 1
         )
-        sees_through = alpha in ("noise", "half") and np.any(np.asarray(image)[..., 3] < 255)
-        assert (mime, "A" in opened.getbands()) == (("image/png", True) if sees_through else ("image/jpeg", False))
+        assert (mime, opened.mode) == ("image/jpeg", "RGB")
+
+
+@pytest.mark.parametrize(("colour", "backing"), [((200, 30, 40), 128), ((128, 128, 130), 255), ((20, 20, 20), 128)])
+def test_transparent_image_is_shown_on_a_grey_that_stands_out(colour: tuple[int, int, int], backing: int):
+    image = np.zeros((64, 64, 4), np.uint8)
+    image[16:48, 16:48] = (*colour, 255)
+    with Image.open(io.BytesIO(preview(image)[0])) as opened:
+        shown = np.asarray(opened).astype(int)
+    assert np.abs(shown[4, 4] - backing).max() < 12
+    assert np.abs(shown[32, 32] - colour).max() < 12  # JPEG's error
+    cell = contact_sheet([image, image])
+    assert (cell == backing).all(axis=2).any()
 
 
 def test_image_that_fits_keeps_its_quality_and_its_size():

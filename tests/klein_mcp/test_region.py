@@ -199,12 +199,21 @@ async def test_mask_with_holes_and_white_is_refused_with_both_readings(client: C
     assert "white" in message
 
 
-async def test_mask_that_lost_its_transparency_is_error(client: Client, photo: str, tmp_path: Path):
+async def test_mask_that_was_opened_as_an_image_is_read_as_its_file(client: Client, photo: str, tmp_path: Path):
     path = tmp_path / "see-through.png"
     path.write_bytes(file(np.dstack([mask_of(320, 200, (0, 0, 9, 9)), mask_of(320, 200, (0, 0, 9, 9))[..., 0]])))
     seen = await call(client, "view_image", image=str(path))
-    message = await refused(client, "edit_image", image=photo, prompt="x", mask=seen["image"])
-    assert "Give the mask's own file" in message
+    assert "two ways" in await refused(client, "edit_image", image=photo, prompt="x", mask=seen["image"])
+    holes = np.full((200, 320, 4), (0, 0, 0, 255), np.uint8)
+    holes[50:150, 50:150, 3] = 0
+    path.write_bytes(file(holes))
+    seen = await call(client, "view_image", image=str(path))
+    assert seen["background"].startswith("transparent")
+    facts = await call(client, "edit_image", image=photo, prompt="a dot", mask=seen["image"])
+    different = np.any(result_of(facts) != scene(320, 200), axis=2)
+    assert different[60:140, 60:140].any()
+    different[50:150, 50:150] = False
+    assert not different.any()
 
 
 @pytest.mark.parametrize(

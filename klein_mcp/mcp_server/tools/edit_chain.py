@@ -59,7 +59,9 @@ async def run_chain(
     service: Service, call: CallContext, request: ImageRequest, prompts: Sequence[str], show: str | None
 ) -> CallToolResult:
     """Run one edit per prompt, up to one that changes nothing."""
-    steps = [_edit(request, prompt) for prompt in prompts]
+    # Only the end of a chain is cut out.
+    opaque = replace(request, background="auto")
+    steps = [_edit(opaque, prompt) for prompt in prompts[:-1]] + [_edit(request, prompts[-1])]
     chain = Chain((await service.open(request.images[0], call)).record.handle, len(steps))
 
     def stop() -> bool:
@@ -121,6 +123,8 @@ def _render(service: Service, call: CallContext, chain: Chain, mode: str) -> Cal
     line: dict[str, Any] = {}
     if chain.made:
         line["image"] = chain.made[-1].handle
+        if chain.made[-1].alpha:
+            line |= {"background": results.TRANSPARENT, "alpha": chain.made[-1].alpha}
     if chain.warnings:
         line["warnings"] = chain.warnings
     line["steps"] = [_step(image) for image in chain.made]

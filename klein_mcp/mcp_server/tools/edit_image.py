@@ -26,6 +26,7 @@ class EditImage(fields.Arguments):
     width: fields.EditWidth | None = None
     height: fields.Height | None = None
     preserve: fields.Preserve = "auto"
+    background: fields.Background | None = None
     count: fields.Count = 1
     seed: fields.Seed | None = None
     model: fields.Model | None = None
@@ -53,6 +54,7 @@ async def run(service: Service, call: CallContext, arguments: EditImage) -> Call
         count=arguments.count,
         seed=arguments.seed,
         model=service.model(arguments.model),
+        background=arguments.background or "auto",
     )
     if not (arguments.region or arguments.mask or arguments.preserve == "off"):
         await _check_detail(service, call, wanted)

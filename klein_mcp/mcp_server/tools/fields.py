@@ -156,7 +156,12 @@ Model = Annotated[
 ]
 Background = Annotated[
     Literal["transparent"],
-    Field(description="transparent: real alpha, measured."),
+    Field(description="Real alpha, measured."),
+    BeforeValidator(lambda value: as_choice(value, ("transparent",))),
+]
+CutOut = Annotated[
+    Literal["transparent"],
+    Field(description="Cut out of a plain background."),
     BeforeValidator(lambda value: as_choice(value, ("transparent",))),
 ]
 Preserve = Annotated[

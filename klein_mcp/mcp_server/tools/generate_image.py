@@ -13,7 +13,6 @@ from klein_mcp.jobs.service import Service
 from klein_mcp.mcp_server.tools import fields
 from klein_mcp.mcp_server.tools.image_tool import run_request
 from klein_mcp.mcp_server.tools.tool import Tool
-from klein_mcp.mcp_server.tools.transparent import run_transparent
 
 
 class GenerateImage(fields.Arguments):
@@ -30,16 +29,11 @@ class GenerateImage(fields.Arguments):
 
 
 async def run(service: Service, call: CallContext, arguments: GenerateImage) -> CallToolResult:
-    wanted, background = await _request(service, call, arguments)
-    if background:
-        if arguments.count > 1:
-            raise RequestError("A transparent image is made alone.", hint="Leave out count.")
-        return await run_transparent(service, call, wanted, arguments.show)
-    return await run_request(service, call, wanted, arguments.show)
+    return await run_request(service, call, await _request(service, call, arguments), arguments.show)
 
 
-async def _request(service: Service, call: CallContext, arguments: GenerateImage) -> tuple[ImageRequest, bool]:
-    """Return the request, and whether it is transparent."""
+async def _request(service: Service, call: CallContext, arguments: GenerateImage) -> ImageRequest:
+    """Return the request for new words, or for those of another image."""
     if arguments.again is not None:
         record = (await service.open(arguments.again, call)).record
         if arguments.prompt not in (None, record.prompt):
@@ -53,12 +47,10 @@ async def _request(service: Service, call: CallContext, arguments: GenerateImage
             seed=arguments.seed,
             model=arguments.model,
         )
-        if "alpha" in record.recipe and record.prompt:  # its recipe is the master's, on a backing
-            return replace(wanted, prompt=record.prompt), True
-        return wanted, arguments.background is not None
+        return replace(wanted, background=arguments.background or wanted.background)
     if arguments.prompt is None:
         raise RequestError("prompt is missing; it must be text, not empty.", hint="Or again: an image's handle.")
-    wanted = request.generate(
+    return request.generate(
         arguments.prompt,
         width=arguments.width,
         height=arguments.height,
@@ -66,8 +58,8 @@ async def _request(service: Service, call: CallContext, arguments: GenerateImage
         count=arguments.count,
         seed=arguments.seed,
         model=service.model(arguments.model),
+        background=arguments.background or "auto",
     )
-    return wanted, arguments.background is not None
 
 
 TOOL = Tool(

@@ -18,6 +18,7 @@ class SaveImage(fields.Arguments):
     max_size: fields.SaveSize | None = None
     size: fields.SaveExact | None = None
     strip_metadata: fields.Strip = False
+    background: fields.CutOut | None = None
     overwrite: fields.Overwrite = False
 
 
@@ -33,6 +34,7 @@ async def run(service: Service, call: CallContext, arguments: SaveImage) -> Call
         arguments.strip_metadata,
         arguments.overwrite,
         arguments.size,
+        transparent=arguments.background is not None,
     )
     settings = service.settings
 
@@ -50,11 +52,15 @@ async def run(service: Service, call: CallContext, arguments: SaveImage) -> Call
         "width": saved.width,
         "height": saved.height,
         "bytes": saved.bytes,
+        **({"background": "transparent", "alpha": saved.alpha} if saved.alpha else {}),
     }
+    warnings = list(saved.warnings)
     if arguments.max_size and max(saved.width, saved.height) < arguments.max_size and arguments.size is None:
-        payload["warnings"] = [
+        warnings.append(
             f"max_size {arguments.max_size} only shrinks: {saved.width}×{saved.height} was written; size enlarges"
-        ]
+        )
+    if warnings:
+        payload["warnings"] = warnings
     return CallToolResult(content=[results.text(payload)])
 
 

@@ -15,6 +15,7 @@ class ViewImage(fields.Arguments):
     image: fields.ImageRef
     region: fields.Region | None = None
     compare_with: fields.CompareWith | None = None
+    background: fields.CutOut | None = None
     max_size: fields.ViewSize = 1024
 
 
@@ -27,11 +28,17 @@ async def run(service: Service, call: CallContext, arguments: ViewImage) -> Call
         )
 
     def render() -> CallToolResult:
-        from klein_mcp.images import codec, preview, region
+        from klein_mcp.images import codec, cutout, preview, region
 
-        record = opened.record
+        record, warnings = opened.record, list(opened.warnings)
         part = service.sources.pixels(record)
         metadata = {**results.location(service.store, record, call), "width": record.width, "height": record.height}
+        if arguments.background:
+            cut = cutout.of_plain(part, record.handle)
+            part, metadata["alpha"] = cut.image, cut.checks.to_json()
+            warnings += cut.warnings
+        if part.shape[2] == 4:
+            metadata["background"] = results.TRANSPARENT
         if arguments.region:
             left, top, right, bottom = region.check(arguments.region, record.width, record.height)
             # A small part is shown enlarged: a model sees nothing in 40 pixels.
@@ -43,7 +50,7 @@ async def run(service: Service, call: CallContext, arguments: ViewImage) -> Call
             longest = min(arguments.max_size, int(record.recipe.get("painted", arguments.max_size)))
             data, mime = preview.preview(part, longest=longest)
         metadata |= {"parents": record.parents, "prompt": record.prompt, "source": record.source}
-        metadata["warnings"] = opened.warnings
+        metadata["warnings"] = warnings
         blocks = [results.text(metadata), results.image_block(data, mime), results.resource_link(record)]
         return CallToolResult(content=blocks)
 
@@ -53,8 +60,9 @@ async def run(service: Service, call: CallContext, arguments: ViewImage) -> Call
 def _compared(service: Service, record: Record, other: Record, max_size: int) -> CallToolResult:
     """Show two images and their difference beside each other."""
     from klein_mcp.images import codec, preserve, preview
+    from klein_mcp.images.alpha import shown
 
-    first, second = service.sources.pixels(record), service.sources.pixels(other)
+    first, second = (shown(service.sources.pixels(each)) for each in (record, other))
     warnings = []
     if first.shape != second.shape:
         second = codec.resize(second, record.width, record.height)
