@@ -119,6 +119,8 @@ def _new_master(prepared: PreparedRequest, index: int) -> Generator[Part, Result
     while True:
         tried.append(alpha.choose_backing(_BACKGROUND.sub("", prompt), tried))
         job = replace(prepared.job(index), prompt=on_backing(prompt, tried[-1]))
+        if len(tried) > 1:
+            job = replace(job, partials=0)  # as many as were asked for have been sent
         result = yield Part(job, len(tried) - 1, len(tried) + len(BACKINGS))
         if len(tried) == TRIES or not alpha.melts(result.image):
             return result, len(tried)
@@ -184,6 +186,6 @@ def _cut(finished: FinishedImage, cut: Cutout) -> FinishedImage:
 def _unpainted(prepared: PreparedRequest, index: int, cut: Cutout) -> Made:
     """Return an image that took no model."""
     assert prepared.original is not None
-    result = Result(prepared.original, prepared.request.seed + index, "none", "", 0, 0.0)
+    result = Result(prepared.original, prepared.request.seed + index, "none", "none", 0, 0.0)
     already = ("the image was transparent already",) if prepared.original_rgba is not None else ()
     return Made(result, FinishedImage(cut.image, checks=cut.checks, warnings=(*already, *cut.warnings)))

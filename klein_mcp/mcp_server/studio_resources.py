@@ -10,7 +10,6 @@ from mcp.server.lowlevel.helper_types import ReadResourceContents
 
 from klein_mcp.jobs.context import CallContext
 from klein_mcp.jobs.service import Service
-from klein_mcp.mcp_server.tools import TOOLS
 from klein_mcp.studio import views
 from klein_mcp.studio.engine_view import engine_view
 from klein_mcp.studio.feed import Feed
@@ -40,8 +39,7 @@ async def _library(service: Service, feed: Feed, query: Query, call: CallContext
 
 
 async def _engine(service: Service, feed: Feed, query: Query, call: CallContext) -> Any:
-    arguments = TOOLS["edit_image"].arguments.model_fields
-    return await engine_view(service, transparent="background" in arguments)
+    return await engine_view(service)
 
 
 READERS: Mapping[str, Reader] = {"klein://now": _now, "klein://library": _library, "klein://engine": _engine}

@@ -62,6 +62,7 @@ class ImageDetails(Card):
     region: list[int] | None
     mask: str | None
     read_as: str | None
+    background: str | None
     changed: Changed | None
     family: list[Card]
     siblings: list[str]
@@ -138,5 +139,4 @@ class EngineView(TypedDict):
     tuning: str | None
     models: list[ModelView]
     max_references: int
-    transparent: bool
     examples: list[str]

@@ -20,11 +20,8 @@ EXAMPLES = (
 )
 
 
-async def engine_view(service: Service, *, transparent: bool = False) -> EngineView:
-    """Describe model, memory, queue and speed, without starting an engine.
-
-    transparent: whether images can be cut out.
-    """
+async def engine_view(service: Service) -> EngineView:
+    """Describe model, memory, queue and speed, without starting an engine."""
     status = await service.jobs.status()
     engine = status.engine
     setting = service.settings.model
@@ -48,7 +45,6 @@ async def engine_view(service: Service, *, transparent: bool = False) -> EngineV
         "tuning": (engine.tuning or None) if engine else None,
         "models": models,
         "max_references": VARIANTS[auto].max_references if auto in VARIANTS else 4,
-        "transparent": transparent,
         "examples": list(NANO_EXAMPLES if auto == EMBEDDED else EXAMPLES),
     }
 

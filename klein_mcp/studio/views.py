@@ -70,6 +70,7 @@ def image_details(store: Store, handle: str) -> ImageDetails:
         "region": list(region) if region else None,
         "mask": _text(request.get("mask")),
         "read_as": _text(recipe.get("read_as")),
+        "background": _text(request.get("background")),
         "changed": _changed(recipe.get("changed")),
         "family": [card(relative, picks) for relative in _family(store, record)],
         "siblings": siblings if len(siblings) > 1 else [],

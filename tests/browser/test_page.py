@@ -292,6 +292,30 @@ async def test_changed_pixels_are_counted_and_shown(open_page: Open) -> None:
     await page.wait_for_function("() => document.querySelector('img.changes')?.naturalWidth > 0")
 
 
+async def test_cut_out_leaves_the_subject_on_nothing(open_page: Open, studio: Studio) -> None:
+    page = await open_page()
+    for prompt in ("a rocket on a yellow background", "a cat in the snow"):
+        await generate(page, prompt, seed=5)
+        assert await page.locator(".frame.checker").count() == 0
+        cut = await new_image(page, page.get_by_role("button", name="Cut out").click)
+        with studio.library() as store:
+            image = Image.open(io.BytesIO(store.read(store.get(cut))))
+        assert image.mode == "RGBA"
+        alpha = np.asarray(image)[..., 3]
+        assert max(alpha[0].max(), alpha[-1].max(), alpha[:, 0].max(), alpha[:, -1].max()) == 0
+        assert 0.03 < (alpha > 127).mean() < 0.5
+        # The page shows it on its checkered ground, and offers no second cut.
+        assert await page.locator(".frame.checker .picture").count() == 1
+        assert await page.get_by_role("button", name="Cut out").count() == 0
+        seen = await page.evaluate(
+            """() => { const image = document.querySelector('.frame .picture');
+            const canvas = new OffscreenCanvas(image.naturalWidth, image.naturalHeight).getContext('2d');
+            canvas.drawImage(image, 0, 0);
+            return [...canvas.getImageData(0, 0, 1, 1).data].concat(image.naturalWidth); }"""
+        )
+        assert seen[3:] == [0, 128]
+
+
 async def test_branches_of_an_image_stand_in_its_tree(open_page: Open, studio: Studio) -> None:
     page = await open_page()
     root = await generate(page, "a red apple on a blue background", seed=9)

@@ -187,6 +187,66 @@ def test_json_body_takes_urls_and_handles(client: OpenAI, url: str, apple: bytes
         assert answer.status_code in (400, 403), (image, answer.text)
 
 
+# -- transparency --------------------------------------------------------------------------------------------------
+
+
+def alpha_of(content: bytes, kind: str = "PNG") -> np.ndarray:
+    with Image.open(io.BytesIO(content)) as opened:
+        assert (opened.format, opened.mode) == (kind, "RGBA")
+        return np.asarray(opened)[..., 3]
+
+
+def is_cut_out(alpha: np.ndarray) -> bool:
+    """Whether a subject stands on nothing: all clear at the border, a part of the image solid."""
+    border = np.concatenate([alpha[0], alpha[-1], alpha[:, 0], alpha[:, -1]])
+    return bool(border.max() < 8 and 0.03 < (alpha > 250).mean() < 0.5)
+
+
+@pytest.mark.parametrize("kind", ["png", "webp"])
+def test_transparent_images_have_real_alpha(client: OpenAI, kind: Any):
+    response = client.images.generate(
+        prompt="a cat", n=2, background="transparent", output_format=kind, extra_body={"seed": 5}
+    )
+    assert response.background == "transparent"
+    assert all(is_cut_out(alpha_of(content, kind.upper())) for content in data(response.data))
+
+
+def test_edit_cuts_out_and_stays_transparent_after(client: OpenAI, apple: bytes):
+    cut = client.images.edit(image=named("a.png", apple), prompt="remove the background", background="transparent")
+    assert cut.background == "transparent"
+    (content,) = data(cut.data)
+    assert is_cut_out(alpha_of(content))
+    edited = client.images.edit(image=named("cut.png", content), prompt="add a red star at the top")
+    assert edited.background == "transparent"
+    old, new = alpha_of(content), alpha_of(data(edited.data)[0])
+    assert (old[96:] == new[96:]).all()
+    assert (new[:40] > 200).any()
+    flat = client.images.edit(image=named("cut.png", content), prompt="make it larger", output_format="jpeg")
+    assert flat.background == "opaque"
+
+
+def test_stream_of_a_transparent_image_ends_with_alpha(client: OpenAI):
+    stream = client.images.generate(
+        prompt="a cat", background="transparent", stream=True, partial_images=2, extra_body={"seed": 5}
+    )
+    *partials, completed = events(stream)
+    assert [event.type for event in partials] == ["image_generation.partial_image"] * 2
+    assert completed.background == "transparent"
+    assert is_cut_out(alpha_of(base64.b64decode(completed.b64_json)))
+
+
+def test_url_of_a_transparent_image_has_alpha(client: OpenAI):
+    response = client.images.generate(prompt="a cat", background="transparent", response_format="url")
+    (item,) = response.data or []
+    assert is_cut_out(alpha_of(httpx2.get(item.url or "").content))
+
+
+def test_transparent_jpeg_is_a_bad_request(client: OpenAI):
+    with pytest.raises(openai.BadRequestError, match="needs output_format png or webp") as caught:
+        client.images.generate(prompt="a cat", background="transparent", output_format="jpeg")
+    assert caught.value.param == "background"
+
+
 # -- streams -------------------------------------------------------------------------------------------------------
 
 

@@ -78,7 +78,7 @@ def overlap(made: Made, truth: np.ndarray) -> float:
     return float((found & wanted).sum() / (found | wanted).sum())
 
 
-def test_new_image_is_a_master_and_two_edits_of_it_with_one_seed() -> None:
+def test_new_image_is_a_master_and_two_edits_with_one_seed() -> None:
     painter = Painter()
     made = painter.make(new(), index=2)
     master, *edits = (part.job for part in painter.seen)

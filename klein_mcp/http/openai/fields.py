@@ -77,8 +77,9 @@ def parse(fields: Mapping[str, Any]) -> ImageCall:
 
 
 def _check_together(call: ImageCall) -> None:
-    if call.transparent:
-        raise ApiError(400, 'background "transparent" is not supported yet.', "background", "unsupported_parameter")
+    if call.transparent and call.output_format == "jpeg":
+        message = 'JPEG has no transparency: background "transparent" needs output_format png or webp.'
+        raise ApiError(400, message, "background", "invalid_value")
     if call.partial_images and not call.stream:
         raise ApiError(400, "partial_images needs stream: true.", "partial_images")
     if call.stream and call.as_url:

@@ -96,6 +96,7 @@ class OpenAiImageRoute:
             "model": self._service.model(None if call.model == "auto" else call.model),
             "steps": call.steps,
             "guidance": call.guidance,
+            "background": "transparent" if call.transparent else "auto",
         }
         if not images:
             return requests.generate(call.prompt, width=width, height=height, **common)
@@ -131,7 +132,7 @@ class OpenAiImageRoute:
             items = [await self._item(prepared.call, image, request) for image in saved]
             sizes = [(image.width, image.height) for image in saved]
             usage = payloads.usage(prepared.call.prompt, prepared.references, sizes)
-            content = payloads.images_response(prepared.call, items, sizes[0], usage)
+            content = payloads.images_response(_as_made(prepared.call, saved), items, sizes[0], usage)
             if warnings:
                 content["warnings"] = list(warnings)
             response = JSONResponse(content, headers=_headers(prepared.call, saved))
@@ -154,7 +155,8 @@ class OpenAiImageRoute:
                         case ImageSaved(saved=saved):
                             item, size = await self._item(call, saved, request), (saved.width, saved.height)
                             usage = payloads.usage(call.prompt, prepared.references, [size])
-                            await stream.event(payloads.completed_event(self._operation, call, item, size, usage))
+                            made = _as_made(call, [saved])
+                            await stream.event(payloads.completed_event(self._operation, made, item, size, usage))
                             partials = 0
                         case _:
                             await stream.idle()
@@ -184,6 +186,14 @@ class OpenAiImageRoute:
             return base64.b64encode(data).decode()
 
         return {"b64_json": await anyio.to_thread.run_sync(encode), **own}
+
+
+def _as_made(call: ImageCall, saved: list[SavedImage]) -> ImageCall:
+    """Return the call with the background that the images have.
+
+    One that was asked for may have failed its checks, and an edit of a transparent image stays transparent.
+    """
+    return replace(call, transparent=call.output_format != "jpeg" and all(image.alpha for image in saved))
 
 
 def _headers(call: ImageCall, saved: list[SavedImage] | tuple[()]) -> dict[str, str]:

@@ -66,7 +66,8 @@ export async function showResult({ handles, src, line }) {
 
 function pickFacts(line) {
   const [width, height] = /^\d+x\d+$/.test(line.size ?? "") ? line.size.split("x").map(Number) : [line.width, line.height];
-  return { prompt: "", parents: [], family: [], ...line, width, height };
+  // "transparent; …" of a result is a remark; what was asked for stands in the details.
+  return { prompt: "", parents: [], family: [], ...line, background: null, width, height };
 }
 
 /** Put an image on the stage. */
@@ -98,8 +99,9 @@ export async function open(handle, sheet = null) {
 
 /** Repeat how an image was made with new seeds. Null for an image that came from elsewhere. */
 export function recipeOf(image) {
-  const { tool, prompt, parents, width, height, region, mask, model } = image;
-  const common = { prompt, ...(model && { model }) };
+  const { tool, prompt, parents, width, height, region, mask, model, background } = image;
+  // "none" made an image that was cut out without painting.
+  const common = { prompt, ...(model && model !== "none" && { model }), ...(background && tool !== "compose_references" && { background }) };
   if (tool === "edit_image") return [tool, { image: parents[0], ...common, ...(region && { region }), ...(mask && { mask }) }];
   if (width % 16 || height % 16) return null;
   if (tool === "generate_image") return [tool, { ...common, width, height }];

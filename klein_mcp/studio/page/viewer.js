@@ -264,7 +264,7 @@ function renderTools() {
     bridge.can.read && image.changed?.mask && toggle("changes", "Changes", "changes"),
     recipe && button("New seed", "again", () => again(1)),
     recipe && button("Variations", "more", () => again(4)),
-    bridge.can.call && state.engine?.transparent && button("Cut out", "cut", cutOut),
+    bridge.can.call && !image.alpha && button("Cut out", "cut", cutOut),
     !state.card && bridge.can.call && button("Use in prompt", "add", () => addReference(image.image, null, image.prompt)),
     state.sheet.length > 1 && bridge.can.call && button("Pick", "pick", () => pick({ image: image.image })),
     state.card && bridge.can.download && button("Download", "save", () => download(image.image)),
