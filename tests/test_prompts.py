@@ -169,6 +169,20 @@ def test_prompts_for_nano_cause_no_warnings_but_those_of_size(runs: dict[str, An
             assert not about_words, f"{name}: {tool} {arguments}"
 
 
+@pytest.mark.parametrize("name", ["icon_set", "game_sprites", "logo_exploration"])
+def test_prompt_ends_in_files_with_a_transparent_background(runs: dict[str, Any], name: str) -> None:
+    run = runs[name]
+    assert run.saved
+    for path in run.saved:
+        with Image.open(path) as image:
+            assert image.mode == "RGBA"
+            alpha = np.asarray(image)[..., 3]
+        border = np.concatenate([alpha[0], alpha[-1], alpha[:, 0], alpha[:, -1]])
+        # Observed: 0 at the border, 5 to 12 % of the image solid.
+        assert border.max() == 0, path
+        assert 0.02 < (alpha > 200).mean() < 0.6, path
+
+
 def test_edits_of_a_prompt_have_the_previous_image_as_parent(runs: dict[str, Any]) -> None:
     made = {tool: (arguments, payload) for tool, arguments, payload in runs["iterate"].calls}
     arguments, payload = made["edit_image"]
