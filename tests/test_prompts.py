@@ -153,34 +153,39 @@ def test_saved_images_show_what_the_prompt_promised(runs: dict[str, Any], name: 
         assert background_right(image, wanted), f"{path.name} is not on {BACKGROUNDS[wanted.background]}"
 
 
-@pytest.mark.parametrize("name", ["icon_set", "game_sprites", "logo_exploration"])
-def test_icons_sprites_and_logos_end_transparent(runs: dict[str, Any], name: str) -> None:
-    for path in runs[name].saved:
-        with Image.open(path) as image:
-            assert image.mode == "RGBA"
-            assert image.getchannel("A").getextrema() == (0, 255)
+TRANSPARENT = {
+    "icon_set": {"subjects": "house, tree, rocket"},
+    "game_sprites": {"character": "a red bird"},
+    "logo_exploration": {"name": "Nordlicht", "idea": "a star"},
+}
+"""Prompts that end in transparent files, with arguments for their full version."""
 
 
-def test_prompts_for_nano_cause_no_warnings_but_those_of_size(runs: dict[str, Any]) -> None:
-    """Everything the completions offer first is within nano's words."""
-    for name, run in runs.items():
-        for tool, arguments, payload in run.calls:
-            about_words = [each for each in payload.get("warnings", ()) if "does not know" in each or "ignored" in each]
-            assert not about_words, f"{name}: {tool} {arguments}"
+def check_cut_out(path: Path) -> None:
+    with Image.open(path) as image:
+        assert image.mode == "RGBA"
+        alpha = np.asarray(image)[..., 3]
+    border = np.concatenate([alpha[0], alpha[-1], alpha[:, 0], alpha[:, -1]])
+    # Observed: 0 at the border, 5 to 12 % of the image solid.
+    assert border.max() == 0, path
+    assert 0.02 < (alpha > 200).mean() < 0.6, path
 
 
-@pytest.mark.parametrize("name", ["icon_set", "game_sprites", "logo_exploration"])
+@pytest.mark.parametrize("name", TRANSPARENT)
 def test_prompt_ends_in_files_with_a_transparent_background(runs: dict[str, Any], name: str) -> None:
-    run = runs[name]
-    assert run.saved
-    for path in run.saved:
-        with Image.open(path) as image:
-            assert image.mode == "RGBA"
-            alpha = np.asarray(image)[..., 3]
-        border = np.concatenate([alpha[0], alpha[-1], alpha[:, 0], alpha[:, -1]])
-        # Observed: 0 at the border, 5 to 12 % of the image solid.
-        assert border.max() == 0, path
-        assert 0.02 < (alpha > 200).mean() < 0.6, path
+    assert runs[name].saved
+    for path in runs[name].saved:
+        check_cut_out(path)
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("name", TRANSPARENT)
+async def test_full_prompt_cuts_its_images_out_on_saving(server: RealServer, tmp_path: Path, name: str) -> None:
+    async with Client(server.stdio(KLEIN_WRITE_ROOTS=str(tmp_path))) as client:
+        saved = await Agent(client).follow(PROMPTS[name].render(TRANSPARENT[name]))
+    assert len(saved) >= 3
+    for path in saved:
+        check_cut_out(Path(path))
 
 
 def test_edits_of_a_prompt_have_the_previous_image_as_parent(runs: dict[str, Any]) -> None:
