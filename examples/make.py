@@ -135,10 +135,10 @@ def _model(row: Variant) -> tuple[str, ...]:
 
 
 def speed() -> str:
-    """Return the baselines of engine/SPEED.md."""
-    found = re.search(r"<!-- baselines -->\n(.*?)\n<!-- end -->", SPEED.read_text(encoding="utf-8"), re.DOTALL)
+    """Return the table of engine/SPEED.md that has diffusers beside us."""
+    found = re.search(r"<!-- speed -->\n(.*?)\n<!-- end -->", SPEED.read_text(encoding="utf-8"), re.DOTALL)
     if found is None:
-        raise SystemExit(f"{SPEED} has no table between <!-- baselines --> and <!-- end -->.")
+        raise SystemExit(f"{SPEED} has no table between <!-- speed --> and <!-- end -->.")
     return found[1].strip()
 
 
