@@ -1,5 +1,6 @@
 """Engine: loads models, runs jobs and prepares the next one when idle."""
 
+import gc
 import time
 from collections.abc import Generator, Iterator
 from dataclasses import replace
@@ -221,6 +222,9 @@ class Engine:
         self._klein = None
         self._name = ""
         self._latest = self._prefetched = None
+        # Modules of an offload ring refer to each other: without this their buffers would stay until some later time.
+        gc.collect()
+        self.device.drop_workspaces()
         self._clear_cache()
 
     def status(self) -> EngineStatus:

@@ -94,11 +94,22 @@ class Device:
             torch.mps.synchronize()
 
     def empty_cache(self) -> None:
-        """Release the unused memory in torch's caching allocator."""
+        """Release the unused memory in torch's caching allocators."""
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
+            # Its name differs between versions of torch, and none is public.
+            for name in ("_accelerator_emptyHostCache", "_host_emptyCache"):
+                getattr(torch._C, name, lambda: None)()
         elif self.device.type == "mps":
             torch.mps.empty_cache()
+
+    def drop_workspaces(self) -> None:
+        """Release what libraries keep for their next call.
+
+        Observed: 35 MB of cuBLAS, H200. It is allocated again when it is needed.
+        """
+        if self.device.type == "cuda":
+            getattr(torch._C, "_cuda_clearCublasWorkspaces", lambda: None)()
 
     @property
     def label(self) -> str:
@@ -160,6 +171,22 @@ def host_memory(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
     Pinned on CUDA, so that copies can be asynchronous.
     """
     return torch.empty(shape, dtype=dtype, pin_memory=device.type == "cuda")
+
+
+def lock_pages(block: torch.Tensor, device: torch.device) -> bool:
+    """Lock host memory for copies to `device`, and return whether it is."""
+    if device.type != "cuda" or not block.nbytes:
+        return False
+    # Without it copies work too, only not beside computation.
+    runtime: Any = torch.cuda.cudart()
+    return int(runtime.cudaHostRegister(block.data_ptr(), block.nbytes, 0)) == 0
+
+
+def unlock_pages(block: torch.Tensor, device: torch.device) -> None:
+    """Undo `lock_pages` after all copies have arrived."""
+    torch.cuda.synchronize(device)
+    runtime: Any = torch.cuda.cudart()
+    runtime.cudaHostUnregister(block.data_ptr())
 
 
 StreamEvent = torch.Event | None

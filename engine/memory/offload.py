@@ -8,11 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from engine.memory.arena import HostArena, aligned
 from engine.memory.device import CopyStream, StreamEvent
 from engine.memory.plan import SLOTS
-
-_ALIGN = 256
-"""Alignment in bytes of tensors in a slot, as the device's matrix units require."""
 
 
 class OffloadRing:
@@ -21,8 +19,9 @@ class OffloadRing:
     The order of use is taken from the previous pass.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
+    def __init__(self, device: torch.device, arena: HostArena | None = None) -> None:
+        """arena: the layers' host memory, locked as long as the ring exists."""
+        self.device, self.arena = device, arena
         self._copies = CopyStream(device)
         self._slots = [_RingSlot() for _ in range(SLOTS)]
         self._after: dict[OffloadedModule, OffloadedModule] = {}
@@ -67,7 +66,7 @@ class OffloadRing:
             there = slot.memory[at : at + asleep.nbytes].view(asleep.dtype).view(asleep.shape)
             slot.arrived = self._copies.carry(there, asleep, slot.done)
             slot.tensors[name] = there
-            at += -(-asleep.nbytes // _ALIGN) * _ALIGN
+            at += aligned(asleep.nbytes)
 
 
 class _RingSlot:
@@ -99,9 +98,11 @@ class OffloadedModule(nn.Module):
     @property
     def bytes(self) -> int:
         """Size of a slot for this layer."""
-        return sum(-(-tensor.nbytes // _ALIGN) * _ALIGN for tensor in self.asleep.values())
+        return sum(aligned(tensor.nbytes) for tensor in self.asleep.values())
 
-    def forward(self, x: Tensor) -> Any:
+    # A compiled block is cut here: which slot holds the weights, and an event to wait for, are not in a graph.
+    @torch.compiler.disable
+    def forward(self, x: Tensor) -> Any:  # type: ignore[override]
         return torch.func.functional_call(self.layer, self._ring[0].fetch(self), (x,))
 
 

@@ -3,7 +3,9 @@
 The ring holds two layers: one is copied to the device while the other computes.
 """
 
+import gc
 import shutil
+import weakref
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ from engine.families.klein.loader import LoadOptions
 from engine.families.klein.lora import Lora
 from engine.families.klein.lora.deltas import LowRank
 from engine.families.klein.pipeline import Klein
+from engine.memory.arena import HostArena
 from engine.memory.device import CopyStream, Device
 from engine.memory.offload import CpuEmbedding, OffloadedModule, OffloadRing, stream
 from engine.memory.plan import ActivationMemory, MemoryInfo
@@ -191,6 +194,62 @@ def test_offloaded_model_generates_the_same_image(cramped: dict[str, int]) -> No
             assert (paint(klein).image == want).all(), plan
     # All resident, then no encoder, then two or more plans with fewer resident transformer layers.
     assert len(seen) >= 4, seen
+
+
+def test_offloaded_weights_are_in_one_block_of_their_size(cramped: dict[str, int]) -> None:
+    cramped["free"] = 11 * MB
+    klein = last(Klein.load(ModelRegistry().resolve(str(NANO)), PLACEMENT))
+    layers = [m for net in (klein.transformer, klein.text_encoder) for m in net.modules()
+              if isinstance(m, OffloadedModule)]  # fmt: skip
+    asleep = [tensor for layer in layers for tensor in layer.asleep.values()]
+    table = klein.text_encoder.model.embed_tokens.weight
+    blocks = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in (*asleep, table)}
+    assert len(layers) > 10
+    assert len(blocks) == 1
+    needed = sum(tensor.nbytes for tensor in (*asleep, table))
+    assert needed <= sum(blocks.values()) <= needed + 1300 * (len(layers) + 1)
+    assert all(tensor.data_ptr() % 64 == 0 for tensor in asleep)
+
+
+def test_arena_that_is_used_up_allocates_elsewhere() -> None:
+    arena = HostArena(1000, CPU)
+    one, two, three = (
+        arena.take((100,), torch.float32),
+        arena.take((3, 5), torch.bfloat16),
+        arena.take((200,), torch.int8),
+    )
+    one.fill_(1)
+    two.fill_(2)
+    three.fill_(3)
+    assert {t.untyped_storage().data_ptr() for t in (one, two, three)} == {one.untyped_storage().data_ptr()}
+    assert two.data_ptr() - one.data_ptr() == 512
+    assert [float(t.double().mean()) for t in (one, two, three)] == [1, 2, 3]
+    four = arena.take((300,), torch.int8)
+    assert four.untyped_storage().data_ptr() != one.untyped_storage().data_ptr()
+
+
+def test_release_leaves_no_tensor_of_an_offloaded_model(cramped: dict[str, int]) -> None:
+    """Count them with the garbage collector off: only what release itself frees is free."""
+    cramped["free"] = 11 * MB
+    engine = Engine(EngineConfig(device="cpu", dtype="float32"))
+
+    def held() -> int:
+        return sum(t.untyped_storage().nbytes() for t in gc.get_objects() if type(t) in (Tensor, nn.Parameter))
+
+    gc.collect()
+    before = held()
+    list(engine.run(Job("a red ball on a blue table", model="nano")))
+    assert engine._klein is not None
+    ring = weakref.ref(next(m for m in engine._klein.transformer.modules() if isinstance(m, OffloadedModule))._ring[0])
+    gc.disable()
+    try:
+        assert held() > before + 10 * MB
+        engine.release()
+        assert ring() is None
+        # Observed: 0.
+        assert held() - before < MB
+    finally:
+        gc.enable()
 
 
 def test_lora_on_offloaded_layers_equals_lora_on_resident_ones(

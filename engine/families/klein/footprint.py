@@ -78,7 +78,7 @@ def weight_sizes(
 ) -> WeightSizes:
     """Return the bytes of a model's weights in memory."""
     modules = (transformer.module, text_encoder.module, autoencoder.module)
-    sizes = [_sizes(module, dtype) for module in modules]
+    sizes = [layer_sizes(module, dtype) for module in modules]
     blocks = tuple(sizes[0].pop(layer) for layer in transformer.layers)
     encoder = tuple(sizes[1].pop(layer) for layer in text_encoder.layers)
     embedding = sizes[1].pop(EMBEDDING)
@@ -97,7 +97,7 @@ def _delta_bytes(layer: nn.Module, delta: WeightDelta, dtype: torch.dtype) -> in
     return delta.branch_bytes(dtype.itemsize) if isinstance(layer, QuantLinear | NarrowLinear) else 0
 
 
-def _sizes(module: nn.Module, dtype: torch.dtype) -> dict[str, int]:
+def layer_sizes(module: nn.Module, dtype: torch.dtype) -> dict[str, int]:
     """Return the bytes of each submodule that holds tensors of its own."""
     found: dict[str, int] = {}
     for name, shape in param_shapes(module).items():

@@ -20,7 +20,8 @@ from engine.families.klein.lora import Lora, WeightDelta
 from engine.families.klein.text_encoder import TextEncoder
 from engine.families.klein.transformer import Transformer
 from engine.memory import plan
-from engine.memory.device import DTYPES, Device, host_memory
+from engine.memory.arena import ALIGN, HostArena, aligned
+from engine.memory.device import DTYPES, Device
 from engine.memory.offload import CpuEmbedding, OffloadRing, stream
 from engine.memory.plan import PlacementPlan, WeightSizes
 from engine.nn.autoencoder import Autoencoder
@@ -160,15 +161,17 @@ def load(checkpoint: Checkpoint, device: Device, options: LoadOptions) -> Genera
     done = 0
     yield Loading(name, 0.0)
     offloaded = _offloaded(prepared)
+    arena = HostArena(_offloaded_bytes(prepared, offloaded, device.dtype), device.device)
     for part in prepared.components:
-        for count in part.load(device, _allocator(device.device, offloaded.get(part.what, frozenset()))):
+        for count in part.load(device, _allocator(device.device, offloaded.get(part.what, frozenset()), arena)):
             done += count
             yield Loading(name, min(1.0, done / total))
         part.module.eval().requires_grad_(False)
     prepared.text_encoder.module.finish(device.device)
     lora.apply(prepared.transformer.module, prepared.deltas)
     if any(offloaded.values()):
-        _offload(prepared, offloaded, device)
+        arena.lock()
+        _offload(prepared, offloaded, device, arena)
     return Networks(
         transformer=prepared.transformer.module,
         autoencoder=prepared.autoencoder.module,
@@ -189,18 +192,29 @@ def _offloaded(prepared: Prepared) -> dict[str, frozenset[str]]:
     }
 
 
-def _allocator(device: torch.device, offloaded: frozenset[str]) -> Allocator:
+def _offloaded_bytes(prepared: Prepared, offloaded: dict[str, frozenset[str]], dtype: torch.dtype) -> int:
+    """Return the bytes of host memory that the offloaded layers take."""
+    total = 0
+    for part in prepared.components:
+        names = offloaded.get(part.what, frozenset())
+        sizes = footprint.layer_sizes(part.module, dtype)
+        # Up to four tensors a layer, each of which begins at an aligned place; a file's own scales may be more.
+        total += sum(aligned(sizes[name]) + 4 * ALIGN for name in names)
+    return total
+
+
+def _allocator(device: torch.device, offloaded: frozenset[str], arena: HostArena) -> Allocator:
     def allocate(name: str, shape: Shape, dtype: torch.dtype) -> Tensor:
         layer = name.partition(":")[0].rpartition(".")[0]
         if layer in offloaded:
-            return host_memory(shape, dtype, device)
+            return arena.take(shape, dtype)
         return torch.empty(shape, dtype=dtype, device=device)
 
     return allocate
 
 
-def _offload(prepared: Prepared, offloaded: dict[str, frozenset[str]], device: Device) -> None:
-    ring = OffloadRing(device.device)
+def _offload(prepared: Prepared, offloaded: dict[str, frozenset[str]], device: Device, arena: HostArena) -> None:
+    ring = OffloadRing(device.device, arena)
     for part in (prepared.text_encoder, prepared.transformer):
         names = offloaded[part.what]
         stream(part.module, tuple(name for name in part.layers if name in names), ring)

@@ -440,7 +440,9 @@ class Compiler:
         self.variant, self.transformer, self.device = variant, transformer, device
         # These are copies: in eager mode channels-last is slower, and a job may request that mode at any time.
         self.autoencoder = copy.deepcopy(autoencoder).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        compile_ = self._compile(options)
+        # Streamed layers cut a block into several graphs.
+        streams = any(isinstance(module, OffloadedModule) for module in transformer.modules())
+        compile_ = self._compile(options, fullgraph=not streams)
         self.blocks = BlockFunctions(
             compile_(DoubleBlock.forward), compile_(SingleBlock.forward), compile_(SingleBlock.forward_rows)
         )
@@ -451,8 +453,8 @@ class Compiler:
         self._small = SampleInputs(transformer, device, variant.text_length, side // 2 - 1, side // 2 + 1)
 
     @staticmethod
-    def _compile(options: CompileOptions) -> Callable[[Any], Callable[..., Any]]:
-        return lambda function: torch.compile(function, dynamic=True, fullgraph=True, backend=options.backend)
+    def _compile(options: CompileOptions, *, fullgraph: bool) -> Callable[[Any], Callable[..., Any]]:
+        return lambda function: torch.compile(function, dynamic=True, fullgraph=fullgraph, backend=options.backend)
 
     @property
     def compiled(self) -> Compiled:
