@@ -33,8 +33,13 @@ def tool_result(result: "JobResult", store: Store, show: str, call: CallContext)
         image, *rest = entries[0].items()
         line = dict([image]) | warnings | dict(rest)
     else:
-        cells = [{"label": label, **entry} for label, entry in zip("ABCD", entries, strict=False)]
-        line = {"images": cells, **warnings, "last": records[-1].handle}
+        # All images of a sheet have one prompt, which is read in one way.
+        read_as = {"read_as": result.images[0].read_as} if result.images[0].read_as else {}
+        cells = [
+            {"label": label, **{name: value for name, value in entry.items() if name != "read_as"}}
+            for label, entry in zip("ABCD", entries, strict=False)
+        ]
+        line = {"images": cells, **warnings, **read_as, "last": records[-1].handle}
     blocks: list[ContentBlock] = [text(line)]
     if show == "inline" and result.preview:
         blocks.append(ImageContent(type="image", data=result.preview.base64, mime_type=result.preview.mime))

@@ -49,6 +49,8 @@ SMALL = replace(
         ("A sticker of an octopus, isolated on a white background", "a drawing of an octopus, on a white background"),
         ("a spaceship above a house at night", "a rocket above a house at night"),
         ("a DOG and a CAT", "a dog and a cat"),
+        ("A red apple, centered, on a white background", "a red apple, on a white background"),
+        ("a cat, fresh and bright", "a cat"),
     ],
 )
 def test_prompt_is_rewritten_in_known_words(prompt: str, text: str) -> None:
@@ -56,6 +58,34 @@ def test_prompt_is_rewritten_in_known_words(prompt: str, text: str) -> None:
     assert reading.text.lower() == text.lower()
     # Only "two" is ignored, so only "two" causes a warning.
     assert len(reading.warnings) == ("two" in prompt)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "text", "named"),
+    [
+        ("a blue cat on a red background", "a cat on a red background", "blue is ignored"),
+        ("a blue apple", "an apple", "blue is ignored"),
+        ("a cat sitting on a house", "a cat on a house", "does not know sitting"),
+        ("a cat on blue sea", "a cat on the sea", ""),
+        ("a red apple on white, studio lighting", "a red apple on white", "does not know studio, lighting"),
+        ("an astronaut riding a house", "an astronaut riding a house", "does not know astronaut"),
+    ],
+)
+def test_words_that_would_only_distract_are_named_and_left_out(prompt: str, text: str, named: str) -> None:
+    reading = read_prompt(prompt, SMALL)
+    assert reading.text == text
+    assert named in " ".join(reading.warnings)
+
+
+def test_two_changes_in_one_sentence_are_told_apart() -> None:
+    (warning,) = read_prompt("Make the background blue and add a cat", SMALL).warnings
+    assert warning == "nano makes one change at a time: give a list of prompts"
+    assert read_prompt("make a picture of a cat and a dog", SMALL).warnings == ()
+
+
+def test_stems_are_not_taken_from_other_words() -> None:
+    knows_rid = replace(SMALL, words=SMALL.words | {"rid"})
+    assert read_prompt("a cat riding a dog", knows_rid).text == "a cat riding a dog"
 
 
 @pytest.mark.parametrize("prompt", ["make the background green", "Put the cat from image 1 beside the dog.", "keep it"])

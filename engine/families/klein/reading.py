@@ -5,11 +5,21 @@ A model that knows more words than could be listed gets every prompt unchanged.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 
-from engine.families.klein.synonyms import ALTERNATIVES, CONSTRAINTS, FILLERS, NUMBERS, RELATED, SYNONYMS
+from engine.families.klein.synonyms import (
+    ALTERNATIVES,
+    CONSTRAINTS,
+    FILLERS,
+    GROUNDS,
+    NO_STEMS,
+    NUMBERS,
+    RELATED,
+    SYNONYMS,
+    VERBS,
+)
 from engine.families.klein.variants import Variant
 
 _HEX = re.compile(r"#[0-9A-Fa-f]{3,8}\b ?")
@@ -45,9 +55,14 @@ def read_prompt(prompt: str, variant: Variant) -> Reading:
     text = " ".join(sentence.text for sentence in kept)
     if len(sentences) > len(kept) or len(kept) == 1:
         text = text.rstrip(" .!;")
-    if _plain(text) == _plain(prompt):
-        text = prompt
-    return Reading(text, (*_unknown(text, variant), *_own_colours(text, variant), *_counts(prompt, variant)))
+    warnings = (
+        *_unknown(text, variant),
+        *_own_colours(text, variant),
+        *_counts(prompt, variant),
+        *_several_changes(text, variant),
+    )
+    text = _without_distractions(text, variant)
+    return Reading(prompt if _plain(text) == _plain(prompt) else text, warnings)
 
 
 def unknown_words(text: str, variant: Variant) -> list[str]:
@@ -109,7 +124,7 @@ class _Sentence:
             lower, word = match[0].lower(), _known_form(match[0], variant)
             pieces.append(text[end : match.start()])
             end = match.end()
-            if word is None and lower in FILLERS | NUMBERS:
+            if lower in FILLERS | NUMBERS and not _is_known(lower, variant):
                 continue
             if (
                 word is not None
@@ -149,7 +164,7 @@ def _known_form(word: str, variant: Variant) -> str | None:
     lower = word.lower()
     if _is_known(lower, variant):
         return word if word[0].isupper() and not word.isupper() else lower
-    for form in (lower, *_singulars(lower)):
+    for form in (lower, *(stem for stem in _singulars(lower) if stem not in NO_STEMS)):
         for candidate in (form, *ALTERNATIVES.get(form, ()), SYNONYMS.get(form, "")):
             if candidate in variant.words:
                 return candidate.capitalize() if word[0].isupper() and not word.isupper() else candidate
@@ -188,6 +203,40 @@ def _without_adjectives(text: str, variant: Variant) -> str:
             return text
 
 
+def _without_distractions(text: str, variant: Variant) -> str:
+    """Remove what a warning has named and would only distract.
+
+    These are clauses without a known word, unknown postures, and colours of things and grounds that have their own.
+    """
+    clauses = text.split(",")
+    understood = [
+        clause
+        for clause in clauses
+        if any(_is_known(word.lower(), variant) and _says_something(word, variant) for word in _WORD.findall(clause))
+    ]
+    text = ",".join(understood or clauses).strip()
+
+    def posture(match: re.Match[str]) -> str:
+        known = _is_known(match[1].lower(), variant) or match[1].lower() in RELATED
+        return match[0] if known else ""
+
+    text = re.sub(r"\b(\w+ing) (?=(?:on|in|at|under|beside|near|above|below|with|next)\b)", posture, text)
+    if not variant.nouns:
+        return text
+    colours, nouns = _alternatives(variant.colours), _alternatives(variant.nouns)
+
+    def own(match: re.Match[str]) -> str:
+        return match[0] if match[1].lower() in variant.nouns[match[2].lower()] else match[2]
+
+    text = re.sub(rf"\b({colours}) ({nouns})\b", own, text, flags=re.IGNORECASE)
+    text = re.sub(rf"\b(?:the |an? )?(?:{colours}) ({'|'.join(GROUNDS)})\b", r"the \1", text, flags=re.IGNORECASE)
+    return _with_articles(text)
+
+
+def _alternatives(words: Iterable[str]) -> str:
+    return "|".join(map(re.escape, sorted(words)))
+
+
 def _unknown(text: str, variant: Variant) -> Iterator[str]:
     """Yield a warning that names unknown words and related known words.
 
@@ -220,11 +269,18 @@ def _counts(prompt: str, variant: Variant) -> Iterator[str]:
             yield f"{variant.name} paints one {known}: it knows no {number}"
 
 
+def _several_changes(text: str, variant: Variant) -> Iterator[str]:
+    """Yield a warning for an instruction that asks for two changes."""
+    verbs = "|".join(VERBS)
+    if re.match(rf"\s*(?:please )?(?:{verbs})\b.*\b(?:and|then) (?:{verbs})\b", text, re.IGNORECASE | re.DOTALL):
+        yield f"{variant.name} makes one change at a time: give a list of prompts"
+
+
 def _own_colours(text: str, variant: Variant) -> Iterator[str]:
     """Yield a warning for each colour requested for a fixed-colour thing."""
     if not variant.nouns:
         return
-    colours, nouns = ("|".join(map(re.escape, sorted(words))) for words in (variant.colours, variant.nouns))
+    colours, nouns = _alternatives(variant.colours), _alternatives(variant.nouns)
     before = re.compile(rf"\b(?P<colour>{colours}) (?P<noun>{nouns})\b", re.IGNORECASE)
     behind = re.compile(
         rf"\b(?:make|turn|paint|color|change) (?:the color of )?the (?P<noun>{nouns}) (?:to )?(?P<colour>{colours})\b",

@@ -195,6 +195,29 @@ FILLERS = frozenset(_FILLERS.split())
 NUMBERS = frozenset("two three four five six seven eight nine ten several many few some multiple".split())  # noqa: SIM905
 """Words in place of an article, for which a small model may know no plural."""
 
+GROUNDS = frozenset("grass lawn meadow field desert sand beach ocean sea water night sky snow sunset".split())  # noqa: SIM905
+"""Grounds that a small model knows in one colour alone, if it knows them."""
+
+NO_STEMS = frozenset({"rid"})
+"""Words that are no stems of others: riding is not from rid."""
+
+VERBS = (
+    "add",
+    "change",
+    "delete",
+    "enlarge",
+    "erase",
+    "make",
+    "move",
+    "paint",
+    "put",
+    "remove",
+    "replace",
+    "shrink",
+    "turn",
+)
+"""Beginnings of instructions, after synonyms are replaced."""
+
 CONSTRAINTS = (
     "keep", "keeping", "leave", "leaving", "preserve", "preserving", "maintain", "maintaining", "retain", "retaining",
     "don't", "dont", "do not", "never", "avoid", "make sure", "ensure", "everything else", "all else", "the rest",

@@ -71,7 +71,7 @@ def _compared(service: Service, record: Record, other: Record, max_size: int) ->
     difference = preserve.difference(first, second)
     # Black is equal; twice the difference, as a change of 24 of 255 is hardly seen.
     shown = (255 - (difference.clip(0, 127) * 2))[..., None].repeat(3, axis=2)
-    sheet = preview.contact_sheet([second, first, shown], [other.handle, record.handle, "difference (dark)"], columns=3)
+    sheet = preview.contact_sheet([second, first, shown], [other.handle, record.handle, "difference"], columns=3)
     line = {
         "image": record.handle,
         **({"warnings": warnings} if warnings else {}),
