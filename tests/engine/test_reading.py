@@ -77,7 +77,7 @@ def test_words_that_would_only_distract_are_named_and_left_out(prompt: str, text
     assert named in " ".join(reading.warnings)
 
 
-def test_two_changes_in_one_sentence_are_told_apart() -> None:
+def test_two_changes_in_one_sentence_cause_a_warning() -> None:
     (warning,) = read_prompt("Make the background blue and add a cat", SMALL).warnings
     assert warning == "nano makes one change at a time: give a list of prompts"
     assert read_prompt("make a picture of a cat and a dog", SMALL).warnings == ()
