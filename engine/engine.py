@@ -147,7 +147,9 @@ class Engine:
         self.device.cap(None if limit is None else max(0, limit - CONTEXT))
         start = time.perf_counter()
         self._klein = yield from Klein.load(checkpoint, self.device, self.cache, options, self._compile_options())
-        cache, spill = budgets(self._klein.free(self.device.free_bytes()), self.device.host_bytes())
+        cache, spill = budgets(
+            self._klein.free(self.device.free_bytes()), self.device.host_bytes(), cpu=self.device.is_cpu
+        )
         config = self.config
         self.cache.resize(
             cache if config.cache_bytes is None else config.cache_bytes,

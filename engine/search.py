@@ -17,6 +17,10 @@ from engine.families.klein.variants import EMBEDDED, VARIANTS, Variant
 
 _DEPTH = 3
 """Folders below a given one that are searched: ComfyUI's models/diffusion_models/flux/x.safetensors."""
+_MOST_FOLDERS = 2000
+"""Folders that are searched below a given one; a ComfyUI with every extension has some 300 that deep."""
+_PSEUDO = ("/proc", "/sys", "/dev")
+"""Folders of the system that hold nobody's files; below /proc lies every other folder once more."""
 _HUB_WORDS = ("klein", "flux", "qwen3")
 """In the names of the hub's repositories that can hold a klein or its companions."""
 
@@ -87,20 +91,29 @@ def foreign_folder(folder: Path) -> BadWeights | None:
     return None
 
 
-def _walk(path: Path, depth: int) -> Iterator[Path]:
+def _walk(path: Path, depth: int, seen: set[tuple[int, int]] | None = None) -> Iterator[Path]:
+    """Yield folders with an index, and weights files, down to `depth`.
+
+    seen: folders that were searched, by device and number: a link to a folder above leads back into it.
+    """
+    seen = set() if seen is None else seen
     try:
         if path.suffix.lower() in (*SUFFIXES, *diagnose.UNREAD_SUFFIXES) and path.is_file():
             yield path
-        elif path.is_dir():
-            if (path / INDEX).is_file():
-                yield path
-                yield from weights_files(path)
-            elif depth >= 0:
-                for child in sorted(path.iterdir()):
-                    if not child.name.startswith("."):
-                        yield from _walk(child, depth - 1)
+        elif (path / INDEX).is_file():
+            yield path
+            yield from weights_files(path)
+        elif depth >= 0 and str(path) not in _PSEUDO and path.is_dir():
+            status = path.stat()
+            folder = (status.st_dev, status.st_ino)
+            if folder in seen or len(seen) >= _MOST_FOLDERS:
+                return
+            seen.add(folder)
+            for child in sorted(path.iterdir()):
+                if not child.name.startswith("."):
+                    yield from _walk(child, depth - 1, seen)
     except OSError:
-        # One of many folders that this user may not read, or that is none, as in /proc: the rest is enough.
+        # One of many folders that this user may not read, or that is none: the rest is enough.
         return
 
 

@@ -4,6 +4,7 @@ import contextlib
 import os
 import secrets
 import stat
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,9 +19,9 @@ def atomic_write(path: Path, text: str, *, durable: bool = False) -> None:
     durable: survives the machine going down, for what was promised. Raises OSError; then the old content is still
     there, and no temporary file is left.
     """
-    temporary = path.with_name(f"{path.name}.{os.getpid()}")
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.{threading.get_ident()}")
     try:
-        # A leftover of a dead process: no other process has our number.
+        # A leftover of a dead process: no other thread has our numbers.
         temporary.unlink(missing_ok=True)
         with os.fdopen(os.open(temporary, _NEW, 0o600), "w", encoding="utf-8") as file:
             file.write(text)

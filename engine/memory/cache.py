@@ -17,6 +17,10 @@ CacheEntry = tuple[Tensor, ...]
 
 Value = TypeVar("Value")
 
+HOST_BYTES = 64 << 20
+"""Budget where a CPU computes: the states of four prompts of a 4B in fp32, or eight in bf16. Encoding a prompt there
+takes a fraction of an image's time, and memory that grows for hours is missed by other programs."""
+
 _MAX_BYTES = 32 << 30
 """Upper limit of a tier's default budget, enough for the references of hours of work."""
 
@@ -96,13 +100,16 @@ class LruTier:
         return evicted
 
 
-def budgets(free: int, host: int | None) -> tuple[int, int]:
+def budgets(free: int, host: int | None, *, cpu: bool = False) -> tuple[int, int]:
     """Return the default budgets in bytes of device and host.
 
     free: bytes free on the device with the model loaded.
     host: bytes free in host memory, None where the device computes in it and spilling would save nothing.
+    cpu: the device is the processor, and its memory every program's.
     The keys and values of one 1-MP reference take 2.15 GB with a 9B: a smaller budget would never hold them.
     """
+    if cpu:
+        return min(free // 4, HOST_BYTES), 0
     if host is None:
         return min(free // 4, _MAX_BYTES), 0
     return min(free // 2, _MAX_BYTES), min(host // 4, _MAX_BYTES)

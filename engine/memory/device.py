@@ -43,6 +43,11 @@ class Device:
         return self.device.type == "cuda"
 
     @property
+    def is_cpu(self) -> bool:
+        """Whether it is the processor."""
+        return self.device.type == "cpu"
+
+    @property
     def is_nvidia(self) -> bool:
         """Whether it is an NVIDIA GPU."""
         return self.is_cuda and torch.version.hip is None

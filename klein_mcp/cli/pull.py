@@ -114,6 +114,7 @@ def _items(hub: Path, wish: FileSelection) -> list[RemoteFile]:
 
     info = HfApi().model_info(wish.repo, files_metadata=True)
     there = {file.rfilename: file for file in info.siblings or []}
+    _check_names(wish.repo, str(info.sha), [])
     if wish.which:
         wish = _one_of(wish, {name: int(file.size or 0) for name, file in there.items()})
     needed = _shards(hub, wish, str(info.sha), there)
@@ -124,6 +125,8 @@ def _items(hub: Path, wish: FileSelection) -> list[RemoteFile]:
     items = []
     for name in chosen:
         size, lfs = int(there[name].size or 0), there[name].lfs
+        if size < 0 or (lfs and not re.fullmatch(r"[0-9a-f]{64}", str(lfs.sha256))):
+            raise RequestError(f"{wish.repo} names a size or a hash of {name} that is none.")
         item = RemoteFile(wish.repo, str(info.sha), name, size, lfs.sha256 if lfs else None, 0)
         items.append(RemoteFile(item.repo, item.commit, name, size, item.sha256, min(size, _have(hub, item))))
     return items
@@ -174,9 +177,9 @@ def _shards(hub: Path, wish: FileSelection, commit: str, there: dict[str, Any]) 
     index = "text_encoder/model.safetensors.index.json"
     if index not in there or not any(pattern.startswith("text_encoder") for pattern in wish.patterns):
         return lambda name: True
-    from huggingface_hub import hf_hub_download
-
-    weight_map = json.loads(Path(hf_hub_download(wish.repo, index, revision=commit, cache_dir=hub)).read_text())
+    item = RemoteFile(wish.repo, commit, index, int(there[index].size or 0), None, 0)
+    _fetch(hub, item)
+    weight_map = json.loads((_snapshot(hub, item) / index).read_text())
     last = max(next(row for row in VARIANTS.values() if row.repo == wish.repo).text_layers)
     files = {f"text_encoder/{file}" for name, file in weight_map["weight_map"].items() if _is_read(name, last)}
     return lambda name: not re.fullmatch(r"text_encoder/.*\.safetensors", name) or name in files
@@ -228,16 +231,42 @@ def _check_disk(hub: Path, missing: int) -> None:
 
 
 def _fetch(hub: Path, item: RemoteFile) -> None:
-    """Fetch one file into the cache, resumable if large."""
-    from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
+    """Fetch one file into the cache, resumable if large.
 
-    if item.sha256 and not _is_there(hub, item):
-        _fetch_large(hub, item)
-    # The library names a file in its cache by what the server calls its ETag.
-    etag = get_hf_file_metadata(hf_hub_url(item.repo, item.name, revision=item.commit)).etag or ""
-    if not re.fullmatch(r"[0-9A-Za-z_-]{1,128}", etag):
-        raise RequestError(f"The hub calls {item.name} of {item.repo} {etag[:80]!r}, which is no name for a file.")
-    hf_hub_download(item.repo, item.name, revision=item.commit, cache_dir=hub)
+    As the hub's library lays it out, but for one thing: a file is named by its own hash. The library names it by what
+    the server calls its ETag, which may be any path, and another one each time it is asked.
+    """
+    pointer = _snapshot(hub, item) / item.name
+    if pointer.exists():
+        return
+    if item.sha256 is None:
+        blob = _fetch_small(hub, item)
+    else:
+        blob = _repo_folder(hub, item.repo) / "blobs" / item.sha256
+        if not blob.exists():
+            _fetch_large(hub, item)
+    pointer.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        pointer.symlink_to(os.path.relpath(blob, pointer.parent))
+    except FileExistsError:  # by another pull, at the same time
+        pass
+    except OSError:  # Windows without the right to make links
+        shutil.copyfile(blob, pointer)
+
+
+def _fetch_small(hub: Path, item: RemoteFile) -> Path:
+    """Fetch a file of kilobytes under git's name for its content."""
+    blobs = _repo_folder(hub, item.repo) / "blobs"
+    blobs.mkdir(parents=True, exist_ok=True)
+    partial = blobs / f"{hashlib.sha256(item.name.encode()).hexdigest()[:16]}.{os.getpid()}.klein-incomplete"
+    try:
+        _go_on(item, partial)
+        data = partial.read_bytes()
+        blob = blobs / hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()
+        os.replace(partial, blob)
+    finally:
+        partial.unlink(missing_ok=True)
+    return blob
 
 
 def _fetch_large(hub: Path, item: RemoteFile) -> None:

@@ -82,8 +82,18 @@ async def _serve(settings: Settings, make: MakeExecutor) -> None:
             loop.call_soon_threadsafe(daemon.drain)
             raise
 
+    def stop() -> None:
+        # What waits is told, a front end that comes later starts another daemon.
+        loop.call_soon_threadsafe(daemon.stop)
+
     history = TimingHistory(settings.home / HISTORY)
-    queue = Queue(make_executor, size=settings.queue_size, keep_alive=settings.keep_alive, history=history)
+    queue = Queue(
+        make_executor,
+        size=settings.queue_size,
+        keep_alive=settings.keep_alive,
+        history=history,
+        on_death=stop,
+    )
     jobs = JobManager(settings.home / "jobs", settings.library, queue)
     about = DaemonStatus(
         True,

@@ -17,7 +17,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from engine.contract import EngineError
-from klein_mcp.daemon.endpoint import BuildInfo, Endpoint
+from klein_mcp.daemon.endpoint import INSTALLED, BuildInfo, Endpoint
 from klein_mcp.jobs import events, status
 from klein_mcp.jobs.api import UnknownJob
 from klein_mcp.jobs.events import JobEvent, Listen
@@ -94,7 +94,9 @@ class Daemon:
     async def _hello(self, request: Request) -> Response:
         """Prove that we hold the token before a front end shows it."""
         proof = self.endpoint.proof(request.query_params.get("nonce", ""))
-        return JSONResponse({"proof": proof, "draining": self.draining, "build": asdict(self.build)})
+        # The folder stands beside the build, which older front ends read whole.
+        about = {"draining": self.draining, "build": asdict(self.build), "folder": INSTALLED}
+        return JSONResponse({"proof": proof, **about})
 
     async def _status(self, request: Request) -> Response:
         now = await self.jobs.status()
@@ -122,7 +124,7 @@ class Daemon:
             wanted, client = ImageRequest.from_json(asked["request"]), str(asked["client"])
             listen = Listen(**asked["listen"]) if asked["listen"] is not None else None
             saved = [SavedImage.from_json(image) for image in asked["saved"]]
-        except (ValueError, KeyError, TypeError, AttributeError) as exc:
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as exc:
             return JSONResponse({"error": f"Not a request: {exc}"}, 400)
         if listen is None:
             return JSONResponse({"job": await self.jobs.submit(wanted, client=client)})

@@ -171,8 +171,8 @@ class DaemonClient:
         try:
             answer = await self._client().get(f"{hello.endpoint.url}/status", headers=authorization(hello.endpoint))
             return status.daemon_from_json(answer.json())
-        except (httpx2.HTTPError, ValueError, TypeError, KeyError):
-            return DaemonStatus(False)
+        except (httpx2.HTTPError, ValueError, TypeError, KeyError, AttributeError):
+            return DaemonStatus(False, silent=True)  # it runs, and its answer makes no sense
 
     async def stop(self) -> bool:
         """End the daemon and wait until it is gone.

@@ -14,6 +14,9 @@ from klein_mcp.private import read_private_text
 
 HOST = "127.0.0.1"
 
+INSTALLED = str(Path(klein_mcp.__file__).parents[1])
+"""The folder this code was loaded from."""
+
 ENGINE_LOCK = "engine.lock"
 """In the data folder; held by the daemon for life."""
 
@@ -75,9 +78,10 @@ class BuildInfo:
     def newer_than(self, other: "BuildInfo") -> bool:
         return self._rank() > other._rank()
 
-    def _rank(self) -> tuple[list[tuple[int, str]], int]:
+    def _rank(self) -> tuple[list[tuple[int, str]], int, str]:
+        """Return what orders builds: of any two, one is the newer, or each would end the other's daemon."""
         numbers = [(int(part), "") if part.isdigit() else (-1, part) for part in self.version.split(".")]
-        return numbers, self.changed
+        return numbers, self.changed, self.fingerprint
 
 
 def new_token() -> str:

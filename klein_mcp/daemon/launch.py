@@ -21,7 +21,7 @@ import anyio
 import klein_mcp
 from engine.contract import EngineFailed
 from klein_mcp.daemon import endpoint as endpoints
-from klein_mcp.daemon.endpoint import ENGINE_LOCK, BuildInfo, Endpoint
+from klein_mcp.daemon.endpoint import ENGINE_LOCK, INSTALLED, BuildInfo, Endpoint
 from klein_mcp.private import open_log
 from klein_mcp.settings import Settings
 
@@ -44,6 +44,7 @@ class DaemonInfo:
     endpoint: Endpoint
     build: BuildInfo
     draining: bool
+    folder: str = ""
 
 
 class Launcher:
@@ -72,7 +73,8 @@ class Launcher:
             response = await self._http.get(f"{endpoint.url}/hello", params={"nonce": nonce}, timeout=GREETING)
             answer = response.json()
             proved = secrets.compare_digest(answer["proof"], endpoint.proof(nonce))
-            return DaemonInfo(endpoint, BuildInfo(**answer["build"]), answer["draining"]) if proved else None
+            build, folder = BuildInfo(**answer["build"]), str(answer.get("folder", ""))
+            return DaemonInfo(endpoint, build, answer["draining"], folder) if proved else None
         except (httpx2.HTTPError, ValueError, TypeError, KeyError):
             return None  # nobody there, or somebody else on a stale port
 
@@ -108,8 +110,9 @@ class Launcher:
             return True
         if hello.build.newer_than(self._build):
             raise EngineFailed(
-                f"The engine that runs is newer ({hello.build.version}) than this server ({self._build.version}).",
-                hint="Restart this MCP server, or run `klein-mcp stop`.",
+                f"The engine that runs, {hello.build.version} in {hello.folder or 'another folder'}, is newer than this"
+                f" server, {self._build.version} in {INSTALLED}.",
+                hint="Update this server's folder, or restart it if that was done; or run `klein-mcp stop`.",
             )
         return False
 

@@ -28,11 +28,17 @@ def unwrap(text: str) -> str:
 _NO_PATH = re.compile(r"(?:klein|https?|data|file):.*|last(?:[~.]\w+)?|[a-z0-9]{6}\.png", re.IGNORECASE | re.DOTALL)
 
 
+MAX_REFERENCE = 8192
+"""Characters of a path or an address; Linux allows 4,096 bytes, browsers 2,000 to 64,000."""
+
+
 def is_relative(text: str) -> bool:
     """Return whether a reference looks like a relative path.
 
     Handles with an ending, and URLs, do not.
     """
+    if len(text) > MAX_REFERENCE:
+        return False
     text = unwrap(text)
     if _NO_PATH.fullmatch(text) or any(path.is_absolute() for path in candidates(text)) or text.startswith("~"):
         return False

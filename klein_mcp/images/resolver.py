@@ -31,9 +31,6 @@ BLACK = 0
 Reading = Literal["image", "mask", "alpha mask"]
 """image: as it is, alpha included. mask: as `images.mask` decides. alpha mask: transparent pixels may change."""
 
-MAX_REFERENCE = 8192
-"""Characters of a path or an address; Linux allows 4,096 bytes, browsers 2,000 to 64,000."""
-
 MOST_SEEN = 256
 """Files remembered by their hash; a conversation names a handful."""
 
@@ -57,6 +54,20 @@ class ResolvedImage:
     new: bool = False
 
 
+def is_counted_back(reference: str) -> bool:
+    """Return whether a reference counts back from its client's latest image."""
+    reference = paths.unwrap(reference[: paths.MAX_REFERENCE])
+    return bool(_LAST.fullmatch(reference) or _LABEL.fullmatch(reference))
+
+
+def is_path(reference: str) -> bool:
+    """Return whether a reference can only be a path of this machine."""
+    if len(reference) > paths.MAX_REFERENCE or re.match(r"data:|https?:|klein:", reference, re.IGNORECASE):
+        return False
+    candidates = paths.candidates(paths.unwrap(reference))
+    return any(path.is_absolute() for path in map(_expanded, candidates))
+
+
 class ImageResolver:
     """Opens references for one library under one policy. Blocking."""
 
@@ -74,7 +85,7 @@ class ImageResolver:
         client: whose `last` is meant. reading: what the transparent pixels of a file mean.
         folders: that the client works in, where a relative path starts.
         """
-        if reference[:5].lower() != "data:" and len(reference) > MAX_REFERENCE:
+        if reference[:5].lower() != "data:" and len(reference) > paths.MAX_REFERENCE:
             # Before anything splits it: resolving a path of two million folders took minutes.
             raise UnknownImage(f"{quote(reference)} has {len(reference):,} characters; no path or address is so long.")
         reference = paths.unwrap(reference)

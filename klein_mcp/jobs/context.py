@@ -27,6 +27,7 @@ class CallContext:
     progress: takes (done, total, message).
     roots: the folders the client works in, None where it does not say.
     on_new_image: takes a new image's address, for whoever subscribed.
+    shared: several clients may send as this one, so nobody's `last` can be told.
     link: makes the address under which an image can be downloaded; None where the client shares our disk.
     """
 
@@ -35,4 +36,10 @@ class CallContext:
     progress: Callable[[float, float, str], Awaitable[None]] = _no_progress
     roots: Callable[[], Awaitable[tuple[Path, ...] | None]] = _no_roots
     on_new_image: Callable[[str], Awaitable[None]] = _no_announcement
+    shared: bool = False
     link: Callable[[str], str] | None = None
+
+    @property
+    def remote(self) -> bool:
+        """Whether the client is on another machine, so that paths of ours mean nothing to it."""
+        return self.link is not None

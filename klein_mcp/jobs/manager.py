@@ -143,11 +143,15 @@ class JobManager:
         """
         record = self._find(job)
         if not record.detached:
+            saved = len(record.saved)
             try:
-                self._write(record)
+                # A promise: the job survives the machine going down. Flushing a disk may take seconds.
+                await asyncio.to_thread(self._write, record, durable=True)
             except OSError as exc:
                 raise EngineFailed(f"The job cannot be written to the disk: {exc}.") from None
             record.detached = True
+            if record.over or len(record.saved) > saved:
+                self._write_if_detached(record)  # it went on meanwhile
         return record.status()
 
     async def cancel(self, job: str) -> None:
@@ -189,7 +193,7 @@ class JobManager:
         for path in self._folder.glob("*.json"):
             try:
                 job = JobRecord.from_json(path.stem, json.loads(read_private_text(path)))
-            except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
                 log.warning("%s is not a job that can be read", path)
                 continue
             self._jobs[job.id] = job
@@ -220,7 +224,7 @@ class JobManager:
     def _submit(self, request: ImageRequest, client: str, saved: Sequence[SavedImage]) -> JobRecord:
         if self._closing:
             raise engine_stopped()
-        self._queue.check_place()
+        self._queue.check_place(client)
         job = JobRecord("j" + secrets.token_hex(6), request, client, saved=list(saved), watchers=self._watchers)
         self._jobs[job.id] = job
         job.task = asyncio.create_task(self._work(job))
@@ -488,9 +492,9 @@ class JobManager:
             with contextlib.suppress(OSError):  # a full disk: the job goes on in memory
                 self._write(job)
 
-    def _write(self, job: JobRecord) -> None:
+    def _write(self, job: JobRecord, *, durable: bool = False) -> None:
         self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        atomic.write(self._file(job), json.dumps(job.to_json()))
+        atomic.atomic_write(self._file(job), json.dumps(job.to_json()), durable=durable)
 
     def _file(self, job: JobRecord) -> Path:
         return self._folder / f"{job.id}.json"

@@ -71,12 +71,15 @@ class Queue:
         size: int,
         keep_alive: float,
         history: TimingHistory | None = None,
+        on_death: Callable[[], None] | None = None,
     ) -> None:
         """make_executor: called by the first job's thread, as it may take seconds.
 
         size: jobs that may wait.
         keep_alive: seconds without a job until the executor releases its weights.
+        on_death: called from a thread that ends by an error of ours; no job is run any more.
         """
+        self._on_death = on_death
         self._make_executor = make_executor
         self._executor: Executor | None = None
         self._size = size
@@ -103,7 +106,7 @@ class Queue:
         ticket = Ticket(job, client, tell, watched)
         with self._change:
             if not bypass_limit:
-                self.check_place()
+                self.check_place(client)
             if self._closed:
                 raise engine_stopped()
             self._waiting.setdefault(client, deque()).append(ticket)
@@ -112,15 +115,21 @@ class Queue:
             self._change.notify_all()
         return ticket
 
-    def check_place(self) -> None:
-        """Raise Busy if one more job would find no place."""
+    def check_place(self, client: str) -> None:
+        """Raise Busy if one more job of `client` would find no place.
+
+        A client may have as many jobs waiting as there are places left. One alone can take half of them, and so
+        there is a place for whoever comes next.
+        """
         with self._change:
-            waiting = self._count()
-            if waiting >= self._size:
-                raise Busy(
-                    f"The queue is full: {waiting} images are waiting, at most {self._size} may.",
-                    retry_after=self._seconds_until_a_place(),
-                )
+            waiting, own = self._count(), len(self._waiting.get(client, ()))
+            left = self._size - waiting
+            if left > own:
+                return
+            message = f"The queue is full: {waiting} images are waiting, at most {self._size} may."
+            if left > 0:
+                message = f"{own} of your images are waiting; the other {left} places are for other clients."
+            raise Busy(message, retry_after=self._seconds_until_a_place())
 
     def cancel(self, ticket: Ticket) -> None:
         """Drop a waiting job.
@@ -160,6 +169,8 @@ class Queue:
             self._change.notify_all()
         deadline = time.monotonic() + timeout
         for thread in self._threads:
+            if thread is threading.current_thread():
+                continue  # it closes the queue as it ends
             thread.join(max(0.0, deadline - time.monotonic()))
 
     @property
@@ -207,7 +218,18 @@ class Queue:
             thread.start()
 
     def _work(self) -> None:
-        """Run jobs until closed."""
+        """Run jobs until closed, or end visibly."""
+        try:
+            self._run_jobs()
+        except BaseException:
+            # Jobs and state files are checked where they come in, so this is an error of ours. A dead thread would
+            # leave a queue in which everybody waits for ever.
+            log.exception("the thread that runs jobs ended")
+            self.close()
+            if self._on_death:
+                self._on_death()
+
+    def _run_jobs(self) -> None:
         while ticket := self._next():
             outcome = self._run(ticket)
             with self._change:
@@ -215,14 +237,29 @@ class Queue:
                 self._idle_since = time.monotonic()
                 if isinstance(outcome, Result):
                     self._done += 1
-                    seconds = self._idle_since - ticket.began - outcome.ms.get("load", 0.0) / 1000
-                    self._history.note(ticket.job, outcome, seconds)
+                    self._note(ticket, outcome)
                 elif isinstance(outcome, EngineError):
                     self._failed += 1
                 if outcome is not None and not ticket.cancelled:
                     ticket.tell(outcome)
             # An idle thread that kept these would keep a job's references and an error's half-loaded weights.
             del ticket, outcome
+
+    def _note(self, ticket: Ticket, outcome: Result) -> None:
+        seconds = self._idle_since - ticket.began - outcome.ms.get("load", 0.0) / 1000
+        try:
+            self._history.note(ticket.job, outcome, seconds)
+        except Exception:
+            log.exception("the time of an image could not be recorded")
+
+    def _expected(self, job: Job) -> float | None:
+        """Return the seconds that `job` may take, None where that is unknown."""
+        try:
+            return self._history.seconds(job)
+        except Exception:
+            # An estimate is worth no job: an odd one, or an odd history, must not stop the queue.
+            log.exception("the time of an image could not be estimated")
+            return None
 
     def _next(self) -> Ticket | None:
         """Wait for the next job.
@@ -373,7 +410,7 @@ class Queue:
         seconds = self._seconds_left()
         for index, ticket in enumerate(self._in_turn()):
             position = max(0, ahead + index)
-            needed = self._history.seconds(ticket.job)
+            needed = self._expected(ticket.job)
             seconds = None if seconds is None or needed is None else seconds + needed / slots
             if ticket.position != position:
                 ticket.position = position
@@ -386,7 +423,7 @@ class Queue:
             return 0.0
         left = []
         for ticket in self._running:
-            total = self._history.seconds(ticket.job)
+            total = self._expected(ticket.job)
             if total is None:
                 return None
             left.append(max(0.0, total - (time.monotonic() - ticket.began)))

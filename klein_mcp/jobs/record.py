@@ -4,6 +4,7 @@ And the file that lets it survive a restart.
 """
 
 import asyncio
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -235,19 +236,26 @@ class JobRecord:
             name,
             ImageRequest.from_json(data["request"]),
             str(data["client"]),
-            created=float(data["created"]),
-            changed=float(data["changed"]),
+            created=_finite(data["created"]),
+            changed=_finite(data["changed"]),
             attempts=int(data["attempts"]),
             detached=True,
             saved=[SavedImage.from_json(image) for image in data["saved"]],
             warnings=tuple(data["warnings"]),
-            ms={stage: float(spent) for stage, spent in data["ms"].items()},
+            ms={stage: _finite(spent) for stage, spent in data["ms"].items()},
         )
         if ending := data["ending"]:
             done = Done(record.all_warnings(), dict(record.ms))
             cancelled = Cancelled() if ending.get("cancelled") else done
             record.ending = Failed(error_from_json(ending["error"])) if "error" in ending else cancelled
         return record
+
+
+def _finite(value: Any) -> float:
+    number = float(value)
+    if not math.isfinite(number):
+        raise ValueError(f"{number} is no time")  # it could not be sent as JSON
+    return number
 
 
 def _from_0_1(data: Mapping[str, Any]) -> dict[str, Any]:

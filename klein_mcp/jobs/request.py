@@ -69,10 +69,17 @@ class ImageRequest:
         Raises TypeError, ValueError or KeyError.
         """
         values = {name: tuple(value) if isinstance(value, list) else value for name, value in data.items()}
+        texts, count = (values["tool"], values["prompt"], values.get("model", "auto")), values.get("count", 1)
+        if not all(isinstance(text, str) for text in texts) or type(count) is not int or not 0 < count <= MAX_COUNT:
+            raise ValueError("it has a tool, a prompt, a model or a count that is none")
         values["size"] = _size_from_json(values)
         for name in ("width", "height", "aspect", "keep_size"):
             values.pop(name, None)
         return cls(**{**values, "seed": int(data["seed"])})
+
+
+MAX_COUNT = 100
+"""Images of one request in a file or a message; tools allow four, the OpenAI API ten."""
 
 
 def _size_to_json(size: Size) -> dict[str, Any]:

@@ -7,16 +7,18 @@ Heavy imports (numpy, Pillow) wait for the first file that must be opened, so th
 import math
 import threading
 import time
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
+import anyio
 import anyio.to_thread
 
 from engine.contract import EngineFailed, Queued
 from engine.families.klein.variants import EMBEDDED
-from klein_mcp.errors import RequestError, quote
+from klein_mcp.errors import Refused, RequestError, quote
 from klein_mcp.images.library import Store
 from klein_mcp.images.paths import is_relative
 from klein_mcp.jobs.api import Jobs, UnknownJob
@@ -33,6 +35,12 @@ if TYPE_CHECKING:
     from klein_mcp.images.resolver import ImageResolver, Reading, ResolvedImage
 
 T = TypeVar("T")
+
+SILENT = 10.0
+"""Seconds without an event after which an engine counts as hanging; it repeats the latest each second."""
+
+START_PATIENCE = 30.0
+"""Seconds an engine may take to start where the wait budget is shorter; clients give up after 60."""
 
 DEMO = "demo model; klein-mcp pull klein-4b for the real one"
 
@@ -87,10 +95,27 @@ class Service:
         reading: what the transparent pixels of a file mean. Raises RequestError.
         """
         folders = await project_folders(self.settings, call) if is_relative(reference) else ()
-        opened = await _in_thread(lambda: self.sources.open(reference, call.client, reading=reading, folders=folders))
+        opened = await _in_thread(lambda: self._open(reference, call, reading, folders))
         if opened.new:
             await call.on_new_image(f"klein://images/{opened.record.handle}")
         return opened
+
+    def _open(
+        self, reference: str, call: CallContext, reading: "Reading", folders: tuple[Path, ...]
+    ) -> "ResolvedImage":
+        from klein_mcp.images import resolver
+
+        if call.shared and resolver.is_counted_back(reference):
+            raise RequestError(
+                f"{quote(reference)} cannot be told here: other clients call this server in the same way.",
+                hint="Name a handle. Or give each client an address of its own, such as …/mcp?client=NAME.",
+            )
+        if call.remote and self.settings.read_roots is None and resolver.is_path(reference):
+            raise Refused(
+                "Files of this server are not open to clients on other machines.",
+                hint="Send a data: URL, or POST it to /upload. Its owner can open folders with KLEIN_READ_ROOTS.",
+            )
+        return self.sources.open(reference, call.client, reading=reading, folders=folders)
 
     async def resolve(self, request: ImageRequest, call: CallContext) -> ImageRequest:
         """Replace each reference of `request` by a library handle. Raises RequestError."""
@@ -140,7 +165,8 @@ class Service:
     ) -> JobResult | PendingJob:
         """Wait for a job that was detached. Raises RequestError or EngineError."""
         try:
-            progress = Progress(call.progress, (await self.jobs.job(job)).count)
+            found = await _answered(self.jobs.job(job), seconds + SILENT)
+            progress = Progress(call.progress, found.count)
             async with progress.heartbeat():
                 events = self.jobs.events(job, Listen(preview=preview))
                 result = await self._follow(events, time.monotonic() + seconds, progress, call, job)
@@ -166,8 +192,15 @@ class Service:
         Or detach it once it will not be by `deadline`.
         """
         images: list[SavedImage] = []
+        taken_by = max(deadline, time.monotonic() + START_PATIENCE)
         async with aclosing(events):
-            async for event in events:
+            while True:
+                limit = max(0.0, (deadline if job else taken_by) - time.monotonic()) + SILENT
+                event = await _answered(anext(events, None), limit)
+                if event is None:
+                    break
+                if job is None and time.monotonic() > taken_by and not isinstance(event, Submitted):
+                    raise _silent(limit)
                 expected = 0.0
                 match event:
                     case Submitted(name):
@@ -186,7 +219,7 @@ class Service:
                         raise RequestError("The job was cancelled.", hint="Call again to start it anew.")
                 # Until the daemon has taken the job there is nothing to detach: it may be unable to start.
                 if job and not isinstance(event, Submitted) and time.monotonic() + expected >= deadline:
-                    status = await self.jobs.detach(job)
+                    status = await _answered(self.jobs.detach(job), SILENT)
                     if status.state not in OVER:
                         return PendingJob(job, status.state, status.progress, status.message, status.eta_s)
                     deadline = math.inf  # it ended while we asked: its result is on its way
@@ -201,6 +234,23 @@ class Service:
             return ()
         self._demo_mentioned.add(call.client)
         return (DEMO,)
+
+
+async def _answered(waiting: Awaitable[T], seconds: float) -> T:
+    """Wait for an engine that should answer within `seconds`.
+
+    A generator that is waited for is cancelled, and so given up, when it does not.
+    """
+    with anyio.move_on_after(seconds):
+        return await waiting
+    raise _silent(seconds)
+
+
+def _silent(seconds: float) -> EngineFailed:
+    return EngineFailed(
+        f"The engine has not answered for {seconds:.0f} s.",
+        hint="Call again; if that does not help, run `klein-mcp stop`, or see `klein-mcp doctor`.",
+    )
 
 
 async def _in_thread(work: Callable[[], T]) -> T:

@@ -46,7 +46,9 @@ class TimingHistory:
                 self._seconds, self._native, self._auto = seconds, native, str(content.get("auto", ""))
 
     def note(self, job: Job, result: Result, seconds: float) -> None:
-        """Record one measurement."""
+        """Record one measurement, if it can be divided by."""
+        if not (math.isfinite(seconds) and seconds > 0):
+            return
         height, width = result.image.shape[:2]
         if job.model == "auto":
             self._auto = result.model

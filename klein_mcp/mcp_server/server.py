@@ -222,6 +222,7 @@ class KleinServer(MCPServer):
 
         return CallContext(
             client=self._client if request is None else http_client(request),
+            shared=request is not None and not identifies_client(request),
             name=params.client_info.name if params else "",
             progress=progress,
             roots=lambda: _roots(session),
@@ -263,12 +264,24 @@ async def _roots(session: Any) -> tuple[Path, ...] | None:
 
 
 def http_client(request: Any) -> str:
-    """Return the owner of `last`: one legacy session, else one token."""
-    session = request.headers.get("mcp-session-id") or request.query_params.get("session_id")
-    if session:
+    """Return whose turn it is: one legacy session, else one token and name."""
+    if session := _session(request):
         return f"session-{session}"
-    token = request.headers.get("authorization", "")
-    return f"token-{hashlib.sha256(token.encode()).hexdigest()[:16]}"
+    token, name = request.headers.get("authorization", ""), request.query_params.get("client", "")
+    return f"token-{hashlib.sha256(f'{token} {name}'.strip().encode()).hexdigest()[:16]}"
+
+
+def identifies_client(request: Any) -> bool:
+    """Return whether a request says which client sends it.
+
+    Today's protocol has no sessions, and every client of one token sends the same. `?client=NAME` in the address that
+    it is configured with tells it apart.
+    """
+    return bool(_session(request) or request.query_params.get("client"))
+
+
+def _session(request: Any) -> str:
+    return request.headers.get("mcp-session-id") or request.query_params.get("session_id") or ""
 
 
 def _error_result(message: str) -> CallToolResult:

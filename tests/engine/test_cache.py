@@ -158,6 +158,10 @@ def test_cache_budgets_are_a_share_of_free_memory(free: int, host: int | None, e
     assert budgets(free, host) == expected
 
 
+def test_cpu_budget_is_small_and_fixed() -> None:
+    assert budgets(8 << 30, None, cpu=True) == budgets(800 << 30, None, cpu=True) == (64 << 20, 0)
+
+
 def test_smaller_budgets_evict_the_oldest_first() -> None:
     memory = TensorCache(budget=120)
     for name in "abc":

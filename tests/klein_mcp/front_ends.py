@@ -47,6 +47,6 @@ def serving_process(server: RealServer) -> Iterator[tuple[str, subprocess.Popen[
 async def through(front_end: str, server: RealServer, url: str) -> AsyncIterator[Client]:
     """Connect a client. url: from `serving`, for the front ends over HTTP."""
     mode = "legacy" if "legacy" in front_end or front_end == "sse" else "auto"
-    over_http = sse_client(f"{url}/sse") if front_end == "sse" else f"{url}/mcp"
+    over_http = sse_client(f"{url}/sse") if front_end == "sse" else f"{url}/mcp?client=tests"
     async with Client(server.stdio() if front_end.startswith("stdio") else over_http, mode=mode) as client:
         yield client

@@ -22,7 +22,8 @@ class Hub:
 
     repos: repository -> file name -> content. log: (method, path, range) of every request.
     slow: seconds between two pieces of a large file. corrupt: file names whose content is served changed.
-    closed: repositories whose files need a token. claimed: sizes that are claimed in the listing. etags: by file name.
+    closed: repositories whose files need a token. claimed: sizes that are claimed in the listing. etags,
+    hashes: by file name.
     """
 
     repos: dict[str, dict[str, bytes]]
@@ -32,6 +33,7 @@ class Hub:
     closed: set[str] = field(default_factory=set)
     claimed: dict[str, int] = field(default_factory=dict)
     etags: dict[str, str] = field(default_factory=dict)
+    hashes: dict[str, str] = field(default_factory=dict)
     token: str = ""
     url: str = ""
 
@@ -109,7 +111,8 @@ class _Handler(BaseHTTPRequestHandler):
             size = self.hub.claimed.get(name, len(content))
             entry: dict[str, object] = {"rfilename": name, "size": size, "blobId": hashlib.sha1(content).hexdigest()}
             if is_large(name):
-                entry["lfs"] = {"sha256": hashlib.sha256(content).hexdigest(), "size": size, "pointerSize": 134}
+                digest = self.hub.hashes.get(name, hashlib.sha256(content).hexdigest())
+                entry["lfs"] = {"sha256": digest, "size": size, "pointerSize": 134}
             siblings.append(entry)
         info = {"id": repo, "modelId": repo, "sha": COMMIT, "siblings": siblings, "gated": "auto", "private": False}
         self._say(200, json.dumps(info).encode(), {"Content-Type": "application/json"})

@@ -35,14 +35,17 @@ PUBLIC = "93.184.215.14"
         "169.254.169.254", "100.64.0.1", "192.0.0.1", "192.0.2.1", "198.18.0.1", "224.0.0.1", "239.1.1.1", "240.0.0.1",
         "255.255.255.255", "::", "::1", "fe80::1", "fe80::1%eth0", "fc00::1", "fd12::1", "fec0::1", "ff02::1",
         "2001:db8::1", "::ffff:127.0.0.1", "::ffff:10.0.0.1", "::ffff:169.254.169.254", "64:ff9b::7f00:1",
-        "2002:7f00:1::", "::127.0.0.1", "2001:0:a00:1::f5ff:fffe",
+        "2002:7f00:1::", "::127.0.0.1",
+        "::ffff:0:127.0.0.1", "::ffff:0:10.0.0.1", "64:ff9b:1::7f00:1", "2001:0:a00:1::f5ff:fffe",
     ],
 )  # fmt: skip
 def test_address_inside_is_not_public(address: str):
     assert not fetch.is_public(address)
 
 
-@pytest.mark.parametrize("address", [PUBLIC, "8.8.8.8", "2606:4700::1111", "::ffff:8.8.8.8", "64:ff9b::808:808"])
+@pytest.mark.parametrize(
+    "address", [PUBLIC, "8.8.8.8", "2606:4700::1111", "::ffff:8.8.8.8", "64:ff9b::808:808", "::ffff:0:808:808"]
+)
 def test_address_of_world_is_public(address: str):
     assert fetch.is_public(address)
 

@@ -8,7 +8,9 @@ import stat
 from argparse import Namespace
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import anyio
@@ -24,7 +26,7 @@ from klein_mcp.jobs.service import Service
 from tests.images import file, scene
 from tests.klein_mcp.front_ends import serving_process
 from tests.real_server import PATIENCE, RealServer
-from tests.tool_calls import call
+from tests.tool_calls import call, refused
 
 pytestmark = pytest.mark.anyio
 
@@ -296,3 +298,40 @@ async def test_modern_client_mirrors_the_model_into_a_header(url):
         tools = {tool.name: tool for tool in (await client.list_tools()).tools}
         assert tools["generate_image"].input_schema["properties"]["model"]["x-mcp-header"] == "Model"
         await call(client, "generate_image", prompt="an apple", model="nano", seed=1)
+
+
+async def test_last_is_refused_where_clients_cannot_be_told_apart(url):
+    """Today's protocol has no sessions: two agents with one address would get each other's images."""
+
+    @asynccontextmanager
+    async def agent(name: str) -> AsyncIterator[Client]:
+        async with Client(streamable_http_client(f"{url}/mcp{name}")) as client:
+            yield client
+
+    async with agent("") as one, agent("") as two:
+        for client in (one, two):
+            await call(client, "generate_image", prompt="a cat", count=2)
+            for reference in ("last", "LAST~1", "B", '"last"'):
+                message = await refused(client, "view_image", image=reference)
+                assert "?client=NAME" in message
+    async with agent("?client=one") as one, agent("?client=two") as two:
+        images = [(await call(client, "generate_image", prompt=f"{client}"))["image"] for client in (one, two)]
+        for client, image in zip((one, two), images, strict=True):
+            assert (await call(client, "view_image", image="last"))["image"] == image
+
+
+async def test_remote_client_opens_no_file_and_learns_of_none(settings, jobs, tmp_path):
+    (tmp_path / "private.png").write_bytes(file(scene(40, 30)))
+    remote = {**bearer(), "forwarded": "for=192.0.2.7"}
+    for roots, opened in ((None, False), ((tmp_path,), True)):
+        service = Service(replace(settings, read_roots=roots), jobs)
+        async with serving(service, token=TOKEN) as url, connected(url, remote) as client:
+            paths = [tmp_path / "private.png", tmp_path / "missing.png", Path("~/x.png"), Path("/etc/passwd")]
+            messages = set()
+            for path in paths[1:] if opened else paths:
+                messages.add(await refused(client, "view_image", image=str(path)))
+            messages |= {await refused(client, "view_image", image=paths[1].as_uri())}
+            assert opened or len(messages) == 1, messages
+            if opened:
+                assert (await call(client, "view_image", image=str(paths[0])))["image"]
+        service.close()

@@ -1,5 +1,7 @@
 """Jobs that outlast a call: the daemon finishes them and saves their images, whoever still waits."""
 
+import json
+import math
 import os
 import signal
 import sys
@@ -10,16 +12,20 @@ from typing import Any
 
 import anyio
 import pytest
+from filelock import FileLock
 
 from engine.contract import EngineError, EngineFailed
 from klein_mcp.daemon import launch
 from klein_mcp.daemon.client import DaemonClient
+from klein_mcp.daemon.endpoint import ENGINE_LOCK, BuildInfo
 from klein_mcp.errors import RequestError
+from klein_mcp.jobs import service as service_module
 from klein_mcp.jobs.api import UnknownJob
 from klein_mcp.jobs.context import CallContext
 from klein_mcp.jobs.request import edit, generate
 from klein_mcp.jobs.results import JobResult, PendingJob
 from klein_mcp.jobs.service import Service
+from klein_mcp.jobs.status import OVER
 from klein_mcp.settings import Settings
 from tests.klein_mcp.fake_daemon import COMMAND
 from tests.klein_mcp.test_daemon import daemons, gone
@@ -187,3 +193,106 @@ async def test_daemon_that_cannot_start_is_an_error_though_the_budget_is_spent(h
     async with front_end(home, (sys.executable, "-c", f"import sys, time; {does}")) as service:
         with pytest.raises(EngineFailed, match=message), anyio.fail_after(120):
             await service.run_within(0.0, generate("a"), ME)
+
+
+async def test_budget_bounds_the_wait_for_a_daemon_that_hangs(home, monkeypatch):
+    monkeypatch.setattr(service_module, "SILENT", 1.0)
+    monkeypatch.setattr(service_module, "START_PATIENCE", 1.0)
+    monkeypatch.setattr(launch, "GREETING", 0.5)
+    async with front_end(home) as service:
+        await service.run(generate("warm"), ME)
+        (pid,) = daemons(home)
+        os.kill(pid, signal.SIGSTOP)
+        try:
+            with anyio.fail_after(30), pytest.raises(EngineFailed, match="has not answered"):
+                await service.run_within(0.5, generate("x"), ME)
+            with anyio.fail_after(30), pytest.raises(EngineFailed, match="has not answered"):
+                await service.wait_within(0.5, "j123", ME)
+        finally:
+            os.kill(pid, signal.SIGCONT)
+        assert isinstance(await service.run(generate("after"), ME), JobResult)
+
+
+async def test_daemon_that_stops_in_the_middle_of_a_job_is_an_error(home, monkeypatch):
+    monkeypatch.setattr(service_module, "SILENT", 1.0)
+    async with front_end(home) as service:
+        await service.run(generate("warm"), ME)
+        (pid,) = daemons(home)
+        async with anyio.create_task_group() as tasks:
+
+            async def stop_it() -> None:
+                await anyio.sleep(0.5)
+                os.kill(pid, signal.SIGSTOP)
+
+            tasks.start_soon(stop_it)
+            try:
+                with anyio.fail_after(30), pytest.raises(EngineFailed, match="has not answered"):
+                    await service.run_within(1.0, generate("pause=0.1 steps=100"), ME)
+            finally:
+                os.kill(pid, signal.SIGCONT)
+
+
+async def test_budget_bounds_the_wait_for_a_lock_of_another_user(tmp_path, monkeypatch):
+    monkeypatch.setattr(service_module, "SILENT", 0.5)
+    monkeypatch.setattr(service_module, "START_PATIENCE", 1.0)
+    with FileLock(tmp_path / ENGINE_LOCK):
+        async with front_end(tmp_path) as service:
+            with anyio.fail_after(20), pytest.raises(EngineFailed, match="has not answered"):
+                await service.run_within(0.5, generate("x"), ME)
+
+
+JOB = {
+    "request": {"tool": "generate_image", "prompt": "x", "seed": "1"},
+    "client": "me",
+    "created": 1.0,
+    "changed": 1.0,
+    "attempts": 0,
+    "saved": [],
+    "warnings": [],
+    "ms": {},
+    "ending": None,
+}
+
+
+def job_file(field: str = "", value: Any = None, **request: Any) -> bytes:
+    """A file of a detached job with something odd in it."""
+    return json.dumps({**JOB, "request": {**JOB["request"], **request}, **({field: value} if field else {})}).encode()
+
+
+ODD_JOBS = [
+    b"", b"[]", b"\xff", b"[" * 100_000, b'{"request": {}}',
+    job_file(prompt=7), job_file(count=0), job_file(count="x"), job_file(count=10**9), job_file(seed=math.inf),
+    job_file(size={"exact": ["a", 2]}), job_file(size={"exact": [10**400, 2]}), job_file(model=[]),
+    job_file("created", math.nan), job_file("changed", "yesterday"), job_file("attempts", math.inf),
+    job_file("ms", {"denoise": math.nan}), job_file("saved", [{}]), job_file("ending", {"error": {"kind": "x"}}),
+]  # fmt: skip
+
+
+async def test_odd_job_files_and_history_stop_nothing(home):
+    """A damaged file of the data folder costs itself: the daemon starts, lists its jobs and makes images."""
+    (home / "jobs").mkdir()
+    for number, content in enumerate(ODD_JOBS):
+        (home / "jobs" / f"j{number:012}.json").write_bytes(content)
+        (home / "jobs" / f"j{number:012}.json").chmod(0o600)
+    (home / "history.json").write_bytes(b'{"seconds": {"auto": [[0, 1]], "fake": [[0, 0]]}, "native": {"auto": 0}}')
+    (home / "history.json").chmod(0o600)
+    async with front_end(home) as service:
+        result = await service.run(generate("after"), ME)
+        assert isinstance(result, JobResult)
+        jobs = await service.jobs.list()
+        assert all(job.state in OVER for job in jobs)
+        assert (await service.jobs.status()).queue is not None
+
+
+async def test_of_two_builds_with_the_same_times_one_is_newer():
+    one, two = BuildInfo("1.0", "aaaa", 5), BuildInfo("1.0", "bbbb", 5)
+    assert two.newer_than(one)
+    assert not one.newer_than(two)
+
+
+async def test_status_of_a_daemon_with_an_odd_answer_says_that_it_runs(home, monkeypatch):
+    async with front_end(home) as service:
+        await service.run(generate("warm"), ME)
+        monkeypatch.setattr("klein_mcp.jobs.status.daemon_from_json", lambda data: data["of another version"])
+        status = await service.jobs.status()
+        assert status.silent

@@ -388,12 +388,22 @@ def test_unpublished_format_lists_the_published_ones(hub: Hub, home: Path) -> No
 
 
 @pytest.mark.parametrize("etag", ['"../../../../owned"', '"/tmp/owned"', '""'])
-def test_etag_that_escapes_the_cache_is_refused(etag: str, hub: Hub, home: Path) -> None:
+def test_etag_that_escapes_the_cache_names_nothing(etag: str, hub: Hub, home: Path) -> None:
     hub.etags["tokenizer/tokenizer.json"] = etag
-    code, _, err = run(hub, home, "tokenizer")
-    assert code == 1
-    assert "which is no name for a file" in err
+    assert run(hub, home, "tokenizer")[0] == 0
+    assert there(home, FOUR)["tokenizer/tokenizer.json"] == hub.repos[FOUR]["tokenizer/tokenizer.json"]
     assert not list(home.rglob("*owned*"))
+    assert not Path("/tmp/owned").exists()
+    git = b"blob 8\0" + hub.repos[FOUR]["tokenizer/tokenizer.json"]
+    assert (cache(home, FOUR) / "blobs" / hashlib.sha1(git).hexdigest()).is_file()
+
+
+def test_hubs_own_library_finds_what_was_pulled(hub: Hub, home: Path) -> None:
+    from huggingface_hub import try_to_load_from_cache
+
+    assert run(hub, home, "tokenizer")[0] == 0
+    found = try_to_load_from_cache(FOUR, "tokenizer/tokenizer.json", cache_dir=home / "hf" / "hub", revision=COMMIT)
+    assert Path(str(found)).read_bytes() == hub.repos[FOUR]["tokenizer/tokenizer.json"]
 
 
 def test_file_name_that_escapes_the_cache_is_refused(hub: Hub, home: Path) -> None:
@@ -402,3 +412,12 @@ def test_file_name_that_escapes_the_cache_is_refused(hub: Hub, home: Path) -> No
     assert code == 1
     assert "which would lie outside the cache" in err
     assert "Traceback" not in err
+
+
+@pytest.mark.parametrize("hash", ["../../../../owned", "/tmp/owned", "0" * 63])
+def test_hash_that_escapes_the_cache_is_refused(hash: str, hub: Hub, home: Path) -> None:
+    hub.hashes["full_encoder_small_decoder.safetensors"] = hash
+    code, _, err = run(hub, home, "small-decoder")
+    assert code == 1
+    assert "a hash of full_encoder_small_decoder.safetensors that is none" in err
+    assert not list(home.rglob("*owned*"))

@@ -1,10 +1,12 @@
 """Which job runs next, what waiting ones hear, and how a job is cancelled."""
 
+import contextlib
 import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,15 +17,16 @@ from engine.contract import (
     EngineFailed,
     EngineStatus,
     Event,
+    Exact,
     InvalidJob,
     Job,
+    Native,
     Queued,
     Result,
     Rgb8,
     Stage,
     Step,
 )
-from klein_mcp.jobs import queue as queue_module
 from klein_mcp.jobs import queue as queues
 from klein_mcp.jobs.executor import nobody_watches
 from klein_mcp.jobs.queue import Queue
@@ -227,6 +230,94 @@ def test_waiting_jobs_hear_each_time_their_position_changes():
     assert second.positions == [1, 2, 1]
 
 
+def test_one_client_leaves_places_for_others():
+    executor = StepExecutor()
+    with working(executor, size=32) as queue:
+        Waiter(queue, "running", "greedy")
+        until(lambda: executor.began, "the first job never began")
+        for _ in range(16):
+            Waiter(queue, "greedy", "greedy")
+        for _ in range(45 - 16):
+            with pytest.raises(Busy, match="16 of your images are waiting; the other 16 places are for other clients"):
+                Waiter(queue, "greedy", "greedy")
+        modest = [Waiter(queue, "modest", "modest") for _ in range(6)]
+        third = Waiter(queue, "third", "third")
+        executor.go.release(1000)
+        assert all(isinstance(waiter.end, Result) for waiter in [*modest, third])
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5, 32])
+def test_there_is_a_place_for_a_new_client_until_the_queue_is_full(size: int):
+    executor = StepExecutor()
+    with working(executor, size=size) as queue:
+        Waiter(queue, "running", "0")
+        until(lambda: executor.began, "the first job never began")
+        for client in range(size):
+            if queue.status().waiting == size:
+                break
+            Waiter(queue, "new", str(client))
+            with contextlib.suppress(Busy):
+                while True:
+                    Waiter(queue, "more", str(client))
+        assert queue.status().waiting == size
+
+
+class OddHistory(TimingHistory):
+    """Fails as one would that a file or a job makes divide by zero."""
+
+    def seconds(self, job: Job) -> float | None:
+        raise ZeroDivisionError
+
+    def note(self, job: Job, result: Result, seconds: float) -> None:
+        raise OverflowError
+
+
+def test_history_that_fails_stops_no_job():
+    executor = StepExecutor(free=True)
+    queue = Queue(lambda: executor, size=32, keep_alive=600, history=OddHistory())
+    try:
+        for _ in range(2):
+            assert isinstance(Waiter(queue, "image", "a").end, Result)
+    finally:
+        queue.close(10)
+
+
+@pytest.mark.parametrize("odd", [{"size": "wide"}, {"size": Exact(10**400, 3)}, {"prompt": 7}])
+def test_job_with_odd_values_is_an_error_and_the_next_runs(odd: dict[str, Any]):
+    class Strict(StepExecutor):
+        def run(self, job: Job, watched: Callable[[], bool] = nobody_watches) -> Iterator[Event]:
+            if not isinstance(job.prompt, str) or job.size != Native():  # as the engine does
+                raise TypeError("a job of another kind")
+            return super().run(job, watched)
+
+    with working(Strict(free=True)) as queue:
+        ended = threading.Event()
+
+        def tell(event: Event | EngineError) -> None:
+            if isinstance(event, EngineError):
+                ended.set()
+
+        job = Job(**{"prompt": "x", **odd})
+        queue.put(job, "a", tell)
+        assert ended.wait(10)
+        assert isinstance(Waiter(queue, "fine", "a").end, Result)
+
+
+def test_death_of_the_thread_tells_everybody_and_closes_the_queue():
+    executor, died = StepExecutor(), threading.Event()
+    queue = Queue(lambda: executor, size=32, keep_alive=600, on_death=died.set)
+    first, second = Waiter(queue, "first", "a"), Waiter(queue, "second", "b")
+    until(lambda: executor.began, "the first job never began")
+    queue._run = None  # type: ignore[assignment, method-assign]  # an error of ours, in the loop itself
+    executor.go.release(100)
+    assert died.wait(10)
+    for waiter in (first, second):
+        assert isinstance(waiter.end, Result | EngineFailed)
+    assert isinstance(second.end, EngineFailed)
+    with pytest.raises(EngineFailed):
+        Waiter(queue, "late", "a")
+
+
 def test_full_queue_says_how_many_wait_and_when_to_retry():
     executor = StepExecutor()
     with working(executor, size=2) as queue:
@@ -401,7 +492,7 @@ def test_job_cancelled_while_its_prompt_is_read_stops_before_the_next_layer() ->
 def test_layers_of_a_prompt_are_reported_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
     reported = []
     for pause in (3600.0, 0.0):
-        monkeypatch.setattr(queue_module, "STAGE_PAUSE", pause)
+        monkeypatch.setattr(queues, "STAGE_PAUSE", pause)
         with working(PromptExecutor(free=True)) as queue:
             waiter = Waiter(queue, "fast", "a")
             assert isinstance(waiter.end, Result)

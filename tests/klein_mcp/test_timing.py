@@ -80,15 +80,21 @@ def test_it_survives_the_process_and_does_not_grow_without_end(tmp_path: Path):
     assert second.tables()["klein-4b"]["1024x1024"] == pytest.approx(4 * (3 * MEASUREMENTS - 1), rel=0.01)
 
 
-@pytest.mark.parametrize(
-    "content", [b"", b"{", b"[]", b'{"seconds": 3}', b'{"seconds": {"klein-4b": [["x", 1]]}, "native": {}}', b"\xff"]
-)
+DAMAGED = [
+    b"", b"{", b"[]", b'{"seconds": 3}', b'{"seconds": {"klein-4b": [["x", 1]]}, "native": {}}', b"\xff",
+    b'{"seconds": {"auto": [[0, 1]]}, "native": {}}', b'{"seconds": {"auto": [[NaN, 1], [-1, 1]]}, "native": {}}',
+    b'{"seconds": {"auto": [[1, Infinity]]}, "native": {"auto": 0}}', b"[" * 100_000,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("content", DAMAGED)
 def test_a_damaged_file_is_forgotten(content: bytes, tmp_path: Path):
     path = tmp_path / "history.json"
     path.write_bytes(content)
     history = TimingHistory(path)
     history.note(Job("a", size=Exact(512, 512)), painting(512, 512), 1.0)
     assert TimingHistory(path).seconds(Job("a", size=Exact(512, 512))) == 1.0
+    assert history.seconds(Job("b")) is not None
 
 
 def test_a_full_disk_costs_the_estimate_and_not_the_picture(tmp_path: Path):
