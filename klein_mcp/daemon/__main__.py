@@ -83,7 +83,7 @@ async def _serve(settings: Settings, make: MakeExecutor) -> None:
             raise
 
     def stop() -> None:
-        # What waits is told, a front end that comes later starts another daemon.
+        # Waiting listeners get an error, and a front end that comes later starts another daemon.
         loop.call_soon_threadsafe(daemon.stop)
 
     history = TimingHistory(settings.home / HISTORY)

@@ -79,7 +79,10 @@ class BuildInfo:
         return self._rank() > other._rank()
 
     def _rank(self) -> tuple[list[tuple[int, str]], int, str]:
-        """Return what orders builds: of any two, one is the newer, or each would end the other's daemon."""
+        """Return what orders builds.
+
+        Of any two one is the newer, or each would end the other's daemon.
+        """
         numbers = [(int(part), "") if part.isdigit() else (-1, part) for part in self.version.split(".")]
         return numbers, self.changed, self.fingerprint
 

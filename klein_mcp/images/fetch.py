@@ -70,7 +70,7 @@ def is_public(address: str) -> bool:
 
 
 def _embedded(ip: ipaddress.IPv6Address) -> ipaddress.IPv4Address | None:
-    """Return the IPv4 address of NAT64, of translation, and of the old "compatible" form."""
+    """Return the IPv4 address inside a translated or compatible one."""
     networks = ("64:ff9b::/96", "64:ff9b:1::/48", "::ffff:0:0:0/96", "::/96")
     inside = any(ip in ipaddress.IPv6Network(network) for network in networks)
     return ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF) if inside else None

@@ -27,7 +27,7 @@ class CallContext:
     progress: takes (done, total, message).
     roots: the folders the client works in, None where it does not say.
     on_new_image: takes a new image's address, for whoever subscribed.
-    shared: several clients may send as this one, so nobody's `last` can be told.
+    shared: several clients may send as this one, so `last` is not known.
     link: makes the address under which an image can be downloaded; None where the client shares our disk.
     """
 
@@ -41,5 +41,5 @@ class CallContext:
 
     @property
     def remote(self) -> bool:
-        """Whether the client is on another machine, so that paths of ours mean nothing to it."""
+        """Whether the client is on another machine."""
         return self.link is not None

@@ -107,7 +107,7 @@ class Service:
 
         if call.shared and resolver.is_counted_back(reference):
             raise RequestError(
-                f"{quote(reference)} cannot be told here: other clients call this server in the same way.",
+                f"{quote(reference)} is not known here: other clients call this server in the same way.",
                 hint="Name a handle. Or give each client an address of its own, such as …/mcp?client=NAME.",
             )
         if call.remote and self.settings.read_roots is None and resolver.is_path(reference):

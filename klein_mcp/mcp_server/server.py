@@ -264,7 +264,7 @@ async def _roots(session: Any) -> tuple[Path, ...] | None:
 
 
 def http_client(request: Any) -> str:
-    """Return whose turn it is: one legacy session, else one token and name."""
+    """Return whose turn it is, by session or token and name."""
     if session := _session(request):
         return f"session-{session}"
     token, name = request.headers.get("authorization", ""), request.query_params.get("client", "")

@@ -300,7 +300,7 @@ async def test_modern_client_mirrors_the_model_into_a_header(url):
         await call(client, "generate_image", prompt="an apple", model="nano", seed=1)
 
 
-async def test_last_is_refused_where_clients_cannot_be_told_apart(url):
+async def test_last_is_refused_where_clients_look_alike(url):
     """Today's protocol has no sessions: two agents with one address would get each other's images."""
 
     @asynccontextmanager

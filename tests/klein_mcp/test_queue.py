@@ -247,7 +247,7 @@ def test_one_client_leaves_places_for_others():
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5, 32])
-def test_there_is_a_place_for_a_new_client_until_the_queue_is_full(size: int):
+def test_new_client_finds_a_place_until_the_queue_is_full(size: int):
     executor = StepExecutor()
     with working(executor, size=size) as queue:
         Waiter(queue, "running", "0")
