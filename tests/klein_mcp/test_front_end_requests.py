@@ -1,7 +1,9 @@
 """Requests as front ends send them: Open WebUI, LibreChat, SillyTavern, replayed against the real server.
 
-Fields and order are those of Open WebUI 0.12.4 (routers/images.py), LibreChat (OpenAIImageTools.js) and
-SillyTavern 1.13 (src/endpoints/stable-diffusion.js).
+Read from their sources in November 2026: Open WebUI 0.12.4 (open_webui/routers/images.py in its wheel), LibreChat
+(api/app/clients/tools/structured/OpenAIImageTools.js) and SillyTavern (src/endpoints/stable-diffusion.js, which
+forwards what generateAutoImage of its stable-diffusion extension sends, its own `url` and `auth` included).
+The programs themselves are not run here: Open WebUI's wheel of 106 MB has 109 requirements, torch among them.
 """
 
 import base64
@@ -62,6 +64,18 @@ def test_open_webui_edits_through_the_openai_engine(http: httpx2.Client, names: 
     assert size(answer.json()["data"][0]["b64_json"]) == (96, 80)
 
 
+def test_open_webui_edits_onto_a_transparent_background(http: httpx2.Client):
+    apple = post(http, "/v1/images/generations", {"prompt": PROMPT, "seed": 7})["data"][0]["b64_json"]
+    fields = {"model": "gpt-image-1", "prompt": "remove the background", "background": "transparent"}
+    name = "0b9c1f34-6c1b-4f0e-9d0e-3c8f6a1c2d55.png"
+    files = [("image", (name, base64.b64decode(apple), "image/png"))]
+    answer = http.post("/v1/images/edits", data=fields, files=files, headers={"authorization": "Bearer key"})
+    assert answer.status_code == 200, answer.text
+    with Image.open(io.BytesIO(base64.b64decode(answer.json()["data"][0]["b64_json"]))) as image:
+        assert image.mode == "RGBA"
+        assert image.getchannel("A").getextrema() == (0, 255)
+
+
 def test_open_webui_generates_through_the_automatic1111_engine(http: httpx2.Client):
     basic = "Basic " + base64.b64encode(b"user:password").decode()
     models = http.get("/sdapi/v1/sd-models", headers={"authorization": basic}).json()
@@ -84,11 +98,23 @@ def test_open_webui_generates_through_the_automatic1111_engine(http: httpx2.Clie
 
 def test_librechat_generates(http: httpx2.Client):
     body = {
-        "model": "gpt-image-1", "prompt": PROMPT, "n": 1, "size": "auto", "quality": "auto", "background": "auto",
-        "output_format": "webp", "output_compression": 100, "user": "u1",
+        "model": "gpt-image-1", "prompt": PROMPT, "n": 1, "background": "auto", "output_format": "webp",
+        "output_compression": 100, "quality": "auto", "size": "auto",
     }  # fmt: skip
     answer = post(http, "/v1/images/generations", body, authorization="Bearer user_provided")
     assert Image.open(io.BytesIO(base64.b64decode(answer["data"][0]["b64_json"]))).format == "WEBP"
+
+
+def test_librechat_asks_for_a_transparent_png(http: httpx2.Client):
+    # It leaves out output_compression for PNG, and changes jpeg to png where transparency is asked for.
+    body = {
+        "model": "gpt-image-1", "prompt": "a cat", "n": 1, "background": "transparent", "output_format": "png",
+        "quality": "auto", "size": "auto",
+    }  # fmt: skip
+    answer = post(http, "/v1/images/generations", body, authorization="Bearer user_provided")
+    assert answer["background"] == "transparent"
+    with Image.open(io.BytesIO(base64.b64decode(answer["data"][0]["b64_json"]))) as image:
+        assert image.getchannel("A").getextrema() == (0, 255)
 
 
 def test_librechat_edits(http: httpx2.Client):
@@ -102,9 +128,10 @@ def test_librechat_edits(http: httpx2.Client):
 # -- SillyTavern ---------------------------------------------------------------------------------------------------
 
 SILLYTAVERN = {
-    "prompt": PROMPT, "negative_prompt": "lowres", "sampler_name": "Euler", "scheduler": "automatic", "steps": 20,
+    "url": "http://localhost:7860", "auth": "user:password", "prompt": PROMPT,
+    "negative_prompt": "lowres", "sampler_name": "Euler", "scheduler": "automatic", "steps": 20,
     "cfg_scale": 7, "width": 512, "height": 512, "restore_faces": False, "enable_hr": False, "hr_upscaler": "Latent",
-    "hr_scale": 1.5, "hr_additional_modules": [], "denoising_strength": 0.7, "hr_second_pass_steps": 0, "seed": -1,
+    "hr_scale": 1.5, "hr_additional_modules": [], "denoising_strength": 0.7, "hr_second_pass_steps": 0,
     "override_settings": {"CLIP_stop_at_last_layers": 1}, "override_settings_restore_afterwards": True,
     "clip_skip": 1, "save_images": True, "send_images": True, "do_not_save_grid": False,
     "do_not_save_samples": False,
@@ -115,9 +142,14 @@ def test_sillytavern_connects_and_generates(http: httpx2.Client):
     for menu in ("samplers", "schedulers", "sd-models", "upscalers", "latent-upscale-modes", "sd-vae", "sd-modules"):
         assert isinstance(http.get(f"/sdapi/v1/{menu}").json(), list), menu
     assert http.get("/sdapi/v1/samplers").json()[0]["name"] == "Euler"
-    state = http.get("/sdapi/v1/progress").json()
+    basic = {"authorization": "Basic " + base64.b64encode(b"user:password").decode()}
+    # Choosing a model, then polling until nothing is loaded or painted any more.
+    assert http.post("/sdapi/v1/options", json={"sd_model_checkpoint": "nano"}, headers=basic).status_code == 200
+    state = http.get("/sdapi/v1/progress", headers=basic).json()
     assert (state["progress"], state["state"]["job_count"]) == (0.0, 0)
-    answer = post(http, "/sdapi/v1/txt2img", SILLYTAVERN)
+    # Before each image it looks for Forge's preset among the options.
+    assert "forge_preset" not in http.get("/sdapi/v1/options", headers=basic).json()
+    answer = post(http, "/sdapi/v1/txt2img", SILLYTAVERN, **basic)
     assert size(answer["images"][0]) == (512, 512)
     info = json.loads(answer["info"])
     # 20 steps and a guidance of 7 are what every client sends, for another model.
