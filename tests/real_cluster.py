@@ -92,7 +92,7 @@ def real_cluster(folder: Path, *options: str, queue: int) -> Iterator[Cluster]:
     try:
         up = ["up", "--listen", f"127.0.0.1:{port}", "--port", str(ray), "--host", "127.0.0.1", "--engines", "1"]
         started = first.cluster(*up, "--token-file", str(token), *options)
-        assert started.returncode == 0, started.stderr
+        assert (started.returncode, started.stderr) == (0, "")
         assert f"http://127.0.0.1:{port}" in started.stdout
         yield Cluster(first, second, f"http://127.0.0.1:{port}", f"127.0.0.1:{ray}", token)
     finally:

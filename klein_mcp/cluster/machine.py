@@ -8,13 +8,13 @@ import contextlib
 import hashlib
 import hmac
 import json
+import logging
 import os
 import secrets
 import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -114,23 +114,29 @@ def start_ray(
 
 def head_arguments(port: int, host: str) -> list[str]:
     """Return the arguments of the first machine's Ray. Raises RequestError."""
-    # A folder of ours: Ray writes the address of the latest cluster there, and other programs connect to it.
-    folder = Path(tempfile.gettempdir()) / f"klein-ray-{os.getuid()}"
+    return ["--head", f"--port={port}", "--include-dashboard=false", *_place(host)]
+
+
+def worker_arguments(address: str, host: str) -> list[str]:
+    """Return the arguments of any further machine's Ray. Raises RequestError."""
+    return [f"--address={address}", *_place(host)]
+
+
+def _place(host: str) -> list[str]:
+    # Not Ray's own folder: it writes the address of the latest cluster there, and other programs connect to it.
+    folder = [f"--temp-dir={_private_folder() / 'ray'}"]
+    return [*folder, f"--node-ip-address={host}"] if host else folder
+
+
+def _private_folder() -> Path:
+    """Return a folder that nobody else can enter: Ray lets every user write to its own."""
+    folder = Path("/tmp") / f"klein-mcp-{os.getuid()}"  # sockets lie in it, whose paths have at most 107 bytes
     try:
         folder.mkdir(mode=0o700, exist_ok=True)
         check_folder(folder)
     except OSError as exc:
         raise RequestError(f"The folder {folder} cannot be used: {exc.strerror or exc}.") from None
-    return ["--head", f"--port={port}", *_host(host), "--include-dashboard=false", f"--temp-dir={folder}"]
-
-
-def worker_arguments(address: str, host: str) -> list[str]:
-    """Return the arguments of any further machine's Ray."""
-    return [f"--address={address}", *_host(host)]
-
-
-def _host(host: str) -> list[str]:
-    return [f"--node-ip-address={host}"] if host else []
+    return folder
 
 
 def write_member(home: Path, member: Member) -> None:
@@ -185,7 +191,7 @@ def _is_ray(pid: int) -> bool:
     """
     with contextlib.suppress(ChildProcessError):
         os.waitpid(pid, os.WNOHANG)  # as a zombie of ours it would count as running
-    listed = subprocess.run(["ps", "-o", "command=", "-p", str(pid)], capture_output=True, text=True)
+    listed = subprocess.run(["ps", "-ww", "-o", "command=", "-p", str(pid)], capture_output=True, text=True)
     return "ray.scripts.scripts" in listed.stdout
 
 
@@ -257,6 +263,7 @@ def connected(address: str, more: Mapping[str, str]) -> Iterator[None]:
     """Connect this process to a cluster. Raises RequestError."""
     os.environ.update(more)
     ray = import_ray()
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)  # it tells of each of its steps
     try:
         ray.init(address=address, namespace="klein", log_to_driver=False, logging_level="ERROR")
     except (ConnectionError, RuntimeError, ValueError, OSError) as exc:

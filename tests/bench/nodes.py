@@ -32,6 +32,9 @@ from tests.real_server import engine_process
 MANY = 12
 """Images of the throughput measurement, of as many lineages."""
 
+SETTLE = 0.5
+"""Seconds before each single job: an engine encodes its latest image once it has been idle for a moment."""
+
 PROXY = "ray::ProxyActor"
 """Title of the process of Ray Serve's proxy."""
 
@@ -48,6 +51,7 @@ def edit(number: int) -> Job:
 
 
 def milliseconds(executor: Executor, make: Callable[[int], Job], number: int) -> float:
+    time.sleep(SETTLE)
     began = time.perf_counter()
     list(executor.run(make(number)))
     return 1000 * (time.perf_counter() - began)

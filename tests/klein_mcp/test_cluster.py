@@ -4,7 +4,9 @@ The tests run in the order of the file, on one cluster: the later ones end machi
 """
 
 import importlib.util
+import itertools
 import json
+import stat
 import subprocess
 import threading
 import time
@@ -208,10 +210,10 @@ def test_machine_that_joins_takes_work_and_is_listed(cluster: Cluster):
 
 
 def keep_busy(executor: RemoteExecutor, name: str, stop: threading.Event) -> int:
-    """Run jobs of one lineage until `stop`. Return how many."""
-    count = 0
+    """Run jobs until `stop` and return how many."""
+    count = 0  # a lineage each: some of them belong to the newest engine
     while not stop.is_set():
-        run_patiently(executor, lineage(name, steps=LONG))
+        run_patiently(executor, lineage(f"{name} {count}", steps=LONG))
         count += 1
     return count
 
@@ -219,7 +221,7 @@ def keep_busy(executor: RemoteExecutor, name: str, stop: threading.Event) -> int
 def test_lineages_spread_and_each_stays_on_one_engine(cluster: Cluster):
     executor = cluster.executor()
     first = run(executor, lineage("nano root"))
-    for i in range(8):
+    for i in range(12):
         job = replace(edit_of(first), affinity=f"nano {i}")
         run(executor, job)
         assert run(executor, replace(job, seed=9)).cache["references"] == "hit"
@@ -230,7 +232,7 @@ def test_machine_that_dies_in_the_middle_costs_a_retry(
     cluster: Cluster, local: LocalExecutor, caplog: pytest.LogCaptureFixture
 ):
     executor = cluster.executor()
-    jobs = [lineage(f"nano {i}", steps=4 * LONG) for i in range(8)]
+    jobs = [lineage(f"nano {i}", steps=4 * LONG) for i in range(12)]
     with ThreadPoolExecutor(len(jobs)) as pool:
         painted = []
         for job in jobs:  # until each engine has one
@@ -255,7 +257,8 @@ def test_machine_that_comes_back_takes_work_again(cluster: Cluster):
     until(lambda: len([node for node in cluster.engines() if not node.error]) == 2)
     print(f"its engine was there {time.monotonic() - began:.1f} s after the machine")
     executor = cluster.executor()
-    until(lambda: [run(executor, lineage(f"nano {i}")) for i in range(4)] and all_loaded(cluster))
+    roots = itertools.count()
+    until(lambda: run(executor, lineage(f"nano {next(roots)}")) and all_loaded(cluster))
     report = cluster.first.cluster("status")
     assert report.stdout.count("engine ") == 2, report.stdout
     assert report.stdout.count("machine ") == 2, report.stdout
@@ -264,6 +267,16 @@ def test_machine_that_comes_back_takes_work_again(cluster: Cluster):
 def all_loaded(cluster: Cluster) -> bool:
     engines = cluster.engines()
     return len(engines) == 2 and all(node.loaded for node in engines)
+
+
+def test_ray_keeps_its_files_where_nobody_else_can_go(cluster: Cluster):
+    (folder,) = (word for word in command_of(cluster.first.pid).split() if word.startswith("--temp-dir="))
+    private = Path(folder.partition("=")[2]).parent
+    assert stat.S_IMODE(private.stat().st_mode) == 0o700
+
+
+def command_of(pid: int) -> str:
+    return subprocess.run(["ps", "-ww", "-o", "command=", "-p", str(pid)], capture_output=True, text=True).stdout
 
 
 def test_down_leaves_no_process_behind(cluster: Cluster):
