@@ -129,7 +129,10 @@ def _place(host: str) -> list[str]:
 
 
 def _private_folder() -> Path:
-    """Return a folder that nobody else can enter: Ray lets every user write to its own."""
+    """Return a folder that nobody else can enter.
+
+    Ray lets every user write to its own.
+    """
     folder = Path("/tmp") / f"klein-mcp-{os.getuid()}"  # sockets lie in it, whose paths have at most 107 bytes
     try:
         folder.mkdir(mode=0o700, exist_ok=True)
