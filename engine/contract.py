@@ -392,7 +392,8 @@ class Fix:
 class ModelInfo:
     """An installed model and its fit into the memory now free.
 
-    bytes: to read from disk, None where unknown. placement: where its weights would be, "" where it cannot be loaded;
+    bytes: to read from disk, None where unknown. text_encoder, vae: the files or folders that are taken for it.
+    placement: where its weights would be, "" where it cannot be loaded;
     `error` and `fix` then give the reason and the next step.
     """
 
@@ -401,6 +402,8 @@ class ModelInfo:
     path: str
     licence: str
     bytes: int | None = None
+    text_encoder: str = ""
+    vae: str = ""
     placement: str = ""
     error: str = ""
     fix: Fix | None = None

@@ -260,6 +260,7 @@ class Engine:
         info = ModelInfo(source.name, source.format, str(source.path), VARIANTS[source.name].licence)
         try:
             checkpoint = self.registry.checkpoint(source)
+            info = replace(info, text_encoder=str(checkpoint.text_encoder), vae=str(checkpoint.vae))
             prepared = prepare(checkpoint, self.device, self._options(loras=True))
         except EngineError as exc:
             return replace(info, error=f"{exc.message} {exc.hint}".strip(), fix=exc.fix)

@@ -60,7 +60,7 @@ def _memory(model: ModelInfo) -> str:
 
 
 def _as_json(model: ModelInfo) -> dict[str, Any]:
-    names = ("name", "format", "path", "licence", "bytes", "fits")
+    names = ("name", "format", "path", "licence", "bytes", "text_encoder", "vae", "fits")
     return {name: getattr(model, name) for name in names} | {"memory": _memory(model)}
 
 
@@ -68,7 +68,13 @@ def _in_words(model: ModelInfo) -> str:
     name = model.name if model.name == EMBEDDED else f"{model.name} ({model.format})"
     size = "" if model.bytes is None else f", {model.bytes / 1e9:.1f} GB read"
     fits = "fits" if model.fits else "does not load"
-    return f"{name}: {model.licence}{size}\n  {model.path}\n  {fits}: {_memory(model)}"
+    return f"{name}: {model.licence}{size}\n  {model.path}{_companions(model)}\n  {fits}: {_memory(model)}"
+
+
+def _companions(model: ModelInfo) -> str:
+    """Return a line that names what is taken from elsewhere, or ""."""
+    others = [part for part in (model.text_encoder, model.vae) if part and not Path(part).is_relative_to(model.path)]
+    return f"\n  with {' and '.join(others)}" if others else ""
 
 
 def _sizes(files: Any) -> str:

@@ -31,6 +31,10 @@ _PUBLISHED = {
 """Names under which companions are published; a fine-tune has another."""
 
 
+_ALIKE = 0.5
+"""Bits a weight by which formats of one fineness differ: fp8 has 8.0 without scales, 8.001 with, Q8_0 8.5."""
+
+
 @dataclass(frozen=True, slots=True)
 class Companion:
     """A candidate: a folder or file, and its bits a weight."""
@@ -83,7 +87,7 @@ class Needs:
         """Return a sort key, the best first."""
         inside = companion.path == self.file
         own_part = companion.path.parent == self.file.parent and companion.path.is_dir()
-        coarser = companion.bits < min(self.bits, 16.0)
+        coarser = companion.bits < min(self.bits, 16.0) - _ALIKE
         size = -companion.bits if coarser else companion.bits
         return (0 if inside else 1 if own_part else 2, not companion.is_published, coarser, size, companion.path.name)
 
