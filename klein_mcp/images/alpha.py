@@ -37,6 +37,8 @@ _SPECK = 0.0005
 """Share of the image below which an enclosed spot is not worth a word: 8 pixels at 128², 500 at 1024²."""
 _FEW = 0.02
 """Share of a subject that may melt into a backing: eyes and outlines."""
+_LINES = 256
+"""Rows and columns in which a checkerboard is looked for."""
 _SAMPLED = 250_000
 """Pixels that are enough to know an image's colours."""
 
@@ -260,11 +262,14 @@ def checkerboard(values: Float, where: npt.NDArray[np.bool_]) -> float:
     """
     if where.mean() < 0.05:
         return 0.0
-    signal = np.where(where, values - values[where].mean(), 0)
+    signal = np.where(where, values - values[where].mean(), 0).astype(np.float32)
     power = float((signal[where] ** 2).mean())
     if power < 4:  # of 255²: an even surface has no pattern
         return 0.0
-    return max((min(_repeats(signal, where, cell), _repeats(signal.T, where.T, cell)) for cell in _CELLS), default=0.0)
+    # A pattern along the rows shows in any of them.
+    rows, columns = (max(1, side // _LINES) for side in signal.shape)
+    across, down = (signal[::rows], where[::rows]), (signal.T[::columns], where.T[::columns])
+    return max((min(_repeats(*across, cell), _repeats(*down, cell)) for cell in _CELLS), default=0.0)
 
 
 def _repeats(signal: Float, where: npt.NDArray[np.bool_], cell: int) -> float:
@@ -384,10 +389,11 @@ def _grown(mask: npt.NDArray[np.bool_], by: int) -> npt.NDArray[np.bool_]:
 def _blurred(image: Float, reach: int) -> Float:
     """Mean within `reach` pixels, with the border repeated."""
     padded = np.pad(image, ((reach, reach), (reach, reach), (0, 0)), mode="edge")
-    for axis in (0, 1):
-        length = padded.shape[axis] - 2 * reach
-        total: Float = np.zeros_like(np.take(padded, range(length), axis))
-        for start in range(2 * reach + 1):
-            total += np.take(padded, range(start, start + length), axis)
-        padded = (total / (2 * reach + 1)).astype(np.float32)
-    return padded
+    height, width = image.shape[:2]
+    rows = padded[:height].copy()
+    for start in range(1, 2 * reach + 1):
+        rows += padded[start : start + height]
+    total = rows[:, :width].copy()
+    for start in range(1, 2 * reach + 1):
+        total += rows[:, start : start + width]
+    return total / np.float32((2 * reach + 1) ** 2)
