@@ -151,11 +151,13 @@ class Preserved:
     """An edit with the original restored around its change.
 
     mask: bool, true where the edit may differ from the original.
+    ms: to find the change and restore the rest, with the round trip at hand.
     """
 
     image: Rgb8
     mask: np.ndarray
     whole: bool
+    ms: float
 
 
 def preserved(nano: Nano, edited: list[Rgb8], originals: list[Rgb8]) -> list[Preserved]:
@@ -166,11 +168,13 @@ def preserved(nano: Nano, edited: list[Rgb8], originals: list[Rgb8]) -> list[Pre
     kept = []
     for image, original in zip(edited, originals, strict=True):
         round_trip = nano.decode(nano.encode(_tensor([original]).to(nano.device)))
+        started = time.perf_counter()
         change = find_change(_tensor([image]).to(nano.device), round_trip)
         opacity = change.opacity.cpu().numpy()[..., None]
         painted = ((change.painted[0] + 1) * 127.5).permute(1, 2, 0).cpu().numpy()
         mixed = np.rint(original + opacity * (painted - original)).astype(np.uint8)
-        kept.append(Preserved(mixed, opacity[..., 0] > 0, change.whole))
+        spent = 1000 * (time.perf_counter() - started)
+        kept.append(Preserved(mixed, opacity[..., 0] > 0, change.whole, spent))
     return kept
 
 
@@ -207,7 +211,8 @@ class Table:
     def __str__(self) -> str:
         lines = []
         for name, (value, count) in self.rows.items():
-            shown = f"{value:.2f}" if name.endswith("of 255)") else f"{100 * value:.1f} %"
+            plain = name.endswith(("of 255)", "(ms)"))
+            shown = f"{value:.2f}" if plain else f"{100 * value:.1f} %"
             lines.append(f"| {name} | {shown} | {count} |")
         return "\n".join(["| measure | value | n |", "|---|---|---|", *lines])
 
@@ -308,6 +313,7 @@ def _add_preserved(table: Table, nano: Nano, edits: list[tuple[Question, Rgb8]])
         rows[f"{kind} edits: error with the original put back (of 255)"].append(_error(result.image, target))
         rows[f"{kind} edits: taken for global"].append(result.whole)
         if kind == "local":
+            rows["local edits: for the change mask (ms)"].append(result.ms)
             should = np.abs(target.astype(int) - original).max(axis=2) > SHOULD_CHANGE
             same = (result.image == original).all(axis=2)
             rows["local edits: pixels that should change, found"].append((result.mask & should).sum() / should.sum())
