@@ -1,4 +1,4 @@
-"""A client of the HTTP server: progress while it paints, the exact picture fetched as a resource.
+"""A client of the HTTP server: progress while it paints, the exact image fetched as a resource.
 
     klein-mcp serve --port 8765 &
     python examples/http_client.py [URL] [FOLDER] [--token-file FILE]
@@ -26,7 +26,7 @@ async def tell(progress: float, total: float | None, message: str | None) -> Non
 
 
 async def main(url: str, folder: Path, token: str | None) -> None:
-    """Paint one picture and keep the exact one."""
+    """Paint one image and keep the exact one."""
     folder.mkdir(parents=True, exist_ok=True)
     headers = {"Authorization": f"Bearer {token}"} if token else {}
     async with httpx2.AsyncClient(headers=headers, timeout=60) as http:
@@ -50,16 +50,16 @@ async def call(client: Client, tool: str, **arguments: Any) -> dict[str, Any]:
     if result.is_error:
         raise RuntimeError(f"{tool}: {text}")
     facts = json.loads(text)
-    # A slow machine: the picture is still being painted.
+    # A slow machine: the image is still being painted.
     return await call(client, "wait_for_job", job=facts["job"]) if "job" in facts else facts
 
 
 async def paint(client: Client, folder: Path) -> None:
-    """Hear the progress, and fetch the exact picture as a resource."""
+    """Hear the progress, and fetch the exact image as a resource."""
     facts = await call(client, "generate_image", prompt="a rocket on an orange background", seed=7)
-    picture = (await client.read_resource(f"klein://images/{facts['image']}")).contents[0]
+    image = (await client.read_resource(f"klein://images/{facts['image']}")).contents[0]
     path = folder / f"{facts['image']}.png"
-    path.write_bytes(base64.b64decode(picture.blob))  # type: ignore[union-attr]
+    path.write_bytes(base64.b64decode(image.blob))  # type: ignore[union-attr]
     print(f"{path}  seed {facts['seed']}")
 
 

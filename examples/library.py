@@ -2,7 +2,7 @@
 
     python examples/library.py [FOLDER]
 
-`Engine.run` is a generator of events; the last one is the Painting. Closing it early stops the work.
+`Engine.run` is a generator of events; the last one is the `Result`. Closing it early stops the work.
 """
 
 import sys
@@ -14,30 +14,32 @@ from engine.contract import Job, KeepSource, Result, Step
 from engine.engine import Engine
 
 
-def paint(engine: Engine, job: Job) -> Result:
-    """The picture of one job, with a line for each step on the way."""
+def generate(engine: Engine, job: Job) -> Result:
+    """Return the result of one job, printing a line for each step."""
     for event in engine.run(job):
         if isinstance(event, Step):
             print(f"  step {event.done} of {event.total}", file=sys.stderr)
         if isinstance(event, Result):
             return event
-    raise AssertionError("an engine that ends without a picture raises")
+    raise AssertionError("an engine ends with a result or raises")
 
 
 def main(folder: Path) -> None:
-    """One picture from words, one edited, one composed of both."""
+    """Generate one image, edit it, and compose both."""
     folder.mkdir(parents=True, exist_ok=True)
     engine = Engine()  # the best installed model on the best device; EngineConfig(device="cpu") chooses
 
-    apple = paint(engine, Job("an apple on a yellow background", seed=7))
-    green = paint(engine, Job("make the background green", references=(apple.image,), size=KeepSource(), seed=7))
-    both = paint(engine, Job("image 1 with the background from image 2", references=(apple.image, green.image), seed=7))
+    apple = generate(engine, Job("an apple on a yellow background", seed=7))
+    green = generate(engine, Job("make the background green", references=(apple.image,), size=KeepSource(), seed=7))
+    both = generate(
+        engine, Job("image 1 with the background from image 2", references=(apple.image, green.image), seed=7)
+    )
 
-    for name, painting in (("apple", apple), ("green", green), ("both", both)):
-        Image.fromarray(painting.image).save(folder / f"{name}.png")
-        seconds = sum(painting.ms.values()) / 1000
-        height, width = painting.image.shape[:2]
-        print(f"{name}.png  {width}×{height}  {painting.model}  seed {painting.seed}  {seconds:.2f} s")
+    for name, result in (("apple", apple), ("green", green), ("both", both)):
+        Image.fromarray(result.image).save(folder / f"{name}.png")
+        seconds = sum(result.ms.values()) / 1000
+        height, width = result.image.shape[:2]
+        print(f"{name}.png  {width}×{height}  {result.model}  seed {result.seed}  {seconds:.2f} s")
 
 
 if __name__ == "__main__":

@@ -173,7 +173,7 @@ PARTS: dict[Path, dict[str, Callable[[], str]]] = {
 
 NAMESPACE = f"io.github.{REPOSITORY}"
 """The name in the MCP registry, which verifies it by the mcp-name line of README.md."""
-DESCRIPTION = "Paint, edit and compose pictures with FLUX.2 [klein] on your own machine; one engine for all agents."
+DESCRIPTION = "Generate, edit and compose images with FLUX.2 [klein] on your own machine; one engine for all agents."
 SHOWN_SETTINGS = ("model", "write_roots", "allow_urls")
 """Settings that the registry and the desktop bundle ask a user about. The others have good defaults."""
 
@@ -229,7 +229,7 @@ def bundle() -> dict[str, Any]:
         "user_config": {
             "folder": {
                 "type": "directory",
-                "title": "Folder for saved pictures",
+                "title": "Folder for saved images",
                 "description": "save_image may write here and below, and nowhere else.",
                 "default": "${HOME}/Pictures",
             },

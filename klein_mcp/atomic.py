@@ -38,9 +38,6 @@ def atomic_write(path: Path, text: str, *, durable: bool = False) -> None:
         raise
 
 
-write = atomic_write  # until every caller uses the new name
-
-
 def write_new_or_replace(root: Path, target: Path, data: bytes, *, overwrite: bool) -> None:
     """Write `target` below the folder `root`, safe against exchanged folders.
 

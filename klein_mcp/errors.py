@@ -78,9 +78,6 @@ def quote(value: Any, limit: int = 60) -> str:
     return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
-shown = quote  # until every caller uses the new name
-
-
 LONGEST_NAME = 100
 """Characters; the longest name that is looked for is a model's."""
 

@@ -305,9 +305,6 @@ def warn_misspelled() -> None:
         log.warning("%s is no setting and has no effect. Did you mean %s?", name, meant)
 
 
-warn_of_misspelt = warn_misspelled  # until every caller uses the new name
-
-
 def table() -> Iterator[tuple[str, str, str]]:
     """Yield (variable, default, meaning) of each setting, for the README."""
     for item in fields(Settings):

@@ -263,6 +263,18 @@ def test_docstring_summaries_are_short() -> None:
     check_wording(lambda path: [line for line in summaries(path) if len(line.split()) > LONGEST_SUMMARY], shipped)
 
 
+def test_no_docstring_sentence_is_cut_in_two() -> None:
+    """A summary of twelve words may not be reached by a second paragraph that goes on in mid-sentence."""
+
+    def fragments(path: Path) -> list[str]:
+        texts = [ast.get_docstring(node) or "" for node in definitions(path)]
+        return [
+            text for text in texts if re.search(r"\A.*\n\n(And|Or|But|Whose|Though|Because|So that|Which|Who)\b", text)
+        ]
+
+    check_wording(fragments, [path for path in WORDED if path.relative_to(ROOT).parts[0] != "tests"])
+
+
 def test_test_names_are_short() -> None:
     def long_names(path: Path) -> list[str]:
         names = [node.name for node in definitions(path) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]

@@ -198,9 +198,10 @@ def _match_colours(painted: Tensor, round_trip: Tensor, same: Tensor) -> tuple[T
 
 
 def _shift(painted: Tensor, round_trip: Tensor, texture: Tensor) -> tuple[int, int]:
-    """Return the shift of `painted` against `round_trip` by phase correlation.
+    """Return the shift of `painted` against `round_trip`.
 
-    In whole pixels (right, down). At most a 64th of the shorter side: a larger shift is part of the edit.
+    The shift is in whole pixels (right, down), found by phase correlation, and at most a 64th of the
+    shorter side: a larger shift is part of the edit.
     """
     textured = texture > TEXTURE / 4
     before = _median_distance(painted, round_trip, textured)

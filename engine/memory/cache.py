@@ -118,7 +118,7 @@ def budgets(free: int, host: int | None, *, cpu: bool = False) -> tuple[int, int
 class TensorCache:
     """LRU cache of tensors that spills from device to host memory.
 
-    For one engine in one thread. The counters may be read from any thread.
+    One engine uses it, in one thread. The counters may be read from any thread.
     """
 
     def __init__(self, budget: int, spill: int = 0) -> None:

@@ -144,7 +144,7 @@ def plan(
 ) -> PlacementPlan:
     """Return the fastest plan that fits.
 
-    In order: all on the device, the encoder offloaded, or also as few blocks as possible.
+    The order: all on the device, the encoder offloaded, or also as few blocks as possible.
     alternatives: (fix, needs) of ways to load the model with less memory, in order of preference. The error names the
     first that fits. models: (name, needs) of other models, named if no alternative fits.
     Raises OutOfMemory.

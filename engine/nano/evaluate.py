@@ -277,7 +277,7 @@ def evaluate(nano: Nano, asked: list[Question], steps: int = 4) -> tuple[Table, 
 def _drifts(chains: list[Chain], edits: int = CHAIN_LENGTH) -> list[float]:
     """Return mean differences, of 255, after so many edits.
 
-    In the part of each image that no edit of its chain should touch.
+    They are those of the part that no edit of the chain should touch.
     """
     drift = []
     for chain, images in chains:

@@ -8,7 +8,7 @@ from typing import Any
 
 from engine.contract import ModelInfo
 from engine.families.klein.variants import EMBEDDED, VARIANTS
-from klein_mcp.cli.terminal import ProgressBar, harmless
+from klein_mcp.cli.terminal import ProgressBar, strip_control_chars
 from klein_mcp.daemon.executors.local import make_engine
 from klein_mcp.errors import explain, fix_words
 from klein_mcp.settings import Settings
@@ -32,11 +32,11 @@ def run(settings: Settings, arguments: argparse.Namespace) -> int:
         not_used = [{"path": str(path), "why": why} for path, why in others]
         print(json.dumps({"installed": [_as_json(model) for model in there], "available": rows, "not_used": not_used}))
         return 0
-    print(harmless("\n\n".join(map(_in_words, there))))
+    print(strip_control_chars("\n\n".join(map(_in_words, there))))
     if others:
         print("\nNot to be called by a name:")
     for path, why in others:
-        print(harmless(f"  {path}\n    {why}"))
+        print(strip_control_chars(f"  {path}\n    {why}"))
     if missing:
         print("\nTo be had with klein-mcp pull NAME:")
     for row in missing:

@@ -29,9 +29,6 @@ def strip_control_chars(text: str) -> str:
     return "".join(map(_strip, text))
 
 
-harmless = strip_control_chars  # until every caller uses the new name
-
-
 def _strip(c: str) -> str:
     if c in "\n\t":
         return c

@@ -41,9 +41,9 @@ class Deployment:
 
 
 def deploy(wanted: Deployment, *, wait: bool = True) -> None:
-    """Run the application and its proxies.
+    """Run the application and its proxies on the connected cluster.
 
-    On the cluster that this process is connected to. wait: until the least number of engines runs.
+    wait: until the least number of engines runs.
     """
     serve = import_ray().serve
     serve.start(proxy_location=_proxies(wanted.host), http_options=_http(wanted))
@@ -90,6 +90,6 @@ def _http(wanted: Deployment) -> dict[str, Any]:
 def _proxies(host: str) -> str:
     """Return where proxies run.
 
-    On every machine, unless the address belongs to one.
+    That is every machine, unless the address belongs to one.
     """
     return "EveryNode" if host in _EVERY_INTERFACE else "HeadOnly"

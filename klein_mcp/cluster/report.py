@@ -12,7 +12,7 @@ from klein_mcp.cluster.replica import ANSWER, APPLICATION, DEPLOYMENT
 def cluster_report() -> dict[str, Any]:
     """Return machines and engines as JSON values.
 
-    For a process that is connected to the cluster.
+    The process must be connected to the cluster.
     """
     ray = import_ray()
     serve = ray.serve

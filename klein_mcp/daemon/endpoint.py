@@ -108,7 +108,7 @@ def read(home: Path) -> Endpoint | None:
 
 def write(home: Path, endpoint: Endpoint) -> None:
     """Write the endpoint file. Raises OSError."""
-    atomic.write(home / "daemon.json", json.dumps(asdict(endpoint)))
+    atomic.atomic_write(home / "daemon.json", json.dumps(asdict(endpoint)))
 
 
 def remove(home: Path, endpoint: Endpoint) -> None:

@@ -33,9 +33,9 @@ MISSING = 409
 
 
 class HeldImages:
-    """References by hash, the least recently used first to go.
+    """References by hash, the least recently used evicted first.
 
-    For any thread.
+    Any thread may use it.
     """
 
     def __init__(self, budget: int = HELD) -> None:

@@ -220,7 +220,7 @@ class ImageRoute:
     async def _run(self, fields: Mapping[str, Any], wanted: ImageRequest, request: Request) -> dict[str, Any]:
         """Run the job and return the body of the response.
 
-        That of an interrupted job has the images made so far.
+        The body of an interrupted job has the images made so far.
         """
         call = calls.call_context(self._http, request, "a1111")
         saved: list[SavedImage] = []

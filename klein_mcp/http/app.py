@@ -28,7 +28,7 @@ from klein_mcp.http.signed_urls import SignedUrls
 from klein_mcp.http.surface import HttpContext, SurfaceFactory
 from klein_mcp.jobs.service import Service
 from klein_mcp.mcp_server.server import create_server
-from klein_mcp.settings import Settings, warn_of_misspelt
+from klein_mcp.settings import Settings, warn_misspelled
 from klein_mcp.web_server import BACKLOG, WebServer
 
 SURFACES: tuple[SurfaceFactory, ...] = (
@@ -91,7 +91,7 @@ def run(settings: Settings, options: HttpOptions, ready: Callable[[HttpContext, 
     logging.basicConfig(
         level=settings.log_level.upper(), stream=sys.stderr, format="%(levelname)s %(name)s: %(message)s"
     )
-    warn_of_misspelt()
+    warn_misspelled()
     token = token_for(settings, options)
     listener = _bind(options)
     service = Service(settings, DaemonClient(settings))

@@ -140,7 +140,7 @@ def make_token(path: Path) -> str:
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     if not path.exists():
         # Atomic: an empty file would be a token that everybody has.
-        atomic.write(path, secrets.token_urlsafe(32) + "\n")
+        atomic.atomic_write(path, secrets.token_urlsafe(32) + "\n")
     print(f"clients must send the token in {path}", file=sys.stderr)
     return read_token(path, "Delete it, and a new one is made.")
 

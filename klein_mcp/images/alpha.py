@@ -200,7 +200,7 @@ def after_edit(painted: Rgb8, original: Rgba8, grey: int, may_change: npt.NDArra
 
 def measure(image: Rgba8) -> AlphaChecks:
     """Measure an image that has alpha already."""
-    return _measure((image[..., 3] / 255).astype(np.float32), shown(image), 0.0)
+    return _measure((image[..., 3] / 255).astype(np.float32), for_viewing(image), 0.0)
 
 
 def keep_colours(cut: Rgba8, original: Rgb8) -> Rgba8:
@@ -244,7 +244,7 @@ def plain_backing(image: Rgba8, choices: Sequence[int] = (255, 128, 20)) -> int:
     return next((grey for grey in choices if near[grey] < _FEW), min(choices, key=lambda grey: near[grey]))
 
 
-def shown(image: Pixels) -> Rgb8:
+def for_viewing(image: Pixels) -> Rgb8:
     """Return an image for previews, over a grey that stands out."""
     return over(image, plain_backing(image, (128, 255, 20))) if image.shape[2] == 4 else image
 

@@ -280,6 +280,3 @@ def fit(image: Pixels, longest: int) -> Pixels:
     height, width = image.shape[:2]
     scale = longest / max(width, height)
     return resize(image, max(1, round(width * scale)), max(1, round(height * scale)))
-
-
-fitted = fit  # until every caller uses the new name

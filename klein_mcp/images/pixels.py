@@ -14,7 +14,7 @@ BUDGET = 96_000_000
 class PixelCache:
     """Reads images of one library, decoding each once while cached.
 
-    For any thread.
+    Any thread may use it.
     """
 
     def __init__(self, store: Store, budget: int = BUDGET) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 
-from klein_mcp.images.alpha import shown
+from klein_mcp.images.alpha import for_viewing
 
 MAX_BYTES = 512_000
 """Never more: as base64 that is 683 KB, and a message must stay below 1,000,000 bytes (Claude Desktop refuses more)."""
@@ -31,7 +31,7 @@ def preview(
 
     Quality goes down first, then size, until it fits.
     """
-    full = Image.fromarray(shown(image))
+    full = Image.fromarray(for_viewing(image))
     scale = min(1.0, longest / max(full.size))
     while True:
         width, height = (max(1, round(edge * scale)) for edge in full.size)
@@ -62,7 +62,7 @@ def contact_sheet(
     """
     rows = math.ceil(len(images) / columns)
     cell = min(longest, LONG_EDGE // columns - GAP)
-    shrunk = [Image.fromarray(shown(image)) for image in images]
+    shrunk = [Image.fromarray(for_viewing(image)) for image in images]
     for thumbnail in shrunk:
         thumbnail.thumbnail((cell, min(cell, LONG_EDGE // rows - GAP - BAND)), Image.Resampling.LANCZOS)
     width, height = (max(thumbnail.size[axis] for thumbnail in shrunk) for axis in (0, 1))

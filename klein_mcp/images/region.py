@@ -9,6 +9,7 @@ import numpy.typing as npt
 from engine.contract import ChangeMask, Rgb8
 from klein_mcp.errors import RequestError
 from klein_mcp.images import codec, preserve
+from klein_mcp.images.mask import MID_TONES, NEAR
 from klein_mcp.limits import MAX_AREA
 
 SEAM = 16
@@ -20,10 +21,6 @@ WORK_AREA = MAX_AREA
 # A region smaller than this share of the image is cropped for the model, with a margin of the same size.
 _SMALL = 0.25
 _LEAST_MARGIN = 128
-
-# Of 255: JPEG turns black and white into values this near. Soft edges stay below the share.
-_NEAR_EXTREME = 48
-_GREY_SHARE = 0.2
 
 Mask = npt.NDArray[np.bool_]
 Box = tuple[int, int, int, int]
@@ -72,9 +69,6 @@ class EditRegion:
         opacity = self.opacity(change)
         return part if opacity is None else preserve.put_back(part, image, opacity, (left, top))
 
-    # Until every caller uses the new names.
-    cut, paste, part_of_more = crop, composite, is_partial
-
 
 def edit_region(image: Rgb8, region: Sequence[int] | None, mask: "Rgb8 | None") -> EditRegion:
     """Combine region and mask: their intersection may change. Raises RequestError.
@@ -102,8 +96,8 @@ def edit_region(image: Rgb8, region: Sequence[int] | None, mask: "Rgb8 | None") 
 def mask_warnings(mask: Rgb8) -> tuple[str, ...]:
     """Warn if a mask has much grey, which is cut at half."""
     low, high = mask.min(axis=2), mask.max(axis=2)
-    grey = float(((high >= _NEAR_EXTREME) & (low <= 255 - _NEAR_EXTREME)).mean())
-    if grey <= _GREY_SHARE:
+    grey = float(((high >= NEAR) & (low <= 255 - NEAR)).mean())
+    if grey <= MID_TONES:
         return ()
     return (f"{grey:.0%} of the mask is neither black nor white; pixels brighter than half count as white",)
 
@@ -174,6 +168,3 @@ def _spread(depth: npt.NDArray[np.uint8], mask: Mask) -> npt.NDArray[np.uint8]:
     padded = np.pad(depth, 1)
     across = np.maximum(np.maximum(padded[:, :-2], padded[:, 1:-1]), padded[:, 2:])
     return np.maximum(np.maximum(across[:-2], across[1:-1]), across[2:]) * mask
-
-
-patch, doubt, check = edit_region, mask_warnings, region_box  # until every caller uses the new names

@@ -120,8 +120,6 @@ class ImageResolver:
         """Add a file that a client uploaded. Raises RequestError."""
         return self._import(data, name, None, client, reading)
 
-    keep = add  # until every caller uses the new name
-
     def pixels(self, record: Record) -> "Pixels":
         """Decode an image of the library, alpha included. Raises UnknownImage or BadImage."""
         from klein_mcp.images import codec

@@ -44,9 +44,9 @@ class Jobs(Protocol):
     def watch(self) -> AsyncGenerator[tuple[JobStatus, JobEvent | None] | None]:
         """Follow the jobs of all clients.
 
-        With previews of their steps, without taking part in any.
-        First every job that is not over with its latest event, then each event as it happens, and None now and then.
-        Ends when the daemon does, and at once where there is none. A watcher neither keeps a job going nor cancels it.
+        Steps carry previews. First comes every job that is not over with its latest event, then each event as it
+        happens, and None now and then. Ends when the daemon does, and at once where there is none. A watcher neither
+        keeps a job going nor cancels it.
         """
         ...
 

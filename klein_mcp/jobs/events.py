@@ -1,7 +1,4 @@
-"""Events of a job.
-
-As its listeners get them, and their JSON form.
-"""
+"""Events of a job, and their JSON form."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -22,17 +19,14 @@ class Submitted:
 
 @dataclass(frozen=True, slots=True)
 class Saving:
-    """The engine is done with an image.
-
-    And it is being put into the library.
-    """
+    """An image is computed and is being saved."""
 
 
 @dataclass(frozen=True, slots=True)
 class Progressed:
-    """Image number `image` of the request.
+    """Progress of one image.
 
-    From 0, got as far as `event` says.
+    image: its number in the request, from 0.
     part, parts: of several that make one image, such as a transparent one, the one that `event` is of.
     preview: of a Step, for listeners that asked: the image the sampler is heading for.
     partial: that image at full size, as a PNG, of some steps of a request with `partials`.

@@ -78,9 +78,9 @@ class PreparedRequest:
 
 
 def prepare(request: ImageRequest, store: Store, pixels: PixelCache) -> PreparedRequest:
-    """Load references and mask by handle.
+    """Load references and mask by handle, and crop the edited region.
 
-    And cut out the region that is edited. Raises RequestError.
+    Raises RequestError.
     """
     records = [store.get(handle) for handle in request.images]
     stored = [pixels.read(record) for record in records]

@@ -445,9 +445,9 @@ class JobManager:
     # -- library and files ---------------------------------------------------------------------------------------------
 
     def _open(self) -> "tuple[Store, PixelCache]":
-        """Open the library once.
+        """Open the library once, even from two threads.
 
-        Though two jobs may begin at the same moment. Blocking.
+        Blocking.
         """
         from klein_mcp.images.pixels import PixelCache
 

@@ -155,9 +155,9 @@ class Queue:
             self._change.notify_all()
 
     def close(self, timeout: float = 0.0) -> None:
-        """Take no more jobs, stop those there are.
+        """Refuse new jobs and stop all others.
 
-        And wait at most `timeout` seconds for running ones.
+        timeout: seconds to wait for running ones.
         """
         with self._change:
             self._closed = True
@@ -262,9 +262,9 @@ class Queue:
             return None
 
     def _next(self) -> Ticket | None:
-        """Wait for the next job.
+        """Return the next job, None once closed.
 
-        Doing what an idle engine should do meanwhile. None once closed.
+        Meanwhile it prefetches, and unloads an idle model.
         """
         while True:
             with self._change:

@@ -1,7 +1,4 @@
-"""One job's state in memory.
-
-And the file that lets it survive a restart.
-"""
+"""One job's state, in memory and in a file that survives restarts."""
 
 import asyncio
 import math
@@ -142,7 +139,7 @@ class JobRecord:
     def total_ms(self) -> dict[str, float]:
         """Return whole milliseconds by stage, over all images.
 
-        And in total since the job was submitted.
+        Their total counts from when the job was submitted.
         """
         total = self.ms.get("total", 0.0) + 1000 * (time.monotonic() - self._began)
         return {stage: round(spent) for stage, spent in {**self.ms, "total": total}.items()}
@@ -261,7 +258,7 @@ def _finite(value: Any) -> float:
 def _from_0_1(data: Mapping[str, Any]) -> dict[str, Any]:
     """Convert a job file of klein-mcp 0.1.
 
-    Whose request is what was still to be done. Raises ValueError if it is done.
+    Its request holds what was still to be done. Raises ValueError if it is done.
     Images that were finished before it was detached are in the library, and not in its result.
     """
     if data["state"] == "done":

@@ -177,7 +177,7 @@ def _line(ancestors: dict[str, Record], record: Record) -> set[str]:
 def changed_weights(before: Iterable[Record], after: Iterable[SavedImage]) -> list[str]:
     """Return the steps that were made with other weights than before.
 
-    So that their pixels may differ.
+    Their pixels may differ.
     """
     pairs = zip(before, after, strict=True)
     return [old.handle for old, new in pairs if old.recipe.get("fingerprint") != new.fingerprint]

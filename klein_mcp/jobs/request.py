@@ -1,7 +1,4 @@
-"""The one request behind every front end.
-
-And the three functions that build it.
-"""
+"""The one request behind every front end, and its three builders."""
 
 import re
 import secrets
@@ -156,7 +153,7 @@ def edit(
 ) -> ImageRequest:
     """Request a changed image.
 
-    Of the image's own size unless another is given. Raises RequestError.
+    It keeps the image's size unless another is given. Raises RequestError.
     """
     size, warnings = _free_size(width, height, None)
     if isinstance(size, Exact) and (region or mask):

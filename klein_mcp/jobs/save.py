@@ -25,9 +25,9 @@ MENTIONED_DRIFT = 3.0
 class FinishedImage:
     """A result as it will be stored.
 
-    Where an edit changed nothing, the pixels are the original's.
-    changed: of an edit at its own size. opacity: of its crop, 0 where the original's bytes are kept; None for nowhere.
-    checks: of a transparent image. warnings: what the change mask and the checks found.
+    The pixels are the original's where an edit changed nothing. changed: of an edit at its own size. opacity: of
+    its crop, 0 where the original's bytes are kept; None for nowhere. checks: of a transparent image. warnings: what
+    the change mask and the checks found.
     """
 
     pixels: Pixels
@@ -77,10 +77,7 @@ def _with_alpha(finished: FinishedImage, prepared: PreparedRequest) -> FinishedI
 
 
 def _edit_warnings(changed: VisibleChange, change: ChangeMask | None) -> tuple[str, ...]:
-    """Warn of an edit that did nothing.
-
-    And of everything that was undone around it.
-    """
+    """Warn of an edit that did nothing, and of what was undone."""
     warnings = []
     if changed.share < preserve.NOTHING:
         warnings.append("nothing visible changed")
@@ -151,16 +148,13 @@ def provenance_of(request: ImageRequest, result: Result, parents: Sequence[str] 
 def painted_edge(image: FinishedImage, result: Result) -> int:
     """Return the computed long edge, 0 if the image shows more.
 
-    Of an edit that keeps pixels of its original, the file has more detail than was computed.
+    The file of an edit that keeps original pixels has more detail than was computed.
     """
     return max(result.painted) if result.painted and image.opacity is None else 0
 
 
 def _measured(result: Result) -> dict[str, object]:
-    """Return what is shown of the making in the recipe resource.
-
-    And nowhere else.
-    """
+    """Return what only the recipe resource shows."""
     return {"ms": {stage: round(spent) for stage, spent in result.ms.items()}, "cache": dict(result.cache)}
 
 

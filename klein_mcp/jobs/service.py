@@ -65,7 +65,7 @@ class Service:
     def store(self) -> Store:
         """The library, opened by the first call that needs it.
 
-        Which may be two at once.
+        Two calls may come at once.
         """
         with self._opening:
             if self._store is None:
@@ -189,7 +189,7 @@ class Service:
     ) -> JobResult | PendingJob:
         """Report events until the job is over.
 
-        Or detach it once it will not be by `deadline`.
+        A job that will not be over by `deadline` is detached.
         """
         images: list[SavedImage] = []
         taken_by = max(deadline, time.monotonic() + START_PATIENCE)
@@ -226,10 +226,7 @@ class Service:
         raise EngineFailed("The engine ended without an image.", hint="Try again; `klein-mcp doctor` looks for causes.")
 
     def _demo(self, asked: str, image: SavedImage, call: CallContext) -> Sequence[str]:
-        """Warn once per client that the model which was taken.
-
-        Because there is no other, is a demo.
-        """
+        """Warn once per client that auto took the demo model."""
         if asked != "auto" or image.model != EMBEDDED or call.client in self._demo_mentioned:
             return ()
         self._demo_mentioned.add(call.client)

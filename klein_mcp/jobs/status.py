@@ -1,7 +1,4 @@
-"""Status of jobs, queue and daemon as frozen values.
-
-And their one JSON form.
-"""
+"""Status of jobs, queue and daemon, and its one JSON form."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -38,9 +35,9 @@ class JobStatus:
 
 @dataclass(frozen=True, slots=True)
 class QueueStatus:
-    """Jobs that wait and run.
+    """Counts of jobs.
 
-    And how many have ended since the daemon started. size: jobs that may wait.
+    done: jobs that have ended since the daemon started. size: jobs that may wait.
     """
 
     waiting: int
@@ -74,7 +71,7 @@ class DaemonStatus:
 def to_json(status: DaemonStatus | JobStatus | QueueStatus) -> dict[str, Any]:
     """Write any status.
 
-    Of a daemon, only what there is to say.
+    What a daemon does not know is left out.
     """
     if not isinstance(status, DaemonStatus):
         return asdict(status)

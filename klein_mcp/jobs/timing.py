@@ -1,7 +1,4 @@
-"""Records how long images took on this machine.
-
-And estimates how long the next one takes.
-"""
+"""Records how long images took here, and estimates the next one."""
 
 import contextlib
 import json
@@ -28,7 +25,7 @@ _SIZES = (512, 768, 1024, 1536, 2048)
 class TimingHistory:
     """Seconds by model and pixels.
 
-    In a small file that survives the process.
+    They are kept in a small file.
     """
 
     def __init__(self, path: Path | None = None) -> None:
@@ -60,7 +57,7 @@ class TimingHistory:
             del seen[:-MEASUREMENTS]
         if self._path:
             with contextlib.suppress(OSError):  # a full disk costs an estimate, not the image
-                atomic.write(
+                atomic.atomic_write(
                     self._path, json.dumps({"seconds": self._seconds, "native": self._native, "auto": self._auto})
                 )
 

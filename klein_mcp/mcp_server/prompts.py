@@ -23,7 +23,7 @@ from mcp.server.mcpserver.resources import TextResource
 from mcp.shared.exceptions import MCPError
 from mcp_types import INVALID_PARAMS, Completion, PromptReference
 
-from klein_mcp.errors import did_you_mean, one_line, shown
+from klein_mcp.errors import did_you_mean, one_line, quote
 
 if TYPE_CHECKING:
     import jinja2
@@ -74,7 +74,7 @@ class Argument:
         if len(text) > MAX_VALUE:
             raise ValueError(f"{self.name} has {len(text)} characters; at most {MAX_VALUE}.")
         if self.pattern and text != self.default and not re.fullmatch(self.pattern, text):
-            raise ValueError(f"{self.name} is {shown(text)}; it must look like {self.complete[0]}.")
+            raise ValueError(f"{self.name} is {quote(text)}; it must look like {self.complete[0]}.")
         if not self.many:
             return one_line(text, MAX_VALUE)
         items = [one_line(item, MAX_VALUE) for item in re.split("[;\n]" if re.search("[;\n]", text) else ",", text)]
@@ -113,7 +113,7 @@ class PromptFile:
             if name not in self.arguments:
                 takes = ", ".join(self.arguments)
                 nearest = did_you_mean(name, self.arguments)
-                raise ValueError(one_line(f"{self.name} has no argument {shown(name)}. {nearest} It takes {takes}."))
+                raise ValueError(one_line(f"{self.name} has no argument {quote(name)}. {nearest} It takes {takes}."))
         values = {name: argument.value(given.get(name)) for name, argument in self.arguments.items()}
         template = self._small_template if small else self._template
         text = re.sub(r"\n{3,}", "\n\n", template.render(values))  # a loop leaves its own line ends behind

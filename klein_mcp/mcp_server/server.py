@@ -38,7 +38,7 @@ from mcp_types import Tool as Listed
 from engine.contract import Busy, EngineError
 from engine.families.klein.variants import EMBEDDED
 from klein_mcp import __version__
-from klein_mcp.errors import RequestError, did_you_mean, explain, one_line, shown
+from klein_mcp.errors import RequestError, did_you_mean, explain, one_line, quote
 from klein_mcp.images.paths import folder_of
 from klein_mcp.jobs.context import CallContext
 from klein_mcp.jobs.installed import InstalledModels, find, models_of
@@ -139,7 +139,7 @@ class KleinServer(MCPServer):
             if tool is None:
                 known = [*tools, *(tool.name for tool in self._tool_manager.list_tools())]
                 raise RequestError(
-                    f"There is no tool {shown(name)}. {did_you_mean(name, known)} There are {', '.join(known)}."
+                    f"There is no tool {quote(name)}. {did_you_mean(name, known)} There are {', '.join(known)}."
                 )
             arguments, added = split_client_arguments(arguments, tool.arguments.model_fields)
             result = await tool.run(self.service, call, tool.parse(arguments))
@@ -178,7 +178,7 @@ class KleinServer(MCPServer):
     ) -> Any:
         if self._prompt_manager.get_prompt(name) is None:
             known = [prompt.name for prompt in self._prompt_manager.list_prompts()]
-            message = f"There is no prompt {shown(name)}. {did_you_mean(name, known)} There are {', '.join(known)}."
+            message = f"There is no prompt {quote(name)}. {did_you_mean(name, known)} There are {', '.join(known)}."
             raise MCPError(code=INVALID_PARAMS, message=one_line(message))
         return await super().get_prompt(name, arguments, context)
 

@@ -18,9 +18,9 @@ from mcp_types import JSONRPCError
 
 from klein_mcp.exit import exit_now
 from klein_mcp.jobs.service import Service
-from klein_mcp.mcp_server.lines import read_message
 from klein_mcp.mcp_server.server import create_server
-from klein_mcp.settings import Settings, warn_of_misspelt
+from klein_mcp.mcp_server.stdin_messages import read_message
+from klein_mcp.settings import Settings, warn_misspelled
 
 GRACE = 0.8
 """Seconds to cancel jobs and close the library after the client has disconnected."""
@@ -32,7 +32,7 @@ def run(settings: Settings) -> NoReturn:
     logging.basicConfig(
         level=settings.log_level.upper(), stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )
-    warn_of_misspelt()
+    warn_misspelled()
     exit_now(anyio.run(serve, settings))
 
 

@@ -44,7 +44,7 @@ async def engine_view(service: Service) -> EngineView:
         "seconds": service.estimate or _seconds(status, auto),
         "tuning": (engine.tuning or None) if engine else None,
         "models": models,
-        "max_references": VARIANTS[auto].max_references if auto in VARIANTS else 4,
+        "max_references": (VARIANTS.get(auto) or VARIANTS[EMBEDDED]).max_references,
         "examples": list(NANO_EXAMPLES if auto == EMBEDDED else EXAMPLES),
     }
 

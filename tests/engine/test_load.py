@@ -304,7 +304,7 @@ def not_klein(transformer: dict[str, Tensor]) -> dict[str, tuple[Callable[[Path]
     return {
         "cut short": (lambda file: cut(whole(file)), r"is not a whole safetensors file: .* bytes are named"),
         "nonsense": (header_of_nonsense, r"is not a whole safetensors file: its header makes no sense"),
-        "endless header": (endless_header, r"is not a whole safetensors file: its header is cut short or is none"),
+        "endless header": (endless_header, r"is not a whole safetensors file: its header is cut short or invalid"),
         "empty": (lambda file: (file.write_bytes(b""), file)[1], r"\(0 bytes\) is not a whole safetensors file"),
         "overlapping": (overlapping, r"b does not lie where its header says"),
         "GGUF": (starting(b"GGUF"), r"is not a whole GGUF file: its version is 0"),
@@ -313,7 +313,7 @@ def not_klein(transformer: dict[str, Tensor]) -> dict[str, tuple[Callable[[Path]
         "git-lfs": (starting(b"version https://git-lfs"), r"is a pointer of git-lfs"),
         "LoRA": (
             holding("transformer.transformer_blocks.0.attn.to_q.lora_A.weight"),
-            r"is a LoRA, which changes a model and is none, not a klein",
+            r"is a LoRA, which changes a model but is not one, not a klein",
         ),
         "SDXL": (
             holding("model.diffusion_model.input_blocks.0.0.weight", "conditioner.embedders.0.x"),

@@ -351,7 +351,7 @@ def test_unsupported_dtypes_and_shapes_are_named(bfl: dict[str, Tensor], tmp_pat
         load(published.write(eight, tmp_path / "int8.safetensors"))
     for name in ("img_in.weight", "txt_in.weight", "single_blocks.0.linear2.weight"):
         flat = published.write(bfl | {name: bfl[name].flatten()}, tmp_path / "flat.safetensors")
-        with pytest.raises(BadWeights, match=r"is not a FLUX\.2 \[klein\] transformer: a matrix in it is none"):
+        with pytest.raises(BadWeights, match=r"is not a FLUX\.2 \[klein\] transformer: a weight of it is not a matrix"):
             load(flat)
 
 

@@ -273,7 +273,7 @@ def test_unusable_models_are_listed_with_the_reason(
 @pytest.mark.parametrize(
     ("keys", "says"),
     [
-        (["x.lora_A.weight"], "is a LoRA, which changes a model and is none"),
+        (["x.lora_A.weight"], "is a LoRA, which changes a model but is not one"),
         (["model.diffusion_model.input_blocks.0.0.weight"], "is an SDXL or SD checkpoint, not a klein transformer"),
         (["double_blocks.0.img_mod.lin.weight"], r"is a FLUX\.1 model"),
         (["decoder.post_quant_conv.weight", "bn.running_mean"], "is an autoencoder, not a klein transformer"),

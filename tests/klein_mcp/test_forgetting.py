@@ -159,10 +159,10 @@ async def test_job_that_nobody_listens_to_is_cancelled(manager, painter, monkeyp
 
 def test_file_is_replaced_whole_or_stays_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     path = tmp_path / "file.json"
-    atomic.write(path, "first")
+    atomic.atomic_write(path, "first")
     assert path.stat().st_mode & 0o777 == 0o600
     monkeypatch.setattr(Path, "replace", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "full")))
     with pytest.raises(OSError, match="full"):
-        atomic.write(path, "second")
+        atomic.atomic_write(path, "second")
     assert path.read_text() == "first"
     assert list(tmp_path.iterdir()) == [path]

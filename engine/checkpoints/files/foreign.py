@@ -15,5 +15,5 @@ _SIGNATURES: tuple[tuple[bytes, str], ...] = (
 
 
 def foreign_format(start: bytes) -> str:
-    """Return what a file that begins so is, or ""."""
+    """Return what a file with these first bytes is, or ""."""
     return next((name for signature, name in _SIGNATURES if start.startswith(signature)), "")

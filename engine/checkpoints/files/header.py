@@ -42,7 +42,7 @@ class Container(Protocol):
 
     @staticmethod
     def matches(start: bytes, size: int) -> bool:
-        """Return whether a file that begins so is in this format."""
+        """Return whether a file with these first bytes is in this format."""
         ...
 
     @staticmethod

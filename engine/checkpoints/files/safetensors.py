@@ -36,7 +36,7 @@ def read(file: Path, size: int, stream: BinaryIO) -> Header:
     start = stream.read(8)
     length = int.from_bytes(start, "little")
     if len(start) < 8 or length > _MAX_HEADER or 8 + length > size:
-        raise _broken(file, size, "its header is cut short or is none")
+        raise _broken(file, size, "its header is cut short or invalid")
     try:
         declared: dict[str, Any] = json.loads(stream.read(length))
         metadata = {str(key): str(value) for key, value in declared.pop("__metadata__", {}).items()}
@@ -64,9 +64,9 @@ def _entry(file: Path, name: str, declared: dict[str, Any], base: int) -> Entry:
     if dtype not in BITS:
         raise ValueError(f"{name[:60]} is {str(dtype)[:20]}")
     if not isinstance(shape, list) or len(shape) > 8 or not all(type(n) is int and 0 <= n < _MAX_SIDE for n in shape):
-        raise ValueError(f"{name[:60]} has a shape that is none")
+        raise ValueError(f"{name[:60]} has an invalid shape")
     if not (type(begin) is int and type(end) is int and 0 <= begin <= end):
-        raise ValueError(f"{name[:60]} has offsets that are none")
+        raise ValueError(f"{name[:60]} has invalid offsets")
     return Entry(file, name, dtype, tuple(shape), base + begin, base + end)
 
 

@@ -214,7 +214,7 @@ def _transformer_shape(shapes: dict[str, Shape], config: dict[str, Any], what: s
     except KeyError as missing:
         raise BadWeights(f"The {what} is not a FLUX.2 [klein] transformer: it has no {missing.args[0]}.") from None
     except (ValueError, IndexError):
-        raise BadWeights(f"The {what} is not a FLUX.2 [klein] transformer: a matrix in it is none.") from None
+        raise BadWeights(f"The {what} is not a FLUX.2 [klein] transformer: a weight of it is not a matrix.") from None
     axes = tuple(config.get("axes_dims_rope", (shape.head_dim // 4,) * 4))
     if sum(axes) != shape.head_dim:
         raise BadWeights(f"The {what} turns {sum(axes)} channels of a head that has {shape.head_dim}.")
@@ -265,7 +265,7 @@ def _autoencoder_shape(shapes: dict[str, Shape], config: dict[str, Any], what: s
     except KeyError as missing:
         raise BadWeights(f"The {what} is not a FLUX.2 autoencoder: it has no {missing.args[0]}.") from None
     except IndexError:
-        raise BadWeights(f"The {what} is not a FLUX.2 autoencoder: a matrix in it is none.") from None
+        raise BadWeights(f"The {what} is not a FLUX.2 autoencoder: a weight of it is not a matrix.") from None
 
 
 def text_encoder(
@@ -324,7 +324,7 @@ def _qwen3_config(shapes: dict[str, Shape], what: str) -> dict[str, Any]:
     except KeyError as missing:
         raise BadWeights(f"The {what} is not Qwen3: it has no {missing.args[0]}.") from None
     except (ValueError, IndexError, ZeroDivisionError):
-        raise BadWeights(f"The {what} is not Qwen3: a matrix in it is none.") from None
+        raise BadWeights(f"The {what} is not Qwen3: a weight of it is not a matrix.") from None
 
 
 def _to_our_names(tensors: Tensors, key_map: KeyMap) -> dict[str, Shape]:

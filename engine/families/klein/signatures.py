@@ -58,16 +58,8 @@ def expect(header: Header, wanted: str) -> None:
 
 def _with_article(kind: str) -> str:
     if kind == LORA:
-        return "a LoRA, which changes a model and is none"
+        return "a LoRA, which changes a model but is not one"
     return kind if kind.startswith(("a ", "an ")) else f"{'an' if kind[0] in 'aeiou' else 'a'} {kind}"
-
-
-def component_of(file: Path) -> str:
-    """Return `component` of a file, "" for one that cannot be read."""
-    try:
-        return component(read_header(file))
-    except BadWeights:
-        return ""
 
 
 def components_of(file: Path) -> frozenset[str]:

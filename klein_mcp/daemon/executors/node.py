@@ -27,7 +27,7 @@ class NodeFailed(Exception):
 class Node:
     """One engine elsewhere, or the address of a cluster of them.
 
-    engines: how many a cluster says it has, 0 for a single engine. Known: hashes of references it was sent, the latest
+    engines: how many a cluster says it has, 0 for a single engine. known: hashes of references it was sent, the latest
     last. greeted: when it last proved its token and build; 0 where it has to again.
     """
 

@@ -55,7 +55,7 @@ RETRY = 5.0
 class RemoteExecutor:
     """Runs jobs on the engines at `urls`.
 
-    Each lineage where its references are cached.
+    A lineage goes to the engine that caches its references.
     """
 
     def __init__(self, urls: Sequence[str], token: str, build: BuildInfo) -> None:
@@ -141,9 +141,9 @@ class RemoteExecutor:
         )
 
     def _order(self, job: Job) -> list[Node]:
-        """Nodes to try.
+        """Return the nodes in the order to try them.
 
-        Where the lineage belongs first, overloaded ones later, failed ones last.
+        First the one that the lineage belongs to, later overloaded ones, last failed ones.
         """
         key = job.affinity or secrets.token_hex(8)  # without references, any node is as good
         preferred = [self._nodes[url] for url in self._ring.preference(key)]
@@ -156,7 +156,7 @@ class RemoteExecutor:
     def _run_on(self, node: Node, job: Job) -> Iterator[Event]:
         """Run `job` on a node.
 
-        On a cluster several times, until it meets a machine that is alive.
+        A cluster is asked several times, until a machine that is alive answers.
         """
         for attempt, pause in enumerate(PAUSES, 1):
             try:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from engine.families.klein.variants import VARIANTS
-from klein_mcp.errors import did_you_mean, shown
+from klein_mcp.errors import did_you_mean, quote
 from klein_mcp.http.openai.errors import ApiError
 from klein_mcp.limits import MAX_SEED, MAX_SIDE, MIN_SIDE
 
@@ -89,7 +89,7 @@ def _check_together(call: ImageCall) -> None:
 
 
 def _invalid(name: str, value: Any, allowed: str) -> ApiError:
-    return ApiError(400, f"{name} is {shown(value)}; it must be {allowed}.", name, "invalid_value")
+    return ApiError(400, f"{name} is {quote(value)}; it must be {allowed}.", name, "invalid_value")
 
 
 def _prompt(name: str, value: Any) -> str:
@@ -111,7 +111,7 @@ def _model(name: str, value: Any) -> str:
     known = ", ".join(["auto", *VARIANTS])
     raise ApiError(
         404,
-        f"There is no model {shown(value)}. {nearest} There are {known}.".replace("  ", " "),
+        f"There is no model {quote(value)}. {nearest} There are {known}.".replace("  ", " "),
         name,
         "model_not_found",
     )

@@ -40,9 +40,9 @@ async def run(service: Service, call: CallContext, arguments: ViewImage) -> Call
         if part.shape[2] == 4:
             metadata["background"] = results.TRANSPARENT
         if arguments.region:
-            left, top, right, bottom = region.check(arguments.region, record.width, record.height)
+            left, top, right, bottom = region.region_box(arguments.region, record.width, record.height)
             # A small part is shown enlarged: a model sees nothing in 40 pixels.
-            part = codec.fitted(part[top:bottom, left:right], arguments.max_size)
+            part = codec.fit(part[top:bottom, left:right], arguments.max_size)
             metadata["region"] = arguments.region
             data, mime = preview.preview(part, longest=arguments.max_size)
         else:
@@ -60,9 +60,9 @@ async def run(service: Service, call: CallContext, arguments: ViewImage) -> Call
 def _compared(service: Service, record: Record, other: Record, max_size: int) -> CallToolResult:
     """Show two images and their difference beside each other."""
     from klein_mcp.images import codec, preserve, preview
-    from klein_mcp.images.alpha import shown
+    from klein_mcp.images.alpha import for_viewing
 
-    first, second = (shown(service.sources.pixels(each)) for each in (record, other))
+    first, second = (for_viewing(service.sources.pixels(each)) for each in (record, other))
     warnings = []
     if first.shape != second.shape:
         second = codec.resize(second, record.width, record.height)

@@ -142,7 +142,7 @@ class KroneckerBranch(nn.Module):
 def _dense_branch(layer: QuantLinear, delta: WeightDelta, like: Tensor) -> QuantLinear:
     """Return a layer of the change, in fp8 scaled by rows.
 
-    That rounds 3 % of the change, whatever its size beside the weight. In the model's dtype it would take as much
+    The scale rounds 3 % of the change, whatever its size beside the weight. In the model's dtype it would take as much
     memory as the layer did before it was quantised.
     """
     rows = slice(delta.rows.begin, delta.rows.end)

@@ -171,7 +171,7 @@ def _kronecker(source: _Source, leaves: Leaves) -> tuple[Kronecker, float]:
 def _magnitude(source: _Source, leaves: Leaves, matrix: Matrix) -> tuple[Tensor | None, bool]:
     """Return DoRA's magnitudes, and whether they are of columns.
 
-    Of columns they are [1, in], of rows [out, 1] or [out].
+    Magnitudes of columns are [1, in], of rows [out, 1] or [out].
     """
     found = next((leaves[leaf] for leaf in _MAGNITUDES if leaf in leaves), None)
     if found is None:

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mcp_types import JSONRPCError
 
-from klein_mcp.mcp_server.lines import read_message
+from klein_mcp.mcp_server.stdin_messages import read_message
 
 CALL = {"jsonrpc": "2.0", "id": 7, "method": "tools/call", "params": {"name": "x", "arguments": {"prompt": "a cat"}}}
 
