@@ -263,7 +263,7 @@ class _Studio:
             body += chunk
             if len(body) > MAX_BYTES:
                 return _refusal(413, f"More than {MAX_BYTES // 2**20} MiB; use a smaller copy.")
-        keep = self._service.sources.keep
+        keep = self._service.sources.add
         try:
             kept = await anyio.to_thread.run_sync(lambda: keep(bytes(body), "The image", STUDIO))
         except RequestError as exc:

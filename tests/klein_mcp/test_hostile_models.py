@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from engine.contract import EngineConfig, EngineError, Job, Result
+from engine.contract import EngineConfig, EngineError, Exact, Job, Result
 from engine.engine import Engine
 from engine.families.klein import components
 from engine.registry import ModelRegistry
@@ -127,7 +127,7 @@ def test_auto_and_the_good_model_make_images(home: Path) -> None:
     engine = Engine(EngineConfig(models=(home,), device="cpu", dtype="float32"))
     for model in ("auto", "klein-base-4b", "nano"):
         started = time.monotonic()
-        *_, result = engine.run(Job("x", model=model, width=64, height=64, steps=1))
+        *_, result = engine.run(Job("x", model=model, size=Exact(64, 64), steps=1))
         assert isinstance(result, Result)
         assert time.monotonic() - started < SLOWEST
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from mcp import Client
 
 from engine.contract import KeepSource
-from klein_mcp.images.region import SEAM, WORK_AREA, patch
+from klein_mcp.images.region import SEAM, WORK_AREA, edit_region
 from tests.fakes import FakeExecutor
 from tests.images import file, noise, pixels, scene
 from tests.tool_calls import call, refused
@@ -47,9 +47,9 @@ def test_outside_every_byte_is_images_own(
             left, top = random.integers(0, width), random.integers(0, height)
             mask[top : top + random.integers(1, 80), left : left + random.integers(1, 80)] = WHITE
         mask[y, x] = WHITE  # so that they meet
-    part = patch(image, region, mask)
-    seen = part.cut(image)
-    result = part.paste(noise(seen.shape[1], seen.shape[0], seed + 1), image)
+    part = edit_region(image, region, mask)
+    seen = part.crop(image)
+    result = part.composite(noise(seen.shape[1], seen.shape[0], seed + 1), image)
     may = np.zeros((height, width), bool)
     may[y : y + region[3], x : x + region[2]] = True
     if mask is not None:
@@ -60,9 +60,9 @@ def test_outside_every_byte_is_images_own(
 
 def test_seam_lies_inside_and_is_no_wider_than_it_may_be():
     black, white = np.zeros((200, 200, 3), np.uint8), np.full((200, 200, 3), WHITE, np.uint8)
-    part = patch(black, (50, 50, 100, 100), None)
-    seen = part.cut(black)
-    result = part.paste(white[: seen.shape[0], : seen.shape[1]], black)
+    part = edit_region(black, (50, 50, 100, 100), None)
+    seen = part.crop(black)
+    result = part.composite(white[: seen.shape[0], : seen.shape[1]], black)
     line = result[100, :, 0].astype(int)
     assert (line[:50] == 0).all()
     assert (line[150:] == 0).all()
@@ -74,23 +74,23 @@ def test_seam_lies_inside_and_is_no_wider_than_it_may_be():
 
 def test_region_at_edge_of_image_has_no_seam_there():
     black, white = np.zeros((100, 100, 3), np.uint8), np.full((100, 100, 3), WHITE, np.uint8)
-    part = patch(black, (0, 0, 60, 100), None)
-    result = part.paste(white[: part.cut(black).shape[0], : part.cut(black).shape[1]], black)
+    part = edit_region(black, (0, 0, 60, 100), None)
+    result = part.composite(white[: part.crop(black).shape[0], : part.crop(black).shape[1]], black)
     assert (result[:, 0] == WHITE).all()
 
 
 def test_mask_thinner_than_two_seams_still_reaches_full_strength():
     black, white = np.zeros((100, 100, 3), np.uint8), np.full((100, 100, 3), WHITE, np.uint8)
-    part = patch(black, (40, 40, 7, 7), None)
-    seen = part.cut(black)
-    assert part.paste(white[: seen.shape[0], : seen.shape[1]], black).max() == WHITE
+    part = edit_region(black, (40, 40, 7, 7), None)
+    seen = part.crop(black)
+    assert part.composite(white[: seen.shape[0], : seen.shape[1]], black).max() == WHITE
 
 
 def test_thin_line_beside_broad_spot_may_change_as_much():
     black, white = np.zeros((200, 200, 3), np.uint8), np.full((200, 200, 3), WHITE, np.uint8)
     spot, line, tail = mask_of(200, 200, (20, 20, 100, 100)), (20, 150, 180, 153), (100, 58, 180, 61)
-    part = patch(black, None, spot | mask_of(200, 200, line) | mask_of(200, 200, tail))
-    result = part.paste(white[: part.cut(black).shape[0], : part.cut(black).shape[1]], black)
+    part = edit_region(black, None, spot | mask_of(200, 200, line) | mask_of(200, 200, tail))
+    result = part.composite(white[: part.crop(black).shape[0], : part.crop(black).shape[1]], black)
     assert result[60, 60].min() == WHITE
     assert result[151, 100].min() == WHITE
     assert result[59, 150].min() == WHITE  # of a tail that hangs on the spot, beyond the seam
@@ -101,22 +101,22 @@ def test_thin_line_beside_broad_spot_may_change_as_much():
 
 def test_of_large_region_model_sees_whole_image_of_small_one_its_surroundings():
     image = scene(800, 600)
-    assert patch(image, (100, 100, 500, 400), None).cut(image).shape == (600, 800, 3)
-    small = patch(image, (400, 300, 100, 60), None)
+    assert edit_region(image, (100, 100, 500, 400), None).crop(image).shape == (600, 800, 3)
+    small = edit_region(image, (400, 300, 100, 60), None)
     assert small.box == (336, 236, 564, 424)
-    assert (small.cut(image) == image[236:424, 336:564]).all()
-    tiny = patch(image, (0, 0, 4, 4), None)
+    assert (small.crop(image) == image[236:424, 336:564]).all()
+    tiny = edit_region(image, (0, 0, 4, 4), None)
     assert tiny.box == (0, 0, 68, 68)
 
 
 def test_largest_image_of_ours_is_worked_on_pixel_for_pixel():
     image = scene(2048, 2048)
-    assert (patch(image, None, None).cut(image) == image).all()
+    assert (edit_region(image, None, None).crop(image) == image).all()
 
 
 def test_of_huge_image_model_sees_no_more_than_it_can_work_on():
     image = scene(3000, 3000)
-    seen = patch(image, (0, 0, 2900, 2900), None).cut(image)
+    seen = edit_region(image, (0, 0, 2900, 2900), None).crop(image)
     assert seen.shape[0] * seen.shape[1] <= WORK_AREA
 
 
