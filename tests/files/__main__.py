@@ -1,6 +1,6 @@
 """`python -m tests.files [WORD]`: write, load and paint every format as a toy, and print a table.
 
-WORD: only formats with it in their name.
+WORD: only formats with it in their name. --true-size: a 4B in three formats instead, planned and loaded.
 """
 
 import os
@@ -11,6 +11,7 @@ from pathlib import Path
 # Threads that spin while they wait collapse beside other work; before torch is imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+from tests.files import true_size
 from tests.files.check import Outcome, check_all, check_models
 
 
@@ -23,6 +24,8 @@ def line(outcome: Outcome) -> str:
 
 def main() -> int:
     """Exit code 1 if a format is not what it should be."""
+    if sys.argv[1:] == ["--true-size"]:
+        return true_size.main()
     failed = 0
     print(f"{'format':28} {'recognised':10} {'weights off':12} image off (mean of 255)")
     with tempfile.TemporaryDirectory() as folder:
