@@ -17,6 +17,9 @@ CONTEXT = 600_000_000
 SIDES = (1024, 768, 512, 256)
 """Sides in pixels of the squares to try where the requested size does not fit."""
 
+BANDED_IMAGES = 2.4
+"""Decoder-wide images in memory when it decodes in bands. Counted on the meta device (tests/engine/test_bands.py)."""
+
 SLOTS = 2
 """Slots of the ring of offloaded layers: one computes while the next is copied."""
 
@@ -72,12 +75,14 @@ class MemoryInfo:
 class ActivationMemory:
     """Memory of one image besides weights.
 
-    side: of the square image it is planned for, in pixels.
+    side: of the square image it is planned for, in pixels. banded: bytes if it is decoded in bands, 0 where that takes
+    no less.
     """
 
     side: int
     bytes: int
     workspace: int = 0
+    banded: int = 0
 
     def on(self, room: MemoryInfo) -> int:
         """Return the bytes on this device.
@@ -86,9 +91,15 @@ class ActivationMemory:
         """
         return self.bytes + (self.workspace if room.host is not None else 0)
 
+    def in_bands(self) -> "ActivationMemory | None":
+        """Return the memory when decoding in bands, None without a gain."""
+        # A workspace is of the size of what a convolution is given; an eighth would do, it was not measured.
+        return replace(self, bytes=self.banded, workspace=self.workspace // 4, banded=0) if self.banded else None
+
     def at(self, side: int) -> "ActivationMemory":
         """Scale to a smaller square, in proportion to the area."""
-        return ActivationMemory(side, *(size * side**2 // self.side**2 for size in (self.bytes, self.workspace)))
+        sizes = (self.bytes, self.workspace, self.banded)
+        return ActivationMemory(side, *(size * side**2 // self.side**2 for size in sizes))
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +108,7 @@ class PlacementPlan:
 
     blocks, encoder: number of first layers that stay on the device. The others are offloaded.
     embedding_asleep: the table stays in host memory. peak: bytes on the device while an image is generated.
-    asleep: bytes in host memory.
+    asleep: bytes in host memory. banded: images are decoded in bands.
     """
 
     blocks: int
@@ -105,6 +116,7 @@ class PlacementPlan:
     embedding_asleep: bool
     peak: int
     asleep: int
+    banded: bool = False
 
     def summary(self, needs: WeightSizes) -> str:
         """Describe the placement in words."""
@@ -117,11 +129,20 @@ class PlacementPlan:
             if there < whole
         ]
         where = f"on the device: {', '.join(streamed)}; the rest streams" if streamed else "all on the device"
-        return f"{where}; {gb(self.peak)} at the peak"
+        bands = "; decodes in bands" if self.banded else ""
+        return f"{where}{bands}; {gb(self.peak)} at the peak"
 
 
 def working(
-    *, hidden: int, tokens: int, pixels: int, decoder: int, itemsize: int, blocks: int = 0, references: int = 0
+    *,
+    hidden: int,
+    tokens: int,
+    pixels: int,
+    decoder: int,
+    itemsize: int,
+    blocks: int = 0,
+    references: int = 0,
+    images: float = 3,
 ) -> int:
     """Return the bytes besides weights while an image is generated.
 
@@ -129,10 +150,11 @@ def working(
 
     tokens: text, canvas and references together. decoder: its width at full size. blocks, references: keys and
     values of so many reference tokens are cached in so many blocks. The factors were counted on the meta device at the
-    real shapes (tests/engine/test_memory.py): 20 hidden-wide rows a token, 3 decoder-wide images.
+    real shapes (tests/engine/test_memory.py): 20 hidden-wide rows a token, 3 decoder-wide images. images: of these,
+    fewer when it decodes in bands.
     """
     kept = 2 * blocks * references * hidden * itemsize
-    return kept + max(21 * hidden * itemsize * tokens, 3 * decoder * itemsize * pixels + 16 * pixels)
+    return kept + max(21 * hidden * itemsize * tokens, round(images * decoder * itemsize * pixels) + 16 * pixels)
 
 
 def plan(
@@ -162,7 +184,20 @@ def plan(
 
 
 def fits(needs: WeightSizes, room: MemoryInfo, work: ActivationMemory) -> PlacementPlan | None:
-    """Return the fastest plan that fits, or None."""
+    """Return the fastest plan that fits, or None.
+
+    Decoding in bands is slower than an encoder that streams, and faster than blocks that do.
+    """
+    whole, in_bands = _fits(needs, room, work), work.in_bands()
+    if in_bands is None or (whole is not None and whole.blocks == len(needs.blocks)):
+        return whole
+    banded = _fits(needs, room, in_bands)
+    if banded is None or (whole is not None and banded.blocks < len(needs.blocks)):
+        return whole
+    return replace(banded, banded=True)
+
+
+def _fits(needs: WeightSizes, room: MemoryInfo, work: ActivationMemory) -> PlacementPlan | None:
     fixed = needs.rest + work.on(room) + RESERVE
     if room.host is None:
         peak = needs.all + work.bytes + RESERVE
@@ -205,6 +240,7 @@ def _staying(layers: Sequence[int], room: int) -> int | None:
 
 def _least(needs: WeightSizes, room: MemoryInfo, work: ActivationMemory) -> int:
     """Return the least device memory any plan needs."""
+    work = work.in_bands() or work
     if room.host is None:
         return needs.all + work.bytes + RESERVE
     return needs.rest + work.on(room) + RESERVE + SLOTS * max((*needs.encoder, *needs.blocks, 0))

@@ -100,6 +100,11 @@ PLAIN: dict[str, Callable[..., Tensor]] = {"attention": _attention, "norm_silu":
 _chosen = dict(PLAIN)
 
 
+def current(name: str) -> Callable[..., Tensor]:
+    """Return the implementation of an operation that is in use."""
+    return _chosen[name]
+
+
 def choose(**implementations: Callable[..., Tensor]) -> None:
     """Use these implementations from now on, in the whole process.
 

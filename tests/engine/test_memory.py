@@ -101,7 +101,7 @@ PLANS = [
     ("4b", "bf16", 8, (50, False), 7.4),
     ("4b", "fp8", 13, (80, False), 12.5),
     ("4b", "fp8", 8, (80, False), 7.4),
-    ("4b", "nvfp4", 6, (76, False), 5.4),
+    ("4b", "nvfp4", 6, (80, False), 5.4),
     ("9b", "bf16", 32, (112, False), 31.3),
     ("9b", "bf16", 48, (112, True), 33.0),
     ("9b", "bf16", 24, (112, False), 24.0),
@@ -148,7 +148,7 @@ def test_error_names_memory_that_other_programs_hold() -> None:
     with pytest.raises(OutOfMemory) as error:
         plan(needs("9b"), card(24, free=1.5), work("9b"))
     assert str(error.value) == (
-        "klein-9b needs 4.1 GB of the GPU for 1024×1024; 1.5 GB of 24.0 GB are free. Other programs hold 22.5 GB. "
+        "klein-9b needs 3.6 GB of the GPU for 1024×1024; 1.5 GB of 24.0 GB are free. Other programs hold 22.5 GB. "
         "End the other program, or choose another device. Set device."
     )
 
@@ -169,8 +169,8 @@ def test_memory_limit_is_not_blamed_on_other_programs() -> None:
     with pytest.raises(OutOfMemory) as error:
         plan(needs("9b"), replace(card(24), limit=2 * GB), work("9b"))
     assert str(error.value) == (
-        "klein-9b needs 4.1 GB of the GPU for 1024×1024; the memory limit is 2.0 GB. "
-        "Set memory: with 4.7 GB it would fit."
+        "klein-9b needs 3.6 GB of the GPU for 1024×1024; the memory limit is 2.0 GB. "
+        "Set memory: with 4.2 GB it would fit."
     )
     with pytest.raises(OutOfMemory, match=r"the memory limit is 2\.0 GB\. Set memory: with 32\.\d GB it would fit"):
         plan(needs("9b"), MemoryInfo("memory", 60 * GB, 64 * GB, None, 2 * GB), work("9b"))

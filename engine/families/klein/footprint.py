@@ -55,17 +55,22 @@ def activation_memory(
     reference_tokens = (pixels if references is None else references) // GRID**2
     shape = transformer.shape
     decoder = autoencoder.shape.decoder[min(1, len(autoencoder.shape.decoder) - 1)]
-    needed = plan.working(
-        hidden=shape.hidden,
-        tokens=variant.text_length + pixels // GRID**2 + reference_tokens,
-        pixels=pixels,
-        decoder=decoder,
-        itemsize=dtype.itemsize,
-        blocks=shape.double_blocks + shape.single_blocks if variant.kv else 0,
-        references=reference_tokens,
+    whole, banded = (
+        plan.working(
+            hidden=shape.hidden,
+            tokens=variant.text_length + pixels // GRID**2 + reference_tokens,
+            pixels=pixels,
+            decoder=decoder,
+            itemsize=dtype.itemsize,
+            blocks=shape.double_blocks + shape.single_blocks if variant.kv else 0,
+            references=reference_tokens,
+            images=images,
+        )
+        for images in (3, plan.BANDED_IMAGES)
     )
     # Observed: 0.5 GB at 1024² beyond what was counted, H200, bf16: one decoder-wide image.
-    return ActivationMemory(round(pixels**0.5), needed, decoder * dtype.itemsize * pixels)
+    workspace = decoder * dtype.itemsize * pixels
+    return ActivationMemory(round(pixels**0.5), whole, workspace, banded if banded < whole else 0)
 
 
 def weight_sizes(

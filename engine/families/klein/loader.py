@@ -44,6 +44,7 @@ class Networks:
     """A model in memory.
 
     fingerprint: tells its weights from others. placement: where they are, in words. warnings: for every result.
+    banded: images are decoded in bands.
     """
 
     transformer: Transformer
@@ -52,6 +53,7 @@ class Networks:
     fingerprint: str
     placement: str
     warnings: tuple[str, ...] = ()
+    banded: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,6 +181,7 @@ def load(checkpoint: Checkpoint, device: Device, options: LoadOptions) -> Genera
         fingerprint=_fingerprint((prepared.transformer, prepared.text_encoder, prepared.autoencoder), options),
         placement=prepared.plan.summary(prepared.needs),
         warnings=prepared.warnings,
+        banded=prepared.plan.banded,
     )
 
 

@@ -140,6 +140,7 @@ class Klein:
             compile_options,
             networks.warnings,
         )
+        klein.runner.banded = networks.banded
         with torch.no_grad():
             rows = checkpoint.variant.native_size**2 // GRID**2
             klein.estimator.trial = trial_speed(networks.transformer, device, rows)

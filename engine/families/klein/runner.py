@@ -38,7 +38,7 @@ from engine.families.klein.variants import Variant
 from engine.memory.cache import LruCache
 from engine.memory.device import Device, DeviceGraph, graph_pool
 from engine.memory.offload import OffloadedModule
-from engine.nn import ops
+from engine.nn import bands, ops
 from engine.nn.autoencoder import Autoencoder, Decoder, Encoder
 from engine.nn.ops import Rope
 
@@ -99,6 +99,8 @@ class Runner:
         self.variant, self.device, self.options = variant, device, options or CompileOptions()
         self.transformer, self.autoencoder, self.text_encoder = transformer, autoencoder, text_encoder
         self.eager_reason = obstacle(device, self.options)
+        self.banded = False
+        """Whether images are decoded in bands, as a tight memory plan asks for."""
         self.seconds: dict[str, float] = {}
         """Time that each part of tuning took."""
         self._compiled: Compiled | None = None
@@ -160,6 +162,8 @@ class Runner:
 
         [1, channels, h, w] -> [1, 3, 16h, 16w], about [-1, 1].
         """
+        if self.banded:
+            return bands.decode(self.autoencoder, latent)
         compiled = self._compiled if mode == "compiled" else None
         if compiled is None:
             return self.autoencoder.decode(latent)
