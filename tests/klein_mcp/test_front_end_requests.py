@@ -2,8 +2,10 @@
 
 Read from their sources in November 2026: Open WebUI 0.12.4 (open_webui/routers/images.py in its wheel), LibreChat
 (api/app/clients/tools/structured/OpenAIImageTools.js) and SillyTavern (src/endpoints/stable-diffusion.js, which
-forwards what generateAutoImage of its stable-diffusion extension sends, its own `url` and `auth` included).
-The programs themselves are not run here: Open WebUI's wheel of 106 MB has 109 requirements, torch among them.
+forwards what its page sends, its own `url` and `auth` included; the page's scheduler and override fields are those of
+two extensions that copy it, since only an older version of the page itself was at hand).
+The programs themselves are not run here: Open WebUI's wheel of 106 MB has 109 requirements, sentence-transformers among
+them.
 """
 
 import base64
