@@ -256,7 +256,8 @@ async def _roots(session: Any) -> tuple[Path, ...] | None:
     offered = session.client_capabilities
     if not session.can_send_request or offered is None or offered.roots is None:
         return None
-    with anyio.move_on_after(ROOTS_WAIT), suppress(MCPError):
+    # A root of another scheme fails the SDK's validation, a ValueError.
+    with anyio.move_on_after(ROOTS_WAIT), suppress(MCPError, ValueError):
         roots = (await session.list_roots()).roots
         folders = [folder_of(str(root.uri)) for root in roots if str(root.uri).startswith("file:")]
         return tuple(filter(None, folders)) or None

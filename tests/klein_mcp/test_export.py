@@ -221,6 +221,18 @@ async def test_without_setting_clients_folders_are_bounds(connect: Any, tmp_path
         await refused(client, "save_image", image="last", path=str(tmp_path / "b.png"))
 
 
+@pytest.mark.filterwarnings("ignore:Pydantic serializer")
+@pytest.mark.parametrize("uri", ["http://x/", "untitled:", "C:\\\\Users", ""])
+async def test_root_that_is_no_folder_counts_as_none(connect: Any, uri: str, monkeypatch: pytest.MonkeyPatch):
+    async def roots(context: Any) -> ListRootsResult:
+        return ListRootsResult.model_construct(roots=[Root.model_construct(uri=uri)])
+
+    monkeypatch.chdir("/")
+    async with connect(mode="legacy", list_roots_callback=roots) as client:
+        await painted(client)
+        assert "No folder is open for writing" in await refused(client, "save_image", image="last", path="a.png")
+
+
 async def test_setting_is_hard_bound_whatever_client_offers(connect: Any, project: Path, tmp_path: Path):
     async with connect(mode="legacy", list_roots_callback=offering(tmp_path)) as client:
         await painted(client)
