@@ -7,6 +7,7 @@ import os
 import secrets
 import sqlite3
 import threading
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
@@ -52,6 +53,9 @@ from klein_mcp.studio import picks
 from klein_mcp.studio.feed import Feed
 
 log = logging.getLogger(__name__)
+
+# Clients show stderr as errors. Until they have another way to name the project's folder, we ask for their roots.
+warnings.filterwarnings("ignore", message="The roots capability is deprecated")
 
 INSTRUCTIONS = (
     "Images by FLUX.2 [klein], on this machine. generate_image makes an image from words, edit_image changes one, "
