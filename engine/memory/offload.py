@@ -100,9 +100,7 @@ class OffloadedModule(nn.Module):
         """Size of a slot for this layer."""
         return sum(aligned(tensor.nbytes) for tensor in self.asleep.values())
 
-    # A compiled block is cut here: which slot holds the weights, and an event to wait for, are not in a graph.
-    @torch.compiler.disable
-    def forward(self, x: Tensor) -> Any:  # type: ignore[override]
+    def forward(self, x: Tensor) -> Any:
         return torch.func.functional_call(self.layer, self._ring[0].fetch(self), (x,))
 
 

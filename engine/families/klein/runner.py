@@ -444,9 +444,12 @@ class Compiler:
         self.variant, self.transformer, self.device = variant, transformer, device
         # These are copies: in eager mode channels-last is slower, and a job may request that mode at any time.
         self.autoencoder = copy.deepcopy(autoencoder).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        # Streamed layers cut a block into several graphs.
-        streams = any(isinstance(module, OffloadedModule) for module in transformer.modules())
-        compile_ = self._compile(options, fullgraph=not streams)
+        # Streamed layers cut a block into several graphs: which slot holds the weights, and an event, are in none. They
+        # are excluded here, not by a decorator, which would import the compilers wherever the module is imported.
+        streamed = [module for module in transformer.modules() if isinstance(module, OffloadedModule)]
+        for module in streamed:
+            module.forward = torch.compiler.disable(module.forward)  # type: ignore[method-assign]
+        compile_ = self._compile(options, fullgraph=not streamed)
         self.blocks = BlockFunctions(
             compile_(DoubleBlock.forward), compile_(SingleBlock.forward), compile_(SingleBlock.forward_rows)
         )
@@ -493,16 +496,12 @@ class Compiler:
 
 
 def _load_compilers(options: CompileOptions) -> None:
-    """Import the compilers and point their disk caches at the folder.
-
-    The import takes seconds.
-    """
+    """Point the compilers' disk caches at the folder."""
     if options.folder is not None:
-        # torch and Triton read these names; there is no other way to configure them.
-        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(options.folder / "inductor"))
-        os.environ.setdefault("TRITON_CACHE_DIR", str(options.folder / "triton"))
-    if options.backend == "inductor":
-        pass
+        # torch and Triton read these names; there is no other way to configure them. Set, not only where they are
+        # missing: some imports put torch's own default there, and nothing would be found after a restart.
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(options.folder / "inductor")
+        os.environ["TRITON_CACHE_DIR"] = str(options.folder / "triton")
 
 
 def obstacle(device: Device, options: CompileOptions) -> str:
