@@ -94,15 +94,24 @@ def _windows_path(host: str, text: str) -> PurePath:
 
 
 def folder_of(uri: str, *, windows: bool = os.name == "nt") -> Path | None:
-    """Return the existing folder a client's root means, or None."""
+    """Return the existing folder a client's root means, or None.
+
+    A whole disk is none: a client that sends `file://` would open everything, which nobody meant.
+    """
     for candidate in candidates(uri, windows=windows):
         path = Path(candidate)
         try:
-            if path.is_absolute() and path.is_dir():
+            if path.is_absolute() and path.is_dir() and not _is_disk(path):
                 return path
         except (OSError, ValueError):
             continue
     return None
+
+
+def _is_disk(path: Path) -> bool:
+    """Return whether a path is `/` or a drive; the root of a network share is a folder like others."""
+    real = path.resolve()
+    return real == Path(real.anchor) and not real.anchor.startswith("\\\\")
 
 
 def look_alike(path: Path) -> Path:

@@ -38,6 +38,11 @@ def test_root_is_found_however_its_url_was_built(tmp_path: Path, name: str, enco
     assert paths.folder_of(f"{uri}-missing") is None
 
 
+@pytest.mark.parametrize("uri", ["file://", "file:///", "file:////", "file:///.."])
+def test_root_that_is_the_whole_disk_opens_nothing(uri: str):
+    assert paths.folder_of(uri) is None
+
+
 def test_root_that_is_a_file_is_none(tmp_path: Path):
     (tmp_path / "file").touch()
     assert paths.folder_of((tmp_path / "file").as_uri()) is None
