@@ -109,7 +109,10 @@ def folder_of(uri: str, *, windows: bool = os.name == "nt") -> Path | None:
 
 
 def _is_disk(path: Path) -> bool:
-    """Return whether a path is `/` or a drive; the root of a network share is a folder like others."""
+    """Return whether a path is `/` or a drive.
+
+    The root of a network share is a folder like others.
+    """
     real = path.resolve()
     return real == Path(real.anchor) and not real.anchor.startswith("\\\\")
 
