@@ -173,7 +173,7 @@ PARTS: dict[Path, dict[str, Callable[[], str]]] = {
 
 NAMESPACE = f"io.github.{REPOSITORY}"
 """The name in the MCP registry, which verifies it by the mcp-name line of README.md."""
-DESCRIPTION = "Generate, edit and compose images with FLUX.2 [klein] on your own machine; one engine for all agents."
+DESCRIPTION = "Generate, edit and compose images with FLUX.2 [klein] on your machine; one engine for all agents."
 SHOWN_SETTINGS = ("model", "write_roots", "allow_urls")
 """Settings that the registry and the desktop bundle ask a user about. The others have good defaults."""
 

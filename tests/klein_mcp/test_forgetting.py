@@ -130,7 +130,11 @@ async def test_job_that_cannot_be_counted_is_run_all_the_same(manager, painter, 
     painter.hurry()
     queue = Queue(lambda: painter, size=32, keep_alive=600)
     following = JobManager(tmp_path / "jobs", tmp_path / "library", queue)
-    monkeypatch.setattr(managers.atomic, "write", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "full")))
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, "full")
+
+    monkeypatch.setattr(managers.atomic, "atomic_write", full)
     following.resume()
     assert isinstance(await ending(following, name), Done)
     queue.close(10)

@@ -21,6 +21,7 @@ T2I, COMPOSE, BASE, KV = (
 )
 
 PIPELINE = "families.klein.pipeline"
+JOB_INPUTS = "families.klein.job_inputs"
 TRANSFORMER = "families.klein.transformer"
 TEXT_ENCODER = "families.klein.text_encoder"
 KEY_MAPS = "families.klein.key_maps"
@@ -28,6 +29,7 @@ LAYERS = "nn.layers"
 OPS = "nn.ops"
 AUTOENCODER = "nn.autoencoder"
 TOKENS = "diffusion.tokens"
+READ_LAYER = "if number in self.layers:\n                read[number] ="
 SCHEDULE = "diffusion.schedule"
 SAMPLER = "diffusion.sampler"
 CANVAS = "diffusion.canvas"
@@ -54,14 +56,15 @@ MUTATIONS = [
      "rotate(x, rope)", T2I),
     ("gate and value swapped", OPS, "gate, value = x.chunk", "value, gate = x.chunk", T2I),
     ("scale without the one", OPS, "return (1 + scale) *", "return scale *", T2I),
-    ("zeroed pads", TEXT_ENCODER, "for layer in self.layers], dim=-1)",
-     "for layer in self.layers], dim=-1) * mask[..., None]", T2I),
+    ("zeroed pads", TEXT_ENCODER, "for number in self.layers], dim=-1)",
+     "for number in self.layers], dim=-1) * mask[..., None]", T2I),
     ("pads that see pads", TEXT_ENCODER, "causal & mask.bool()[:, None, None, :]", "causal[None, None]", T2I),
-    ("hidden states off by one", TEXT_ENCODER, "out.hidden_states[layer]", "out.hidden_states[layer - 1]", T2I),
-    ("hidden states one further", TEXT_ENCODER, "out.hidden_states[layer]",
-     "out.hidden_states[min(layer + 1, 27)]", T2I),
-    ("hidden states in another order", TEXT_ENCODER, "for layer in self.layers]",
-     "for layer in self.layers[::-1]]", T2I),
+    ("hidden states off by one", TEXT_ENCODER, READ_LAYER,
+     "if number + 1 in self.layers:\n                read[number + 1] =", T2I),
+    ("hidden states one further", TEXT_ENCODER, READ_LAYER,
+     "if number - 1 in self.layers or number == count:\n                read[number - (number < count)] =", T2I),
+    ("hidden states in another order", TEXT_ENCODER, "for number in self.layers]",
+     "for number in self.layers[::-1]]", T2I),
     ("pads on the left", TEXT_ENCODER, "[ids + [self._pad] * padding]", "[[self._pad] * padding + ids]", T2I),
     ("thinking left on", TEXT_ENCODER, "enable_thinking=False", "enable_thinking=True", T2I),
     ("latents not normalised", AUTOENCODER, "return (z - mean) / std", "return z", COMPOSE),
@@ -83,13 +86,13 @@ MUTATIONS = [
      "return conditional(x, sigma) + guidance", BASE),
     ("guidance turned round", SAMPLER, "guidance * (conditional(x, sigma) - away)",
      "guidance * (away - conditional(x, sigma))", BASE),
-    ("swapped references", PIPELINE, "references = list(job.references)", "references = list(job.references[::-1])",
+    ("swapped references", JOB_INPUTS, "references = list(job.references)", "references = list(job.references[::-1])",
      COMPOSE),
     ("references all at one time", TOKENS, "return 10 * (index + 1)", "return 10", COMPOSE),
     ("references from time zero", TOKENS, "return 10 * (index + 1)", "return 10 * index", COMPOSE),
     ("references cropped at the corner", CANVAS,
      "top, left = (height - floor_grid(height)) // 2, (width - floor_grid(width)) // 2", "top, left = 0, 0", COMPOSE),
-    ("references turned on their side", PIPELINE, "return self.image.shape[0] // GRID, self.image.shape[1] // GRID",
+    ("references turned on their side", JOB_INPUTS, "return self.image.shape[0] // GRID, self.image.shape[1] // GRID",
      "return self.image.shape[1] // GRID, self.image.shape[0] // GRID", COMPOSE),
     ("kept references in plain klein's way", PIPELINE, "if self.variant.kv:\n            pairs",
      "if False:\n            pairs", KV),
@@ -115,7 +118,7 @@ def test_a_trap_shows_in_the_picture(
 
 
 def test_the_engine_as_it_is_passes_the_same_check(toy: Callable[[str], Path], official: Callable[[str], Rgb8]) -> None:
-    with _engine_with("engine.families.klein.pipeline", "MAX_STEPS = 200", "MAX_STEPS = 200") as klein:
+    with _engine_with("engine.families.klein.job_inputs", "MAX_STEPS = 200", "MAX_STEPS = 200") as klein:
         engine = klein.Engine(EngineConfig(device="cpu", dtype="float32", cache_bytes=0))
         equal, _ = agreement(paint(engine, CASES[COMPOSE].job(toy("distilled"))).image, official(COMPOSE))
     assert equal >= 0.999
