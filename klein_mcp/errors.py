@@ -138,7 +138,8 @@ def _argument_error(tool: str, name: str, error: Mapping[str, Any], properties: 
     if error["type"] == "missing":
         return f"{name} is missing; it must be {allowed}."
     value = error["input"]
-    suggestion = did_you_mean(value, properties[name].get("enum", ())) if isinstance(value, str) else ""
+    choices = properties[name].get("enum", (properties[name].get("const", ""),))
+    suggestion = did_you_mean(value, filter(None, choices)) if isinstance(value, str) else ""
     return f"{name} is {quote(value)}; it must be {allowed}. {suggestion}"
 
 
@@ -149,6 +150,8 @@ _ITEM_NAMES = {"string": "image references", "integer": "whole numbers"}
 
 def describe(schema: Mapping[str, Any]) -> str:
     """Describe in words what a property of a flat JSON schema allows."""
+    if "const" in schema:
+        return quote(schema["const"])
     if "enum" in schema:
         return "one of " + ", ".join(map(str, schema["enum"]))
     if schema.get("type") == "array":

@@ -211,7 +211,7 @@ class Settings:
         None,
         _paths,
         "Folders into which save_image may write; [] in config.toml: none. Unset: the client's roots, or the project "
-        "folder it started in, if that is inside your home.",
+        "folder it started in, if that is inside your home, else Pictures/klein-mcp there.",
     )
     credentials: str = _setting(
         "off",

@@ -247,7 +247,21 @@ async def test_without_any_folder_it_reports_line_that_allows_one(
     await painted(client)
     message = await refused(client, "save_image", image="last", path=str(tmp_path / "a.png"))
     assert "KLEIN_WRITE_ROOTS=/path/to/project" in message
-    assert ": /, in which this server was started, is not a folder below your home, or is the home itself" in message
+    assert "this server was started in /." in message
+
+
+async def test_client_that_opens_no_folder_saves_into_one_beside_the_pictures(
+    client: Client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Claude Desktop starts servers in / and names no roots."""
+    (tmp_path / "Pictures").mkdir()
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir("/")
+    await painted(client)
+    saved = await call(client, "save_image", image="last", path="circle.png")
+    assert saved["saved"] == str(tmp_path / "Pictures" / "klein-mcp" / "circle.png")
+    message = await refused(client, "save_image", image="last", path=str(tmp_path / "Pictures" / "photo.png"))
+    assert str(tmp_path / "Pictures" / "klein-mcp") in message
     assert message.endswith('("env" in a client\'s configuration).')
 
 

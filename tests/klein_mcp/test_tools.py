@@ -208,3 +208,11 @@ async def test_many_unknown_arguments_are_counted_not_described(client: Client):
     message = await refused(client, "generate_image", prompt="x", **{f"a{number}": 0 for number in range(100_000)})
     assert "And 99997 more." in message
     assert len(message) < 2000
+
+
+@pytest.mark.parametrize("tool", ["generate_image", "edit_image", "save_image", "view_image"])
+async def test_background_other_than_transparent_is_refused_by_that_word(client: Client, tool: str):
+    fitting = {"generate_image": {"prompt": "x"}, "save_image": {"image": "last", "path": "a.png"}}
+    arguments = fitting.get(tool, {"image": "last"})
+    message = await refused(client, tool, background="transperent", **arguments)
+    assert 'background is "transperent"; it must be "transparent". Did you mean transparent?' in message

@@ -16,6 +16,9 @@ from klein_mcp.mcp_server.tools.edit_chain import MAX_STEPS, run_chain, run_repl
 from klein_mcp.mcp_server.tools.image_tool import run_request
 from klein_mcp.mcp_server.tools.tool import Tool
 
+CUT_OUT = "remove the background"
+"""The edit that is meant where only a transparent background is asked for."""
+
 
 class EditImage(fields.Arguments):
     image: fields.ImageRef
@@ -39,9 +42,10 @@ async def run(service: Service, call: CallContext, arguments: EditImage) -> Call
         return await run_replay(
             service, call, arguments.image, arguments.again, arguments.seed, arguments.model, arguments.show
         )
-    if arguments.prompt is None:
+    asked = arguments.prompt or (CUT_OUT if arguments.background else None)
+    if asked is None:
         raise RequestError("prompt is missing; it must be text, not empty.", hint="Or again: an image's handle.")
-    prompts = [arguments.prompt] if isinstance(arguments.prompt, str) else arguments.prompt
+    prompts = [asked] if isinstance(asked, str) else asked
     _check_prompts(prompts, arguments.count)
     wanted = request.edit(
         arguments.image,
