@@ -381,6 +381,8 @@ def test_error_in_a_stream_raises_too(client: OpenAI):
 def test_models_are_listed_and_found(client: OpenAI):
     assert [model.id for model in client.models.list()] == ["auto", "nano"]
     assert client.models.retrieve("nano").owned_by == "klein-mcp"
+    with pytest.raises(openai.NotFoundError, match=r"Did you mean klein-4b\? Installed: auto, nano\."):
+        client.images.generate(prompt=PROMPT, model="klein-4d")
     with pytest.raises(openai.NotFoundError):
         client.models.retrieve("gpt-5")
     with pytest.raises(openai.NotFoundError, match="not part of this API"):

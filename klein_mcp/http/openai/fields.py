@@ -108,13 +108,7 @@ def _model(name: str, value: Any) -> str:
     if isinstance(value, str) and FOREIGN_MODEL.fullmatch(value):
         return "auto"
     nearest = did_you_mean(str(value), VARIANTS)
-    known = ", ".join(["auto", *VARIANTS])
-    raise ApiError(
-        404,
-        f"There is no model {quote(value)}. {nearest} There are {known}.".replace("  ", " "),
-        name,
-        "model_not_found",
-    )
+    raise ApiError(404, f"There is no model {quote(value)}. {nearest}".strip(), name, "model_not_found")
 
 
 def parse_size(name: str, value: Any) -> tuple[int, int] | None:

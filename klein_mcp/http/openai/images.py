@@ -26,6 +26,7 @@ from klein_mcp.images.library import Record
 from klein_mcp.jobs import request as requests
 from klein_mcp.jobs.context import CallContext
 from klein_mcp.jobs.events import Done, ImageSaved, JobEvent, Listen, Progressed
+from klein_mcp.jobs.installed import installed_models
 from klein_mcp.jobs.request import ImageRequest
 from klein_mcp.jobs.results import Preview, SavedImage
 
@@ -57,7 +58,7 @@ class OpenAiImageRoute:
             call, body = await self._read(request)
             prepared = await self._prepare(request, call, body)
         except Exception as exc:
-            await to_api_error(exc).response()(scope, receive, send)
+            await (await self._explained(exc)).response()(scope, receive, send)
             return
         async with cancelled_on_disconnect(receive):
             respond = self._stream if call.stream else self._respond
@@ -68,6 +69,14 @@ class OpenAiImageRoute:
             return parse(await read_json(request)), Body({})
         body = await read_edit(request)
         return parse(body.fields), body
+
+    async def _explained(self, exc: Exception) -> ApiError:
+        """Translate an error, with the installed models for an unknown one."""
+        error = to_api_error(exc)
+        if error is not exc or error.code != "model_not_found":  # the engine's own message has them
+            return error
+        names = ", ".join(["auto", *await installed_models(self._service)])
+        return replace(error, message=f"{error.message} Installed: {names}.")
 
     # -- from a call to a request --------------------------------------------------------------------------------------
 
