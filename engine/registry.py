@@ -64,6 +64,10 @@ class ModelRegistry(ModelSearch):
         found = ((path, self._reason(path)) for path in self.places())
         return [UnusableModel(path, error) for path, error in dict(found).items() if error is not None]
 
+    def is_empty(self, path: Path) -> bool:
+        """Return whether a place holds neither models nor parts of them."""
+        return not any(ModelSearch((path,)).places()) and not any(companions.tokenizers(path))
+
     def installed(self) -> dict[str, Path]:
         """Return the path of every published variant that is installed."""
         found: dict[str, Path] = {}

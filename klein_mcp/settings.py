@@ -146,7 +146,10 @@ class Settings:
     encoder: str = _setting("", _text, "Text encoder of single files: name or path. Unset: the best that suits.")
     vae: str = _setting("", _text, "Autoencoder of single files: name or path. Unset: the best that suits.")
     models: tuple[Path, ...] = _setting(
-        (), _paths, "Folders and files of models besides the hub's cache, such as ComfyUI's models folder."
+        (),
+        _paths,
+        "Folders and files of models besides the hub's cache, such as ComfyUI's models folder. `:` separates several, "
+        '`;` on Windows; config.toml takes a list: models = ["/a", "/b"].',
     )
     hub: Path = field(
         default_factory=default_hub,

@@ -207,18 +207,21 @@ def _compiling(made: Any) -> Check:
 
 
 def _models(settings: Settings, made: Any) -> Iterator[Check]:
-    from klein_mcp.cli.models import missing_places
+    from klein_mcp.cli.models import useless_places
 
     installed = made.models()
     for model in installed:
         about = model.name if model.name == EMBEDDED else f"{model.name} ({model.format}), {model.licence}"
         yield Check("model", f"{about}: {model.placement}" if model.fits else about, _todo(model))
     for model in made.registry.unusable_models():
-        yield Check("model", f"{model.path} cannot be called by a name", explain(model.error), optional=True)
-    for path, why in missing_places(settings):
+        yield Check("model", f"{model.path} is not usable as it is", explain(model.error), optional=True)
+    for path, why in useless_places(settings, made):
         yield Check("model", str(path), why, optional=True)
     if len(installed) == 1 and settings.model in ("auto", EMBEDDED):
-        yield Check("model", "only the embedded demo model is installed", "Run: klein-mcp pull klein-4b", optional=True)
+        todo = "Run: klein-mcp pull klein-4b"
+        if made.device.is_cpu:
+            todo += " (16 GB). It needs a GPU to be of use, and the device here is the CPU."
+        yield Check("model", "only the embedded demo model is installed", todo, optional=True)
 
 
 def _default_model(settings: Settings, made: Any) -> Iterator[Check]:

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ def run(settings: Settings, arguments: argparse.Namespace) -> int:
         made = make_engine(settings)
         there = made.models()
     unusable = [(model.path, explain(model.error)) for model in made.registry.unusable_models()]
-    others = unusable + list(missing_places(settings))
+    others = unusable + list(useless_places(settings, made))
     missing = [row for row in VARIANTS.values() if row.name not in {model.name for model in there}]
     if arguments.json:
         rows = [{"name": row.name, "licence": row.licence, "gated": row.gated} for row in missing]
@@ -34,7 +35,7 @@ def run(settings: Settings, arguments: argparse.Namespace) -> int:
         return 0
     print(strip_control_chars("\n\n".join(map(_in_words, there))))
     if others:
-        print("\nNot to be called by a name:")
+        print("\nNot usable as they are:")
     for path, why in others:
         print(strip_control_chars(f"  {path}\n    {why}"))
     if missing:
@@ -47,11 +48,14 @@ def run(settings: Settings, arguments: argparse.Namespace) -> int:
     return 0
 
 
-def missing_places(settings: Settings) -> Iterator[tuple[Path, str]]:
-    """Yield the paths of KLEIN_MODELS that do not exist."""
+def useless_places(settings: Settings, made: Any) -> Iterator[tuple[Path, str]]:
+    """Yield the paths of KLEIN_MODELS that do not exist or hold nothing."""
     for path in settings.models:
         if not path.exists():
-            yield path, "KLEIN_MODELS names it, and it is not there."
+            several = f" Separate several paths with {os.pathsep!r}, not ','." if "," in str(path) else ""
+            yield path, f"KLEIN_MODELS names it, and it is not there.{several}"
+        elif made.registry.is_empty(path):
+            yield path, "KLEIN_MODELS names it, and nothing usable is in it."
 
 
 def _memory(model: ModelInfo) -> str:

@@ -44,7 +44,7 @@ def test_fresh_machine_generates_and_lists_what_is_missing(settings: Settings, m
     ]
     assert by_subject["daemon"].found.startswith("not running")
     assert "cpu" in by_subject["device"].found
-    assert by_subject["model"].todo == "Run: klein-mcp pull klein-4b"
+    assert by_subject["model"].todo.startswith("Run: klein-mcp pull klein-4b (16 GB). It needs a GPU")
     assert "claude mcp add klein" in by_subject["clients"].todo
     assert "128×128 with nano in" in by_subject["test image"].found
     assert {line.subject for line in lines if line.todo} == {"clients", "model"}
@@ -127,7 +127,7 @@ def test_unusable_model_file_is_advice(settings: Settings, tmp_path: Path) -> No
     file.write_bytes(b"GGUF" + b"\0" * 20)
     changed = Settings(home=settings.home, hub=settings.hub, device="cpu", models=(file.parent, tmp_path / "typo"))
     advice = {line.found: line for line in doctor.checks(changed) if line.subject == "model" and line.todo}
-    assert "is not a whole GGUF file" in advice[f"{file} cannot be called by a name"].todo
+    assert "is not a whole GGUF file" in advice[f"{file} is not usable as it is"].todo
     assert "KLEIN_MODELS" in advice[str(tmp_path / "typo")].todo
     assert all(line.optional for line in advice.values())
 

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -73,8 +74,22 @@ def test_models_without_a_usable_name_are_listed_with_reasons(
     there = Settings(home=tmp_path, hub=tmp_path / "hub", models=(home, tmp_path / "typo"), device="cpu")
     assert run(there) == 0
     output = capsys.readouterr().out
+    assert "\nNot usable as they are:\n" in output
     assert f"  {home / 'mine'}\n    It is a klein, under a name of its own: give its path as the model." in output
     assert "flux-2-klein-4b-Q8_0.gguf (24 bytes) is not a whole GGUF file: its version is 0" in output
     assert f"  {tmp_path / 'typo'}\n    KLEIN_MODELS names it, and it is not there." in output
     assert run(there, as_json=True) == 0
     assert len(json.loads(capsys.readouterr().out)["not_used"]) == 3
+
+
+def test_empty_folder_and_wrong_separator_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "tokens" / "tokenizer").mkdir(parents=True)
+    listed = Path(f"{tmp_path}/a,{tmp_path}/b")
+    places = (tmp_path / "empty", listed, tmp_path / "tokens")
+    there = Settings(home=tmp_path, hub=tmp_path / "hub", models=places, device="cpu")
+    assert run(there) == 0
+    output = capsys.readouterr().out
+    assert f"  {tmp_path / 'empty'}\n    KLEIN_MODELS names it, and nothing usable is in it." in output
+    assert f"it is not there. Separate several paths with {os.pathsep!r}, not ','." in output
+    assert f"  {tmp_path / 'tokens'}\n" not in output
