@@ -5,6 +5,7 @@ TLS is left to a reverse proxy in front of it.
 
 import logging
 import os
+import re
 import signal
 import socket
 import sys
@@ -46,6 +47,8 @@ SURFACES: tuple[SurfaceFactory, ...] = (
 GRACE = 1
 """Seconds for open streams to end after a signal."""
 
+_PORT = re.compile(r":\d+$")
+
 
 @dataclass(frozen=True, slots=True)
 class HttpOptions:
@@ -74,6 +77,16 @@ class HttpOptions:
     def local(self) -> bool:
         return self.host in auth.LOOPBACK
 
+    def url(self, port: int) -> str:
+        """Return the address that clients use.
+
+        Beyond loopback the first allowed host: one to listen on, such as 0.0.0.0, is not let in.
+        """
+        if not self.local:
+            name = self.allowed_hosts[0]
+            return f"http://{name}" if _PORT.search(name) else f"http://{name}:{port}"
+        return f"http://[{self.host}]:{port}" if ":" in self.host else f"http://{self.host}:{port}"
+
 
 def announce(context: HttpContext, url: str) -> None:
     """Say where clients and a person's browser find this server."""
@@ -97,8 +110,7 @@ def run(settings: Settings, options: HttpOptions, ready: Callable[[HttpContext, 
     service = Service(settings, DaemonClient(settings))
     context = make_context(service)
     app = application(context, token=token, hosts=options.allowed_hosts)
-    host = f"[{options.host}]" if ":" in options.host else options.host
-    ready(context, f"http://{host}:{listener.getsockname()[1]}")
+    ready(context, options.url(listener.getsockname()[1]))
     server = _QuietServer(app, timeout_graceful_shutdown=GRACE, server_header=False)
     # uvicorn raises the signal once more when it is done; by default that would end us before the library is closed.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))

@@ -218,6 +218,28 @@ def test_only_known_loopback_names_count_as_local(host):
         http_app.HttpOptions.from_arguments(Namespace(host=host, port=1, token_file=None, allowed_host=[]))
 
 
+@pytest.mark.parametrize(
+    ("host", "names", "url"),
+    [
+        ("127.0.0.1", (), "http://127.0.0.1:8765"),
+        ("::1", (), "http://[::1]:8765"),
+        ("127.0.0.1", ("pics.example.com",), "http://127.0.0.1:8765"),
+        ("0.0.0.0", ("gpu.example.org", "gpu"), "http://gpu.example.org:8765"),
+        ("::", ("gpu.example.org:9000",), "http://gpu.example.org:9000"),
+    ],
+)
+async def test_studio_link_that_serve_prints_opens(
+    service: Service, host: str, names: tuple[str, ...], url: str, capsys: pytest.CaptureFixture[str]
+):
+    context = http_app.make_context(service)
+    app = http_app.application(context, token=TOKEN, hosts=names)
+    http_app.announce(context, http_app.HttpOptions(host=host, allowed_hosts=names).url(8765))
+    served, studio = (line.split()[-1] for line in capsys.readouterr().err.splitlines())
+    assert served == f"{url}/mcp"
+    async with httpx2.AsyncClient(transport=httpx2.ASGITransport(app)) as browser:
+        assert (await browser.get(studio)).status_code == 200
+
+
 @pytest.mark.parametrize("token", ["", "short", "two words that are long enough", "ünïcödé-and-long-enough"])
 def test_weak_token_file_is_refused(settings, tmp_path, token):
     (tmp_path / "token").write_text(token, encoding="utf-8")
