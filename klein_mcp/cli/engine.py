@@ -2,12 +2,14 @@
 
 import argparse
 import socket
+import ssl
 import sys
 from pathlib import Path
 
 from klein_mcp.settings import Settings
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
+MAX_PORT = 65535
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -30,7 +32,7 @@ def listening_address(command: str, arguments: argparse.Namespace) -> tuple[str,
     """
     host, _, port = arguments.listen.rpartition(":")
     host = host.strip("[]")
-    if not port.isdecimal():
+    if not host or not port.isdecimal() or int(port) > MAX_PORT:
         print(f"klein-mcp {command}: {arguments.listen!r} is not HOST:PORT", file=sys.stderr)
         return None
     if host not in LOOPBACK and not (arguments.certificate and arguments.key):
@@ -40,7 +42,27 @@ def listening_address(command: str, arguments: argparse.Namespace) -> tuple[str,
             file=sys.stderr,
         )
         return None
+    if error := _tls_error(arguments.certificate, arguments.key):
+        print(f"klein-mcp {command}: {error}", file=sys.stderr)
+        return None
     return host, int(port)
+
+
+def _tls_error(certificate: Path | None, key: Path | None) -> str:
+    """Load certificate and key, and name the file that is wrong."""
+    if certificate is None:
+        return "--key needs --certificate" if key else ""
+    for option, path in (("--certificate", certificate), ("--key", key)):
+        try:
+            if path is not None:
+                path.open("rb").close()
+        except OSError as error:
+            return f"{option} {path}: {error.strerror}"
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate, key)
+    except OSError as error:  # of ssl, where one of them is no PEM or they do not belong together
+        return f"--certificate {certificate} and --key {key or certificate} cannot be used: {error}"
+    return ""
 
 
 def serve(settings: Settings, host: str, port: int, arguments: argparse.Namespace) -> int:
