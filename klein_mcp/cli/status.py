@@ -2,7 +2,7 @@
 
 import argparse
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 
 from engine.contract import EngineStatus, NodeStatus
@@ -17,16 +17,20 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(settings: Settings, arguments: argparse.Namespace) -> int:
     status = ask_daemon(settings, "status")
-    print(json.dumps(to_json(status)) if arguments.json else format_status(status))
+    print(json.dumps(to_json(status)) if arguments.json else format_status(status, settings.engine))
     return 0
 
 
-def format_status(status: DaemonStatus) -> str:
-    """Format the daemon's status, one line per fact."""
+def format_status(status: DaemonStatus, elsewhere: Sequence[str] = ()) -> str:
+    """Format the daemon's status, one line per fact.
+
+    elsewhere: addresses of KLEIN_ENGINE, which are named until the engines there are asked.
+    """
+    named = [f"engines, asked with the first image: {', '.join(elsewhere)}"] if elsewhere and not status.engine else []
     if status.silent:
         return "starting, ending or hanging: its process runs and does not answer; `klein-mcp stop` says more"
     if not status.running:
-        return "not running; the first call that needs an image starts it"
+        return "\n".join(["not running; the first call that needs an image starts it", *named])
     lines = [f"running: version {status.version}, pid {status.pid}, since {_local_time(status.started)}"]
     if status.draining:
         lines.append("ending: as soon as its last image is done")
@@ -34,6 +38,7 @@ def format_status(status: DaemonStatus) -> str:
         lines.append(f"queue: {_format_queue(status.queue)}")
     if status.engine:  # none before the first image
         lines += _format_engine(status.engine)
+    lines += named
     lines += [f"seconds per image, {model}: {_format_seconds(sizes)}" for model, sizes in status.seconds.items()]
     return "\n".join([*lines, f"log: {status.log}"])
 
@@ -46,16 +51,26 @@ def _format_queue(queue: QueueStatus) -> str:
 def _format_engine(engine: EngineStatus) -> list[str]:
     loaded = f"{engine.loaded}, {engine.placement}" if engine.loaded else "none is loaded"
     installed = [f"{model.name} ({model.licence})" for model in engine.models if model.path]
-    cache = engine.cache
-    tuning = [f"speed: {engine.tuning}"] if engine.tuning else []
+    device = filter(None, (engine.device, engine.dtype, f"{engine.free_bytes / 1e9:.1f} GB free"))
     return [
-        f"device: {engine.device}, {engine.dtype}, {engine.free_bytes / 1e9:.1f} GB free",
+        f"device: {', '.join(device)}",
         f"model: {loaded}",
-        *tuning,
-        f"installed: {', '.join(installed)}",
+        *([f"speed: {engine.tuning}"] if engine.tuning else []),
+        *([f"installed: {', '.join(installed)}"] if installed else []),
         *(format_node(node) for node in engine.nodes),
-        f"cache: {cache.entries} prompts and references, {cache.bytes / 1e6:.0f} MB; {cache.hits} hits",
+        *_format_cache(engine),
     ]
+
+
+def _format_cache(engine: EngineStatus) -> list[str]:
+    """Format the caches.
+
+    A cluster tells only the hits, which are in the lines of its engines.
+    """
+    cache = engine.cache
+    if engine.nodes and not cache.entries:
+        return []
+    return [f"cache: {cache.entries} prompts and references, {cache.bytes / 1e6:.0f} MB; {cache.hits} hits"]
 
 
 def format_node(node: NodeStatus) -> str:

@@ -1,5 +1,6 @@
 """Engines on other machines: the same bytes, sticky lineages, retries, and nodes that lie."""
 
+import shutil
 import socket
 import struct
 import threading
@@ -7,6 +8,8 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,11 +21,14 @@ from starlette.routing import Route
 
 from engine.contract import (
     Busy,
+    CacheStats,
     ChangeMask,
     EngineFailed,
+    EngineStatus,
     Event,
     Job,
     KeepSource,
+    KnownModel,
     Native,
     NodeStatus,
     Result,
@@ -30,13 +36,17 @@ from engine.contract import (
     Step,
     image_hash,
 )
+from klein_mcp.cli.status import format_status
 from klein_mcp.daemon import wire
 from klein_mcp.daemon.endpoint import BuildInfo, proof
 from klein_mcp.daemon.engine_server import EngineServer
 from klein_mcp.daemon.executors import remote as remotes
+from klein_mcp.daemon.executors.node import combined
 from klein_mcp.daemon.executors.remote import RemoteExecutor
 from klein_mcp.jobs.queue import Queue
+from klein_mcp.jobs.status import DaemonStatus
 from tests.fakes import FakeExecutor, painted
+from tests.klein_mcp.test_engine_command import make_certificate
 
 TOKEN = "a token of these tests"
 BUILD = BuildInfo("1.0", "same", 0)
@@ -44,10 +54,12 @@ EDIT = Job("edit", (np.full((64, 48, 3), 7, np.uint8),), size=KeepSource(), seed
 
 
 @contextmanager
-def listening(app: Starlette) -> Iterator[str]:
+def listening(app: Starlette, **options: Any) -> Iterator[str]:
     """Serve `app` on a free port and yield its address."""
     listener = socket.create_server(("127.0.0.1", 0))
-    server = uvicorn.Server(uvicorn.Config(app, log_level="error", lifespan="off", timeout_graceful_shutdown=1))
+    server = uvicorn.Server(
+        uvicorn.Config(app, log_level="error", lifespan="off", timeout_graceful_shutdown=1, **options)
+    )
     thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
     thread.start()
     until(lambda: server.started)
@@ -295,6 +307,61 @@ def test_cluster_is_sent_one_job_more_than_it_has_engines():
         one, two = remote.status().nodes
     assert one.url.endswith(" a on one")
     assert (one.loaded, one.hits, two.error) == ("nano", 3, "silent")
+
+
+def test_status_sums_caches_and_names_models_of_all_engines():
+    models = (KnownModel("nano", "Apache-2.0", "/nano"), KnownModel("klein-4b", "Apache-2.0", None))
+    far = (KnownModel("klein-4b", "Apache-2.0", "/far/klein-4b"),)
+    one = EngineStatus("cpu", "float32", 1, 10**9, cache=CacheStats(2, 20, 0, 3, 1), models=models)
+    two = EngineStatus("cuda:0", "bfloat16", 1, 2 * 10**9, cache=CacheStats(3, 30, 0, 4, 2), models=far)
+    status = combined((NodeStatus("a").with_engine(one), NodeStatus("b").with_engine(two)), [one, two])
+    assert status.cache == CacheStats(5, 50, 0, 7, 3)
+    assert {model.name: model.path for model in status.models} == {"nano": "/nano", "klein-4b": "/far/klein-4b"}
+    lines = format_status(DaemonStatus(True, started="2026-11-24T05:05:51+0000", engine=status)).splitlines()
+    assert "device: 2 engines elsewhere, 3.0 GB free" in lines
+    assert "installed: nano (Apache-2.0), klein-4b (Apache-2.0)" in lines
+    assert "cache: 5 prompts and references, 0 MB; 7 hits" in lines
+
+
+def test_status_of_a_cluster_has_no_empty_fields():
+    with proxied() as (_, remote):
+        status = DaemonStatus(True, started="2026-11-24T05:05:51+0000", engine=remote.status())
+    words = format_status(status)
+    assert ", ," not in words
+    assert "installed" not in words
+    assert "cache:" not in words, "its engines tell only their hits"
+    assert "no model loaded" not in words
+    assert "3 cache hits" in words
+
+
+@pytest.mark.parametrize("status", [DaemonStatus(False), DaemonStatus(True, started="2026-11-24T05:05:51+0000")])
+def test_status_before_the_first_image_names_the_engines(status: DaemonStatus):
+    urls = ("https://one:8000", "https://two:8000")
+    assert "https://one:8000, https://two:8000" in format_status(status, urls)
+    assert "engines" not in format_status(status)
+
+
+def test_engine_that_does_not_listen_says_what_to_start():
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+    remote = RemoteExecutor([url], TOKEN, BUILD)
+    with pytest.raises(EngineFailed, match="is klein-mcp engine running"):
+        run(remote, known(EDIT))
+    assert "is klein-mcp engine running" in remote.status().nodes[0].error
+
+
+def test_self_signed_certificate_works_once_it_is_trusted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    if shutil.which("openssl") is None:
+        pytest.skip("needs openssl")
+    certificate, key = make_certificate(tmp_path, "localhost")
+    machine = Machine()
+    with listening(machine.app, ssl_certfile=certificate, ssl_keyfile=key) as address, closing(machine.queue):
+        url = f"https://localhost:{address.rpartition(':')[2]}"
+        with pytest.raises(EngineFailed, match=r"self-signed.*SSL_CERT_FILE"):
+            run(RemoteExecutor([url], TOKEN, BUILD), known(EDIT))
+        monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+        result = run(RemoteExecutor([url], TOKEN, BUILD), known(EDIT))
+    assert result.image.tobytes() == painted(EDIT).tobytes()
 
 
 def test_lineage_has_one_session_and_a_retry_another(monkeypatch):

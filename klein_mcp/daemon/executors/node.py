@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from urllib.parse import urlsplit
 
-from engine.contract import EngineFailed
+from engine.contract import CacheStats, EngineFailed, EngineStatus, NodeStatus
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
@@ -65,3 +65,51 @@ def checked_url(url: str) -> str:
             hint="Use https:// (klein-mcp engine --certificate), or a tunnel to this machine.",
         )
     return url.rstrip("/")
+
+
+def reason(exc: Exception) -> str:
+    """Say why an engine cannot be used, and what most likely helps."""
+    text = str(exc)
+    if "CERTIFICATE_VERIFY_FAILED" in text:
+        return f"{text}. Set SSL_CERT_FILE to a certificate that is trusted, see docs/scale.md"
+    if "WRONG_VERSION_NUMBER" in text:
+        return "it does not speak TLS: was klein-mcp engine started with --certificate and --key?"
+    if "Connection refused" in text:
+        return "connection refused: is klein-mcp engine running there?"
+    if isinstance(exc, KeyError | TypeError | ValueError):
+        return f"it does not answer as klein-mcp engine does ({type(exc).__name__}: {text})"
+    return f"{type(exc).__name__}: {text}" if text else type(exc).__name__
+
+
+def sentence(reasons: str) -> str:
+    """End `reasons` with a full stop, unless it is a question."""
+    return reasons if reasons.endswith(("?", ".")) else f"{reasons}."
+
+
+def combined(nodes: tuple[NodeStatus, ...], engines: Sequence[EngineStatus]) -> EngineStatus:
+    """Describe several engines as one.
+
+    Memory and caches are summed, models are those that any of them has.
+
+    engines: those that tell about themselves; a cluster's address answers for one of its engines.
+    """
+    models = {model.name: model for engine in engines for model in engine.models}
+    models |= {model.name: model for engine in engines for model in engine.models if model.path is not None}
+    caches = [engine.cache for engine in engines]
+    return EngineStatus(
+        device=f"{len(nodes)} engine{'s' if len(nodes) != 1 else ''} elsewhere",
+        dtype="",
+        threads=0,
+        free_bytes=sum(node.free_bytes for node in nodes),
+        loaded=next((node.loaded for node in nodes if node.loaded), None),
+        placement=f"{sum(not node.error for node in nodes)} of {len(nodes)} engines answer",
+        cache=CacheStats(
+            entries=sum(cache.entries for cache in caches),
+            bytes=sum(cache.bytes for cache in caches),
+            spilled_bytes=sum(cache.spilled_bytes for cache in caches),
+            hits=sum(node.hits for node in nodes),
+            misses=sum(cache.misses for cache in caches),
+        ),
+        models=tuple(models.values()),
+        nodes=nodes,
+    )

@@ -19,7 +19,7 @@ from klein_mcp.daemon import wire
 from klein_mcp.daemon.endpoint import BuildInfo, proof
 from klein_mcp.daemon.engine_server import INCLUDED, MISSING, read_token
 from klein_mcp.daemon.executors.answers import read_events
-from klein_mcp.daemon.executors.node import MOST_ENGINES, Node, NodeFailed, checked_url
+from klein_mcp.daemon.executors.node import MOST_ENGINES, Node, NodeFailed, checked_url, combined, reason, sentence
 from klein_mcp.daemon.executors.ring import HashRing
 from klein_mcp.jobs.executor import nobody_watches
 from klein_mcp.settings import Settings
@@ -112,7 +112,8 @@ class RemoteExecutor:
             finally:
                 with self._lock:
                     node.running -= 1
-        raise busy or EngineFailed(f"No engine could run it. {'; '.join(failures)}.", hint="See KLEIN_ENGINE.")
+        reasons = sentence("; ".join(failures))
+        raise busy or EngineFailed(f"No engine could run it. {reasons}", hint="klein-mcp doctor asks each of them.")
 
     def prefetch(self, image: Rgb8) -> bool:
         """Do nothing.
@@ -129,16 +130,8 @@ class RemoteExecutor:
 
         Those that do not answer within two seconds say why.
         """
-        nodes = tuple(chain.from_iterable(map(self._node_status, self._nodes.values())))
-        return EngineStatus(
-            device=f"{len(nodes)} remote",
-            dtype="",
-            threads=0,
-            free_bytes=sum(node.free_bytes for node in nodes),
-            loaded=next((node.loaded for node in nodes if node.loaded), None),
-            placement=f"{sum(not node.error for node in nodes)} of {len(nodes)} engines answer",
-            nodes=nodes,
-        )
+        described, engines = zip(*map(self._node_status, self._nodes.values()), strict=True)
+        return combined(tuple(chain.from_iterable(described)), [engine for engine in engines if engine])
 
     def _order(self, job: Job) -> list[Node]:
         """Return the nodes in the order to try them.
@@ -183,7 +176,7 @@ class RemoteExecutor:
                         node.known.pop(name, None)
                     yield from self._stream(node, job, list(range(len(job.references))), attempt)
         except (httpx2.HTTPError, wire.BadFrame, ValueError, KeyError, TypeError) as exc:
-            raise NodeFailed(f"{type(exc).__name__}: {exc}") from None
+            raise NodeFailed(reason(exc)) from None
 
     def _stream(self, node: Node, job: Job, included: list[int] | None, attempt: int) -> Generator[Event]:
         headers = {"authorization": f"Bearer {self._token}", "x-klein-daemon": self._daemon}
@@ -214,15 +207,18 @@ class RemoteExecutor:
         nonce = secrets.token_hex(16)
         answer = self._http.get(f"{node.url}/hello", params={"nonce": nonce}, timeout=CONNECT).json()
         if not secrets.compare_digest(str(answer["proof"]), proof(self._token, nonce)):
-            raise NodeFailed("it holds another token")
+            raise NodeFailed("it holds another token than KLEIN_ENGINE_TOKEN_FILE")
         build = BuildInfo(**answer["build"])
         if build.fingerprint != self._build.fingerprint:
             raise NodeFailed(f"it runs another build ({build.version}) than this machine ({self._build.version})")
         node.engines = min(int(answer.get("engines", 0)), MOST_ENGINES)
         node.greeted = time.monotonic()
 
-    def _node_status(self, node: Node) -> list[NodeStatus]:
-        """Describe a node, or each engine of a cluster."""
+    def _node_status(self, node: Node) -> tuple[list[NodeStatus], EngineStatus | None]:
+        """Describe a node, or each engine of a cluster.
+
+        With what the engine that answered says of itself.
+        """
         import httpx2
 
         about = NodeStatus(node.url, running=node.running)
@@ -230,13 +226,14 @@ class RemoteExecutor:
             self._greet(node)
             headers = {"authorization": f"Bearer {self._token}"}
             state = self._http.get(f"{node.url}/status", headers=headers, timeout=2).json()
+            engine = EngineStatus.from_json(state["engine"]) if state["engine"] else None
             if "nodes" in state:
                 members = [NodeStatus(**each) for each in state["nodes"]]
-                return [replace(each, url=f"{node.url} {each.url}") for each in members]
+                return [replace(each, url=f"{node.url} {each.url}") for each in members], engine
             about = replace(about, waiting=int(state["queue"]["waiting"]))
-            return [about.with_engine(EngineStatus.from_json(state["engine"])) if state["engine"] else about]
+            return [about.with_engine(engine) if engine else about], engine
         except (httpx2.HTTPError, NodeFailed, ValueError, KeyError, TypeError) as exc:
-            return [replace(about, error=str(exc) or type(exc).__name__)]
+            return [replace(about, error=str(exc) if isinstance(exc, NodeFailed) else reason(exc))], None
 
 
 class _Missing(Exception):
