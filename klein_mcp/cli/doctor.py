@@ -8,7 +8,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from typing import Any
 from engine.contract import EngineError, Exact, Job, ModelInfo, Result
 from engine.families.klein.variants import EMBEDDED, VARIANTS
 from klein_mcp.cli.daemon import ask_daemon
+from klein_mcp.cli.status import format_node
 from klein_mcp.cli.terminal import ProgressBar, program, strip_control_chars
 from klein_mcp.errors import RequestError, explain, fix_words
 from klein_mcp.jobs.status import DaemonStatus
@@ -62,7 +63,8 @@ def run(settings: Settings, arguments: argparse.Namespace) -> int:
 def checks(settings: Settings) -> Iterator[Check]:
     """Yield each finding as soon as it is known, cheap ones first."""
     yield _python()
-    yield _torch()
+    if not settings.engine:
+        yield _torch()
     yield _disk(settings)
     for name, meant in misspelled():
         yield Check("settings", f"{name} is no setting and has no effect", f"Did you mean {meant}?", optional=True)
@@ -70,6 +72,16 @@ def checks(settings: Settings) -> Iterator[Check]:
     if (home := user_home()) is not None:
         yield _clients(home)
     yield _daemon(settings)
+    if settings.engine:
+        with ProgressBar("asking the engines"):
+            findings = _engines(settings)
+        yield from findings
+        return
+    yield from _engine_here(settings)
+
+
+def _engine_here(settings: Settings) -> Iterator[Check]:
+    """Check this machine's device, its models, and that one paints."""
     try:
         from klein_mcp.daemon.executors.local import make_engine
 
@@ -194,6 +206,33 @@ def _daemon(settings: Settings) -> Check:
         todo = f"Run: {shlex.join([*program(), 'stop'])}; the next call starts the new one."
         return Check("daemon", f"runs version {status.version}, this is {__version__}", todo)
     return Check("daemon", f"runs, pid {status.pid}")
+
+
+def _engines(settings: Settings) -> list[Check]:
+    """Ask each engine of KLEIN_ENGINE for its state.
+
+    One that fails is advice where another answers. Its models are its own machine's to check.
+    """
+    findings = [finding for url in settings.engine for finding in _engine_at(settings, url)]
+    some = any(not finding.todo for finding in findings)
+    return [replace(finding, optional=some and finding.optional) for finding in findings]
+
+
+def _engine_at(settings: Settings, url: str) -> list[Check]:
+    """Ask one address, which may be that of a cluster."""
+    from klein_mcp.daemon.executors.node import sentence
+    from klein_mcp.daemon.executors.remote import RemoteExecutor
+
+    try:
+        executor = RemoteExecutor.from_settings(replace(settings, engine=(url,)))
+    except EngineError as error:  # with which no image starts, whatever the other addresses are
+        return [Check("engine", url, explain(error))]
+    return [
+        Check("engine", node.url, sentence(node.error), optional=True)
+        if node.error
+        else Check("engine", format_node(node).removeprefix("engine "))
+        for node in executor.status().nodes
+    ]
 
 
 def _device(made: Any) -> Check:

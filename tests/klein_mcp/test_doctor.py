@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from collections import namedtuple
@@ -14,7 +15,7 @@ import pytest
 
 from klein_mcp.cli import doctor
 from klein_mcp.settings import Settings
-from tests.real_server import PATIENCE
+from tests.real_server import PATIENCE, engine_process
 
 
 @pytest.fixture
@@ -153,6 +154,45 @@ def test_terminal_shows_progress_while_libraries_load(settings: Settings, tmp_pa
         process.communicate()
         os.close(child)
         os.close(terminal)
+
+
+def test_engines_elsewhere_have_a_line_each_instead_of_models_here(
+    settings: Settings, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    token, other = tmp_path / "token", tmp_path / "other"
+    token.write_text("a token of this test")
+    other.write_text("a token of somebody else")
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        stopped = f"http://127.0.0.1:{listener.getsockname()[1]}"
+    with engine_process(tmp_path / "one", token) as (one, _), engine_process(tmp_path / "two", other) as (two, _):
+        far = replace(settings, engine=(one, two, stopped), engine_token_file=token)
+        lines = list(doctor.checks(far))
+        assert doctor.run(far, argparse.Namespace(json=False, repair=False)) == 0, "one engine is enough"
+    engines = [line for line in lines if line.subject == "engine"]
+    assert [line.found.partition(": ")[0] for line in engines] == [one, two, stopped]
+    assert not engines[0].todo
+    assert "another token than KLEIN_ENGINE_TOKEN_FILE" in engines[1].todo
+    assert "is klein-mcp engine running there?" in engines[2].todo
+    assert not {line.subject for line in lines} & {"torch", "device", "compiling", "model", "test image"}
+    assert f"todo  engine: {stopped} → " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("url", "todo"),
+    [
+        ("http://192.168.1.5:8000", "would send prompts, images and the token in the clear"),
+        ("gpu.example.org:8000", "no address"),
+        ("http://127.0.0.1:8000", "nothing cannot be used"),
+    ],
+)
+def test_setting_with_which_no_engine_can_be_asked_fails(
+    settings: Settings, tmp_path: Path, url: str, todo: str
+) -> None:
+    token = tmp_path / ("nothing" if "nothing" in todo else "token")
+    (tmp_path / "token").write_text("a token of this test")
+    far = replace(settings, engine=(url,), engine_token_file=token)
+    assert todo in found(list(doctor.checks(far)))["engine"].todo
+    assert doctor.run(far, argparse.Namespace(json=True, repair=False)) == 1
 
 
 def test_json_is_printed_for_scripts(settings: Settings, capsys: pytest.CaptureFixture[str]) -> None:
