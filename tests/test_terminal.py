@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from mcp import Client
+from PIL import Image
 
 from examples import configurations
 from klein_mcp.cli import terminal
@@ -58,6 +59,20 @@ def test_paint_shows_a_bar_on_stderr_and_the_result_on_stdout(server: RealServer
     assert "loading nano" in shown
     assert "━" in shown
     assert json.loads(out)["seed"] == "1"
+
+
+def test_painted_file_does_not_tell_where_its_reference_lies(server: RealServer, tmp_path: Path) -> None:
+    folder = tmp_path / "of somebody whose name is nobody's business"
+    folder.mkdir()
+    Image.new("RGB", (128, 128), "yellow").save(folder / "mine.png")
+    words = ("paint", "make the background green", "--ref", str(folder / "mine.png"), "--seed", "1", "-o", "out.png")
+    ran = server.run("-m", "klein_mcp", *words, cwd=tmp_path)
+    assert ran.returncode == 0, ran.stderr
+    data = (tmp_path / "out.png").read_bytes()
+    with Image.open(tmp_path / "out.png") as image:
+        assert "klein-mcp" in image.info, "its recipe is in it"
+        assert "nobody" not in str(image.info)
+    assert b"nobody" not in data
 
 
 def test_demo_shows_what_it_waits_for_and_honours_no_color(server: RealServer, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from engine.families.klein.variants import EMBEDDED, VARIANTS
 from klein_mcp import __version__
+from klein_mcp.jobs.installed import models_of
 from klein_mcp.jobs.service import Service
 from klein_mcp.jobs.status import DaemonStatus
 from klein_mcp.studio.contract import EngineView, ModelView
@@ -24,13 +25,15 @@ async def engine_view(service: Service) -> EngineView:
     """Describe model, memory, queue and speed, without starting an engine."""
     status = await service.jobs.status()
     engine = status.engine
-    setting = service.settings.model
+    installed = await models_of(service)
     models: list[ModelView] = [
         {"name": model.name, "licence": model.licence, "installed": model.path is not None}
         for model in (engine.models if engine else ())
-    ] or [{"name": name, "licence": row.licence, "installed": name == EMBEDDED} for name, row in VARIANTS.items()]
+    ] or [
+        {"name": name, "licence": row.licence, "installed": name in installed.names} for name, row in VARIANTS.items()
+    ]
     loaded = engine.loaded if engine else None
-    auto = loaded or (setting if setting != "auto" else EMBEDDED)
+    auto = loaded or installed.default or EMBEDDED
     return {
         "words": _words(status),
         "version": __version__,
