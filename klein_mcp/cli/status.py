@@ -51,7 +51,8 @@ def _format_queue(queue: QueueStatus) -> str:
 def _format_engine(engine: EngineStatus) -> list[str]:
     loaded = f"{engine.loaded}, {engine.placement}" if engine.loaded else "none is loaded"
     installed = [f"{model.name} ({model.licence})" for model in engine.models if model.path]
-    device = filter(None, (engine.device, engine.dtype, f"{engine.free_bytes / 1e9:.1f} GB free"))
+    free = f"{engine.free_bytes / 1e9:.1f} GB free" if engine.free_bytes or not engine.nodes else ""
+    device = filter(None, (engine.device, engine.dtype, free))
     return [
         f"device: {', '.join(device)}",
         f"model: {loaded}",

@@ -266,6 +266,9 @@ def test_machine_that_comes_back_gets_its_lineages_again(monkeypatch):
         assert len(other.jobs) == 1
 
 
+NANO = KnownModel("nano", "Apache-2.0", "/nano")
+
+
 class FakeProxy:
     """The address of a cluster: answers as its engines do, after those answers to /run that a test gives it."""
 
@@ -285,7 +288,8 @@ class FakeProxy:
 
     async def status(self, request: Request) -> Response:
         nodes = [NodeStatus("a on one", loaded="nano", hits=3), NodeStatus("b on two", error="silent")]
-        return JSONResponse({"queue": {}, "engine": None, "nodes": [asdict(node) for node in nodes]})
+        engine = EngineStatus("cpu", "float32", 1, 10**9, cache=CacheStats(2, 20, 0, 3, 1), models=(NANO,)).to_json()
+        return JSONResponse({"queue": {}, "engine": engine, "nodes": [asdict(node) for node in nodes]})
 
     def app(self) -> Starlette:
         run = Route("/run", self.run, methods=["POST"])
@@ -310,7 +314,7 @@ def test_cluster_is_sent_one_job_more_than_it_has_engines():
 
 
 def test_status_sums_caches_and_names_models_of_all_engines():
-    models = (KnownModel("nano", "Apache-2.0", "/nano"), KnownModel("klein-4b", "Apache-2.0", None))
+    models = (NANO, KnownModel("klein-4b", "Apache-2.0", None))
     far = (KnownModel("klein-4b", "Apache-2.0", "/far/klein-4b"),)
     one = EngineStatus("cpu", "float32", 1, 10**9, cache=CacheStats(2, 20, 0, 3, 1), models=models)
     two = EngineStatus("cuda:0", "bfloat16", 1, 2 * 10**9, cache=CacheStats(3, 30, 0, 4, 2), models=far)
@@ -327,10 +331,9 @@ def test_status_of_a_cluster_has_no_empty_fields():
     with proxied() as (_, remote):
         status = DaemonStatus(True, started="2026-11-24T05:05:51+0000", engine=remote.status())
     words = format_status(status)
-    assert ", ," not in words
-    assert "installed" not in words
+    assert "device: 2 engines elsewhere\n" in words
+    assert "installed: nano (Apache-2.0)\n" in words
     assert "cache:" not in words, "its engines tell only their hits"
-    assert "no model loaded" not in words
     assert "3 cache hits" in words
 
 

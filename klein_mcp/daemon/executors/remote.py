@@ -14,7 +14,7 @@ from itertools import chain
 from math import ceil
 from typing import TYPE_CHECKING
 
-from engine.contract import Busy, EngineFailed, EngineStatus, Event, Job, NodeStatus, Rgb8
+from engine.contract import Busy, CacheStats, EngineFailed, EngineStatus, Event, Job, NodeStatus, Rgb8
 from klein_mcp.daemon import wire
 from klein_mcp.daemon.endpoint import BuildInfo, proof
 from klein_mcp.daemon.engine_server import INCLUDED, MISSING, read_token
@@ -229,6 +229,8 @@ class RemoteExecutor:
             engine = EngineStatus.from_json(state["engine"]) if state["engine"] else None
             if "nodes" in state:
                 members = [NodeStatus(**each) for each in state["nodes"]]
+                # It counts the cache of one of them.
+                engine = replace(engine, cache=CacheStats()) if engine else None
                 return [replace(each, url=f"{node.url} {each.url}") for each in members], engine
             about = replace(about, waiting=int(state["queue"]["waiting"]))
             return [about.with_engine(engine) if engine else about], engine
