@@ -29,6 +29,7 @@ from klein_mcp import __version__, settings
 from klein_mcp.images.provenance import read
 from klein_mcp.mcp_server import prompts
 from klein_mcp.mcp_server.tools import TOOLS
+from tests import architecture
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
@@ -156,6 +157,11 @@ def vocabulary() -> str:
     )
 
 
+def package_graph() -> str:
+    """Return which package imports which, without the prefix klein_mcp."""
+    return f"```text\n{architecture.drawing()}\n```"
+
+
 PARTS: dict[Path, dict[str, Callable[[], str]]] = {
     README: {
         "pictures": pictures,
@@ -168,6 +174,7 @@ PARTS: dict[Path, dict[str, Callable[[], str]]] = {
     },
     DOCS / "models.md": {"models": models_in_full},
     GUIDE: {"words": vocabulary},
+    ROOT / "AGENTS.md": {"graph": package_graph},
 }
 
 

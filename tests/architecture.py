@@ -1,4 +1,4 @@
-"""The import graph of our packages: `python -m tests.architecture` prints it for AGENTS.md.
+"""The import graph of our packages, as AGENTS.md has it: `python -m tests.architecture`.
 
 A package is a folder of `engine` or `klein_mcp` with all below it; a module beside those folders counts as a package of
 its own. Imports inside functions and for types only count, too.
@@ -60,9 +60,22 @@ def layers(edges: dict[str, set[str]]) -> list[list[str]]:
     return [sorted(p for p in edges if height[p] == level) for level in range(max(height.values()), 0, -1)]
 
 
-if __name__ == "__main__":
+def drawing() -> str:
+    """Draw the graph as text, a line a package, the top layer first.
+
+    An arrow to a package of a line above would be one upward; packages that import none of ours end it.
+    """
     edges = graph()
+    lines, leaves = [], []
     for layer in layers(edges):
         for package in layer:
-            print(f"{package} -> {', '.join(sorted(edges[package])) or 'nothing of ours'}")
-        print()
+            names = sorted(name.removeprefix("klein_mcp.") for name in edges[package])
+            if names:
+                lines.append(f"{package.removeprefix('klein_mcp.'):<18} -> {', '.join(names)}")
+            else:
+                leaves.append(package.removeprefix("klein_mcp."))
+    return "\n".join([*lines, f"nothing of ours: {', '.join(leaves)}"])
+
+
+if __name__ == "__main__":
+    print(drawing())
