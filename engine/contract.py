@@ -295,11 +295,13 @@ class KnownModel:
     """A known variant.
 
     path: None where it is not installed.
+    obstacle: why auto passed it over when it last chose, such as "does not load: …"; "" where it did not.
     """
 
     name: str
     licence: str
     path: str | None
+    obstacle: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -60,7 +60,8 @@ class Engine:
         self._klein: Klein | None = None
         self._name = self._chosen = ""
         self._auto: tuple[dict[str, Path], str] | None = None  # installed models, and the best of them
-        self._unusable: set[str] = set()  # models that auto chose and could not load
+        self._unusable: dict[str, str] = {}  # models that auto chose and could not load, and why
+        self._obstacles: dict[str, str] = {}  # why auto passed over a model when it last chose
         if config.threads:
             torch.set_num_threads(config.threads)
 
@@ -129,11 +130,11 @@ class Engine:
             name = self._choice()
             try:
                 return (yield from self._load_named(name))
-            except (BadWeights, OutOfMemory):
+            except (BadWeights, OutOfMemory) as exc:
                 # Some faults appear only while loading, such as values that are not finite. The next best is used.
                 if name == EMBEDDED:
                     raise
-                self._unusable.add(name)
+                self._unusable[name] = _does_not_load(exc)
                 self._auto, self._chosen = None, ""
         return (yield from self._load_named(model))
 
@@ -189,26 +190,34 @@ class Engine:
         installed = self.registry.installed()
         if self._klein is None or self._auto is None or self._auto[0] != installed:
             usable = [name for name in installed if name not in self._unusable]
+            self._obstacles = dict(self._unusable)
             self._auto = installed, best(usable, self._holds) or EMBEDDED
         return self._auto[1]
 
     def _holds(self, name: str) -> bool:
         """Return whether a model, by name, can be resident on the device."""
         try:
-            return self._is_resident(self.registry.resolve(name, None, self.config.quant, self._is_resident))
-        except EngineError:
+            held = self._fits(self.registry.resolve(name, None, self.config.quant, self._is_resident))
+        except EngineError as exc:
+            self._obstacles[name] = _does_not_load(exc)
             return False
+        if not held:
+            self._obstacles[name] = "does not fit into the memory that is free"
+        return held
 
     def _is_resident(self, checkpoint: Checkpoint) -> bool:
-        """Return whether all of a transformer would stay on the device.
-
-        The memory of the model that is loaded now counts as free.
-        """
+        """Return whether a model loads and its transformer stays on the device."""
         try:
-            options = self._options(loras=False)
-            return prepare(checkpoint, self.device, options, self._weight_bytes()).is_resident
+            return self._fits(checkpoint)
         except EngineError:
             return False
+
+    def _fits(self, checkpoint: Checkpoint) -> bool:
+        """Return whether all of a transformer would stay on the device.
+
+        The memory of the model that is loaded now counts as free. Raises BadWeights or OutOfMemory.
+        """
+        return prepare(checkpoint, self.device, self._options(loras=False), self._weight_bytes()).is_resident
 
     def _weight_bytes(self) -> int:
         klein = self._klein  # another thread may release it while this one asks
@@ -247,7 +256,9 @@ class Engine:
             mode=klein.runner.mode if klein else "eager",
             tuning=klein.runner.summary() if klein else "",
             models=tuple(
-                KnownModel(name, row.licence, str(installed[name]) if name in installed else None)
+                KnownModel(name, row.licence, str(installed[name]), self._obstacles.get(name, ""))
+                if name in installed
+                else KnownModel(name, row.licence, None)
                 for name, row in VARIANTS.items()
             ),
         )
@@ -269,6 +280,10 @@ class Engine:
 
 _OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 """Messages of Metal, Linux and Windows, for which torch has no exception class."""
+
+
+def _does_not_load(exc: EngineError) -> str:
+    return f"does not load: {exc.message} {exc.hint}".strip()
 
 
 def _is_out_of_memory(exc: RuntimeError | MemoryError) -> bool:

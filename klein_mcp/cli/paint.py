@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from engine.contract import Event, InvalidJob, Result
+from engine.families.klein.variants import EMBEDDED
 from klein_mcp.atomic import write_new_or_replace
 from klein_mcp.cli.arguments import image_size
 from klein_mcp.cli.terminal import ProgressBar, strip_control_chars
 from klein_mcp.errors import RequestError
 from klein_mcp.jobs import request
+from klein_mcp.jobs.demo import demo_warning
 from klein_mcp.jobs.progress import describe
 from klein_mcp.settings import Settings
 
@@ -111,7 +113,8 @@ def paint(settings: Settings, options: PaintOptions, *, as_json: bool = False) -
     data = codec.encode(result.image, KINDS[out.suffix.lower()], recipe)  # type: ignore[arg-type]
     folder = out.parent.resolve()
     write_new_or_replace(folder, folder / out.name, data, overwrite=True)
-    warnings = (*wanted.warnings, *result.warnings)
+    demo = options.model == "auto" and result.model == EMBEDDED
+    warnings = (*wanted.warnings, *result.warnings, *([demo_warning(executor.status().models)] if demo else ()))
     for warning in warnings:
         print(strip_control_chars(f"klein-mcp: {warning}"), file=sys.stderr)
     print(json.dumps(_metadata(out, result, warnings)) if as_json else _summary(out, result))

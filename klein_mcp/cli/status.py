@@ -50,7 +50,11 @@ def _format_queue(queue: QueueStatus) -> str:
 
 def _format_engine(engine: EngineStatus) -> list[str]:
     loaded = f"{engine.loaded}, {engine.placement}" if engine.loaded else "none is loaded"
-    installed = [f"{model.name} ({model.licence})" for model in engine.models if model.path]
+    installed = [
+        f"{model.name} ({model.licence}{f', {model.obstacle}' if model.obstacle else ''})"
+        for model in engine.models
+        if model.path
+    ]
     free = f"{engine.free_bytes / 1e9:.1f} GB free" if engine.free_bytes or not engine.nodes else ""
     device = filter(None, (engine.device, engine.dtype, free))
     return [

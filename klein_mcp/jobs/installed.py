@@ -6,7 +6,9 @@ from typing import Any
 
 import anyio.to_thread
 
+from engine.contract import KnownModel
 from engine.families.klein.variants import AUTO_ORDER, EMBEDDED, VARIANTS
+from klein_mcp.jobs.demo import UNUSED
 from klein_mcp.jobs.service import Service
 from klein_mcp.jobs.timing import latest_auto
 from klein_mcp.settings import Settings
@@ -62,11 +64,22 @@ class InstalledModels:
         row = VARIANTS[self.default]
         verb = "auto takes" if self.setting == "auto" else "A call uses"
         size = f"{row.native_size}×{row.native_size} by default, at most {row.max_references} references"
-        demo = ", a demo that knows the few words of klein://guide; klein-mcp pull klein-4b gets the real model"
-        return f"{installed} {verb} {row.name}: {size}{demo if row.name == EMBEDDED else ''}."
+        demo = f", a demo that knows the few words of klein://guide; {self._better()}" if row.name == EMBEDDED else ""
+        return f"{installed} {verb} {row.name}: {size}{demo}."
 
-    def to_json(self) -> dict[str, Any]:
-        """Return what engine_status tells of them."""
+    def _better(self) -> str:
+        """Return the way to a real model."""
+        for name in AUTO_ORDER:
+            if name in self.names:
+                return f"{name} {UNUSED}" if self.setting == "auto" else f"{name} is there too"
+        return "klein-mcp pull klein-4b gets the real model"
+
+    def to_json(self, known: Sequence[KnownModel] = ()) -> dict[str, Any]:
+        """Return what engine_status tells of them.
+
+        known: the engine's own account, once it runs.
+        """
+        obstacles = {model.name: model.obstacle for model in known if model.obstacle}
         return {
             "installed": [
                 {
@@ -74,6 +87,7 @@ class InstalledModels:
                     "licence": VARIANTS[name].licence,
                     "size": VARIANTS[name].native_size,
                     "max_references": VARIANTS[name].max_references,
+                    **({"obstacle": obstacles[name]} if name in obstacles else {}),
                 }
                 for name in self.names
             ],

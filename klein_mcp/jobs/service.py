@@ -23,6 +23,7 @@ from klein_mcp.images.library import Store
 from klein_mcp.images.paths import is_relative
 from klein_mcp.jobs.api import Jobs, UnknownJob
 from klein_mcp.jobs.context import CallContext
+from klein_mcp.jobs.demo import demo_warning
 from klein_mcp.jobs.events import Cancelled, Done, Failed, ImageSaved, JobEvent, Listen, Progressed, Submitted
 from klein_mcp.jobs.folders import project_folders
 from klein_mcp.jobs.progress import Progress
@@ -41,8 +42,6 @@ SILENT = 10.0
 
 START_PATIENCE = 30.0
 """Seconds an engine may take to start where the wait budget is shorter; clients give up after 60."""
-
-DEMO = "demo model; klein-mcp pull klein-4b for the real one"
 
 
 class Service:
@@ -157,7 +156,7 @@ class Service:
             return replace(result, warnings=resolved.warnings)
         ms = {**result.ms, "total": round(1000 * (time.monotonic() - started))}
         self.estimate = (ms["total"] - ms["queue"] - ms["load"]) / 1000 / request.count
-        demo = self._demo(request.model, result.images[0], call)
+        demo = await self._demo(request.model, result.images[0], call)
         return replace(result, ms=ms, warnings=(*result.warnings, *demo))
 
     async def wait_within(
@@ -176,7 +175,7 @@ class Service:
             ) from None
         if isinstance(result, PendingJob):
             return result
-        demo = self._demo("auto", result.images[0], call)
+        demo = await self._demo("auto", result.images[0], call)
         return replace(result, warnings=(*result.warnings, *demo))
 
     async def _follow(
@@ -225,12 +224,13 @@ class Service:
                     deadline = math.inf  # it ended while we asked: its result is on its way
         raise EngineFailed("The engine ended without an image.", hint="Try again; `klein-mcp doctor` looks for causes.")
 
-    def _demo(self, asked: str, image: SavedImage, call: CallContext) -> Sequence[str]:
+    async def _demo(self, asked: str, image: SavedImage, call: CallContext) -> Sequence[str]:
         """Warn once per client that auto took the demo model."""
         if asked != "auto" or image.model != EMBEDDED or call.client in self._demo_mentioned:
             return ()
         self._demo_mentioned.add(call.client)
-        return (DEMO,)
+        engine = (await self.jobs.status()).engine
+        return (demo_warning(engine.models if engine else ()),)
 
 
 async def _answered(waiting: Awaitable[T], seconds: float) -> T:

@@ -1,5 +1,6 @@
 """Weights and latents that are not finite are errors before anything is decoded or saved."""
 
+import re
 import shutil
 from pathlib import Path
 
@@ -54,3 +55,6 @@ def test_auto_takes_the_next_model_where_the_best_does_not_load(
     assert engine.best() == "klein-4b"
     *_, result = engine.run(Job("x", size=Exact(64, 64), steps=1))
     assert result.model == "nano"  # type: ignore
+    obstacles = {model.name: model.obstacle for model in engine.status().models if model.obstacle}
+    assert obstacles.keys() == {"klein-4b"}
+    assert re.match("does not load: .*img_in.weight has numbers that are not finite", obstacles["klein-4b"])

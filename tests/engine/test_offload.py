@@ -310,7 +310,11 @@ def test_auto_picks_the_best_model_with_a_resident_transformer(
         assert Engine(EngineConfig(device="cpu", dtype="float32", models=(tmp_path,))).best() == chosen, free
     shutil.rmtree(tmp_path / "klein-9b" / "vae")
     cramped["free"] = 10**9
-    assert Engine(EngineConfig(device="cpu", dtype="float32", models=(tmp_path,))).best() == "klein-4b"
+    engine = Engine(EngineConfig(device="cpu", dtype="float32", models=(tmp_path,)))
+    assert engine.best() == "klein-4b"
+    obstacles = {model.name: model.obstacle for model in engine.status().models if model.obstacle}
+    assert obstacles.keys() == {"klein-9b"}
+    assert "has no vae folder" in obstacles["klein-9b"]
 
 
 def test_image_too_large_for_memory_is_refused_before_it_starts(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,7 @@
 """Installed models as a front end tells of them, before any engine runs."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 from mcp import Client
 from mcp.client.stdio import StdioServerParameters
+from safetensors.torch import load_file, save_file
 
 from engine.contract import Job, Result
 from engine.families.klein.variants import VARIANTS
@@ -17,7 +19,7 @@ from klein_mcp.jobs.timing import HISTORY, TimingHistory
 from klein_mcp.settings import Settings
 from tests.engine import published
 from tests.images import noise
-from tests.real_server import RealServer
+from tests.real_server import RealServer, real_server
 from tests.tool_calls import call, refused
 
 pytestmark = pytest.mark.anyio
@@ -125,3 +127,24 @@ async def test_later_sessions_hear_what_auto_took(tmp_path: Path, folder: Path) 
         assert "nano" not in await prompt(client)
     async with Client(without_engine(tmp_path)) as client:
         assert "The model here is `nano`" in await prompt(client)
+
+
+async def test_installed_model_that_does_not_load_is_not_called_missing(tmp_path: Path, folder: Path) -> None:
+    shutil.copytree(folder, tmp_path / "models")
+    (file,) = (tmp_path / "models" / "klein-4b" / "vae").glob("*.safetensors")
+    tensors = load_file(file)
+    del tensors["decoder.conv_in.weight"]
+    save_file(tensors, file)
+    reason = "does not load: The autoencoder lacks the tensor decoder.conv_in.weight."
+    more = {"KLEIN_MODELS": str(tmp_path / "models"), "KLEIN_MODEL": "auto", "KLEIN_HUB": str(tmp_path / "hub")}
+    with real_server(tmp_path / "home") as server:
+        async with Client(server.stdio(**more)) as client:
+            result = await call(client, "generate_image", prompt="a red ball", width=64, height=64)
+            assert any(f"klein-4b is installed but {reason}" in warning for warning in result["warnings"])
+            _, klein = (await call(client, "engine_status"))["models"]["installed"]
+            assert klein["obstacle"].startswith(reason)
+        assert f"klein-4b (Apache-2.0, {reason}" in server.run("-m", "klein_mcp", "status", cwd=tmp_path, **more).stdout
+        async with Client(server.stdio(**more)) as client:
+            assert "; klein-4b is installed but was not used; klein-mcp models says why." in (client.instructions or "")
+        painted = server.run("-m", "klein_mcp", "paint", "a red ball", "--size", "64x64", cwd=tmp_path, **more)
+        assert f"klein-4b is installed but {reason}" in painted.stderr

@@ -10,7 +10,7 @@ from mcp import Client
 from mcp_types import Implementation
 
 from engine.contract import Job, Rgb8
-from klein_mcp.jobs.service import DEMO
+from klein_mcp.jobs.demo import DEMO
 from klein_mcp.mcp_server.client_profiles import CLIENTS, image_mode
 from tests.fakes import FakeExecutor
 from tests.images import noise, pixels, scene

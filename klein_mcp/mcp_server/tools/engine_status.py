@@ -19,6 +19,7 @@ class EngineStatusArguments(fields.Arguments):
 async def run(service: Service, call: CallContext, arguments: EngineStatusArguments) -> CallToolResult:
     status, models = await service.jobs.status(), await models_of(service)
     seconds = service.estimate
+    known = status.engine.models if status.engine else ()
     elsewhere = service.settings.engine
     return CallToolResult(
         content=[
@@ -27,7 +28,7 @@ async def run(service: Service, call: CallContext, arguments: EngineStatusArgume
                     "version": __version__,
                     "model_setting": service.settings.model,
                     # Empty lists would say that nothing is installed; engines elsewhere tell with the first image.
-                    **({"models": models.to_json()} if models.names else {}),
+                    **({"models": models.to_json(known)} if models.names else {}),
                     **({"engines": list(elsewhere)} if elsewhere else {}),
                     "model_in_use": status.engine and status.engine.loaded,
                     "seconds_per_image": None if seconds is None else round(seconds, 2),
