@@ -79,7 +79,11 @@ def run(settings: Settings, arguments: argparse.Namespace) -> int:
     )
     changes: dict[str, Any] = {name: getattr(arguments, name) for name in ("device", "dtype", "quant", "variant")}
     changes["loras"] = tuple(arguments.lora)
-    settings = replace(settings, **{name: value for name, value in changes.items() if value})
+    given = {name: value for name, value in changes.items() if value}
+    if given and settings.engine:
+        names = ", ".join(f"--{'lora' if name == 'loras' else name}" for name in given)
+        print(f"klein-mcp: {names} has no effect: KLEIN_ENGINE computes elsewhere, as it was started", file=sys.stderr)
+    settings = replace(settings, **given)
     return paint(settings, options, as_json=arguments.json)
 
 
@@ -94,7 +98,7 @@ def paint(settings: Settings, options: PaintOptions, *, as_json: bool = False) -
 
     Raises EngineError, RequestError or OSError.
     """
-    from klein_mcp.daemon.executors.local import make_local
+    from klein_mcp.daemon.executors import make_executor
     from klein_mcp.images import codec
     from klein_mcp.jobs.execute import PreparedRequest
     from klein_mcp.jobs.save import provenance_of
@@ -106,7 +110,7 @@ def paint(settings: Settings, options: PaintOptions, *, as_json: bool = False) -
     prepared = PreparedRequest(wanted, references, ("",) * len(references), (), wanted.warnings)
     with ProgressBar("starting the engine") as bar:
         with _interruptible():
-            executor = make_local(settings)
+            executor = make_executor(settings)
         result = _last(_shown(event, bar) for event in executor.run(prepared.job(0)))
     # The recipe has names, not paths: a file that is passed on must not reveal where its references were.
     recipe = provenance_of(wanted, result, wanted.images).to_json()

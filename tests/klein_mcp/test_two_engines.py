@@ -44,6 +44,12 @@ async def test_two_engines_behind_one_daemon(tmp_path: Path, server: RealServer)
             used = [node["url"] for node in status["engine"]["nodes"] if node["hits"] > hits[node["url"]]]
             assert len(used) == 1, "the second edit found its reference where the first one was"
 
+            words = ("paint", "an apple on a yellow background", "--seed", "7", "--device", "cuda", "-o", "apple.png")
+            elsewhere = {"KLEIN_ENGINE": ",".join(engines), "KLEIN_ENGINE_TOKEN_FILE": str(token)}
+            painted = place.run("-m", "klein_mcp", *words, cwd=tmp_path, **elsewhere)
+            assert "--device has no effect" in painted.stderr, "there is no such device here, and none was needed"
+            assert pixels_of({"path": tmp_path / "apple.png"}) == pixels_of(first)
+
             pid = int(status["pid"])
             assert "libtorch" not in Path(f"/proc/{pid}/maps").read_text()
             assert resident(pid) < MOST

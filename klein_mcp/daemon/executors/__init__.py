@@ -1,4 +1,4 @@
-"""Executors compute jobs: one file each."""
+"""Executors: the engine of this process, and engines elsewhere."""
 
 from klein_mcp.jobs.executor import Executor
 from klein_mcp.settings import Settings
