@@ -17,8 +17,8 @@ from tests.real_server import real_server
 
 FILLERS = (
     "a yellow star on a purple background",
-    "a green cat on a white background",
-    "a rocket on a orange background",
+    "a cat on a white background",
+    "a rocket on an orange background",
 )
 """Images that are in the library before."""
 
