@@ -23,6 +23,21 @@ from klein_mcp.settings import Settings
 from tests.fakes import FakeExecutor
 from tests.real_server import RealServer, real_server
 
+LONG = (
+    "test_terminal",
+    "test_examples",
+    "test_web_server",
+    "test_prompts",
+    "test_nano_weights",
+    "test_readme",
+    "test_cache",
+)
+"""Files of few and long tests. A worker that began one last would run it alone for a minute."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
+
 
 @pytest.fixture
 def anyio_backend() -> str:
