@@ -69,8 +69,7 @@ const fromHost = {
 
 async function start() {
   const app = window.parent !== window;
-  const lost = () => fail(new Error("This session has ended. Run klein-mcp studio again for a new link."));
-  state.bridge = app ? new AppBridge({ ...fromHost, now: receiveNow, busy: () => state.calls.size > 0 }) : new WebBridge({ now: receiveNow, lost });
+  state.bridge = app ? new AppBridge({ ...fromHost, now: receiveNow, busy: () => state.calls.size > 0 }) : new WebBridge({ now: receiveNow, lost: fail });
   state.card = app;
   on("view image jobs", renderView);
   for (const tab of document.querySelectorAll("nav button")) {

@@ -1,12 +1,14 @@
 // The bridge of a browser tab: fetch and server-sent events to the server the page came from.
 
+const ENDED = "This session has ended. Run klein-mcp studio again for a new link.";
+
 export class WebBridge {
   kind = "web";
   can = { read: true, call: true, download: true, fullscreen: false, cancel: true, remove: true };
   context = {};
 
   constructor({ now, lost }) {
-    this.listeners = { now, lost };
+    this.listeners = { now, lost: () => lost(new Error(ENDED)) };
   }
 
   async start() {
@@ -24,7 +26,8 @@ export class WebBridge {
 
   async fetchJson(path, options = {}) {
     const answer = await fetch(path, { credentials: "same-origin", ...options });
-    if (answer.status === 401) this.listeners.lost();
+    // The same words from here, since whoever asked shows what it catches, over what was shown before.
+    if (answer.status === 401) throw new Error(ENDED);
     const body = await answer.json().catch(() => ({}));
     if (!answer.ok) throw new Error(body.error ?? `The server answered ${answer.status}.`);
     return body;
