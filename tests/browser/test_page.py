@@ -307,13 +307,14 @@ async def test_cut_out_leaves_the_subject_on_nothing(open_page: Open, studio: St
         # The page shows it on its checkered ground, and offers no second cut.
         assert await page.locator(".frame.checker .picture").count() == 1
         assert await page.get_by_role("button", name="Cut out").count() == 0
-        seen = await page.evaluate(
+        # First comes the result's preview, on grey; then the image itself.
+        await page.wait_for_function(
             """() => { const image = document.querySelector('.frame .picture');
+            if (image.naturalWidth !== 128) return false;
             const canvas = new OffscreenCanvas(image.naturalWidth, image.naturalHeight).getContext('2d');
             canvas.drawImage(image, 0, 0);
-            return [...canvas.getImageData(0, 0, 1, 1).data].concat(image.naturalWidth); }"""
+            return canvas.getImageData(0, 0, 1, 1).data[3] === 0; }"""
         )
-        assert seen[3:] == [0, 128]
 
 
 async def test_branches_of_an_image_stand_in_its_tree(open_page: Open, studio: Studio) -> None:
