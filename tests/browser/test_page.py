@@ -574,7 +574,7 @@ async def test_library_scrolls_on_and_finds_words(open_page: Open, studio: Studi
     # As a person scrolls, who goes on where news of an image put the list back to its first page.
     await page.wait_for_function(
         """() => { document.querySelector('#library').scrollTo(0, 1e6);
-        return document.querySelectorAll('#library .grid li').length > 55; }"""
+        return document.querySelectorAll('#library .grid li').length >= 55; }"""
     )
     await page.get_by_label("Search").fill("filler 07")
     await page.wait_for_function("() => document.querySelectorAll('#library .grid li').length === 1")
