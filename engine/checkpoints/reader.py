@@ -95,6 +95,7 @@ class TensorReader:
         stream = self._open.get(file)
         if stream is None:
             stream = self._open[file] = self._closing.enter_context(file.open("rb", buffering=0))
+        # An array has the buffer protocol; numpy's stubs say so from Python 3.12 on.
         view = memoryview(target.view(torch.uint8).numpy())  # type: ignore[arg-type]
         stream.seek(offset)
         while view.nbytes:

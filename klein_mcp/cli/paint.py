@@ -114,7 +114,7 @@ def paint(settings: Settings, options: PaintOptions, *, as_json: bool = False) -
         result = _last(_shown(event, bar) for event in executor.run(prepared.job(0)))
     # The recipe has names, not paths: a file that is passed on must not reveal where its references were.
     recipe = provenance_of(wanted, result, wanted.images).to_json()
-    data = codec.encode(result.image, KINDS[out.suffix.lower()], recipe)  # type: ignore[arg-type]
+    data = codec.encode(result.image, KINDS[out.suffix.lower()], recipe)  # type: ignore[arg-type] - KINDS has no other
     folder = out.parent.resolve()
     write_new_or_replace(folder, folder / out.name, data, overwrite=True)
     demo = options.model == "auto" and result.model == EMBEDDED

@@ -99,7 +99,7 @@ class KleinServer(MCPServer):
             version=__version__,
             icons=[Icon(src=icon.DATA_URI, mime_type=icon.MEDIA_TYPE, sizes=["any"])],
             extensions=extensions,
-            log_level=service.settings.log_level.upper(),  # type: ignore[arg-type]
+            log_level=service.settings.log_level.upper(),  # type: ignore[arg-type] - settings allow its words only
         )
         self.subscriptions = resources.ResourceSubscriptions(self._subscriptions)
         self.middleware.append(self.subscriptions.remember)

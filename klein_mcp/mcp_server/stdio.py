@@ -61,7 +61,7 @@ async def serve(settings: Settings) -> int:
             if sys.platform != "win32":  # there, a client ends the server by closing stdin
                 tasks.start_soon(until_signal)
             lines = _Lines()
-            async with stdio_server(stdin=lines) as (read, write):  # type: ignore[arg-type]
+            async with stdio_server(stdin=lines) as (read, write):  # type: ignore[arg-type] - it only iterates
                 lines.answer_with(write)
                 await server.serve(read, write)
             tasks.cancel_scope.cancel()

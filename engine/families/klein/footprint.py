@@ -127,6 +127,7 @@ def alternatives(
     found: list[tuple[Fix, WeightSizes]] = []
     if wanted is None and not transformer.tensors.quantised:
         layers = map(transformer.module.get_submodule, transformer.layers)
+        # Every named layer is a linear one; get_submodule promises a Module only.
         weights = [math.prod(quant.shape_of(layer)) for layer in layers]  # type: ignore[arg-type]
         found = [
             (Fix("set", "quant", choices=(name,)), replace(sizes, blocks=tuple(map(scheme.bytes_for, weights))))

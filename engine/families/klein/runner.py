@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -267,7 +268,8 @@ class Runner:
                 key = missing[-1]
                 self._step_graphs.get_or_compute(
                     key,
-                    lambda key=key: self._timed("step graphs", lambda: self._capture_step(key, networks.blocks)),  # type: ignore
+                    # LruCache types its values, not its keys.
+                    partial(self._timed, "step graphs", partial(self._capture_step, key, networks.blocks)),  # type: ignore[arg-type]
                 )
                 yield True
             else:
@@ -443,12 +445,13 @@ class Compiler:
     ) -> None:
         self.variant, self.transformer, self.device = variant, transformer, device
         # These are copies: in eager mode channels-last is slower, and a job may request that mode at any time.
+        # torch's stubs have no overload of Module.to for a memory format alone.
         self.autoencoder = copy.deepcopy(autoencoder).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         # Streamed layers cut a block into several graphs: which slot holds the weights, and an event, are in none. They
         # are excluded here, not by a decorator, which would import the compilers wherever the module is imported.
         streamed = [module for module in transformer.modules() if isinstance(module, OffloadedModule)]
         for module in streamed:
-            module.forward = torch.compiler.disable(module.forward)  # type: ignore[method-assign]
+            module.forward = torch.compiler.disable(module.forward)  # type: ignore[method-assign] - of this object alone
         compile_ = self._compile(options, fullgraph=not streamed)
         self.blocks = BlockFunctions(
             compile_(DoubleBlock.forward), compile_(SingleBlock.forward), compile_(SingleBlock.forward_rows)

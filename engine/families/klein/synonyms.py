@@ -192,10 +192,16 @@ _FILLERS = """
 FILLERS = frozenset(_FILLERS.split())
 """Words without meaning for a small model. They are left out if the model does not know them."""
 
-NUMBERS = frozenset("two three four five six seven eight nine ten several many few some multiple".split())  # noqa: SIM905
+_NUMBERS = """
+    two three four five six seven eight nine ten several many few some multiple
+"""
+NUMBERS = frozenset(_NUMBERS.split())
 """Words in place of an article, for which a small model may know no plural."""
 
-GROUNDS = frozenset("grass lawn meadow field desert sand beach ocean sea water night sky snow sunset".split())  # noqa: SIM905
+_GROUNDS = """
+    grass lawn meadow field desert sand beach ocean sea water night sky snow sunset
+"""
+GROUNDS = frozenset(_GROUNDS.split())
 """Grounds that a small model knows in one colour alone, if it knows them."""
 
 NO_STEMS = frozenset({"rid"})

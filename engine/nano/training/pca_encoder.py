@@ -46,7 +46,7 @@ def _silence(module: nn.Module) -> None:
     for block in module.modules():
         if isinstance(block, ResnetBlock):
             nn.init.zeros_(block.conv2.weight)
-            nn.init.zeros_(block.conv2.bias)  # type: ignore[arg-type]
+            nn.init.zeros_(block.conv2.bias)  # type: ignore[arg-type] - it has a bias
 
 
 def _zero(layer: nn.Module) -> None:

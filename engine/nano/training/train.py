@@ -294,6 +294,7 @@ class Run:
 def export(run: Run, folder: Path) -> None:
     """Write the averaged weights, in 16 bit, into a folder with configs."""
     transformer, text_encoder = run.average
+    # The average is of modules of these two types.
     save_transformer(transformer, folder)  # type: ignore[arg-type]
     save_text_encoder(text_encoder, folder)  # type: ignore[arg-type]
     save_autoencoder(run.nano.autoencoder, folder)
