@@ -29,7 +29,8 @@ def to_tensor(image: Rgb8, device: torch.device | None = None) -> Tensor:
 
     [h, w, 3] uint8 -> [1, 3, h, w] fp32 in [-1, 1].
     """
-    return rearrange(torch.from_numpy(np.array(image)).to(device), "h w c -> 1 c h w").float() / 255.0 * 2.0 - 1.0
+    levels = rearrange(torch.from_numpy(np.array(image)).to(device), "h w c -> 1 c h w")
+    return (levels.float() / 255.0).mul_(2.0).sub_(1.0)
 
 
 def to_rgb8(pixels: Tensor) -> Rgb8:
@@ -37,7 +38,8 @@ def to_rgb8(pixels: Tensor) -> Rgb8:
 
     [1, 3, h, w] about [-1, 1] -> [h, w, 3] uint8.
     """
-    levels = ((pixels[0].float() / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
+    # In place: on a CPU most of the time would go into the memory of five temporary images.
+    levels = (pixels[0].float() / 2).add_(0.5).clamp_(0, 1).mul_(255).round_().to(torch.uint8)
     return rearrange(levels, "c h w -> h w c").contiguous().cpu().numpy()
 
 

@@ -208,6 +208,17 @@ def test_scales_by_row_are_no_less_accurate_than_one_scale(spread: float, bfl: d
     assert float(by_row.max()) <= 1.3 * float(whole.max())
 
 
+def test_largest_value_of_every_row_becomes_the_largest_code() -> None:
+    """Nothing is clamped: 464 and more would become NaN."""
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(4096, 48, generator=generator) * torch.logspace(-30, 30, 4096)[:, None]
+    for rows in (x, x.bfloat16()):
+        codes, _ = fp8.quantise_rows(rows)
+        assert bool((codes.float().abs().amax(dim=1) == fp8.LARGEST).all())
+    codes, _ = fp8.quantise_rows(torch.zeros(2, 48))
+    assert not codes.float().any()
+
+
 def test_scale_of_the_file_is_used_for_activations(bfl: dict[str, Tensor], tmp_path: Path) -> None:
     tensors, metadata = published.quantised(bfl, "fp8")
     module = load(published.write(tensors, tmp_path / "f.safetensors", metadata))

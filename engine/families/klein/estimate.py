@@ -56,8 +56,14 @@ def _seconds(layer: nn.Module, x: torch.Tensor, device: Device) -> float:
 class Estimator:
     """Estimates the seconds of one model's images on this machine."""
 
-    def __init__(self, variant: Variant, shape: TransformerShape, autoencoder: Autoencoder, encoder: TextEncoder):
-        self._variant, self._shape, self._autoencoder = variant, shape, autoencoder
+    def __init__(
+        self, variant: Variant, shape: TransformerShape, autoencoder: Autoencoder, encoder: TextEncoder
+    ) -> None:
+        self._variant, self._shape = variant, shape
+        # Counted once: walking through the modules takes milliseconds, which every image would wait for.
+        self._down, self._down_rest = _by_level(autoencoder.encoder, autoencoder.encoder.down)
+        self._up, self._up_rest = _by_level(autoencoder.decoder, autoencoder.decoder.up)
+        self._upsamplers = tuple(_convolutions(_upsampler(level)) for level in autoencoder.decoder.up)
         self._prompt = 2.0 * variant.text_length * _matrices(encoder)
         self.trial = 0.0
         """Operations a second of the trial product, 0 where there was none."""
@@ -102,18 +108,16 @@ class Estimator:
         return blocks * (2.0 * tokens * _block_weights(shape) + 4.0 * tokens**2 * shape.hidden)
 
     def _decode(self, tokens: int) -> float:
-        decoder, pixels = self._autoencoder.decoder, GRID**2 * tokens
-        levels = sum(_convolutions(level) * pixels / 4**i for i, level in enumerate(decoder.up))
+        pixels = GRID**2 * tokens
         # An upsampler's convolution runs on the level above.
-        levels += sum(_convolutions(up) * 3 * pixels / 4**i for i, up in enumerate(map(_upsampler, decoder.up)))
-        whole = _convolutions(decoder) - sum(map(_convolutions, decoder.up))
-        return 2.0 * (levels + whole * pixels / 4 ** (len(decoder.up) - 1))
+        levels = zip(self._up, self._upsamplers, strict=True)
+        work = sum((level + 3 * sampler) * pixels / 4**i for i, (level, sampler) in enumerate(levels))
+        return 2.0 * (work + self._up_rest * pixels / 4 ** (len(self._up) - 1))
 
     def _encode(self, tokens: int) -> float:
-        encoder, pixels = self._autoencoder.encoder, GRID**2 * tokens
-        levels = sum(_convolutions(level) * pixels / 4**i for i, level in enumerate(encoder.down))
-        whole = _convolutions(encoder) - sum(map(_convolutions, encoder.down))
-        return 2.0 * (levels + whole * pixels / 4 ** (len(encoder.down) - 1))
+        pixels = GRID**2 * tokens
+        levels = sum(level * pixels / 4**i for i, level in enumerate(self._down))
+        return 2.0 * (levels + self._down_rest * pixels / 4 ** (len(self._down) - 1))
 
 
 def _block_weights(shape: TransformerShape) -> int:
@@ -130,6 +134,12 @@ def _matrices(encoder: TextEncoder) -> float:
 
 def _upsampler(level: nn.Module) -> nn.Module:
     return level["upsample"] if isinstance(level, nn.ModuleDict) and "upsample" in level else nn.Identity()
+
+
+def _by_level(network: nn.Module, levels: nn.ModuleList) -> tuple[tuple[int, ...], int]:
+    """Return the convolutions' weights in each level, and those outside."""
+    counts = tuple(map(_convolutions, levels))
+    return counts, _convolutions(network) - sum(counts)
 
 
 def _convolutions(module: nn.Module) -> int:

@@ -1,6 +1,7 @@
 """Read a job: its settings, its canvas and its references."""
 
 from dataclasses import dataclass
+from functools import cached_property
 
 from engine.contract import Aspect, Exact, InvalidJob, Job, KeepSource, Rgb8, image_hash
 from engine.diffusion.canvas import GRID, Canvas, fit_reference, size_for_aspect
@@ -12,25 +13,27 @@ MAX_GUIDANCE = 100
 MAX_SEED = 2**63 - 1
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, eq=False)
 class Reference:
     """A reference as the model sees it.
 
-    key: identifies its pixels in the cache.
+    original: before it was fitted. way: how it was fitted. known_hash: `image_hash` of the original, if known.
     """
 
     image: Rgb8
-    key: str
+    original: Rgb8
+    way: str
+    known_hash: str = ""
 
-    @classmethod
-    def of(cls, original: Rgb8, fitted: Rgb8, way: str, known_hash: str = "") -> "Reference":
-        """Build a reference from its original and its fitted pixels.
+    @cached_property
+    def key(self) -> str:
+        """Identify its pixels in the cache.
 
-        known_hash: `image_hash` of the original, if known. way: how it was fitted.
+        Hashing 1 MP takes 4 ms, so it waits for the first use, when a GPU may be computing.
         """
-        key = known_hash or image_hash(original)
+        key = self.known_hash or image_hash(self.original)
         # An image that kept its size keeps its pixels too.
-        return cls(fitted, key if fitted.shape == original.shape else f"{key} {way} {fitted.shape}")
+        return key if self.image.shape == self.original.shape else f"{key} {self.way} {self.image.shape}"
 
     @property
     def tokens(self) -> tuple[int, int]:
@@ -71,11 +74,11 @@ def fit_images(job: Job, variant: Variant, warnings: list[str]) -> tuple[Canvas,
             raise InvalidJob("KeepSource needs a reference, whose size the result keeps.")
         height, width = references[0].shape[:2]
         canvas = Canvas.of(width, height, area, variant.native_size**2 if job.size.close_up else 0)
-        fitted = [Reference.of(references[0], canvas.pad(references[0]), "pad", hashes[0])]
+        fitted = [Reference(canvas.pad(references[0]), references[0], "pad", hashes[0])]
     else:
         fitted, canvas = [], None
     for image, known in list(zip(references, hashes, strict=True))[len(fitted) :]:
-        fitted.append(Reference.of(image, fit_reference(image, variant.reference_size**2), "fit", known))
+        fitted.append(Reference(fit_reference(image, variant.reference_size**2), image, "fit", known))
     if canvas is None:
         width, height = _size(job, fitted, variant)
         if min(width, height) < GRID:

@@ -185,10 +185,17 @@ class Klein:
         if guidance > 1:
             prompts.append(self._prompt_states("", []))
         states: list[tuple[Tensor, bool]] = []
+        rows, columns = canvas.canvas_height // GRID, canvas.canvas_width // GRID
+        noise: Tensor | None = None
         for parts in prompts:
             while True:
                 with clock("prompt"):
                     share = next_or_result(parts, states)
+                    if noise is None:
+                        # A GPU is still encoding the prompt: the host works beside it, not after it.
+                        noise = self._noise(job.seed, rows, columns)
+                        for reference in references:
+                            _ = reference.key
                 if share is None:
                     break
                 done = (len(states) + share) / len(prompts)
@@ -199,7 +206,6 @@ class Klein:
             estimate.spared.add("prompt")
 
         # 2. Prepare the references: tokens that take part in every step, or keys and values for all steps.
-        rows, columns = canvas.canvas_height // GRID, canvas.canvas_width // GRID
         reference_use: CacheUse = "none"
         if references:
             yield Stage("references", 0.0, estimate.left("references", 0.0, clock.ms))
@@ -210,12 +216,9 @@ class Klein:
         else:
             condition = Conditioning(text, self._rope(rows, columns, ()))
 
-        # 3. Draw noise on the CPU on every device, so that a seed means the same image everywhere.
-        generator = torch.Generator().manual_seed(job.seed)
-        noise = torch.randn((1, self.transformer.shape.channels, rows, columns), generator=generator)
-        x = pack(noise).to(self.device.device, self.device.dtype)
-
-        # 4. Go from noise to latent, one Euler step at a time.
+        # 3. Go from noise to latent, one Euler step at a time.
+        assert noise is not None
+        x = noise.to(self.device.device)
         yield Stage("denoise", 0.0, estimate.left("denoise", 0.0, clock.ms))
         velocity = self._velocity(rows, columns, condition, mode)
         if no_text is not None:
@@ -242,7 +245,7 @@ class Klein:
                         partial = canvas.crop(to_rgb8(decoded))
             yield Step(i + 1, steps, preview, partial, estimate.left("denoise", (i + 1) / steps, clock.ms))
 
-        # 5. Decode the latent to an image.
+        # 4. Decode the latent to an image.
         yield Stage("decode", 0.0, estimate.left("decode", 0.0, clock.ms))
         with clock("decode"):
             decoded = self.runner.decode(unpack(x, rows), mode)
@@ -273,7 +276,7 @@ class Klein:
     def prefetch(self, image: Rgb8) -> None:
         """Compute in advance what an edit of `image` needs."""
         canvas = Canvas.of(image.shape[1], image.shape[0], self.variant.max_size**2)
-        reference = Reference.of(image, canvas.pad(image), "pad")
+        reference = Reference(canvas.pad(image), image, "pad")
         if self.variant.kv:
             self._reference_kv([reference], self.runner.mode)
         else:
@@ -378,6 +381,15 @@ class Klein:
             return kept[0], True
         states = yield from self.runner.text_in_parts(tokens.ids, tokens.mask)
         return self.cache.insert(key, [states])[0], False
+
+    def _noise(self, seed: int, rows: int, columns: int) -> Tensor:
+        """Return the seed's noise in host memory: [1, rows · columns, channels].
+
+        It is drawn on the CPU in fp32 on every device, so that a seed means the same image everywhere.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        noise = torch.randn((1, self.transformer.shape.channels, rows, columns), generator=generator)
+        return pack(noise).to(self.device.dtype)
 
     def _condition(
         self, text: Tensor, rows: int, columns: int, references: list[Reference], mode: Mode

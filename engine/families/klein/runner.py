@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from engine.contract import Mode
-from engine.diffusion.canvas import GRID
+from engine.diffusion.canvas import GRID, size_for_aspect
 from engine.diffusion.tokens import patchify, unpatchify
 from engine.families.klein.text_encoder import TextEncoder
 from engine.families.klein.transformer import (
@@ -40,6 +40,7 @@ from engine.memory.cache import LruCache
 from engine.memory.device import Device, DeviceGraph, graph_pool
 from engine.memory.offload import OffloadedModule
 from engine.nn import bands, ops
+from engine.nn.attention import Choice, quickest
 from engine.nn.autoencoder import Autoencoder, Decoder, Encoder
 from engine.nn.ops import Rope
 
@@ -50,6 +51,9 @@ MAX_GRAPHS = 4
 
 POLL = 0.05
 """Seconds that a call of `tune` waits for the compiling thread. A new job waits no longer than this."""
+
+ASPECTS = ((1, 1), (4, 3), (3, 4), (3, 2), (2, 3), (16, 9), (9, 16))
+"""Shapes of images that are likely to be asked for."""
 
 MAX_PAUSE = 20.0
 """Maximum seconds for which a job pauses the compiling thread, in case both wait for one lock."""
@@ -111,8 +115,10 @@ class Runner:
         self._pool: Any = None
         self._units: Iterator[bool] | None = None
         self._gate = PauseGate()
+        self._attention = Choice("", ops.PLAIN["attention"], {})
         if device.is_cuda:
-            ops.choose(norm_silu=ops.two_pass_norm_silu)
+            self._attention = self._quickest_attention()
+            ops.choose(norm_silu=ops.two_pass_norm_silu, attention=self._attention.attention)
 
     @property
     def mode(self) -> Mode:
@@ -125,7 +131,8 @@ class Runner:
             return f"eager: {self.eager_reason}"
         if self._compiled is None:
             return "eager, until idle time allows compiling"
-        return f"compiled in {sum(self.seconds.values()):.0f} s, {len(self._step_graphs)} shapes captured"
+        by = f", attention by {self._attention.name}" if self._attention.name else ""
+        return f"compiled in {sum(self.seconds.values()):.0f} s{by}, {len(self._step_graphs)} shapes captured"
 
     # Functions that jobs call.
 
@@ -262,6 +269,8 @@ class Runner:
         for name, part in networks.parts():
             yield from self._aside(name, part)
         self._compiled = networks.compiled
+        if self._attention.name == "cuDNN":
+            yield from self._plan_attention()
         while True:
             missing = [key for key in self._used if key not in self._step_graphs]
             if missing and self._captures:
@@ -320,6 +329,31 @@ class Runner:
         yield True
         self._timed("warm-up", lambda: self.autoencoder.encode(image))
         yield True
+
+    def _quickest_attention(self) -> Choice:
+        """Try the attention back ends on an image of the native size."""
+        tokens = self.variant.text_length + (self.variant.native_size // GRID) ** 2
+        q, k, v = (self._heads(tokens) for _ in range(3))
+        return self._timed("attention", lambda: quickest(q, k, v, self.device.sync))
+
+    def _plan_attention(self) -> Iterator[bool]:
+        """Build cuDNN's plans for likely shapes: 41 to 50 ms each, H200."""
+        area = self.variant.native_size**2
+        for aspect in ASPECTS:
+            width, height = size_for_aspect(aspect, area)
+            canvas = width * height // GRID**2
+            for references in (0, canvas):
+                keys = self.variant.text_length + canvas + references
+                # The last block has queries of the canvas alone.
+                for queries in (keys - (references if self.variant.kv else 0), canvas):
+                    k = self._heads(keys)
+                    self._timed("plans", partial(self._attention.attention, self._heads(queries), k, k))
+                    yield True
+
+    def _heads(self, tokens: int) -> Tensor:
+        shape = self.transformer.shape
+        size = (1, tokens, shape.hidden // shape.head_dim, shape.head_dim)
+        return torch.randn(size, device=self.device.device, dtype=self.device.dtype)
 
     def _text(self, ids: Tensor, mask: Tensor) -> Tensor:
         device = self.device.device
