@@ -250,6 +250,20 @@ def test_without_isal_same_pixels_come_from_zlib(monkeypatch: pytest.MonkeyPatch
     assert (pixels(png.encode(SCENE)) == SCENE).all()
 
 
+@pytest.mark.parametrize("height", [341, 342, 1023, 1400])
+@pytest.mark.parametrize("channels", [3, 4])
+def test_a_large_png_is_the_same_for_any_number_of_threads(height: int, channels: int, monkeypatch: pytest.MonkeyPatch):
+    """Pillow checks the stream's checksum, which is combined from the strips' own."""
+    image = np.random.default_rng(height).integers(0, 256, (height, 1024, channels), dtype=np.uint8)
+    monkeypatch.setattr(png.os, "cpu_count", lambda: 1)
+    alone = png.encode(image)
+    monkeypatch.setattr(png.os, "cpu_count", lambda: 8)
+    assert png.encode(image) == alone
+    with Image.open(io.BytesIO(alone)) as opened:
+        assert np.array_equal(np.asarray(opened), image)
+    assert np.array_equal(png.decode(alone), image)
+
+
 def test_texts_in_png_come_back_in_any_script():
     data = png.encode(SCENE, [("klein-mcp", "ein Bär, 熊, 🐻")])
     with Image.open(io.BytesIO(data)) as opened:
