@@ -45,7 +45,7 @@ CACHED = {**HEADERS, "Cache-Control": "private, max-age=86400"}
 """For images: a handle never means other pixels."""
 
 # A redirect would be a request from wherever the link was clicked, and a Strict cookie does not come along with that.
-_ENTERED = (
+_TO_STUDIO = (
     '<!doctype html><html lang="en"><meta charset="utf-8">'
     '<meta http-equiv="refresh" content="0;url=/studio"><title>Studio</title></html>'
 )
@@ -99,7 +99,13 @@ def page_surface(context: HttpContext) -> Surface:
 
 
 def entry_surface(context: HttpContext) -> Surface:
-    """The one route without a session: it makes one."""
+    """The routes without a session.
+
+    One makes it, the other leads from the bare address to the page.
+    """
+
+    async def home(request: Request) -> Response:
+        return HTMLResponse(_TO_STUDIO, headers=HEADERS)
 
     async def enter(request: Request) -> Response:
         if request.method != "GET":  # a HEAD, as link checkers send, must not use the link up
@@ -107,11 +113,12 @@ def entry_surface(context: HttpContext) -> Surface:
         session = context.sessions.redeem(request.path_params["code"])
         if session is None:
             return HTMLResponse(_REFUSED, 403, HEADERS)
-        response = HTMLResponse(_ENTERED, headers=HEADERS)
+        response = HTMLResponse(_TO_STUDIO, headers=HEADERS)
         context.sessions.set_cookie(response, session, secure=request.url.scheme == "https")
         return response
 
-    return Surface("studio entry", [Route(ENTRY + "{code}", enter, methods=["GET"])], "none")
+    routes = [Route("/", home, methods=["GET"]), Route(ENTRY + "{code}", enter, methods=["GET"])]
+    return Surface("studio entry", routes, "none")
 
 
 def surface(context: HttpContext) -> Surface:

@@ -119,6 +119,13 @@ async def test_another_server_of_this_machine_cannot_change_anything(browser: ht
     assert answer.status_code == 403
 
 
+async def test_bare_address_leads_to_the_studio(outsider: httpx2.AsyncClient) -> None:
+    answer = await outsider.get("/")
+    assert answer.status_code == 200
+    assert 'url=/studio"' in answer.text
+    assert (await outsider.get("/", headers={"host": "evil.example"})).status_code == 421
+
+
 async def test_link_sets_a_strict_cookie_once(context: HttpContext, outsider: httpx2.AsyncClient) -> None:
     link = http_studio.link(context, BASE)
     first = await outsider.get(link)
