@@ -3,8 +3,7 @@
 diffusers' modules share the memory of our weights.
 """
 
-import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -19,8 +18,6 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
 
 from engine.checkpoints.key_map import KeyMap
-from engine.checkpoints.quant import fp8
-from engine.checkpoints.quant.fp8 import Fp8Linear
 from engine.families.klein.key_maps import diffusers_autoencoder, diffusers_transformer
 from engine.families.klein.pipeline import Klein
 from engine.families.klein.runner import CompileOptions
@@ -28,7 +25,7 @@ from engine.families.klein.text_encoder import Prompt, TextEncoder, Tokenizer
 from engine.families.klein.transformer import Transformer, TransformerShape
 from engine.families.klein.variants import VARIANTS, Variant
 from engine.memory.cache import TensorCache
-from engine.memory.device import Device, multiplies_fp8
+from engine.memory.device import Device
 from engine.nn.autoencoder import Autoencoder, AutoencoderShape
 
 REMEMBER = 16 << 30
@@ -129,6 +126,11 @@ class Nets:
         return iter((self.text_encoder, self.transformer, self.autoencoder))
 
 
+def device_of(giant: Giant) -> Device:
+    """Return the best device in its own number format, the CPU in fp32 for the toy."""
+    return Device.choose("cpu", "float32") if giant.name == "toy" else Device.choose()
+
+
 def empty(giant: Giant, dtype: torch.dtype) -> Nets:
     """Create the networks on the meta device, without weights."""
     with torch.device("meta"):
@@ -208,26 +210,6 @@ def ours(
         TensorCache(remember),
         compile_options=options,
     )
-
-
-def in_fp8(nets: Nets, *, static: bool = False) -> Nets:
-    """Copy our networks with the blocks' matrices in fp8.
-
-    static: activations have a fixed scale, which covers 8 standard deviations of a normed activation: speed does not
-    depend on its value.
-    """
-    transformer = copy.deepcopy(nets.transformer)
-    device = transformer.img_in.weight.device
-    for block in (*transformer.double_blocks, *transformer.single_blocks):
-        for name, layer in list(block.named_modules()):
-            if isinstance(layer, nn.Linear):
-                quantised = Fp8Linear(layer.in_features, layer.out_features, native=multiplies_fp8(device))
-                stored = fp8.encode(layer.weight.data)
-                if static:
-                    stored["input_scale"] = torch.tensor(8.0 / fp8.LARGEST, device=device)
-                quantised.load_tensors(stored)
-                block.set_submodule(name, quantised)
-    return replace(nets, transformer=transformer)
 
 
 def diffusers(nets: Nets, giant: Giant, placement: Device, *, kv: bool = False, beside: Any = None) -> Any:
@@ -328,18 +310,27 @@ def _filled(module: nn.Module, weights: dict[str, Tensor]) -> nn.Module:
     return module.eval().requires_grad_(False)
 
 
-def compiled(nets: Nets, giant: Giant, placement: Device, backend: str, *, beside: Any) -> Any:
+PARTS = ("blocks", "encoder", "decoder")
+"""Parts of diffusers' pipeline that are compiled."""
+
+
+def compiled(nets: Nets, giant: Giant, placement: Device, backend: str, *, beside: Any = None) -> Any:
     """Compile a pipeline as diffusers' documentation advises.
 
     The repeated blocks are compiled, and the autoencoder is channels-last. Each shape is compiled separately: faster
     than one program for all, and slow only before timing starts.
     """
-    pipe = diffusers(nets, giant, placement, beside=beside)
+    return compile_parts(diffusers(nets, giant, placement, beside=beside), backend)
+
+
+def compile_parts(pipe: Any, backend: str, parts: Sequence[str] = PARTS) -> Any:
+    """Compile parts of a pipeline in place, for each shape separately."""
     options = {"fullgraph": True, "dynamic": False, "backend": backend}
-    pipe.transformer.compile_repeated_blocks(**options)
     pipe.vae.to(memory_format=torch.channels_last)
-    pipe.vae.encoder.compile(**options)
-    pipe.vae.decoder.compile(**options)
+    if "blocks" in parts:
+        pipe.transformer.compile_repeated_blocks(**options)
+    for part in {"encoder", "decoder"} & set(parts):
+        getattr(pipe.vae, part).compile(**options)
     return pipe
 
 

@@ -14,7 +14,7 @@ from engine.nn import ops
 from engine.nn.autoencoder import Decoder
 
 if TYPE_CHECKING:
-    from tests.bench.gpu import Bench
+    from tests.bench.timed import Bench
 
 
 def measure(bench: "Bench") -> dict[str, Any]:
@@ -25,29 +25,29 @@ def measure(bench: "Bench") -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, norm in (("plain norm", ops.PLAIN["norm_silu"]), ("two-pass norm", ops.two_pass_norm_silu)):
         with ops.chosen(norm_silu=norm):
-            found[f"decode, {name}"] = _ms(bench, lambda: runner.decode(latent, "eager"))
-            found[f"encode, {name}"] = _ms(bench, lambda: runner.encode(image, "eager"))
+            found[f"decode, {name}"] = milliseconds(bench, lambda: runner.decode(latent, "eager"))
+            found[f"encode, {name}"] = milliseconds(bench, lambda: runner.encode(image, "eager"))
     last = copy.deepcopy(runner.autoencoder).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    found["decode, two-pass norm, channels-last"] = _ms(bench, lambda: last.decode(latent))
-    found["encode, two-pass norm, channels-last"] = _ms(bench, lambda: last.encode(image))
+    found["decode, two-pass norm, channels-last"] = milliseconds(bench, lambda: last.decode(latent))
+    found["encode, two-pass norm, channels-last"] = milliseconds(bench, lambda: last.encode(image))
     if runner.mode == "compiled":
-        found["decode, compiled"] = _ms(bench, lambda: runner.decode(latent, "compiled"))
-        found["encode, compiled"] = _ms(bench, lambda: runner.encode(image, "compiled"))
+        found["decode, compiled"] = milliseconds(bench, lambda: runner.decode(latent, "compiled"))
+        found["encode, compiled"] = milliseconds(bench, lambda: runner.encode(image, "compiled"))
         four = torch.cat([image, image.flip(2), image.flip(3), -image])
-        found["encode four at once, compiled"] = _ms(bench, lambda: runner.encode(four, "compiled"))
+        found["encode four at once, compiled"] = milliseconds(bench, lambda: runner.encode(four, "compiled"))
         batch, single = runner.encode(four, "compiled"), [runner.encode(one, "compiled") for one in four.split(1)]
         found["a batch has the bits of single ones"] = bool((batch == torch.cat(single)).all())
     found["bands have the bits of the whole"] = _bands(last.decoder, latent)
     if bench.left > 40 and bench.gpu:
         torch._dynamo.reset()
-        static = torch.compile(Decoder.forward, dynamic=False, fullgraph=True, backend=bench.settings.backend)
+        static = torch.compile(Decoder.forward, dynamic=False, fullgraph=True, backend=bench.backend)
         z = torch.randn(1, 32, 2 * side, 2 * side, device=bench.device.device, dtype=bench.device.dtype)
         z = z.contiguous(memory_format=torch.channels_last)
         start = time.perf_counter()
         static(last.decoder, z)
         bench.device.sync()
         found["decode, compiled for one size, s to compile"] = time.perf_counter() - start
-        found["decode, compiled for one size"] = _ms(bench, lambda: static(last.decoder, z))
+        found["decode, compiled for one size"] = milliseconds(bench, lambda: static(last.decoder, z))
     return found
 
 
@@ -62,7 +62,8 @@ def _bands(decoder: Decoder, latent: Tensor) -> bool:
     return bool((band == whole[:, :, rows : 2 * rows]).all())
 
 
-def _ms(bench: "Bench", do: Callable[[], Any], rounds: int = 5) -> float:
+def milliseconds(bench: "Bench", do: Callable[[], Any], rounds: int = 5) -> float:
+    """Return the median time of a call."""
     do()
     laps = []
     for _ in range(rounds if bench.gpu else 1):

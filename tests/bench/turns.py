@@ -103,18 +103,19 @@ def in_turns(
     All sides get the same requests, a new one in every turn.
     """
     begun = time.perf_counter()
-    turn = 0.0
     for _ in range(pace.warm):
-        ask, start = next(asks), time.perf_counter()
+        ask = next(asks)
         for side in sides.values():
             watch.time(side, ask, Laps())
-        turn = time.perf_counter() - start
-    left = seconds - (time.perf_counter() - begun)
-    rounds = max(1, min(pace.rounds, int(left / (2 * turn))))
     laps = {name: Laps() for name in sides}
-    for _ in range(rounds):
+    longest = 0.0
+    for number in range(pace.rounds):
+        start = time.perf_counter()
+        if number and start - begun + longest > seconds:
+            break
         for order in (tuple(sides), tuple(reversed(tuple(sides)))):
             ask = next(asks)
             for name in order:
                 watch.time(sides[name], ask, laps[name])
+        longest = max(longest, time.perf_counter() - start)
     return laps
