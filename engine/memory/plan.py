@@ -91,6 +91,11 @@ class ActivationMemory:
         """
         return self.bytes + (self.workspace if room.host is not None else 0)
 
+    @property
+    def least(self) -> int:
+        """Bytes of the way that takes the least."""
+        return self.banded or self.bytes
+
     def in_bands(self) -> "ActivationMemory | None":
         """Return the memory when decoding in bands, None without a gain."""
         # A workspace is of the size of what a convolution is given; an eighth would do, it was not measured.

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from engine.contract import Job, Result
+from engine.contract import Job, OutOfMemory, Result
+from engine.families.klein.footprint import activation_memory
 from engine.families.klein.pipeline import Klein
 from engine.memory.device import Device
 from engine.memory.plan import BANDED_IMAGES, MemoryInfo, fits, working
@@ -63,6 +64,29 @@ def test_embedded_model_makes_the_same_image_in_bands(norm: Callable[..., Tensor
     # Observed: 1 and 2 values of 49,152 are one level off.
     assert apart.max() <= 1
     assert (apart > 0).mean() < 1e-3
+
+
+def test_an_image_is_decoded_in_bands_where_memory_is_short_now(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Give a model that was planned for whole decoding just less memory than that takes."""
+    klein: Klein = last(Klein.load(ModelRegistry().resolve(str(NANO)), FP32))
+    counted: list[int] = []
+    monkeypatch.setattr(bands, "decode", lambda autoencoder, latent: counted.append(1) or autoencoder.decode(latent))
+    job = Job("a red ball on a blue table", seed=3)
+    shapes = (klein.variant, klein.transformer, klein.autoencoder, FP32.dtype)
+    image = activation_memory(*shapes, pixels=128**2, references=0)
+    assert 0 < image.banded < image.bytes
+    for free, expected in ((image.bytes, 0), (image.bytes - 1, 1), (image.banded, 1)):
+        counted.clear()
+        monkeypatch.setattr(
+            "engine.families.klein.pipeline.memory_info", lambda device, free=free: MemoryInfo("GPU", free, GB, GB)
+        )
+        last(klein.run(job))
+        assert len(counted) == expected
+    monkeypatch.setattr(
+        "engine.families.klein.pipeline.memory_info", lambda device: MemoryInfo("GPU", image.banded - 1, GB, GB)
+    )
+    with pytest.raises(OutOfMemory, match=r"128×128 with 0 references takes 0\.0 GB besides the weights"):
+        last(klein.run(job))
 
 
 @pytest.mark.parametrize("shape", [AutoencoderShape(), SMALL], ids=["full", "small"])

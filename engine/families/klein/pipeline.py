@@ -42,7 +42,7 @@ from engine.families.klein.transformer import KVPair, Modulations, Transformer
 from engine.families.klein.variants import Variant
 from engine.memory.cache import LruCache, TensorCache
 from engine.memory.device import Device
-from engine.memory.plan import gb
+from engine.memory.plan import SIDES, ActivationMemory, gb
 from engine.nn.autoencoder import Autoencoder
 from engine.nn.ops import Rope
 
@@ -169,7 +169,7 @@ class Klein:
         variant, clock, warnings = self.variant, _StageClock(self.device), list(self._warnings)
         steps, guidance = read_settings(job, variant, warnings)
         canvas, references = fit_images(job, variant, warnings)
-        self._check_memory(canvas, references)
+        in_bands = self._decodes_in_bands(canvas, references)
         mode = self._mode(job, warnings)
 
         estimate = self.estimator.image(
@@ -241,18 +241,18 @@ class Klein:
                 preview = self._preview(clean, canvas) if watched else None
                 if decoding:
                     with clock("decode"):
-                        decoded = self.runner.decode(clean.to(self.device.dtype), mode)
+                        decoded = self.runner.decode(clean.to(self.device.dtype), mode, in_bands=in_bands)
                         partial = canvas.crop(to_rgb8(decoded))
             yield Step(i + 1, steps, preview, partial, estimate.left("denoise", (i + 1) / steps, clock.ms))
 
         # 4. Decode the latent to an image.
         yield Stage("decode", 0.0, estimate.left("decode", 0.0, clock.ms))
         with clock("decode"):
-            decoded = self.runner.decode(unpack(x, rows), mode)
+            decoded = self.runner.decode(unpack(x, rows), mode, in_bands=in_bands)
         change: ChangeMask | None = None
         if job.find_change:
             with clock("change"):
-                decoded, change = self._find_change(decoded, references[0], canvas, mode)
+                decoded, change = self._find_change(decoded, references[0], canvas, mode, in_bands)
         image = canvas.crop(to_rgb8(decoded))
         self.estimator.learn(estimate, clock.ms)
         yield Result(
@@ -284,14 +284,14 @@ class Klein:
         self._round_trip(reference, self.runner.mode)
 
     def _find_change(
-        self, decoded: Tensor, reference: Reference, canvas: Canvas, mode: Mode
+        self, decoded: Tensor, reference: Reference, canvas: Canvas, mode: Mode, in_bands: bool
     ) -> tuple[Tensor, ChangeMask]:
         """Return the edit and its change mask.
 
         The edit is matched to its reference outside the change.
         """
         size = slice(canvas.content_height), slice(canvas.content_width)
-        round_trip = self._round_trip(reference, mode).float() / 127.5 - 1
+        round_trip = self._round_trip(reference, mode, in_bands=in_bands).float() / 127.5 - 1
         found = find_change(decoded[:, :, *size], round_trip[:, :, *size])
         opacity = canvas.crop_mask((found.opacity * 255).round().byte().cpu().numpy())
         across, down = canvas.width / canvas.content_width, canvas.height / canvas.content_height
@@ -299,12 +299,12 @@ class Klein:
         shift = round(found.shift[0] * across), round(found.shift[1] * down)
         return found.painted, ChangeMask(opacity, found.whole, found.faint, box, shift, found.drift)
 
-    def _round_trip(self, reference: Reference, mode: Mode) -> Tensor:
+    def _round_trip(self, reference: Reference, mode: Mode, *, in_bands: bool = False) -> Tensor:
         """Encode and decode the reference: [1, 3, h, w] uint8."""
 
         def decode() -> list[Tensor]:
             latent = unpack(self._latents(reference, mode)[0], reference.tokens[0])
-            decoded = self.runner.decode(latent, mode)
+            decoded = self.runner.decode(latent, mode, in_bands=in_bands)
             return [((decoded.float().clamp(-1, 1) + 1) * 127.5).round().byte()]
 
         return self.cache.get_or_compute((self.fingerprint, "round trip", mode, reference.key), decode)[0][0]
@@ -340,27 +340,30 @@ class Klein:
         """
         return self.autoencoder.encoder(images.to(self.device.device, self.device.dtype))
 
-    def _check_memory(self, canvas: Canvas, references: list[Reference]) -> None:
-        """Raise OutOfMemory if the free memory cannot hold the job."""
+    def _decodes_in_bands(self, canvas: Canvas, references: list[Reference]) -> bool:
+        """Return whether the free memory holds the job only if it is decoded in bands.
+
+        Raises OutOfMemory if it does not hold the job at all.
+        """
+        reference_pixels = GRID**2 * sum(math.prod(reference.tokens) for reference in references)
+
+        def work(pixels: int) -> ActivationMemory:
+            shapes = (self.variant, self.transformer, self.autoencoder, self.device.dtype)
+            return activation_memory(*shapes, pixels=pixels, references=reference_pixels)
+
         pixels = canvas.canvas_width * canvas.canvas_height
-        reference_pixels = GRID**2 * sum(
-            rows * columns for rows, columns in (reference.tokens for reference in references)
-        )
-        shapes = (self.variant, self.transformer, self.autoencoder, self.device.dtype)
-        work = activation_memory(*shapes, pixels=pixels, references=reference_pixels)
-        memory = memory_info(self.device)
+        memory, needed = memory_info(self.device), work(pixels)
         # The cache can be cleared to make room.
         free = self.free(memory.free + self.cache.stats().bytes)
-        if work.bytes <= free:
-            return
-        sides = (side for side in (1024, 768, 512, 256) if side**2 < pixels)
-        fitting = (
-            s for s in sides if activation_memory(*shapes, pixels=s**2, references=reference_pixels).bytes <= free
-        )
-        side = next(fitting, None)
+        if needed.bytes <= free and not self.runner.banded:
+            return False
+        if needed.least <= free:
+            return needed.banded > 0
+        sides = (side for side in SIDES if side**2 < pixels)
+        side = next((side for side in sides if work(side**2).least <= free), None)
         status = "free" if self.limit is None else "allowed"
         raise OutOfMemory(
-            f"{canvas.canvas_width}×{canvas.canvas_height} with {len(references)} references takes {gb(work.bytes)} "
+            f"{canvas.canvas_width}×{canvas.canvas_height} with {len(references)} references takes {gb(needed.least)} "
             f"besides the weights; {gb(free)} of the {memory.device} are {status}.",
             hint=f"{side}×{side} would fit." if side else "Use fewer references, or end what else uses the device.",
         )

@@ -165,12 +165,12 @@ class Runner:
         with _no_recompiles():
             return compiled.encode(images)
 
-    def decode(self, latent: Tensor, mode: Mode) -> Tensor:
+    def decode(self, latent: Tensor, mode: Mode, *, in_bands: bool = False) -> Tensor:
         """Decode a latent to an image.
 
-        [1, channels, h, w] -> [1, 3, 16h, 16w], about [-1, 1].
+        [1, channels, h, w] -> [1, 3, 16h, 16w], about [-1, 1]. in_bands: in less memory, more slowly.
         """
-        if self.banded:
+        if in_bands or self.banded:
             return bands.decode(self.autoencoder, latent)
         compiled = self._compiled if mode == "compiled" else None
         if compiled is None:
