@@ -341,7 +341,7 @@ class Klein:
         return self.autoencoder.encoder(images.to(self.device.device, self.device.dtype))
 
     def _decodes_in_bands(self, canvas: Canvas, references: list[Reference]) -> bool:
-        """Return whether the free memory holds the job only if it is decoded in bands.
+        """Return whether the job only fits if it decodes in bands.
 
         Raises OutOfMemory if it does not hold the job at all.
         """
