@@ -99,7 +99,12 @@ class Child:
     def failed(self) -> bool:
         """Whether the process or a section of it failed."""
         bad = any("error" in result or result.get("failed") for result in self.sections.values())
-        return bad or (self.ended and self._process.returncode not in (0, -signal.SIGKILL))
+        return bad or (self.ended and self.died)
+
+    @property
+    def died(self) -> bool:
+        """Whether the process ended by itself with an error."""
+        return self._process.poll() not in (None, 0, -signal.SIGKILL)
 
     @property
     def complaint(self) -> str:
@@ -166,7 +171,7 @@ class Children:
     def _hear(self, child: Child, message: Message | None) -> None:
         if message is None:
             child.ended = True
-            if not child.sections and child.failed:
+            if child.died:
                 self._tell(child.name, {"error": child.complaint})
         elif message.get("ready"):
             child.ready = True

@@ -248,7 +248,8 @@ class Run:
         self.found["sections"][section] = result
         if section.startswith("line "):
             line = Line(**{name: result[name] for name in ("name", "floor", "ms", "wanted")})
-            self.lines.append(line)
+            # A process that died is started again: what it timed last counts.
+            self.lines = [*(other for other in self.lines if other.name != line.name), line]
             print(line.markdown())
         print(f"[{time.monotonic() - self.begun:6.1f}] {section}: {json.dumps(result)}", flush=True)
         self._write()

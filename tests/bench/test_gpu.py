@@ -141,6 +141,8 @@ def test_lines_survive_the_way_to_the_parent() -> None:
     run = gpu.Run(gpu.Settings.smoke())
     run._take("line a", {**asdict(line), "all, ms": {}})
     assert run.lines == [line]
+    run._take("line a", {**asdict(line), "floor": 110.0})
+    assert [line.floor for line in run.lines] == [110.0]  # not twice
     run.folder.rmdir()
 
 
