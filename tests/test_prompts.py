@@ -18,7 +18,8 @@ from mcp_types import PromptReference
 from PIL import Image
 
 from engine.families.klein.variants import EMBEDDED, VARIANTS
-from engine.nano.training.compositor import BACKGROUNDS, CANVAS
+from engine.nano.training.compositor import BACKGROUNDS
+from engine.nano.training.frames import SQUARE
 from engine.nano.training.scenes import BIG, MIDDLE, NORMAL, SMALL, Scene, Thing
 from engine.nano.training.score import background_right, look
 from engine.nano.training.sprites import KINDS
@@ -135,7 +136,7 @@ def seen(path: Path, ground: str) -> np.ndarray:
         image = opened.convert("RGBA")
     over = Image.new("RGBA", image.size, (*COLOURS.get(ground, (0, 0, 0)), 255))
     over.alpha_composite(image)
-    return np.asarray(over.convert("RGB").resize((CANVAS, CANVAS), Image.Resampling.BOX))
+    return np.asarray(over.convert("RGB").resize((SQUARE, SQUARE), Image.Resampling.BOX))
 
 
 @pytest.mark.parametrize("name", PROMPTS)

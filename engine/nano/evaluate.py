@@ -1,8 +1,10 @@
 """Measure how well nano follows prompts, on a held-out list.
 
 `python -m engine.nano.evaluate` generates the list's images, scores them and prints the table.
-Wordings and combinations of the list were never trained on. `held_out.jsonl` fixes them with their seeds, so that two
-sets of weights answer the same questions. `--write` draws a new list, which makes older figures incomparable.
+Wordings and combinations of the lists were never trained on. `held_out.jsonl` is the list of the whole world,
+`held_out_48.jsonl` that of the first nano (48 nouns, one canvas). `--list old` asks the latter, so that both can be
+compared. Lists hold their seeds, so that two sets of weights answer the same questions. `--write` draws the new list
+anew, which makes older figures incomparable.
 """
 
 import argparse
@@ -11,7 +13,8 @@ import os
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,28 +22,33 @@ import torch
 from PIL import Image, ImageDraw
 
 from engine.diffusion.change_mask import find_change
-from engine.nano.training.compositor import BACKGROUNDS
-from engine.nano.training.folder import WEIGHTS
+from engine.nano.training.compositor import as_tensor, as_uint8
+from engine.nano.training.folder import WEIGHTS, load_extras
+from engine.nano.training.frames import OTHER_SHAPES, SMALL_SQUARE, SQUARE, TOKEN, Frame
 from engine.nano.training.model import Nano
-from engine.nano.training.prompts import EDITS, Example, PromptSampler, touched, unseen
-from engine.nano.training.scenes import Scene, Thing
+from engine.nano.training.prompts import EDITS, OLD_LIST, Example, PromptSampler, touched, unseen
+from engine.nano.training.scenes import Scene
 from engine.nano.training.score import (
     Rgb8,
     background_right,
     composed,
     draw,
     edit_done,
+    in_units,
     look,
     place_right,
     places_right,
     rest_kept,
+    sharpness,
     untouched,
 )
-from engine.nano.training.sprites import KINDS
+from engine.nano.words import NOUNS
 
-LIST = Path(__file__).parent / "training" / "held_out.jsonl"
+LIST = OLD_LIST.with_name("held_out.jsonl")
 ROWS = 300
-"""Number of questions of each kind."""
+"""Number of questions of each main kind."""
+FEWER_ROWS = 100
+"""Questions of each of the others: counts, one thing inside another, four things, other shapes."""
 CHAINS = 30
 CHAIN_LENGTH = 10
 BATCH = 20
@@ -54,46 +62,67 @@ Question = tuple[str, int, Example]
 Chain = tuple[list[Example], tuple[Rgb8, ...]]
 """The edits of a chain, and the image after each."""
 
-
-def _pack(scene: Scene) -> list:
-    return [BACKGROUNDS[scene.background], *([thing.name, thing.size, *thing.slot] for thing in scene.things)]
-
-
-def _unpack(packed: list) -> Scene:
-    ground, *things = packed
-    return Scene(
-        BACKGROUNDS.index(ground), tuple(Thing(KINDS.index(name), size, (x, y)) for name, size, x, y in things)
-    )
+ALONE = ("one", "two", "edit", "compose", "count", "inside", "four", "shape", "shape edit")
+"""The parts whose questions stand alone."""
 
 
 def questions(path: Path = LIST) -> Iterator[Question]:
     """Yield the list's questions, in order."""
     for line in path.read_text().splitlines():
         part, seed, task, prompt, target, *references = json.loads(line)
-        scenes = tuple(_unpack(reference) for reference in references)
-        scene = _unpack(target)
-        boxes = touched(scenes[0], scene) if task in EDITS else ()
-        yield part, seed, Example(task, prompt, scene, scenes, boxes)
+        part, _, sides = part.partition("@")
+        frame = Frame(*map(int, sides.split("x"))) if sides else SMALL_SQUARE
+        scenes = tuple(map(Scene.unpack, references))
+        scene = Scene.unpack(target)
+        boxes = touched(scenes[0], scene, frame) if task in EDITS else ()
+        yield part, seed, Example(task, prompt, scene, scenes, boxes, frame)
+
+
+def known_list(weights: Path) -> str:
+    """Return the list whose nouns the weights know: old or new."""
+    return "new" if {*NOUNS} <= load_extras(weights)["nouns"].keys() else "old"
+
+
+def at_scale(asked: list[Question], scale: int) -> list[Question]:
+    """Return the questions for images of `scale` pixels a unit.
+
+    Scale 1 is 128 × 128 and 2 is 256 × 256.
+    Other shapes are not whole tokens at 128 × 128; their questions are left out there.
+    """
+    scaled = (
+        (part, seed, replace(example, frame=replace(example.frame, scale=scale))) for part, seed, example in asked
+    )
+    return [q for q in scaled if all(side % TOKEN == 0 for side in q[2].frame.pixels)]
 
 
 def draw_questions() -> Iterator[Question]:
     """Yield the questions of a new list."""
     sampler = PromptSampler("held out")
     world = sampler.world
-    makes: dict[str, Callable[[PromptSampler], Example | None]] = {
-        "one": lambda sampler: sampler.generate(world.single),
-        "two": lambda sampler: sampler.generate(world.pair),
-        "compose": lambda sampler: sampler.compose(),
+    makes: dict[str, tuple[int, Callable[[PromptSampler], Example | None]]] = {
+        "one": (ROWS, lambda sampler: sampler.generate(world.single)),
+        "two": (ROWS, lambda sampler: sampler.generate(world.pair)),
+        "compose": (ROWS, lambda sampler: sampler.compose()),
+        "count": (FEWER_ROWS, lambda sampler: sampler.generate(world.counted)),
+        "inside": (FEWER_ROWS, lambda sampler: sampler.generate(world.inside)),
+        "four": (FEWER_ROWS, lambda sampler: sampler.generate(world.four)),
     }
-    for part, make in makes.items():
-        for seed in range(ROWS):
+    for part, (rows, make) in makes.items():
+        for seed in range(rows):
             yield part, seed, unseen(sampler, make)
     for seed in range(ROWS):
         # This kind is chosen first, because kinds with many held-out wordings would crowd out the others.
-        kind = sampler.kind_of_edit()
-        yield "edit", seed, unseen(sampler, lambda sampler, kind=kind: sampler.edit(kind))
+        yield "edit", seed, unseen(sampler, partial(_edit, kind=sampler.kind_of_edit()))
+    for seed in range(FEWER_ROWS):
+        other = PromptSampler(f"held out {seed}", replace(OTHER_SHAPES[seed % len(OTHER_SHAPES)], scale=1))
+        yield "shape", seed, unseen(other, lambda sampler: sampler.generate())
+        yield "shape edit", seed, unseen(other, partial(_edit, kind=other.kind_of_edit()))
     for seed in range(CHAINS):
         yield from (("chain", seed, example) for example in _chain(sampler))
+
+
+def _edit(sampler: PromptSampler, kind: str) -> Example | None:
+    return sampler.edit(kind)
 
 
 def _chain(sampler: PromptSampler) -> list[Example]:
@@ -111,42 +140,37 @@ def _chain(sampler: PromptSampler) -> list[Example]:
 
 
 def write_questions(path: Path = LIST) -> None:
-    lines = (
-        [part, seed, example.task, example.prompt, _pack(example.target), *map(_pack, example.references)]
-        for part, seed, example in draw_questions()
-    )
+    lines = []
+    for part, seed, example in draw_questions():
+        frame = example.frame
+        shape = "" if frame == SMALL_SQUARE else f"@{frame.width}x{frame.height}"
+        scenes = (example.target, *example.references)
+        lines.append([part + shape, seed, example.task, example.prompt, *(scene.pack() for scene in scenes)])
     path.write_text("".join(json.dumps(line, separators=(",", ":")) + "\n" for line in lines))
-
-
-def _images(tensor: torch.Tensor) -> list[Rgb8]:
-    return list(((tensor + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy())
-
-
-def _tensor(images: list[Rgb8]) -> torch.Tensor:
-    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def answers(nano: Nano, asked: list[Question], steps: int) -> list[Rgb8]:
     """Return nano's images for independent questions.
 
-    A batch holds questions with the same number of references.
+    A batch holds questions with the same canvas and number of references.
     """
-    order = sorted(range(len(asked)), key=lambda i: len(asked[i][2].references))
-    painted: dict[int, Rgb8] = {}
-    while order:
-        count = len(asked[order[0]][2].references)
-        batch = [i for i in order[:BATCH] if len(asked[i][2].references) == count]
-        order = order[len(batch) :]
-        references = None
-        if count:
-            drawn = [_tensor(draw(*asked[i][2].references)) for i in batch]
-            references = torch.stack(drawn).to(nano.device)
-        prompts, seeds = [asked[i][2].prompt for i in batch], [asked[i][1] for i in batch]
-        painted.update(zip(batch, _images(nano.paint(prompts, seeds, references, steps)), strict=True))
-    return [painted[i] for i in range(len(asked))]
+    groups: dict[tuple[Frame, int], list[int]] = {}
+    for i, (_, _, example) in enumerate(asked):
+        groups.setdefault((example.frame, len(example.references)), []).append(i)
+    images: dict[int, Rgb8] = {}
+    for (frame, count), members in groups.items():
+        for batch in (members[i : i + BATCH] for i in range(0, len(members), BATCH)):
+            references = None
+            if count:
+                drawn = [as_tensor(draw(*asked[i][2].references, frame=frame)) for i in batch]
+                references = torch.stack(drawn).to(nano.device)
+            prompts, seeds = [asked[i][2].prompt for i in batch], [asked[i][1] for i in batch]
+            made = nano.sample(prompts, seeds, references, steps, frame.pixels)
+            images.update(zip(batch, as_uint8(made), strict=True))
+    return [images[i] for i in range(len(asked))]
 
 
-@dataclass
+@dataclass(frozen=True)
 class Preserved:
     """An edit with the original restored around its change.
 
@@ -167,9 +191,11 @@ def preserved(nano: Nano, edited: list[Rgb8], originals: list[Rgb8]) -> list[Pre
     """
     kept = []
     for image, original in zip(edited, originals, strict=True):
-        round_trip = nano.decode(nano.encode(_tensor([original]).to(nano.device)))
+        tensor = as_tensor([original]).to(nano.device)
+        grid = original.shape[1] // TOKEN, original.shape[0] // TOKEN
+        round_trip = nano.decode(nano.encode(tensor), grid)
         started = time.perf_counter()
-        change = find_change(_tensor([image]).to(nano.device), round_trip)
+        change = find_change(as_tensor([image]).to(nano.device), round_trip)
         opacity = change.opacity.cpu().numpy()[..., None]
         painted = ((change.painted[0] + 1) * 127.5).permute(1, 2, 0).cpu().numpy()
         mixed = np.rint(original + opacity * (painted - original)).astype(np.uint8)
@@ -187,12 +213,12 @@ def chained(nano: Nano, asked: list[Question], steps: int, preserve: bool = Fals
     for _, seed, example in asked:
         chains.setdefault(seed, []).append(example)
     seeds = list(chains)
-    images = [draw(chains[seed][0].references[0])[0] for seed in seeds]
+    images = [draw(chains[seed][0].references[0], frame=chains[seed][0].frame)[0] for seed in seeds]
     trail = []
     for step in range(CHAIN_LENGTH):
         prompts = [chains[seed][step].prompt for seed in seeds]
-        references = _tensor(images)[:, None].to(nano.device)
-        edited = _images(nano.paint(prompts, [seed * CHAIN_LENGTH + step for seed in seeds], references, steps))
+        references = as_tensor(images)[:, None].to(nano.device)
+        edited = as_uint8(nano.sample(prompts, [seed * CHAIN_LENGTH + step for seed in seeds], references, steps))
         images = [kept.image for kept in preserved(nano, edited, images)] if preserve else edited
         trail.append(images)
     return list(zip(chains.values(), zip(*trail, strict=True), strict=True))
@@ -202,7 +228,7 @@ def chained(nano: Nano, asked: list[Question], steps: int, preserve: bool = Fals
 class Table:
     """Table of measures -> (value, number of samples)."""
 
-    rows: dict[str, tuple[float, int]]
+    rows: dict[str, tuple[float, int]] = field(default_factory=dict)
 
     def add(self, name: str, values: list[float] | list[bool]) -> None:
         if values:
@@ -211,67 +237,108 @@ class Table:
     def __str__(self) -> str:
         lines = []
         for name, (value, count) in self.rows.items():
-            plain = name.endswith(("of 255)", "(ms)"))
-            shown = f"{value:.2f}" if plain else f"{100 * value:.1f} %"
-            lines.append(f"| {name} | {shown} | {count} |")
+            plain = name.endswith(("of 255)", "(ms)", "(1 is as sharp)"))
+            lines.append(f"| {name} | {f'{value:.2f}' if plain else f'{100 * value:.1f} %'} | {count} |")
         return "\n".join(["| measure | value | n |", "|---|---|---|", *lines])
 
 
-def evaluate(nano: Nano, asked: list[Question], steps: int = 4) -> tuple[Table, list[tuple[Question, Rgb8, bool]]]:
-    """Return the table, and every image with whether it is right.
+@dataclass(frozen=True)
+class Answer:
+    """The image for a question, and whether it is right."""
 
-    An image is right if all its parts are.
-    """
-    table = Table({})
-    parts = {part: [q for q in asked if q[0] == part] for part in ("one", "two", "edit", "compose", "chain")}
-    alone = [q for part in ("one", "two", "edit", "compose") for q in parts[part]]
-    painted = dict(zip(map(id, alone), answers(nano, alone, steps), strict=True))
-    shown: list[tuple[Question, Rgb8, bool]] = []
+    question: Question
+    image: Rgb8
+    small: Rgb8
+    right: bool
 
-    def each(part: str) -> list[tuple[Question, Rgb8]]:
-        return [(q, painted[id(q)]) for q in parts[part]]
+    @property
+    def example(self) -> Example:
+        return self.question[2]
 
-    generated = [*each("one"), *each("two")]
-    grounds = [background_right(image, q[2].target) for q, image in generated]
-    table.add("background right", grounds)
+
+Answers = list[tuple[Question, Rgb8, Rgb8]]
+
+
+def evaluate(nano: Nano, asked: list[Question], steps: int = 4) -> tuple[Table, list[Answer]]:
+    """Return the table and every image made for it."""
+    table = Table()
+    alone = [q for q in asked if q[0] in ALONE]
+    images = answers(nano, alone, steps)
+    parts: dict[str, Answers] = {part: [] for part in ALONE}
+    for q, image in zip(alone, images, strict=True):
+        parts[q[0]].append((q, image, in_units(image, q[2].frame)))
+    shown = _generated(table, parts)
+    shown += _edited(table, parts["edit"])
+    _add_preserved(table, nano, parts["edit"])
+    together = [composed(small, q[2].target) for q, _, small in parts["compose"]]
+    table.add("compose: every object there", together)
+    table.add("compose: background right", [background_right(small, q[2].target) for q, _, small in parts["compose"]])
+    shown += [Answer(*answer, right) for answer, right in zip(parts["compose"], together, strict=True)]
+    shown += _beyond(table, parts)
+    if chains := [q for q in asked if q[0] == "chain"]:
+        table.add(CHAINED, _drifts(chained(nano, chains, steps)))
+        table.add(CHAINED_PRESERVED, _drifts(chained(nano, chains, steps, preserve=True)))
+    return table, shown
+
+
+def _generated(table: Table, parts: dict[str, Answers]) -> list[Answer]:
+    """Add the rows of one and two objects."""
+    shown: list[Answer] = []
+    grounds: list[bool] = []
     colours: list[bool] = []
+    sharp: list[float] = []
     found: dict[str, list[bool]] = {"one": [], "two": []}
-    for (q, image), ground in zip(generated, grounds, strict=True):
+    for q, image, small in (*parts["one"], *parts["two"]):
         scene = q[2].target
-        whole = ground
+        grounds.append(background_right(small, scene))
+        whole = grounds[-1]
         for i, thing in enumerate(scene.things):
-            finding = look(image, scene, i)
+            finding = look(small, scene, i)
             right = finding.right(thing)
             found[q[0]].append(right)
             whole &= right
+            if right:
+                sharp.append(sharpness(image, q[2], i))
             if thing.colour is not None:
                 colours.append(finding.colour == thing.colour)
-        shown.append((q, image, whole))
+        shown.append(Answer(q, image, small, whole))
+    table.add("background right", grounds)
     table.add("object there, one asked for", found["one"])
     table.add("object there, each of two", found["two"])
-    places = [place_right(image, q[2].target) for q, image in each("one")]
-    places += [places_right(image, q[2].target) for q, image in each("two")]
+    places = [place_right(small, q[2].target) for q, _, small in parts["one"]]
+    places += [places_right(small, q[2].target) for q, _, small in parts["two"]]
     table.add("position right", places)
     table.add("colour of a shape right", colours)
+    table.add("outline of what is there (1 is as sharp)", sharp)
+    return shown
 
-    done = {id(q): edit_done(image, q[2]) for q, image in each("edit")}
-    table.add("edit done", list(done.values()))
+
+def _edited(table: Table, edits: Answers) -> list[Answer]:
+    """Add the rows of single edits."""
+    done = [edit_done(small, q[2]) for q, _, small in edits]
+    table.add("edit done", done)
     for kind in EDITS:
-        table.add(f"edit done: {kind}", [done[id(q)] for q in parts["edit"] if q[2].task == kind])
-    table.add("edit keeps the rest (of 255)", [rest_kept(image, q[2]) for q, image in each("edit")])
-    shown += [(q, image, done[id(q)]) for q, image in each("edit")]
+        table.add(f"edit done: {kind}", [d for d, (q, _, _) in zip(done, edits, strict=True) if q[2].task == kind])
+    table.add("edit keeps the rest (of 255)", [rest_kept(image, q[2]) for q, image, _ in edits])
+    return [Answer(*answer, right) for answer, right in zip(edits, done, strict=True)]
 
-    _add_preserved(table, nano, each("edit"))
 
-    together = {id(q): composed(image, q[2].target) for q, image in each("compose")}
-    table.add("compose: every object there", list(together.values()))
-    table.add("compose: background right", [background_right(image, q[2].target) for q, image in each("compose")])
-    shown += [(q, image, together[id(q)]) for q, image in each("compose")]
-
-    if parts["chain"]:
-        table.add(CHAINED, _drifts(chained(nano, parts["chain"], steps)))
-        table.add(CHAINED_PRESERVED, _drifts(chained(nano, parts["chain"], steps, preserve=True)))
-    return table, shown
+def _beyond(table: Table, parts: dict[str, Answers]) -> list[Answer]:
+    """Add the rows of what only the larger world has."""
+    shown: list[Answer] = []
+    names = {"count": "two to four of a kind: all there", "inside": "one inside another: both there",
+             "four": "four things: each there", "shape": "other shapes: every object there"}  # fmt: skip
+    for part, name in names.items():
+        each = [
+            [look(small, q[2].target, i).right(thing) for i, thing in enumerate(q[2].target.things)]
+            for q, _, small in parts[part]
+        ]
+        table.add(name, [right for row in each for right in row] if part == "four" else [all(row) for row in each])
+        shown += [Answer(*answer, all(row)) for answer, row in zip(parts[part], each, strict=True)]
+    done = [edit_done(small, q[2]) for q, _, small in parts["shape edit"]]
+    table.add("other shapes: edit done", done)
+    shown += [Answer(*answer, right) for answer, right in zip(parts["shape edit"], done, strict=True)]
+    return shown
 
 
 def _drifts(chains: list[Chain], edits: int = CHAIN_LENGTH) -> list[float]:
@@ -282,8 +349,8 @@ def _drifts(chains: list[Chain], edits: int = CHAIN_LENGTH) -> list[float]:
     drift = []
     for chain, images in chains:
         image = images[edits - 1]
-        same = untouched(tuple(box for example in chain for box in example.touched))
-        (original,) = draw(chain[0].references[0])
+        same = untouched(tuple(box for example in chain for box in example.touched), chain[0].frame)
+        (original,) = draw(chain[0].references[0], frame=chain[0].frame)
         drift.append(float(np.abs(original[same].astype(int) - image[same]).mean()))
     return drift
 
@@ -298,16 +365,16 @@ def drift_by_edit(nano: Nano, asked: list[Question], steps: int = 4) -> dict[str
     return curves
 
 
-def _add_preserved(table: Table, nano: Nano, edits: list[tuple[Question, Rgb8]]) -> None:
+def _add_preserved(table: Table, nano: Nano, edits: Answers) -> None:
     """Add to the table how well each change mask fits its edit.
 
     The mask should cover the pixels that should have changed.
     """
-    originals = [draw(q[2].references[0])[0] for q, _ in edits]
-    kept = preserved(nano, [image for _, image in edits], originals)
+    originals = [draw(q[2].references[0], frame=q[2].frame)[0] for q, _, _ in edits]
+    kept = preserved(nano, [image for _, image, _ in edits], originals)
     rows: dict[str, list[float]] = defaultdict(list)
-    for (q, image), original, result in zip(edits, originals, kept, strict=True):
-        (target,) = draw(q[2].target)
+    for (q, image, _), original, result in zip(edits, originals, kept, strict=True):
+        (target,) = draw(q[2].target, frame=q[2].frame)
         kind = "global" if q[2].task == "background" else "local"
         rows[f"{kind} edits: error as painted (of 255)"].append(_error(image, target))
         rows[f"{kind} edits: error with the original put back (of 255)"].append(_error(result.image, target))
@@ -328,33 +395,40 @@ def _error(image: Rgb8, target: Rgb8) -> float:
     return float(np.abs(image.astype(int) - target).mean())
 
 
-def montage(shown: list[tuple[Question, Rgb8, bool]], path: Path, columns: int = 8) -> None:
+def montage(shown: list[Answer], path: Path, columns: int = 8) -> None:
     """Draw a sheet of references, prompts and answers.
 
     The colour of a prompt is the verdict: green for right, red for wrong.
     """
-    cell, text = 132, 34
+    side = max((max(answer.image.shape[:2]) for answer in shown), default=SQUARE)
+    cell, text = side + 4, 34
     rows: list[list[tuple[Rgb8, str, str]]] = [[]]
-    for (_, _, example), image, right in shown:
-        group = [(reference, "", "black") for reference in draw(*example.references)] if example.references else []
-        group.append((image, example.prompt, "darkgreen" if right else "red"))
+    for answer in shown:
+        example = answer.example
+        references = draw(*example.references, frame=example.frame) if example.references else []
+        group = [(reference, "", "black") for reference in references]
+        group.append((answer.image, example.prompt, "darkgreen" if answer.right else "red"))
         if len(rows[-1]) + len(group) > columns:
             rows.append([])
         rows[-1] += group
     sheet = Image.new("RGB", (columns * cell, len(rows) * (cell + text)), "white")
     pen = ImageDraw.Draw(sheet)
+    width = side // 6
     for y, row in enumerate(rows):
         for x, (image, prompt, colour) in enumerate(row):
             sheet.paste(Image.fromarray(image), (x * cell, y * (cell + text)))
-            lines = [prompt[i : i + 21] for i in range(0, len(prompt), 21)]
-            pen.multiline_text((x * cell, y * (cell + text) + 128), "\n".join(lines[:3]), fill=colour, spacing=0)
+            lines = [prompt[i : i + width] for i in range(0, len(prompt), width)]
+            pen.multiline_text((x * cell, y * (cell + text) + side), "\n".join(lines[:3]), fill=colour, spacing=0)
     sheet.save(path)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--weights", type=Path, default=WEIGHTS)
+    parser.add_argument("--list", choices=("new", "old"), help="old: the first nano's (default: what the weights know)")
+    parser.add_argument("--size", type=int, choices=(128, 256), help="side of a square canvas (the model's own)")
     parser.add_argument("--montage", type=Path, default=Path("nano.png"))
+    parser.add_argument("--parts", default="", help="of the list, separated by commas: one, two, edit, chain …")
     parser.add_argument("--every", type=int, default=1, help="of the list, every n-th question; chains stay whole")
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -363,10 +437,15 @@ def main() -> None:
     args = parser.parse_args()
     if args.write:
         write_questions()
+        return
     if not args.device.startswith("cuda"):
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-    asked = [q for q in questions() if q[1] % args.every == 0]
-    nano = Nano(args.weights).to(args.device)
+    nano = Nano(args.weights).to(args.device).eval()
+    scale = (args.size or nano.native_size) // SQUARE
+    path = {"old": OLD_LIST, "new": LIST}[args.list or known_list(args.weights)]
+    parts = tuple(filter(None, args.parts.split(",")))
+    asked = [q for q in questions(path) if q[1] % args.every == 0 and (not parts or q[0] in parts)]
+    asked = at_scale(asked, scale)
     if args.drift:
         args.drift.write_text(json.dumps(drift_by_edit(nano, asked, args.steps)) + "\n")
         return

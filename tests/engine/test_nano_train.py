@@ -1,78 +1,228 @@
-"""Training: a run can be stopped, goes on where it was, and its weights are a folder like any other."""
+"""Training: its arithmetic, its end in time, its failures, and the weights it leaves."""
 
 import json
+import random
 import shutil
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
 
-from engine.nano.training import compiled_training
-from engine.nano.training.folder import WEIGHTS
-from engine.nano.training.train import OWN_LEVELS, STAGES, Lessons, Run, draw_levels, helpers, train
-from engine.nn import ops
-
-pytestmark = pytest.mark.skipif(
-    json.loads((WEIGHTS / "klein.json").read_text())["text_length"] < 64, reason="weights of an older kind"
+from engine.diffusion.schedule import sigmas
+from engine.nano.evaluate import CHAINED
+from engine.nano.training import grow as growing
+from engine.nano.training.compiled_training import TrainingVelocity
+from engine.nano.training.data_loader import BatchKind, DataLoader, draw_batch, token_weights
+from engine.nano.training.folder import WEIGHTS, transformer_shape
+from engine.nano.training.frames import NATIVE, OTHER_SHAPES, SMALL_SQUARE
+from engine.nano.training.model import Nano, Tokenize
+from engine.nano.training.optimizer import orthogonalise
+from engine.nano.training.prompts import PromptSampler
+from engine.nano.training.shards import assemble, save_shards
+from engine.nano.training.train import (
+    FRAMES,
+    OWN_SHARE,
+    Clock,
+    Curriculum,
+    Options,
+    Trainer,
+    _recover,
+    draw_levels,
+    train,
 )
 
-
-def _train(folder, seconds: float) -> Run:
-    run = Run(folder, WEIGHTS, "cpu")
-    train(run, Lessons(STAGES["all"], seconds / 60, batch=2, levels=2, start=time.monotonic()), save_minutes=1.0)
-    return run
+QUICK = Options(report=1.0, save=1.0, reserve=0.5)
 
 
-def test_a_stopped_run_goes_on_where_it_was(tmp_path):
-    first = _train(tmp_path / "run", 2.0)
-    second = Run(tmp_path / "run", WEIGHTS, "cpu")
-    assert second.step == first.step > 0
-    assert second.samples == first.samples == 4 * first.step
-    for mine, theirs in zip(first.average.parameters(), second.average.parameters(), strict=True):
-        assert torch.equal(mine, theirs)
+class Drawn:
+    """A loader of small batches drawn in this process."""
+
+    def __init__(self) -> None:
+        self.tokenize = Tokenize(WEIGHTS)
+        self.samplers = {SMALL_SQUARE: PromptSampler(1)}
+
+    def next(self, done: float):
+        return draw_batch(self.samplers, BatchKind(SMALL_SQUARE, "edit", 1, 48, 1), self.tokenize)
+
+    def waiting(self) -> int:
+        return 0
+
+    def close(self) -> None:
+        pass
 
 
-def test_a_run_without_its_state_starts_from_the_weights_it_exported(tmp_path):
-    trained = _train(tmp_path / "run", 1.0)
-    shutil.copytree(tmp_path / "run" / "weights", tmp_path / "weights")
-    again = Run(tmp_path / "other", tmp_path / "weights", "cpu")
-    for mine, theirs in zip(trained.average.parameters(), again.average.parameters(), strict=True):
+def _trainer(out: Path) -> Trainer:
+    out.mkdir()
+    return Trainer(Nano(WEIGHTS), False, 1e-3, out)
+
+
+def _train(out: Path, seconds: float) -> Trainer:
+    trainer = _trainer(out)
+    train(trainer, Drawn(), Clock(seconds, time.monotonic()), QUICK)  # type: ignore[arg-type]
+    return trainer
+
+
+def test_run_ends_in_time_and_its_shards_fill_a_folder(tmp_path):
+    start = time.monotonic()
+    trainer = _train(tmp_path / "out", 6.0)
+    assert trainer.steps > 0
+    assert time.monotonic() - start < 60
+    shutil.copytree(WEIGHTS, tmp_path / "weights")
+    (tmp_path / "out" / "decoder.safetensors").unlink(missing_ok=True)
+    assemble(tmp_path / "out", tmp_path / "weights")
+    loaded = Nano(tmp_path / "weights")
+    for mine, theirs in zip(trainer.average["transformer"].parameters(), loaded.transformer.parameters(), strict=True):
         # 16 bit keeps eleven binary digits.
         assert torch.allclose(mine, theirs, rtol=2**-10, atol=1e-6)
 
 
+def test_first_step_that_takes_all_the_time_is_the_last(tmp_path, monkeypatch):
+    trainer = _trainer(tmp_path / "out")
+    real = trainer.step
+
+    def step(batch, done):
+        time.sleep(1.0)
+        return real(batch, done)
+
+    monkeypatch.setattr(trainer, "step", step)
+    train(trainer, Drawn(), Clock(0.9, time.monotonic()), QUICK)  # type: ignore[arg-type]
+    assert trainer.steps == 1
+
+
+def test_failed_step_restores_the_last_good_weights(tmp_path):
+    trainer = _trainer(tmp_path / "out")
+    batch = trainer.encoder(Drawn().next(0.0))
+    trainer.step(batch, 0.0)
+    trainer.keep_good()
+    good = [parameter.detach().clone() for parameter in trainer.learned.parameters()]
+    trainer.step(batch, 0.0)
+    trainer.loss(batch).backward()
+    _recover(trainer, RuntimeError("the device is in a bad mood"))
+    for parameter, before in zip(trainer.learned.parameters(), good, strict=True):
+        assert torch.equal(parameter, before)
+        assert parameter.grad is None
+
+
+def test_shards_refuse_weights_that_are_not_finite(tmp_path):
+    layer = torch.nn.Linear(2, 2)
+    save_shards(layer, tmp_path)
+    before = [path.read_bytes() for path in sorted(tmp_path.iterdir())]
+    layer.weight.data[0, 0] = torch.nan
+    with pytest.raises(ValueError, match="not finite"):
+        save_shards(layer, tmp_path)
+    assert [path.read_bytes() for path in sorted(tmp_path.iterdir())] == before
+
+
+def test_stopped_run_goes_on_where_it_was(tmp_path):
+    first = _trainer(tmp_path / "a")
+    train(
+        first,
+        Drawn(),  # type: ignore[arg-type]
+        Clock(4.0, time.monotonic()),
+        Options(report=1.0, save=1.0, reserve=0.5, state=tmp_path / "state.pt"),
+    )  # type: ignore[arg-type]
+    second = _trainer(tmp_path / "b")
+    second.load_state(torch.load(tmp_path / "state.pt"))
+    assert second.steps == first.steps > 0
+    for mine, theirs in zip(first.average.parameters(), second.average.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+
+
+@pytest.mark.parametrize("references", [0, 2])
+def test_training_velocity_is_the_engines_velocity(references):
+    """Observed in bf16: off by 0.9 % and 1.0 %."""
+    nano = Nano(WEIGHTS)
+    states = nano.states(["a red circle on a blue background", "a dog to the left of a rocket in the snow"])
+    channels = nano.transformer.shape.channels
+    generator = torch.Generator().manual_seed(0)
+    noisy = torch.randn(4, 12, channels, generator=generator)
+    given = torch.randn(2, references, 12, channels, generator=generator) if references else None
+    sigma = torch.tensor([0.9, 0.5, 0.3, 1.0])
+    with torch.no_grad():
+        plain = nano.velocity(noisy, sigma, states, (4, 3), given)
+        trained = TrainingVelocity(nano, compiled=False)(noisy, sigma, states, (4, 3), given)
+    assert ((plain - trained).norm() / plain.norm()).item() < 0.03
+
+
+def test_larger_nano_begins_with_nearly_the_same_velocity(tmp_path):
+    """Observed: off by 4.4 %, for LayerNorm's mean is taken over more channels."""
+    old = Nano(WEIGHTS)
+    shape = old.transformer.shape
+    config = json.loads((WEIGHTS / "transformer" / "config.json").read_text())
+    config["num_attention_heads"] += 2
+    config["num_single_layers"] += 1
+    torch.manual_seed(0)
+    new = growing.widen(old.transformer, transformer_shape(config))
+    assert new.shape.hidden == shape.hidden + 2 * shape.head_dim
+    assert len(new.single_blocks) == shape.single_blocks + 1
+    states = old.states(["a red circle on a blue background"])
+    noisy, sigma = torch.randn(1, 16, shape.channels), torch.tensor([0.7])
+    with torch.no_grad():
+        before = old.velocity(noisy, sigma, states, (4, 4))
+        old.transformer = new
+        after = old.velocity(noisy, sigma, states, (4, 4))
+    assert ((before - after).norm() / before.norm()).item() < 0.15
+
+
+def test_newton_schulz_brings_singular_values_near_one():
+    """Observed: between 0.7 and 1.2, as Muon intends."""
+    for shape in ((2, 24, 64), (2, 64, 24)):
+        values = torch.linalg.svdvals(orthogonalise(torch.randn(shape, generator=torch.Generator().manual_seed(0))))
+        assert values.min() > 0.5
+        assert values.max() < 1.5
+
+
 def test_every_look_at_an_example_is_at_another_noise_level():
-    drawn = draw_levels(2000, 2, torch.Generator().manual_seed(0)).reshape(2000, 2)
+    drawn = draw_levels(2000, 256, torch.Generator().manual_seed(0)).reshape(2000, 2)
     assert (drawn[:, 0] != drawn[:, 1]).float().mean() > 0.95
-    own = torch.isclose(drawn.flatten()[:, None], torch.tensor(OWN_LEVELS)).any(dim=1)
-    assert 0.65 < own.float().mean() < 0.8
+    own = torch.isclose(drawn.flatten()[:, None], torch.tensor(sigmas(4, 256)[:-1])).any(dim=1)
+    # Levels drawn from the whole range are pure noise, one of its own, in 12 % of the cases.
+    assert own.float().mean().item() == pytest.approx(OWN_SHARE + 0.12 * (1 - OWN_SHARE), abs=0.03)
     assert drawn.min() > 0
     assert drawn.max() == 1
 
 
-def test_a_helping_process_teaches_the_same_weights(tmp_path):
-    run = Run(tmp_path / "run", WEIGHTS, "cpu")
-    weight = run.nano.transformer.img_in.weight
-    before = weight.detach().clone()
-    lessons = Lessons(STAGES["all"], minutes=0, batch=1, levels=2, start=time.monotonic())
-    with helpers(run, lessons, 1) as (samples,):
-        patience = time.monotonic() + 60
-        while not samples and time.monotonic() < patience:
-            time.sleep(0.1)
-    assert samples
-    assert not torch.equal(before, weight)
+def test_curriculum_goes_from_small_squares_to_every_canvas():
+    curriculum, draws = Curriculum(8), random.Random(0)
+    early = [curriculum(0.1, draws) for _ in range(100)]
+    late = [curriculum(0.8, draws) for _ in range(600)]
+    assert {kind.frame for kind in early} == {SMALL_SQUARE}
+    assert {kind.frame for kind in late} == {*FRAMES}
+    assert sum(kind.frame == NATIVE for kind in late) > 300
+    assert {kind.references for kind in late} == {0, 1, 2, 3, 4}
+    assert all(kind.text_length == 96 for kind in late)
 
 
-def test_attention_that_learns_quickly_is_attention():
-    """Observed in bf16: the result off by 0.37 %, gradients by at most 0.57 %."""
-    generator = torch.Generator().manual_seed(0)
-    plain = [torch.randn(2, tokens, 3, 32, generator=generator).requires_grad_() for tokens in (5, 7, 7)]
-    quickly = [x.detach().bfloat16().requires_grad_() for x in plain]
-    target = torch.randn(2, 5, 96, generator=generator)
-    results = []
-    for attend, inputs in ((ops.attention, plain), (compiled_training._attend, quickly)):
-        mixed = attend(*inputs)
-        (mixed.float() * target).sum().backward()
-        results.append([mixed, *(x.grad for x in inputs)])
-    for ours, theirs in zip(*reversed(results), strict=True):
-        assert ((ours - theirs).norm() / theirs.norm()).item() < 0.02
+def test_worker_processes_draw_batches_of_the_plan():
+    kind = BatchKind(OTHER_SHAPES[0], "compose", 3, 96, 2)
+    loader = DataLoader(lambda done, draws: kind, Tokenize(WEIGHTS), (kind.frame,), workers=1, seed=1)
+    try:
+        raw = loader.next(0.0)
+    finally:
+        loader.close()
+    assert raw.kind == kind
+    assert raw.ids.shape == (2, 96)
+    assert raw.scenes.kind.shape[0] == 2 * (1 + 3)
+
+
+def test_loss_looks_hardest_at_objects():
+    boxes = torch.tensor([[[4, 0, 8, 3], [0, 0, 0, 0]]])
+    weights = token_weights(boxes, NATIVE).reshape(16, 16)
+    assert weights.mean().item() == pytest.approx(1.0)
+    assert weights[0, 4] == weights[2, 7] == 4 * weights[3, 4] == 4 * weights[0, 8]
+
+
+@pytest.mark.slow
+def test_one_call_trains_sharpens_and_measures(tmp_path):
+    """Observed: 71 s on two busy cores."""
+    command = [sys.executable, "-m", "engine.nano.training.run", str(WEIGHTS), str(tmp_path), "--device", "cpu"]
+    command += ["--seconds", "15", "--decoder-seconds", "4", "--decoder-batch", "1", "--workers", "0"]
+    command += ["--examples", "1", "--lists", "old", "--every", "300", "--at-once", "2", "--table-seconds", "300"]
+    subprocess.run(command, check=True, timeout=900)
+    tables = (tmp_path / "tables.txt").read_text()
+    for measure in ("object there, each of two", "edit done", "compose: every object there", CHAINED):
+        assert f"| {measure} |" in tables
+    assert max(path.stat().st_size for path in tmp_path.iterdir()) < 16 * 2**20

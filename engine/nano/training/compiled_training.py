@@ -1,83 +1,274 @@
-"""Compiled training step for CPUs that multiply bf16 in hardware.
+"""The transformer's velocity for training, in bf16 and four compiled pieces.
 
-Measured on one core of a Xeon with AMX, 16 examples at 2 noise levels, samples a second: plain fp32 31 (generate) and
-27 (edit); autocast alone 44 and 35, since torch's own attention learns slowly in bf16; compiled, with attention as
-plain products, 105 and 76. Compiling takes about a minute for each of eight shapes, and is kept on disk.
+Attention between the pieces is plain.
+
+The weights are the model's own, in fp32; only products run in bf16. The pieces are the same for every block, number of
+references, canvas and text length, so that each compiles once, with batch and length left open. `Transformer.forward`
+is the reference that a test holds this to. Where compiling fails, the pieces run as they are written.
 """
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+import warnings
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from engine.nano.training.model import Nano, Prompts
-from engine.nn import ops
+from engine.families.klein.transformer import DoubleBlock, Modulations, SingleBlock, Transformer
+from engine.nano.training.model import Nano
+from engine.nn.layers import SelfAttention
+from engine.nn.ops import EPS, Rope
 
-Velocity = Callable[[Tensor, Tensor, Prompts, Tensor | None], Tensor]
-"""(noisy, sigma, prompts, references) -> velocity; shapes as in `Nano.velocity`."""
+BF16 = torch.bfloat16
+
+Heads = tuple[Tensor, Tensor, Tensor]
+"""q, k, v: each [b, tokens, heads, head_dim]; q and k normed and rotated."""
 
 
-def plain(nano: Nano) -> Velocity:
-    """Return the velocity as the sampler computes it."""
-    return lambda noisy, sigma, prompts, references: nano.velocity(noisy, sigma, nano.read(prompts), references)
+def _modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=EPS), 1 + scale)
 
 
-def compiled(nano: Nano) -> Velocity:
-    """Return the function computed in bf16, with fp32 weights and result.
+def _rotated(x: Tensor, norm: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Norm and rotate [b, tokens, heads, head_dim].
 
-    Changes attention for this whole process.
+    cos, sin: [tokens, 1, head_dim], see `_turns`.
     """
-    torch._dynamo.config.recompile_limit = 32  # a shape for each number of references and each text length
-    ops.choose(attention=_attend)
-
-    def velocity(noisy: Tensor, sigma: Tensor, ids: Tensor, mask: Tensor, references: Tensor | None) -> Tensor:
-        with torch.autocast("cpu", torch.bfloat16):
-            return nano.velocity(noisy, sigma, nano.read(Prompts(ids, mask)), references)
-
-    fast = torch.compile(velocity, dynamic=False)
-    return lambda noisy, sigma, prompts, references: fast(noisy, sigma, prompts.ids, prompts.mask, references).float()
+    x = _normed(x.contiguous(), norm)
+    swapped = x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+    return torch.addcmul(x * cos, swapped, sin)
 
 
-def pays(device: torch.device) -> bool:
-    """Whether this is a CPU that multiplies bf16 in hardware."""
-    return device.type == "cpu" and torch.cpu._is_amx_tile_supported()
+def _normed(x: Tensor, norm: Tensor) -> Tensor:
+    if not torch.compiler.is_compiling():
+        return F.rms_norm(x, norm.shape, norm.to(x.dtype), eps=EPS)
+    # Written out: on an H200 (torch 2.11) the compiled gradient of rms_norm, sizes left open, accessed illegal memory.
+    wide = x.float()
+    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + EPS)).to(x.dtype) * norm.to(x.dtype)
 
 
-def products(device: torch.device) -> AbstractContextManager[Any]:
-    """Use bf16 products and convolutions where the processor multiplies bf16.
+def _turns(rope: Rope) -> Rope:
+    """Return bf16 tables for `x · cos + swapped(x) · sin`.
 
-    The decoder then learns in half the time.
+    rope: angles of adjacent pairs.
     """
-    return torch.autocast("cpu", torch.bfloat16) if pays(device) else nullcontext()
+    cos, sin = rope
+    cos, sin = torch.stack((cos, cos), -1).flatten(-2), torch.stack((-sin, sin), -1).flatten(-2)
+    return cos[:, None].to(BF16), sin[:, None].to(BF16)
 
 
-class _Attention(torch.autograd.Function):
-    """Compute softmax(q·kᵀ)·v, saving the weights for the backward pass.
+def _heads(rows: Tensor, q_norm: Tensor, k_norm: Tensor, cos: Tensor, sin: Tensor) -> Heads:
+    q, k, v = rows.unflatten(-1, (3, -1, q_norm.shape[0])).unbind(2)
+    # A compiled piece expects gradients with the strides of its results, so none is a view.
+    return _rotated(q, q_norm, cos, sin), _rotated(k, k_norm, cos, sin), v.contiguous()
 
-    8 MB a block, which is little for nano.
+
+def _double_in(
+    x: Tensor, shift: Tensor, scale: Tensor, qkv: Tensor, q_norm: Tensor, k_norm: Tensor, cos: Tensor, sin: Tensor
+) -> Heads:
+    return _heads(F.linear(_modulate(x, shift, scale), qkv.to(BF16)), q_norm, k_norm, cos, sin)
+
+
+def _double_out(
+    x: Tensor, mixed: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, gate_mlp: Tensor, proj: Tensor, up: Tensor,
+    down: Tensor
+) -> Tensor:  # fmt: skip
+    x = torch.addcmul(x, gate, F.linear(mixed, proj.to(BF16)))
+    opening, value = F.linear(_modulate(x, shift, scale), up.to(BF16)).chunk(2, dim=-1)
+    return torch.addcmul(x, gate_mlp, F.linear(F.silu(opening) * value, down.to(BF16)))
+
+
+def _single_in(
+    x: Tensor, shift: Tensor, scale: Tensor, linear1: Tensor, q_norm: Tensor, k_norm: Tensor, cos: Tensor, sin: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    hidden = x.shape[-1]
+    rows = F.linear(_modulate(x, shift, scale), linear1.to(BF16))
+    qkv, opening, value = rows.split((3 * hidden, *[(rows.shape[-1] - 3 * hidden) // 2] * 2), dim=-1)
+    q, k, v = _heads(qkv, q_norm, k_norm, cos, sin)
+    return q, k, v, F.silu(opening) * value
+
+
+def _single_out(x: Tensor, mixed: Tensor, mlp: Tensor, gate: Tensor, linear2: Tensor) -> Tensor:
+    # One product of the joined inputs. Two products with parts of the matrix copy less, but their compiled gradient
+    # had uninitialised numbers in it (torch 2.13, CPU).
+    return torch.addcmul(x, gate, F.linear(torch.cat((mixed, mlp), dim=-1), linear2.to(BF16)))
+
+
+class _CpuAttention(torch.autograd.Function):
+    """Attention that keeps its weights for the backward pass.
+
+    torch's own is slow in bf16 on a CPU.
     """
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        weights = torch.softmax(torch.bmm(q, k.transpose(1, 2)), -1)
+        weights = torch.softmax(q @ k.transpose(-1, -2), -1)
         ctx.save_for_backward(q, k, v, weights)
-        return torch.bmm(weights, v)
+        return weights @ v
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         (mixed,) = gradients
         q, k, v, weights = ctx.saved_tensors
-        scores = torch._softmax_backward_data(torch.bmm(mixed, v.transpose(1, 2)), weights, -1, weights.dtype)
-        return torch.bmm(scores, k), torch.bmm(scores.transpose(1, 2), q), torch.bmm(weights.transpose(1, 2), mixed)
+        scores = torch._softmax_backward_data(mixed @ v.transpose(-1, -2), weights, -1, weights.dtype)
+        return scores @ k, scores.transpose(-1, -2) @ q, weights.transpose(-1, -2) @ mixed
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Compute `ops.attention`, as plain products under autocast."""
-    if v.dtype != torch.bfloat16:
-        return ops.PLAIN["attention"](q, k, v)
-    batch, _, heads, width = q.shape
-    q, k, v = (x.transpose(1, 2).flatten(0, 1).bfloat16() for x in (q * width**-0.5, k, v))
-    mixed: Any = _Attention.apply(q, k, v)
-    return mixed.unflatten(0, (batch, heads)).transpose(1, 2).flatten(2)
+BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+"""Attention on CUDA, the fastest first; cuDNN's is left out."""
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Full attention without a mask.
+
+    [b, tokens, heads, head_dim] -> [b, tokens, heads · head_dim].
+    """
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    if q.is_cuda:
+        with sdpa_kernel(BACKENDS):
+            mixed = F.scaled_dot_product_attention(q, k, v)
+    else:
+        mixed = _CpuAttention.apply(q * q.shape[-1] ** -0.5, k, v)
+    return mixed.transpose(1, 2).flatten(2)  # type: ignore[union-attr]
+
+
+class _DenseGradient(torch.autograd.Function):
+    """Identity whose gradient is contiguous, as compiled code expects it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        return gradients[0].contiguous()
+
+
+def _open_sizes(*tensors: Tensor) -> None:
+    """Tell the compiler that batch and length vary."""
+    for tensor in tensors:
+        for dim in range(tensor.ndim - 1):
+            if tensor.shape[dim] > 1:
+                torch._dynamo.maybe_mark_dynamic(tensor, dim)
+
+
+class TrainingVelocity:
+    """Velocity of canvas tokens, equal to `Nano.velocity` but for rounding."""
+
+    def __init__(self, nano: Nano, compiled: bool) -> None:
+        self.nano = nano
+        self.compiled = compiled
+        torch._dynamo.config.cache_size_limit = 32
+        self._pieces: dict[Callable, Callable] = {}
+        self._ropes: dict[tuple, tuple[Rope, Rope | None]] = {}
+
+    def _run(self, piece: Callable, *args: Tensor) -> Any:
+        if not self.compiled:
+            return piece(*args)
+        if piece not in self._pieces:
+            self._pieces[piece] = torch.compile(piece)
+        _open_sizes(*(arg for arg in args if not isinstance(arg, nn.Parameter)))
+        results = self._pieces[piece](*args)
+        if isinstance(results, Tensor):
+            return _DenseGradient.apply(results)
+        return tuple(_DenseGradient.apply(result) for result in results)
+
+    def _turned(self, length: int, grid: tuple[int, int], count: int) -> tuple[Rope, Rope | None]:
+        key = (length, grid, count)
+        if key not in self._ropes:
+            rope, reference_rope = self.nano.rope(*key)
+            self._ropes[key] = _turns(rope), _turns(reference_rope) if reference_rope else None
+        return self._ropes[key]
+
+    def __call__(
+        self, noisy: Tensor, sigma: Tensor, states: Tensor, grid: tuple[int, int], references: Tensor | None = None
+    ) -> Tensor:
+        transformer = self.nano.transformer
+        levels = noisy.shape[0] // states.shape[0]
+        count = 0 if references is None else references.shape[1]
+        rope, reference_rope = self._turned(states.shape[1], grid, count)
+        kept: list[Any] = [None] * (len(transformer.double_blocks) + len(transformer.single_blocks))
+        if references is not None and reference_rope is not None:
+            tokens = _linear(references.flatten(1, 2), transformer.img_in)
+            kept = self._prefill(transformer, tokens, reference_rope, levels)
+        text = _linear(states, transformer.txt_in).repeat_interleave(levels, 0)
+        image = _linear(noisy, transformer.img_in)
+        mods = _in_bf16(transformer.modulations(sigma))
+        for block, kv in zip(transformer.double_blocks, kept, strict=False):
+            text, image = self._double(block, text, image, mods, rope, kv)  # type: ignore[arg-type]
+        x = torch.cat((text, image), dim=1)
+        for block, kv in zip(transformer.single_blocks, kept[len(transformer.double_blocks) :], strict=True):
+            x = self._single(block, x, mods.single, rope, kv)[0]  # type: ignore[arg-type]
+        shift, scale = mods.final
+        x = _modulate(x[:, text.shape[1] :].contiguous(), shift, scale)
+        return _linear(x, transformer.final_layer.linear).float()
+
+    def _prefill(self, transformer: Transformer, x: Tensor, rope: Rope, levels: int) -> list[tuple[Tensor, Tensor]]:
+        mods = _in_bf16(transformer.modulations(torch.zeros(x.shape[0], device=x.device)))
+        kept = []
+        for block in transformer.double_blocks:
+            assert isinstance(block, DoubleBlock)
+            shift, scale = mods.image[:2]
+            q, k, v = self._stream_in(block.img_attn, x, shift, scale, rope)
+            kept.append((k, v))
+            x = self._stream_out(block.img_attn, block.img_mlp, x, attend(q, k, v), mods.image[2:])
+        for block in transformer.single_blocks:
+            x, k, v = self._single(block, x, mods.single, rope, None)  # type: ignore[arg-type]
+            kept.append((k, v))
+        return [(k.repeat_interleave(levels, 0), v.repeat_interleave(levels, 0)) for k, v in kept]
+
+    def _stream_in(self, attention: SelfAttention, x: Tensor, shift: Tensor, scale: Tensor, rope: Rope) -> Heads:
+        norms = attention.norm.query_norm.scale, attention.norm.key_norm.scale
+        return self._run(_double_in, x, shift, scale, attention.qkv.weight, *norms, *rope)
+
+    def _stream_out(
+        self, attention: SelfAttention, mlp: nn.Sequential, x: Tensor, mixed: Tensor, mods: Sequence[Tensor]
+    ) -> Tensor:
+        up, down = mlp.get_parameter("0.weight"), mlp.get_parameter("2.weight")
+        return self._run(_double_out, x, mixed, *mods, attention.proj.weight, up, down)
+
+    def _double(
+        self, block: DoubleBlock, text: Tensor, image: Tensor, mods: Modulations, rope: Rope, kv: Any
+    ) -> tuple[Tensor, Tensor]:
+        length = text.shape[1]
+        cos, sin = rope
+        shift, scale, *text_mods = mods.text
+        words = self._stream_in(block.txt_attn, text, shift, scale, (cos[:length], sin[:length]))
+        shift, scale, *image_mods = mods.image
+        canvas = self._stream_in(block.img_attn, image, shift, scale, (cos[length:], sin[length:]))
+        q = torch.cat((words[0], canvas[0]), dim=1)
+        k, v = (torch.cat([words[i], canvas[i], *((kv[i - 1],) if kv else ())], dim=1) for i in (1, 2))
+        mixed = attend(q, k, v)
+        text = self._stream_out(block.txt_attn, block.txt_mlp, text, mixed[:, :length].contiguous(), text_mods)
+        image = self._stream_out(block.img_attn, block.img_mlp, image, mixed[:, length:].contiguous(), image_mods)
+        return text, image
+
+    def _single(
+        self, block: SingleBlock, x: Tensor, mods: tuple[Tensor, ...], rope: Rope, kv: Any
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        shift, scale, gate = mods
+        norms = block.norm.query_norm.scale, block.norm.key_norm.scale
+        q, k, v, mlp = self._run(_single_in, x, shift, scale, block.linear1.weight, *norms, *rope)
+        keys, values = (torch.cat((k, kv[0]), 1), torch.cat((v, kv[1]), 1)) if kv else (k, v)
+        return self._run(_single_out, x, attend(q, keys, values), mlp, gate, block.linear2.weight), k, v
+
+
+def _linear(x: Tensor, layer: nn.Linear) -> Tensor:
+    return F.linear(x.to(BF16), layer.weight.to(BF16))
+
+
+def _in_bf16(mods: Modulations) -> Modulations:
+    parts = (mods.image, mods.text, mods.single, mods.final)
+    return Modulations(*(tuple(part.to(BF16) for part in group) for group in parts))
+
+
+def multiplies_bf16(device: torch.device) -> bool:
+    """Return whether bf16 products are fast here: CUDA, or AMX."""
+    return device.type == "cuda" or torch.cpu._is_amx_tile_supported()
+
+
+def quiet() -> None:
+    """Silence the compiler's hints, which are about other programs."""
+    warnings.filterwarnings("ignore", message=".*TensorFloat32.*|.*lru_cache.*|.*Online softmax.*")

@@ -24,6 +24,11 @@ def _config(folder: Path, part: str) -> dict:
     return json.loads((folder / part / "config.json").read_text())
 
 
+def load_extras(folder: Path) -> dict:
+    """Return klein.json: text length, sizes and words, readable without torch."""
+    return json.loads((folder / "klein.json").read_text())
+
+
 def transformer_shape(config: dict) -> TransformerShape:
     """From diffusers' config."""
     hidden = config["num_attention_heads"] * config["attention_head_dim"]

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from engine.nano.training.sprites import SIZES, atlas
+from engine.nano.training.sprites import atlas
 from engine.nano.words import COLOURS, KNOWN, NOUNS, SHAPES
 
 _SHARE = 0.15
@@ -18,13 +18,16 @@ _SHARE = 0.15
 
 def vocabulary() -> dict[str, Any]:
     """Return the vocabulary: all words, nouns with their colours, shapes, colours."""
-    largest = atlas()[SIZES[-1]]
+    largest = atlas()[-1]
     nouns = {noun: _colours(largest[i]) for i, noun in enumerate(NOUNS)}
     return {"words": sorted(KNOWN), "nouns": nouns, "shapes": sorted(SHAPES), "colours": list(COLOURS)}
 
 
 def _colours(sprite: np.ndarray) -> list[str]:
-    """Return the names of a sprite's main colours, the largest area first."""
+    """Return the names of a sprite's main colours, the largest area first.
+
+    sprite: premultiplied.
+    """
     opaque = sprite[sprite[..., 3] > 250][:, :3]
     found = Counter(_name(*(channel / 255 for channel in pixel)) for pixel in opaque.tolist())
     return [name for name, count in found.most_common() if count >= _SHARE * len(opaque)]

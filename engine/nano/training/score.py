@@ -1,7 +1,9 @@
 """Scores an image by its pixels alone against the scene asked for.
 
-An object counts when the nearest of all sprites to what is painted round its place is the right one, nearer than a
-plain blob of its size and colour too, and its outline overlaps the sprite's by at least 0.6.
+Images are judged at one pixel per unit: larger ones are averaged down first (`in_units`), so that every size meets the
+same scorer. `sharpness` measures outlines at the image's own size. An object counts when the nearest of all sprites to
+what is seen round its place is the right one, nearer than a plain blob of its size and colour too, and its outline
+overlaps the sprite's by at least 0.6.
 """
 
 from dataclasses import dataclass
@@ -10,62 +12,80 @@ from functools import lru_cache
 import numpy as np
 import torch
 
-from engine.nano.training.compositor import CANVAS, Compositor, backgrounds
-from engine.nano.training.data_loader import paint_scenes
+from engine.nano.training.compositor import Compositor, as_uint8, backgrounds
+from engine.nano.training.data_loader import render, scene_arrays
+from engine.nano.training.frames import SIZES, SMALL_SQUARE, Frame
 from engine.nano.training.prompts import Example
-from engine.nano.training.scenes import SLOTS, Scene, Thing, changed, without
-from engine.nano.training.sprites import KINDS, SIZES, atlas
+from engine.nano.training.scenes import SLOTS, Box, Scene, Thing, nested, without
+from engine.nano.training.sprites import KINDS, atlas
 from engine.nano.words import COLOURS
 
 Rgb8 = np.ndarray
-"""[side, side, 3] uint8."""
+"""[height, width, 3] uint8."""
 
 OUTLINE = 0.6
-"""Least overlap (intersection over union) of the painted outline with the right one."""
+"""Least overlap (intersection over union) of the seen outline with the right one."""
 VISIBLE = 40
 """Of 255, in the channel where it is largest: what differs from the background by more belongs to an object."""
 NEAR = 24
 """Of 255: a background may be this far off on average; the two nearest flat ones differ by more than twice that."""
 GONE = 20
 """Of 255: where a thing was taken away, the image may be this far on average from what lies behind it."""
+LEAST_FREE = 0.05
+"""Share of the image: four things leave less than this between the margins of their boxes."""
 _REACH = range(-8, 9, 2)
 """Pixels around an object's place that are searched in each direction; the object itself may be 6 away."""
 _MARGIN = 8
 
 
-@lru_cache(maxsize=1)
-def _painter() -> Compositor:
-    return Compositor()
+@lru_cache(maxsize=2)
+def _compositor(scale: int) -> Compositor:
+    return Compositor(scale)
 
 
-def draw(*scenes: Scene) -> list[Rgb8]:
-    """The scenes as they ought to look."""
-    images = paint_scenes(_painter(), scenes)
-    return list(((images + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy())
+def draw(*scenes: Scene, frame: Frame = SMALL_SQUARE) -> list[Rgb8]:
+    """Return the scenes as they ought to look on the canvas."""
+    return as_uint8(render(_compositor(frame.scale), scene_arrays(scenes, frame), frame))
 
 
-@lru_cache(maxsize=1)
-def _grounds() -> np.ndarray:
-    return backgrounds().astype(np.float32)
+def in_units(image: Rgb8, frame: Frame) -> Rgb8:
+    """Average the image down to one pixel per unit."""
+    if frame.scale == 1:
+        return image
+    cells = image.reshape(frame.height, frame.scale, frame.width, frame.scale, 3).astype(np.float32)
+    return cells.mean(axis=(1, 3)).round().astype(np.uint8)
 
 
-def _free(things: tuple[Thing, ...], margin: int = 4) -> np.ndarray:
-    """Return the mask of pixels outside all boxes, [side, side] bool."""
-    free = np.ones((CANVAS, CANVAS), bool)
+def _frame(image: Rgb8) -> Frame:
+    """Return the canvas of an image in units."""
+    return Frame(image.shape[1], image.shape[0])
+
+
+@lru_cache(maxsize=16)
+def _grounds(frame: Frame) -> np.ndarray:
+    return backgrounds(frame).astype(np.float32)
+
+
+def _free(things: tuple[Thing, ...], frame: Frame, margin: int = 4) -> np.ndarray:
+    """Return where no box of the things is: [height, width] bool."""
+    free = np.ones((frame.height, frame.width), bool)
     for thing in things:
-        free[_window(thing, margin)] = False
+        free[_window(thing, frame, margin)] = False
     return free
 
 
-def _window(thing: Thing, margin: int) -> tuple[slice, slice]:
-    left, top, right, bottom = thing.box
+def _window(thing: Thing, frame: Frame, margin: int) -> tuple[slice, slice]:
+    left, top, right, bottom = thing.box(frame)
     return slice(max(0, top - margin), bottom + margin), slice(max(0, left - margin), right + margin)
 
 
 def background_right(image: Rgb8, scene: Scene) -> bool:
     """Whether the free pixels match the right background and no other better."""
-    free = _free(scene.things)
-    distances = np.abs(_grounds()[:, free] - image[free]).mean(axis=(1, 2))
+    frame = _frame(image)
+    free = _free(scene.things, frame)
+    if free.mean() < LEAST_FREE:
+        free = _free(scene.things, frame, 0)
+    distances = np.abs(_grounds(frame)[:, free] - image[free]).mean(axis=(1, 2))
     return bool(distances.argmin() == scene.background and distances.min() < NEAR)
 
 
@@ -75,7 +95,7 @@ def _candidates(size: int) -> torch.Tensor:
 
     [2 · kinds, side, side, 4] premultiplied, 0 … 255.
     """
-    sprites = atlas()[SIZES[size]].astype(np.float32)
+    sprites = atlas()[size].astype(np.float32)
     return torch.from_numpy(np.concatenate((sprites, np.stack([_blob(sprite) for sprite in sprites]))))
 
 
@@ -139,9 +159,15 @@ def look(image: Rgb8, scene: Scene, index: int) -> Finding:
     The rest of the scene is taken as asked for.
     """
     thing = scene.things[index]
-    (under,) = draw(without(scene, index))
+    frame = _frame(image)
+    (under,) = draw(without(scene, index), frame=frame)
     around = _neighbourhood(image, under)
-    distances = _distances(around, thing)
+    if nested(scene) and index == 0:
+        # Where the inner thing covers the outer one, the outer one cannot be judged.
+        left, top, right, bottom = (side + _MARGIN for side in scene.things[1].box(frame))
+        around[2][top:bottom, left:right] = 0
+    box = thing.box(frame)
+    distances = _distances(around, thing, box)
     inner = distances[thing.kind].reshape(len(_REACH), len(_REACH))[1:-1, 1:-1]
     y, x = divmod(int(inner.argmin()), inner.shape[1])
     # Every rival may shift by two pixels more, lest it lose only for standing aside.
@@ -151,9 +177,9 @@ def look(image: Rgb8, scene: Scene, index: int) -> Finding:
     nearest = int(best.argmin())
     dx, dy = _REACH[x + 1], _REACH[y + 1]
     return Finding(
-        _overlap(around, thing, dx, dy),
+        _overlap(around, thing, box, dx, dy),
         nearest if nearest < len(KINDS) else None,
-        _colour(around[0], thing, dx, dy),
+        _colour(around[0], thing, box, dx, dy),
     )
 
 
@@ -167,18 +193,18 @@ def _neighbourhood(image: Rgb8, under: Rgb8) -> Neighbourhood:
     Pixels there match nothing.
     """
     pad = ((_MARGIN, _MARGIN), (_MARGIN, _MARGIN), (0, 0))
-    seen, behind = (torch.from_numpy(np.pad(each, pad, mode="edge")).float() for each in (image, under))
-    inside = torch.zeros(CANVAS + 2 * _MARGIN, CANVAS + 2 * _MARGIN, 1)
+    seen, behind = (torch.from_numpy(np.pad(image, pad, mode="edge")).float() for image in (image, under))
+    inside = torch.zeros(*seen.shape[:2], 1)
     inside[_MARGIN:-_MARGIN, _MARGIN:-_MARGIN] = 1
     return seen, behind, inside
 
 
-def _cut(image: torch.Tensor, thing: Thing, dx: int, dy: int) -> torch.Tensor:
-    left, top = thing.box[0] + _MARGIN + dx, thing.box[1] + _MARGIN + dy
-    return image[top : top + thing.side, left : left + thing.side]
+def _cut(image: torch.Tensor, box: Box, dx: int, dy: int) -> torch.Tensor:
+    left, top, right, bottom = box
+    return image[top + _MARGIN + dy : bottom + _MARGIN + dy, left + _MARGIN + dx : right + _MARGIN + dx]
 
 
-def _distances(neighbourhood: Neighbourhood, thing: Thing) -> torch.Tensor:
+def _distances(neighbourhood: Neighbourhood, thing: Thing, box: Box) -> torch.Tensor:
     """Return squared differences of the image and each composited candidate.
 
     [candidates, shifts].
@@ -187,7 +213,7 @@ def _distances(neighbourhood: Neighbourhood, thing: Thing) -> torch.Tensor:
     """
     shifts = [(dx, dy) for dy in _REACH for dx in _REACH]
     seen, behind, inside = (
-        torch.stack([_cut(image, thing, dx, dy)[::2, ::2].expand(-1, -1, 3).flatten() for dx, dy in shifts], dim=1)
+        torch.stack([_cut(image, box, dx, dy)[::2, ::2].expand(-1, -1, 3).flatten() for dx, dy in shifts], dim=1)
         for image in neighbourhood
     )
     behind = behind * inside
@@ -198,7 +224,7 @@ def _distances(neighbourhood: Neighbourhood, thing: Thing) -> torch.Tensor:
     return squares + 2 * products
 
 
-def _overlap(neighbourhood: Neighbourhood, thing: Thing, dx: int, dy: int) -> float:
+def _overlap(neighbourhood: Neighbourhood, thing: Thing, box: Box, dx: int, dy: int) -> float:
     """Return the overlap of the outlines in image and truth.
 
     Over the whole neighbourhood of the thing.
@@ -206,50 +232,54 @@ def _overlap(neighbourhood: Neighbourhood, thing: Thing, dx: int, dy: int) -> fl
     seen, behind, inside = neighbourhood
     sprite = _candidates(thing.size)[thing.kind]
     truth = behind.clone()
-    here = _cut(truth, thing, dx, dy)
+    here = _cut(truth, box, dx, dy)
     here.mul_(1 - sprite[..., 3:] / 255).add_(sprite[..., :3])
-    left, top, right, bottom = thing.box
+    left, top, right, bottom = box
     area = slice(top, bottom + 2 * _MARGIN), slice(left, right + 2 * _MARGIN)
     ours, theirs = ((((image - behind).abs() * inside).amax(dim=-1) > VISIBLE)[area] for image in (seen, truth))
     union = (ours | theirs).sum().item()
     return (ours & theirs).sum().item() / union if union else 0.0
 
 
-def _colour(seen: torch.Tensor, thing: Thing, dx: int, dy: int) -> int:
+def _colour(seen: torch.Tensor, thing: Thing, box: Box, dx: int, dy: int) -> int:
     """The known colour nearest to what the sprite's inside shows."""
     solid = _candidates(thing.size)[thing.kind][..., 3] > 250
-    mean = _cut(seen, thing, dx, dy)[solid].mean(dim=0)
+    mean = _cut(seen, box, dx, dy)[solid].mean(dim=0)
     return int((torch.tensor(list(COLOURS.values())) - mean).pow(2).sum(dim=1).argmin())
 
 
 def place_right(image: Rgb8, scene: Scene) -> bool:
     """Whether a single object is centred on the right of nine places."""
     (thing,) = scene.things
-    mask = np.abs(image.astype(int) - _grounds()[scene.background]).max(axis=-1) > VISIBLE
+    frame = _frame(image)
+    ground = _grounds(frame)[scene.background]
+    mask = np.abs(image.astype(int) - ground).max(axis=-1) > VISIBLE
     if mask.sum() < 0.1 * thing.side**2:
         return False
     y, x = np.nonzero(mask)
-    truth = np.abs(draw(scene)[0].astype(int) - _grounds()[scene.background]).max(axis=-1) > VISIBLE
+    truth = np.abs(draw(scene, frame=frame)[0].astype(int) - ground).max(axis=-1) > VISIBLE
     true_y, true_x = np.nonzero(truth)
     # Sprites are seldom centred in their box: the truth's own centre says by how much.
-    off_x, off_y = true_x.mean() - thing.centre[0], true_y.mean() - thing.centre[1]
+    centre_x, centre_y = frame.centre(thing.size, thing.slot)
+    off_x, off_y = true_x.mean() - centre_x, true_y.mean() - centre_y
 
     def distance(slot: tuple[int, int]) -> float:
-        centre = changed(scene, 0, slot=slot).things[0].centre
+        centre = frame.centre(thing.size, slot)
         return np.hypot(x.mean() - off_x - centre[0], y.mean() - off_y - centre[1])
 
     return min(SLOTS, key=distance) == thing.slot
 
 
 def places_right(image: Rgb8, scene: Scene) -> bool:
-    """Whether two objects of one size are at their own places.
+    """Whether neither of two objects looks more like the other.
 
-    Each must look more like itself there than like the other.
+    Both have one size.
     """
     first, second = scene.things
     swapped = Scene(scene.background, (_put(first, second), _put(second, first)))
-    right, wrong = draw(scene, swapped)
-    free = ~_free(scene.things, 0)
+    frame = _frame(image)
+    right, wrong = draw(scene, swapped, frame=frame)
+    free = ~_free(scene.things, frame, 0)
     seen = image[free].astype(int)
     return bool(np.abs(seen - right[free]).mean() < np.abs(seen - wrong[free]).mean())
 
@@ -266,13 +296,14 @@ def edit_done(image: Rgb8, example: Example) -> bool:
     changes = [i for i, thing in enumerate(target.things) if thing not in source.things]
     if not all(look(image, target, i).right(target.things[i]) for i in changes):
         return False
-    old, new = draw(source, target)
+    frame = _frame(image)
+    old, new = draw(source, target, frame=frame)
     for thing in (thing for thing in source.things if thing not in target.things):
-        window = _window(thing, 0)
+        window = _window(thing, frame, 0)
         left_over = np.abs(old[window].astype(int) - new[window]).max(axis=-1) > VISIBLE
         for other in target.things:
             if other not in source.things:
-                left_over &= _free((other,), 0)[window]
+                left_over &= _free((other,), frame, 0)[window]
         error = np.abs(image[window].astype(int) - new[window]).mean(axis=-1)
         if left_over.any() and error[left_over].mean() > GONE:
             return False
@@ -282,23 +313,55 @@ def edit_done(image: Rgb8, example: Example) -> bool:
 def rest_kept(image: Rgb8, example: Example) -> float:
     """Return the mean absolute difference outside the edit, of 255.
 
-    Behind a new background, of the things.
+    Measured at the image's own size. Behind a new background, of the things.
     """
-    (truth,) = draw(example.target)
+    (truth,) = draw(example.target, frame=example.frame)
     if example.task == "background":
-        empty = draw(Scene(example.target.background))[0].astype(int)
+        empty = draw(Scene(example.target.background), frame=example.frame)[0].astype(int)
         kept = np.abs(truth - empty).max(axis=-1) > VISIBLE
     else:
-        kept = untouched(example.touched)
+        kept = untouched(example.touched, example.frame)
     return float(np.abs(image[kept].astype(int) - truth[kept]).mean()) if kept.any() else 0.0
 
 
-def untouched(boxes: tuple[tuple[int, int, int, int], ...]) -> np.ndarray:
-    """Outside all the boxes: [side, side] bool."""
-    free = np.ones((CANVAS, CANVAS), bool)
+def untouched(boxes: tuple[Box, ...], frame: Frame) -> np.ndarray:
+    """Return the mask of pixels outside all boxes, [height, width] bool.
+
+    boxes: in units.
+    """
+    width, height = frame.pixels
+    free = np.ones((height, width), bool)
     for left, top, right, bottom in boxes:
-        free[max(0, top - 2) : bottom + 2, max(0, left - 2) : right + 2] = False
+        left, top, right, bottom = (frame.scale * side for side in (left - 2, top - 2, right + 2, bottom + 2))
+        free[max(0, top) : bottom, max(0, left) : right] = False
     return free
+
+
+def sharpness(image: Rgb8, example: Example, index: int) -> float:
+    """Return the gradient energy along an object's outline, of the true one's.
+
+    Measured at the image's own size.
+
+    The outline is where the true sprite's cover changes, and two pixels around it; 1 is as sharp as the truth.
+    """
+    frame, scene = example.frame, example.target
+    truth, under = draw(scene, without(scene, index), frame=frame)
+    shown = np.abs(truth.astype(int) - under).max(axis=-1) > VISIBLE
+    edge = np.zeros_like(shown)
+    edge[:, 1:] |= shown[:, 1:] != shown[:, :-1]
+    edge[1:] |= shown[1:] != shown[:-1]
+    for _ in range(2):
+        padded = np.pad(edge, 1)
+        edge = edge | padded[2:, 1:-1] | padded[:-2, 1:-1] | padded[1:-1, 2:] | padded[1:-1, :-2]
+    return _energy(image, edge) / max(1.0, _energy(truth, edge))
+
+
+def _energy(image: Rgb8, where: np.ndarray) -> float:
+    """Return the sum of squared differences between neighbouring pixels."""
+    values = image.astype(np.float32)
+    across = np.square(np.diff(values, axis=1)).sum(axis=-1)[where[:, 1:]].sum()
+    down = np.square(np.diff(values, axis=0)).sum(axis=-1)[where[1:]].sum()
+    return float(across + down)
 
 
 def composed(image: Rgb8, scene: Scene) -> bool:

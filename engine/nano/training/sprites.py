@@ -1,8 +1,7 @@
 """Sprites of nano's objects: nouns from a sheet, shapes by geometry.
 
 `python -m engine.nano.training.sprites FONT` renders the sheet anew from Noto Color Emoji
-(Debian: fonts-noto-color-emoji).
-Reading the sheet needs no font.
+(Debian: fonts-noto-color-emoji). Reading the sheet needs no font.
 """
 
 import math
@@ -14,15 +13,15 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from engine.nano.training.frames import SIZES
 from engine.nano.words import COLOURS, NOUNS, SHAPES
 
-SIZES = (32, 56, 88)
-"""Sides in pixels of the three sizes: small, normal, big. Multiples of the autoencoder's 8."""
-
-CELL = 96
-"""Side of a sprite on the sheet: a little over the largest size, so that every size is made by shrinking."""
-COLUMNS = 12
-SHEET = Path(__file__).with_name("sprites.png")
+CELL = 128
+"""Side of a sprite on the sheet in pixels: the size at which the font stores its bitmaps."""
+COLUMNS = 16
+SHEET = Path(__file__).with_name("sprites.webp")
+QUALITY = 88
+"""Of the sheet's lossy compression: 208 sprites in about one megabyte."""
 
 KINDS: tuple[str, ...] = (*NOUNS, *(f"{colour} {shape}" for shape in SHAPES for colour in COLOURS))
 """Every object: nouns first, then each shape in each colour. An object is an index into this."""
@@ -40,20 +39,12 @@ def _render(character: str, font: ImageFont.FreeTypeFont) -> Image.Image:
     side = max(drawn.size)
     square = Image.new("RGBA", (side, side))
     square.paste(drawn, ((side - drawn.width) // 2, (side - drawn.height) // 2))
-    return _shrink(square, CELL)
-
-
-def _shrink(image: Image.Image, side: int) -> Image.Image:
-    """Resize premultiplied colours with Lanczos.
-
-    The colour under transparent pixels must not bleed into the outline.
-    """
-    premultiplied = image.convert("RGBa").resize((side, side), Image.Resampling.LANCZOS)
-    return premultiplied.convert("RGBA")
+    # Premultiplied: the colour under transparent pixels must not bleed into the outline.
+    return square.convert("RGBa").resize((CELL, CELL), Image.Resampling.LANCZOS).convert("RGBA")
 
 
 def build_sheet(font_path: str) -> Image.Image:
-    """All nouns of the vocabulary on one image, row by row."""
+    """Render all nouns of the vocabulary on one image, row by row."""
     font = ImageFont.truetype(font_path, _FONT_SIZE)
     rows = math.ceil(len(NOUNS) / COLUMNS)
     sheet = Image.new("RGBA", (COLUMNS * CELL, rows * CELL))
@@ -120,23 +111,34 @@ def _premultiplied(image: Image.Image, side: int) -> np.ndarray:
     return np.asarray(image.convert("RGBa").resize((side, side), Image.Resampling.LANCZOS).convert("RGBa"))
 
 
-@lru_cache(maxsize=1)
-def atlas() -> dict[int, np.ndarray]:
-    """Return side -> [kinds, side, side, 4] uint8, premultiplied, ordered as KINDS."""
+def _nouns() -> list[Image.Image]:
     sheet = Image.open(SHEET).convert("RGBA")
+    corners = ((i % COLUMNS * CELL, i // COLUMNS * CELL) for i in range(len(NOUNS)))
+    return [sheet.crop((left, top, left + CELL, top + CELL)) for left, top in corners]
+
+
+def _shapes(side: int) -> list[Image.Image]:
+    """Draw each shape in each colour, a little larger than `side`."""
     images = []
-    for i in range(len(NOUNS)):
-        left, top = i % COLUMNS * CELL, i // COLUMNS * CELL
-        images.append(sheet.crop((left, top, left + CELL, top + CELL)))
     for shape in SHAPES:
-        mask = _SHAPE_MASKS[shape](SIZES[-1] * _OVERSAMPLE)
+        mask = _SHAPE_MASKS[shape](side * _OVERSAMPLE)
         for colour in COLOURS.values():
             image = Image.new("RGBA", mask.size, (*colour, 0))
             image.putalpha(mask)
-            # One shrink to the largest size; smaller ones follow from it, as the nouns' follow from their cell.
+            # One reduction to twice the units of a big object; all sizes follow from it, as the nouns' from their cell.
             images.append(image.convert("RGBa").reduce(_OVERSAMPLE // 2).convert("RGBA"))
-    return {side: np.stack([_premultiplied(image, side) for image in images]) for side in SIZES}
+    return images
+
+
+@lru_cache(maxsize=2)
+def atlas(scale: int = 1) -> tuple[np.ndarray, ...]:
+    """Return all sprites of each size, [kinds, side, side, 4] uint8.
+
+    They are premultiplied, in the order of KINDS. scale: pixels per unit of SIZES.
+    """
+    images = [*_nouns(), *_shapes(SIZES[-1])]
+    return tuple(np.stack([_premultiplied(image, scale * side) for image in images]) for side in SIZES)
 
 
 if __name__ == "__main__":
-    build_sheet(sys.argv[1]).save(SHEET, optimize=True)
+    build_sheet(sys.argv[1]).save(SHEET, quality=QUALITY, method=6)

@@ -1,387 +1,454 @@
-"""Trains nano on a CPU or a GPU.
+"""Trains nano for a given time, on CUDA or a CPU.
 
-python -m engine.nano.training.train STAGE RUN
+`python -m engine.nano.training.train FOLDER OUT --seconds 380`
 
-Resumable, and warm from the committed weights.
+FOLDER is a nano in diffusers format to start from (`grow` makes a larger one of the committed weights). OUT gets the
+averaged weights as shards every two minutes and at the end (`shards` puts them into a folder), the decoder, and logs.
+The curriculum and the learning rate follow the time: at its end the rate is 0. The decoder learns in a process of its
+own from the start (`--decoder-seconds`), while this one compiles.
 
-Stages: `encoder` (compute it: seconds; the latents change, so only before all else), `decoder` (from latents back to
-images; the latents stay), `generate` (mostly text to image), `all` (generate, edit, compose), `cool` (as `all`, with
-the learning rate falling to nothing).
-`--workers 2`: two processes teach one set of weights without waiting for each other (Hogwild), so that a core that is
-busy elsewhere slows only its own.
-A run is a folder: `state.pt` to go on from, `weights/` in diffusers format, `log.jsonl`. Stopping a run at any time
-loses at most the minutes since its last save. `export RUN TO` copies the averaged weights.
+Without a GPU the same command runs for hours (`nice -n 19`, `--workers 1`); `--state FILE` makes it go on where it was
+stopped: the time that is over counts.
 """
 
 import argparse
 import copy
 import json
-import math
 import os
-import shutil
+import random
+import subprocess
+import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+import traceback
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor, multiprocessing
+from safetensors.torch import load_file
+from torch import Tensor
 
 from engine.diffusion.schedule import sigmas
+from engine.diffusion.tokens import unpack
 from engine.nano.training import compiled_training
-from engine.nano.training.compiled_training import Velocity
-from engine.nano.training.data_loader import DataLoader, Item
-from engine.nano.training.folder import WEIGHTS, save_autoencoder, save_text_encoder, save_transformer
-from engine.nano.training.model import STEPS, TEXT_LENGTH, Nano
-from engine.nano.training.train_decoder import fit, train_decoder
+from engine.nano.training.compiled_training import TrainingVelocity, multiplies_bf16, quiet
+from engine.nano.training.data_loader import Batch, BatchEncoder, BatchKind, DataLoader, to_device
+from engine.nano.training.frames import NATIVE, OTHER_SHAPES, SMALL_SQUARE, Frame
+from engine.nano.training.model import STEPS, Nano, Tokenize
+from engine.nano.training.optimizer import Optimizer
+from engine.nano.training.shards import DECODER, learned_parts, save_decoder, save_shards
 
-OWN_LEVELS = sigmas(STEPS, 64)[:-1]
-"""The four noise levels nano paints with."""
+FRAMES: tuple[Frame, ...] = (SMALL_SQUARE, NATIVE, *OTHER_SHAPES)
+LEVELS = 2
+"""Noise levels an example: text and references are read once for all of them."""
 OWN_WEIGHTS = (1.0, 1.0, 1.5, 2.5)
-"""How often each is practised: the last step alone decides what is seen, the ones before only where it starts."""
-OWN_SHARE = 0.7
-"""Of training, on exactly those levels; the rest spread over all, for other step counts."""
-SHORT_TEXT = 32
-"""Holds every practised prompt. Most batches are padded to this alone: pads cost as much as words do."""
-EMA = 0.999
-BETAS = (0.9, 0.99)
-WARM_UP = 100
-"""Steps over which the learning rate rises after every start: Adam's averages may be cold."""
+"""How often each of nano's own four levels is trained: the last step decides what is seen."""
+OWN_SHARE = 0.85
+"""Of training, on exactly those levels; the rest spreads over all, for other step counts."""
+EMA = 0.995
+WARM_UP = 60
+"""Steps over which the learning rate rises."""
+COOLING = 0.6
+"""Share of the time, at its end, in which the learning rate falls to nothing."""
+SMALL_SHARE = 0.2
+"""Of the time, at its start, on 128 × 128 alone: nouns and places are learned there four times as fast."""
+SHORT_TEXT, LONG_TEXT = 48, 96
+REFERENCE_NOISE = 0.15
+"""At most this much on references: what nano painted itself is a little off, and should be sharpened, not copied."""
+CHECK_EVERY = 25
+"""Steps between two looks at whether everything is finite; until then nothing waits for the device."""
 
 
 @dataclass(frozen=True)
-class TrainingStage:
-    """One stage of training.
+class Curriculum:
+    """The kind of batch drawn at each point of the training.
 
-    shares: of batches, by (task, references). long_text: share of batches at the full text length.
-
-    cooling: share of the time, at its end, in which the learning rate falls to nothing.
+    examples: in a batch at 256 × 256. At 128 × 128 there are twice as many.
     """
 
-    shares: dict[tuple[str, int], float]
-    rate: float
-    long_text: float = 0.25
-    cooling: float = 0.0
+    examples: int
+
+    def __call__(self, done: float, draws: random.Random) -> BatchKind:
+        early = done < SMALL_SHARE
+        if early:
+            shares = {("generate", 0): 0.52, ("edit", 1): 0.34, ("compose", 2): 0.14}
+        elif done < 0.6:
+            shares = {("generate", 0): 0.40, ("edit", 1): 0.42, ("compose", 2): 0.14, ("compose", 3): 0.03,
+                      ("compose", 4): 0.01}  # fmt: skip
+        else:
+            shares = {("generate", 0): 0.36, ("edit", 1): 0.45, ("compose", 2): 0.14, ("compose", 3): 0.03,
+                      ("compose", 4): 0.02}  # fmt: skip
+        (task, references), *_ = draws.choices(tuple(shares), tuple(shares.values()))
+        frame, chance = NATIVE, draws.random()
+        if early or chance < 0.12:
+            frame = SMALL_SQUARE
+        elif chance < 0.30:
+            frame = draws.choice(OTHER_SHAPES)
+        count = self.examples * (2 if frame is SMALL_SQUARE else 1) // (2 if references > 2 else 1)
+        return BatchKind(frame, task, references, SHORT_TEXT if early else LONG_TEXT, max(1, count))
 
 
-_ALL = {("generate", 0): 0.36, ("edit", 1): 0.42, ("compose", 2): 0.18, ("compose", 3): 0.04}
-# Images from words alone are learned by then; edits among several things are the hardest, and take longest.
-_HARDER = {("generate", 0): 0.14, ("edit", 1): 0.58, ("compose", 2): 0.22, ("compose", 3): 0.06}
-STAGES = {
-    "generate": TrainingStage({("generate", 0): 0.80, ("edit", 1): 0.12, ("compose", 2): 0.08}, 2e-3),
-    "all": TrainingStage(_ALL, 2e-3),
-    "cool": TrainingStage(_HARDER, 2e-3, long_text=0.6, cooling=0.6),
-}
+def draw_levels(count: int, canvas_tokens: int, generator: torch.Generator) -> Tensor:
+    """Return noise levels, [count · LEVELS].
 
-
-def draw_levels(count: int, levels: int, generator: torch.Generator) -> Tensor:
-    """Draw noise levels, [count · levels].
-
-    Different ones for the `levels` uses of the same example.
+    Those of one example differ.
     """
-    own = torch.tensor(OWN_LEVELS)
+    own = torch.tensor(sigmas(STEPS, canvas_tokens)[:-1])
     # Weighted draws without replacement: the largest of uniform^(1/weight).
     keys = torch.rand(count, len(own), generator=generator) ** (1 / torch.tensor(OWN_WEIGHTS))
-    order = keys.topk(levels, dim=1).indices
+    order = keys.topk(LEVELS, dim=1).indices
     # Logit-normal pushed by a shift of 3, as flow models of this family are trained; 12 % pure noise.
-    spread = torch.sigmoid(torch.randn(count, levels, generator=generator) + math.log(3.0))
-    spread = torch.where(torch.rand(count, levels, generator=generator) < 0.12, torch.ones(()), spread)
-    chosen = torch.rand(count, levels, generator=generator) < OWN_SHARE
+    spread = torch.sigmoid(torch.randn(count, LEVELS, generator=generator) + 1.0986)
+    spread = torch.where(torch.rand(count, LEVELS, generator=generator) < 0.12, torch.ones(()), spread)
+    chosen = torch.rand(count, LEVELS, generator=generator) < OWN_SHARE
     return torch.where(chosen, own[order], spread).flatten()
 
 
-def velocity_loss(
-    nano: Nano, predict: Velocity, items: list[Item], levels: int, length: int, generator: torch.Generator
-) -> Tensor:
-    """Return the weighted squared error of the velocity, [b · levels]."""
-    device = nano.device
-    target = torch.stack([item.target for item in items]).repeat_interleave(levels, 0)
-    weights = torch.stack([item.weights for item in items]).repeat_interleave(levels, 0)
-    references = torch.stack([item.references for item in items])
-    if references.shape[1]:
-        # What nano painted itself is a little off; references that are too make it sharpen them, not copy the fault.
-        blur = 0.15 * torch.rand(references.shape[0], 1, 1, 1, generator=generator)
-        references = references + (blur * torch.randn(references.shape, generator=generator)).to(device)
-    sigma = draw_levels(len(items), levels, generator).to(device)
-    noise = torch.randn(target.shape, generator=generator).to(device)
-    noisy = (1 - sigma)[:, None, None] * target + sigma[:, None, None] * noise
-    prompts = nano.tokenize([item.prompt for item in items], length)
-    velocity = predict(noisy, sigma, prompts, references if references.shape[1] else None)
-    return ((velocity - (noise - target)).pow(2).mean(-1) * weights).mean(-1)
+class Trainer:
+    """The model, its average, and one step at a time."""
+
+    def __init__(self, nano: Nano, compiled: bool, rate: float, out: Path) -> None:
+        self.nano, self.rate, self.out = nano, rate, out
+        nano.autoencoder.requires_grad_(False)
+        self.learned = learned_parts(nano)
+        self.average = copy.deepcopy(self.learned).requires_grad_(False)
+        self.optimizer = Optimizer(self.learned)
+        self.velocity = TrainingVelocity(nano, compiled)
+        self.encoder = BatchEncoder(nano.autoencoder, FRAMES, compiled and nano.device.type == "cuda")
+        self.generator = torch.Generator().manual_seed(time.time_ns() % 2**31)
+        self.device = nano.device
+        self.decoder_ready = False
+        self.steps = self.samples = 0
+        self._good: list[Tensor] = []
+        self.keep_good()
+
+    def loss(self, batch: Batch) -> Tensor:
+        """Return the mean weighted squared error of the velocity."""
+        target = batch.target.repeat_interleave(LEVELS, 0)
+        weights = batch.weights.repeat_interleave(LEVELS, 0)
+        sigma = to_device(draw_levels(len(batch.target), target.shape[1], self.generator), self.device)
+        noise = torch.randn(target.shape, device=self.device)
+        noisy = (1 - sigma)[:, None, None] * target + sigma[:, None, None] * noise
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=multiplies_bf16(self.device)):
+            states = self.nano.read(batch.ids, batch.mask)
+        references = self.worn(batch) if batch.kind.references else None
+        velocity = self.velocity(noisy, sigma, states, batch.kind.frame.tokens, references)
+        return ((velocity - (noise - target)).pow(2).mean(-1) * weights).mean()
+
+    @torch.no_grad()
+    def worn(self, batch: Batch) -> Tensor:
+        """Return references as nano itself would make them.
+
+        They are noisy, and half of them decoded and encoded again.
+        """
+        references = batch.references
+        much = REFERENCE_NOISE * torch.rand(len(references), 1, 1, 1, device=self.device)
+        references = references + much * torch.randn(references.shape, device=self.device)
+        if not self.decoder_ready or float(torch.rand((), generator=self.generator)) < 0.5:
+            return references
+        flat = references.flatten(0, 1)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=multiplies_bf16(self.device)):
+            down = batch.kind.frame.tokens[1]
+            parts = [self.nano.autoencoder.decode(unpack(part, down)) for part in flat.split(128)]
+        images = (torch.cat(parts).float().clamp(-1, 1) * 127.5).round() / 127.5
+        return self.encoder.latents(images).unflatten(0, references.shape[:2])
+
+    def step(self, batch: Batch, done: float) -> Tensor:
+        """Learn from one batch and return its loss, still on the device."""
+        loss = self.loss(batch)
+        loss.backward()
+        rise = min(1.0, (self.steps + 1) / WARM_UP)
+        fall = min(1.0, max(0.0, 1.0 - done) / COOLING)
+        self.optimizer.step(self.rate * rise * fall)
+        self.steps += 1
+        self.samples += LEVELS * len(batch.target)
+        keep = min(EMA, (self.steps + 1) / (self.steps + 20))
+        with torch.no_grad():
+            torch._foreach_lerp_(list(self.average.parameters()), list(self.learned.parameters()), 1 - keep)
+        return loss.detach()
+
+    def _all(self) -> list[Tensor]:
+        return [*self.learned.parameters(), *self.average.parameters(), *self.optimizer._momentum]
+
+    @torch.no_grad()
+    def keep_good(self) -> None:
+        """Remember the weights as they are."""
+        self._good = [tensor.detach().clone() for tensor in self._all()]
+
+    @torch.no_grad()
+    def restore_good(self) -> None:
+        """Go back to the remembered weights.
+
+        AdamW's averages start anew.
+        """
+        for tensor, good in zip(self._all(), self._good, strict=True):
+            tensor.copy_(good)
+        self.optimizer._adam.state.clear()
+        for parameter in self.learned.parameters():
+            parameter.grad = None
+
+    def load_decoder(self, path: Path) -> None:
+        decoder = load_file(path)
+        self.nano.autoencoder.decoder.load_state_dict({name: tensor.float() for name, tensor in decoder.items()})
+        self.decoder_ready = True
+
+    def state(self) -> dict:
+        return {
+            "learned": self.learned.state_dict(),
+            "average": self.average.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "steps": self.steps,
+            "samples": self.samples,
+        }
+
+    def load_state(self, state: dict) -> None:
+        self.learned.load_state_dict(state["learned"])
+        self.average.load_state_dict(state["average"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.steps, self.samples = state["steps"], state["samples"]
 
 
-def _learned(nano: Nano) -> torch.nn.ModuleList:
-    return torch.nn.ModuleList([nano.transformer, nano.text_encoder])
+class Log:
+    """Reports mean losses by kind of batch, and throughput, as JSON lines."""
+
+    def __init__(self, out: Path, clock: "Clock") -> None:
+        self.path, self.clock = out / "train.jsonl", clock
+        self.losses: dict[str, list[Tensor]] = {}
+        self.since, self.samples = time.monotonic(), 0
+
+    def add(self, kind: BatchKind, loss: Tensor) -> None:
+        self.losses.setdefault(kind.name, []).append(loss)
+
+    def finite(self) -> bool:
+        """Return whether every loss since the last report is finite.
+
+        Waits for the device.
+        """
+        losses = [loss for group in self.losses.values() for loss in group]
+        return bool(torch.stack(losses).isfinite().all()) if losses else True
+
+    def write(self, **facts: object) -> None:
+        line = json.dumps({"t": round(self.clock.elapsed(), 1), **facts})
+        print(line, flush=True)
+        with self.path.open("a") as log:
+            log.write(line + "\n")
+
+    def report(self, trainer: Trainer, waiting: int) -> None:
+        now = time.monotonic()
+        speed = (trainer.samples - self.samples) / (now - self.since)
+        means = {name: round(torch.stack(group).mean().item(), 4) for name, group in sorted(self.losses.items())}
+        memory = round(torch.cuda.max_memory_allocated() / 1e9, 1) if trainer.device.type == "cuda" else 0
+        self.write(
+            done=round(self.clock.done(), 3), steps=trainer.steps, samples=trainer.samples, per_second=round(speed),
+            queued=waiting, gigabytes=memory, losses=means,
+        )  # fmt: skip
+        self.losses, self.since, self.samples = {}, now, trainer.samples
 
 
-class Optimiser:
-    """Muon for the blocks' matrices, AdamW for everything else.
+class Clock:
+    """The elapsed share of a training's time.
 
-    Both at one learning rate.
+    before: seconds of an earlier part of the same training.
     """
 
-    def __init__(self, learned: torch.nn.Module) -> None:
-        matrices, others = [], []
-        for name, parameter in learned.named_parameters():
-            inside = parameter.ndim == 2 and ("blocks." in name or "layers." in name)
-            (matrices if inside else others).append(parameter)
-        self.parameters = [*matrices, *others]
-        self.parts = (
-            torch.optim.Muon(matrices, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"),
-            torch.optim.AdamW(others, betas=BETAS, weight_decay=0.0),
-        )
+    def __init__(self, seconds: float, start: float, before: float = 0.0) -> None:
+        self.seconds, self.start, self.before = seconds, start, before
 
-    def learn(self, loss: Tensor, rate: float) -> None:
-        """One step down the gradient."""
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
-        for part in self.parts:
-            for group in part.param_groups:
-                group["lr"] = rate
-            part.step()
-            part.zero_grad(set_to_none=True)
+    def elapsed(self) -> float:
+        return self.before + time.monotonic() - self.start
 
-    def state_dict(self) -> list[dict]:
-        return [part.state_dict() for part in self.parts]
-
-    def load_state_dict(self, states: list[dict]) -> None:
-        for part, state in zip(self.parts, states, strict=True):
-            part.load_state_dict(state)
+    def done(self) -> float:
+        return self.elapsed() / self.seconds
 
 
 @dataclass(frozen=True)
-class Lessons:
-    """The training loop of one process.
+class Options:
+    """Options of `train`.
 
-    start: when the stage began, by the monotonic clock.
-
-    compiled: in bf16, by a function that takes minutes to compile (`compiled_training`).
+    report, save, keep: seconds between reports, shards and states to resume from.
     """
 
-    stage: TrainingStage
-    minutes: float
-    batch: int
-    levels: int
-    start: float
-    compiled: bool = False
-
-    def done(self) -> float:
-        """Return the elapsed share of the time, 0 … 1.
-
-        0 while it has no end.
-        """
-        return (time.monotonic() - self.start) / (60 * self.minutes) if self.minutes else 0.0
-
-
-class Learner:
-    """One process's examples, noise and optimizer, for weights that may be shared."""
-
-    def __init__(self, nano: Nano, optimiser: Optimiser, lessons: Lessons) -> None:
-        seed = time.time_ns() % 2**31
-        self.nano, self.optimiser, self.lessons = nano, optimiser, lessons
-        self.predict = compiled_training.compiled(nano) if lessons.compiled else compiled_training.plain(nano)
-        self.data = DataLoader(nano, seed)
-        self.generator = torch.Generator().manual_seed(seed)
-        self.steps = 0
-
-    def step(self) -> tuple[str, int, float]:
-        """Learn from one batch.
-
-        Returns its task, how many samples it had and their mean loss.
-        """
-        stage, draw = self.lessons.stage, self.data.sampler.random
-        self.steps += 1
-        rise = min(1.0, self.steps / WARM_UP)
-        fall = min(1.0, (1.0 - min(self.lessons.done(), 1.0)) / stage.cooling) if stage.cooling else 1.0
-        rate = stage.rate * rise * fall
-        (task, images), *_ = draw.choices(tuple(stage.shares), tuple(stage.shares.values()))
-        length = TEXT_LENGTH if draw.random() < stage.long_text else SHORT_TEXT
-        items = self.data.take(task, images, self.lessons.batch)
-        loss = velocity_loss(self.nano, self.predict, items, self.lessons.levels, length, self.generator)
-        self.optimiser.learn(loss.mean(), rate)
-        return f"{task}{images or ''}", loss.numel(), loss.detach().mean().item()
+    report: float = 20.0
+    save: float = 110.0
+    keep: float = 40.0
+    probed: Path | None = None
+    """A file that `probe` writes once compiled pieces have proven right and faster."""
+    first: float = 0.0
+    """Where in the curriculum to begin, 0 … 1."""
+    reserve: float = 6.0
+    """Seconds at the end to save in."""
+    state: Path | None = None
+    failures: int = 6
+    """Steps that may fail before training ends with what it has."""
 
 
-def _help(folder: Path, shared: list[Tensor], samples: Tensor, lessons: Lessons, parent: int) -> None:
-    """Train the shared weights until the first process ends this one."""
-    torch.set_num_threads(1)
-    nano = Nano(folder)
-    nano.autoencoder.requires_grad_(False)
-    for parameter, weight in zip(_learned(nano).parameters(), shared, strict=True):
-        parameter.data = weight
-    learner = Learner(nano, Optimiser(_learned(nano)), lessons)
-    while os.getppid() == parent:
-        samples += learner.step()[1]
-
-
-@contextmanager
-def helpers(run: "Run", lessons: Lessons, count: int) -> Iterator[list[Tensor]]:
-    """Start worker processes.
-
-    Yields the number of samples each has used so far.
-    """
-    shared = [parameter.data.share_memory_() for parameter in _learned(run.nano).parameters()] if count else []
-    samples = [torch.zeros(1, dtype=torch.long).share_memory_() for _ in range(count)]
-    context = multiprocessing.get_context("spawn")
-    processes = [
-        context.Process(target=_help, args=(run.folder / "weights", shared, counter, lessons, os.getpid()), daemon=True)
-        for counter in samples
-    ]
-    for process in processes:
-        process.start()
+def train(trainer: Trainer, loader: DataLoader, clock: Clock, options: Options) -> None:
+    """Train until the time is over, then save, even after an error."""
+    log = Log(trainer.out, clock)
+    schedule = _schedule(clock, options)
+    reported = saved = kept = time.monotonic()
+    failures, compiled_once = 0, False
     try:
-        yield samples
-    finally:
-        for process in processes:
-            process.terminate()
-            process.join()
-
-
-class Run:
-    """A training folder: weights, their average, optimizer state and progress."""
-
-    def __init__(self, folder: Path, start: Path, device: str) -> None:
-        self.folder = folder
-        weights = folder / "weights"
-        if not weights.exists():
-            shutil.copytree(start, weights)
-        self.nano = Nano(weights).to(device)
-        self.nano.autoencoder.requires_grad_(False)
-        self.average = copy.deepcopy(_learned(self.nano))
-        self.optimiser = Optimiser(_learned(self.nano))
-        self.step = 0
-        self.samples = 0
-        self.seconds = 0.0
-        if (folder / "state.pt").exists():
-            self._resume()
-
-    def _resume(self) -> None:
-        state = torch.load(self.folder / "state.pt", map_location=self.nano.device)
-        _learned(self.nano).load_state_dict(state["learned"])
-        self.average.load_state_dict(state["average"])
-        self.optimiser.load_state_dict(state["optimiser"])
-        self.step, self.samples, self.seconds = state["step"], state["samples"], state["seconds"]
-
-    def save(self) -> None:
-        """Write a checkpoint, and the average as a diffusers folder.
-
-        Each file is replaced in one step, so none is ever partial.
-        """
-        state = {
-            "learned": _learned(self.nano).state_dict(),
-            "average": self.average.state_dict(),
-            "optimiser": self.optimiser.state_dict(),
-            "step": self.step,
-            "samples": self.samples,
-            "seconds": self.seconds,
-        }
-        torch.save(state, self.folder / "state.pt.new")
-        os.replace(self.folder / "state.pt.new", self.folder / "state.pt")
-        export(self, self.folder / "weights")
-
-    def follow(self) -> None:
-        """Move the average towards the newest weights.
-
-        Faster at the start of training.
-        """
-        keep = min(EMA, (self.step + 1) / (self.step + 50))
-        with torch.no_grad():
-            for mean, new in zip(self.average.parameters(), _learned(self.nano).parameters(), strict=True):
-                mean.lerp_(new, 1 - keep)
-
-
-def export(run: Run, folder: Path) -> None:
-    """Write the averaged weights, in 16 bit, into a folder with configs."""
-    transformer, text_encoder = run.average
-    # The average is of modules of these two types.
-    save_transformer(transformer, folder)  # type: ignore[arg-type]
-    save_text_encoder(text_encoder, folder)  # type: ignore[arg-type]
-    save_autoencoder(run.nano.autoencoder, folder)
-
-
-def train(run: Run, lessons: Lessons, save_minutes: float, workers: int = 1) -> None:
-    """Train until the minutes are over.
-
-    minutes: 0 means until it is stopped.
-    """
-    learner = Learner(run.nano, run.optimiser, lessons)
-    last_save = last_report = lessons.start
-    reported = run.samples
-    losses: dict[str, list[float]] = {}
-    with helpers(run, lessons, workers - 1) as helped:
-        counted = 0
-        while lessons.done() < 1.0:
-            task, samples, loss = learner.step()
-            run.step += 1
-            total = sum(int(counter) for counter in helped)
-            run.samples += samples + total - counted
-            counted = total
-            run.follow()
-            losses.setdefault(task, []).append(loss)
+        while schedule.done() < 1.0 and failures < options.failures:
+            done = options.first + (1 - options.first) * schedule.done()
+            try:
+                _one_step(trainer, loader, log, done)
+            except Exception as error:
+                failures += 1
+                if _device_is_gone(error):
+                    raise
+                log.write(failure=f"{type(error).__name__}: {error}"[:600])
+                traceback.print_exc()
+                _recover(trainer, error)
+                continue
             now = time.monotonic()
-            # The first minute tells whether the machine is worth its time; after that, now and then.
-            if now - last_report > (20 if now - lessons.start < 60 else 120):
-                reported, last_report, losses = _report(run, reported, last_report, losses)
-            if now - last_save > 60 * save_minutes:
-                run.seconds += now - last_save
-                last_save = now
-                run.save()
-    run.seconds += time.monotonic() - last_save
-    run.save()
+            if trainer.steps == 1:
+                # Compiling is over: the curriculum has what is left.
+                schedule = _schedule(clock, options)
+                log.write(first_step=True)
+            if now - reported > (options.report if clock.elapsed() > 60 else options.report / 2):
+                log.report(trainer, loader.waiting())
+                reported = now
+                _look_for_decoder(trainer, log)
+                if options.probed and options.probed.exists() and not compiled_once:
+                    compiled_once = trainer.velocity.compiled = True
+                    log.write(compiled=options.probed.read_text())
+            if options.state and now - kept > options.keep and trainer.steps % CHECK_EVERY == 0:
+                _save_state(trainer, clock, options.state)
+                kept = now
+            if now - saved > options.save:
+                save_shards(trainer.average, trainer.out)
+                saved = now
+    finally:
+        loader.close()
+        _finish(trainer, log, clock, options)
 
 
-def _report(run: Run, reported: int, since: float, losses: dict[str, list[float]]) -> tuple[int, float, dict]:
+def _schedule(clock: Clock, options: Options) -> Clock:
+    """Return a clock for the curriculum: from now to where saving begins."""
+    if clock.before:
+        return Clock(clock.seconds - options.reserve, clock.start, clock.before)
     now = time.monotonic()
-    line = {
-        "step": run.step,
-        "samples": run.samples,
-        "per_second": round((run.samples - reported) / (now - since), 1),
-        "minutes": round(run.seconds / 60, 1),
-        **{name: round(sum(values) / len(values), 4) for name, values in losses.items()},
-    }
-    print(json.dumps(line), flush=True)
-    with (run.folder / "log.jsonl").open("a") as log:
-        log.write(json.dumps(line) + "\n")
-    return run.samples, now, {}
+    # A first step that took all the time leaves none: the training ends, whatever the clock says.
+    return Clock(max(1e-3, clock.seconds - options.reserve - (now - clock.start)), now)
+
+
+def _one_step(trainer: Trainer, loader: DataLoader, log: Log, done: float) -> None:
+    try:
+        raw = loader.next(done)
+    except Exception:
+        loader.stop_workers()
+        raw = loader.next(done)
+    loss = trainer.step(trainer.encoder(raw), done)
+    log.add(raw.kind, loss)
+    if trainer.steps % CHECK_EVERY == 0:
+        if log.finite():
+            trainer.keep_good()
+        else:
+            trainer.restore_good()
+            trainer.rate *= 0.5
+            trainer.velocity.compiled = False
+            log.losses.clear()
+            log.write(not_finite=True, rate=trainer.rate)
+
+
+def _device_is_gone(error: Exception) -> bool:
+    """Return whether only a new process can go on."""
+    return "CUDA error" in str(error) and not isinstance(error, torch.cuda.OutOfMemoryError)
+
+
+def _save_state(trainer: Trainer, clock: Clock, path: Path) -> None:
+    torch.save({**trainer.state(), "seconds": clock.elapsed()}, path.with_suffix(".part"))
+    os.replace(path.with_suffix(".part"), path)
+
+
+def _recover(trainer: Trainer, error: Exception) -> None:
+    """Go on from the last good weights, without the compiler."""
+    if isinstance(error, torch.cuda.OutOfMemoryError):
+        torch.cuda.empty_cache()
+    else:
+        trainer.velocity.compiled = False
+        for compositor in trainer.encoder.compositors.values():
+            compositor.compiled = False
+    trainer.restore_good()
+
+
+def _look_for_decoder(trainer: Trainer, log: Log) -> None:
+    final = trainer.out / "decoder.jsonl"
+    if not trainer.decoder_ready and final.exists() and '"final"' in final.read_text():
+        trainer.load_decoder(trainer.out / DECODER)
+        log.write(decoder="in use for references")
+
+
+def _finish(trainer: Trainer, log: Log, clock: Clock, options: Options) -> None:
+    if not all(bool(p.isfinite().all()) for p in trainer.average.parameters()):
+        trainer.restore_good()
+    log.report(trainer, 0)
+    save_shards(trainer.average, trainer.out)
+    if options.state:
+        _save_state(trainer, clock, options.state)
+    log.write(saved=True)
+
+
+def start_decoder(args: argparse.Namespace) -> subprocess.Popen | None:
+    """Start the decoder's training in a process of its own."""
+    if not args.decoder_seconds:
+        return None
+    command = [sys.executable, "-m", "engine.nano.training.train_decoder", str(args.folder), str(args.out)]
+    command += ["--seconds", str(args.decoder_seconds), "--device", args.device]
+    if args.decoder_batch:
+        command += ["--batch", str(args.decoder_batch)]
+    return subprocess.Popen(command)
 
 
 def main() -> None:
+    start = time.monotonic()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stage", choices=("encoder", "decoder", *STAGES, "export"))
-    parser.add_argument("run", type=Path)
-    parser.add_argument("to", type=Path, nargs="?", help="export: the folder to fill")
-    parser.add_argument("--start", type=Path, default=WEIGHTS, help="weights a new run begins with")
+    parser.add_argument("folder", type=Path, help="a nano in diffusers format to start from")
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--seconds", type=float, help="of the whole training, saving included")
+    parser.add_argument("--deadline", type=float, help="instead of --seconds: when to be done, in Unix time")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--minutes", type=float, default=0.0, help="0: until stopped")
-    parser.add_argument("--batch", type=int, help="examples a step (CPU 16, CUDA 384)")
-    parser.add_argument("--levels", type=int, default=2, help="noise levels an example")
-    parser.add_argument("--rate", type=float, help="learning rate, instead of the stage's")
-    parser.add_argument("--workers", type=int, default=1, help="processes that learn (CPU only)")
-    parser.add_argument("--save-minutes", type=float, default=2.0)
+    parser.add_argument("--examples", type=int, help="in a batch at 256 × 256, two noise levels each (CPU 4, CUDA 256)")
+    parser.add_argument("--rate", type=float, default=3e-3, help="Muon's highest learning rate")
+    parser.add_argument("--first", type=float, default=0.0, help="where in the curriculum to begin (0 … 1)")
+    parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 2) - 3))
+    parser.add_argument("--decoder-seconds", type=float, default=0.0, help="0: leave the decoder as it is")
+    parser.add_argument("--decoder-batch", type=int)
+    parser.add_argument("--compile", action="store_true", help="compile the pieces of the transformer (CPU)")
+    parser.add_argument("--probed", type=Path, help="compile once `probe` has written this file")
+    parser.add_argument("--attention", type=int, default=0, help="of CUDA's: 0 flash first, 1 efficient, 2 plain")
+    parser.add_argument("--state", type=Path, help="where to keep what a later run goes on from")
     args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
     on_gpu = args.device.startswith("cuda")
+    quiet()
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if not on_gpu:
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-    args.run.mkdir(parents=True, exist_ok=True)
-    run = Run(args.run, args.start, args.device)
-    if args.stage == "export":
-        shutil.copytree(args.run / "weights", args.to, dirs_exist_ok=True)
-    elif args.stage == "encoder":
-        fit(run.nano.autoencoder, args.device)
-        run.save()
-    elif args.stage == "decoder":
-        weights = args.run / "weights"
-        train_decoder(
-            run.nano.autoencoder, args.minutes, args.device, lambda average: save_autoencoder(average, weights)
-        )
-        run.save()
-    else:
-        stage = STAGES[args.stage]
-        stage = replace(stage, rate=args.rate or stage.rate)
-        batch, compiled = args.batch or (384 if on_gpu else 16), compiled_training.pays(run.nano.device)
-        lessons = Lessons(stage, args.minutes, batch, args.levels, time.monotonic(), compiled)
-        train(run, lessons, args.save_minutes, 1 if on_gpu else args.workers)
+    decoder = start_decoder(args)
+    # Forked before the device is touched.
+    curriculum = Curriculum(args.examples or (256 if on_gpu else 4))
+    loader = DataLoader(curriculum, Tokenize(args.folder), FRAMES, args.workers, time.time_ns() % 2**31)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    del compiled_training.BACKENDS[: args.attention]
+    trainer = Trainer(Nano(args.folder).to(args.device), args.compile, args.rate, args.out)
+    before = 0.0
+    if args.state and args.state.exists():
+        state = torch.load(args.state, map_location=args.device)
+        trainer.load_state(state)
+        before = state["seconds"]
+    if not args.decoder_seconds:
+        trainer.decoder_ready = True
+        save_decoder(trainer.nano.autoencoder.decoder, args.out)
+    seconds = args.seconds if args.deadline is None else before + args.deadline - time.time() + time.monotonic() - start
+    train(
+        trainer, loader, Clock(seconds, start, before), Options(state=args.state, first=args.first, probed=args.probed)
+    )
+    if decoder is not None:
+        try:
+            decoder.wait(timeout=5)
+        except subprocess.TimeoutExpired:
+            decoder.terminate()
 
 
 if __name__ == "__main__":

@@ -1,0 +1,74 @@
+"""The canvases nano is trained on, and their nine places.
+
+Scenes are laid out in units. The square canvas is 128 × 128 units at every resolution, so one scene can be rendered at
+128 × 128 (scale 1) and at 256 × 256 pixels (scale 2).
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+TOKEN = 16
+"""Pixels a token spans on each side."""
+
+SIZES = (32, 56, 88)
+"""Sides of the three object sizes in units: small, normal, big."""
+
+REACH = (48, 32, 16)
+"""Units from the middle of a square canvas to the centre of an object at its side, for each size.
+
+Multiples of 16: an object then has the same tokens in every place at scale 1, so what is learned of it in one place
+holds in all. At scale 2 every 16 units are two tokens.
+"""
+
+SQUARE = 128
+"""Side of the square canvas in units."""
+
+Slot = tuple[int, int]
+"""(column, row), each -1, 0 or 1: left, middle, right; top, middle, bottom."""
+
+
+@dataclass(frozen=True)
+class Frame:
+    """A canvas: width and height in units, and pixels per unit."""
+
+    width: int = SQUARE
+    height: int = SQUARE
+    scale: int = 1
+
+    @property
+    def pixels(self) -> tuple[int, int]:
+        """Width and height in pixels."""
+        return self.width * self.scale, self.height * self.scale
+
+    @property
+    def tokens(self) -> tuple[int, int]:
+        """Tokens across and down."""
+        width, height = self.pixels
+        return width // TOKEN, height // TOKEN
+
+    def centre(self, size: int, slot: Slot) -> tuple[int, int]:
+        """Return (x, y) in units of an object in that place."""
+        return _centre(self.width, size, slot[0]), _centre(self.height, size, slot[1])
+
+    def box(self, size: int, slot: Slot) -> tuple[int, int, int, int]:
+        """Return left, top, right, bottom in units of an object there."""
+        (x, y), side = self.centre(size, slot), SIZES[size]
+        return x - side // 2, y - side // 2, x + side // 2, y + side // 2
+
+
+@lru_cache(maxsize=256)
+def _centre(length: int, size: int, place: int) -> int:
+    # The middle is rounded to 8 units, one token at scale 2: half a token off would give every sprite other tokens.
+    middle = length // 2 // 8 * 8
+    reach = max(0, REACH[size] + middle - SQUARE // 2)
+    return middle + place * reach
+
+
+SMALL_SQUARE = Frame()
+"""128 × 128 pixels."""
+NATIVE = Frame(scale=2)
+"""256 × 256 pixels."""
+OTHER_SHAPES = tuple(
+    Frame(*sides, scale=2) for sides in ((168, 96), (152, 104), (144, 112), (112, 144), (104, 152), (96, 168))
+)
+"""The native area as 16:9, 3:2, 4:3, 3:4, 2:3 and 9:16: the sizes the engine picks for them, at most 3.6 % off."""
