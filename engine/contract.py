@@ -181,6 +181,9 @@ class Loading:
     fraction: float
 
 
+StageName = Literal["prompt", "references", "denoise", "decode"]
+
+
 @dataclass(frozen=True, slots=True)
 class Stage:
     """A stage of the pipeline begins, or goes on.
@@ -188,7 +191,7 @@ class Stage:
     fraction: share of the stage that is done. seconds: estimated time until the result, None where unknown.
     """
 
-    name: Literal["prompt", "references", "denoise", "decode"]
+    name: StageName
     fraction: float = 0.0
     seconds: float | None = None
 

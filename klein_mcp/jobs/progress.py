@@ -18,10 +18,10 @@ HEARTBEAT = 4.0
 # Share of one image's progress at which a phase ends. Loading is long but rare, denoising is the work itself.
 _QUEUED, _LOADED, _PROMPT, _REFERENCES, _DENOISED, _DECODED = 0.05, 0.3, 0.35, 0.4, 0.9, 0.95
 _STAGES = {
-    "prompt": (_LOADED, "reading the prompt"),
-    "references": (_PROMPT, "looking at the references"),
-    "denoise": (_REFERENCES, "painting"),
-    "decode": (_DENOISED, "developing"),
+    "prompt": (_LOADED, _PROMPT, "reading the prompt"),
+    "references": (_PROMPT, _REFERENCES, "looking at the references"),
+    "denoise": (_REFERENCES, _DENOISED, "painting"),
+    "decode": (_DENOISED, _DECODED, "developing"),
 }
 
 
@@ -87,9 +87,8 @@ def describe(event: Event | Saving) -> tuple[float, str]:
         case Loading(model, fraction):
             return _QUEUED + fraction * (_LOADED - _QUEUED), f"loading {model} {fraction:.0%}"
         case Stage(name, fraction):
-            begin, words = _STAGES[name]
-            # Only a prompt is read in parts; the others end where the next begins.
-            return begin + fraction * (_PROMPT - _LOADED), words
+            begin, end, words = _STAGES[name]
+            return begin + fraction * (end - begin), words
         case Step(done, total):
             return _REFERENCES + done / total * (_DENOISED - _REFERENCES), f"step {done} of {total}"
         case Result() | Saving():

@@ -73,6 +73,9 @@ class _Job:
                 view |= {"state": "queued", "position": position, "seconds": seconds}
             case Loading(model, fraction):
                 view |= {"state": "loading", "model": model, "fraction": fraction}
+            case Stage("denoise", share) if share:
+                whole = (view["index"] + progressed.share(share)) / view["count"]
+                view |= {"state": "running", "stage": "denoise", "fraction": whole}
             case Stage(name):
                 view |= {"state": "running", "stage": name, "fraction": view["fraction"] if view["step"] else None}
             case Saving():

@@ -7,6 +7,7 @@ import gc
 import weakref
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +29,7 @@ from engine.contract import (
     Step,
 )
 from engine.engine import Engine
+from engine.families.klein import stage_clock
 from tests import toys
 
 DOG = Job("a dog at the right on a yellow background", model="nano", seed=3)
@@ -60,12 +62,51 @@ def test_events_arrive_in_order_and_end_with_the_image(dog: Rgb8) -> None:
     assert loading[0] == 0.0
     assert loading == sorted(loading)
     assert loading[-1] == pytest.approx(1.0, abs=0.01)
-    stages = [event.name for event in events if isinstance(event, Stage)]
+    stages = [event.name for event in events if isinstance(event, Stage) and not within_a_step(event)]
     # The prompt goes on after each of its three layers but the last.
     assert stages == ["prompt", "prompt", "prompt", "references", "denoise", "decode"]
     steps = [(event.done, event.total) for event in events if isinstance(event, Step)]
     assert steps == [(1, 4), (2, 4), (3, 4), (4, 4)]
     assert isinstance(events[-1], Result)
+
+
+def within_a_step(event: Stage) -> bool:
+    """Tell an event between two blocks of a step, which only a slow machine yields."""
+    return event.name == "denoise" and event.fraction > 0
+
+
+@pytest.mark.parametrize("parts", [1, 2, 9])
+def test_a_step_can_be_left_between_two_blocks(
+    parts: int, engine: Engine, dog: Rgb8, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stop at the pauses of a machine on which every block takes long."""
+    monkeypatch.setattr(stage_clock, "PAUSE", 0.0)
+    assert engine._klein is not None
+    net = engine._klein.transformer
+    ends = [*(block.img_mlp for block in net.double_blocks), *(block.linear2 for block in net.single_blocks)]
+    assert len(ends) > 2
+    done: list[int] = []
+    hooks = [end.register_forward_hook(lambda *_: done.append(1)) for end in ends]  # type: ignore[union-attr]
+    job = engine.run(DOG)
+    pauses = (event.fraction for event in job if isinstance(event, Stage) and within_a_step(event))
+    try:
+        shares = list(islice(pauses, parts))
+    finally:
+        job.close()  # type: ignore[attr-defined] - a generator
+        for hook in hooks:
+            hook.remove()
+    # There is no pause after a step's last block.
+    assert len(done) == parts + (parts - 1) // (len(ends) - 1), "no block was computed after the pause"
+    assert shares == sorted(set(shares))
+    assert 0 < shares[0] <= shares[-1] < 1
+
+
+def test_pauses_in_a_step_leave_the_image_as_it_is(engine: Engine, dog: Rgb8, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stage_clock, "PAUSE", 0.0)
+    events = list(engine.run(DOG))
+    assert any(isinstance(event, Stage) and within_a_step(event) for event in events)
+    assert isinstance(events[-1], Result)
+    assert np.array_equal(events[-1].image, dog)
 
 
 def test_result_records_its_settings(engine: Engine, dog: Rgb8) -> None:

@@ -7,6 +7,7 @@ from klein_mcp.jobs import record as record_module
 from klein_mcp.jobs.events import Progressed
 from klein_mcp.jobs.record import JobRecord
 from klein_mcp.jobs.request import ImageRequest
+from klein_mcp.studio.feed import _Job
 
 
 class Clock:
@@ -56,3 +57,23 @@ def test_later_images_are_counted_like_the_one_being_painted(clock: type[Clock])
     clock.now += 150
     job.publish(Progressed(1, Stage("denoise", 0.0, 50.0)))
     assert job.status().eta_s == 50 + 2 * 100
+
+
+def test_progress_rises_within_a_step_and_meets_it_at_its_end() -> None:
+    """On a slow processor a step takes minutes."""
+    events = [Stage("prompt", 0.5), Stage("denoise"), Stage("denoise", 0.1), Stage("denoise", 0.24), Step(1, 4),
+              Stage("denoise", 0.3), Stage("denoise", 0.5), Step(2, 4), Stage("decode")]  # fmt: skip
+    job, shares = JobRecord("j0", ImageRequest("generate_image", "x"), "a"), []
+    for event in events:
+        job.publish(Progressed(0, event))
+        shares.append(job.status().progress)
+    assert shares == sorted(shares)
+    assert shares[6] == shares[7], "half of the stage is the second of four steps"
+
+
+def test_the_studios_meter_rises_within_a_step() -> None:
+    running, seen = _Job(JobRecord("j0", ImageRequest("generate_image", "x", count=2), "a").status()), []
+    for event in (Stage("denoise"), Stage("denoise", 0.2), Step(1, 4), Stage("denoise", 0.5), Step(2, 4)):
+        running.apply(Progressed(0, event))
+        seen.append((running.view["step"], running.view["fraction"]))
+    assert seen == [(None, None), (None, 0.1), (1, 0.125), (1, 0.25), (2, 0.25)]

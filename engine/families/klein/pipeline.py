@@ -1,11 +1,8 @@
 """Run one loaded klein model from a job to an image."""
 
 import math
-import time
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -22,12 +19,14 @@ from engine.contract import (
     Result,
     Rgb8,
     Stage,
+    StageName,
     Step,
 )
 from engine.diffusion.canvas import GRID, Canvas, to_rgb8, to_tensor
 from engine.diffusion.change_mask import find_change
+from engine.diffusion.parts import Parts, beside, within
 from engine.diffusion.preview import PreviewMap, predict_clean, spread_steps
-from engine.diffusion.sampler import Velocity, denoise, guided
+from engine.diffusion.sampler import VelocityParts, guided, step
 from engine.diffusion.schedule import sigmas
 from engine.diffusion.tokens import grid_positions, pack, reference_time, text_positions, unpack, unpatchify
 from engine.families.klein.checkpoint import Checkpoint
@@ -37,6 +36,7 @@ from engine.families.klein.job_inputs import Reference, fit_images, read_setting
 from engine.families.klein.loader import LoadOptions, load
 from engine.families.klein.reading import read_prompt
 from engine.families.klein.runner import CompileOptions, Runner
+from engine.families.klein.stage_clock import StageClock
 from engine.families.klein.text_encoder import TextEncoder, Tokenizer
 from engine.families.klein.transformer import KVPair, Modulations, Transformer
 from engine.families.klein.variants import Variant
@@ -45,8 +45,6 @@ from engine.memory.device import Device
 from engine.memory.plan import SIDES, ActivationMemory, gb
 from engine.nn.autoencoder import Autoencoder
 from engine.nn.ops import Rope
-
-T = TypeVar("T")
 
 SEEDS = 4096
 """Number of jobs whose mode is remembered, to warn when the same seed is computed in the other mode."""
@@ -166,7 +164,7 @@ class Klein:
             yield from self._run(job, previews)
 
     def _run(self, job: Job, previews: Callable[[], bool]) -> Iterator[Event]:
-        variant, clock, warnings = self.variant, _StageClock(self.device), list(self._warnings)
+        variant, clock, warnings = self.variant, StageClock(self.device), list(self._warnings)
         steps, guidance = read_settings(job, variant, warnings)
         canvas, references = fit_images(job, variant, warnings)
         in_bands = self._decodes_in_bands(canvas, references)
@@ -177,29 +175,28 @@ class Klein:
             guided=guidance > 1, changed=job.find_change,
         )  # fmt: skip
 
+        def progress(stage: StageName, share: float) -> Stage:
+            return Stage(stage, share, estimate.left(stage, share, clock.ms))
+
         # 1. Encode the prompt to states for the transformer; a guided model also encodes an empty one.
-        yield Stage("prompt", 0.0, estimate.left("prompt", 0.0, clock.ms))
+        yield progress("prompt", 0.0)
         reading = read_prompt(job.prompt, variant)
         warnings += reading.warnings
-        prompts = [self._prompt_states(reading.text, warnings)]
+        rows, columns = canvas.canvas_height // GRID, canvas.canvas_width // GRID
+        drawn: list[Tensor] = []
+
+        def draw_and_hash() -> None:
+            drawn.append(self._noise(job.seed, rows, columns))
+            for reference in references:
+                _ = reference.key
+
+        prompts = [beside(self._prompt_states(reading.text, warnings), draw_and_hash)]
         if guidance > 1:
             prompts.append(self._prompt_states("", []))
         states: list[tuple[Tensor, bool]] = []
-        rows, columns = canvas.canvas_height // GRID, canvas.canvas_width // GRID
-        noise: Tensor | None = None
-        for parts in prompts:
-            while True:
-                with clock("prompt"):
-                    share = next_or_result(parts, states)
-                    if noise is None:
-                        # A GPU is still encoding the prompt: the host works beside it, not after it.
-                        noise = self._noise(job.seed, rows, columns)
-                        for reference in references:
-                            _ = reference.key
-                if share is None:
-                    break
-                done = (len(states) + share) / len(prompts)
-                yield Stage("prompt", done, estimate.left("prompt", done, clock.ms))
+        for i, parts in enumerate(prompts):
+            parts = within(parts, i / len(prompts), (i + 1) / len(prompts))
+            states.append((yield from clock.parts("prompt", parts, progress, pause=0)))
         (text, prompt_hit), *rest = states
         no_text = rest[0][0] if rest else None
         if prompt_hit:
@@ -208,7 +205,7 @@ class Klein:
         # 2. Prepare the references: tokens that take part in every step, or keys and values for all steps.
         reference_use: CacheUse = "none"
         if references:
-            yield Stage("references", 0.0, estimate.left("references", 0.0, clock.ms))
+            yield progress("references", 0.0)
             with clock("references"):
                 condition, hit = self._condition(text, rows, columns, references, mode)
             reference_use = "hit" if hit else "miss"
@@ -217,22 +214,20 @@ class Klein:
             condition = Conditioning(text, self._rope(rows, columns, ()))
 
         # 3. Go from noise to latent, one Euler step at a time.
-        assert noise is not None
-        x = noise.to(self.device.device)
-        yield Stage("denoise", 0.0, estimate.left("denoise", 0.0, clock.ms))
+        x = drawn[0].to(self.device.device)
+        yield progress("denoise", 0.0)
         velocity = self._velocity(rows, columns, condition, mode)
         if no_text is not None:
             unconditional = self._velocity(rows, columns, replace(condition, text=no_text), mode)
             velocity = guided(velocity, unconditional, guidance)
         levels = sigmas(steps, rows * columns)
-        stepping = denoise(velocity, x, levels)
         partial_steps = spread_steps(steps, job.partials)
         for i in range(steps):
             watched, decoding = previews(), i + 1 in partial_steps
             # This is a copy, since a sampler may step in place. It is made only if it is used.
             before = x.clone() if watched or decoding else None
-            with clock("denoise"):
-                x = next(stepping)
+            parts = within(step(velocity, x, levels[i], levels[i + 1]), i / steps, (i + 1) / steps)
+            x = yield from clock.parts("denoise", parts, progress)
             if decoding or i + 1 == steps:
                 _refuse_not_finite(x, variant.name)
             preview = partial = None
@@ -246,7 +241,7 @@ class Klein:
             yield Step(i + 1, steps, preview, partial, estimate.left("denoise", (i + 1) / steps, clock.ms))
 
         # 4. Decode the latent to an image.
-        yield Stage("decode", 0.0, estimate.left("decode", 0.0, clock.ms))
+        yield progress("decode", 0.0)
         with clock("decode"):
             decoded = self.runner.decode(unpack(x, rows), mode, in_bands=in_bands)
         change: ChangeMask | None = None
@@ -368,7 +363,7 @@ class Klein:
             hint=f"{side}×{side} would fit." if side else "Use fewer references, or end what else uses the device.",
         )
 
-    def _prompt_states(self, prompt: str, warnings: list[str]) -> Generator[float, None, tuple[Tensor, bool]]:
+    def _prompt_states(self, prompt: str, warnings: list[str]) -> Parts[tuple[Tensor, bool]]:
         """Return the prompt states after the transformer's projection: [1, text_length, hidden].
 
         It yields the share that is done between the encoder's layers, each of which takes a second on a slow machine.
@@ -436,9 +431,9 @@ class Klein:
         flat, hit = self.cache.get_or_compute((self.fingerprint, "kv", mode, keys), prefill)
         return list(zip(flat[::2], flat[1::2], strict=True)), hit
 
-    def _velocity(self, rows: int, columns: int, condition: Conditioning, mode: Mode) -> Velocity:
+    def _velocity(self, rows: int, columns: int, condition: Conditioning, mode: Mode) -> VelocityParts:
         key, read = (rows, columns, condition.sizes), condition
-        return lambda x, sigma: self.runner.velocity(
+        return lambda x, sigma: self.runner.velocity_in_parts(
             key, x, read.text, self._modulations(sigma), read.rope, read.references, read.reference_kv, mode
         )
 
@@ -467,15 +462,6 @@ def tokens_of(canvas: Canvas) -> int:
     return canvas.canvas_width * canvas.canvas_height // GRID**2
 
 
-def next_or_result(parts: Generator[float, None, T], results: list[T]) -> float | None:
-    """Return the next part, or None after appending the generator's result."""
-    try:
-        return next(parts)
-    except StopIteration as end:
-        results.append(end.value)
-        return None
-
-
 def _refuse_not_finite(latent: Tensor, model: str) -> None:
     """Raise BadWeights for a latent with NaN or infinity.
 
@@ -496,18 +482,3 @@ def _scaled(box: tuple[int, int, int, int], across: float, down: float) -> tuple
 
 def _reference_positions(sizes: tuple[tuple[int, int], ...]) -> list[Tensor]:
     return [grid_positions(h, w, reference_time(i)) for i, (h, w) in enumerate(sizes)]
-
-
-class _StageClock:
-    """Milliseconds of wall time by stage."""
-
-    def __init__(self, device: Device) -> None:
-        self.ms: dict[str, float] = {}
-        self._device = device
-
-    @contextmanager
-    def __call__(self, stage: str) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        self._device.sync()
-        self.ms[stage] = round(self.ms.get(stage, 0.0) + 1000 * (time.perf_counter() - start), 1)

@@ -13,7 +13,7 @@ import shutil
 import sys
 import threading
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -25,6 +25,7 @@ from torch import Tensor
 
 from engine.contract import Mode
 from engine.diffusion.canvas import GRID, size_for_aspect
+from engine.diffusion.parts import Parts
 from engine.diffusion.tokens import patchify, unpatchify
 from engine.families.klein.text_encoder import TextEncoder
 from engine.families.klein.transformer import (
@@ -143,7 +144,7 @@ class Runner:
         """
         return self._text_graph((ids, mask)) if self._text_graph else self._text(ids, mask)
 
-    def text_in_parts(self, ids: Tensor, mask: Tensor) -> Generator[float, None, Tensor]:
+    def text_in_parts(self, ids: Tensor, mask: Tensor) -> Parts[Tensor]:
         """Return prompt states like `text`, yielding between layers the share done.
 
         A GPU takes milliseconds for all of them, so there is nothing to yield.
@@ -202,6 +203,25 @@ class Runner:
             self._used.get_or_compute(key, lambda: key)
         with _no_recompiles():
             return self.transformer(x, text, mods, rope, references, reference_kv, compiled.blocks)
+
+    def velocity_in_parts(
+        self,
+        key: StepKey,
+        x: Tensor,
+        text: Tensor,
+        mods: Modulations,
+        rope: Rope,
+        references: Tensor | None,
+        reference_kv: Sequence[KVPair] | None,
+        mode: Mode,
+    ) -> Parts[Tensor]:
+        """Return the velocity like `velocity`, yielding between blocks the share done.
+
+        Only a CPU computes while it is called; and a mode of compiled code must not stay set during a pause.
+        """
+        if not self.device.is_cpu or mode == "compiled":
+            return self.velocity(key, x, text, mods, rope, references, reference_kv, mode)
+        return (yield from self.transformer.in_parts(x, text, mods, rope, references, reference_kv))
 
     @contextmanager
     def job(self) -> Iterator[None]:

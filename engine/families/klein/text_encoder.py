@@ -3,7 +3,6 @@
 The encoder is transformers' Qwen3, cut after the last layer that is read.
 """
 
-from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from transformers import AutoTokenizer, Qwen3Config
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Model, Qwen3RotaryEmbedding
 
 from engine.contract import BadWeights
+from engine.diffusion.parts import Parts, result_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,14 +111,9 @@ class TextEncoder(nn.Module):
 
         Pad tokens get states of their own, as in training: the transformer reads all rows without a mask.
         """
-        parts = self.in_parts(ids, mask)
-        while True:
-            try:
-                next(parts)
-            except StopIteration as end:
-                return end.value
+        return result_of(self.in_parts(ids, mask))
 
-    def in_parts(self, ids: Tensor, mask: Tensor) -> Generator[float, None, Tensor]:
+    def in_parts(self, ids: Tensor, mask: Tensor) -> Parts[Tensor]:
         """Encode like `forward` and yield the share that is done between layers."""
         length, model = ids.shape[1], self.model
         causal = torch.ones(length, length, dtype=torch.bool, device=ids.device).tril()

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from engine.diffusion.parts import Parts, result_of
 from engine.nn import ops
 from engine.nn.layers import Modulation, QKNorm, SelfAttention, gated_mlp, rope_table, timestep_embedding
 from engine.nn.ops import Rope
@@ -290,16 +291,32 @@ class Transformer(nn.Module):
         references: tokens after `img_in` that take part in every step (plain klein). reference_kv: result of `prefill`
         (KV klein). rope covers [text, canvas, references].
         """
+        return result_of(self.in_parts(canvas, text, mods, rope, references, reference_kv, blocks))
+
+    def in_parts(
+        self,
+        canvas: Tensor,
+        text: Tensor,
+        mods: Modulations,
+        rope: Rope,
+        references: Tensor | None = None,
+        reference_kv: Sequence[KVPair] | None = None,
+        blocks: BlockFunctions = PLAIN_BLOCKS,
+    ) -> Parts[Tensor]:
+        """Compute `forward` and yield the share that is done between blocks."""
         image = self.img_in(canvas)
         if references is not None:
             image = torch.cat((image, references), dim=1)
-        pairs: Any = iter(reference_kv or [None] * (len(self.double_blocks) + len(self.single_blocks)))
-        for block in self.double_blocks:
+        count = len(self.double_blocks) + len(self.single_blocks)
+        pairs: Any = iter(reference_kv or [None] * count)
+        for number, block in enumerate(self.double_blocks, start=1):
             text, image = blocks.double(block, text, image, mods, rope, next(pairs))
+            yield number / count
         x = torch.cat((text, image), dim=1)
         *singles, last = self.single_blocks
-        for block in singles:
+        for number, block in enumerate(singles, start=1 + len(self.double_blocks)):
             x = blocks.single(block, x, mods, rope, next(pairs))
+            yield number / count
         rows = slice(text.shape[1], text.shape[1] + canvas.shape[1])
         if last.can_split:
             rows_rope = (rope[0][rows], rope[1][rows])
