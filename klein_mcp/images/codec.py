@@ -249,9 +249,7 @@ def resize(image: Pixels, width: int, height: int) -> Pixels:
 
 def encode_mask(mask: npt.NDArray[np.uint8]) -> bytes:
     """Return a grey PNG."""
-    out = io.BytesIO()
-    Image.fromarray(mask).save(out, "PNG", compress_level=1)
-    return out.getvalue()
+    return png.encode(mask[..., None])
 
 
 def resize_mask(mask: npt.NDArray[np.uint8], width: int, height: int) -> npt.NDArray[np.uint8]:

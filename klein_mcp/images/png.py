@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
-_COLOUR_TYPES = {3: 2, 4: 6}  # channels -> PNG's number for RGB and RGBA
+_COLOUR_TYPES = {1: 0, 3: 2, 4: 6}  # channels -> PNG's number for grey, RGB and RGBA
 _STRIP = 2**20
 """Bytes that are filtered and deflated at a time. A strip does not know the one before: 0.02 % more bytes."""
 _THREADS = 4
@@ -34,7 +34,7 @@ _deflate = _deflater()
 
 
 def encode(image: npt.NDArray[np.uint8], texts: Iterable[tuple[str, str]] = ()) -> bytes:
-    """Encode [height, width, 3 or 4] uint8 as PNG.
+    """Encode [height, width, 1, 3 or 4] uint8 as PNG.
 
     texts: (keyword, text) pairs, stored as iTXt chunks.
     """

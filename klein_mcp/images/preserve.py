@@ -1,7 +1,9 @@
 """Restore original pixels around a change, verify them, and measure the change."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import reduce
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -69,8 +71,8 @@ def measure(result: Rgb8, original: Rgb8, allowed: npt.NDArray[np.bool_] | None 
     visible = _without_lines(difference(result, original) > VISIBLE)
     if allowed is not None:
         visible &= allowed
-    count = visible.size if allowed is None else int(allowed.sum())
-    return VisibleChange(round(int(visible.sum()) / max(1, count), 4), bounding_box(visible), kept)
+    count = visible.size if allowed is None else int(np.count_nonzero(allowed))
+    return VisibleChange(round(int(np.count_nonzero(visible)) / max(1, count), 4), bounding_box(visible), kept)
 
 
 def are_alike(drafts: Sequence[Rgb8], changed: float = 1.0) -> bool:
@@ -84,7 +86,8 @@ def are_alike(drafts: Sequence[Rgb8], changed: float = 1.0) -> bool:
 
 def difference(a: Rgb8, b: Rgb8) -> Grey8:
     """Return each pixel's largest difference over the channels, of 255."""
-    return (np.maximum(a, b) - np.minimum(a, b)).max(axis=2)
+    larger = np.maximum(a, b)
+    return across_channels(np.maximum, np.subtract(larger, np.minimum(a, b), out=larger))
 
 
 def is_kept(stored: Rgb8, original: Rgb8, opacity: Grey8, at: tuple[int, int] = (0, 0)) -> bool:
@@ -92,10 +95,18 @@ def is_kept(stored: Rgb8, original: Rgb8, opacity: Grey8, at: tuple[int, int] = 
 
     Outside means opacity 0, and everything beyond the mask.
     """
-    differs = (stored != original).any(axis=2)
+    differs = across_channels(np.logical_or, stored != original)
     height, width = opacity.shape
     inside = differs[at[1] : at[1] + height, at[0] : at[0] + width]
-    return int(differs.sum()) == int((inside & (opacity > 0)).sum())
+    return int(np.count_nonzero(differs)) == int(np.count_nonzero(inside & (opacity > 0)))
+
+
+def across_channels(combine: Callable[[Any, Any], Any], pixels: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """Combine the channels of [h, w, channels] to [h, w].
+
+    numpy reduces an axis of three values one by one: 26 ms at 1024², whole planes 4.
+    """
+    return reduce(combine, (pixels[..., channel] for channel in range(pixels.shape[2])))
 
 
 def bounding_box(mask: npt.NDArray[np.bool_]) -> Box | None:

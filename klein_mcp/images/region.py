@@ -95,7 +95,7 @@ def edit_region(image: Rgb8, region: Sequence[int] | None, mask: "Rgb8 | None") 
 
 def mask_warnings(mask: Rgb8) -> tuple[str, ...]:
     """Warn if a mask has much grey, which is cut at half."""
-    low, high = mask.min(axis=2), mask.max(axis=2)
+    low, high = (preserve.across_channels(extreme, mask) for extreme in (np.minimum, np.maximum))
     grey = float(((high >= NEAR) & (low <= 255 - NEAR)).mean())
     if grey <= MID_TONES:
         return ()
@@ -126,7 +126,7 @@ def _white(mask: Rgb8, width: int, height: int) -> Mask:
             f"The mask is {mask.shape[1]}×{mask.shape[0]} but the image is {width}×{height}.",
             hint="Send a mask of the image's own size.",
         )
-    return mask.mean(axis=2) > 127
+    return preserve.across_channels(np.add, mask.astype(np.uint16)) > 127 * mask.shape[2]
 
 
 def _with_margin(box: Box, width: int, height: int) -> Box:

@@ -89,3 +89,11 @@ def test_global_change_fills_all_of_its_region():
     seen = part.crop(image)
     whole = ChangeMask(np.full(seen.shape[:2], 255, np.uint8), whole=True)
     assert np.array_equal(part.composite(255 - seen, image, whole), part.composite(255 - seen, image))
+
+
+@pytest.mark.parametrize("channels", [3, 4])
+def test_difference_is_the_largest_of_any_channel(channels: int) -> None:
+    rng = np.random.default_rng(channels)
+    first, second = (rng.integers(0, 256, (17, 23, channels), dtype=np.uint8) for _ in range(2))
+    expected = np.abs(first.astype(int) - second.astype(int)).max(axis=2)
+    assert np.array_equal(preserve.difference(first, second), expected)
