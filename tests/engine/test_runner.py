@@ -1,10 +1,12 @@
 """Runner: eager at once, compiled after idle time, never in a job's way, and eager again where compiling fails."""
 
+import gc
 import os
 import subprocess
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +23,7 @@ from engine.families.klein.pipeline import Klein
 from engine.families.klein.runner import MAX_GRAPHS, CompileOptions, Runner, SampleInputs, obstacle
 from engine.families.klein.transformer import PLAIN_BLOCKS
 from engine.memory.device import Device
-from engine.memory.offload import OffloadRing, stream
+from engine.memory.offload import OffloadedModule, OffloadRing, stream
 from engine.nn import ops
 from tests.bench.full_size_models import GIANTS, grown, ours
 
@@ -226,6 +228,50 @@ def test_a_closed_runner_keeps_nothing(compiler: type[InstantCompiler]) -> None:
     klein.runner.close()
     assert klein.runner.mode == "eager"
     assert not klein.runner.tune()
+
+
+def test_a_model_released_while_it_compiles_is_freed(
+    compiler: type[InstantCompiler], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = [0]
+
+    def tick() -> None:
+        calls[0] += 1
+
+    def work(self: InstantCompiler) -> None:
+        networks = self.compiled  # as a compiler's frames hold them
+        while networks and not self.gate.is_set():
+            tick()
+
+    monkeypatch.setattr(compiler, "_compile", work)
+    klein = make()
+    held = [weakref.ref(net) for net in (klein.transformer, klein.autoencoder, klein.text_encoder)]
+    while not calls[0]:
+        assert klein.runner.tune()
+    klein.runner.close()
+    del klein
+    gc.collect()
+    assert not any(net() for net in held)
+    stopped = calls[0]
+    time.sleep(0.05)
+    assert calls[0] == stopped
+
+
+def test_released_streaming_model_keeps_no_ring(
+    compiler: type[InstantCompiler], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiler.gate.set()
+    klein = streaming(monkeypatch)
+    generate(klein)
+    tune(klein)
+    generate(klein)
+    streamed = next(module for module in klein.transformer.modules() if isinstance(module, OffloadedModule))
+    (ring,) = streamed._ring
+    held = [weakref.ref(each) for each in (ring, ring._slots[0].memory, ring._slots[1].memory, klein.transformer)]
+    klein.runner.close()
+    del klein, ring, streamed
+    gc.collect()
+    assert [each() for each in held] == [None] * 4
 
 
 def test_two_pass_norm_is_the_plain_one() -> None:

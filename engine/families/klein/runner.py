@@ -56,6 +56,9 @@ POLL = 0.05
 ASPECTS = ((1, 1), (4, 3), (3, 4), (3, 2), (2, 3), (16, 9), (9, 16))
 """Shapes of images that are likely to be asked for."""
 
+STOP = 5.0
+"""Maximum seconds for which `close` waits for the compiling thread."""
+
 MAX_PAUSE = 20.0
 """Maximum seconds for which a job pauses the compiling thread, in case both wait for one lock."""
 
@@ -116,6 +119,7 @@ class Runner:
         self._pool: Any = None
         self._units: Iterator[bool] | None = None
         self._gate = PauseGate()
+        self._thread: threading.Thread | None = None
         self._attention = Choice("", ops.PLAIN["attention"], {})
         if device.is_cuda:
             self._attention = self._quickest_attention()
@@ -259,9 +263,13 @@ class Runner:
     def close(self) -> None:
         """Stop tuning and free what it made.
 
-        The generator of pieces refers back to this object.
+        The generator of pieces refers back to this object, and the compiling thread to all networks.
         """
-        self._units, self.eager_reason = None, "released"
+        self._gate.stop()
+        if self._thread is not None:
+            # In a compiler's own C code or beside its processes it cannot be stopped, and ends there by itself.
+            self._thread.join(STOP)
+        self._units, self._thread, self.eager_reason = None, None, "released"
         self._compiled = self._text_graph = None
         self._step_graphs.clear()
 
@@ -325,7 +333,7 @@ class Runner:
             finally:
                 sys.settrace(None)
 
-        thread = threading.Thread(target=body, name="klein-compile", daemon=True)
+        self._thread = thread = threading.Thread(target=body, name="klein-compile", daemon=True)
         thread.start()
         while thread.is_alive():
             thread.join(POLL)
@@ -398,6 +406,10 @@ class Runner:
         return DeviceGraph(lambda: function(*arguments), list(_tensors(arguments)), self._pool)
 
 
+class Stopped(BaseException):
+    """Ends the compiling thread. No Exception, which compilers catch."""
+
+
 class PauseGate:
     """Pauses a Python thread between two calls, while another has work.
 
@@ -409,6 +421,7 @@ class PauseGate:
         self._open = threading.Event()
         self._open.set()
         self._until = 0.0
+        self._stopped = False
 
     def pause(self) -> None:
         """Pause the traced thread at its next call."""
@@ -419,6 +432,11 @@ class PauseGate:
         """Resume the traced thread."""
         self._open.set()
 
+    def stop(self) -> None:
+        """End the traced thread at its next call, by an exception."""
+        self._stopped = True
+        self._open.set()
+
     def trace(self, frame: Any, event: str, argument: Any) -> None:
         """Wait while paused.
 
@@ -426,6 +444,8 @@ class PauseGate:
         """
         if not self._open.is_set():
             self._open.wait(max(0.0, self._until - time.monotonic()))
+        if self._stopped:
+            raise Stopped
 
 
 def _no_recompiles() -> AbstractContextManager[Any]:
