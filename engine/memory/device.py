@@ -30,6 +30,10 @@ class Device:
         Raises InvalidJob for a device or format that this machine lacks.
         """
         where = torch.device(_device(device))
+        if where.type == "cuda":
+            # Some of torch's functions refuse a GPU without its number; streams and graphs belong to the current GPU.
+            where = torch.device("cuda", where.index or 0)
+            torch.cuda.set_device(where)
         if dtype is not None and dtype not in DTYPES:
             raise InvalidJob(f"dtype is {dtype!r}; allowed: {', '.join(DTYPES)}.")
         return cls(where, DTYPES[dtype] if dtype else _native(where))

@@ -16,6 +16,7 @@ from engine.families.klein.footprint import activation_memory, smaller_models
 from engine.families.klein.text_encoder import TextEncoder
 from engine.families.klein.transformer import Transformer, TransformerShape
 from engine.families.klein.variants import VARIANTS, best
+from engine.memory.device import Device
 from engine.memory.plan import (
     CONTEXT,
     RESERVE,
@@ -293,3 +294,21 @@ def test_limits_of_common_cards_give_these_plans(kind: str, limit: int, blocks: 
 def test_memory_limit_includes_the_driver_context(gigabytes: int) -> None:
     found = plan(needs("4b"), replace(card(141), limit=gigabytes * GB), work())
     assert found.peak + CONTEXT <= gigabytes * GB
+
+
+@pytest.mark.parametrize(("asked", "number"), [(None, 0), ("cuda", 0), ("cuda:1", 1)])
+def test_limit_applies_to_the_chosen_gpu(monkeypatch: pytest.MonkeyPatch, asked: str | None, number: int) -> None:
+    """torch's own function runs up to the driver: on a GPU without a number it had raised, and no model loaded."""
+    chosen: list[torch.device] = []
+    limits: list[tuple[float, int]] = []
+    for name, answer in {"is_available": True, "device_count": 2, "is_bf16_supported": True}.items():
+        monkeypatch.setattr(torch.cuda, name, lambda answer=answer, **_: answer)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (60, 80))
+    monkeypatch.setattr(torch.cuda.memory, "_lazy_init", lambda: None)
+    monkeypatch.setattr(torch._C, "_cuda_setMemoryFraction", lambda *given: limits.append(given), raising=False)
+    device = Device.choose(asked)
+    device.cap(20)
+    device.cap(None)
+    assert chosen == [device.device] == [torch.device("cuda", number)]
+    assert limits == [(0.25, number), (1.0, number)]
