@@ -59,7 +59,7 @@ def engine_rows(model: Path, *, kv: bool, rounds: int) -> Iterator[Row]:
 
     Each call has a new prompt, unless its row says otherwise.
     """
-    engine, theirs = Engine(EngineConfig(device="cpu", threads=THREADS)), _pipeline(model)
+    engine, theirs = Engine(EngineConfig(device="cpu", dtype="float32", threads=THREADS)), _pipeline(model)
     fresh = itertools.count()
     known = [_picture(-1 - i) for i in range(4)]
 
@@ -125,8 +125,9 @@ async def _server_lines(place: RealServer) -> list[str]:
             walls, overheads = [], []
             for seed in range(20):
                 facts, wall = await call(tool, prompt=f"a cat {seed}", seed=seed, **more)
-                inside = sum(facts["ms"][stage] for stage in ("prompt", "references", "denoise", "decode")
-                             if stage in facts["ms"])  # fmt: skip
+                recipe = await client.read_resource(f"klein://images/{facts['image']}/recipe")
+                spent = json.loads(recipe.contents[0].text)["ms"]  # type: ignore[union-attr]
+                inside = sum(spent[stage] for stage in spent.keys() - {"load"})
                 walls.append(wall)
                 overheads.append(wall - inside)
             rows.append(
