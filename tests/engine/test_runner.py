@@ -341,6 +341,19 @@ def test_compiled_networks_compute_what_eager_ones_do(tmp_path: Path) -> None:
 
 
 @pytest.mark.bench
+def test_every_graph_is_traced_once() -> None:
+    """Symbolic epsilons had the first graph of each function traced twice, from the disk cache too."""
+    from torch._dynamo.utils import counters
+
+    torch._dynamo.reset()
+    counters.clear()
+    klein = make(replace(EVERYWHERE, backend="aot_eager"))
+    tune(klein)
+    assert klein.runner.mode == "compiled", klein.runner.summary()
+    assert counters["aot_autograd"]["total"] == counters["aot_autograd"]["ok"] > 0
+
+
+@pytest.mark.bench
 def test_a_second_process_finds_what_the_first_compiled(tmp_path: Path) -> None:
     script = """
 import sys, torch
