@@ -23,8 +23,8 @@ from engine.diffusion.tokens import unpatchify
 from engine.nano.training.compiled_training import multiplies_bf16
 from engine.nano.training.compositor import BACKGROUNDS, Compositor
 from engine.nano.training.denoised import Denoised
-from engine.nano.training.folder import load_autoencoder, save_autoencoder
-from engine.nano.training.frames import NATIVE, OTHER_SHAPES, SMALL_SQUARE, Frame
+from engine.nano.training.folder import load_autoencoder, load_extras, save_autoencoder
+from engine.nano.training.frames import NATIVE, OTHER_SHAPES, SMALL_SQUARE, SQUARE, Frame
 from engine.nano.training.pca_encoder import as_one_convolution, fit_encoder
 from engine.nano.training.shards import DECODER, save_decoder
 from engine.nano.training.sprites import KINDS
@@ -114,9 +114,10 @@ class DecoderTraining:
 
     def __init__(
         self, autoencoder: Autoencoder, device: str, batch: int, seed: int, rate: float = RATE,
-        denoised: Pairs | None = None,
+        denoised: Pairs | None = None, native_size: int = 2 * SQUARE,
     ) -> None:  # fmt: skip
         self.rate, self.denoised = rate, denoised
+        self.native = next(frame for frame in (SMALL_SQUARE, NATIVE) if frame.pixels[0] == native_size)
         self.autoencoder = autoencoder.to(device).requires_grad_(False)
         self.average = copy.deepcopy(autoencoder)
         self.batch = batch
@@ -131,13 +132,14 @@ class DecoderTraining:
         spread = autoencoder.bn.running_var.sqrt()[None, :, None, None]
         self.deviation = unpatchify(spread)[..., :1, :1] * LATENT_NOISE
         self.device = torch.device(device)
-        self.held = crowded(self.compositors[2], NATIVE, 16, 2, torch.Generator().manual_seed(1))
+        held = torch.Generator().manual_seed(1)
+        self.held = crowded(self.compositors[self.native.scale], self.native, 16, 2, held)
         self.steps = 0
 
     def _images(self) -> Tensor:
         draw = float(torch.rand((), generator=self.generator))
-        frame = NATIVE if draw < 0.6 else SMALL_SQUARE
-        if draw > 0.8:
+        frame = self.native if draw < 0.6 else SMALL_SQUARE
+        if draw > 0.8 and self.native is NATIVE:
             frame = OTHER_SHAPES[int(torch.randint(len(OTHER_SHAPES), (), generator=self.generator))]
         count = self.batch * (2 if frame is SMALL_SQUARE else 1)
         things = 2 if float(torch.rand((), generator=self.generator)) < 0.5 else 4
@@ -241,7 +243,8 @@ def main() -> None:
         decoder = load_file(args.out / DECODER)
         autoencoder.decoder.load_state_dict({name: tensor.float() for name, tensor in decoder.items()})
     seed = time.time_ns() % 2**31
-    training = DecoderTraining(autoencoder, args.device, batch, seed, args.rate, denoised)
+    native = load_extras(args.folder)["native_size"]
+    training = DecoderTraining(autoencoder, args.device, batch, seed, args.rate, denoised, native)
     train_decoder(training, args.out, args.seconds)
     if denoised:
         denoised.close()
