@@ -41,9 +41,13 @@ def rotate(x: Tensor, rope: Rope) -> Tensor:
 
     x: [b, tokens, heads, head_dim].
     """
-    cos, sin = (table[:, None, :, None] for table in rope)
     # Adjacent pairs (2k, 2k+1), not halves as in Qwen3: halves would give noise, not an error.
     pairs = x.float().unflatten(-1, (-1, 2))
+    if x.is_cpu and not torch.compiler.is_compiling():
+        # One kernel, the same bits: 192 × 6 × 32 numbers in 45 µs instead of 275 (one core of a Xeon).
+        table = torch.complex(*rope)[:, None]
+        return torch.view_as_real(torch.view_as_complex(pairs) * table).flatten(-2).to(x.dtype)
+    cos, sin = (table[:, None, :, None] for table in rope)
     # (a, b) · cos + (b, a) · (-sin, sin). Stacking the two sums gives the same bits; compiled, it computes both for
     # each output, and in eager mode it takes up to twice the time on a CPU.
     turned = pairs.flip(-1).mul_(torch.cat((-sin, sin), dim=-1))

@@ -41,7 +41,7 @@ MUTATIONS = [
     ("image before text", TRANSFORMER, "x = torch.cat((text, image), dim=1)",
      "x = torch.cat((image, text), dim=1)", T2I),
     ("rotary halves as in Qwen3", OPS, "x.float().unflatten(-1, (-1, 2))",
-     "x.float().unflatten(-1, (2, -1)).transpose(-1, -2)", T2I),
+     "x.float().unflatten(-1, (2, -1)).transpose(-1, -2).contiguous()", T2I),
     ("rotary axes in another order", LAYERS, "positions[:, i].double()", "positions[:, -1 - i].double()", T2I),
     ("positions in bf16", LAYERS, "positions[:, i].double()", "positions[:, i].bfloat16().double()", T2I),
     ("canvas before text among the positions", PIPELINE, "torch.cat([text, canvas, *",
