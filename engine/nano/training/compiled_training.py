@@ -237,7 +237,9 @@ class TrainingVelocity:
         shift, scale, *text_mods = mods.text
         words = self._stream_in(block.txt_attn, text, shift, scale, (cos[:length], sin[:length]))
         shift, scale, *image_mods = mods.image
-        canvas = self._stream_in(block.img_attn, image, shift, scale, (cos[length:], sin[length:]))
+        # Copies: a compiled piece would be compiled anew for a table that begins inside another.
+        of_canvas = cos[length:].clone(), sin[length:].clone()
+        canvas = self._stream_in(block.img_attn, image, shift, scale, of_canvas)
         q = torch.cat((words[0], canvas[0]), dim=1)
         k, v = (torch.cat([words[i], canvas[i], *((kv[i - 1],) if kv else ())], dim=1) for i in (1, 2))
         mixed = attend(q, k, v)

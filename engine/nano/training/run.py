@@ -73,7 +73,9 @@ def run(args: argparse.Namespace, options: Sequence[str]) -> None:
     shared = ["--device", args.device, "--workers", str(args.workers)]
     with tempfile.TemporaryDirectory() as scratch:
         state = args.state or Path(scratch) / "state.pt"
-        supervise(args.folder, args.out, args.seconds, state, options=[*shared, *options])
+        # Compiled, a step took 0.105 s instead of 0.170 (H200).
+        probe = Path(scratch) / "compiled" if args.device.startswith("cuda") else None
+        supervise(args.folder, args.out, args.seconds, state, probe, [*shared, *options])
         if args.decoder_seconds:
             print(sharpen(args.folder, args.out, args.decoder_seconds, args.device, args.workers, args.decoder_batch))
         weights = Path(shutil.copytree(args.folder, Path(scratch) / "weights"))

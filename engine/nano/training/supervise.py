@@ -46,18 +46,20 @@ def supervise(
     """
     deadline = time.time() + seconds
     out.mkdir(parents=True, exist_ok=True)
-    code = 1
+    code, probing = 1, None
     for attempt in range(ATTEMPTS):
         command = [sys.executable, "-m", "engine.nano.training.train", str(folder), str(out)]
         command += ["--deadline", str(deadline), "--state", str(state), "--attention", str(min(attempt, 2)), *options]
         if attempt == 0 and probe:
-            subprocess.Popen([sys.executable, "-m", "engine.nano.training.probe", str(folder), str(probe)])
+            probing = subprocess.Popen([sys.executable, "-m", "engine.nano.training.probe", str(folder), str(probe)])
             command += ["--probed", str(probe)]
         code = watch(subprocess.Popen(command), out / "train.jsonl", deadline)
         left = deadline - time.time()
         print(f"attempt {attempt + 1} ended with {code}, {left:.0f} s left", flush=True)
         if code == 0 or left < RESERVE:
             break
+    if probing is not None:
+        probing.kill()
     return code == 0
 
 
