@@ -186,13 +186,14 @@ async def test_images_from_web_are_off_unless_allowed(client: Client):
     assert "KLEIN_ALLOW_URLS=1" in message
 
 
-async def test_warnings_about_reference_reach_result(client: Client, tmp_path: Path):
+async def test_warnings_about_reference_reach_result(client: Client, photo: Path, tmp_path: Path):
     import numpy as np
 
     path = tmp_path / "sticker.png"
     path.write_bytes(file(np.zeros((32, 32, 4), np.uint8)))
-    facts = await call(client, "edit_image", image=str(path), prompt="x")
-    assert any("transparent" in warning for warning in facts.get("warnings", []))
+    # Not an edit: what an edit of it says depends on what nano happens to paint.
+    facts = await call(client, "compose_references", images=[str(path), str(photo)], prompt="x")
+    assert any("is transparent, and was shown to the model on one grey" in warning for warning in facts["warnings"])
 
 
 async def test_tilde_is_users_home(client: Client, photo: Path, monkeypatch: pytest.MonkeyPatch):
