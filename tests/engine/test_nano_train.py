@@ -65,6 +65,7 @@ def _train(out: Path, seconds: float) -> Trainer:
     return trainer
 
 
+@pytest.mark.slow
 def test_run_ends_in_time_and_its_shards_fill_a_folder(tmp_path):
     start = time.monotonic()
     trainer = _train(tmp_path / "out", 6.0)
@@ -116,6 +117,7 @@ def test_shards_refuse_weights_that_are_not_finite(tmp_path):
     assert [path.read_bytes() for path in sorted(tmp_path.iterdir())] == before
 
 
+@pytest.mark.slow
 def test_stopped_run_goes_on_where_it_was(tmp_path):
     first = _trainer(tmp_path / "a")
     train(
