@@ -158,7 +158,9 @@ def describe(schema: Mapping[str, Any]) -> str:
         low, high = schema.get("minItems", 0), schema.get("maxItems")
         count = f"{low}" if low == high else f"{low} to {high}" if high else f"{low} or more"
         return f"a list of {count} {_ITEM_NAMES.get(schema.get('items', {}).get('type', ''), 'values')}"
-    type_name = _TYPE_NAMES.get(schema.get("type", ""), "a value")
+    if isinstance(kinds := schema.get("type", ""), list):
+        return " or ".join("a list of them" if kind == "array" else _TYPE_NAMES.get(kind, "a value") for kind in kinds)
+    type_name = _TYPE_NAMES.get(kinds, "a value")
     low, high = schema.get("minimum"), schema.get("maximum")
     if low is not None and high is not None:
         return f"{type_name}, {low} to {high}"

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import AsyncIterator, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -64,7 +65,9 @@ def jobs(settings: Settings, painter: FakeExecutor) -> Iterator[JobManager]:
     yield manager
     painter.hurry()
     queue.close(10)
-    anyio.run(manager.aclose)
+    # In a thread of its own: Playwright leaves a running event loop in the one of the tests.
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(anyio.run, manager.aclose).result()
 
 
 @pytest.fixture

@@ -7,6 +7,8 @@ import pytest
 from mcp import Client
 
 from engine.contract import Aspect, Busy, Exact, InvalidJob, KeepSource, ModelNotFound, Native
+from klein_mcp.errors import RequestError
+from klein_mcp.mcp_server.tools import TOOLS
 from tests.fakes import FakeExecutor
 from tests.tool_calls import call, refused
 
@@ -216,3 +218,16 @@ async def test_background_other_than_transparent_is_refused_by_that_word(client:
     arguments = fitting.get(tool, {"image": "last"})
     message = await refused(client, tool, background="transperent", **arguments)
     assert 'background is "transperent"; it must be "transparent". Did you mean transparent?' in message
+
+
+@pytest.mark.parametrize("tool", TOOLS)
+def test_every_argument_of_a_wrong_type_is_refused_in_words(tool: str):
+    """A prompt that may be a list had ended in an internal error wherever it was wrong."""
+    parse, properties = TOOLS[tool].parse, TOOLS[tool].schema()["properties"]
+    for name in properties:
+        for value in ({"a": 1}, [{"a": 1}], [[1]]):
+            with pytest.raises(RequestError) as refusal:
+                parse({name: value})
+            assert f"{name} is " in str(refusal.value), (name, value)
+    with pytest.raises(RequestError, match="prompt is 7; it must be text or a list of them"):
+        TOOLS["edit_image"].parse({"image": "last", "prompt": 7})
