@@ -73,6 +73,7 @@ def checkout(server: RealServer, tmp_path_factory: pytest.TempPathFactory) -> Pa
     return folder
 
 
+@pytest.mark.slow
 def test_every_command_works_or_reports_what_it_needs(server: RealServer, checkout: Path) -> None:
     """In the order of the README, in one folder, as somebody would who tries them all."""
     elsewhere = {"python3 dev.py demo", "python3 dev.py test"}  # by .ci/run, on a bare checkout

@@ -92,6 +92,7 @@ def test_without_a_terminal_there_are_no_bars_or_escapes(server: RealServer, tmp
     assert ran.stderr == ""
 
 
+@pytest.mark.slow
 def test_demo_mentions_loading_only_if_the_model_was_loaded(server: RealServer, tmp_path: Path) -> None:
     server.run("-m", "klein_mcp", "stop")
     cold, warm = (server.run("-m", "klein_mcp", "demo", cwd=tmp_path).stdout for _ in range(2))

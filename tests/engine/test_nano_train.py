@@ -80,6 +80,7 @@ def test_run_ends_in_time_and_its_shards_fill_a_folder(tmp_path):
         assert torch.allclose(mine, theirs, rtol=2**-10, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_first_step_that_takes_all_the_time_is_the_last(tmp_path, monkeypatch):
     trainer = _trainer(tmp_path / "out")
     real = trainer.step

@@ -29,6 +29,7 @@ def of(home: Path) -> dict[int, bool]:
     return found
 
 
+@pytest.mark.slow
 async def test_eight_front_ends_share_one_torch_and_each_stays_small(tmp_path: Path):
     with real_server(tmp_path / "home") as place:
         async with AsyncExitStack() as stack:

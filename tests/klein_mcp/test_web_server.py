@@ -86,6 +86,7 @@ def test_half_requests_beyond_the_descriptors_keep_nobody_out(limited: tuple[int
     assert errors.read_text().count("\n") < 10, errors.read_text()[:2000]
 
 
+@pytest.mark.slow
 @posix
 def test_stalled_and_dripping_clients_are_dropped_after_seconds(limited: tuple[int, int, Path]):
     stalled = [connected(limited[0], sent) for sent in (b"", HALF_HEADER, HALF_BODY)]
@@ -99,6 +100,7 @@ def test_stalled_and_dripping_clients_are_dropped_after_seconds(limited: tuple[i
     dripping.close()
 
 
+@pytest.mark.slow
 @pytest.mark.anyio
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc")
 async def test_idle_serve_and_daemon_sleep(server: RealServer, limited: tuple[int, int, Path]):
