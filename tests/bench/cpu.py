@@ -113,7 +113,7 @@ async def _server_lines(place: RealServer) -> list[str]:
         async def call(tool: str, **arguments: Any) -> tuple[dict[str, Any], float]:
             began = time.perf_counter()
             result = await client.call_tool(tool, arguments)
-            return json.loads(result.content[0].text), 1000 * (time.perf_counter() - began)  # type: ignore[union-attr]
+            return json.loads(result.content[0].text), 1000 * (time.perf_counter() - began)  # type: ignore[union-attr] - it is text
 
         first, _ = await call("generate_image", prompt="a dog on a yellow background", seed=1)
         rows.append(f"cold start, exec to first image: {time.perf_counter() - start:.1f} s")
@@ -126,7 +126,7 @@ async def _server_lines(place: RealServer) -> list[str]:
             for seed in range(20):
                 facts, wall = await call(tool, prompt=f"a cat {seed}", seed=seed, **more)
                 recipe = await client.read_resource(f"klein://images/{facts['image']}/recipe")
-                spent = json.loads(recipe.contents[0].text)["ms"]  # type: ignore[union-attr]
+                spent = json.loads(recipe.contents[0].text)["ms"]  # type: ignore[union-attr] - it is text
                 inside = sum(spent[stage] for stage in spent.keys() - {"load"})
                 walls.append(wall)
                 overheads.append(wall - inside)

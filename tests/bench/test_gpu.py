@@ -58,7 +58,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
         patch.setattr(runner, "quickest", runner.quickest)  # restored at the end
         bench = Bench(GIANTS["toy"], "eager", folder / "cache", folder / "model", found.__setitem__)
         bench.run(QUICK)
-    bench.found = found  # type: ignore[attr-defined]
+    bench.found = found  # type: ignore[attr-defined] - the fixture adds it
     return bench
 
 
@@ -89,14 +89,14 @@ def test_every_step_of_the_smoke_run_ends(tmp_path: Path) -> None:
 
 
 def test_quick_sections_end_and_fill_every_line(bench: Bench) -> None:
-    sections = bench.found  # type: ignore[attr-defined]
+    sections = bench.found  # type: ignore[attr-defined] - the fixture adds it
     assert {name for name, section in sections.items() if "error" in section or "skipped" in section} == set()
     assert [line.name for line in bench.lines] == [scenario.name for scenario in timed.TURNS]
     assert (bench.model / "model_index.json").is_file()
 
 
 def test_failing_compiler_leaves_out_its_side_alone(bench: Bench) -> None:
-    failed = bench.found["tuned"]["failed"]  # type: ignore[attr-defined]
+    failed = bench.found["tuned"]["failed"]  # type: ignore[attr-defined] - the fixture adds it
     assert len(failed) == len(timed.TURNS)
     assert all("the compiler failed" in reason for reason in failed.values())
     assert all(line.ms.keys() == {"ours", "eager"} for line in bench.lines)
@@ -112,7 +112,7 @@ def test_section_without_time_is_skipped(bench: Bench, monkeypatch: pytest.Monke
 
 def test_tables_hold_every_line(bench: Bench) -> None:
     sections = {
-        **bench.found,  # type: ignore[attr-defined]
+        **bench.found,  # type: ignore[attr-defined] - the fixture adds it
         "fp8": {"ms": {"ours, rows": 1.0, "ours, bf16": 2.0, "eager, bf16": 4.0, "eager, fp8": 3.0}},
         "jobs during decoder": {"during, ms": [1.0], "alone, ms": [1.0], "median during": 1.0, "median alone": 1.0,
                                 "ratio": 1.0, "longest piece, ms": 1.0},

@@ -61,7 +61,7 @@ def _trainer(out: Path) -> Trainer:
 
 def _train(out: Path, seconds: float) -> Trainer:
     trainer = _trainer(out)
-    train(trainer, Drawn(), Clock(seconds, time.monotonic()), QUICK)  # type: ignore[arg-type]
+    train(trainer, Drawn(), Clock(seconds, time.monotonic()), QUICK)  # type: ignore[arg-type] - draws in this process
     return trainer
 
 
@@ -90,7 +90,7 @@ def test_first_step_that_takes_all_the_time_is_the_last(tmp_path, monkeypatch):
         return real(batch, done)
 
     monkeypatch.setattr(trainer, "step", step)
-    train(trainer, Drawn(), Clock(0.9, time.monotonic()), QUICK)  # type: ignore[arg-type]
+    train(trainer, Drawn(), Clock(0.9, time.monotonic()), QUICK)  # type: ignore[arg-type] - draws in this process
     assert trainer.steps == 1
 
 
@@ -123,10 +123,10 @@ def test_stopped_run_goes_on_where_it_was(tmp_path):
     first = _trainer(tmp_path / "a")
     train(
         first,
-        Drawn(),  # type: ignore[arg-type]
+        Drawn(),  # type: ignore[arg-type] - draws in this process
         Clock(4.0, time.monotonic()),
         Options(report=1.0, save=1.0, reserve=0.5, state=tmp_path / "state.pt"),
-    )  # type: ignore[arg-type]
+    )  # type: ignore[arg-type] - draws in this process
     second = _trainer(tmp_path / "b")
     second.load_state(torch.load(tmp_path / "state.pt"))
     assert second.steps == first.steps > 0

@@ -86,7 +86,7 @@ def test_a_step_can_be_left_between_two_blocks(
     ends = [*(block.img_mlp for block in net.double_blocks), *(block.linear2 for block in net.single_blocks)]
     assert len(ends) > 2
     done: list[int] = []
-    hooks = [end.register_forward_hook(lambda *_: done.append(1)) for end in ends]  # type: ignore[union-attr]
+    hooks = [end.register_forward_hook(lambda *_: done.append(1)) for end in ends]  # type: ignore[union-attr] - a ModuleList
     job = engine.run(DOG)
     pauses = (event.fraction for event in job if isinstance(event, Stage) and within_a_step(event))
     try:
@@ -215,7 +215,7 @@ def test_closing_stops_within_a_step_and_frees_the_jobs_memory(engine: Engine) -
         if isinstance(event, Step):
             break
     assert _live_tensors() > before
-    running.close()  # type: ignore[attr-defined]
+    running.close()  # type: ignore[attr-defined] - a generator
     assert _live_tensors() <= before
     assert paint(engine, DOG).steps == 4, "the next job works"
 

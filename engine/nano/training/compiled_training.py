@@ -131,7 +131,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             mixed = F.scaled_dot_product_attention(q, k, v)
     else:
         mixed = _CpuAttention.apply(q * q.shape[-1] ** -0.5, k, v)
-    return mixed.transpose(1, 2).flatten(2)  # type: ignore[union-attr]
+    return mixed.transpose(1, 2).flatten(2)  # type: ignore[union-attr] - apply is untyped
 
 
 class _DenseGradient(torch.autograd.Function):
@@ -197,10 +197,10 @@ class TrainingVelocity:
         image = _linear(noisy, transformer.img_in)
         mods = _in_bf16(transformer.modulations(sigma))
         for block, kv in zip(transformer.double_blocks, kept, strict=False):
-            text, image = self._double(block, text, image, mods, rope, kv)  # type: ignore[arg-type]
+            text, image = self._double(block, text, image, mods, rope, kv)  # type: ignore[arg-type] - a ModuleList
         x = torch.cat((text, image), dim=1)
         for block, kv in zip(transformer.single_blocks, kept[len(transformer.double_blocks) :], strict=True):
-            x = self._single(block, x, mods.single, rope, kv)[0]  # type: ignore[arg-type]
+            x = self._single(block, x, mods.single, rope, kv)[0]  # type: ignore[arg-type] - a ModuleList
         shift, scale = mods.final
         x = _modulate(x[:, text.shape[1] :].contiguous(), shift, scale)
         return _linear(x, transformer.final_layer.linear).float()
@@ -215,7 +215,7 @@ class TrainingVelocity:
             kept.append((k, v))
             x = self._stream_out(block.img_attn, block.img_mlp, x, attend(q, k, v), mods.image[2:])
         for block in transformer.single_blocks:
-            x, k, v = self._single(block, x, mods.single, rope, None)  # type: ignore[arg-type]
+            x, k, v = self._single(block, x, mods.single, rope, None)  # type: ignore[arg-type] - a ModuleList
             kept.append((k, v))
         return [(k.repeat_interleave(levels, 0), v.repeat_interleave(levels, 0)) for k, v in kept]
 

@@ -199,7 +199,7 @@ class DataLoader:
 
         done: share of the training that is over. Queued batches may be a few seconds old.
         """
-        self._done.value = done  # type: ignore[attr-defined]
+        self._done.value = done  # type: ignore[attr-defined] - typed as its lock's wrapper
         if self._queue is not None:
             return self._queue.get(timeout=30)
         return draw_batch(self._samplers, self._plan(done, self._draws), self._tokenize)

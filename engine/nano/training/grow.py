@@ -133,7 +133,7 @@ def widen(old: Transformer, shape: TransformerShape) -> Transformer:
     channels = [(shape.channels, shape.channels)]
     final.linear.weight.copy_(widening.into(old.final_layer.linear.weight, channels))
     for a, b in zip(old.double_blocks, new.double_blocks, strict=True):
-        widening.double(a, b)  # type: ignore[arg-type]
+        widening.double(a, b)  # type: ignore[arg-type] - a ModuleList
     new_blocks = iter(new.single_blocks)
     added = len(new.single_blocks) - len(old.single_blocks)
     for i, block in enumerate(old.single_blocks):
@@ -143,7 +143,7 @@ def widen(old: Transformer, shape: TransformerShape) -> Transformer:
             assert isinstance(silent, SingleBlock)
             nn.init.normal_(silent.linear1.weight, std=BLOCK_STD)
             nn.init.zeros_(silent.linear2.weight)
-        widening.single(block, next(new_blocks))  # type: ignore[arg-type]
+        widening.single(block, next(new_blocks))  # type: ignore[arg-type] - a ModuleList
     return new
 
 

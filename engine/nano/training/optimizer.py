@@ -47,7 +47,7 @@ class Optimizer:
         """Move down the gradient, clipped to norm 1, and return its norm."""
         norm = nn.utils.clip_grad_norm_(self.parameters, 1.0, foreach=True)
         for momentum, (shape, group) in zip(self._momentum, self._shapes.items(), strict=True):
-            gradient = torch.stack([p.grad for p in group])  # type: ignore[misc]
+            gradient = torch.stack([p.grad for p in group])  # type: ignore[misc] - after backward each has one
             momentum.lerp_(gradient, 1 - MOMENTUM)
             update = orthogonalise(gradient.lerp_(momentum, MOMENTUM))
             # The update then has AdamW's usual size. Source: Moonlight, arXiv 2502.16982.

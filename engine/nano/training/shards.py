@@ -71,7 +71,7 @@ def assemble(files: Path, folder: Path) -> None:
     with torch.no_grad():
         load_shards(nano, files)
     save_transformer(nano.transformer, folder)
-    save_text_encoder(nano.text_encoder, folder)  # type: ignore[arg-type]
+    save_text_encoder(nano.text_encoder, folder)  # type: ignore[arg-type] - Module as far as nn.Module tells
     save_autoencoder(nano.autoencoder, folder)
 
 
