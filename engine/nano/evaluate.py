@@ -23,10 +23,12 @@ from PIL import Image, ImageDraw
 
 from engine.diffusion.change_mask import find_change
 from engine.nano.training.compositor import as_tensor, as_uint8
+from engine.nano.training.edits import EDITS, touched
 from engine.nano.training.folder import WEIGHTS, load_extras
 from engine.nano.training.frames import OTHER_SHAPES, SMALL_SQUARE, SQUARE, TOKEN, Frame
+from engine.nano.training.held_out import OLD_LIST
 from engine.nano.training.model import Nano
-from engine.nano.training.prompts import EDITS, OLD_LIST, Example, PromptSampler, touched, unseen
+from engine.nano.training.prompts import Example, PromptSampler, unseen
 from engine.nano.training.scenes import Scene
 from engine.nano.training.score import (
     Rgb8,

@@ -17,17 +17,12 @@ from engine.diffusion.canvas import size_for_aspect
 from engine.nano import evaluate
 from engine.nano.training.compositor import BACKGROUNDS, Compositor
 from engine.nano.training.data_loader import render, scene_arrays
+from engine.nano.training.edits import EDITS
 from engine.nano.training.folder import WEIGHTS, load_autoencoder
 from engine.nano.training.frames import NATIVE, OTHER_SHAPES, SMALL_SQUARE, TOKEN
+from engine.nano.training.held_out import OLD_LIST, combination_held_out, wording_held_out
 from engine.nano.training.pca_encoder import fit_encoder
-from engine.nano.training.prompts import (
-    EDITS,
-    OLD_LIST,
-    PromptSampler,
-    combination_held_out,
-    training_prompts,
-    wording_held_out,
-)
+from engine.nano.training.prompts import PromptSampler, training_prompts
 from engine.nano.training.scenes import MAX_THINGS, TOLERATED_OVERLAP, World, nested, overlap, valid, visible
 from engine.nano.training.score import draw
 from engine.nano.training.sprites import KINDS, atlas
@@ -167,7 +162,8 @@ def test_most_edits_are_trained_among_several_things_of_mixed_sizes():
 @pytest.mark.parametrize("path", [evaluate.LIST, OLD_LIST])
 def test_training_never_meets_a_held_out_list(path):
     asked = [q[2] for q in evaluate.questions(path) if q[0] != "chain"]
-    assert all(wording_held_out(example) and combination_held_out(example) for example in asked)
+    assert all(wording_held_out(example.prompt) for example in asked)
+    assert all(combination_held_out(example.target, example.references) for example in asked)
 
 
 def test_training_prompts_hold_back_wordings_and_combinations():
@@ -175,8 +171,8 @@ def test_training_prompts_hold_back_wordings_and_combinations():
     for task in TASKS:
         for _ in range(300):
             example = training_prompts(sampler, task)
-            assert not wording_held_out(example)
-            assert not combination_held_out(example)
+            assert not wording_held_out(example.prompt)
+            assert not combination_held_out(example.target, example.references)
 
 
 def test_every_word_that_is_known_or_asked_is_trained():

@@ -13,7 +13,8 @@ from engine.engine import Engine
 from engine.families.klein.reading import read_prompt
 from engine.families.klein.variants import VARIANTS
 from engine.nano.training.compositor import BACKGROUNDS
-from engine.nano.training.prompts import Example, touched
+from engine.nano.training.edits import touched
+from engine.nano.training.prompts import Example
 from engine.nano.training.scenes import MIDDLE, NORMAL, Scene, Thing
 from engine.nano.training.score import draw, edit_done
 from engine.nano.training.sprites import KINDS

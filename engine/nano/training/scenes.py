@@ -231,6 +231,10 @@ class World:
                 return replace(scene, things=(*scene.things, thing))
         return None
 
+    def one_of(self, scene: Scene) -> int | None:
+        """Draw the index of a thing of the scene, None without things."""
+        return self.random.randrange(len(scene.things)) if scene.things else None
+
     def scene(self) -> Scene:
         """Draw any scene that fits on the canvas, fewer things more often."""
         kinds = (self.single, self.pair, self.row, self.loose, self.four, self.counted, self.inside)
