@@ -33,7 +33,7 @@ from engine.families.klein.signatures import component
 from engine.memory.device import Device
 from engine.registry import NANO, ModelRegistry
 from tests.engine import published
-from tests.engine.test_lora import bfl_fused, write
+from tests.engine.loras import bfl_fused, write
 from tests.engine.test_offload import last
 
 CPU = Device(torch.device("cpu"), torch.float32)

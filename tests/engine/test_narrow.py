@@ -23,7 +23,7 @@ from engine.memory import device as device_module
 from engine.memory.device import Device
 from engine.registry import ModelRegistry
 from tests.engine import published
-from tests.engine.test_lora import LAYERS, bfl_fused, factors, write
+from tests.engine.loras import LAYERS, bfl_fused, factors, write
 from tests.engine.test_memory import nets
 from tests.engine.test_offload import last
 

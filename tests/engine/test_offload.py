@@ -28,7 +28,7 @@ from engine.memory.device import CopyStream, Device
 from engine.memory.offload import CpuEmbedding, OffloadedModule, OffloadRing, stream
 from engine.memory.plan import ActivationMemory, MemoryInfo
 from engine.registry import NANO, ModelRegistry
-from tests.engine.test_lora import bfl_fused, write
+from tests.engine.loras import bfl_fused, write
 
 CPU = torch.device("cpu")
 PLACEMENT = Device(CPU, torch.float32)
