@@ -25,10 +25,10 @@ from engine.contract import (
 from engine.families.klein import lora
 from engine.families.klein.answers import Answers
 from engine.families.klein.checkpoint import Checkpoint
+from engine.families.klein.compiler import CompileOptions, cache_folder, obstacle
 from engine.families.klein.footprint import memory_info
 from engine.families.klein.loader import LoadOptions, prepare
 from engine.families.klein.pipeline import Klein
-from engine.families.klein.runner import CompileOptions, cache_folder, obstacle
 from engine.families.klein.variants import EMBEDDED, VARIANTS, best
 from engine.memory.cache import TensorCache, budgets
 from engine.memory.device import Device

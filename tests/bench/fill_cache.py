@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from engine.families.klein.runner import CompileOptions, Compiler
+from engine.families.klein.compiler import CompileOptions, Compiler
 from engine.memory.device import Device
 from tests.bench import attention
 from tests.bench.children import say

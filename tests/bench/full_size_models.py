@@ -18,9 +18,9 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
 
 from engine.checkpoints.key_map import KeyMap
+from engine.families.klein.compiler import CompileOptions
 from engine.families.klein.key_maps import diffusers_autoencoder, diffusers_transformer
 from engine.families.klein.pipeline import Klein
-from engine.families.klein.runner import CompileOptions
 from engine.families.klein.text_encoder import Prompt, TextEncoder, Tokenizer
 from engine.families.klein.transformer import Transformer, TransformerShape
 from engine.families.klein.variants import VARIANTS, Variant

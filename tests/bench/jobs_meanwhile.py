@@ -20,8 +20,8 @@ from typing import Any
 import torch
 
 from engine.families.klein import runner as runner_module
+from engine.families.klein.compiler import CompileOptions, Compiler
 from engine.families.klein.pipeline import Klein
-from engine.families.klein.runner import CompileOptions, Compiler
 from tests.bench import attention
 from tests.bench.children import say, wait_for_go
 from tests.bench.full_size_models import GIANTS, Giant, device_of, grown, ours

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from engine.diffusion.canvas import to_rgb8
-from engine.families.klein.runner import SampleInputs
+from engine.families.klein.sample_inputs import SampleInputs
 from engine.nn import bands
 from tests.bench.techniques import milliseconds
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from engine.families.klein.runner import SampleInputs
+from engine.families.klein.sample_inputs import SampleInputs
 from engine.nn import ops
 from engine.nn.autoencoder import Decoder
 

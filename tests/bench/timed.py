@@ -23,8 +23,8 @@ import numpy as np
 import torch
 
 from engine.contract import Exact, Job, Result
+from engine.families.klein.compiler import CompileOptions
 from engine.families.klein.pipeline import Klein
-from engine.families.klein.runner import CompileOptions
 from tests.bench import attention, ceilings, drift, full_size_folder, parts, techniques
 from tests.bench.ceilings import Ceilings
 from tests.bench.children import say, wait_for_go

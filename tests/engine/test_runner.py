@@ -18,9 +18,12 @@ import torch
 from torch import Tensor
 
 from engine.contract import Exact, Job, Result
+from engine.families.klein import compiler as compiler_module
 from engine.families.klein import runner as runner_module
+from engine.families.klein.compiler import CompileOptions, obstacle
 from engine.families.klein.pipeline import Klein
-from engine.families.klein.runner import MAX_GRAPHS, CompileOptions, Runner, SampleInputs, obstacle
+from engine.families.klein.runner import MAX_GRAPHS, Runner
+from engine.families.klein.sample_inputs import SampleInputs
 from engine.families.klein.transformer import PLAIN_BLOCKS
 from engine.memory.device import Device
 from engine.memory.offload import OffloadedModule, OffloadRing, stream
@@ -51,7 +54,7 @@ class InstantCompiler:
 
     def __init__(self, variant: Any, transformer: Any, autoencoder: Any, device: Device, options: Any) -> None:
         self.blocks = PLAIN_BLOCKS
-        self.compiled = runner_module.Compiled(PLAIN_BLOCKS, autoencoder.decode, autoencoder.encode)
+        self.compiled = compiler_module.Compiled(PLAIN_BLOCKS, autoencoder.decode, autoencoder.encode)
 
     def parts(self) -> Iterator[tuple[str, Callable[[], Any]]]:
         yield "blocks", self._compile
@@ -90,8 +93,8 @@ def test_without_a_reason_to_compile_it_stays_eager() -> None:
 def test_what_the_compiler_lacks_is_named(missing: str, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Device, "is_nvidia", property(lambda self: True))
     device = Device(torch.device("cpu"), torch.bfloat16)
-    monkeypatch.setattr(runner_module.importlib.util, "find_spec", lambda name: None if missing == "triton" else name)
-    monkeypatch.setattr(runner_module.shutil, "which", lambda name: None if missing == "compiler" else name)
+    monkeypatch.setattr(compiler_module.importlib.util, "find_spec", lambda name: None if missing == "triton" else name)
+    monkeypatch.setattr(compiler_module.shutil, "which", lambda name: None if missing == "compiler" else name)
     assert obstacle(device, CompileOptions(enabled=True)) == reason
 
 
@@ -358,8 +361,8 @@ def test_a_second_process_finds_what_the_first_compiled(tmp_path: Path) -> None:
     script = """
 import sys, torch
 from pathlib import Path
-from engine.families.klein.runner import CompileOptions, _load_compilers
-_load_compilers(CompileOptions(enabled=True, folder=Path(sys.argv[1])))
+from engine.families.klein.compiler import CompileOptions, load_compilers
+load_compilers(CompileOptions(enabled=True, folder=Path(sys.argv[1])))
 torch.compile(lambda x: torch.nn.functional.silu(x) * 3)(torch.randn(64))
 from torch._dynamo.utils import counters
 print(counters["inductor"]["fxgraph_cache_hit"])

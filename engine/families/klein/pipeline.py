@@ -30,12 +30,13 @@ from engine.diffusion.sampler import VelocityParts, guided, step
 from engine.diffusion.schedule import sigmas
 from engine.diffusion.tokens import grid_positions, pack, reference_time, text_positions, unpack, unpatchify
 from engine.families.klein.checkpoint import Checkpoint
+from engine.families.klein.compiler import CompileOptions
 from engine.families.klein.estimate import Estimator, trial_speed
 from engine.families.klein.footprint import activation_memory, device_bytes, memory_info
 from engine.families.klein.job_inputs import Reference, fit_images, read_settings
 from engine.families.klein.loader import LoadOptions, load
 from engine.families.klein.reading import read_prompt
-from engine.families.klein.runner import CompileOptions, Runner
+from engine.families.klein.runner import Runner
 from engine.families.klein.stage_clock import StageClock
 from engine.families.klein.text_encoder import TextEncoder, Tokenizer
 from engine.families.klein.transformer import KVPair, Modulations, Transformer

@@ -5,19 +5,11 @@ switched on at once, so that one mode makes an image throughout and a process ch
 Graphs replay the same kernels on the same shapes: they change the time, not a bit.
 """
 
-import copy
-import importlib.util
 import logging
-import os
-import shutil
-import sys
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,23 +18,25 @@ from torch import Tensor
 from engine.contract import Mode
 from engine.diffusion.canvas import GRID, size_for_aspect
 from engine.diffusion.parts import Parts
-from engine.diffusion.tokens import patchify, unpatchify
-from engine.families.klein.text_encoder import TextEncoder
-from engine.families.klein.transformer import (
-    BlockFunctions,
-    DoubleBlock,
-    KVPair,
-    Modulations,
-    SingleBlock,
-    Transformer,
+from engine.families.klein.compile_thread import CompileThread
+from engine.families.klein.compiler import (
+    Compiled,
+    CompileOptions,
+    Compiler,
+    load_compilers,
+    no_recompiles,
+    obstacle,
 )
+from engine.families.klein.sample_inputs import SampleInputs
+from engine.families.klein.text_encoder import TextEncoder
+from engine.families.klein.transformer import BlockFunctions, KVPair, Modulations, Transformer
 from engine.families.klein.variants import Variant
 from engine.memory.cache import LruCache
 from engine.memory.device import Device, DeviceGraph, graph_pool
 from engine.memory.offload import OffloadedModule
 from engine.nn import bands, ops
 from engine.nn.attention import Choice, quickest
-from engine.nn.autoencoder import Autoencoder, Decoder, Encoder
+from engine.nn.autoencoder import Autoencoder
 from engine.nn.ops import Rope
 
 log = logging.getLogger(__name__)
@@ -50,41 +44,8 @@ log = logging.getLogger(__name__)
 MAX_GRAPHS = 4
 """Number of shapes with a CUDA graph of a step. They share one pool, as large as the largest needs."""
 
-POLL = 0.05
-"""Seconds that a call of `tune` waits for the compiling thread. A new job waits no longer than this."""
-
 ASPECTS = ((1, 1), (4, 3), (3, 4), (3, 2), (2, 3), (16, 9), (9, 16))
 """Shapes of images that are likely to be asked for."""
-
-STOP = 5.0
-"""Maximum seconds for which `close` waits for the compiling thread."""
-
-MAX_PAUSE = 20.0
-"""Maximum seconds for which a job pauses the compiling thread, in case both wait for one lock."""
-
-
-@dataclass(frozen=True, slots=True)
-class CompileOptions:
-    """Options of compilation.
-
-    enabled: False never compiles. folder: the compilers' disk cache, None for their own default.
-    everywhere: a backend for tests, which compiles also on devices where it does not pay.
-    """
-
-    enabled: bool = False
-    folder: Path | None = None
-    backend: str = "inductor"
-    everywhere: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Compiled:
-    """Compiled forms of the networks' parts."""
-
-    blocks: BlockFunctions
-    decode: Callable[[Tensor], Tensor]
-    encode: Callable[[Tensor], Tensor]
-
 
 StepKey = tuple[int, int, tuple[tuple[int, int], ...]]
 """Rows and columns of the canvas in tokens, and those of each reference that takes part in the steps."""
@@ -118,8 +79,7 @@ class Runner:
         self._used: LruCache[StepKey] = LruCache(MAX_GRAPHS)
         self._pool: Any = None
         self._units: Iterator[bool] | None = None
-        self._gate = PauseGate()
-        self._thread: threading.Thread | None = None
+        self._thread = CompileThread()
         self._attention = Choice("", ops.PLAIN["attention"], {})
         if device.is_cuda:
             self._attention = self._quickest_attention()
@@ -167,7 +127,7 @@ class Runner:
         compiled = self._compiled if mode == "compiled" else None
         if compiled is None:
             return self.autoencoder.encode(images)
-        with _no_recompiles():
+        with no_recompiles():
             return compiled.encode(images)
 
     def decode(self, latent: Tensor, mode: Mode, *, in_bands: bool = False) -> Tensor:
@@ -180,7 +140,7 @@ class Runner:
         compiled = self._compiled if mode == "compiled" else None
         if compiled is None:
             return self.autoencoder.decode(latent)
-        with _no_recompiles():
+        with no_recompiles():
             return compiled.decode(latent)
 
     def velocity(
@@ -205,7 +165,7 @@ class Runner:
             if graph := self._step_graphs.get(key):
                 return graph(_tensors((x, text, mods, rope, references)))
             self._used.get_or_compute(key, lambda: key)
-        with _no_recompiles():
+        with no_recompiles():
             return self.transformer(x, text, mods, rope, references, reference_kv, compiled.blocks)
 
     def velocity_in_parts(
@@ -230,11 +190,11 @@ class Runner:
     @contextmanager
     def job(self) -> Iterator[None]:
         """Pause the compiling thread while a job runs."""
-        self._gate.pause()
+        self._thread.pause()
         try:
             yield
         finally:
-            self._gate.resume()
+            self._thread.resume()
 
     # Tuning.
 
@@ -265,11 +225,8 @@ class Runner:
 
         The generator of pieces refers back to this object, and the compiling thread to all networks.
         """
-        self._gate.stop()
-        if self._thread is not None:
-            # In a compiler's own C code or beside its processes it cannot be stopped, and ends there by itself.
-            self._thread.join(STOP)
-        self._units, self._thread, self.eager_reason = None, None, "released"
+        self._thread.close()
+        self._units, self.eager_reason = None, "released"
         self._compiled = self._text_graph = None
         self._step_graphs.clear()
 
@@ -292,10 +249,10 @@ class Runner:
             if not any(isinstance(module, OffloadedModule) for module in self.text_encoder.modules()):
                 self._text_graph = self._timed("text graph", self._capture_text)
                 yield True
-        yield from self._aside("compilers loaded", _load_compilers, self.options)
+        yield from self._beside("compilers loaded", load_compilers, self.options)
         networks = Compiler(self.variant, self.transformer, self.autoencoder, self.device, self.options)
         for name, part in networks.parts():
-            yield from self._aside(name, part)
+            yield from self._beside(name, part)
         self._compiled = networks.compiled
         if self._attention.name == "cuDNN":
             yield from self._plan_attention()
@@ -319,27 +276,10 @@ class Runner:
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
         return made
 
-    def _aside(self, name: str, work: Callable[..., Any], *arguments: Any) -> Iterator[bool]:
-        """Run `work` in another thread, so that jobs need not wait."""
-        failed: list[BaseException] = []
-
-        def body() -> None:
-            sys.settrace(self._gate.trace)
-            try:
-                with torch.no_grad():
-                    self._timed(name, lambda: work(*arguments))
-            except BaseException as exc:
-                failed.append(exc)
-            finally:
-                sys.settrace(None)
-
-        self._thread = thread = threading.Thread(target=body, name="klein-compile", daemon=True)
-        thread.start()
-        while thread.is_alive():
-            thread.join(POLL)
+    def _beside(self, name: str, work: Callable[..., Any], *arguments: Any) -> Iterator[bool]:
+        """Work in the compiling thread, so that jobs need not wait."""
+        for _ in self._thread.run(lambda: self._timed(name, lambda: work(*arguments))):
             yield True
-        if failed:
-            raise failed[0]
 
     def _warm_up(self) -> Iterator[bool]:
         """Load the kernels and plans that the first images need."""
@@ -396,7 +336,7 @@ class Runner:
         example = SampleInputs(self.transformer, self.device, self.variant.text_length, rows, columns)
 
         def step(x: Tensor, text: Tensor, mods: Modulations, rope: Rope, references: Tensor | None) -> Tensor:
-            with _no_recompiles():
+            with no_recompiles():
                 return self.transformer(x, text, mods, rope, references, None, blocks)
 
         return self._capture(step, *example.step(sum(h * w for h, w in references))[:-1])
@@ -404,56 +344,6 @@ class Runner:
     def _capture(self, function: Callable[..., Tensor], *arguments: Any) -> DeviceGraph:
         self._pool = self._pool or graph_pool()
         return DeviceGraph(lambda: function(*arguments), list(_tensors(arguments)), self._pool)
-
-
-class Stopped(BaseException):
-    """Ends the compiling thread. No Exception, which compilers catch."""
-
-
-class PauseGate:
-    """Pauses a Python thread between two calls, while another has work.
-
-    Compilers are Python: beside one, each of the thousands of calls of a job would wait for the interpreter lock.
-    Measured on an H200 without this: jobs of 0.14 s took 0.3 to 36 s. Tracing makes compiling slower, by 1.8 on a CPU.
-    """
-
-    def __init__(self) -> None:
-        self._open = threading.Event()
-        self._open.set()
-        self._until = 0.0
-        self._stopped = False
-
-    def pause(self) -> None:
-        """Pause the traced thread at its next call."""
-        self._until = time.monotonic() + MAX_PAUSE
-        self._open.clear()
-
-    def resume(self) -> None:
-        """Resume the traced thread."""
-        self._open.set()
-
-    def stop(self) -> None:
-        """End the traced thread at its next call, by an exception."""
-        self._stopped = True
-        self._open.set()
-
-    def trace(self, frame: Any, event: str, argument: Any) -> None:
-        """Wait while paused.
-
-        sys.settrace calls this at every call of a Python function.
-        """
-        if not self._open.is_set():
-            self._open.wait(max(0.0, self._until - time.monotonic()))
-        if self._stopped:
-            raise Stopped
-
-
-def _no_recompiles() -> AbstractContextManager[Any]:
-    """Run eagerly what the compiled form does not cover.
-
-    No job waits for a compiler.
-    """
-    return torch.compiler.set_stance("eager_on_recompile")
 
 
 def _tensors(arguments: Iterable[Any]) -> Iterator[Tensor]:
@@ -466,152 +356,3 @@ def _tensors(arguments: Iterable[Any]) -> Iterator[Tensor]:
                 yield from part
         elif argument is not None:
             yield from _tensors(argument)
-
-
-class SampleInputs:
-    """Inputs of the networks for one shape.
-
-    They serve to compile, to capture or to warm up.
-    """
-
-    def __init__(self, transformer: Transformer, device: Device, text: int, rows: int, columns: int) -> None:
-        self._transformer, self._device = transformer, device
-        self._text, self._rows, self._columns = text, rows, columns
-
-    def _randn(self, *shape: int) -> Tensor:
-        return torch.randn(shape, device=self._device.device, dtype=self._device.dtype)
-
-    def latent(self) -> Tensor:
-        """Return a latent of the canvas."""
-        return self._randn(1, self._transformer.shape.channels, self._rows, self._columns)
-
-    def image(self) -> Tensor:
-        """Return pixels of the canvas."""
-        return self._randn(1, 3, GRID * self._rows, GRID * self._columns).clamp(-1, 1)
-
-    def step(self, references: int, kv: bool = False) -> tuple[Any, ...]:
-        """Return the arguments of Transformer.forward.
-
-        references: number of their tokens, which take part in the steps or (kv) give keys and values.
-        """
-        shape, canvas = self._transformer.shape, self._rows * self._columns
-        tokens = self._text + canvas + (0 if kv else references)
-        angles = torch.rand(tokens, shape.head_dim // 2, device=self._device.device)
-        seen = self._randn(1, references, shape.hidden) if references and not kv else None
-        heads = (1, references, shape.hidden // shape.head_dim, shape.head_dim)
-        blocks = shape.double_blocks + shape.single_blocks
-        pairs = [(self._randn(*heads), self._randn(*heads))] * blocks if kv and references else None
-        mods = self._transformer.modulations(torch.ones(1, device=self._device.device, dtype=self._device.dtype))
-        rope = (angles.cos(), angles.sin())
-        return self._randn(1, canvas, shape.channels), self._randn(1, self._text, shape.hidden), mods, rope, seen, pairs
-
-
-class Compiler:
-    """Compiles the repeated blocks for all sizes, and the channels-last autoencoder."""
-
-    def __init__(
-        self,
-        variant: Variant,
-        transformer: Transformer,
-        autoencoder: Autoencoder,
-        device: Device,
-        options: CompileOptions,
-    ) -> None:
-        self.variant, self.transformer, self.device = variant, transformer, device
-        # These are copies: in eager mode channels-last is slower, and a job may request that mode at any time.
-        # torch's stubs have no overload of Module.to for a memory format alone.
-        self.autoencoder = copy.deepcopy(autoencoder).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        # Streamed layers cut a block into several graphs: which slot holds the weights, and an event, are in none. They
-        # are excluded here, not by a decorator, which would import the compilers wherever the module is imported.
-        streamed = [module for module in transformer.modules() if isinstance(module, OffloadedModule)]
-        for module in streamed:
-            module.forward = torch.compiler.disable(module.forward)  # type: ignore[method-assign] - of this object alone
-        compile_ = self._compile(options, fullgraph=not streamed)
-        self.blocks = BlockFunctions(
-            compile_(DoubleBlock.forward), compile_(SingleBlock.forward), compile_(SingleBlock.forward_rows)
-        )
-        self._decoder, self._encoder = compile_(Decoder.forward), compile_(Encoder.forward)
-        side = max(8, variant.native_size // GRID)
-        # No two dimensions are equal, and none is 1: torch would require such a coincidence of every later shape.
-        self._example = SampleInputs(transformer, device, variant.text_length, side - 1, side + 1)
-        self._small = SampleInputs(transformer, device, variant.text_length, side // 2 - 1, side // 2 + 1)
-
-    @staticmethod
-    def _compile(options: CompileOptions, *, fullgraph: bool) -> Callable[[Any], Callable[..., Any]]:
-        return lambda function: torch.compile(function, dynamic=True, fullgraph=fullgraph, backend=options.backend)
-
-    @property
-    def compiled(self) -> Compiled:
-        return Compiled(self.blocks, self.decode, self.encode)
-
-    def decode(self, latent: Tensor) -> Tensor:
-        """Decode like Autoencoder.decode."""
-        z = unpatchify(self.autoencoder.bn.restore(latent)).contiguous(memory_format=torch.channels_last)
-        return self._decoder(self.autoencoder.decoder, z).contiguous()
-
-    def encode(self, images: Tensor) -> Tensor:
-        """Encode like Autoencoder.encode."""
-        z = self._encoder(self.autoencoder.encoder, images.contiguous(memory_format=torch.channels_last))
-        return self.autoencoder.bn.normalise(patchify(z.contiguous()))
-
-    def parts(self) -> Iterator[tuple[str, Callable[[], Any]]]:
-        """Yield each part's name and the call that compiles it.
-
-        The call runs the part on the example.
-        """
-        for references in (0, 1) if self.variant.kv else (0,):
-            yield "blocks", partial(_with_constant_floats, self._step, references)
-        # Two sizes are compiled: torch chooses another convolution for small ones on some devices.
-        for example in (self._example, self._small):
-            yield "decoder", partial(_with_constant_floats, lambda example=example: self.decode(example.latent()))
-        for example in (self._example, self._small):
-            yield "encoder", partial(_with_constant_floats, lambda example=example: self.encode(example.image()))
-
-    def _step(self, references: int) -> None:
-        x, text, mods, rope, seen, pairs = self._example.step(11 * references, self.variant.kv)
-        self.transformer(x, text, mods, rope, seen, pairs, self.blocks)
-
-
-def _with_constant_floats(compile_: Callable[..., Any], *arguments: Any) -> None:
-    """Compile with the epsilons of norms as constants.
-
-    With sizes left open torch leaves Python's floats open as well, and traces all again when it finds that it cannot:
-    a decoder of klein's depth from the disk cache took 26.7 s instead of 12.3 (one core, torch 2.13).
-    """
-    # Set here, because torch's configuration is that of a thread.
-    with torch._dynamo.config.patch(specialize_float=True):
-        compile_(*arguments)
-
-
-def _load_compilers(options: CompileOptions) -> None:
-    """Point the compilers' disk caches at the folder."""
-    if options.folder is not None:
-        # torch and Triton read these names; there is no other way to configure them. Set, not only where they are
-        # missing: some imports put torch's own default there, and nothing would be found after a restart.
-        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(options.folder / "inductor")
-        os.environ["TRITON_CACHE_DIR"] = str(options.folder / "triton")
-
-
-def obstacle(device: Device, options: CompileOptions) -> str:
-    """Return why nothing is compiled on this device, or ""."""
-    if not options.enabled:
-        return "compiling is off"
-    if options.everywhere:
-        return ""
-    if not device.is_nvidia:
-        return f"compiling does not pay on {device.device.type}"
-    if not device.has_tensor_cores:
-        return f"compiling does not pay in {device.dtype_name}"
-    if importlib.util.find_spec("triton") is None:
-        return "Triton is not installed"
-    if not any(map(shutil.which, filter(None, (os.environ.get("CC"), "cc", "gcc", "clang")))):
-        return "there is no C compiler"
-    return ""
-
-
-def cache_folder(root: Path, device: Device) -> Path:
-    """Return the folder of the compilers' disk cache, inside `root`.
-
-    It is specific to this torch and this device.
-    """
-    return root / f"torch-{torch.__version__}-{'-'.join(device.name.split())}".replace("+", "-")
