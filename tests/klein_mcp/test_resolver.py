@@ -166,7 +166,9 @@ async def test_library_that_cannot_be_opened_is_reported_with_its_folder(client:
     assert str(service.settings.home) in await refused(client, "generate_image", prompt="x")
 
 
-async def test_relative_path_is_no_reference(client: Client):
+async def test_relative_path_is_no_reference(client: Client, monkeypatch: pytest.MonkeyPatch):
+    # A server started in a folder below the user's home looks there, as in a checkout at ~/klein-mcp.
+    monkeypatch.chdir("/")
     for path in ("photos/cat.png", "cat.png"):
         message = await refused(client, "view_image", image=path)
         assert message == f'"{path}" is a relative path. Give an absolute one, or a handle.'

@@ -1,9 +1,11 @@
 """A thread that compiles beside jobs and pauses while one runs."""
 
+import gc
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -16,6 +18,10 @@ STOP = 5.0
 
 MAX_PAUSE = 20.0
 """Maximum seconds for which a job pauses the compiling thread, in case both wait for one lock."""
+
+
+NEVER = 2**31 - 1
+"""The largest threshold of garbage collection."""
 
 
 class Stopped(BaseException):
@@ -107,3 +113,18 @@ class CompileThread:
             # In a compiler's own C code or beside its processes it cannot be stopped, and ends there by itself.
             self._thread.join(STOP)
             self._thread = None
+
+
+@contextmanager
+def full_collections_deferred() -> Iterator[None]:
+    """Defer garbage collection of all objects to the end.
+
+    A compiler makes hundreds of thousands of objects, and Python stops every thread while it looks through all of them.
+    """
+    young, middle, old = gc.get_threshold()
+    gc.set_threshold(young, middle, NEVER)
+    try:
+        yield
+    finally:
+        gc.set_threshold(young, middle, old)
+        gc.collect()

@@ -18,7 +18,7 @@ from torch import Tensor
 from engine.contract import Mode
 from engine.diffusion.canvas import GRID, size_for_aspect
 from engine.diffusion.parts import Parts
-from engine.families.klein.compile_thread import CompileThread
+from engine.families.klein.compile_thread import CompileThread, full_collections_deferred
 from engine.families.klein.compiler import (
     Compiled,
     CompileOptions,
@@ -251,8 +251,9 @@ class Runner:
                 yield True
         yield from self._beside("compilers loaded", load_compilers, self.options)
         networks = Compiler(self.variant, self.transformer, self.autoencoder, self.device, self.options)
-        for name, part in networks.parts():
-            yield from self._beside(name, part)
+        with full_collections_deferred():
+            for name, part in networks.parts():
+                yield from self._beside(name, part)
         self._compiled = networks.compiled
         if self._attention.name == "cuDNN":
             yield from self._plan_attention()
