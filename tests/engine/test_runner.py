@@ -20,6 +20,7 @@ from torch import Tensor
 from engine.contract import Exact, Job, Result
 from engine.families.klein import compiler as compiler_module
 from engine.families.klein import runner as runner_module
+from engine.families.klein.compile_thread import NEVER
 from engine.families.klein.compiler import CompileOptions, obstacle
 from engine.families.klein.pipeline import Klein
 from engine.families.klein.runner import MAX_GRAPHS, Runner
@@ -258,6 +259,33 @@ def test_a_model_released_while_it_compiles_is_freed(
     stopped = calls[0]
     time.sleep(0.05)
     assert calls[0] == stopped
+
+
+def test_compiling_defers_full_garbage_collections_to_its_end(compiler: type[InstantCompiler]) -> None:
+    before, collected = gc.get_threshold(), []
+
+    def note(phase: str, facts: dict[str, int]) -> None:
+        if phase == "stop" and facts["generation"] == 2:
+            collected.append(gc.get_threshold())
+
+    klein = make()
+    assert klein.runner.tune()  # the compilers are loaded
+    while gc.get_threshold()[2] != NEVER:
+        assert klein.runner.tune()
+    gc.callbacks.append(note)
+    compiler.gate.set()
+    tune(klein)
+    gc.callbacks.remove(note)
+    assert {*collected} == {before}
+
+
+def test_a_model_released_while_it_compiles_restores_garbage_collection(compiler: type[InstantCompiler]) -> None:
+    before, klein = gc.get_threshold(), make()
+    while gc.get_threshold()[2] != NEVER:
+        assert klein.runner.tune()
+    compiler.gate.set()
+    klein.runner.close()
+    assert gc.get_threshold() == before
 
 
 def test_released_streaming_model_keeps_no_ring(

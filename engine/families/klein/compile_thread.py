@@ -119,7 +119,8 @@ class CompileThread:
 def full_collections_deferred() -> Iterator[None]:
     """Defer garbage collection of all objects to the end.
 
-    A compiler makes hundreds of thousands of objects, and Python stops every thread while it looks through all of them.
+    A compiler makes hundreds of thousands of objects, and Python stops every thread while it looks through all of them:
+    three times, for 0.5 to 1.3 s, in compiling one decoder (a Xeon at a load of 5), without freeing memory of note.
     """
     young, middle, old = gc.get_threshold()
     gc.set_threshold(young, middle, NEVER)
