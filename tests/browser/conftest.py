@@ -4,7 +4,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +25,9 @@ HARMLESS = ("can escape its sandboxing", "ResizeObserver loop")
 
 WAIT = 90_000
 """Milliseconds: an engine that starts on a busy machine is slow, not wrong."""
+
+Open = Callable[..., Awaitable[Any]]
+"""The type of `open_page`."""
 
 
 @dataclass
@@ -129,6 +132,45 @@ async def browser(chromium: str, anyio_backend: str) -> AsyncIterator[Any]:
         browser = await driver.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
         yield browser
         await browser.close()
+
+
+@pytest.fixture(scope="session")
+def studio(server: RealServer) -> Iterator[Studio]:
+    with running_studio(server) as studio:
+        yield studio
+
+
+@pytest.fixture(scope="session")
+async def signed_in(browser: Any, studio: Studio) -> Any:
+    """Cookies of a browser that came by the link."""
+    context = await browser.new_context()
+    page = await context.new_page()
+    await page.goto(studio.link)
+    await page.wait_for_url(f"{studio.origin}/studio")
+    state = await context.storage_state()
+    await context.close()
+    return state
+
+
+@pytest.fixture
+async def open_page(browser: Any, studio: Studio, signed_in: Any) -> AsyncIterator[Open]:
+    """open_page(width=…, …): a tab of a browser that is signed in. Checked when the test ends."""
+    opened: list[Watched] = []
+
+    async def open_page(width: int = 1440, height: int = 900, allowed: tuple[str, ...] = (), **options: Any) -> Any:
+        size = {"width": width, "height": height}
+        context = await browser.new_context(storage_state=signed_in, viewport=size, **options)
+        watched = Watched(await context.new_page(), studio.origin, allowed=allowed)
+        opened.append(watched)
+        await watched.page.goto(f"{studio.origin}/studio")
+        await watched.page.wait_for_selector("#prompt")
+        return watched.page
+
+    yield open_page
+    for watched in opened:
+        await watched.page.context.close()
+    for watched in opened:
+        watched.check()
 
 
 @pytest.fixture(scope="session")

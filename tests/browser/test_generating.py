@@ -1,0 +1,112 @@
+"""A person comes in by the link and generates images."""
+
+import re
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.browser.conftest import WAIT, Open, Studio, running_studio
+from tests.browser.person import generate, new_image, pixels
+from tests.real_server import RealServer
+
+pytestmark = [pytest.mark.browser, pytest.mark.anyio]
+
+
+async def test_link_works_once_and_leaves_no_secret_behind(browser: Any, server: RealServer) -> None:
+    with running_studio(server) as fresh:
+        context = await browser.new_context()
+        page = await context.new_page()
+        await page.goto(fresh.link)
+        await page.wait_for_url(f"{fresh.origin}/studio")
+        (cookie,) = await context.cookies()
+        assert cookie["httpOnly"]
+        assert cookie["sameSite"] == "Strict"
+        for secret in (cookie["value"], fresh.link.rsplit("/", 1)[1]):
+            assert secret not in await page.content()
+            assert secret not in page.url
+        assert await page.evaluate("document.cookie") == ""
+        assert (await page.goto(fresh.link)).status == 403
+        other_browser = await browser.new_context()
+        other = await other_browser.new_page()
+        assert (await other.goto(f"{fresh.origin}/studio")).status == 401
+        await context.close()
+        await other_browser.close()
+
+
+async def test_previews_arrive_before_the_image(open_page: Open) -> None:
+    page = await open_page()
+    await page.evaluate(
+        "() => { window.seen = []; new MutationObserver(() => {"
+        " const src = document.querySelector('.working .preview')?.getAttribute('src');"
+        " if (src && seen.at(-1) !== src) seen.push(src); })"
+        ".observe(document.body, { subtree: true, childList: true, attributes: true }); }"
+    )
+    await generate(page, "a red apple on a blue background", seed=11)
+    previews = await page.evaluate("seen")
+    assert len(previews) >= 2
+    assert all(src.startswith("data:image/") for src in previews)
+
+
+async def test_first_text_box_is_the_prompt_and_examples_fill_it(open_page: Open) -> None:
+    page = await open_page()
+    await page.locator(".welcome button").first.click()
+    prompt = page.get_by_role("textbox").first
+    assert await prompt.input_value()
+    assert await prompt.get_attribute("id") == "prompt"
+    assert await page.locator("form button.go").inner_text() == "Generate"
+
+
+async def test_same_seed_gives_the_same_image(open_page: Open, studio: Studio) -> None:
+    page = await open_page()
+    first = await generate(page, "a yellow star on a red background", seed=5)
+    again = await generate(page, "a yellow star on a red background", seed=5)
+    assert first != again
+    assert np.array_equal(pixels(studio, first), pixels(studio, again))
+
+
+async def test_cancel_stops_the_job(open_page: Open, server: RealServer) -> None:
+    page = await open_page()
+    await page.get_by_role("textbox").first.fill("a green house on a grey background")
+    await page.get_by_role("radio", name="4", exact=True).check()
+    await page.get_by_role("button", name="Generate").click()
+    await page.locator(".stage").get_by_role("button", name="Cancel").click()
+    await page.get_by_text("Cancelled.").wait_for()
+    await page.wait_for_function("() => !document.querySelector('.working')")
+    await page.wait_for_function("() => document.querySelector('.jobs').hidden")
+
+
+async def test_error_is_explained_and_can_be_dismissed(open_page: Open) -> None:
+    page = await open_page()
+    await page.get_by_role("textbox").first.fill("a red apple")
+    await page.get_by_label("Shape", exact=True).select_option("exact")
+    await page.get_by_label("Width").fill("32")
+    await page.get_by_role("button", name="Generate").click()
+    error = page.get_by_role("alert")
+    await error.get_by_text("width").wait_for()
+    await error.get_by_role("button", name="Dismiss").click()
+    await error.wait_for(state="hidden")
+
+
+async def test_variations_make_a_sheet_and_again_makes_one(open_page: Open, studio: Studio) -> None:
+    page = await open_page()
+    await generate(page, "a purple star on a white background", seed=31)
+    await new_image(page, page.get_by_role("button", name="Variations").click)
+    await page.wait_for_function("() => document.querySelectorAll('.sheet button').length === 4")
+    handle = await new_image(page, page.get_by_role("button", name="New seed").click)
+    with studio.library() as store:
+        assert store.get(handle).prompt == "a purple star on a white background"
+
+
+async def test_ended_session_is_explained(browser: Any, server: RealServer, signed_in: Any) -> None:
+    with running_studio(server) as fresh:
+        context = await browser.new_context()
+        page = await context.new_page()
+        page.set_default_timeout(WAIT)
+        await page.goto(fresh.link)
+        await page.wait_for_url(f"{fresh.origin}/studio")
+        await context.clear_cookies()
+        await page.get_by_role("textbox").first.fill("a red apple")
+        await page.get_by_role("button", name="Generate").click()
+        await page.get_by_role("alert").get_by_text(re.compile("session has ended")).wait_for()
+        await context.close()
