@@ -128,7 +128,8 @@ def _library(settings: Settings) -> Check:
 
     This does not create a library.
     """
-    from klein_mcp.images.library import DATABASE, Store
+    from klein_mcp.images.index import DATABASE
+    from klein_mcp.images.library import Store
 
     if not (settings.library / DATABASE).exists():
         return Check("library", "empty")

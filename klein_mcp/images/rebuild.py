@@ -7,7 +7,8 @@ from pathlib import Path
 from filelock import FileLock
 
 from klein_mcp.images import recovery
-from klein_mcp.images.library import DATABASE, Store
+from klein_mcp.images.index import DATABASE
+from klein_mcp.images.library import Store
 from klein_mcp.images.schema import BUSY_TIMEOUT, LibraryDamaged
 
 
@@ -50,14 +51,14 @@ def _move_away(folder: Path) -> Path:
 def _take_in_files(store: Store, moved: Path | None) -> Repair:
     found = added = 0
     unreadable = []
-    for path in recovery.orphans(store.files):
+    for path in recovery.orphans(store.files.root):
         found += 1
-        if store.knows_file(path.stem):
+        if store.recovery.knows_file(path.stem):
             continue
         record = recovery.record_in(path)
         if record is None:
             unreadable.append(path)
             continue
-        store.take_in(record)
+        store.recovery.take_in(record)
         added += 1
     return Repair(found, added, moved, tuple(unreadable))

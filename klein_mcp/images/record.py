@@ -45,15 +45,6 @@ class Record:
         return {name: value for name, value in self.recipe.items() if name not in ("ms", "cache")}
 
 
-@dataclass(frozen=True, slots=True)
-class Pick:
-    """A person's choice for a client. reported: whether a result mentioned it."""
-
-    image: str
-    mask: str | None
-    reported: bool
-
-
 SHEET_SECONDS = 900.0
 """Images of one call lie at most this far apart: four of the slowest model on the slowest machine."""
 

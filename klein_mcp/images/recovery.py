@@ -1,4 +1,4 @@
-"""Records of images that have none in the index."""
+"""Recovery of images whose save or deletion was cut off."""
 
 import contextlib
 import hashlib
@@ -6,15 +6,83 @@ import json
 import os
 import re
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
+
 from engine.contract import image_hash
 from klein_mcp.errors import RequestError
-from klein_mcp.images.record import Record
+from klein_mcp.images.files import ImageFiles
+from klein_mcp.images.index import Index
+from klein_mcp.images.record import ALPHABET, HANDLE_LENGTH, Record
 
 _FOLDER = "unsaved"
+
+
+class Recovery:
+    """Finishes the saves and deletions of processes that died during them.
+
+    lock: held by the process that opens, recovers or claims a folder.
+    """
+
+    def __init__(self, index: Index, files: ImageFiles, lock: FileLock) -> None:
+        self._index = index
+        self._files = files
+        self._lock = lock
+
+    def run(self) -> None:
+        """Finish everything that is unfinished."""
+        with self._index.lock, self._lock:
+            for incoming in self._files.abandoned():
+                self._finish_save(incoming)
+            self._take_in_waiting()
+            self.finish_deletions()
+
+    def _finish_save(self, incoming: Path) -> None:
+        """Move, take in or delete the file of a dead process."""
+        if self.knows_file(incoming.stem):
+            self._files.move(incoming)
+            return
+        record = record_in(incoming)
+        if record is not None and record.tool != "open":  # a foreign file is still where it was opened
+            self.take_in(record)
+            self._files.move(incoming)
+        else:
+            incoming.unlink()
+
+    def _take_in_waiting(self) -> None:
+        """Insert what could not be saved while the index was locked."""
+        for record, file in waiting(self._files.folder):
+            if not self.knows_file(record.file):
+                self.take_in(record)
+            self._files.move(file)
+            forget(file)
+
+    def finish_deletions(self) -> None:
+        """Unlink files of deleted images and empty their `file` column.
+
+        A process that dies before that leaves the rest to the next recovery.
+        """
+        deleted = "SELECT DISTINCT file FROM pictures WHERE deleted IS NOT NULL AND file != ''"
+        with self._index.transaction(exclusive=True):
+            for (name,) in self._index.rows(deleted):
+                if not self.knows_file(name):
+                    self._files.delete(name)
+                self._index.execute("UPDATE pictures SET file = '' WHERE file = ? AND deleted IS NOT NULL", name)
+
+    def take_in(self, record: Record) -> Record:
+        """Insert a record, under a new handle if its own is taken."""
+        taken = self._index.first("handle = ?", record.handle) is not None
+        if taken or not re.fullmatch(rf"[{ALPHABET}]{{{HANDLE_LENGTH}}}", record.handle):
+            record = replace(record, handle=self._index.new_handle())
+        self._index.insert(record)
+        return record
+
+    def knows_file(self, name: str) -> bool:
+        """Return whether an image that is not deleted has this file."""
+        return self._index.row("SELECT 1 FROM pictures WHERE file = ? AND deleted IS NULL", name) is not None
 
 
 def set_aside(folder: Path, record: Record, file: Path) -> None:

@@ -132,7 +132,7 @@ class ImageResolver:
             record = self._store.latest(client, back)
             if record is None:
                 break
-            sheet = self._store.siblings(record)
+            sheet = self._store.lineage.siblings(record)
             if len(sheet) > 1:
                 if ord(label) - ord("A") < len(sheet):
                     return sheet[ord(label) - ord("A")]
@@ -143,7 +143,7 @@ class ImageResolver:
         )
 
     def _last(self, client: str, back: int) -> Record:
-        if (pick := self._store.picked(client)) is not None:
+        if (pick := self._store.picks.of(client)) is not None:
             if back == 0:
                 return self._store.get(pick.image)
             back -= 1
@@ -248,7 +248,7 @@ class ImageResolver:
         try:
             real = path.resolve()
             # Our own results name paths in the library, whose images any caller may open by handle.
-            library = (self._store.files, self._store.short_path("").parent)
+            library = (self._store.files.root, self._store.files.short_path("").parent)
             inside = any(real.is_relative_to(root.resolve()) for root in (*roots, *library))
         except (OSError, RuntimeError, ValueError):  # a loop of links, a name no file can have
             raise UnknownImage(f"There is no file {quote(str(path))} that can be read.", hint="Check it.") from None

@@ -99,7 +99,7 @@ def prepare(request: ImageRequest, store: Store, pixels: PixelCache) -> Prepared
             *(region.mask_warnings(allowed) if allowed is not None else ()),
             *_flattened(records[1 if keeps_size else 0 :]),
         ),
-        f"{request.model} {store.root(records[0].handle)}" if records else "",
+        f"{request.model} {store.lineage.root(records[0].handle)}" if records else "",
     )
     if not keeps_size:
         return prepared

@@ -119,7 +119,7 @@ def _write_changes(store: Store, handle: str, image: FinishedImage, prepared: Pr
     left, top, right, bottom = prepared.region.box
     mask = np.zeros(image.pixels.shape[:2], np.uint8)
     mask[top:bottom, left:right] = image.opacity
-    path = store.changes_path(handle)
+    path = store.files.changes_path(handle)
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     path.write_bytes(codec.encode_mask(mask))
 

@@ -158,7 +158,7 @@ def _thumb(service: Service, record: Record) -> ReadResourceContents:
 
 def _changes(service: Service, record: Record) -> ReadResourceContents:
     try:
-        return ReadResourceContents(service.store.changes_path(record.handle).read_bytes(), results.MIME)
+        return ReadResourceContents(service.store.files.changes_path(record.handle).read_bytes(), results.MIME)
     except OSError:
         raise RequestError(f"{record.handle} has no change mask: nothing of an original was kept in it.") from None
 

@@ -171,7 +171,7 @@ class KleinServer(MCPServer):
         if name not in studio_app.SHOWN_BY or result.is_error or not isinstance(first, TextContent):
             return result
         client = self._call_context(context).client
-        pick = await anyio.to_thread.run_sync(self.service.store.report_pick, client)
+        pick = await anyio.to_thread.run_sync(self.service.store.picks.report, client)
         if pick is None:
             return result
         line = results.text(picks.reported(json.loads(first.text), pick))

@@ -100,7 +100,7 @@ async def _run(service: Service, call: CallContext, asked: PickImage) -> CallToo
 
     def work() -> None:
         client = picks.agent_for(service.store, image, call.client)
-        service.store.pick(client, image.handle, mask.handle if mask else None)
+        service.store.picks.choose(client, image.handle, mask.handle if mask else None)
 
     await anyio.to_thread.run_sync(work)
     picked = {"image": image.handle, **({"mask": mask.handle} if mask else {})}

@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from klein_mcp.images.library import Pick, Record, Store
+from klein_mcp.images.library import Record, Store
+from klein_mcp.images.picks import Pick
 
 STUDIO = "studio"
 """The client name of the browser page: a person, not an agent."""

@@ -47,7 +47,7 @@ def library_page(store: Store, *, search: str = "", cursor: str = "", limit: int
     before = int(cursor) if cursor.isdecimal() and len(cursor) < 19 else None
     records, following = store.search(search, limit=max(1, min(limit, 100)), before=before, masks=False)
     sheets = _sheets(records)
-    picks = store.picks()
+    picks = store.picks.images()
     return {
         "images": [card(record, picks, sheets.get(record.handle)) for record in records],
         "next": None if following is None else str(following),
@@ -58,8 +58,8 @@ def image_details(store: Store, handle: str) -> ImageDetails:
     """Return everything the page shows about one image. Raises UnknownImage."""
     record = store.get(handle)
     recipe = record.recipe
-    picks = store.picks()
-    siblings = [other.handle for other in store.siblings(record)] if record.prompt else []
+    picks = store.picks.images()
+    siblings = [other.handle for other in store.lineage.siblings(record)] if record.prompt else []
     request = recipe.get("request") or recipe.get("order") or {}  # "order": as 0.1 wrote it
     region = request.get("region")
     return {
@@ -110,7 +110,7 @@ def _family(store: Store, record: Record) -> list[Record]:
     for start in (record, root):
         waiting = [start]
         while waiting:
-            waiting += add(store.children(waiting.pop(0).handle))
+            waiting += add(store.lineage.children(waiting.pop(0).handle))
     return sorted(found.values(), key=lambda each: each.created)
 
 

@@ -19,8 +19,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from klein_mcp.errors import RequestError, UnknownImage
-from klein_mcp.images import library as module
-from klein_mcp.images import schema
+from klein_mcp.images import files as image_files
+from klein_mcp.images import index, schema
 from klein_mcp.images.library import Record, Store
 
 
@@ -67,7 +67,7 @@ def test_equal_files_are_stored_once_until_the_last_image_is_deleted(library: St
 
 def test_each_new_name_is_on_disk_before_handle_is_returned(library: Store, monkeypatch: pytest.MonkeyPatch):
     synced: list[Path] = []
-    monkeypatch.setattr(module, "_sync_folder", synced.append)
+    monkeypatch.setattr(image_files, "_sync_folder", synced.append)
     put(library)
     ours = next(path for path in left_over(library.folder) if path.is_dir())
     # Each folder after something was made in it: ours, the file in it. From there the next start would move it.
@@ -85,7 +85,7 @@ def test_handle_is_never_given_out_twice_even_when_its_image_is_gone(library: St
     record = put(library)
     library.delete([record.handle])
     letters = iter(record.handle + "zzzzzz")
-    monkeypatch.setattr(module.secrets, "choice", lambda _: next(letters))
+    monkeypatch.setattr(index.secrets, "choice", lambda _: next(letters))
     assert library.new_handle() == "zzzzzz"
 
 
@@ -155,7 +155,7 @@ def test_older_library_is_brought_up_to_date_with_all_its_images(tmp_path: Path,
     monkeypatch.setattr(schema, "MIGRATIONS", (*schema.MIGRATIONS, added))
     new = Store(tmp_path)
     assert new.get(record.handle) == record
-    assert new._row("SELECT stars FROM pictures") == (5,)
+    assert new._index.row("SELECT stars FROM pictures") == (5,)
     new.close()
     new = Store(tmp_path)  # and only once
     new.close()
@@ -193,12 +193,12 @@ def test_interrupted_save_is_finished_or_removed_by_next_start(
         raise Death
 
     dying = Store(tmp_path)
-    name = "_insert" if moment == "landed" else "_move"
-    monkeypatch.setattr(dying, name, die)
+    dying_in, name = (dying._index, "insert") if moment == "landed" else (dying.files, "move")
+    monkeypatch.setattr(dying_in, name, die)
     with pytest.raises(Death):
         put(dying, b"unlucky")
-    assert dying._claim is not None
-    dying._claim.release()  # as the system does for the dead
+    assert dying.files._claim is not None
+    dying.files._claim.release()  # as the system does for the dead
     other = Store(tmp_path)
     found, _ = other.search(limit=10)
     assert len(found) == (0 if moment == "landed" else 1)
@@ -211,7 +211,7 @@ def test_interrupted_save_is_finished_or_removed_by_next_start(
 def test_image_can_be_read_before_its_file_was_moved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Another front end may see the row in the moment between commit and move."""
     writer, reader = Store(tmp_path), Store(tmp_path)
-    monkeypatch.setattr(writer, "_move", lambda landed: None)
+    monkeypatch.setattr(writer.files, "move", lambda landed: None)
     record = put(writer, b"on its way")
     assert reader.read(reader.get(record.handle)) == b"on its way"
     reader.close()
@@ -221,7 +221,7 @@ def test_image_can_be_read_before_its_file_was_moved(tmp_path: Path, monkeypatch
 def test_deletion_that_was_cut_off_is_finished_by_next_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     store = Store(tmp_path)
     record = put(store)
-    monkeypatch.setattr(store, "_remove_files_of_deleted", lambda: None)
+    monkeypatch.setattr(store.recovery, "finish_deletions", lambda: None)
     store.delete([record.handle])
     assert len(files(tmp_path)) == 1
     store.close()

@@ -12,7 +12,8 @@ from mcp import Client
 from klein_mcp.cli import doctor
 from klein_mcp.errors import RequestError, UnknownImage
 from klein_mcp.images import schema
-from klein_mcp.images.library import DATABASE, Store
+from klein_mcp.images.index import DATABASE
+from klein_mcp.images.library import Store
 from klein_mcp.images.rebuild import repair
 from klein_mcp.images.schema import LibraryBusy, LibraryDamaged
 from klein_mcp.jobs.service import Service
@@ -55,9 +56,8 @@ async def test_file_of_a_crashed_process_is_taken_in_by_its_recipe(
     crashed.mkdir()
     crashed.with_suffix(".lock").touch()
     os.replace(service.store.path(record), crashed / f"{record.file}.png")
-    with service.store._database:
-        service.store._database.execute("DELETE FROM pictures")
-    service.store.recover()
+    service.store._index.write("DELETE FROM pictures")
+    service.store.recovery.run()
     (found,) = service.store.everything()
     assert (found.handle, found.prompt, found.recipe["seed"]) == (facts["image"], "a cat", "7")
     assert service.store.read(found)
@@ -121,7 +121,7 @@ async def test_full_disk_reports_the_seed_and_leaves_no_half_file(
     def full(descriptor: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("klein_mcp.images.library.os.fsync", full)
+    monkeypatch.setattr("klein_mcp.images.files.os.fsync", full)
     message = await refused(client, "generate_image", prompt="a cat", seed=7)
     assert "No space left on device" in message
     assert "made with seed 7" in message
@@ -173,6 +173,16 @@ def test_lock_of_another_program_is_one_line(tmp_path: Path, monkeypatch: pytest
     with pytest.raises((LibraryBusy, RequestError), match="Another program holds"):
         Store(tmp_path)
     other.close()
+
+
+def test_pick_while_the_index_is_locked_is_one_line(impatient: None, tmp_path: Path):
+    store = Store(tmp_path)
+    other = sqlite3.connect(tmp_path / DATABASE)
+    other.execute("BEGIN EXCLUSIVE")
+    with pytest.raises(LibraryBusy, match="Another program holds"):
+        store.picks.choose("an agent", "abcdef")
+    other.close()
+    store.close()
 
 
 def test_doctor_names_images_without_a_file(settings: Settings, service: Service):

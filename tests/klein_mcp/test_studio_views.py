@@ -92,34 +92,34 @@ def test_details_of_an_unknown_image_say_so(library: Store) -> None:
 
 def test_pick_is_what_its_client_gets_until_it_makes_another_image(library: Store) -> None:
     handles = sheet(library, 1, 4)
-    library.pick("agent", handles[1], mask="mmmmmm")
-    pick = library.picked("agent")
+    library.picks.choose("agent", handles[1], mask="mmmmmm")
+    pick = library.picks.of("agent")
     assert pick is not None
     assert (pick.image, pick.mask) == (handles[1], "mmmmmm")
-    assert library.picked("someone else") is None
-    assert library.picks() == {handles[1]}
+    assert library.picks.of("someone else") is None
+    assert library.picks.images() == {handles[1]}
     put(library, "the next image", seed=77)
-    assert library.picked("agent") is None
-    assert library.picks() == set()
+    assert library.picks.of("agent") is None
+    assert library.picks.images() == set()
 
 
 def test_pick_is_reported_once(library: Store) -> None:
     handle = put(library).handle
-    assert library.report_pick("agent") is None
-    library.pick("agent", handle)
-    first = library.report_pick("agent")
+    assert library.picks.report("agent") is None
+    library.picks.choose("agent", handle)
+    first = library.picks.report("agent")
     assert first is not None
     assert first.image == handle
-    assert library.report_pick("agent") is None
-    library.pick("agent", handle)
-    assert library.report_pick("agent") is not None
+    assert library.picks.report("agent") is None
+    library.picks.choose("agent", handle)
+    assert library.picks.report("agent") is not None
 
 
 def test_pick_of_a_deleted_image_counts_no_more(library: Store) -> None:
     handle = put(library).handle
-    library.pick("agent", handle)
+    library.picks.choose("agent", handle)
     library.delete([handle])
-    assert library.picked("agent") is None
+    assert library.picks.of("agent") is None
 
 
 def test_revision_changes_with_every_new_and_every_deleted_image(library: Store) -> None:

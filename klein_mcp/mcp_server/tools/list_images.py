@@ -48,7 +48,9 @@ def _history(service: Service, record: Record) -> dict[str, object]:
     on_line = {each.handle for each in line}
     steps = []
     for each in line:
-        branches = [child.handle for child in service.store.children(each.handle) if child.handle not in on_line]
+        branches = [
+            child.handle for child in service.store.lineage.children(each.handle) if child.handle not in on_line
+        ]
         words = one_line(each.prompt or each.source or "", PROMPT_LENGTH)
         step: dict[str, object] = {"image": each.handle, "made_by": each.tool, "prompt": words}
         if branches:

@@ -1,0 +1,97 @@
+"""The library's index: records of images in SQLite."""
+
+import json
+import secrets
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from klein_mcp.images.record import ALPHABET, HANDLE_LENGTH, Record
+from klein_mcp.images.schema import exclusively, explained, open_database
+
+DATABASE = "library.sqlite3"
+
+COLUMNS = ", ".join(item.name for item in fields(Record) if item.name != "parents")
+"""Columns of an image's row, in the order that `Index.record` reads."""
+
+
+class Index:
+    """An open index, shared by any number of processes and threads.
+
+    lock: held for each query, and by a caller whose steps belong together.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / DATABASE
+        self.lock = threading.RLock()
+        self._database = open_database(self.path)
+
+    def close(self) -> None:
+        with self.lock:
+            self._database.close()
+
+    def row(self, query: str, *values: Any) -> tuple[Any, ...] | None:
+        """Return the first row of a query, or None."""
+        with self.lock, explained(self.path):
+            return self._database.execute(query, values).fetchone()
+
+    def rows(self, query: str, *values: Any) -> list[tuple[Any, ...]]:
+        """Return all rows of a query."""
+        with self.lock, explained(self.path):
+            return self._database.execute(query, values).fetchall()
+
+    def first(self, condition: str, *values: Any) -> Record | None:
+        """Return the first image that meets an SQL condition, or None."""
+        row = self.row(f"SELECT {COLUMNS} FROM pictures WHERE {condition}", *values)
+        return None if row is None else self.record(row)
+
+    def all(self, condition: str, *values: Any) -> list[Record]:
+        """Return the images that meet an SQL condition."""
+        return [self.record(row) for row in self.rows(f"SELECT {COLUMNS} FROM pictures WHERE {condition}", *values)]
+
+    def record(self, row: tuple[Any, ...]) -> Record:
+        """Return the record of a row of COLUMNS, with its parents."""
+        values = dict(zip(COLUMNS.split(", "), row, strict=True))
+        values["recipe"] = json.loads(values["recipe"])
+        parents = self.rows("SELECT parent FROM parents WHERE child = ? ORDER BY position", values["handle"])
+        return Record(**values, parents=tuple(parent for (parent,) in parents))
+
+    def new_handle(self) -> str:
+        """Return a handle never used before, not even by a deleted image."""
+        while True:
+            handle = secrets.choice(ALPHABET[8:]) + "".join(secrets.choice(ALPHABET) for _ in range(HANDLE_LENGTH - 1))
+            if self.row("SELECT 1 FROM pictures WHERE handle = ?", handle) is None:
+                return handle
+
+    @contextmanager
+    def transaction(self, *, exclusive: bool = False) -> Iterator[None]:
+        """Commit what is written inside, or nothing if it raises.
+
+        exclusive: whether other programs are kept from writing from the start on, not from the first change on.
+        """
+        with self.lock, explained(self.path), exclusively(self._database) if exclusive else self._database:
+            yield
+
+    def write(self, statement: str, *values: Any) -> None:
+        """Run a statement in a transaction of its own."""
+        with self.transaction():
+            self.execute(statement, *values)
+
+    def execute(self, statement: str, *values: Any) -> None:
+        """Run a statement in the transaction of the caller."""
+        self._database.execute(statement, values)
+
+    def insert(self, record: Record) -> None:
+        """Add an image, in a transaction of its own."""
+        values = {item.name: getattr(record, item.name) for item in fields(Record) if item.name != "parents"}
+        values["recipe"] = json.dumps(dict(record.recipe), separators=(",", ":"))
+        marks = ", ".join(f":{name}" for name in values)
+        with self.transaction():
+            self._database.execute(f"INSERT INTO pictures ({', '.join(values)}) VALUES ({marks})", values)
+            self._database.executemany(
+                "INSERT INTO parents (child, position, parent) VALUES (?, ?, ?)",
+                [(record.handle, position, parent) for position, parent in enumerate(record.parents)],
+            )

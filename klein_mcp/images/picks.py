@@ -1,0 +1,53 @@
+"""Images that a person chose for a client's next call."""
+
+import time
+from dataclasses import dataclass
+
+from klein_mcp.images.index import Index
+
+
+@dataclass(frozen=True, slots=True)
+class Pick:
+    """A person's choice for a client. reported: whether a result mentioned it."""
+
+    image: str
+    mask: str | None
+    reported: bool
+
+
+class Picks:
+    """The choices in a library's index, at most one for each client."""
+
+    def __init__(self, index: Index) -> None:
+        self._index = index
+
+    def choose(self, client: str, image: str, mask: str | None = None) -> None:
+        """Record a person's choice of an image for `client`'s next call."""
+        self._index.write(
+            "INSERT OR REPLACE INTO picks (client, image, mask, created) VALUES (?, ?, ?, ?)",
+            *(client, image, mask, time.time()),
+        )
+
+    def of(self, client: str) -> Pick | None:
+        """Return the person's choice, unless `client` has made an image since."""
+        row = self._index.row(
+            "SELECT image, mask, reported FROM picks WHERE client = ? AND created >= coalesce((SELECT max(created)"
+            " FROM pictures WHERE client = picks.client AND tool != 'open' AND deleted IS NULL), 0)"
+            " AND image IN (SELECT handle FROM pictures WHERE deleted IS NULL)",
+            client,
+        )
+        return None if row is None else Pick(row[0], row[1], bool(row[2]))
+
+    def report(self, client: str) -> Pick | None:
+        """Return an unreported choice and mark it as reported."""
+        with self._index.lock:
+            row = self._index.row("SELECT image, mask FROM picks WHERE client = ? AND NOT reported", client)
+            if row is None:  # nearly always, and a write would wait for whoever holds the index
+                return None
+            self._index.write("UPDATE picks SET reported = 1 WHERE client = ?", client)
+        return Pick(row[0], row[1], True)
+
+    def images(self) -> set[str]:
+        """Return the handles of all images that are somebody's choice now."""
+        clients = [client for (client,) in self._index.rows("SELECT client FROM picks")]
+        return {pick.image for client in clients if (pick := self.of(client)) is not None}
