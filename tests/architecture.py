@@ -5,6 +5,7 @@ its own. Imports inside functions and for types only count, too.
 """
 
 import ast
+from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -15,7 +16,8 @@ FILES = {
 }
 
 
-def imports(module: str) -> set[str]:
+@cache
+def imports(module: str) -> frozenset[str]:
     """Return every module that a file imports: at the top, inside functions, for types only."""
     found: set[str] = set()
     for node in ast.walk(ast.parse(FILES[module].read_text(encoding="utf-8"))):
@@ -25,7 +27,7 @@ def imports(module: str) -> set[str]:
             assert node.level == 0, f"{module} imports relatively; use the full name"
             found.add(node.module)
             found |= {f"{node.module}.{alias.name}" for alias in node.names if f"{node.module}.{alias.name}" in FILES}
-    return found
+    return frozenset(found)
 
 
 def package_of(module: str) -> str:
@@ -33,6 +35,7 @@ def package_of(module: str) -> str:
     return ".".join(module.split(".")[:2])
 
 
+@cache
 def graph() -> dict[str, set[str]]:
     """Return package -> packages of ours that it imports."""
     found: dict[str, set[str]] = {package_of(module): set() for module in FILES}

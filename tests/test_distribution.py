@@ -154,10 +154,13 @@ def _imported(path: Path, *, nested: bool = True) -> set[str]:
     return found
 
 
-@pytest.mark.parametrize("path", make.files(), ids=lambda path: path.name)
+MADE = make.files()
+
+
+@pytest.mark.parametrize("path", MADE, ids=lambda path: path.name)
 def test_file_that_is_made_from_code_is_as_code_would_make_it(path: Path) -> None:
     """If not: python -m examples.make."""
-    assert path.read_text(encoding="utf-8") == make.files()[path]
+    assert path.read_text(encoding="utf-8") == MADE[path]
 
 
 def test_registry_entry_is_valid_and_agrees_with_package() -> None:

@@ -114,14 +114,24 @@ async def test_detached_edit_keeps_size_and_parent(home):
 
 @pytest.mark.parametrize("count", [1, 2])
 async def test_killed_daemon_leaves_detached_jobs_to_the_next(home, count):
-    pending = await detached(home, "pause=0.2 steps=10", count=count, seconds=0.5 if count == 1 else 2.6)
+    pending = await detached(home, "pause=0.2 steps=10", count=count)
     (pid,) = daemons(home)
+    if count == 2:
+        await noted(home, pending.job, 1)
     os.kill(pid, signal.SIGKILL)
     async with front_end(home) as later:
         result = await wait(later, pending.job)
         assert len(result.images) == count
         assert len(later.store.everything()) == 1 + count, "what was saved before is not made again"
     assert daemons(home) != [pid]
+
+
+async def noted(home: Path, job: str, images: int) -> None:
+    """Wait until the file of a detached job holds so many images."""
+    (file,) = home.rglob(f"{job}.json")
+    with anyio.fail_after(120):
+        while len(json.loads(file.read_text())["saved"]) < images:
+            await anyio.sleep(0.05)
 
 
 async def test_stopped_daemon_leaves_detached_jobs_to_the_next(home):
