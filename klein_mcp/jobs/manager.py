@@ -5,21 +5,15 @@ Runs it, tells its listeners, saves its images, and keeps detached ones across r
 
 import asyncio
 import contextlib
-import json
 import logging
 import secrets
 import sqlite3
 import time
 from collections.abc import AsyncGenerator, Sequence
-from dataclasses import replace
 from pathlib import Path
-from threading import Lock
-from typing import TYPE_CHECKING
 
-from engine.contract import EngineError, EngineFailed, Event, Queued, Result, Rgb8, Step
-from klein_mcp import atomic
+from engine.contract import EngineError, EngineFailed
 from klein_mcp.errors import RequestError, quote
-from klein_mcp.images.library import Store
 from klein_mcp.jobs.api import UnknownJob
 from klein_mcp.jobs.events import (
     LAST,
@@ -30,23 +24,15 @@ from klein_mcp.jobs.events import (
     ImageSaved,
     JobEvent,
     Listen,
-    Progressed,
-    Saving,
     Submitted,
 )
-from klein_mcp.jobs.previews import PreviewCache
+from klein_mcp.jobs.files import JobFiles
+from klein_mcp.jobs.maker import ImageMaker
 from klein_mcp.jobs.queue import Queue, engine_stopped
 from klein_mcp.jobs.record import JobNews, JobRecord, Listener, Watchers
 from klein_mcp.jobs.request import ImageRequest
-from klein_mcp.jobs.results import Preview, SavedImage
+from klein_mcp.jobs.results import SavedImage
 from klein_mcp.jobs.status import DaemonStatus, JobStatus
-from klein_mcp.private import read_private_text
-
-if TYPE_CHECKING:
-    from klein_mcp.images.alpha import Pixels
-    from klein_mcp.images.pixels import PixelCache
-    from klein_mcp.jobs.execute import PreparedRequest
-    from klein_mcp.jobs.transparent import Made, Part
 
 log = logging.getLogger(__name__)
 
@@ -61,8 +47,6 @@ REMEMBERED = 24 * 3600.0
 
 MOST = 1000
 """Finished jobs that can be asked after, about a kilobyte each; more within a day is a client in a loop."""
-
-ALIKE_DRAFTS = "the drafts are alike: another seed changes little here; vary the words"
 
 ATTEMPTS = 2
 """Daemons that may crash on one job."""
@@ -79,15 +63,11 @@ class JobManager:
 
         library: opened by the first job.
         """
-        self._folder = folder
-        self._library = library
+        self._files = JobFiles(folder)
         self._queue = queue
+        self._maker = ImageMaker(library, queue, self._files)
         self._jobs: dict[str, JobRecord] = {}
         self._watchers = Watchers()
-        self._opening = Lock()
-        self._store: Store | None = None
-        self._pixels: PixelCache | None = None
-        self._previews = PreviewCache(self._read)
         self._closing = False
 
     # -- the job API ---------------------------------------------------------------------------------------------------
@@ -146,12 +126,12 @@ class JobManager:
             saved = len(record.saved)
             try:
                 # A promise: the job survives the machine going down. Flushing a disk may take seconds.
-                await asyncio.to_thread(self._write, record, durable=True)
+                await asyncio.to_thread(self._files.write, record, durable=True)
             except OSError as exc:
                 raise EngineFailed(f"The job cannot be written to the disk: {exc}.") from None
             record.detached = True
             if record.over or len(record.saved) > saved:
-                self._write_if_detached(record)  # it went on meanwhile
+                self._files.update(record)  # it went on meanwhile
         return record.status()
 
     async def cancel(self, job: str) -> None:
@@ -187,22 +167,14 @@ class JobManager:
 
         Forget what was finished long ago.
         """
-        for unfinished in self._folder.glob("*.json.*"):  # the last daemon was killed while it wrote
-            with contextlib.suppress(OSError):
-                unfinished.unlink()
-        for path in self._folder.glob("*.json"):
-            try:
-                job = JobRecord.from_json(path.stem, json.loads(read_private_text(path)))
-            except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
-                log.warning("%s is not a job that can be read", path)
-                continue
+        for job in self._files.read():
             self._jobs[job.id] = job
             job.watchers = self._watchers
             if job.over:
                 continue
             job.attempts += 1
             with contextlib.suppress(OSError):  # a crash may then go uncounted, but the job is run
-                self._write(job)
+                self._files.write(job)
             job.task = asyncio.create_task(self._work(job))
         self._forget()
 
@@ -216,8 +188,7 @@ class JobManager:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        if self._store:
-            self._store.close()
+        self._maker.close()
 
     # -- submitting and listening --------------------------------------------------------------------------------------
 
@@ -248,33 +219,13 @@ class JobManager:
                     if job.latest is None:
                         continue
                     event = job.latest
-                yield await self._for_listener(job, event, options)
+                yield await self._maker.previews.add_to(event, job.saved, options)
                 if isinstance(event, LAST):
                     return
         finally:
             job.listeners.remove(listener)
             self._update_watched(job)
             self._cancel_unless_wanted(job)
-
-    async def _for_listener(self, job: JobRecord, event: JobEvent, options: Listen) -> JobEvent:
-        """Add the previews that a listener asked for."""
-        match event:
-            case ImageSaved(saved=saved) if options.each:
-                return replace(event, preview=await self._preview([saved], options.each))
-            case Done() if options.preview:
-                return replace(event, preview=await self._preview(job.saved, options.preview))
-            case Progressed(preview=preview, partial=partial):
-                shown = preview if options.steps else None
-                return replace(event, preview=shown, partial=partial if options.partials else None)
-        return event
-
-    async def _preview(self, images: Sequence[SavedImage], longest: int) -> Preview | None:
-        handles = [image.handle for image in images]
-        longest = min(longest, max(image.painted for image in images) or longest)
-        try:
-            return await asyncio.to_thread(self._previews.get, handles, longest)
-        except RequestError:
-            return None  # an image was deleted since
 
     def _cancel_unless_wanted(self, job: JobRecord) -> None:
         if not job.listeners and not job.detached:
@@ -303,7 +254,7 @@ class JobManager:
                     f"The engine crashed {ATTEMPTS} times on this image.",
                     hint="Try a smaller size, or another model.",
                 )
-            await self._make_images(job)
+            await self._maker.make(job)
             job.ms = job.total_ms()
             ending = Done(job.all_warnings(), job.ms)
         except asyncio.CancelledError:
@@ -315,7 +266,7 @@ class JobManager:
             ending = Failed(exc)
         except (OSError, sqlite3.Error) as exc:
             log.exception("a job met an error of the disk")
-            home = self._library.parent
+            home = self._maker.library.parent
             ending = Failed(
                 EngineFailed(
                     f"The daemon met a disk error: {exc}.", hint=f"Check free space and permissions of {home}."
@@ -327,7 +278,7 @@ class JobManager:
             message = f"The job failed inside klein-mcp: {type(exc).__name__}: {first_line}".rstrip(": ")
             ending = Failed(EngineFailed(f"{message}.", hint="Its log, named by `klein-mcp status`, has the details."))
         job.publish(ending)
-        self._write_if_detached(job)
+        self._files.update(job)
 
     def _put_back(self, job: JobRecord) -> None:
         """Leave a detached job to the next daemon.
@@ -338,145 +289,7 @@ class JobManager:
             listener.inbox.put_nowait(Failed(engine_stopped()))
         if job.detached:
             job.attempts -= 1  # stopped, not crashed
-            self._write_if_detached(job)
-
-    async def _make_images(self, job: JobRecord) -> None:
-        prepared = await asyncio.to_thread(self._prepare, job.request)
-        job.warnings = prepared.warnings
-        saving: asyncio.Task[None] | None = None
-        try:
-            for image in range(len(job.saved), job.request.count):
-                made = await self._make(job, image, prepared)
-                if saving:
-                    await saving
-                # Beside the next image's computation.
-                saving = asyncio.create_task(self._save(job, image, prepared, made))
-            if saving:
-                await saving
-            if len(job.saved) > 1:
-                job.warnings = (*job.warnings, *await asyncio.to_thread(self._drafts_warnings, job))
-        finally:
-            if saving and not saving.done():
-                await asyncio.wait([saving])
-
-    async def _make(self, job: JobRecord, image: int, prepared: "PreparedRequest") -> "Made":
-        """Run the engine's jobs of one image, nearly always one."""
-        from klein_mcp.jobs import transparent
-
-        making, result = transparent.parts(prepared, image), None
-        while True:
-            step = await asyncio.to_thread(transparent.advance, making, result)
-            if isinstance(step, transparent.Made):
-                return step
-            result = await self._compute(job, image, prepared, step)
-
-    async def _compute(self, job: JobRecord, image: int, prepared: "PreparedRequest", part: "Part") -> Result:
-        """Queue one engine job and pass its events on.
-
-        Cancelling this cancels it.
-        """
-        loop = asyncio.get_running_loop()
-        inbox: asyncio.Queue[Event | EngineError] = asyncio.Queue()
-        started, waiting = time.perf_counter(), True
-
-        def tell(event: Event | EngineError) -> None:
-            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody is left to tell
-                loop.call_soon_threadsafe(inbox.put_nowait, event)
-
-        accepted = image > 0 or part.number > 0 or job.detached
-        ticket = self._queue.put(part.job, job.client, tell, watched=job.watched, bypass_limit=accepted)
-        job.ticket = ticket
-        try:
-            while True:
-                event = await inbox.get()
-                if waiting and not isinstance(event, Queued):
-                    waiting = False
-                    job.add_ms({"queue": 1000 * (time.perf_counter() - started)})
-                if isinstance(event, EngineError):
-                    raise event
-                if isinstance(event, Result):
-                    if part.number + 1 == part.count:
-                        job.publish(Progressed(image, Saving(), None, None, part.number, part.count))
-                    job.add_ms(event.ms)
-                    return event
-                preview = partial = None
-                if isinstance(event, Step):
-                    if event.preview is not None:
-                        preview = await asyncio.to_thread(_encode_preview, event.preview)
-                    if event.partial is not None:
-                        partial = await asyncio.to_thread(_encode_partial, event.partial, prepared)
-                    event = replace(event, preview=None, partial=None)
-                job.publish(Progressed(image, event, preview, partial, part.number, part.count))
-        finally:
-            job.ticket = None
-            self._queue.cancel(ticket)
-
-    async def _save(self, job: JobRecord, image: int, prepared: "PreparedRequest", made: "Made") -> None:
-        from klein_mcp.jobs import save
-
-        started = time.perf_counter()
-        store, pixels = self._open()
-        finished = made.image
-        handle = store.new_handle()
-        painted = save.painted_edge(finished, made.result)
-        # Whoever listens gets the preview with the result, so it is made beside the file.
-        previews = [
-            asyncio.to_thread(self._previews.get, [handle], min(longest, painted or longest), finished.pixels)
-            for longest in self._wanted_previews(job)
-        ]
-        storing = asyncio.to_thread(save.save, store, handle, finished, prepared, made.result, job.client)
-        made_previews = asyncio.gather(*previews)
-        (saved, pixel_hash), _ = await asyncio.gather(storing, made_previews)
-        pixels.add(pixel_hash, finished.pixels)
-        if finished.pixels.shape[2] == 3:  # a transparent image is edited over a backing
-            self._queue.prefetch(finished.pixels)
-        job.saved.append(saved)
-        job.add_ms({"save": 1000 * (time.perf_counter() - started)})
-        job.publish(ImageSaved(image, saved))
-        if image + 1 < job.request.count:
-            self._write_if_detached(job)
-
-    def _wanted_previews(self, job: JobRecord) -> set[int]:
-        """Long edges of the previews of single images that listeners wait for."""
-        options = [listener.options for listener in job.listeners]
-        single = {each.preview for each in options} if job.request.count == 1 else set()
-        return (single | {each.each for each in options}) - {0}
-
-    # -- library and files ---------------------------------------------------------------------------------------------
-
-    def _open(self) -> "tuple[Store, PixelCache]":
-        """Open the library once, even from two threads.
-
-        Blocking.
-        """
-        from klein_mcp.images.pixels import PixelCache
-
-        with self._opening:
-            if self._store is None or self._pixels is None:
-                self._store = Store(self._library)
-                self._pixels = PixelCache(self._store)
-            return self._store, self._pixels
-
-    def _prepare(self, request: ImageRequest) -> "PreparedRequest":
-        from klein_mcp.jobs.execute import prepare
-
-        return prepare(request, *self._open())
-
-    def _drafts_warnings(self, job: JobRecord) -> tuple[str, ...]:
-        """Warn of drafts that are all alike."""
-        from klein_mcp.images import preserve
-        from klein_mcp.images.alpha import flat
-
-        shares = [image.changed["share"] for image in job.saved if image.changed]
-        try:
-            drafts = [flat(self._read(image.handle)) for image in job.saved]
-        except RequestError:
-            return ()  # one was deleted since
-        return (ALIKE_DRAFTS,) if preserve.are_alike(drafts, max(shares, default=1.0)) else ()
-
-    def _read(self, handle: str) -> "Pixels":
-        store, pixels = self._open()
-        return pixels.read(store.get(handle))
+            self._files.update(job)
 
     def _forget(self) -> None:
         """Drop what was finished long ago, or before MOST others."""
@@ -484,29 +297,4 @@ class JobManager:
         for rank, job in enumerate(over):
             if rank >= MOST or time.time() - job.changed > REMEMBERED:
                 del self._jobs[job.id]
-                with contextlib.suppress(OSError):
-                    self._file(job).unlink(missing_ok=True)
-
-    def _write_if_detached(self, job: JobRecord) -> None:
-        if job.detached:
-            with contextlib.suppress(OSError):  # a full disk: the job goes on in memory
-                self._write(job)
-
-    def _write(self, job: JobRecord, *, durable: bool = False) -> None:
-        self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        atomic.atomic_write(self._file(job), json.dumps(job.to_json()), durable=durable)
-
-    def _file(self, job: JobRecord) -> Path:
-        return self._folder / f"{job.id}.json"
-
-
-def _encode_partial(image: Rgb8, prepared: "PreparedRequest") -> Preview:
-    from klein_mcp.images import codec
-
-    return Preview.encode(codec.encode(prepared.composite(image)), "image/png")
-
-
-def _encode_preview(image: Rgb8) -> Preview:
-    from klein_mcp.images.preview import preview
-
-    return Preview.encode(*preview(image))
+                self._files.remove(job)

@@ -3,13 +3,17 @@
 Each made once, from pixels that are at hand.
 """
 
+import asyncio
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from dataclasses import replace
 from threading import Lock
 from typing import TYPE_CHECKING
 
-from klein_mcp.jobs.results import Preview
+from klein_mcp.errors import RequestError
+from klein_mcp.jobs.events import Done, ImageSaved, JobEvent, Listen, Progressed
+from klein_mcp.jobs.results import Preview, SavedImage
 
 if TYPE_CHECKING:
     from klein_mcp.images.alpha import Pixels
@@ -54,6 +58,29 @@ class PreviewCache:
                 with self._lock:
                     self._previews.pop(key, None)
         return future.result()
+
+    async def add_to(self, event: JobEvent, images: Sequence[SavedImage], options: Listen) -> JobEvent:
+        """Add the previews that a listener asked for.
+
+        images: all that are saved of the job.
+        """
+        match event:
+            case ImageSaved(saved=saved) if options.each:
+                return replace(event, preview=await self._of_saved([saved], options.each))
+            case Done() if options.preview:
+                return replace(event, preview=await self._of_saved(images, options.preview))
+            case Progressed(preview=preview, partial=partial):
+                shown = preview if options.steps else None
+                return replace(event, preview=shown, partial=partial if options.partials else None)
+        return event
+
+    async def _of_saved(self, images: Sequence[SavedImage], longest: int) -> Preview | None:
+        handles = [image.handle for image in images]
+        longest = min(longest, max(image.painted for image in images) or longest)
+        try:
+            return await asyncio.to_thread(self.get, handles, longest)
+        except RequestError:
+            return None  # an image was deleted since
 
     def _make(self, handles: Sequence[str], longest: int, image: "Pixels | None") -> Preview:
         from klein_mcp.images.preview import contact_sheet, preview

@@ -134,7 +134,7 @@ async def test_job_that_cannot_be_counted_is_run_all_the_same(manager, painter, 
     def full(*_: Any, **__: Any) -> None:
         raise OSError(errno.ENOSPC, "full")
 
-    monkeypatch.setattr(managers.atomic, "atomic_write", full)
+    monkeypatch.setattr(atomic, "atomic_write", full)
     following.resume()
     assert isinstance(await ending(following, name), Done)
     queue.close(10)
