@@ -17,7 +17,8 @@ from starlette.routing import Route
 from engine.contract import EngineError, EngineFailed, Event, Job, NodeStatus, Result, Rgb8, image_hash
 from klein_mcp.daemon import wire
 from klein_mcp.daemon.endpoint import BuildInfo, proof
-from klein_mcp.jobs.queue import Queue, Ticket
+from klein_mcp.jobs.queue import Queue
+from klein_mcp.jobs.turns import Ticket
 
 HEARTBEAT = 1.0
 """Seconds after which the latest event is sent again, so that a daemon can count on waking up."""

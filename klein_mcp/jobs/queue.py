@@ -3,62 +3,32 @@
 A bounded queue, one turn per client in the round, one thread per executor slot.
 """
 
-import itertools
 import logging
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import closing
-from dataclasses import dataclass, field
+from collections.abc import Callable
 
 from engine.contract import (
     Busy,
     EngineError,
     EngineFailed,
     EngineStatus,
-    Event,
     Job,
     Loading,
-    Queued,
     Result,
     Rgb8,
-    Stage,
 )
+from klein_mcp.jobs import running
 from klein_mcp.jobs.executor import Executor
 from klein_mcp.jobs.status import QueueStatus
 from klein_mcp.jobs.timing import TimingHistory
+from klein_mcp.jobs.turns import Tell, Ticket, Turns, seconds_until_free
 
 log = logging.getLogger(__name__)
-
-REMEMBERED_CLIENTS = 256
-"""Clients whose last turn is remembered; one that was served longer ago counts as new."""
 
 IDLE_BEFORE_PREFETCH = 0.3
 """Seconds without a job before the engine works ahead. The next image of the same call comes sooner and would have to
 wait for it; nobody has looked at an image and asked for a change in less."""
-
-STAGE_PAUSE = 0.5
-"""Seconds between two events of one stage that listeners hear of."""
-
-Tell = Callable[[Event | EngineError], None]
-"""Takes a ticket's events. Called from any thread; must return at once and not raise."""
-
-
-@dataclass(eq=False, slots=True)
-class Ticket:
-    """One job that waits or runs.
-
-    watched: whether its steps should carry previews; may change at any time.
-    """
-
-    job: Job
-    client: str
-    tell: Tell
-    watched: bool = False
-    cancelled: bool = False
-    position: int | None = None
-    began: float = field(default=0.0)
 
 
 class Queue:
@@ -85,9 +55,7 @@ class Queue:
         self._size = size
         self._keep_alive = keep_alive
         self._change = threading.Condition()
-        self._waiting: dict[str, deque[Ticket]] = {}  # by client
-        self._turns: dict[str, int] = {}  # when each client was last served, the latest at the end
-        self._turn = itertools.count(1)
+        self._waiting = Turns()
         self._running: list[Ticket] = []
         self._threads: list[threading.Thread] = []
         self._closed = False
@@ -109,7 +77,7 @@ class Queue:
                 self.check_place(client)
             if self._closed:
                 raise engine_stopped()
-            self._waiting.setdefault(client, deque()).append(ticket)
+            self._waiting.add(ticket)
             self._tell_positions()
             self._grow()
             self._change.notify_all()
@@ -122,7 +90,7 @@ class Queue:
         there is a place for whoever comes next.
         """
         with self._change:
-            waiting, own = self._count(), len(self._waiting.get(client, ()))
+            waiting, own = len(self._waiting), self._waiting.count(client)
             left = self._size - waiting
             if left > own:
                 return
@@ -138,11 +106,7 @@ class Queue:
         """
         with self._change:
             ticket.cancelled = True
-            line = self._waiting.get(ticket.client)
-            if line and ticket in line:
-                line.remove(ticket)
-                if not line:
-                    del self._waiting[ticket.client]
+            if self._waiting.remove(ticket):
                 self._tell_positions()
 
     def prefetch(self, image: Rgb8) -> None:
@@ -161,9 +125,7 @@ class Queue:
         """
         with self._change:
             self._closed = True
-            tickets = [*self._running, *itertools.chain(*self._waiting.values())]
-            self._waiting.clear()
-            for ticket in tickets:
+            for ticket in (*self._running, *self._waiting.clear()):
                 ticket.cancelled = True
                 ticket.tell(engine_stopped())
             self._change.notify_all()
@@ -186,9 +148,9 @@ class Queue:
         """Describe the queue, from any thread."""
         with self._change:
             return QueueStatus(
-                waiting=self._count(),
+                waiting=len(self._waiting),
                 size=self._size,
-                clients=len(self._waiting),
+                clients=self._waiting.clients,
                 running=bool(self._running),
                 done=self._done,
                 failed=self._failed,
@@ -210,9 +172,8 @@ class Queue:
 
     def _grow(self) -> None:
         """Start a thread if a job waits though a slot is free."""
-        slots = self._executor.slots if self._executor else 1
         busy = len(self._running)
-        if len(self._threads) < slots and self._count() + busy > len(self._threads):
+        if len(self._threads) < self._slots and len(self._waiting) + busy > len(self._threads):
             thread = threading.Thread(target=self._work, name=f"executor-{len(self._threads)}", daemon=True)
             self._threads.append(thread)
             thread.start()
@@ -231,7 +192,7 @@ class Queue:
 
     def _run_jobs(self) -> None:
         while ticket := self._next():
-            outcome = self._run(ticket)
+            outcome = running.run(ticket, self._ready)
             with self._change:
                 self._running.remove(ticket)
                 self._idle_since = time.monotonic()
@@ -297,17 +258,9 @@ class Queue:
 
     def _take(self) -> Ticket:
         self._loaded = True
-        client = self._round()[0]
-        line = self._waiting[client]
-        ticket = line.popleft()
+        ticket = self._waiting.take()
         ticket.began = time.monotonic()
         self._running.append(ticket)
-        if not line:
-            del self._waiting[client]
-        self._turns.pop(client, None)
-        self._turns[client] = next(self._turn)
-        if len(self._turns) > REMEMBERED_CLIENTS:
-            del self._turns[next(iter(self._turns))]
         self._tell_positions()
         return ticket
 
@@ -331,58 +284,10 @@ class Queue:
             # This thread must outlive it; the next job loads over what is left.
             log.exception("the weights could not be released")
 
-    def _run(self, ticket: Ticket) -> Result | EngineError | None:
-        """Return the result or the error.
-
-        None if it was cancelled.
-        """
-        try:
-            return self._execute(ticket)
-        except EngineError as exc:
-            # Its traceback and its cause hold the frames it came from, and these whatever they had loaded.
-            exc.__cause__ = exc.__context__ = None
-            return exc.with_traceback(None)
-        except Exception as exc:
-            log.exception("the engine broke off")
-            first_line = (str(exc).splitlines() or [""])[0]
-            return EngineFailed(
-                f"The engine broke off: {type(exc).__name__}: {first_line}".rstrip(": ") + ".",
-                hint="Its log, named by `klein-mcp status`, has the details.",
-            )
-
-    def _execute(self, ticket: Ticket) -> Result | None:
+    def _ready(self, ticket: Ticket) -> Executor:
+        """Return the executor, which the first job's thread makes."""
         if not self._executor:
             ticket.tell(Loading(ticket.job.model, 0.0))
-        executor = self._ready(ticket)
-        with closing(executor.run(ticket.job, lambda: ticket.watched)) as events:  # type: ignore[type-var]
-            last_percent = None
-            stage, stage_at = "", 0.0
-            result = None
-            for event in events:
-                if ticket.cancelled:
-                    return None
-                if isinstance(event, Result):
-                    result = event
-                    continue
-                if isinstance(event, Loading):
-                    # The engine yields after each of some hundred tensors; a hundred events are enough.
-                    percent = int(100 * event.fraction)
-                    if percent == last_percent:
-                        continue
-                    last_percent = percent
-                if isinstance(event, Stage):
-                    # It yields after each layer of a prompt, too: on a fast machine hundreds in a second.
-                    now = time.monotonic()
-                    if event.name == stage and now < stage_at + STAGE_PAUSE:
-                        continue
-                    stage, stage_at = event.name, now
-                ticket.tell(event)
-        if not result:
-            raise EngineFailed("The engine ended without an image.")
-        return result
-
-    def _ready(self, ticket: Ticket) -> Executor:
-        if not self._executor:
             executor = self._make_executor()
             with self._change:
                 self._executor = executor
@@ -391,52 +296,18 @@ class Queue:
                 self._grow()
         return self._executor  # type: ignore[return-value]
 
-    # -- turns and positions -------------------------------------------------------------------------------------------
+    # -- positions -----------------------------------------------------------------------------------------------------
 
-    def _round(self) -> list[str]:
-        """Clients that wait.
-
-        The one served longest ago first and new ones before all.
-        Not the order of arrival: a client that sends one job at a time is always the last to arrive.
-        """
-        return sorted(self._waiting, key=lambda client: self._turns.get(client, 0))
-
-    def _count(self) -> int:
-        return sum(map(len, self._waiting.values()))
+    @property
+    def _slots(self) -> int:
+        return self._executor.slots if self._executor else 1
 
     def _tell_positions(self) -> None:
-        slots = self._executor.slots if self._executor else 1
-        ahead = len(self._running) - slots + 1
-        seconds = self._seconds_left()
-        for index, ticket in enumerate(self._in_turn()):
-            position = max(0, ahead + index)
-            needed = self._expected(ticket.job)
-            seconds = None if seconds is None or needed is None else seconds + needed / slots
-            if ticket.position != position:
-                ticket.position = position
-                ticket.tell(Queued(position, seconds))
-
-    def _seconds_left(self) -> float | None:
-        """Seconds until a slot is free, where that is known."""
-        slots = self._executor.slots if self._executor else 1
-        if len(self._running) < slots:
-            return 0.0
-        left = []
-        for ticket in self._running:
-            total = self._expected(ticket.job)
-            if total is None:
-                return None
-            left.append(max(0.0, total - (time.monotonic() - ticket.began)))
-        return min(left)
+        self._waiting.tell_positions(self._running, self._slots, self._expected)
 
     def _seconds_until_a_place(self) -> float:
         # Where nothing has been measured yet, a guess that lets nobody retry in a tight loop.
-        return max(1.0, round(self._seconds_left() or 5.0, 1))
-
-    def _in_turn(self) -> Iterator[Ticket]:
-        """Yield waiting tickets in the order in which they will run."""
-        rounds = itertools.zip_longest(*(self._waiting[client] for client in self._round()))
-        return (ticket for turn in rounds for ticket in turn if ticket)
+        return max(1.0, round(seconds_until_free(self._running, self._slots, self._expected) or 5.0, 1))
 
 
 def engine_stopped() -> EngineFailed:

@@ -21,10 +21,10 @@ from klein_mcp.jobs.events import (
     error_to_json,
 )
 from klein_mcp.jobs.progress import describe
-from klein_mcp.jobs.queue import Ticket
 from klein_mcp.jobs.request import ImageRequest
 from klein_mcp.jobs.results import SavedImage
 from klein_mcp.jobs.status import JobState, JobStatus
+from klein_mcp.jobs.turns import Ticket
 
 STAGES = ("queue", "load", "prompt", "references", "denoise", "decode", "save")
 

@@ -28,6 +28,7 @@ from engine.contract import (
     Step,
 )
 from klein_mcp.jobs import queue as queues
+from klein_mcp.jobs import running
 from klein_mcp.jobs.executor import nobody_watches
 from klein_mcp.jobs.queue import Queue
 from klein_mcp.jobs.status import QueueStatus
@@ -303,12 +304,12 @@ def test_job_with_odd_values_is_an_error_and_the_next_runs(odd: dict[str, Any]):
         assert isinstance(Waiter(queue, "fine", "a").end, Result)
 
 
-def test_death_of_the_thread_tells_everybody_and_closes_the_queue():
+def test_death_of_the_thread_tells_everybody_and_closes_the_queue(monkeypatch: pytest.MonkeyPatch):
     executor, died = StepExecutor(), threading.Event()
     queue = Queue(lambda: executor, size=32, keep_alive=600, on_death=died.set)
     first, second = Waiter(queue, "first", "a"), Waiter(queue, "second", "b")
     until(lambda: executor.began, "the first job never began")
-    queue._run = None  # type: ignore[assignment, method-assign]  # an error of ours, in the loop itself
+    monkeypatch.setattr(running, "run", None)  # an error of ours, in the loop itself
     executor.go.release(100)
     assert died.wait(10)
     for waiter in (first, second):
@@ -492,7 +493,7 @@ def test_job_cancelled_while_its_prompt_is_read_stops_before_the_next_layer() ->
 def test_layers_of_a_prompt_are_reported_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
     reported = []
     for pause in (3600.0, 0.0):
-        monkeypatch.setattr(queues, "STAGE_PAUSE", pause)
+        monkeypatch.setattr(running, "STAGE_PAUSE", pause)
         with working(PromptExecutor(free=True)) as queue:
             waiter = Waiter(queue, "fast", "a")
             assert isinstance(waiter.end, Result)
