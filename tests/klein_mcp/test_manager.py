@@ -27,8 +27,8 @@ from klein_mcp.jobs.results import JobResult, PendingJob
 from klein_mcp.jobs.service import Service
 from klein_mcp.jobs.status import OVER
 from klein_mcp.settings import Settings
+from tests.klein_mcp.daemons import daemons, gone
 from tests.klein_mcp.fake_daemon import COMMAND
-from tests.klein_mcp.test_daemon import daemons, gone
 
 pytestmark = pytest.mark.anyio
 
