@@ -13,7 +13,7 @@ from engine.contract import EngineConfig, Event, Job, OutOfMemory, Result, Step
 from engine.engine import Engine
 from klein_mcp.daemon.executors.local import LocalExecutor
 from klein_mcp.jobs.queue import Queue
-from tests.klein_mcp.test_queue import Waiter
+from tests.klein_mcp.stepping import Waiter
 
 EDIT = Job("make it green", (np.full((128, 128, 3), 90, np.uint8),), model="nano", steps=60)
 
