@@ -5,6 +5,7 @@ import re
 import shlex
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import numpy as np
@@ -56,6 +57,20 @@ def test_readme_says_what_it_is_in_few_words() -> None:
     visible = re.sub(r"<details>.*?</details>|<!--.*?-->|<[^>]+>", "", README, flags=re.DOTALL)
     assert len(visible.split()) <= 900
     assert "MCP server" in visible[:200], "the first sentence says what it is"
+
+
+def test_install_works_from_a_checkout_and_says_why() -> None:
+    """Until a registry has the package, `uvx klein-mcp` finds nothing."""
+    section = README.split("## Install")[1].split("<!-- made: links -->")[0]
+    assert section.index("not published yet") < section.index("```"), "it stands before the first command"
+    installs, *_ = re.findall(r"```sh\n(.*?)```", section, re.DOTALL)
+    for line in installs.splitlines():
+        assert shlex.split(line, comments=True)[-1] == ".", "installs the checkout, not a registry's package"
+    (block,) = re.findall(r"```json\n(.*?)```", section, re.DOTALL)
+    (launch,) = json.loads(block)["mcpServers"].values()
+    scripts = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["scripts"]
+    assert launch["command"] in scripts
+    assert f"command from `{configurations.LAUNCH.command}` to `{launch['command']}`" in section.replace("\n", " ")
 
 
 def test_images_come_before_everything_else() -> None:
