@@ -113,7 +113,9 @@ def _distance(a: Tensor, b: Tensor, texture: Tensor) -> Tensor:
     weighted = a.new_tensor(_YCC) * a.new_tensor(_WEIGHTS)[:, None] * 127.5
     distance = F.conv2d(a - b, weighted[..., None, None]).square().sum(1, keepdim=True).sqrt()
     distance = _mean(distance, 1) / (1 + texture / TEXTURE)
-    return F.pad(distance[..., FRAME:-FRAME, FRAME:-FRAME], (FRAME,) * 4, mode="replicate")
+    height, width = distance.shape[-2:]
+    frame = min(FRAME, (min(height, width) - 1) // 2)  # a narrow image may have no inner neighbours
+    return F.pad(distance[..., frame : height - frame, frame : width - frame], (frame,) * 4, mode="replicate")
 
 
 def _texture(image: Tensor) -> Tensor:
@@ -210,6 +212,8 @@ def _shift(painted: Tensor, round_trip: Tensor, texture: Tensor) -> tuple[int, i
         return 0, 0
     height, width = painted.shape[-2:]
     reach = max(2, min(height, width) // 64)
+    if min(height, width) <= 2 * reach:
+        return 0, 0  # a shift would leave nothing to compare
     window = torch.hann_window(height, device=painted.device)[:, None] * torch.hann_window(width, device=painted.device)
     first, second = (torch.fft.rfft2((image.mean(1)[0] - image.mean()) * window) for image in (painted, round_trip))
     cross = first * second.conj()

@@ -110,7 +110,8 @@ def backing_colour(image: Rgb8) -> Float:
     """Median colour of a ring 2 to 6 pixels inside the border."""
     ring = np.concatenate([image[2:6].reshape(-1, 3), image[-6:-2].reshape(-1, 3),
                            image[:, 2:6].reshape(-1, 3), image[:, -6:-2].reshape(-1, 3)])  # fmt: skip
-    return np.median(ring, axis=0).astype(np.float32)
+    pixels = ring if len(ring) else image.reshape(-1, 3)  # an image of 2 × 2 has no such ring
+    return np.median(pixels, axis=0).astype(np.float32)
 
 
 def choose_backing(prompt: str, avoid: Sequence[str] = ()) -> str:
@@ -126,7 +127,8 @@ def choose_backing(prompt: str, avoid: Sequence[str] = ()) -> str:
 def is_plain(image: Rgb8) -> bool:
     """Return whether the border has one colour."""
     distance = _distance(image, backing_colour(image))
-    border = np.concatenate([distance[1], distance[-2], distance[:, 1], distance[:, -2]])
+    one = _frame(distance, 1)
+    border = np.concatenate([distance[one], distance[-1 - one], distance[:, one], distance[:, -1 - one]])
     return bool((border <= NEAR_PLAIN).mean() >= AGREE)
 
 
@@ -312,7 +314,7 @@ def _without_border(alpha: Float) -> Float:
 
     The autoencoder is wrong there.
     """
-    return np.pad(alpha[2:-2, 2:-2], 2, mode="edge")
+    return _with_repeated_frame(alpha, 2)
 
 
 def _unmixed(image: Float, alpha: Float, backing: Float) -> Float:
@@ -352,7 +354,19 @@ def _distance_to_backing(image: Rgb8, backing: Float) -> Float:
     The autoencoder paints a plain colour up to 46 of 255 wrong in the corners, and up to 16 one pixel further inside.
     """
     distance = _distance(image, backing)
-    return np.minimum(distance, np.pad(distance[1:-1, 1:-1], 1, mode="edge"))
+    return np.minimum(distance, _with_repeated_frame(distance, 1))
+
+
+def _with_repeated_frame(values: Float, by: int) -> Float:
+    """Return the values with inner neighbours in place of the frame."""
+    height, width = values.shape
+    frame = _frame(values, by)
+    return np.pad(values[frame : height - frame, frame : width - frame], frame, mode="edge")
+
+
+def _frame(values: Float, by: int) -> int:
+    """Return the width of a frame that leaves something inside."""
+    return min(by, (min(values.shape) - 1) // 2)
 
 
 def _flood(passable: npt.NDArray[np.bool_], seeds: npt.NDArray[np.bool_] | None = None) -> npt.NDArray[np.bool_]:
