@@ -33,6 +33,10 @@ AGREE = 0.9
 NEAR_PLAIN = 26
 """Distance to the plain background, of 255 in the channel that differs most, up to which a pixel belongs to it."""
 
+LEFTOVER = 0.002
+"""Share of an image's transparency below which what an edit left of it is a remnant: a line at an outline, barely seen.
+
+Of 20 new backgrounds by nano at most 0.00014 was left, with no pixel under an alpha of 222; of 10 other edits 0.977."""
 _SPECK = 0.0005
 """Share of the image below which an enclosed spot is not worth a word: 8 pixels at 128², 500 at 1024²."""
 _FEW = 0.02
@@ -198,6 +202,12 @@ def after_edit(painted: Rgb8, original: Rgba8, grey: int, may_change: npt.NDArra
         solid = ~changed & (original[..., 3] == 255)
         image[solid, :3] = painted[solid]
     return image
+
+
+def is_opaque_after(image: Rgba8, original: Rgba8) -> bool:
+    """Return whether an edit left practically nothing of an image's transparency."""
+    left, before = (int((255 - each[..., 3].astype(np.int64)).sum()) for each in (image, original))
+    return left < LEFTOVER * before or left == 0
 
 
 def measure(image: Rgba8) -> AlphaChecks:

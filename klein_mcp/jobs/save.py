@@ -71,7 +71,7 @@ def _with_alpha(finished: FinishedImage, prepared: PreparedRequest) -> FinishedI
         may_change = np.zeros(finished.pixels.shape[:2], bool)
         may_change[top:bottom, left:right] = finished.opacity > 0
     image = alpha.after_edit(finished.pixels, prepared.original_rgba, prepared.backing, may_change)
-    if (image[..., 3] == 255).all():
+    if alpha.is_opaque_after(image, prepared.original_rgba):
         opaque = "not transparent any more: the edit painted the background"
         return replace(finished, warnings=(*finished.warnings, opaque))
     return replace(finished, pixels=image, checks=alpha.measure(image))

@@ -173,6 +173,25 @@ def test_edit_that_paints_the_background_makes_the_image_opaque() -> None:
     assert (edited[..., 3] == 255).all()
 
 
+@pytest.mark.parametrize("opacity", [200, 253])
+def test_translucent_image_stays_translucent_after_an_edit(opacity: int) -> None:
+    glass = np.full((SIDE, SIDE, 4), (40, 120, 200, opacity), np.uint8)
+    assert not alpha.is_opaque_after(glass, glass)
+
+
+def test_small_hole_in_an_opaque_image_stays_transparent() -> None:
+    image = np.full((SIDE, SIDE, 4), (40, 120, 200, 255), np.uint8)
+    image[40:43, 40:43, 3] = 0
+    assert not alpha.is_opaque_after(image, image)
+
+
+def test_remnants_at_an_outline_are_no_transparency() -> None:
+    before = np.full((SIDE, SIDE, 4), (40, 120, 200, 0), np.uint8)
+    after = np.full((SIDE, SIDE, 4), (40, 120, 200, 255), np.uint8)
+    after[40, 20:60, 3] = 233
+    assert alpha.is_opaque_after(after, before)
+
+
 @pytest.mark.parametrize(("colour", "grey"), [(RED, 255), ((245, 245, 245), 128), ((150, 250, 250), 20)])
 def test_model_sees_a_transparent_image_on_a_grey_that_stands_out(colour: tuple[int, int, int], grey: int) -> None:
     image = layered(soft_disc(0.3), colour)

@@ -204,6 +204,16 @@ async def test_edit_of_a_transparent_image_keeps_its_alpha(agent: Client) -> Non
     assert (top[:, :32, 3] == 0).all()
 
 
+async def test_new_background_makes_a_transparent_image_opaque(agent: Client) -> None:
+    for subject, colour in (("a cat", "green"), ("a black square", "red"), ("a rocket", "green")):
+        await call(agent, "generate_image", prompt=subject, background="transparent", seed=5)
+        facts = await call(agent, "edit_image", image="last", prompt=f"make the background {colour}", seed=5)
+        assert "background" not in facts
+        assert "not transparent any more: the edit painted the background" in facts["warnings"]
+        with Image.open(facts["path"]) as opened:
+            assert opened.mode == "RGB"
+
+
 async def test_chain_ends_in_a_transparent_image(agent: Client) -> None:
     await call(agent, "generate_image", prompt="a cat in the snow", seed=5)
     prompts = ["replace the cat with a dog", "move the dog to the left"]
