@@ -31,6 +31,10 @@ class ImageFiles:
         self._lock = lock
         self._landing: Path | None = None
         self._claim: FileLock | None = None
+        with contextlib.suppress(OSError):  # of a folder that can only be read
+            self._make_folders()
+
+    def _make_folders(self) -> None:
         for path in (self._incoming, self.root):
             path.mkdir(exist_ok=True, mode=0o700)
 
@@ -69,6 +73,7 @@ class ImageFiles:
         if self._landing is None:
             name = secrets.token_hex(8)
             with self._lock:
+                self._make_folders()
                 claim = FileLock(self._incoming / f"{name}.lock", thread_local=False)
                 claim.acquire(timeout=0)
                 self._claim, self._landing = claim, self._incoming / name

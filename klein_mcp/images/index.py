@@ -1,16 +1,21 @@
 """The library's index: records of images in SQLite."""
 
+import contextlib
 import json
 import secrets
+import sqlite3
 import threading
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from klein_mcp.images.record import ALPHABET, HANDLE_LENGTH, Record
-from klein_mcp.images.schema import exclusively, explained, open_database
+from klein_mcp.images.schema import LibraryBusy, LibraryUnwritable, exclusively, explained, open_database, unwritable
+from klein_mcp.images.snapshot import read_only_copy
 
 DATABASE = "library.sqlite3"
 
@@ -18,16 +23,51 @@ COLUMNS = ", ".join(item.name for item in fields(Record) if item.name != "parent
 """Columns of an image's row, in the order that `Index.record` reads."""
 
 
+RETRY = 1.0
+"""Seconds between looks at whether an index that could not be written can be now; a write looks at once."""
+
+
 class Index:
     """An open index, shared by any number of processes and threads.
 
     lock: held for each query, and by a caller whose steps belong together.
+    opening: held by the process that opens a folder. Where the index cannot be written, a copy in memory is read.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, opening: FileLock) -> None:
         self.path = folder / DATABASE
         self.lock = threading.RLock()
-        self._database = open_database(self.path)
+        self._opening = opening
+        self._tried = time.monotonic()
+        self._writable = True
+        try:
+            self._database = self._open()
+        except LibraryUnwritable:
+            copied = read_only_copy(self.path)
+            if copied is None:
+                raise
+            self._database, self._writable = copied, False
+
+    def _open(self) -> sqlite3.Connection:
+        try:
+            with self._opening:
+                return open_database(self.path)
+        except Timeout:
+            raise LibraryBusy(
+                f"Another program is opening the image library {self.path}.", hint="End it, then try again."
+            ) from None
+        except OSError as error:
+            raise unwritable(self.path, error.strerror or error) from None
+
+    def _try_again(self, patience: float) -> None:
+        """Leave the copy once the index can be written."""
+        if self._writable or time.monotonic() - self._tried < patience:
+            return
+        self._tried = time.monotonic()
+        with contextlib.suppress(LibraryUnwritable):
+            copied, self._database = self._database, self._open()
+            self._writable = True
+            copied.close()
 
     def close(self) -> None:
         with self.lock:
@@ -36,11 +76,13 @@ class Index:
     def row(self, query: str, *values: Any) -> tuple[Any, ...] | None:
         """Return the first row of a query, or None."""
         with self.lock, explained(self.path):
+            self._try_again(RETRY)
             return self._database.execute(query, values).fetchone()
 
     def rows(self, query: str, *values: Any) -> list[tuple[Any, ...]]:
         """Return all rows of a query."""
         with self.lock, explained(self.path):
+            self._try_again(RETRY)
             return self._database.execute(query, values).fetchall()
 
     def first(self, condition: str, *values: Any) -> Record | None:
@@ -66,14 +108,16 @@ class Index:
             if self.row("SELECT 1 FROM pictures WHERE handle = ?", handle) is None:
                 return handle
 
-    @contextmanager
+    @contextlib.contextmanager
     def transaction(self, *, exclusive: bool = False) -> Iterator[None]:
         """Commit what is written inside, or nothing if it raises.
 
         exclusive: whether other programs are kept from writing from the start on, not from the first change on.
         """
-        with self.lock, explained(self.path), exclusively(self._database) if exclusive else self._database:
-            yield
+        with self.lock, explained(self.path):
+            self._try_again(0)
+            with exclusively(self._database) if exclusive else self._database:
+                yield
 
     def write(self, statement: str, *values: Any) -> None:
         """Run a statement in a transaction of its own."""

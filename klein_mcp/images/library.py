@@ -5,6 +5,7 @@ moved to its final path after the commit. A process that dies between leaves eit
 start takes in by its own recipe, or a row whose file is still in that folder, which the next start moves.
 """
 
+import contextlib
 import hashlib
 import os
 import time
@@ -24,7 +25,7 @@ from klein_mcp.images.lineage import Lineage
 from klein_mcp.images.picks import Picks
 from klein_mcp.images.record import Record
 from klein_mcp.images.recovery import Recovery
-from klein_mcp.images.schema import BUSY_TIMEOUT, LibraryBusy
+from klein_mcp.images.schema import BUSY_TIMEOUT, LibraryBusy, LibraryUnwritable, unwritable
 
 MAX_PROMPT = 70_000
 """Characters of a prompt in the index: more than any front end accepts."""
@@ -39,17 +40,27 @@ class Store:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         # One by one: mkdir(parents=True) gives the mode only to the last. Prompts are private.
-        for path in (*reversed(folder.parents[:1]), folder):
-            path.mkdir(parents=True, exist_ok=True, mode=0o700)
+        try:
+            for path in (*reversed(folder.parents[:1]), folder):
+                path.mkdir(parents=True, exist_ok=True, mode=0o700)
+        except OSError as error:
+            raise LibraryUnwritable(
+                f"The data folder {folder.parent} cannot be used: {error.strerror}.",
+                hint="Make it writable, or set KLEIN_HOME to a folder that is.",
+            ) from None
         # One process at a time opens, recovers and claims a folder, which is short work and excludes races.
         lock = FileLock(folder / "open.lock", timeout=BUSY_TIMEOUT, thread_local=False)
         self.files = ImageFiles(folder, lock)
-        with lock:
-            self._index = Index(folder)
+        self._index = Index(folder, lock)
         self.picks = Picks(self._index)
         self.lineage = Lineage(self._index)
         self.recovery = Recovery(self._index, self.files, lock)
-        self.recovery.run()
+        self._recover()
+
+    def _recover(self) -> None:
+        """Finish what is unfinished, unless the disk lets nothing be written."""
+        with contextlib.suppress(LibraryUnwritable, OSError):
+            self.recovery.run()
 
     def close(self) -> None:
         with self._index.lock:
@@ -127,14 +138,37 @@ class Store:
 
     def delete(self, handles: Sequence[str]) -> None:
         """Delete files but not records, which keep handles unique."""
-        deletion = "UPDATE pictures SET deleted = ? WHERE handle = ? AND deleted IS NULL"
         with self._index.lock:
-            with self._index.transaction():
-                for handle in handles:
-                    self._index.execute(deletion, time.time(), handle)
+            try:
+                self._mark_deleted(handles)
+            except LibraryUnwritable:
+                # On a full disk only files give the room that rows need. Dying after this leaves images without a
+                # file: they are named as such, and the next prune chooses them again.
+                self._delete_files(handles)
+                self._mark_deleted(handles)
             self.recovery.finish_deletions()
+
+    def _mark_deleted(self, handles: Sequence[str]) -> None:
+        with self._index.transaction():
             for handle in handles:
-                self.files.delete_beside(handle)
+                self._index.execute(
+                    "UPDATE pictures SET deleted = ? WHERE handle = ? AND deleted IS NULL", time.time(), handle
+                )
+
+    def _delete_files(self, handles: Sequence[str]) -> None:
+        """Delete the files that only these images have. Raises LibraryUnwritable."""
+        going = set(handles)
+        owners: dict[str, set[str]] = {}
+        for handle, file in self._index.rows("SELECT handle, file FROM pictures WHERE deleted IS NULL"):
+            owners.setdefault(file, set()).add(handle)
+        try:
+            for file, holding in owners.items():
+                for handle in holding & going:
+                    self.files.delete_beside(handle)
+                if holding <= going:
+                    self.files.delete(file)
+        except OSError as error:
+            raise unwritable(self._index.path, error.strerror or error) from None
 
     # -- finding -------------------------------------------------------------------------------------------------
 
@@ -240,7 +274,7 @@ class Store:
         if final.exists():
             return final
         # Committed by a process that has not moved it yet, or died before it could.
-        self.recovery.run()
+        self._recover()
         if (found := self.files.find(record.file)) is None:
             raise UnknownImage(
                 f"The file of {record.handle} is missing: {final}.", hint="Restore it, or generate it again."

@@ -65,9 +65,10 @@ class Recovery:
 
         A process that dies before that leaves the rest to the next recovery.
         """
-        deleted = "SELECT DISTINCT file FROM pictures WHERE deleted IS NOT NULL AND file != ''"
+        deleted = "SELECT handle, file FROM pictures WHERE deleted IS NOT NULL AND file != ''"
         with self._index.transaction(exclusive=True):
-            for (name,) in self._index.rows(deleted):
+            for handle, name in self._index.rows(deleted):
+                self._files.delete_beside(handle)  # its readable name is a link, and would keep the room taken
                 if not self.knows_file(name):
                     self._files.delete(name)
                 self._index.execute("UPDATE pictures SET file = '' WHERE file = ? AND deleted IS NOT NULL", name)

@@ -15,6 +15,18 @@ class LibraryBusy(RequestError):
     """Another program holds the library's lock."""
 
 
+class LibraryUnwritable(RequestError):
+    """The library's index cannot be written, as on a full disk."""
+
+
+def unwritable(path: Path, reason: object) -> LibraryUnwritable:
+    """Make the error for an index that cannot be written."""
+    return LibraryUnwritable(
+        f"The image library {path} cannot be written: {reason}.",
+        hint="Free some space (klein-mcp prune), or make its folder writable.",
+    )
+
+
 class LibraryDamaged(RequestError):
     """The library's index cannot be read."""
 
@@ -83,11 +95,20 @@ def open_database(path: Path) -> sqlite3.Connection:
 
 def _opened(path: Path) -> sqlite3.Connection:
     database = sqlite3.connect(path, timeout=BUSY_TIMEOUT, check_same_thread=False)
-    database.execute("PRAGMA journal_mode = WAL")
-    database.execute("PRAGMA synchronous = FULL")
+    try:
+        database.execute("PRAGMA journal_mode = WAL")
+        database.execute("PRAGMA synchronous = FULL")
+        migrate(database, path)
+    except BaseException:
+        database.close()
+        raise
+    return database
+
+
+def migrate(database: sqlite3.Connection, path: Path) -> None:
+    """Bring the schema up to date. Raises RequestError for a newer library."""
     (version,) = database.execute("PRAGMA user_version").fetchone()
     if version > len(MIGRATIONS):
-        database.close()
         raise RequestError(
             f"The library at {path.parent} was written by a newer klein-mcp (its version {version};"
             f" this one knows {len(MIGRATIONS)}).",
@@ -98,12 +119,11 @@ def _opened(path: Path) -> sqlite3.Connection:
             for statement in filter(str.strip, script.split(";")):
                 database.execute(statement)
             database.execute(f"PRAGMA user_version = {number}")
-    return database
 
 
 @contextmanager
 def explained(path: Path) -> Iterator[None]:
-    """Turn errors of SQLite into LibraryBusy or LibraryDamaged."""
+    """Turn errors of SQLite into LibraryBusy, LibraryDamaged or LibraryUnwritable."""
     try:
         yield
     except sqlite3.DatabaseError as error:
@@ -119,7 +139,7 @@ def explained(path: Path) -> Iterator[None]:
                 hint="Run: klein-mcp doctor --repair",
             ) from None
         if code in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN):
-            raise OSError(f"the image library {path} cannot be written: {error}") from None
+            raise unwritable(path, error) from None
         raise
 
 

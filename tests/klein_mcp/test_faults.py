@@ -15,6 +15,7 @@ import pytest
 from mcp import Client
 
 from klein_mcp.daemon import endpoint as addresses
+from tests.disks import fill, small_disk
 from tests.real_server import RealServer, real_server
 from tests.tool_calls import call, refused
 
@@ -221,34 +222,13 @@ def test_an_address_planted_by_another_user_is_not_believed(tmp_path: Path):
     assert addresses.read(tmp_path) is None
 
 
-@contextmanager
-def small_disk(folder: Path, size: str) -> Iterator[Path]:
-    folder.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)], capture_output=True, check=False
-    )
-    if mounted.returncode:
-        pytest.skip("cannot mount a small disk here")
-    try:
-        yield folder
-    finally:
-        subprocess.run(["umount", "-l", str(folder)], check=True)
-
-
 @posix
 @as_root
 async def test_a_full_disk_is_one_line_and_nothing_is_lost(tmp_path: Path):
     with small_disk(tmp_path / "disk", "3m") as disk, real_server(disk / "home") as place:
         async with Client(place.stdio()) as client:
             painted = [await call(client, "generate_image", prompt="a cat on red", seed=1)]
-            filler = disk / "filler"
-            try:
-                with open(filler, "wb") as file:
-                    while True:
-                        file.write(bytes(4096))
-                        file.flush()
-            except OSError:
-                pass
+            filler = fill(disk)
             message = await refused(client, "generate_image", prompt="a dog on blue", seed=2)
             assert "disk" in message.lower()
             filler.unlink()
@@ -259,8 +239,6 @@ async def test_a_full_disk_is_one_line_and_nothing_is_lost(tmp_path: Path):
 
 async def test_the_engine_starts_on_a_full_disk_or_says_why(tmp_path: Path):
     """The first call of a user whose disk is full: an error that names the disk, not a traceback."""
-    if os.getuid() != 0:
-        pytest.skip("needs a small disk: run as root")
     with small_disk(tmp_path / "disk", "40k") as disk:
         with open(disk / "filler", "wb") as file:
             file.write(bytes(32 * 1024))
