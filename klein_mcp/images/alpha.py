@@ -28,6 +28,8 @@ FAR = 70
 RIM, SUBJECT, SOFT, RESIDUAL, CHECKERBOARD = 0.03, (0.005, 0.95), 0.25, 4.0, 0.5
 """Limits: mean alpha at the rim; share of the image that is subject; share that is half transparent; mean error, of
 255, of what no backing explains; how periodic the alpha or the removed part is."""
+VIEWED_ON = {128: "grey", 255: "white", 20: "near-black"}
+"""Greys that previews show a transparent image on: the first that stands out from it; and their names."""
 AGREE = 0.9
 """Share of the border that must have one colour for a background to be plain."""
 NEAR_PLAIN = 26
@@ -256,9 +258,19 @@ def plain_backing(image: Rgba8, choices: Sequence[int] = (255, 128, 20)) -> int:
     return next((grey for grey in choices if near[grey] < _FEW), min(choices, key=lambda grey: near[grey]))
 
 
-def for_viewing(image: Pixels) -> Rgb8:
-    """Return an image for previews, over a grey that stands out."""
-    return over(image, plain_backing(image, (128, 255, 20))) if image.shape[2] == 4 else image
+def viewing_backing(image: Pixels) -> int | None:
+    """Return the grey of an image's previews, None if it is opaque."""
+    return plain_backing(image, tuple(VIEWED_ON)) if image.shape[2] == 4 else None
+
+
+def for_viewing(image: Pixels, backing: int | None = None) -> Rgb8:
+    """Return an image for previews, over a grey that stands out.
+
+    backing: another grey, to show it as another image is shown.
+    """
+    if image.shape[2] != 4:
+        return image
+    return over(image, backing if backing is not None else plain_backing(image, tuple(VIEWED_ON)))
 
 
 def over(image: Rgba8, backing: "int | Rgb8" = 128) -> Rgb8:

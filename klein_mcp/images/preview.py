@@ -21,13 +21,13 @@ GAP, BAND = 8, 24
 """Pixels between the cells of a sheet, and above each for its label."""
 
 Pixels = npt.NDArray[np.uint8]
-"""[height, width, 3 or 4]: RGB, or RGBA, which is shown over a plain grey."""
+"""[height, width, 3 or 4]: RGB, or RGBA, which is shown on plain grey, white or near-black."""
 
 
 def preview(
     image: Pixels, *, longest: int = LONG_EDGE, aim: int = AIM_BYTES, most: int = MAX_BYTES
 ) -> tuple[bytes, str]:
-    """Return (bytes, MIME) of a JPEG, over grey if transparent.
+    """Return (bytes, MIME) of a JPEG, on a plain colour if transparent.
 
     Quality goes down first, then size, until it fits.
     """

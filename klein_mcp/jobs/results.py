@@ -35,7 +35,7 @@ class SavedImage:
     """An image that was made and is in the library under `handle`.
 
     changed: of an edit at its own size, `VisibleChange` as JSON: share, box, kept.
-    alpha: of a transparent image, `AlphaChecks` as JSON.
+    alpha: of a transparent image, `AlphaChecks` as JSON. viewed_on: the name of the colour that previews show it on.
     read_as: the prompt as a small model read it, "" where that is how it came.
     painted: long edge of what was computed, where the file is enlarged from it and keeps no other detail; else 0.
     dtype, mode: number format and execution mode; "" where the engine did not say.
@@ -54,6 +54,7 @@ class SavedImage:
     cache: Mapping[str, CacheUse] = field(default_factory=dict)
     changed: Mapping[str, Any] | None = None
     alpha: Mapping[str, Any] | None = None
+    viewed_on: str = ""
     read_as: str = ""
     painted: int = 0
     warnings: tuple[str, ...] = ()

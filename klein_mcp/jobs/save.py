@@ -209,6 +209,7 @@ def save(
         cache=dict(result.cache),
         changed=changed.to_json() if changed else None,
         alpha=image.checks.to_json() if image.checks else None,
+        viewed_on=alpha.VIEWED_ON.get(alpha.viewing_backing(image.pixels) or 0, ""),
         read_as=result.read_as,
         painted=painted,
         warnings=(*image.warnings, *result.warnings, *prepared.aspect_warnings(result)),

@@ -19,7 +19,13 @@ if TYPE_CHECKING:
 
 MIME = "image/png"
 
-TRANSPARENT = "transparent; the preview shows it on plain grey"
+
+def transparent(viewed_on: str) -> str:
+    """Name the colour on which a preview shows a transparent image.
+
+    An agent would take a white behind it for the image's own.
+    """
+    return f"transparent; the preview shows it on plain {viewed_on or 'colour'}"
 
 
 def tool_result(result: "JobResult", store: Store, show: str, call: CallContext) -> CallToolResult:
@@ -55,7 +61,7 @@ def _entry(image: "SavedImage", where: Mapping[str, str]) -> dict[str, Any]:
     """
     return {
         "image": image.handle,
-        **({"background": TRANSPARENT, "alpha": image.alpha} if image.alpha else {}),
+        **({"background": transparent(image.viewed_on), "alpha": image.alpha} if image.alpha else {}),
         **({"changed": image.changed} if image.changed else {}),
         **({"read_as": image.read_as} if image.read_as else {}),
         "seed": str(image.seed),

@@ -16,7 +16,7 @@ from engine.nano.training.compositor import BACKGROUNDS
 from engine.nano.training.scenes import MIDDLE, NORMAL, Scene, Thing
 from engine.nano.training.score import background_right, look
 from engine.nano.training.sprites import KINDS
-from klein_mcp.images.alpha import over
+from klein_mcp.images.alpha import VIEWED_ON, over
 from tests.images import pixels
 from tests.real_server import RealServer
 from tests.tool_calls import call, kinds, line, preview, refused
@@ -150,7 +150,13 @@ async def test_saving_enlarges_when_asked_and_says_when_it_did_not(agent: Client
 
 async def test_three_transparent_icons_have_real_alpha(agent: Client, tmp_path: Path) -> None:
     for subject in ("a cat", "a black square", "a white star on a blue background"):
-        facts = await call(agent, "generate_image", prompt=subject, background="transparent", seed=5)
+        result = await agent.call_tool(
+            "generate_image", {"prompt": subject, "background": "transparent", "seed": 5, "show": "inline"}
+        )
+        facts = line(result)
+        shown = round(float(preview(result)[:4].mean()))  # the colour behind it; JPEG is off by less than 12
+        (value,) = (grey for grey, name in VIEWED_ON.items() if facts["background"].endswith(f" {name}"))
+        assert abs(shown - value) < 12, "the result names the colour its preview shows"
         with Image.open(facts["path"]) as opened:
             assert opened.mode == "RGBA"
             alpha = np.asarray(opened)[..., 3]

@@ -3,8 +3,10 @@
 import base64
 import json
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from mcp import Client
 from mcp_types import Implementation
@@ -13,7 +15,7 @@ from engine.contract import Job, Rgb8
 from klein_mcp.jobs.demo import DEMO
 from klein_mcp.mcp_server.client_profiles import CLIENTS, image_mode
 from tests.fakes import FakeExecutor
-from tests.images import noise, pixels, scene
+from tests.images import file, noise, pixels, scene
 from tests.tool_calls import call, kinds, line, preview
 
 pytestmark = pytest.mark.anyio
@@ -184,3 +186,30 @@ async def test_preview_is_a_jpeg_of_at_most_1024_pixels(client: Client):
     assert block.mime_type == "image/jpeg"
     assert base64.b64decode(block.data)[:2] == b"\xff\xd8"
     assert max(preview(result).shape) == 1024
+
+
+@pytest.mark.parametrize(
+    ("colour", "seen", "value"),
+    [((200, 30, 40), "grey", 128), ((128, 128, 130), "white", 255), ((150, 200, 240), "grey", 128)],
+)
+async def test_view_names_the_colour_behind_a_transparent_image(
+    client: Client, tmp_path: Path, colour: tuple[int, int, int], seen: str, value: int
+):
+    image = np.zeros((64, 64, 4), np.uint8)
+    image[16:48, 16:48] = (*colour, 255)
+    (tmp_path / "sticker.png").write_bytes(file(image))
+    result = await client.call_tool("view_image", {"image": str(tmp_path / "sticker.png")})
+    assert line(result)["background"] == f"transparent; the preview shows it on plain {seen}"
+    assert np.abs(preview(result)[4, 4].astype(int) - value).max() < 12  # JPEG's error
+
+
+async def test_comparison_shows_both_images_on_one_colour(client: Client, tmp_path: Path):
+    """A colour for each would count as a change of all that is transparent."""
+    for name, grey in (("first", 60), ("second", 128)):
+        image = np.zeros((64, 64, 4), np.uint8)
+        image[16:48, 16:48] = (grey, grey, grey, 255)
+        (tmp_path / f"{name}.png").write_bytes(file(image))
+    first, second = (str(tmp_path / f"{name}.png") for name in ("first", "second"))
+    facts = await call(client, "view_image", image=first, compare_with=second)
+    assert facts["changed"]["box"] == [16, 16, 32, 32]
+    assert facts["background"].startswith("transparent; ")

@@ -124,7 +124,7 @@ def _render(service: Service, call: CallContext, chain: Chain, mode: str) -> Cal
     if chain.made:
         line["image"] = chain.made[-1].handle
         if chain.made[-1].alpha:
-            line |= {"background": results.TRANSPARENT, "alpha": chain.made[-1].alpha}
+            line |= {"background": results.transparent(chain.made[-1].viewed_on), "alpha": chain.made[-1].alpha}
     if chain.warnings:
         line["warnings"] = chain.warnings
     line["steps"] = [_step(image) for image in chain.made]

@@ -28,7 +28,7 @@ async def run(service: Service, call: CallContext, arguments: ViewImage) -> Call
         )
 
     def render() -> CallToolResult:
-        from klein_mcp.images import codec, cutout, preview, region
+        from klein_mcp.images import alpha, codec, cutout, preview, region
 
         record, warnings = opened.record, list(opened.warnings)
         part = service.sources.pixels(record)
@@ -37,8 +37,6 @@ async def run(service: Service, call: CallContext, arguments: ViewImage) -> Call
             cut = cutout.of_plain(part, record.handle)
             part, metadata["alpha"] = cut.image, cut.checks.to_json()
             warnings += cut.warnings
-        if part.shape[2] == 4:
-            metadata["background"] = results.TRANSPARENT
         if arguments.region:
             left, top, right, bottom = region.region_box(arguments.region, record.width, record.height)
             # A small part is shown enlarged: a model sees nothing in 40 pixels.
@@ -49,6 +47,8 @@ async def run(service: Service, call: CallContext, arguments: ViewImage) -> Call
             # An enlarged file shows no more than the pixels it was painted with.
             longest = min(arguments.max_size, int(record.recipe.get("painted", arguments.max_size)))
             data, mime = preview.preview(part, longest=longest)
+        if (backing := alpha.viewing_backing(part)) is not None:
+            metadata["background"] = results.transparent(alpha.VIEWED_ON[backing])
         metadata |= {"parents": record.parents, "prompt": record.prompt, "source": record.source}
         metadata["warnings"] = warnings
         blocks = [results.text(metadata), results.image_block(data, mime), results.resource_link(record)]
@@ -59,10 +59,12 @@ async def run(service: Service, call: CallContext, arguments: ViewImage) -> Call
 
 def _compared(service: Service, record: Record, other: Record, max_size: int) -> CallToolResult:
     """Show two images and their difference beside each other."""
-    from klein_mcp.images import codec, preserve, preview
-    from klein_mcp.images.alpha import for_viewing
+    from klein_mcp.images import alpha, codec, preserve, preview
 
-    first, second = (for_viewing(service.sources.pixels(each)) for each in (record, other))
+    both = [service.sources.pixels(each) for each in (record, other)]
+    # One colour behind both: two would count as a change of everything that is transparent.
+    backing = next((grey for grey in map(alpha.viewing_backing, both) if grey is not None), None)
+    first, second = (alpha.for_viewing(image, backing) for image in both)
     warnings = []
     if first.shape != second.shape:
         second = codec.resize(second, record.width, record.height)
@@ -76,6 +78,7 @@ def _compared(service: Service, record: Record, other: Record, max_size: int) ->
         "image": record.handle,
         **({"warnings": warnings} if warnings else {}),
         "compare_with": other.handle,
+        **({} if backing is None else {"background": results.transparent(alpha.VIEWED_ON[backing])}),
         "changed": {"share": changed.share, "box": changed.box and list(changed.box)},
         "identical_bytes": round(float((difference == 0).mean()), 4),
     }
