@@ -188,7 +188,9 @@ class Settings:
         "How images are returned by default: inline, link, none. Unset: what the client can show.",
     )
     wait_budget: float = _setting(
-        25.0, _number(float, 0, 3600, "seconds"), "Seconds a call waits for its image before it returns a job."
+        25.0,
+        _number(float, 0, 3600, "seconds"),
+        "Seconds a call waits for its image before it returns a job, at most a second more; 0: returns it at once.",
     )
     queue_size: int = _setting(
         32, _number(int, 1, 100_000, "jobs"), "Jobs that may wait; further ones are refused with a time to retry."

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, TypeVar
 import anyio
 import anyio.to_thread
 
-from engine.contract import EngineFailed, Queued
+from engine.contract import EngineFailed
 from engine.families.klein.variants import EMBEDDED
 from klein_mcp.errors import Refused, RequestError, quote
 from klein_mcp.images.library import Store
@@ -188,7 +188,8 @@ class Service:
     ) -> JobResult | PendingJob:
         """Report events until the job is over.
 
-        A job that will not be over by `deadline` is detached.
+        One that is not over by `deadline` is detached, and not before: an estimate may be wrong, and whoever gets a
+        job at once only asks again.
         """
         images: list[SavedImage] = []
         taken_by = max(deadline, time.monotonic() + START_PATIENCE)
@@ -200,13 +201,11 @@ class Service:
                     break
                 if job is None and time.monotonic() > taken_by and not isinstance(event, Submitted):
                     raise _silent(limit)
-                expected = 0.0
                 match event:
                     case Submitted(name):
                         job = name
-                    case Progressed(event=inner):
+                    case Progressed():
                         await progress.event(event)
-                        expected = inner.seconds or 0.0 if isinstance(inner, Queued) else 0.0
                     case ImageSaved(saved=saved):
                         images.append(saved)
                         await call.on_new_image(f"klein://images/{saved.handle}")
@@ -217,7 +216,7 @@ class Service:
                     case Cancelled():
                         raise RequestError("The job was cancelled.", hint="Call again to start it anew.")
                 # Until the daemon has taken the job there is nothing to detach: it may be unable to start.
-                if job and not isinstance(event, Submitted) and time.monotonic() + expected >= deadline:
+                if job and not isinstance(event, Submitted) and time.monotonic() >= deadline:
                     status = await _answered(self.jobs.detach(job), SILENT)
                     if status.state not in OVER:
                         return PendingJob(job, status.state, status.progress, status.message, status.eta_s)

@@ -240,13 +240,19 @@ async def test_job_that_ends_while_it_is_detached_is_a_result(
     assert [image["seed"] for image in payload["images"]] == ["5", "6"]
 
 
-@pytest.mark.parametrize(("seconds", "detached"), [(60.0, True), (1.0, False), (None, False)])
-async def test_call_expected_to_outlast_its_budget_returns_a_job_at_once(
-    client: Client, painter: FakeExecutor, seconds: float | None, detached: bool
-):
-    painter.events_before = [Queued(2, seconds)]
-    facts = await call(client, "generate_image", prompt="behind others", seed=5)
-    assert ("job" in facts) is detached
+async def test_estimate_shortens_no_wait(client: Client, painter: FakeExecutor, service: Service):
+    """A wrong guess once cut small budgets to nothing: each wait returned at once, and its caller ran in circles."""
+    painter.events_before = [Queued(2, 60.0)]
+    assert "image" in await call(client, "generate_image", prompt="behind others", seed=5)
+    service.settings = replace(service.settings, wait_budget=0.4)
+    painter.seconds_per_step = 60.0
+    started = time.monotonic()
+    pending = await call(client, "generate_image", prompt="slow", seed=5)
+    assert time.monotonic() - started >= 0.4
+    started = time.monotonic()
+    assert (await call(client, "wait_for_job", job=pending["job"]))["job"] == pending["job"]
+    assert time.monotonic() - started >= 0.4
+    painter.hurry()
 
 
 async def test_images_before_and_after_detaching_come_together_in_order(
@@ -266,7 +272,7 @@ async def test_unknown_job_is_an_error_that_says_where_images_are(client: Client
 
 
 async def test_detached_job_that_failed_says_why(client: Client, painter: FakeExecutor, service: Service):
-    painter.events_before = [Queued(2, 60.0)]
+    service.settings = replace(service.settings, wait_budget=0)
     painter.seconds_per_step = 0.2
 
     def fail(job: Job) -> Any:
@@ -274,6 +280,7 @@ async def test_detached_job_that_failed_says_why(client: Client, painter: FakeEx
 
     painter.paint = fail
     pending = await call(client, "generate_image", prompt="slow")
+    service.settings = replace(service.settings, wait_budget=20)
     assert complaint(await client.call_tool("wait_for_job", {"job": pending["job"]})) == (
         "The device is full. Ask for less."
     )
