@@ -49,8 +49,8 @@ def _move_away(folder: Path) -> Path:
 
 
 def _take_in_files(store: Store, moved: Path | None) -> Repair:
-    found = added = 0
-    unreadable = []
+    found = 0
+    unreadable, records = [], []
     for path in recovery.orphans(store.files.root):
         found += 1
         if store.recovery.knows_file(path.stem):
@@ -59,6 +59,7 @@ def _take_in_files(store: Store, moved: Path | None) -> Repair:
         if record is None:
             unreadable.append(path)
             continue
+        records.append(record)
+    for record in sorted(records, key=lambda record: record.created):  # lists go by the order of rows
         store.recovery.take_in(record)
-        added += 1
-    return Repair(found, added, moved, tuple(unreadable))
+    return Repair(found, len(records), moved, tuple(unreadable))

@@ -5,8 +5,10 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -135,7 +137,7 @@ def record_in(file: Path) -> Record | None:
         width=width,
         height=height,
         bytes=len(data),
-        created=file.stat().st_mtime,
+        created=(_made_at(recipe) if generated else None) or file.stat().st_mtime,
         client="",  # files do not name it
         tool=str(request["tool"]) if generated else "open",
         source=None,
@@ -145,7 +147,15 @@ def record_in(file: Path) -> Record | None:
     )
 
 
+def _made_at(recipe: Mapping[str, Any]) -> float | None:
+    """Return the time in an image's own recipe, if any."""
+    try:
+        made = datetime.strptime(str(recipe.get("created")), "%Y-%m-%dT%H:%M:%SZ").replace(tzinfo=UTC).timestamp()
+    except (ValueError, OverflowError):
+        return None
+    return made if 0 < made <= time.time() else None
+
+
 def orphans(files: Path) -> Iterator[Path]:
-    """Yield the files of a library, oldest first."""
-    found = [path for path in files.glob("*/*.png") if re.fullmatch("[0-9a-f]{64}", path.stem)]
-    yield from sorted(found, key=lambda path: path.stat().st_mtime)
+    """Yield the files of a library."""
+    yield from (path for path in files.glob("*/*.png") if re.fullmatch("[0-9a-f]{64}", path.stem))

@@ -1,5 +1,6 @@
 """Nothing generated is lost: locked or damaged index, missing or changed files."""
 
+import hashlib
 import os
 import sqlite3
 from dataclasses import replace
@@ -11,7 +12,7 @@ from mcp import Client
 
 from klein_mcp.cli import doctor
 from klein_mcp.errors import RequestError, UnknownImage
-from klein_mcp.images import schema
+from klein_mcp.images import codec, schema
 from klein_mcp.images.index import DATABASE
 from klein_mcp.images.library import Store
 from klein_mcp.images.rebuild import repair
@@ -187,3 +188,44 @@ def test_pick_while_the_index_is_locked_is_one_line(impatient: None, tmp_path: P
 
 def test_doctor_names_images_without_a_file(settings: Settings, service: Service):
     assert doctor._library(replace(settings, home=settings.home / "none")).found == "empty"
+
+
+async def test_repair_keeps_when_images_were_made(client: Client, service: Service, settings: Settings):
+    """Files that were copied have the time of the copy: the recipe knows better, and order follows it."""
+    made = [await call(client, "generate_image", prompt="a cat", seed=seed) for seed in (1, 2)]
+    first, second = (service.store.get(facts["image"]) for facts in made)
+    times = {record.handle: record.created for record in (first, second)}
+    os.utime(service.store.path(first), (2e9, 2e9))
+    os.utime(service.store.path(second), (1e9, 1e9))
+    service.close()
+    for path in settings.library.glob(f"{DATABASE}*"):
+        path.unlink()
+    (settings.library / DATABASE).write_bytes(b"garbage " * 1000)
+    assert repair(settings.library).added == 2
+    store = Store(settings.library)
+    for record in store.everything():
+        assert abs(record.created - times[record.handle]) < 2  # a recipe holds whole seconds
+    store.close()
+
+
+async def test_repair_orders_images_by_their_recipes(client: Client, service: Service, settings: Settings):
+    await call(client, "generate_image", prompt="new", seed=1)
+    old = codec.encode(
+        scene(64, 48),
+        "png",
+        {"image": "kkkkkk", "created": "2020-02-03T04:05:06Z", "prompt": "old", "request": {"tool": "generate_image"}},
+    )
+    name = hashlib.sha256(old).hexdigest()
+    lying = settings.library / "files" / name[:2] / f"{name}.png"
+    lying.parent.mkdir(exist_ok=True)
+    lying.write_bytes(old)
+    service.close()
+    for path in settings.library.glob(f"{DATABASE}*"):
+        path.unlink()
+    (settings.library / DATABASE).write_bytes(b"garbage " * 1000)
+    repair(settings.library)
+    store = Store(settings.library)
+    first, second = store.everything()
+    store.close()
+    assert (first.prompt, second.prompt) == ("old", "new")
+    assert first.created == 1580702706  # 2020-02-03T04:05:06Z
