@@ -8,6 +8,7 @@ import os
 import secrets
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import AsyncGenerator, Sequence
@@ -33,6 +34,9 @@ START_TIMEOUT = 60.0
 
 GREETING = 5.0
 """Seconds for a daemon to say hello, which it does at once unless its machine is very busy."""
+
+ROOM = 2**16
+"""Bytes of disk below which an engine does not start: its endpoint, its log, and SQLite's shared memory of 32 KiB."""
 
 DAEMON = (sys.executable, "-m", "klein_mcp.daemon")
 
@@ -175,7 +179,7 @@ class Launcher:
             deadline = time.monotonic() + START_TIMEOUT
             while not await self.find():
                 if process.poll() is not None:
-                    raise EngineFailed(_last_line(home / "daemon.err") or f"The engine ended ({process.returncode}).")
+                    raise _why_it_ended(home, process.returncode)
                 if time.monotonic() > deadline:
                     process.kill()
                     raise EngineFailed(
@@ -215,6 +219,29 @@ def _detached() -> dict[str, Any]:
     if os.name == "posix":
         return {"start_new_session": True}
     return {"creationflags": subprocess.DETACHED_PROCESS | subprocess.CREATE_NEW_PROCESS_GROUP}  # type: ignore[attr-defined]
+
+
+def _why_it_ended(home: Path, code: int) -> EngineFailed:
+    """Make the error for an engine that ended at its start.
+
+    On a full disk it could not even write why.
+    """
+    try:
+        with tempfile.TemporaryFile(dir=home, buffering=0) as file:
+            written = file.write(bytes(ROOM))
+        full = "No space left on device" if written < ROOM else ""
+    except OSError as exc:
+        full = exc.strerror or str(exc)
+    if full:
+        return EngineFailed(
+            f"The engine cannot start, as the data folder {home} cannot be written: {full}.",
+            hint="Free some space (klein-mcp prune), or set KLEIN_HOME to a folder on another disk.",
+        )
+    if line := _last_line(home / "daemon.err"):
+        return EngineFailed(line)
+    return EngineFailed(
+        f"The engine ended at its start, with exit code {code}.", hint="`klein-mcp doctor` looks for causes."
+    )
 
 
 def _last_line(path: Path) -> str:

@@ -155,7 +155,8 @@ class KleinServer(MCPServer):
         except RequestError as exc:
             return _error_result(str(exc))
         except (OSError, sqlite3.Error) as exc:
-            log.exception("%s failed", name)
+            # The message says it all, and clients show stderr as errors.
+            log.error("%s failed: %s: %s", name, type(exc).__name__, exc, exc_info=log.isEnabledFor(logging.DEBUG))
             home = self.service.settings.home
             return _error_result(f"{name} met a disk error: {exc}. Check free space and permissions of {home}.")
         except Exception as exc:

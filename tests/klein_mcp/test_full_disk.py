@@ -4,6 +4,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from mcp import Client
+from mcp.client.stdio import stdio_client
 
 from engine.contract import image_hash
 from klein_mcp.cli.info import info
@@ -15,6 +17,10 @@ from klein_mcp.images.library import Record, Store
 from klein_mcp.images.schema import LibraryUnwritable, unwritable
 from klein_mcp.settings import Settings
 from tests.disks import fill, read_only, small_disk
+from tests.real_server import real_server
+from tests.tool_calls import call, refused
+
+pytestmark = pytest.mark.anyio
 
 
 def add(store: Store, seed: int) -> Record:
@@ -120,3 +126,30 @@ def test_prune_spares_a_file_that_another_image_has(settings: Settings, monkeypa
     assert [record.handle for record in store.everything()] == [second.handle]
     assert store.is_whole(store.get(second.handle))
     store.close()
+
+
+async def test_full_disk_without_an_engine_is_explained(tmp_path: Path):
+    """Reading goes on, saving elsewhere works, and the rest says why it does not, and what to do."""
+    with small_disk(tmp_path / "disk", "3m") as disk, real_server(disk / "home") as place:
+        async with Client(place.stdio()) as client:
+            made = await call(client, "generate_image", prompt="a cat on red", seed=1)
+        place.run("-m", "klein_mcp", "stop")
+        filler = fill(disk)
+        with open(tmp_path / "stderr", "w+") as errors:
+            transport = stdio_client(place.stdio(KLEIN_WRITE_ROOTS=str(tmp_path)), errlog=errors)
+            async with Client(transport) as client:
+                listed = await call(client, "list_images")
+                assert [image["image"] for image in listed["images"]] == [made["image"]]
+                message = await refused(client, "generate_image", prompt="a dog on blue", seed=2)
+                assert "No space left on device" in message
+                assert "klein-mcp prune" in message
+                saved = await call(client, "save_image", image=made["image"], path=str(tmp_path / "cat.png"))
+                assert "cannot be written" in " ".join(saved["warnings"])
+                assert Path(saved["saved"]).read_bytes() == Path(made["path"]).read_bytes()
+            errors.seek(0)
+            assert "Traceback" not in errors.read()
+        demo = place.run("-m", "klein_mcp", "demo", "--out", str(tmp_path / "demo"))
+        assert demo.returncode == 1
+        assert "No space left on device" in demo.stderr
+        assert "klein-mcp prune" in demo.stderr
+        filler.unlink()

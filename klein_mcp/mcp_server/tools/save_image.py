@@ -1,8 +1,11 @@
 """save_image: writes the full image into the user's project."""
 
+import sqlite3
+
 import anyio.to_thread
 from mcp_types import CallToolResult
 
+from klein_mcp.errors import RequestError
 from klein_mcp.jobs.context import CallContext
 from klein_mcp.jobs.folders import writable
 from klein_mcp.jobs.service import Service
@@ -38,13 +41,16 @@ async def run(service: Service, call: CallContext, arguments: SaveImage) -> Call
     )
     settings = service.settings
 
-    def save() -> export.SavedFile:
+    def save() -> tuple[export.SavedFile, str]:
         signer = credentials.from_setting(settings.credentials, settings.home)
         file = export.save(service.store, opened.record, options, roots, signer)
-        service.store.note_saved(opened.record.handle, str(file.path))
-        return file
+        try:
+            service.store.note_saved(opened.record.handle, str(file.path))
+        except (RequestError, OSError, sqlite3.Error) as exc:  # the file is there all the same
+            return file, f"the file is written, but the image's history will not name it: {exc}"
+        return file, ""
 
-    saved = await anyio.to_thread.run_sync(save)
+    saved, unnoted = await anyio.to_thread.run_sync(save)
     payload = {
         "image": opened.record.handle,
         "saved": str(saved.path),
@@ -54,7 +60,7 @@ async def run(service: Service, call: CallContext, arguments: SaveImage) -> Call
         "bytes": saved.bytes,
         **({"background": "transparent", "alpha": saved.alpha} if saved.alpha else {}),
     }
-    warnings = list(saved.warnings)
+    warnings = [*saved.warnings, *([unnoted] if unnoted else [])]
     if arguments.max_size and max(saved.width, saved.height) < arguments.max_size and arguments.size is None:
         warnings.append(
             f"max_size {arguments.max_size} only shrinks: {saved.width}×{saved.height} was written; size enlarges"
