@@ -15,7 +15,7 @@ from klein_mcp.jobs.events import Cancelled, Failed, ImageSaved, JobEvent, Liste
 from klein_mcp.jobs.request import ImageRequest
 from klein_mcp.jobs.service import Service
 from klein_mcp.mcp_server.results import uri
-from klein_mcp.mcp_server.server import http_client
+from klein_mcp.mcp_server.sender import http_client
 
 REFERENCE = re.compile(r"data:|https?://|klein://|[a-z0-9]{6}$", re.IGNORECASE)
 """References that a body may name: never a path of this machine, which only MCP clients may read."""

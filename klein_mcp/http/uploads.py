@@ -8,7 +8,7 @@ from starlette.routing import Route
 from klein_mcp.errors import RequestError
 from klein_mcp.http.surface import HttpContext, Surface, json_error
 from klein_mcp.mcp_server.results import uri
-from klein_mcp.mcp_server.server import http_client
+from klein_mcp.mcp_server.sender import http_client
 
 MAX_BYTES = 64 * 2**20
 """As images/codec.MAX_BYTES, which would import Pillow."""

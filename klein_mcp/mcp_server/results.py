@@ -45,7 +45,9 @@ def tool_result(result: "JobResult", store: Store, show: str, call: CallContext)
             {"label": label, **{name: value for name, value in entry.items() if name != "read_as"}}
             for label, entry in zip("ABCD", entries, strict=False)
         ]
-        line = {"images": cells, **warnings, **read_as, "last": records[-1].handle}
+        # Clients that look alike are refused `last`, and so it is not offered to them.
+        last = {} if call.shared else {"last": records[-1].handle}
+        line = {"images": cells, **warnings, **read_as, **last}
     blocks: list[ContentBlock] = [text(line)]
     if show == "inline" and result.preview:
         blocks.append(ImageContent(type="image", data=result.preview.base64, mime_type=result.preview.mime))

@@ -1,6 +1,5 @@
 """The MCP server behind every transport."""
 
-import hashlib
 import json
 import logging
 import os
@@ -44,7 +43,7 @@ from klein_mcp.images.paths import folder_of
 from klein_mcp.jobs.context import CallContext
 from klein_mcp.jobs.installed import InstalledModels, find, models_of
 from klein_mcp.jobs.service import Service
-from klein_mcp.mcp_server import icon, prompts, resources, results, studio_app, studio_resources
+from klein_mcp.mcp_server import icon, prompts, resources, results, sender, studio_app, studio_resources
 from klein_mcp.mcp_server.tools import TOOLS
 from klein_mcp.mcp_server.tools.leniency import ignored_warning, split_client_arguments
 from klein_mcp.mcp_server.tools.tool import Tool
@@ -59,7 +58,7 @@ warnings.filterwarnings("ignore", message="The roots capability is deprecated")
 
 INSTRUCTIONS = (
     "Images by FLUX.2 [klein], on this machine. generate_image makes an image from words, edit_image changes one, "
-    "compose_references joins several. Each result names a handle: use it (or last) as the image of the next call. "
+    "compose_references joins several. Each result names a handle: use it as the image of the next call. "
     "Handles stay valid, so go back to an earlier image rather than repair a bad one. Same seed and prompt, same "
     "image; count makes drafts to choose from. save_image writes the full image into the user's project; otherwise "
     "tell the user the path. If a result holds a job, call wait_for_job. Prompts: plain sentences, subject first, "
@@ -104,6 +103,7 @@ class KleinServer(MCPServer):
         self.subscriptions = resources.ResourceSubscriptions(self._subscriptions)
         self.middleware.append(self.subscriptions.remember)
         self.middleware.append(studio_app.note_support)
+        self.middleware.append(sender.note_sharing)
         self.feed = Feed(service)
         # MCPServer has no public way to add these three methods of the legacy era, nor to declare that its list of
         # resources changes.
@@ -124,6 +124,8 @@ class KleinServer(MCPServer):
         tools = [_for_models(tool.listed(), models) for tool in TOOLS.values()]
         if studio_app.supported():
             tools = [*map(studio_app.with_page, tools), studio_app.PICK.listed()]
+        if sender.is_shared():
+            tools = [*map(sender.without_last, tools)]
         return tools + await super().list_tools()
 
     async def call_tool(self, name: str, arguments: dict[str, Any], context: Context[Any, Any] | None = None) -> Any:
@@ -226,8 +228,8 @@ class KleinServer(MCPServer):
                 await context.report_progress(done, total, message)
 
         return CallContext(
-            client=self._client if request is None else http_client(request),
-            shared=request is not None and not identifies_client(request),
+            client=self._client if request is None else sender.http_client(request),
+            shared=request is not None and not sender.identifies_client(request),
             name=params.client_info.name if params else "",
             progress=progress,
             roots=lambda: _roots(session),
@@ -267,27 +269,6 @@ async def _roots(session: Any) -> tuple[Path, ...] | None:
         folders = [folder_of(str(root.uri)) for root in roots if str(root.uri).startswith("file:")]
         return tuple(filter(None, folders)) or None
     return None
-
-
-def http_client(request: Any) -> str:
-    """Return whose turn it is, by session or token and name."""
-    if session := _session(request):
-        return f"session-{session}"
-    token, name = request.headers.get("authorization", ""), request.query_params.get("client", "")
-    return f"token-{hashlib.sha256(f'{token} {name}'.strip().encode()).hexdigest()[:16]}"
-
-
-def identifies_client(request: Any) -> bool:
-    """Return whether a request says which client sends it.
-
-    Today's protocol has no sessions, and every client of one token sends the same. `?client=NAME` in the address that
-    it is configured with tells it apart.
-    """
-    return bool(_session(request) or request.query_params.get("client"))
-
-
-def _session(request: Any) -> str:
-    return request.headers.get("mcp-session-id") or request.query_params.get("session_id") or ""
 
 
 def _error_result(message: str) -> CallToolResult:

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 import signal
 import socket
 import stat
@@ -19,6 +20,7 @@ import pytest
 import uvicorn
 from mcp import Client
 from mcp.client.streamable_http import streamable_http_client
+from mcp_types import ListToolsResult
 
 from klein_mcp.errors import RequestError
 from klein_mcp.http import app as http_app
@@ -322,6 +324,12 @@ async def test_modern_client_mirrors_the_model_into_a_header(url):
         await call(client, "generate_image", prompt="an apple", model="nano", seed=1)
 
 
+def offers_last(listed: ListToolsResult, client: Client) -> bool:
+    """Whether anything that an agent reads before its first call speaks of `last`."""
+    schemas = " ".join(str(tool.input_schema) for tool in listed.tools)
+    return re.search(r"\blast\b", f"{schemas} {client.instructions}") is not None
+
+
 async def test_last_is_refused_where_clients_look_alike(url):
     """Today's protocol has no sessions: two agents with one address would get each other's images."""
 
@@ -332,11 +340,14 @@ async def test_last_is_refused_where_clients_look_alike(url):
 
     async with agent("") as one, agent("") as two:
         for client in (one, two):
-            await call(client, "generate_image", prompt="a cat", count=2)
+            assert "last" not in await call(client, "generate_image", prompt="a cat", count=2)
+            assert not offers_last(await client.list_tools(), client)
             for reference in ("last", "LAST~1", "B", '"last"'):
                 message = await refused(client, "view_image", image=reference)
                 assert "?client=NAME" in message
     async with agent("?client=one") as one, agent("?client=two") as two:
+        assert offers_last(await one.list_tools(), one)
+        assert "last" in await call(one, "generate_image", prompt="a cat", count=2)
         images = [(await call(client, "generate_image", prompt=f"{client}"))["image"] for client in (one, two)]
         for client, image in zip((one, two), images, strict=True):
             assert (await call(client, "view_image", image="last"))["image"] == image

@@ -29,6 +29,9 @@ MAX_PATH = 2000
 EXACT = 2**53 - 1
 """The largest whole number that every JSON reader keeps; larger seeds travel as text."""
 
+COUNTED_BACK = (" last, last~1, A to D of the last sheet,", " last, last~1,")
+"""Parts of descriptions that offer references which count back from a client's latest image."""
+
 NOTHING = {"seed": -1, "width": 0, "height": 0, "max_size": 0}
 """Numbers for "nothing", by models that must fill in every argument. -1 is a random seed in other tools."""
 
