@@ -105,7 +105,12 @@ def mask_warnings(mask: Rgb8) -> tuple[str, ...]:
 def region_box(region: Sequence[int], width: int, height: int) -> Box:
     """Convert a region to a box. Raises RequestError if outside."""
     x, y, wide, high = region
-    if x < 0 or y < 0 or wide < 1 or high < 1 or x + wide > width or y + high > height:
+    if wide < 1 or high < 1:
+        raise RequestError(
+            f"region {list(region)} has no area.",
+            hint="region is [x, y, width, height] in pixels; leave it out for the whole image.",
+        )
+    if x < 0 or y < 0 or x + wide > width or y + high > height:
         raise RequestError(
             f"region {list(region)} does not fit: the image is {width}×{height}.",
             hint="region is [x, y, width, height] in pixels, x + width and y + height within the image.",

@@ -175,8 +175,16 @@ PLACEHOLDERS = {"aspect_ratio": "", "width": 0, "height": "0", "seed": -1, "mode
 async def test_placeholders_of_optional_arguments_mean_nothing(client: Client, painter: FakeExecutor):
     await call(client, "generate_image", prompt="a dot", **PLACEHOLDERS)
     assert painter.jobs[0].size == Native()
-    await call(client, "edit_image", image="last", prompt="x", mask="", region=[0, 0, 0, 0], seed="-1")
+    await call(client, "edit_image", image="last", prompt="x", mask="", region=[], seed="-1")
     assert painter.jobs[1].size == KeepSource()
+
+
+@pytest.mark.parametrize("region", [[0, 0, 0, 0], "0,0,0,0", [5, 5, 0, 10], {"x": 0, "y": 0, "width": 0, "height": 0}])
+async def test_region_without_area_is_refused(client: Client, painter: FakeExecutor, region: Any):
+    await call(client, "generate_image", prompt="a dot")
+    for tool, more in (("edit_image", {"prompt": "x"}), ("view_image", {})):
+        assert "has no area" in await refused(client, tool, image="last", region=region, **more)
+    assert len(painter.jobs) == 1
 
 
 async def test_arguments_that_clients_add_are_ignored_with_a_warning(client: Client):

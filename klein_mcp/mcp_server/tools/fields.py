@@ -51,8 +51,7 @@ class Arguments(BaseModel):
         field = cls.model_fields[name]
         if field.is_required():
             return value
-        zeros = name == "region" and isinstance(sides := as_list(value), list) and {*map(str, sides[:5])} == {"0"}
-        nothing = is_placeholder(value) or zeros or (name in NOTHING and as_number(value) == NOTHING[name])
+        nothing = is_placeholder(value) or (name in NOTHING and as_number(value) == NOTHING[name])
         return field.default if nothing else value
 
 
