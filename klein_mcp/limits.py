@@ -5,5 +5,7 @@ GRID = 16
 """Pixels: sizes are multiples of it, as one token of the model is 16 × 16."""
 MAX_AREA = 2048 * 2048
 MAX_SEED = 2**63 - 1
+EXACT = 2**53 - 1
+"""The largest whole number that every JSON reader keeps; larger seeds travel as text."""
 MAX_FILE_BYTES = 64 * 2**20
 """Of one image file that comes in: a 4096² PNG of pure noise is 50 MB."""

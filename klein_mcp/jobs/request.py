@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from engine.contract import Aspect, Exact, KeepSource, Native, Size
 from klein_mcp.errors import RequestError
-from klein_mcp.limits import GRID, MAX_AREA, MAX_SEED
+from klein_mcp.limits import EXACT, GRID, MAX_AREA, MAX_SEED
 
 Preserve = Literal["auto", "off"]
 """Whether an edit puts the original's pixels back where it changed nothing."""
@@ -243,9 +243,17 @@ def _seed(asked: int | None, count: int) -> int:
     """Without one, a seed short enough to be read aloud. Raises RequestError."""
     if asked is None:
         return secrets.randbelow(2**32)
-    if asked > MAX_SEED - count + 1:
-        raise RequestError(f"seed {asked} leaves no room for {count} images; at most {MAX_SEED - count + 1}.")
+    if asked > (most := highest_seed(asked, count)):
+        raise RequestError(f"seed {asked} leaves no room for {count} images; at most {most}.")
     return asked
+
+
+def highest_seed(asked: int, count: int) -> int:
+    """Return the largest first seed that leaves room for `count` images.
+
+    The seeds of a request that came as a number stay numbers that every JSON reader keeps.
+    """
+    return (EXACT if asked <= EXACT else MAX_SEED) - count + 1
 
 
 def _missing_references(prompt: str, given: int) -> list[str]:

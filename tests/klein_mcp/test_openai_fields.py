@@ -107,6 +107,7 @@ WRONG = [
     ({"seed": -2}, "seed", 400),
     ({"seed": 2**63}, "seed", 400),
     ({"seed": 2**63 - 1, "n": 2}, "seed", 400),
+    ({"seed": 2**53 - 1, "n": 2}, "seed", 400),
     ({"steps": 0}, "steps", 400),
     ({"guidance": "nan"}, "guidance", 400),
     ({"markup": "data:,"}, "markup", 400),

@@ -85,6 +85,8 @@ async def test_unknown_tool_is_an_error_with_the_nearest_name(client: Client):
         ({"prompt": "x", "seed": -2}, "seed is -2; it must be a whole number, 0 to 9007199254740991"),
         ({"prompt": "x", "seed": 2**53}, "it must be a whole number, 0 to 9007199254740991"),
         ({"prompt": "x", "seed": str(2**63 - 1), "count": 2}, "leaves no room for 2"),
+        ({"prompt": "x", "seed": 2**53 - 1, "count": 2}, "leaves no room for 2 images; at most 9007199254740990"),
+        ({"prompt": "x", "seed": 2**53 - 3, "count": 4}, "leaves no room for 4 images; at most 9007199254740988"),
         ({"prompt": "x", "model": "klein4b"}, "Did you mean klein-4b?"),
         ({"prompt": "x", "aspect_ratio": "16-9"}, "Did you mean 16:9?"),
         ({"prompt": "x", "show": "yes"}, 'show is "yes"; it must be one of inline, link, none'),
@@ -112,6 +114,14 @@ async def test_largest_seed_arrives_exactly(client: Client, painter: FakeExecuto
     payload = await call(client, "generate_image", prompt="a dot", seed=str(2**63 - 1))
     assert painter.jobs[0].seed == 2**63 - 1
     assert payload["seed"] == "9223372036854775807"
+
+
+async def test_every_seed_of_a_sheet_can_be_asked_for_again(client: Client, painter: FakeExecutor):
+    for asked in (2**53 - 4, str(2**63 - 4)):
+        made = await call(client, "generate_image", prompt="a dot", seed=asked, count=4)
+        for image in made["images"]:
+            seed = int(image["seed"]) if isinstance(asked, int) else image["seed"]
+            assert (await call(client, "generate_image", prompt="a dot", seed=seed))["seed"] == image["seed"]
 
 
 @pytest.mark.parametrize("reference", ["k7f3q2", "no such thing", "last", "last~3", "klein://images/k7f3q2"])

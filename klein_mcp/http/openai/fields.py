@@ -8,6 +8,7 @@ from typing import Any, Literal
 from engine.families.klein.variants import VARIANTS
 from klein_mcp.errors import did_you_mean, quote
 from klein_mcp.http.openai.errors import ApiError
+from klein_mcp.jobs.request import highest_seed
 from klein_mcp.limits import MAX_SEED, MAX_SIDE, MIN_SIDE
 
 MAX_PROMPT = 32_000
@@ -84,8 +85,8 @@ def _check_together(call: ImageCall) -> None:
         raise ApiError(400, "partial_images needs stream: true.", "partial_images")
     if call.stream and call.as_url:
         raise ApiError(400, "A stream carries b64_json, not URLs.", "response_format")
-    if call.seed is not None and call.seed > MAX_SEED - call.n + 1:
-        raise ApiError(400, f"seed {call.seed} leaves no room for {call.n} images.", "seed")
+    if call.seed is not None and call.seed > (most := highest_seed(call.seed, call.n)):
+        raise ApiError(400, f"seed {call.seed} leaves no room for {call.n} images; at most {most}.", "seed")
 
 
 def _invalid(name: str, value: Any, allowed: str) -> ApiError:

@@ -17,7 +17,7 @@ from pydantic_core import PydanticCustomError
 
 from engine.families.klein.variants import VARIANTS
 from klein_mcp.errors import DESCRIBED
-from klein_mcp.limits import MAX_SEED, MAX_SIDE, MIN_SIDE
+from klein_mcp.limits import EXACT, MAX_SEED, MAX_SIDE, MIN_SIDE
 from klein_mcp.mcp_server.tools.leniency import as_choice, as_list, as_number, from_json_list, is_placeholder
 
 MAX_PROMPT = 4000
@@ -25,9 +25,6 @@ MAX_PROMPT = 4000
 
 MAX_PATH = 2000
 """Characters; Linux allows 4,096, Windows 260 where nobody changed it."""
-
-EXACT = 2**53 - 1
-"""The largest whole number that every JSON reader keeps; larger seeds travel as text."""
 
 COUNTED_BACK = (" last, last~1, A to D of the last sheet,", " last, last~1,")
 """Parts of descriptions that offer references which count back from a client's latest image."""
