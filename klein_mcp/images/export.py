@@ -8,8 +8,10 @@ from pathlib import Path, PurePath
 from klein_mcp.atomic import write_new_or_replace
 from klein_mcp.errors import Refused, RequestError, did_you_mean, quote
 from klein_mcp.images import codec, credentials, cutout
+from klein_mcp.images.budget import MAX_PIXELS
 from klein_mcp.images.library import Record, Store
 from klein_mcp.images.paths import look_alike, unwrap
+from klein_mcp.limits import MAX_FILE_BYTES
 
 _SUFFIXES: dict[str, codec.Format] = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp"}
 ALLOW = (
@@ -23,7 +25,7 @@ class SaveOptions:
     """Options of one save.
 
     path: as the caller wrote it; a relative one starts at the first allowed folder.
-    max_size: long edge to shrink to. size: long edge to shrink or enlarge to.
+    max_size: long edge to shrink to. size: long edge to shrink or enlarge to, within max_size.
     transparent: whether the subject is cut out of a plain background.
     """
 
@@ -81,6 +83,11 @@ def save(
             file.data = credentials.sign_record(store, record, file.data, f"image/{kind}", signer)
     except ValueError as error:
         raise RequestError(f"{kind} cannot store it: {error}.", hint="Choose png, or a max_size.") from None
+    if len(file.data) > MAX_FILE_BYTES:  # no tool could open it again
+        raise RequestError(
+            f"The file would have {len(file.data) / 2**20:.0f} MiB; at most {MAX_FILE_BYTES // 2**20}.",
+            hint="Choose jpeg or webp, or a smaller size.",
+        )
     try:
         write_new_or_replace(root, target, file.data, overwrite=options.overwrite)
     except FileExistsError:
@@ -133,13 +140,29 @@ def _with_suffix(path: Path, asked: codec.Format | None) -> tuple[Path, codec.Fo
     return path, kind
 
 
+def _long_edge(record: Record, options: SaveOptions) -> int:
+    """Return the long edge of the file. Raises RequestError."""
+    longest, shortest = max(record.width, record.height), min(record.width, record.height)
+    if options.size is None:
+        return min(longest, options.max_size or longest)
+    if options.max_size is not None and options.size > options.max_size:
+        raise RequestError(f"size {options.size} is more than max_size {options.max_size}.", hint="Give one of them.")
+    most = int((MAX_PIXELS * longest / shortest) ** 0.5)
+    if options.size > max(most, longest):  # no tool could open it again
+        raise RequestError(
+            f"size {options.size} makes an image of over {MAX_PIXELS // 10**6} MP; at most {most} in this shape.",
+            hint=f"Say size {most}, or less.",
+        )
+    return options.size
+
+
 def _rendered(store: Store, record: Record, options: SaveOptions, kind: codec.Format) -> _File:
     """Return the file: the library's own bytes if nothing changes. Raises RequestError."""
     if options.transparent and kind == "jpeg":
         raise RequestError("JPEG has no transparency.", hint="Save as png or webp.")
-    data = store.read(record)
     longest = max(record.width, record.height)
-    wanted = options.size or min(longest, options.max_size or longest)
+    wanted = _long_edge(record, options)
+    data = store.read(record)
     if kind == "png" and wanted == longest and not options.strip_metadata and not options.transparent:
         return _File(data, record.width, record.height)
     image, checks, warnings = codec.decode(data, record.handle, None).pixels, None, list[str]()

@@ -17,7 +17,7 @@ from PIL import Image
 from pydantic import FileUrl
 
 from klein_mcp.errors import RequestError
-from klein_mcp.images import provenance
+from klein_mcp.images import export, provenance
 from klein_mcp.images.export import SaveOptions, resolve
 from klein_mcp.jobs.service import Service
 from tests.fakes import FakeExecutor
@@ -120,6 +120,26 @@ async def test_smaller_copy_keeps_its_shape_and_nothing_is_enlarged(client: Clie
     assert (small["width"], small["height"]) == (64, 32)
     large = await call(client, "save_image", image="last", path="large.png", max_size=4096)
     assert (large["width"], large["height"]) == (256, 128)
+
+
+async def test_size_beyond_max_size_is_refused(client: Client, project: Path):
+    await painted(client)
+    message = await refused(client, "save_image", image="last", path="x.png", size=512, max_size=64)
+    assert message == "size 512 is more than max_size 64. Give one of them."
+    saved = await call(client, "save_image", image="last", path="x.png", size=64, max_size=512)
+    assert (saved["width"], saved["height"], "warnings" in saved) == (64, 64, False)
+    assert (await call(client, "save_image", image="last", path="y.png", size=0, max_size=0))["width"] == 128
+
+
+async def test_file_that_no_tool_could_open_is_not_written(
+    client: Client, project: Path, monkeypatch: pytest.MonkeyPatch
+):
+    await painted(client)
+    message = await refused(client, "save_image", image="last", path="x.png", size=8192)
+    assert message == "size 8192 makes an image of over 64 MP; at most 8000 in this shape. Say size 8000, or less."
+    monkeypatch.setattr(export, "MAX_FILE_BYTES", 100)
+    assert "The file would have 0 MiB" in await refused(client, "save_image", image="last", path="x.png", size=300)
+    assert not list(project.iterdir())
 
 
 async def test_jpeg_is_close_to_image(client: Client, project: Path, painter: FakeExecutor):

@@ -29,7 +29,7 @@ MAX_PATH = 2000
 COUNTED_BACK = (" last, last~1, A to D of the last sheet,", " last, last~1,")
 """Parts of descriptions that offer references which count back from a client's latest image."""
 
-NOTHING = {"seed": -1, "width": 0, "height": 0, "max_size": 0}
+NOTHING = {"seed": -1, "width": 0, "height": 0, "max_size": 0, "size": 0}
 """Numbers for "nothing", by models that must fill in every argument. -1 is a random seed in other tools."""
 
 MAX_REFERENCES = max(row.max_references for row in VARIANTS.values())
