@@ -2,13 +2,11 @@
 
 import argparse
 import json
-import os
 import shlex
-import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -16,28 +14,14 @@ from typing import Any
 from engine.contract import EngineError, Exact, Job, ModelInfo, Result
 from engine.families.klein.variants import EMBEDDED, VARIANTS
 from klein_mcp.cli.daemon import ask_daemon
+from klein_mcp.cli.doctor_files import Check, check_disk, check_library, check_roots, check_signer
 from klein_mcp.cli.status import format_node
 from klein_mcp.cli.terminal import ProgressBar, program, strip_control_chars
-from klein_mcp.errors import RequestError, explain, fix_words
+from klein_mcp.errors import explain, fix_words
 from klein_mcp.jobs.status import DaemonStatus
 from klein_mcp.settings import Settings, misspelled, user_home
 
 OLDEST_PYTHON = (3, 11)
-LEAST_DISK = 5 * 10**9
-"""Bytes of free disk below which images or a download may fail."""
-
-
-@dataclass(frozen=True, slots=True)
-class Check:
-    """One finding.
-
-    todo: what to do about it, "" if nothing. optional: generation works without it, so it is advice.
-    """
-
-    subject: str
-    found: str
-    todo: str = ""
-    optional: bool = False
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -65,10 +49,12 @@ def checks(settings: Settings) -> Iterator[Check]:
     yield _python()
     if not settings.engine:
         yield _torch()
-    yield _disk(settings)
+    yield check_disk(settings)
     for name, meant in misspelled():
         yield Check("settings", f"{name} is no setting and has no effect", f"Did you mean {meant}?", optional=True)
-    yield _library(settings)
+    yield check_library(settings)
+    yield from check_roots(settings)
+    yield from check_signer(settings)
     if (home := user_home()) is not None:
         yield _clients(home)
     yield _daemon(settings)
@@ -108,49 +94,6 @@ def _torch() -> Check:
         return Check("torch", version("torch"))
     except PackageNotFoundError:
         return Check("torch", "not installed", "Install klein-mcp again; torch comes with it.")
-
-
-def _disk(settings: Settings) -> Check:
-    found = []
-    for place in dict.fromkeys((settings.home, settings.hub)):
-        existing = next(folder for folder in (place, *place.parents) if folder.exists())
-        if not os.access(existing, os.W_OK):
-            return Check("disk", f"{existing} cannot be written", "Change its owner, or set KLEIN_HOME and KLEIN_HUB.")
-        free = shutil.disk_usage(existing).free
-        found.append(f"{free / 1e9:.0f} GB free for {place}")
-        if free < LEAST_DISK:
-            return Check("disk", found[-1], "Free some space: klein-mcp prune deletes old images.")
-    return Check("disk", ", ".join(found))
-
-
-def _library(settings: Settings) -> Check:
-    """Check the index and that every image has its file.
-
-    This does not create a library.
-    """
-    from klein_mcp.images.index import DATABASE
-    from klein_mcp.images.library import Store
-
-    if not (settings.library / DATABASE).exists():
-        return Check("library", "empty")
-    try:
-        store = Store(settings.library)
-    except (RequestError, OSError) as error:
-        return Check("library", "cannot be opened", str(error))
-    try:
-        records = store.everything()
-        missing = [record.handle for record in records if not store.has_file(record)]
-    except (RequestError, OSError) as error:
-        return Check("library", "cannot be read", str(error))
-    finally:
-        store.close()
-    found = f"{len(records)} images in {settings.library}"
-    if missing:
-        todo = (
-            f"Restore the files of {', '.join(missing[:5])}{' …' if len(missing) > 5 else ''}, or generate them again."
-        )
-        return Check("library", f"{found}, {len(missing)} without a file", todo, optional=True)
-    return Check("library", found)
 
 
 def _repair(settings: Settings) -> str:

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from klein_mcp.cli import doctor
+from klein_mcp.cli import doctor, doctor_files
+from klein_mcp.cli.doctor_files import check_disk, check_library, check_roots, check_signer
 from klein_mcp.settings import Settings
 from tests.real_server import PATIENCE, engine_process
 
@@ -71,7 +72,7 @@ def test_full_disk_missing_torch_and_wrong_device_say_what_to_do(
 ) -> None:
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda place: usage(10**11, 10**11, 10**9))
-    assert "Free some space" in doctor._disk(settings).todo
+    assert "Free some space" in check_disk(settings).todo
 
     def gone(name: str) -> str:
         raise doctor.PackageNotFoundError(name)
@@ -204,3 +205,33 @@ def test_json_is_printed_for_scripts(settings: Settings, capsys: pytest.CaptureF
 def test_unusable_device_fails(settings: Settings) -> None:
     nowhere = Settings(home=settings.home, hub=settings.hub, device="cuda:7")
     assert doctor.run(nowhere, argparse.Namespace(json=True, repair=False)) == 1
+
+
+def test_data_folder_that_cannot_be_made_is_no_empty_library(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    settings = Settings(home=tmp_path / "file" / "klein", hub=tmp_path / "hub", device="cpu")
+    for check in (check_library(settings), check_disk(settings)):
+        assert f"{tmp_path / 'file'} is not a folder" in check.found
+        assert "KLEIN_HOME" in check.todo
+
+
+def test_roots_that_do_not_exist_are_named(settings: Settings, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    odd = replace(settings, read_roots=(tmp_path, tmp_path / "none"), write_roots=(tmp_path / "file",))
+    none, file = check_roots(odd)
+    assert none.found == f"{tmp_path / 'none'} in KLEIN_READ_ROOTS does not exist"
+    assert file.found == f"{tmp_path / 'file'} in KLEIN_WRITE_ROOTS is not a folder"
+    assert none.todo
+    assert file.todo
+
+
+def test_credentials_that_cannot_sign_are_named(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert not list(check_signer(settings))
+    (found,) = check_signer(replace(settings, credentials=str(tmp_path / "none.pem")))
+    assert found.todo
+    monkeypatch.setattr(doctor_files, "find_spec", lambda name: None)
+    (found,) = check_signer(replace(settings, credentials="local"))
+    assert "pip install 'klein-mcp[c2pa]'" in found.todo
+    assert not (settings.home / "credentials").exists()

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from mcp import Client
 
-from klein_mcp.cli import doctor
+from klein_mcp.cli.doctor_files import check_library
 from klein_mcp.errors import RequestError, UnknownImage
 from klein_mcp.images import codec, schema
 from klein_mcp.images.index import DATABASE
@@ -73,7 +73,7 @@ async def test_damaged_index_is_named_and_rebuilt_with_lineage(client: Client, s
     (settings.library / DATABASE).write_bytes(b"garbage " * 1000)
     with pytest.raises(LibraryDamaged, match="doctor --repair"):
         Store(settings.library)
-    assert "doctor --repair" in doctor._library(settings).todo
+    assert "doctor --repair" in check_library(settings).todo
     result = repair(settings.library)
     assert (result.found, result.added, result.unreadable) == (2, 2, ())
     assert result.moved is not None
@@ -187,7 +187,7 @@ def test_pick_while_the_index_is_locked_is_one_line(impatient: None, tmp_path: P
 
 
 def test_doctor_names_images_without_a_file(settings: Settings, service: Service):
-    assert doctor._library(replace(settings, home=settings.home / "none")).found == "empty"
+    assert check_library(replace(settings, home=settings.home / "none")).found == "empty"
 
 
 async def test_repair_keeps_when_images_were_made(client: Client, service: Service, settings: Settings):
