@@ -1,5 +1,7 @@
 // Small helpers for building the page. Text always goes in as text nodes: prompts and file names are never HTML.
 
+import { focusFallback, holdFocus, leaveHidden, nameOf, named } from "./focus.js";
+
 const SVG = "http://www.w3.org/2000/svg";
 
 /** Create an element; `on…` properties become listeners, the rest attributes. */
@@ -53,17 +55,59 @@ export function button(words, iconName, onclick, properties = {}) {
   return h("button", { type: "button", onclick, ...properties }, iconName && icon(iconName), h("span", {}, words));
 }
 
-/** Replace the children of a node. */
+/** Replace the children of a node. The control that has the focus keeps it, or its successor gets it. */
 export function fill(node, ...children) {
+  const giveBack = holdFocus(node);
   node.replaceChildren(...children.flat().filter((child) => child !== null && child !== undefined && child !== false));
+  giveBack();
   return node;
 }
 
+/** Shorten words and text that are too long to be read in a message. */
+export function clip(text, most = 300) {
+  const short = text.replace(/\S{41,}/g, (word) => `${word.slice(0, 32)}…`);
+  return short.length > most ? `${short.slice(0, most - 1)}…` : short;
+}
+
+/** Messages that are shown at once. */
+const NOTES = 3;
+/** Milliseconds until a message leaves, unless somebody points at it or has the focus in it. */
+const NOTE_TIME = 6000;
+
 /** Show a short message, read out by screen readers; it leaves by itself. */
-export function note(words, action = null) {
-  const node = h("p", {}, h("span", {}, words), action && button(action.words, null, () => (node.remove(), action.run())));
-  document.getElementById("notes").append(node);
-  setTimeout(() => node.remove(), 6000);
+export function note(text, action = null) {
+  const list = document.getElementById("notes");
+  const words = clip(text);
+  const leave = () => {
+    const focused = node.contains(document.activeElement);
+    node.remove();
+    if (focused) focusFallback();
+  };
+  const node = h(
+    "p",
+    {},
+    h("span", {}, words),
+    action && button(action.words, null, () => (leave(), action.run())),
+    button("Dismiss", "close", leave, { class: "only-icon" }),
+  );
+  for (const old of [...list.children]) if (old.firstChild.textContent === words) old.remove();
+  list.append(node);
+  const spare = [...list.children].filter((each) => !each.contains(document.activeElement));
+  while (list.children.length > NOTES && spare.length > 1) spare.shift().remove();
+  placeNotes(list);
+  const wait = () => setTimeout(() => (node.matches(":hover, :focus-within") ? wait() : leave()), NOTE_TIME);
+  wait();
+}
+
+/** Put the messages over the top of the image, where no control is; elsewhere they stand at the bottom. */
+function placeNotes(list) {
+  const stage = document.querySelector(".around");
+  const box = stage?.getBoundingClientRect();
+  const inSight = box?.width && box.top >= 0 && box.top < innerHeight / 2;
+  list.style.top = inSight ? `${box.top + 8}px` : "";
+  list.style.bottom = inSight ? "auto" : "";
+  list.style.left = inSight ? `${box.left + box.width / 2}px` : "";
+  list.style.maxWidth = inSight ? `${Math.min(box.width - 16, 560)}px` : "";
 }
 
 /** Ask in a dialog; resolves to the form's values, or null if it was closed. `fields` are labelled controls. */
@@ -83,8 +127,13 @@ export function ask({ title, words, fields = [], yes, danger = false }) {
       ),
     );
     const dialog = h("dialog", { "aria-label": title }, form);
+    const opener = document.activeElement;
+    const name = nameOf(opener);
     const finish = () => {
       dialog.remove();
+      // The browser gives the focus back to what had it, unless that was painted anew meanwhile.
+      if (!opener.isConnected) (named(document, name) ?? document.body).focus();
+      leaveHidden();
       resolve(dialog.returnValue === "yes" ? Object.fromEntries(new FormData(form)) : null);
     };
     dialog.addEventListener("close", finish);

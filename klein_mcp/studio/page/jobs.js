@@ -51,7 +51,11 @@ function card(job) {
     {},
     job.preview ? h("img", { src: job.preview, alt: "", width: 56, height: 56 }) : h("span", { class: "blank" }),
     h("div", {}, h("p", {}, job.prompt), h("p", { class: "soft" }, statusWords(job) + who), meter),
-    state.bridge.can.cancel && button("Cancel", "close", () => cancel(job), { class: "quiet only-icon", title: "Cancel" }),
+    state.bridge.can.cancel && button("Cancel", "close", () => cancel(job), {
+        class: "quiet only-icon",
+        title: "Cancel",
+        "data-key": job.job,
+      }),
   );
 }
 

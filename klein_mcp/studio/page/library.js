@@ -15,7 +15,7 @@ function tile(card, { onclick, selected = null }) {
   return h(
     "li",
     {},
-    h("button", { type: "button", title: words, "aria-pressed": pressed, onclick }, picture),
+    h("button", { type: "button", title: words, "aria-pressed": pressed, "data-key": card.image, onclick }, picture),
     card.picked && h("span", { class: "tag right" }, "Picked"),
   );
 }

@@ -84,7 +84,7 @@ function leaf(card, left, top) {
     {},
     h(
       "button",
-      { type: "button", title: words, "aria-current": current ? "true" : null, onclick: () => open(card.image) },
+      { type: "button", title: words, "data-key": card.image, "aria-current": current ? "true" : null, onclick: () => open(card.image) },
       picture,
       h("span", {}, words),
     ),

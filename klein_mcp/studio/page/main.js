@@ -4,6 +4,7 @@ import { fail, readResult, showResult } from "./actions.js";
 import { AppBridge } from "./app_bridge.js";
 import { createComposer } from "./composer.js";
 import { createDetails } from "./details.js";
+import { leaveHidden } from "./focus.js";
 import { createEngine, loadEngine } from "./engine.js";
 import { createLibrary, createRecent } from "./library.js";
 import { emit, on, state } from "./state.js";
@@ -33,6 +34,7 @@ function renderView() {
   $("fullscreen").hidden = !state.bridge.can.fullscreen;
   document.querySelector("header").hidden = state.card && !state.bridge.can.read && !state.bridge.can.fullscreen;
   document.querySelector("nav").hidden = !state.bridge.can.read;
+  if (document.activeElement !== document.body) leaveHidden();
 }
 
 /** The call that the agent made; the client itself has the means to stop it. */

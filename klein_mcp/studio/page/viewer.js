@@ -2,6 +2,7 @@
 
 import { addReference, again, copy, download, fail, open, pick, recipeOf, run, save } from "./actions.js";
 import { button, fill, h, icon } from "./dom.js";
+import { named, nameOf } from "./focus.js";
 import { fractionOf, ownJob, statusWords } from "./jobs.js";
 import { lineage } from "./lineage.js";
 import { Mask } from "./mask.js";
@@ -10,6 +11,8 @@ import { Zoom } from "./zoom.js";
 
 let nodes, zoom, mask, before, shown;
 let opening = false;
+/** The name of the control that had the focus before the actions were off. */
+let resume = null;
 
 export function createViewer(root) {
   nodes = {
@@ -62,7 +65,19 @@ function render() {
 
 /** The actions are those of the image on the stage: off while another is made or opened. */
 function renderInert() {
-  nodes.tools.inert = nodes.edit.inert = opening || Boolean(ownJob());
+  const off = opening || Boolean(ownJob());
+  const held = document.activeElement;
+  if (off && (nodes.tools.contains(held) || nodes.edit.contains(held))) {
+    resume = nameOf(held);
+    nodes.stage.focus({ preventScroll: true });
+  }
+  nodes.tools.inert = nodes.edit.inert = off;
+  if (off || !resume) return;
+  // Back to the control that was used, unless the person went elsewhere. On a phone the keys would hide the image.
+  const waiting = held === nodes.stage || held === document.body;
+  const next = [nodes.tools, nodes.edit].map((node) => named(node, resume)).find(Boolean);
+  resume = null;
+  if (waiting && next && !matchMedia("(pointer: coarse)").matches) next.focus({ preventScroll: true });
 }
 
 function renderError() {
@@ -82,7 +97,7 @@ function renderSheet() {
     const picture = h("img", { alt: `Image ${letter}`, width: 64, height: 64 });
     state.bridge.image(handle, "thumb").then((src) => (picture.src = src)).catch(() => {});
     const select = () => open(handle, state.sheet);
-    return h("button", { type: "button", "aria-pressed": String(current), onclick: select }, picture, h("b", {}, letter));
+    return h("button", { type: "button", "aria-pressed": String(current), "data-key": handle, onclick: select }, picture, h("b", {}, letter));
   });
   fill(nodes.sheet, thumbs);
 }
@@ -295,8 +310,12 @@ function cutOut() {
 function renderEdit() {
   const { image, bridge } = state;
   if (!image || !bridge.can.call) return fill(nodes.edit);
+  const begun = nodes.edit.image === image.image ? document.getElementById("change")?.value : "";
+  nodes.edit.image = image.image;
   const words = h("input", {
     id: "change",
+    type: "text",
+    value: begun ?? "",
     required: true,
     maxlength: 4000,
     autocomplete: "off",
