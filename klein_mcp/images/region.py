@@ -13,10 +13,16 @@ from klein_mcp.images.mask import MID_TONES, NEAR
 from klein_mcp.limits import MAX_AREA
 
 SEAM = 16
-"""Pixels inside the mask over which the old image fades into the new."""
+"""Pixels: the most over which the old image fades into the new, inside the mask."""
+
+SEAM_SHARE = 3
+"""The fade is a third of the way from the mask's edge to its middle where that is less than SEAM."""
 
 WORK_AREA = MAX_AREA
 """Pixels: the most that is sent to the engine; larger crops are scaled down to it."""
+
+FINE_AREA = 2**20
+"""Pixels: masks up to this are measured at every pixel."""
 
 # A region smaller than this share of the image is cropped for the model, with a margin of the same size.
 _SMALL = 0.25
@@ -149,26 +155,50 @@ def _feather(mask: Mask) -> npt.NDArray[np.uint8]:
 
     The image's own border is no edge. mask: of a crop, which reaches beyond the white wherever there is more image.
     """
-    depth = np.zeros(mask.shape, np.uint8)
-    remaining = mask.copy()
-    for _ in range(SEAM):
-        depth += remaining
-        remaining = _eroded(remaining)
-        if not remaining.any():
-            break
-    # Relative to the deepest pixel nearby: a thin line beside a broad spot may change as much as the spot.
-    deepest = depth
-    for _ in range(SEAM):
-        deepest = _spread(deepest, mask)
-    return np.rint(255 * depth.astype(np.float32) / np.maximum(deepest, 1)).astype(np.uint8)
+    depth = _depth(mask, SEAM * SEAM_SHARE)
+    seam = np.clip(_thickness(depth, mask).astype(np.float32) / SEAM_SHARE, 1, SEAM)
+    return np.rint(255 * np.minimum(1, depth / seam)).astype(np.uint8)
 
 
-def _eroded(mask: Mask) -> Mask:
-    padded = np.pad(mask, 1, mode="edge")
-    return mask & padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:]
+def _depth(mask: Mask, most: int) -> npt.NDArray[np.uint8]:
+    """Return each pixel's distance from the black, at most `most`.
+
+    Measured along rows and columns.
+    """
+    depth = np.where(mask, most, 0).astype(np.uint8)
+    for lines in (depth, depth.T):
+        for there, back in ((lines, lines[1:]), (lines[::-1], lines[-2::-1])):
+            for before, line in zip(there, back, strict=False):
+                np.minimum(line, before + 1, out=line)
+    return depth
 
 
-def _spread(depth: npt.NDArray[np.uint8], mask: Mask) -> npt.NDArray[np.uint8]:
+def _thickness(depth: npt.NDArray[np.uint8], mask: Mask) -> npt.NDArray[np.uint8]:
+    """Return the depth of the deepest pixel around each one.
+
+    It counts as far as it is deep.
+
+    So a thin line beside a broad spot, and one that hangs on it, has its own thickness. Of large images it is
+    measured on every few pixels, so that 2048² take 0.4 s of one core.
+    """
+    step = max(1, round((mask.size / FINE_AREA) ** 0.5))
+    thickness, inside = _coarse(depth, step), _coarse(mask.view(np.uint8), step)
+    for distance in range(step, int(depth.max(initial=0)), step):
+        thickness = np.maximum(thickness, _spread(thickness * (thickness > distance), inside))
+    height, width = mask.shape
+    return np.maximum(depth, thickness.repeat(step, 0).repeat(step, 1)[:height, :width])
+
+
+def _coarse(values: npt.NDArray[np.uint8], step: int) -> npt.NDArray[np.uint8]:
+    """Return the largest value of each block of step × step."""
+    if step == 1:
+        return values
+    height, width = values.shape
+    padded = np.pad(values, ((0, -height % step), (0, -width % step)))
+    return padded.reshape(padded.shape[0] // step, step, padded.shape[1] // step, step).max((1, 3))
+
+
+def _spread(depth: npt.NDArray[np.uint8], mask: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
     """Raise each pixel of the mask to the deepest of its neighbours."""
     padded = np.pad(depth, 1)
     across = np.maximum(np.maximum(padded[:, :-2], padded[:, 1:-1]), padded[:, 2:])

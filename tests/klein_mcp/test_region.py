@@ -72,6 +72,40 @@ def test_seam_lies_inside_and_is_no_wider_than_it_may_be():
     assert rising[0] > 0
 
 
+def full_share(mask: Any) -> float:
+    """Return the share of the mask's pixels that are fully the new image."""
+    black = np.zeros_like(mask)
+    part = edit_region(black, None, mask)
+    seen = part.crop(black)
+    result = part.composite(np.full_like(seen, WHITE), black)
+    return float((result.min(2) == WHITE).sum() / (mask[..., 0] == WHITE).sum())
+
+
+@pytest.mark.parametrize("diameter", [8, 12, 16, 24, 40])
+def test_small_round_mask_changes_fully_in_its_middle(diameter: int):
+    down, across = np.mgrid[:128, :128]
+    spot = np.hypot(down - 64, across - 64) <= diameter / 2
+    mask = np.repeat((255 * spot).astype(np.uint8)[..., None], 3, 2)
+    # A third of the radius fades, so (2/3)² = 0.44 of the spot is full; with 16 fixed pixels it was under 0.03.
+    assert full_share(mask) > 0.4
+
+
+def test_brush_stroke_changes_fully_along_its_middle():
+    assert full_share(mask_of(128, 128, (20, 56, 108, 72))) > 0.55  # two thirds of its height; was 0.11
+    assert full_share(mask_of(128, 128, (20, 60, 108, 66))) > 0.6
+
+
+def test_fade_of_large_image_is_measured_coarsely_and_alike():
+    mask = mask_of(1500, 1500, (200, 200, 1300, 230))
+    small = mask_of(900, 900, (200, 200, 700, 230))
+    assert abs(full_share(mask) - full_share(small)) < 0.1
+    wide = mask_of(1500, 1500, (200, 200, 1300, 1300))
+    black = np.zeros_like(wide)
+    line = edit_region(black, None, wide).composite(np.full_like(black, WHITE), black)[700, 200 : 200 + SEAM + 1, 0]
+    assert (np.diff(line[:SEAM].astype(int)) > 0).all()
+    assert line[SEAM] == WHITE
+
+
 def test_region_at_edge_of_image_has_no_seam_there():
     black, white = np.zeros((100, 100, 3), np.uint8), np.full((100, 100, 3), WHITE, np.uint8)
     part = edit_region(black, (0, 0, 60, 100), None)
