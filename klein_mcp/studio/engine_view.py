@@ -10,7 +10,7 @@ from klein_mcp.studio.contract import EngineView, ModelView
 NANO_EXAMPLES = (
     "a red apple on a blue background",
     "a rocket on an orange background",
-    "two cats on a green background",
+    "a cat in the snow",
 )
 """In the few words that the embedded model knows."""
 

@@ -99,6 +99,12 @@ def test_unknown_nouns_get_the_nearest_noun_and_a_suggestion() -> None:
     assert warning == "nano does not know astronaut (nearest: rocket), sofa; klein-mcp pull klein-4b"
 
 
+def test_endless_unknown_word_is_named_by_its_beginning() -> None:
+    (warning,) = read_prompt("a red apple " + "x" * 3900, SMALL).warnings
+    assert "x…" in warning
+    assert len(warning) < 120
+
+
 @pytest.mark.parametrize("prompt", ["a blue cat", "make the cat blue", "change the color of the cat to blue"])
 def test_colour_of_an_object_with_fixed_colours_is_reported(prompt: str) -> None:
     assert read_prompt(prompt, SMALL).warnings == ("nano paints every cat in its own colours; blue is ignored",)

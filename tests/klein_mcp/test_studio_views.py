@@ -6,9 +6,14 @@ from typing import Any
 
 import pytest
 
+from engine.families.klein.folder import read_variant
+from engine.families.klein.reading import read_prompt
+from engine.families.klein.variants import EMBEDDED, VARIANTS
+from engine.registry import NANO
 from klein_mcp.errors import UnknownImage
 from klein_mcp.images.library import Record, Store
 from klein_mcp.studio import views
+from klein_mcp.studio.engine_view import NANO_EXAMPLES
 
 
 @pytest.fixture
@@ -129,3 +134,11 @@ def test_revision_changes_with_every_new_and_every_deleted_image(library: Store)
     library.delete([handle])
     revisions.append(library.revision())
     assert len(set(revisions)) == 3
+
+
+def test_embedded_model_reads_every_example_of_its_own_as_it_is() -> None:
+    nano = read_variant(NANO, VARIANTS[EMBEDDED])
+    assert read_prompt("two cats on a green background", nano).warnings
+    for example in NANO_EXAMPLES:
+        reading = read_prompt(example, nano)
+        assert (reading.text, reading.warnings) == (example, ())

@@ -33,6 +33,9 @@ NEAREST = 3
 MOST_NAMED = 4
 """Number of unknown words that a warning names."""
 
+LONGEST_NAMED = 32
+"""Letters: of a longer unknown word a warning names the beginning."""
+
 
 @dataclass(frozen=True, slots=True)
 class Reading:
@@ -246,11 +249,16 @@ def _unknown(text: str, variant: Variant) -> Iterator[str]:
     if not words:
         return
     named = [
-        f"{word} (nearest: {', '.join(near)})" if (near := _nearest(word, variant)) else word
+        f"{word} (nearest: {', '.join(near)})" if (near := _nearest(word, variant)) else _shorten(word)
         for word in words[:MOST_NAMED]
     ]
     more = f" and {len(words) - MOST_NAMED} more words" if len(words) > MOST_NAMED else ""
     yield f"{variant.name} does not know {', '.join(named)}{more}; klein-mcp pull klein-4b"
+
+
+def _shorten(word: str) -> str:
+    """Return a word as a warning names it."""
+    return word if len(word) <= LONGEST_NAMED else f"{word[:LONGEST_NAMED]}…"
 
 
 def _nearest(word: str, variant: Variant) -> list[str]:
