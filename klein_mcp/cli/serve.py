@@ -23,4 +23,4 @@ def run(settings: Settings, arguments: argparse.Namespace) -> int:
     except ValueError as error:
         print("klein-mcp serve:", error, file=sys.stderr)
         return 2
-    return app.run(settings, options)
+    return app.run(settings, options, invites=True)

@@ -17,7 +17,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(settings: Settings, arguments: argparse.Namespace) -> int:
-    from klein_mcp.http import app
+    from klein_mcp.http import app, invitations, studio
+
+    if not arguments.port and (link := invitations.fresh_link(settings.home, studio.ENTRY)):
+        show(link, browser=not arguments.no_browser, then="klein-mcp serve, which runs already, serves it.")
+        return 0
 
     def ready(context: "HttpContext", url: str) -> None:
         open_link(context, url, browser=not arguments.no_browser)
@@ -27,13 +31,20 @@ def run(settings: Settings, arguments: argparse.Namespace) -> int:
 
 def open_link(context: "HttpContext", url: str, *, browser: bool) -> None:
     """Open the one-time link, or print it on its own line."""
-    import webbrowser
-
     from klein_mcp.http import studio
 
-    link = studio.link(context, url)
+    show(studio.link(context, url), browser=browser, then=f"It is served at {url}. Ctrl-C ends it.")
+
+
+def show(link: str, *, browser: bool, then: str) -> None:
+    """Open a link in the browser, or print it.
+
+    then: what to say besides.
+    """
+    import webbrowser
+
     if browser and webbrowser.open(link):
-        print(f"The studio is open in your browser, served at {url}. Ctrl-C ends it.", file=sys.stderr)
+        print(f"The studio is open in your browser. {then}", file=sys.stderr)
         return
-    print("Open this link in a browser on this machine. It works once. Ctrl-C ends the studio.", file=sys.stderr)
+    print(f"Open this link in a browser on this machine, within ten minutes. It works once. {then}", file=sys.stderr)
     print(link, flush=True)

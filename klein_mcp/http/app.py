@@ -11,6 +11,7 @@ import socket
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -22,7 +23,7 @@ from starlette.middleware import Middleware
 from klein_mcp import __version__
 from klein_mcp.errors import RequestError
 from klein_mcp.exit import exit_now
-from klein_mcp.http import a1111, auth, card, downloads, health, mcp, studio, uploads
+from klein_mcp.http import a1111, auth, card, downloads, health, invitations, mcp, studio, uploads
 from klein_mcp.http.openai import surface as openai
 from klein_mcp.http.sessions import Sessions
 from klein_mcp.http.signed_urls import SignedUrls
@@ -41,6 +42,7 @@ SURFACES: tuple[SurfaceFactory, ...] = (
     health.surface,
     card.surface,
     *studio.surfaces(),
+    invitations.surface,
 )
 """A new surface is one file and one entry here."""
 
@@ -87,6 +89,11 @@ class HttpOptions:
             return f"http://{name}" if _PORT.search(name) else f"http://{name}:{port}"
         return f"http://[{self.host}]:{port}" if ":" in self.host else f"http://{self.host}:{port}"
 
+    def own_url(self, port: int) -> str:
+        """Return the address by which this machine reaches the server."""
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host, self.host)
+        return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
 
 def announce(context: HttpContext, url: str) -> None:
     """Say where clients and a person's browser find this server."""
@@ -94,10 +101,17 @@ def announce(context: HttpContext, url: str) -> None:
     print(f"studio, by a link that works once: {studio.link(context, url)}", file=sys.stderr, flush=True)
 
 
-def run(settings: Settings, options: HttpOptions, ready: Callable[[HttpContext, str], None] = announce) -> NoReturn:
+def run(
+    settings: Settings,
+    options: HttpOptions,
+    ready: Callable[[HttpContext, str], None] = announce,
+    *,
+    invites: bool = False,
+) -> NoReturn:
     """Serve until a signal, then end the process.
 
     Raises RequestError or OSError if it cannot start. ready: called with the address once connections are accepted.
+    invites: let `klein-mcp studio` find this server and get a link to it.
     """
     from klein_mcp.daemon.client import DaemonClient
 
@@ -110,13 +124,17 @@ def run(settings: Settings, options: HttpOptions, ready: Callable[[HttpContext, 
     service = Service(settings, DaemonClient(settings))
     context = make_context(service)
     app = application(context, token=token, hosts=options.allowed_hosts)
-    ready(context, options.url(listener.getsockname()[1]))
+    port = listener.getsockname()[1]
     server = _QuietServer(app, timeout_graceful_shutdown=GRACE, server_header=False)
     # uvicorn raises the signal once more when it is done; by default that would end us before the library is closed.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     code: int = 0
+    own = options.own_url(port)
+    found = invitations.announced(settings.home, context, own, options.url(port)) if invites else nullcontext()
     try:
-        server.run([listener])
+        with found:
+            ready(context, options.url(port))
+            server.run([listener])
     except KeyboardInterrupt:
         code = 128 + signal.SIGINT
     except SystemExit as end:

@@ -29,6 +29,7 @@ class Sessions:
         self._secret = secrets.token_bytes(32)
         # Cookies know no ports: the cookie of another server on this machine must not replace ours.
         self.cookie = f"klein-session-{secrets.token_hex(4)}"
+        self.invite_key = secrets.token_urlsafe(32)
         self._invitations: dict[str, float] = {}
         self._sessions: dict[str, float] = {}
 

@@ -57,7 +57,8 @@ _NO_SESSION = (
 _REFUSED = (
     '<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
     "<title>Studio</title><h1>This link is not valid</h1>"
-    "<p>It works once and for ten minutes. Run <code>klein-mcp studio</code> for a new one.</p></html>"
+    "<p>It works once and for ten minutes. Run <code>klein-mcp studio</code> for a new one,"
+    " also while <code>klein-mcp serve</code> runs.</p></html>"
 )
 
 

@@ -1,0 +1,62 @@
+"""`klein-mcp studio` beside a `serve` of the same data folder opens a new link to it."""
+
+import json
+import stat
+from pathlib import Path
+
+import httpx2
+import pytest
+
+from klein_mcp.http import app as http_app
+from klein_mcp.http import invitations
+from klein_mcp.http.studio import ENTRY
+from klein_mcp.jobs.service import Service
+from tests.klein_mcp.front_ends import serving_process
+from tests.real_server import RealServer
+
+pytestmark = pytest.mark.anyio
+
+
+async def test_running_serve_gives_a_new_link_each_time(tmp_path: Path) -> None:
+    server = RealServer(tmp_path / "home")
+    file = server.home / invitations.FILE
+    with serving_process(server) as (url, process):
+        links = []
+        for _ in range(2):
+            done = server.run("-m", "klein_mcp", "studio", "--no-browser")
+            assert done.returncode == 0, done.stderr
+            assert "klein-mcp serve" in done.stderr
+            links.append(done.stdout.strip())
+        assert links[0] != links[1]
+        async with httpx2.AsyncClient() as client:
+            for link in links:
+                assert link.startswith(f"{url}{ENTRY}")
+                assert (await client.get(link)).status_code == 200
+                assert (await client.get(link)).status_code == 403
+            assert (await client.get(f"{url}/studio")).status_code == 200
+        assert stat.S_IMODE(file.stat().st_mode) == 0o600
+        process.terminate()
+        process.wait(60)
+    assert not file.exists()
+
+
+async def test_only_the_key_gets_a_link(service: Service) -> None:
+    context = http_app.make_context(service)
+    transport = httpx2.ASGITransport(app=http_app.application(context))
+    async with httpx2.AsyncClient(transport=transport, base_url="http://127.0.0.1:8765") as client:
+        for headers in ({}, {"authorization": "Bearer x"}, {"authorization": "Bearer "}):
+            assert (await client.post(invitations.PATH, headers=headers)).status_code == 401
+        right = {"authorization": f"Bearer {context.sessions.invite_key}"}
+        assert (await client.get(invitations.PATH, headers=right)).status_code == 405
+        assert (await client.post(invitations.PATH, headers={**right, "host": "evil.example"})).status_code == 421
+        code = (await client.post(invitations.PATH, headers=right)).json()["code"]
+    assert context.sessions.redeem(code)
+
+
+@pytest.mark.parametrize(
+    "left", ["", "[]", "{}", '{"url": 1}', json.dumps({"url": "http://127.0.0.1:9", "public": "x", "key": "y"})]
+)
+def test_file_of_a_server_that_ended_is_no_server(tmp_path: Path, left: str) -> None:
+    (tmp_path / invitations.FILE).write_text(left)
+    assert invitations.fresh_link(tmp_path, ENTRY) is None
+    assert invitations.fresh_link(tmp_path / "nothing", ENTRY) is None
