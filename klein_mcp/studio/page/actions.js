@@ -1,6 +1,6 @@
 // Everything that generates or changes something, whichever button asked for it.
 
-import { ask, h, note } from "./dom.js";
+import { ask, clip, h, note } from "./dom.js";
 import { emit, state } from "./state.js";
 
 /** Read a tool result: its line of JSON as an object, and its preview as an address. */
@@ -48,7 +48,7 @@ export async function run(tool, input) {
 }
 
 export function fail(error) {
-  state.error = error.message;
+  state.error = error.message.split("\n").map((line) => clip(line)).join("\n");
   emit("error");
 }
 
@@ -193,17 +193,17 @@ export async function addReference(ref, src, words) {
   emit("references");
 }
 
+/** Upload files and add them to the references. Each one that fails is named with the reason. */
 export async function addFiles(files) {
+  const failed = [];
   for (const file of files) {
-    if (!file.type.startsWith("image/")) {
-      note(`${file.name} is not an image.`);
-      continue;
-    }
     try {
+      if (!file.type.startsWith("image/")) throw new Error("this is not an image.");
       const ref = await state.bridge.upload(file);
       await addReference(ref, ref.startsWith("data:") ? ref : null, file.name);
     } catch (error) {
-      fail(error);
+      failed.push(`${clip(file.name, 60)}: ${error.message}`);
     }
   }
+  if (failed.length) fail(new Error(failed.join("\n")));
 }

@@ -22,9 +22,6 @@ const gigabytes = (bytes) => `${(bytes / 1e9).toFixed(bytes < 1e10 ? 1 : 0)} GB`
 
 function render(root) {
   const { engine } = state;
-  const chip = document.getElementById("model-chip");
-  chip.textContent = engine.loaded ?? engine.auto ?? "";
-  chip.hidden = state.card || !chip.textContent;
   const facts = [
     ["State", engine.words],
     ["Model", engine.loaded ?? `none loaded; ${engine.auto} comes with the first image`],

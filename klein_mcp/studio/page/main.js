@@ -7,6 +7,7 @@ import { createDetails } from "./details.js";
 import { leaveHidden } from "./focus.js";
 import { createEngine, loadEngine } from "./engine.js";
 import { createLibrary, createRecent } from "./library.js";
+import { keepOverReload, restore } from "./reload.js";
 import { emit, on, state } from "./state.js";
 import { createViewer } from "./viewer.js";
 import { WebBridge } from "./web_bridge.js";
@@ -69,11 +70,27 @@ const fromHost = {
   },
 };
 
+/** The mark in the header: the model, or that nobody answers. */
+function renderMark() {
+  const chip = $("model-chip");
+  chip.textContent = state.connected ? (state.engine?.loaded ?? state.engine?.auto ?? "") : "Not connected";
+  chip.hidden = state.card || !chip.textContent;
+  chip.classList.toggle("lost", !state.connected);
+}
+
+function reached(connected) {
+  if (state.connected === connected) return;
+  state.connected = connected;
+  renderMark();
+  if (connected) loadEngine();
+}
+
 async function start() {
   const app = window.parent !== window;
-  state.bridge = app ? new AppBridge({ ...fromHost, now: receiveNow, busy: () => state.calls.size > 0 }) : new WebBridge({ now: receiveNow, lost: fail });
+  state.bridge = app ? new AppBridge({ ...fromHost, now: receiveNow, busy: () => state.calls.size > 0 }) : new WebBridge({ now: receiveNow, lost: fail, reached });
   state.card = app;
   on("view image jobs", renderView);
+  on("engine", renderMark);
   for (const tab of document.querySelectorAll("nav button")) {
     tab.addEventListener("click", () => ((state.view = tab.dataset.view), emit("view")));
   }
@@ -91,10 +108,15 @@ async function start() {
     createLibrary($("library"));
     createRecent($("recent"));
     createEngine($("engine"));
-    loadEngine();
   }
+  const engine = state.bridge.can.read && loadEngine();
   emit("view");
   emit("image");
+  if (app) return;
+  // It names the models that can be chosen.
+  await engine;
+  await restore();
+  keepOverReload();
 }
 
 start();

@@ -240,6 +240,7 @@ export class Mask {
       button("Undo", "undo", () => this.undo()),
       button("Clear", "close", () => this.clear()),
       done,
+      h("p", { class: "soft hint" }, "Only inside changes. Its edge fades over a third of the way to its middle, at most 16 pixels."),
     );
     return this.tools;
   }

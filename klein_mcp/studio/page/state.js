@@ -18,6 +18,8 @@ export const state = {
   /** Calls of this page that have not returned: {tool, prompt, stop}. */
   calls: new Set(),
   engine: null,
+  /** Whether the server answers. */
+  connected: true,
   error: "",
 };
 

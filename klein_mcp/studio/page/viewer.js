@@ -281,7 +281,7 @@ function renderTools() {
     recipe && button("Variations", "more", () => again(4)),
     bridge.can.call && !image.alpha && button("Cut out", "cut", cutOut),
     !state.card && bridge.can.call && button("Use in prompt", "add", () => addReference(image.image, null, image.prompt)),
-    state.sheet.length > 1 && bridge.can.call && button("Pick", "pick", () => pick({ image: image.image })),
+    bridge.can.call && button("Pick", "pick", () => pick({ image: image.image })),
     state.card && bridge.can.download && button("Download", "save", () => download(image.image)),
     state.card && bridge.can.call && button("Save", "folder", () => save(image.image)),
     state.card && button(image.image, "copy", () => copy(image.image), { "aria-label": `Copy handle ${image.image}` }),

@@ -1,14 +1,16 @@
 // The bridge of a browser tab: fetch and server-sent events to the server the page came from.
 
 const ENDED = "This session has ended. Run klein-mcp studio again for a new link.";
+const GONE =
+  "The studio's server does not answer. If it was ended, run klein-mcp studio again and open the new link; your prompt is still here.";
 
 export class WebBridge {
   kind = "web";
   can = { read: true, call: true, download: true, fullscreen: false, cancel: true, remove: true };
   context = {};
 
-  constructor({ now, lost }) {
-    this.listeners = { now, lost: () => lost(new Error(ENDED)) };
+  constructor({ now, lost, reached }) {
+    this.listeners = { now, reached, lost: () => lost(new Error(ENDED)) };
   }
 
   async start() {
@@ -16,21 +18,35 @@ export class WebBridge {
     this.csrf = session.csrf;
     const events = new EventSource("/studio/events");
     events.addEventListener("now", (event) => this.listeners.now(JSON.parse(event.data)));
+    events.addEventListener("open", () => this.listeners.reached(true));
     events.addEventListener("error", () => this.checkSession(events));
   }
 
   /** An EventSource tries again by itself, except where the server refuses it. */
   async checkSession(events) {
+    this.listeners.reached(false);
     if (events.readyState === EventSource.CLOSED) this.listeners.lost();
   }
 
   async fetchJson(path, options = {}) {
-    const answer = await fetch(path, { credentials: "same-origin", ...options });
+    const answer = await this.fetch(path, options);
+    this.listeners.reached(answer.status !== 401);
     // The same words from here, since whoever asked shows what it catches, over what was shown before.
     if (answer.status === 401) throw new Error(ENDED);
     const body = await answer.json().catch(() => ({}));
     if (!answer.ok) throw new Error(body.error ?? `The server answered ${answer.status}.`);
     return body;
+  }
+
+  /** Fetch; a server that does not answer is told of in words, and by the mark in the header. */
+  async fetch(path, options) {
+    try {
+      return await fetch(path, { credentials: "same-origin", ...options });
+    } catch (error) {
+      if (options.signal?.aborted) throw error;
+      this.listeners.reached(false);
+      throw new Error(GONE);
+    }
   }
 
   post(path, body, signal) {

@@ -1,0 +1,57 @@
+// Keeps what a person was making over a reload, in this tab's session storage alone.
+
+import { addReference, open } from "./actions.js";
+import { emit, state } from "./state.js";
+
+const KEY = "klein studio";
+
+/** Keep it whenever the page may go. */
+export function keepOverReload() {
+  addEventListener("pagehide", keep);
+  document.addEventListener("visibilitychange", keep);
+}
+
+const fields = () => [...document.querySelectorAll("#prompt, #shape, #width, #height, #seed, #model")];
+
+function keep() {
+  const { image, sheet, view, references } = state;
+  const values = Object.fromEntries(fields().map((field) => [field.id, field.value]));
+  const count = document.querySelector("[name=count]:checked")?.value;
+  const kept = { image: image?.image, sheet, view, values, count, change: document.getElementById("change")?.value };
+  try {
+    sessionStorage.setItem(KEY, JSON.stringify({ ...kept, references: references.map(({ ref, words }) => ({ ref, words })) }));
+  } catch {
+    // A browser that stores nothing loses it, as it wants to.
+  }
+}
+
+/** Bring back what was kept. What was deleted meanwhile is left out. */
+export async function restore() {
+  let kept;
+  try {
+    kept = JSON.parse(sessionStorage.getItem(KEY)) ?? {};
+  } catch {
+    return;
+  }
+  for (const field of fields()) {
+    const value = kept.values?.[field.id];
+    if (!value) continue;
+    field.value = value;
+    field.dispatchEvent(new Event("change"));
+  }
+  if (kept.count) document.querySelector(`[name=count][value="${kept.count}"]`)?.click();
+  for (const { ref, words } of kept.references ?? []) {
+    if (await exists(ref)) await addReference(ref, null, words);
+  }
+  if (kept.image && (await exists(kept.image))) await open(kept.image, kept.sheet);
+  const change = document.getElementById("change");
+  if (change && kept.change) change.value = kept.change;
+  if (kept.view && kept.view !== state.view) {
+    state.view = kept.view;
+    emit("view");
+  }
+}
+
+function exists(handle) {
+  return state.bridge.readJson(`klein://images/${handle}/details`).then(() => true, () => false);
+}
