@@ -99,6 +99,19 @@ async def test_agent_hears_once_which_draft_was_picked(open_page: Open, server: 
         assert "picked" not in line(await client.call_tool("view_image", {"image": "last"}))
 
 
+async def test_single_image_of_the_library_is_picked(open_page: Open, server: RealServer) -> None:
+    page = await open_page()
+    async with Client(server.stdio()) as client:
+        made = line(await client.call_tool("generate_image", {"prompt": "a rocket on a pink background"}))
+        await client.call_tool("generate_image", {"prompt": "a dog on a pink background"})
+        await open_image(page, made["image"])
+        await page.get_by_role("button", name="Pick", exact=True).click()
+        await page.locator("#details .picked").wait_for()
+        seen = line(await client.call_tool("view_image", {"image": "last"}))
+        assert seen["picked"] == {"image": made["image"]}
+        assert seen["image"] == made["image"]
+
+
 async def test_library_scrolls_on_and_finds_words(open_page: Open, studio: Studio) -> None:
     with studio.library() as store:
         for number in range(55):
