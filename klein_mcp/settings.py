@@ -193,7 +193,9 @@ class Settings:
         "Seconds a call waits for its image before it returns a job, at most a second more; 0: returns it at once.",
     )
     queue_size: int = _setting(
-        32, _number(int, 1, 100_000, "jobs"), "Jobs that may wait; further ones are refused with a time to retry."
+        32,
+        _number(int, 1, 100_000, "jobs"),
+        "Jobs that may wait; further ones are refused with a time to retry. One client alone gets half of the places.",
     )
     keep_alive: float = _setting(
         600.0, _number(float, 0, 1e9, "seconds"), "Idle seconds until the weights leave the device."

@@ -26,6 +26,9 @@ from klein_mcp.jobs.turns import Tell, Ticket, Turns, seconds_until_free
 
 log = logging.getLogger(__name__)
 
+WARM_LOAD_MS = 5.0
+"""Milliseconds of loading above which a job found no loaded model; to find a loaded one takes less than 1."""
+
 IDLE_BEFORE_PREFETCH = 0.3
 """Seconds without a job before the engine works ahead. The next image of the same call comes sooner and would have to
 wait for it; nobody has looked at an image and asked for a change in less."""
@@ -96,7 +99,9 @@ class Queue:
                 return
             message = f"The queue is full: {waiting} images are waiting, at most {self._size} may."
             if left > 0:
-                message = f"{own} of your images are waiting; the other {left} places are for other clients."
+                others = "place is" if left == 1 else f"{left} places are"
+                mine = f"{own} of your images {'is' if own == 1 else 'are'} waiting"
+                message = f"{mine}; the other {others} for other clients."
             raise Busy(message, retry_after=self._seconds_until_a_place())
 
     def cancel(self, ticket: Ticket) -> None:
@@ -207,7 +212,10 @@ class Queue:
             del ticket, outcome
 
     def _note(self, ticket: Ticket, outcome: Result) -> None:
-        seconds = self._idle_since - ticket.began - outcome.ms.get("load", 0.0) / 1000
+        seconds = self._idle_since - ticket.began
+        if outcome.ms.get("load", 0.0) > WARM_LOAD_MS:
+            # The engine's own start is in it, too, and torch's: only its stages are the image's.
+            seconds = sum(spent for stage, spent in outcome.ms.items() if stage != "load") / 1000
         try:
             self._history.note(ticket.job, outcome, seconds)
         except Exception:

@@ -186,7 +186,8 @@ class JobRecord:
 
     def _eta(self, progress: float) -> float | None:
         if self.latest and isinstance(self.latest.event, Queued):
-            return self.latest.event.seconds
+            seconds = self.latest.event.seconds
+            return None if seconds is None else round(seconds, 1)
         if self.latest and isinstance(self.latest.event, Stage | Step) and self.latest.event.seconds is not None:
             return self._with_other_images(self.latest, self.latest.event.seconds)
         # Loading says nothing about painting: its share of the progress once promised 4 s of an image of 371.

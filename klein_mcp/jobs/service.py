@@ -53,8 +53,6 @@ class Service:
     def __init__(self, settings: Settings, jobs: Jobs) -> None:
         self.settings = settings
         self.jobs = jobs
-        self.estimate: float | None = None
-        """Seconds from call to image, as they were lately; None before the first."""
         self._demo_mentioned: set[str] = set()
         self._store: Store | None = None
         self._resolver: ImageResolver | None = None
@@ -155,7 +153,6 @@ class Service:
         if isinstance(result, PendingJob):
             return replace(result, warnings=resolved.warnings)
         ms = {**result.ms, "total": round(1000 * (time.monotonic() - started))}
-        self.estimate = (ms["total"] - ms["queue"] - ms["load"]) / 1000 / request.count
         demo = await self._demo(request.model, result.images[0], call)
         return replace(result, ms=ms, warnings=(*result.warnings, *demo))
 

@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from engine.contract import EngineStatus
+from engine.families.klein.variants import VARIANTS
 from klein_mcp.jobs.results import SavedImage
 
 JobState = Literal["queued", "painting", "done", "failed", "cancelled"]
@@ -53,7 +54,7 @@ class DaemonStatus:
     """Everything the daemon tells about itself.
 
     running: whether there is one. silent: its process is there and does not answer.
-    seconds: by model and size, how long an image takes here. engine: None before the first image.
+    seconds: by model and size, how long an image of the default steps takes here. engine: None before the first image.
     """
 
     running: bool
@@ -66,6 +67,14 @@ class DaemonStatus:
     queue: QueueStatus | None = None
     seconds: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     engine: EngineStatus | None = None
+
+    def seconds_per_image(self, model: str) -> float | None:
+        """Return the seconds of an image of a model's own size."""
+        sizes = self.seconds.get(model)
+        if not sizes:
+            return None
+        side = VARIANTS[model].native_size if model in VARIANTS else 0
+        return sizes.get(f"{side}x{side}", next(iter(sizes.values())))
 
 
 def to_json(status: DaemonStatus | JobStatus | QueueStatus) -> dict[str, Any]:

@@ -43,8 +43,8 @@ class TimingHistory:
                 self._seconds, self._native, self._auto = seconds, native, str(content.get("auto", ""))
 
     def note(self, job: Job, result: Result, seconds: float) -> None:
-        """Record one measurement, if it can be divided by."""
-        if not (math.isfinite(seconds) and seconds > 0):
+        """Record one measurement, if it is one of the default steps."""
+        if not (math.isfinite(seconds) and seconds > 0) or _share_of_steps(job, result.model) != 1:
             return
         height, width = result.image.shape[:2]
         if job.model == "auto":
@@ -72,7 +72,12 @@ class TimingHistory:
             canvas = job.references[0].shape[0] * job.references[0].shape[1]
         else:
             canvas = self._native.get(job.model, _MEGAPIXEL)
-        return self._estimate(job.model, canvas + _reference_pixels(job))
+        estimate = self._estimate(job.model, canvas + _reference_pixels(job))
+        return (
+            None
+            if estimate is None
+            else estimate * _share_of_steps(job, self._auto if job.model == "auto" else job.model)
+        )
 
     def tables(self) -> dict[str, dict[str, float]]:
         """Return seconds for an image without references, by model and size."""
@@ -97,6 +102,12 @@ class TimingHistory:
         """Return (pixels, seconds) of the latest of the measurements nearest in size."""
         # Rounded, so that about the same size counts as equally near and the later one wins.
         return min(reversed(self._seconds[model]), key=lambda one: round(abs(log(one[0] / asked)), 1))
+
+
+def _share_of_steps(job: Job, model: str) -> float:
+    """Return the job's steps as a multiple of the model's own."""
+    row = VARIANTS.get(model)
+    return job.steps / row.steps if job.steps and row else 1
 
 
 def _rounded(seconds: float) -> float:

@@ -44,7 +44,7 @@ async def engine_view(service: Service) -> EngineView:
         "dtype": engine.dtype if engine else None,
         "placement": engine.placement if engine else None,
         "free_bytes": engine.free_bytes if engine else None,
-        "seconds": service.estimate or _seconds(status, auto),
+        "seconds": status.seconds_per_image(auto),
         "tuning": (engine.tuning or None) if engine else None,
         "models": models,
         "max_references": (VARIANTS.get(auto) or VARIANTS[EMBEDDED]).max_references,
@@ -62,9 +62,3 @@ def _words(status: DaemonStatus) -> str:
         return "Ready"
     waiting = status.queue.waiting
     return f"Working, {waiting} waiting" if waiting else "Working"
-
-
-def _seconds(status: DaemonStatus, model: str) -> float | None:
-    """Return how long an image of this model took lately."""
-    sizes = status.seconds.get(model)
-    return next(iter(sizes.values())) if sizes else None

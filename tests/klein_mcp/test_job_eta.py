@@ -31,7 +31,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> type[Clock]:
 
 def test_loading_promises_nothing(clock: type[Clock]) -> None:
     job = JobRecord("j0", ImageRequest("generate_image", "x"), "a")
-    job.publish(Progressed(0, Queued(0, 12.0)))
+    job.publish(Progressed(0, Queued(0, 12.0437)))
     assert job.status().eta_s == 12
     job.publish(Progressed(0, Loading("nano", 0.5)))
     clock.now += 5

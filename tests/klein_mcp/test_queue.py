@@ -4,6 +4,7 @@ import contextlib
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import pytest
 
@@ -15,8 +16,10 @@ from engine.contract import (
     Result,
 )
 from klein_mcp.jobs import running
+from klein_mcp.jobs.executor import nobody_watches
 from klein_mcp.jobs.queue import Queue
 from klein_mcp.jobs.timing import TimingHistory
+from tests.fakes import FakeExecutor
 from tests.klein_mcp.stepping import StepExecutor, Waiter, until, working
 
 
@@ -111,6 +114,35 @@ def test_one_client_leaves_places_for_others():
         third = Waiter(queue, "third", "third")
         executor.go.release(1000)
         assert all(isinstance(waiter.end, Result) for waiter in [*modest, third])
+
+
+def test_refusal_of_one_image_and_one_place_is_a_sentence():
+    executor = StepExecutor()
+    with working(executor, size=2) as queue:
+        Waiter(queue, "running", "greedy")
+        until(lambda: executor.began, "the first job never began")
+        Waiter(queue, "waiting", "greedy")
+        with pytest.raises(Busy, match=r"1 of your images is waiting; the other place is for other clients\."):
+            Waiter(queue, "greedy", "greedy")
+
+
+class ColdExecutor(FakeExecutor):
+    """Needs three seconds to load its model, by its own account."""
+
+    def run(self, job: Job, watched: Callable[[], bool] = nobody_watches) -> Iterator[Event]:
+        for event in super().run(job, watched):
+            cold = {"load": 3000.0, "denoise": 35.0, "decode": 5.0}
+            yield replace(event, ms=cold) if isinstance(event, Result) else event
+
+
+def test_seconds_of_an_image_leave_out_what_loading_took():
+    history = TimingHistory()
+    queue = Queue(ColdExecutor, size=4, keep_alive=600, history=history)
+    try:
+        assert isinstance(Waiter(queue, "first", "a").end, Result)
+        assert history.tables()["nano"] == {"128x128": 0.04}
+    finally:
+        queue.close(10)
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5, 32])

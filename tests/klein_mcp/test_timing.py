@@ -69,6 +69,16 @@ def test_of_equally_near_measurements_the_latest_counts():
     assert history.seconds(Job("b", size=Exact(512, 512))) == pytest.approx(1.0)
 
 
+def test_only_images_of_the_default_steps_are_measured():
+    """An image of 200 steps would be what `status` says of every image."""
+    history = TimingHistory()
+    history.note(Job("a", size=Exact(512, 512)), painting(512, 512), 1.0)
+    history.note(Job("a", size=Exact(512, 512), steps=200, model="klein-4b"), painting(512, 512), 50.0)
+    assert history.tables()["klein-4b"]["512x512"] == 1.0
+    # klein-4b is made for 4 steps.
+    assert history.seconds(Job("b", size=Exact(512, 512), steps=200, model="klein-4b")) == pytest.approx(50.0)
+
+
 def test_it_survives_the_process_and_does_not_grow_without_end(tmp_path: Path):
     path = tmp_path / "history.json"
     first = TimingHistory(path)

@@ -179,6 +179,13 @@ async def test_status_separates_model_in_use_from_setting(client: Client, painte
     assert (payload["model_setting"], payload["model_in_use"]) == ("auto", "klein-4b")
 
 
+async def test_seconds_per_image_is_one_of_the_seconds_by_model(client: Client, connect: Any):
+    await call(client, "generate_image", prompt="x", model="nano")
+    async with connect() as another:  # it has made no image itself
+        payload = await call(another, "engine_status")
+    assert payload["seconds_per_image"] == payload["seconds"]["nano"]["128x128"] > 0
+
+
 PLACEHOLDERS = {"aspect_ratio": "", "width": 0, "height": "0", "seed": -1, "model": "null", "show": "None"}
 
 

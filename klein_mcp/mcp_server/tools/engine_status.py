@@ -18,8 +18,8 @@ class EngineStatusArguments(fields.Arguments):
 
 async def run(service: Service, call: CallContext, arguments: EngineStatusArguments) -> CallToolResult:
     status, models = await service.jobs.status(), await models_of(service)
-    seconds = service.estimate
     known = status.engine.models if status.engine else ()
+    model = (status.engine and status.engine.loaded) or models.default
     elsewhere = service.settings.engine
     return CallToolResult(
         content=[
@@ -31,7 +31,7 @@ async def run(service: Service, call: CallContext, arguments: EngineStatusArgume
                     **({"models": models.to_json(known)} if models.names else {}),
                     **({"engines": list(elsewhere)} if elsewhere else {}),
                     "model_in_use": status.engine and status.engine.loaded,
-                    "seconds_per_image": None if seconds is None else round(seconds, 2),
+                    "seconds_per_image": status.seconds_per_image(model),
                     **to_json(status),
                 }
             )
