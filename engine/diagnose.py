@@ -41,7 +41,7 @@ def not_a_model(folder: Path, kleins: list[Path], index: str) -> BadWeights:
         return BadWeights(f"{folder} has {len(kleins)} klein files: {names}.", hint="Give one of them.")
     if (folder.parent / index).is_file():
         return BadWeights(f"{folder} is a part of the model in {folder.parent}.", hint="Give that folder.")
-    if error := next(filter(None, map(reason, sorted(folder.glob("*")))), None):
+    if error := next(filter(None, map(reason, filter(Path.is_file, sorted(folder.glob("*"))))), None):
         return error
     return BadWeights(
         f"{folder} has no {index}, nor is one klein file in it.", hint="Give a whole diffusers model or a file."

@@ -78,7 +78,8 @@ def cli_page() -> str:
         'klein-mcp paint "make the background green" --ref apple.png --seed 7 -o green.png',
         "```",
         "",
-        "`paint` writes its image where you say, and not into the library.",
+        "`paint` writes its image where you say, and not into the library. A file that is there is replaced,",
+        "and the printed line says so.",
         "",
     ]
     parts += _commands(cli.build_parser(), "## klein-mcp")

@@ -160,6 +160,15 @@ def test_misspelled_variable_is_one_log_line(server: RealServer) -> None:
         (["replay", "zzzzzz"], 1, 'There is no image "zzzzzz". klein-mcp list shows all.'),
         (["info", "no.png"], 1, 'There is no file or handle "no.png". klein-mcp list shows handles.'),
         (["replay", "last"], 1, "last is for MCP clients. klein-mcp list shows handles."),
+        (["info", "folder.png"], 1, "folder.png cannot be read: it is a folder. Name an image's file or handle."),
+        (["info", "a" * 300], 1, 'There is no file or handle "aaaa'),
+        (["engine", "--token-file", "nope"], 1, "klein-mcp engine: --token-file nope: No such file or directory"),
+        (
+            ["paint", "a cat", "-o", "a" * 300 + ".png"],
+            1,
+            "cannot be written: File name too long. Name another with -o",
+        ),
+        (["paint", "a cat", "--model", "./folders"], 1, "folders has no model_index.json, nor is one klein file"),
         (["prune"], 2, "say --older-than 30d"),
         (["list", "--limit", "0"], 2, "'0' is not 1 or more"),
         (["list", "--limit", "-1"], 2, "'-1' is not 1 or more"),
@@ -174,12 +183,29 @@ def test_exit_codes_are_as_documented(
 ) -> None:
     (tmp_path / "full.png").write_text("no image")
     (tmp_path / "folder.png").mkdir()
+    (tmp_path / "folders" / "klein-mcp-0").mkdir(parents=True)
     ran = server.run("-m", "klein_mcp", *words, cwd=tmp_path)
     assert ran.returncode == code, ran.stderr
     assert message.lower() in ran.stderr.lower()
     assert ran.stdout == ""
     if code == 1:
         assert ran.stderr.count("\n") == 1
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="a folder that nobody can write, as on Linux")
+def test_image_that_cannot_be_written_is_refused_before_work(server: RealServer) -> None:
+    ran = server.run("-m", "klein_mcp", "paint", "a cat", "-o", "/proc/x.png")
+    assert ran.returncode == 1
+    assert ran.stderr.startswith("klein-mcp: /proc/x.png cannot be written: ")
+    assert ran.stderr.count("\n") == 1
+
+
+def test_replaced_image_is_named(server: RealServer, tmp_path: Path) -> None:
+    words = ("-m", "klein_mcp", "paint", "a red circle", "--seed", "1", "-o", "a.png")
+    first, second = (server.run(*words, cwd=tmp_path) for _ in range(2))
+    assert "replaced" not in first.stdout
+    assert second.stdout.endswith("(replaced the file that was there)\n")
+    assert json.loads(server.run(*words, "--json", cwd=tmp_path).stdout)["replaced"] is True
 
 
 @pytest.mark.parametrize("moment", ["starting the engine", "step"])

@@ -75,8 +75,9 @@ def serve(settings: Settings, host: str, port: int, arguments: argparse.Namespac
 
     try:
         token = read_token(arguments.token_file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        print(f"klein-mcp engine: {arguments.token_file}: {error}", file=sys.stderr)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        print(f"klein-mcp engine: --token-file {arguments.token_file}: {reason}", file=sys.stderr)
         return 1
     queue = Queue(lambda: make_local(settings), size=settings.queue_size, keep_alive=settings.keep_alive)
     app = EngineServer(queue, token, BuildInfo.read()).app()

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ def info(settings: Settings, target: str, *, as_json: bool = False) -> int:
     store = Store(settings.library)
     try:
         with for_terminal():
-            is_file = Path(target).expanduser().exists()
+            is_file = os.path.exists(Path(target).expanduser())
             if not is_file:
                 expect_handle(store, target)
                 facts = describe_record(store, store.get(target))

@@ -5,6 +5,7 @@ import json
 import os
 import signal
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -16,7 +17,7 @@ from engine.families.klein.variants import EMBEDDED
 from klein_mcp.atomic import write_new_or_replace
 from klein_mcp.cli.arguments import image_size
 from klein_mcp.cli.terminal import ProgressBar, strip_control_chars
-from klein_mcp.errors import RequestError
+from klein_mcp.errors import RequestError, quote
 from klein_mcp.jobs import request
 from klein_mcp.jobs.demo import demo_warning
 from klein_mcp.jobs.progress import describe
@@ -58,7 +59,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--variant", metavar="V", help="which klein a single file is, if it cannot tell")
     parser.add_argument("--lora", action="append", default=[], metavar="L[:scale]", help="repeatable")
     parser.add_argument(
-        "-o", dest="out", type=_output, metavar="PATH", help="default: ./klein-<seed>.png; not in the library"
+        "-o",
+        dest="out",
+        type=_output,
+        metavar="PATH",
+        help="default: ./klein-<seed>.png; not in the library; replaces a file, and says so",
     )
 
 
@@ -116,12 +121,19 @@ def paint(settings: Settings, options: PaintOptions, *, as_json: bool = False) -
     recipe = provenance_of(wanted, result, wanted.images).to_json()
     data = codec.encode(result.image, KINDS[out.suffix.lower()], recipe)  # type: ignore[arg-type] - KINDS has no other
     folder = out.parent.resolve()
-    write_new_or_replace(folder, folder / out.name, data, overwrite=True)
+    replaced = os.path.lexists(out)
+    try:
+        write_new_or_replace(folder, folder / out.name, data, overwrite=True)
+    except OSError as exc:
+        raise _unwritable(out, exc.strerror or str(exc)) from None
     demo = options.model == "auto" and result.model == EMBEDDED
     warnings = (*wanted.warnings, *result.warnings, *([demo_warning(executor.status().models)] if demo else ()))
     for warning in warnings:
         print(strip_control_chars(f"klein-mcp: {warning}"), file=sys.stderr)
-    print(json.dumps(_metadata(out, result, warnings)) if as_json else _summary(out, result))
+    if as_json:
+        print(json.dumps({**_metadata(out, result, warnings), "replaced": replaced}))
+    else:
+        print(f"{_summary(out, result)}{'  (replaced the file that was there)' if replaced else ''}")
     return 0
 
 
@@ -150,11 +162,20 @@ def _check(out: Path) -> None:
     """
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        error = "it is a folder" if out.is_dir() else ""
+        if out.is_dir():
+            raise _unwritable(out, "it is a folder")
+        if not out.exists():
+            # Rights and free room do not tell, as in /proc: a file without a name does, and leaves nothing.
+            tempfile.TemporaryFile(dir=out.parent).close()
     except OSError as exc:
-        error = exc.strerror or str(exc)
-    if error or not os.access(out if out.exists() else out.parent, os.W_OK):
-        raise RequestError(f"{out} cannot be written: {error or 'Permission denied'}.", hint="Name another with -o.")
+        raise _unwritable(out, exc.strerror or str(exc)) from None
+    if not os.access(out if out.exists() else out.parent, os.W_OK):
+        raise _unwritable(out, "Permission denied")
+
+
+def _unwritable(out: Path, reason: str) -> RequestError:
+    name = quote(out.name, 80) if len(out.name) > 80 else out
+    return RequestError(f"{name} cannot be written: {reason}.", hint="Name another with -o.")
 
 
 @contextmanager

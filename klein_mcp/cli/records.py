@@ -1,5 +1,6 @@
 """Library records and image files as facts for the terminal."""
 
+import os
 import re
 import time
 from collections.abc import Iterator
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from klein_mcp.errors import UnknownImage, quote
+from klein_mcp.images.files import read_regular_file
 from klein_mcp.images.library import Store
 from klein_mcp.images.record import ALPHABET, HANDLE_LENGTH, Record
 
@@ -27,7 +29,7 @@ def expect_handle(store: Store, name: str) -> None:
         return
     if re.fullmatch(r"last(~\d+)?", name):
         raise UnknownImage(f"{name} is for MCP clients.", hint="list_images shows handles.")
-    if Path(name).expanduser().is_file():
+    if os.path.isfile(Path(name).expanduser()):  # False for a name too long, too
         handle = describe_file(store, Path(name))["in_library"]
         known = f"that of {name} is {handle}." if handle else f"{name} is not in the library."
         raise UnknownImage(f"This takes a handle; {known}", hint="" if handle else "list_images shows all.")
@@ -68,7 +70,11 @@ def describe_file(store: Store, path: Path, home: Path | None = None) -> dict[st
     from engine.contract import image_hash
     from klein_mcp.images import codec, credentials
 
-    data = path.expanduser().read_bytes()
+    try:
+        data = read_regular_file(path.expanduser().resolve())  # a pipe would block
+    except OSError as error:
+        reason = "it is a folder" if path.expanduser().is_dir() else error.strerror or error
+        raise UnknownImage(f"{path} cannot be read: {reason}.", hint="Name an image's file or handle.") from None
     decoded = codec.decode(data, str(path), None)
     claim = credentials.describe(data, home) if home else None
     recipe = decoded.recipe or {}

@@ -94,7 +94,8 @@ def save(
         raise RequestError(f"{target} exists.", hint="Choose another name, or say overwrite: true.") from None
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise RequestError(f"{target} cannot be written: {reason}.", hint="Choose another path.") from None
+        name = quote(target.name, 80) if len(target.name) > 80 else target
+        raise RequestError(f"{name} cannot be written: {reason}.", hint="Choose another path.") from None
     return SavedFile(target, kind, file.width, file.height, len(file.data), file.alpha, tuple(file.warnings))
 
 
@@ -120,7 +121,8 @@ def resolve(options: SaveOptions, handle: str, roots: tuple[Path, ...]) -> tuple
         real = path.parent.resolve() / path.name
         root = next((root for root in map(Path.resolve, roots) if real.parent.is_relative_to(root)), None)
     except (OSError, RuntimeError, ValueError) as error:  # a name too long, a loop of links
-        raise RequestError(f"{quote(options.path)} is no usable path: {error}.") from None
+        reason = getattr(error, "strerror", None) or error
+        raise RequestError(f"{quote(options.path)} is no usable path: {reason}.", hint="Choose another.") from None
     if root is None:
         folders = ", ".join(map(str, roots))
         raise Refused(f"{path} is outside the folders that may be written ({folders}).", hint=ALLOW)

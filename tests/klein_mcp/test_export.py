@@ -342,3 +342,11 @@ def test_longest_prompt_fits_into_jpeg(tmp_path: Path):
     recipe = {"image": "k7f3q2", "order": {"prompt": "🐻" * MAX_PROMPT}, "parents": []}
     data = codec.encode(scene(16, 16), "jpeg", recipe)
     assert codec.decode(data, "it").recipe == recipe
+
+
+async def test_name_that_is_too_long_is_refused_in_words(client: Client, project: Path):
+    await painted(client)
+    message = await refused(client, "save_image", image="last", path=str(project / ("a" * 300 + ".png")))
+    assert "File name too long" in message
+    assert "Errno" not in message
+    assert len(message) < 250
