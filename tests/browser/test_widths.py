@@ -29,6 +29,7 @@ async def fits(page: Any, view: str) -> None:
     found: dict[int, list[str]] = {}
     for width in WIDTHS:
         await page.set_viewport_size({"width": width, "height": 800})
+        await page.evaluate("new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))")
         if outside := await page.evaluate(OUTSIDE):
             found[width] = outside
     assert not found, (view, found)

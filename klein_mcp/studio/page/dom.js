@@ -99,6 +99,8 @@ export function note(text, action = null) {
   wait();
 }
 
+addEventListener("resize", () => placeNotes(document.getElementById("notes")));
+
 /** Put the messages over the top of the image, where no control is; elsewhere they stand at the bottom. */
 function placeNotes(list) {
   const stage = document.querySelector(".around");
