@@ -14,7 +14,7 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from engine.contract import Step
-from klein_mcp.errors import RequestError
+from klein_mcp.errors import RequestError, quote
 from klein_mcp.http import calls, render
 from klein_mcp.http.disconnect import cancelled_on_disconnect
 from klein_mcp.http.openai.body import read_json
@@ -119,7 +119,7 @@ class Queries:
             except ApiError as exc:
                 return _error(exc.status, exc.message)
             if chosen is not None and chosen not in (names := await self._names()):
-                return _error(404, f"There is no model {chosen!r}. There are {', '.join(names)}.")
+                return _error(404, f"There is no model {quote(chosen)}. There are {', '.join(names)}.")
             self._state.model = chosen or self._state.model
             return JSONResponse(None)
         return JSONResponse({"sd_model_checkpoint": self._state.model, "samples_format": "png"})

@@ -5,12 +5,13 @@ No structuredContent: several clients drop the image where there is any.
 
 import base64
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from mcp_types import Annotations, CallToolResult, ContentBlock, ImageContent, ResourceLink, TextContent
 
+from klein_mcp.errors import one_line
 from klein_mcp.images.library import Record, Store
 from klein_mcp.jobs.context import CallContext
 
@@ -34,13 +35,13 @@ def tool_result(result: "JobResult", store: Store, show: str, call: CallContext)
     entries = [
         _entry(image, location(store, record, call)) for image, record in zip(result.images, records, strict=True)
     ]
-    warnings = {"warnings": result.warnings} if result.warnings else {}
+    warnings = {"warnings": shortened(result.warnings)} if result.warnings else {}
     if len(entries) == 1:
         image, *rest = entries[0].items()
         line = dict([image]) | warnings | dict(rest)
     else:
         # All images of a sheet have one prompt, which is read in one way.
-        read_as = {"read_as": result.images[0].read_as} if result.images[0].read_as else {}
+        read_as = {"read_as": one_line(result.images[0].read_as)} if result.images[0].read_as else {}
         cells = [
             {"label": label, **{name: value for name, value in entry.items() if name != "read_as"}}
             for label, entry in zip("ABCD", entries, strict=False)
@@ -65,16 +66,22 @@ def _entry(image: "SavedImage", where: Mapping[str, str]) -> dict[str, Any]:
         "image": image.handle,
         **({"background": transparent(image.viewed_on), "alpha": image.alpha} if image.alpha else {}),
         **({"changed": image.changed} if image.changed else {}),
-        **({"read_as": image.read_as} if image.read_as else {}),
+        **({"read_as": one_line(image.read_as)} if image.read_as else {}),
         "seed": str(image.seed),
         "size": [image.width, image.height],
         **{name: value for name, value in where.items() if name != "image"},
     }
 
 
+def shortened(warnings: Sequence[str]) -> list[str]:
+    """Return the warnings, each of the length that an error may have."""
+    return [one_line(warning) for warning in warnings]
+
+
 def pending_result(pending: "PendingJob") -> CallToolResult:
     """Return the state of a job that goes on without this call."""
-    return CallToolResult(content=[text({**asdict(pending), "next": f'wait_for_job with job "{pending.job}"'})])
+    following = {"warnings": shortened(pending.warnings), "next": f'wait_for_job with job "{pending.job}"'}
+    return CallToolResult(content=[text({**asdict(pending), **following})])
 
 
 def location(store: Store, record: Record, call: CallContext) -> dict[str, str]:
@@ -98,7 +105,7 @@ def with_warning(result: CallToolResult, warning: str) -> CallToolResult:
     if not isinstance(first, TextContent):
         return result
     metadata = json.loads(first.text)
-    metadata["warnings"] = [*metadata.get("warnings", ()), warning]
+    metadata["warnings"] = [*metadata.get("warnings", ()), one_line(warning)]
     return result.model_copy(update={"content": [text(metadata), *others]})
 
 

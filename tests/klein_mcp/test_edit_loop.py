@@ -116,7 +116,7 @@ async def test_chain_stops_at_the_step_that_changed_nothing(agent: Client) -> No
     prompts = ["make the background green", "remove the cat", "move the apple to the left"]
     facts = await call(agent, "edit_image", image="last", prompt=prompts, seed=7)
     assert len(facts["steps"]) == 2
-    assert facts["warnings"][0] == "stopped at step 2, which changed nothing visible: 'remove the cat'"
+    assert facts["warnings"][0] == 'stopped at step 2, which changed nothing visible: "remove the cat"'
 
 
 async def test_cat_and_rocket_are_composed_and_compared_in_four_calls(agent: Client) -> None:
@@ -281,6 +281,16 @@ async def test_unknown_noun_gets_the_nearest_and_the_way_out(agent: Client) -> N
     facts = await call(agent, "generate_image", prompt="an astronaut on a grey background", seed=1)
     assert "nano does not know astronaut (nearest: robot, rocket); klein-mcp pull klein-4b" in facts["warnings"]
     assert facts["read_as"] == "an astronaut on a gray background"
+
+
+async def test_long_words_are_not_repeated_whole(agent: Client) -> None:
+    facts = await call(agent, "generate_image", prompt="x" * 4000, seed=1)
+    assert f"nano does not know {'x' * 32}…; klein-mcp pull klein-4b" in facts["warnings"]
+    apple = (await call(agent, "generate_image", prompt="an apple on a white background", seed=7))["image"]
+    prompts = ["remove the cat" + "." * 3900, "make the background red"]
+    facts = await call(agent, "edit_image", image=apple, prompt=prompts, seed=7)
+    assert facts["warnings"][0].startswith("stopped at step 1")
+    assert all(len(warning) < 200 for warning in facts["warnings"])
 
 
 async def test_tool_list_stays_small(agent: Client) -> None:

@@ -6,6 +6,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from engine.families.klein.variants import EMBEDDED
+from klein_mcp.errors import quote
 from klein_mcp.http.openai.errors import ApiError
 from klein_mcp.http.surface import HttpContext
 from klein_mcp.jobs.installed import installed_models
@@ -38,6 +39,6 @@ class Models:
         name = request.path_params["name"]
         found = [entry for entry in await model_list(self._context) if entry["id"] == name]
         if not found:
-            message = f"There is no model {name!r} here."
+            message = f"There is no model {quote(name)} here."
             return ApiError(404, message, "model", "model_not_found").response()
         return JSONResponse(found[0])

@@ -8,6 +8,7 @@ from typing import Any
 import anyio.to_thread
 from mcp_types import CallToolResult, ContentBlock
 
+from klein_mcp.errors import one_line, quote
 from klein_mcp.jobs import replay
 from klein_mcp.jobs.context import CallContext
 from klein_mcp.jobs.request import ImageRequest
@@ -68,7 +69,7 @@ async def run_chain(
         done = len(chain.made)
         if done == len(prompts) or not chain.changed_nothing():
             return False
-        chain.warnings.insert(0, f"stopped at step {done}, which changed nothing visible: {prompts[done - 1]!r}")
+        chain.warnings.insert(0, f"stopped at step {done}, which changed nothing visible: {quote(prompts[done - 1])}")
         return True
 
     await _run(service, call, chain, steps, stop)
@@ -126,7 +127,7 @@ def _render(service: Service, call: CallContext, chain: Chain, mode: str) -> Cal
         if chain.made[-1].alpha:
             line |= {"background": results.transparent(chain.made[-1].viewed_on), "alpha": chain.made[-1].alpha}
     if chain.warnings:
-        line["warnings"] = chain.warnings
+        line["warnings"] = results.shortened(chain.warnings)
     line["steps"] = [_step(image) for image in chain.made]
     if chain.made:
         last = chain.made[-1]
@@ -146,7 +147,7 @@ def _render(service: Service, call: CallContext, chain: Chain, mode: str) -> Cal
 
 
 def _step(image: SavedImage) -> dict[str, Any]:
-    read_as = {"read_as": image.read_as} if image.read_as else {}
+    read_as = {"read_as": one_line(image.read_as)} if image.read_as else {}
     return {"image": image.handle, "changed": image.changed, **read_as}
 
 

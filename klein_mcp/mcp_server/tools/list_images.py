@@ -5,7 +5,7 @@ import time
 import anyio.to_thread
 from mcp_types import CallToolResult
 
-from klein_mcp.errors import RequestError, one_line
+from klein_mcp.errors import RequestError, one_line, quote
 from klein_mcp.images.library import Record
 from klein_mcp.jobs.context import CallContext
 from klein_mcp.jobs.service import Service
@@ -30,7 +30,7 @@ async def run(service: Service, call: CallContext, arguments: ListImages) -> Cal
         return await anyio.to_thread.run_sync(lambda: CallToolResult(content=[results.text(_history(service, record))]))
     if arguments.cursor is not None and not (arguments.cursor.isdecimal() and len(arguments.cursor) < 19):
         raise RequestError(
-            f"{arguments.cursor!r} is not a cursor.", hint='Give the "next" of the previous page, or nothing.'
+            f"{quote(arguments.cursor)} is not a cursor.", hint='Give the "next" of the previous page, or nothing.'
         )
     before = int(arguments.cursor) if arguments.cursor else None
     page, following = await anyio.to_thread.run_sync(
