@@ -162,11 +162,16 @@ def _text(node: ast.expr) -> str:
 
 
 def _placeholder(node: ast.expr) -> str:
+    # The sides of an array, and a product of sides, have names that no expression shows.
     expression = ast.unparse(node.value if isinstance(node, ast.FormattedValue) else node)
+    for form, name in _SHAPES.items():
+        if re.search(form, expression):
+            return "{" + name + "}"
     names = [word for word in re.findall(r"[A-Za-z_]\w*", expression) if word not in _NOISE]
     return "{" + (names[-1].strip("_").replace("_", " ").lower() if names else "value") + "}"
 
 
+_SHAPES = {r"^\w+\.shape\[1\]$": "width", r"^\w+\.shape\[0\]$": "height", r"^width \* height / ": "megapixels"}
 _NOISE = {"f", "s", "if", "else", "str", "len", "join", "map", "self", "round", "sorted", "quote", "format_size"}
 
 

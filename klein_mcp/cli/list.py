@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import sys
 
 from klein_mcp.cli.arguments import count
 from klein_mcp.cli.records import describe_record, local_day
@@ -33,6 +34,6 @@ def list_images(settings: Settings, *, search: str = "", limit: int = 20, as_jso
             words = one_line(strip_control_chars(record.prompt or record.source or ""), 60)
             print(f"{record.handle}  {local_day(record.created)}  {record.width}×{record.height}  {made}  {words}")
         if following is not None:
-            print(f"… more with --limit {2 * limit}")
+            print(f"… more with --limit {2 * limit}", file=sys.stderr)
     store.close()
     return 0

@@ -17,7 +17,7 @@ from typing import Any
 from engine.families.klein.variants import APACHE, VARIANTS, Variant
 from klein_mcp.cli.pull_sources import FileSelection, selections
 from klein_mcp.cli.terminal import ProgressBar
-from klein_mcp.errors import RequestError
+from klein_mcp.errors import RequestError, quote
 from klein_mcp.settings import Settings
 
 SPARE = 1 << 30
@@ -344,6 +344,11 @@ def _in_words(row: Variant | None, name: str, repo: str) -> Iterator[None]:
         raise RequestError(
             f"{_host(constants.ENDPOINT)} cannot be reached: {problem or type(problem).__name__}.",
             hint="Check the network, and HTTPS_PROXY or HF_ENDPOINT where one is needed; then run the same line again.",
+        ) from None
+    except (httpx2.UnsupportedProtocol, httpx2.InvalidURL):
+        raise RequestError(
+            f"HF_ENDPOINT is {quote(constants.ENDPOINT)}, which is no address.",
+            hint="Unset it, or begin it with https://.",
         ) from None
     except httpx2.HTTPError as problem:
         broke = f"The connection to the hub broke off: {problem or type(problem).__name__}."

@@ -19,6 +19,8 @@ def surface(context: HttpContext) -> Surface:
 
     async def upload(request: Request) -> Response:
         """Import the request's body and respond with {"image": handle, …}."""
+        if request.headers.get("content-type", "").startswith("multipart/form-data"):
+            return json_error(415, "The upload is a form; send the file itself as the body: curl --data-binary @FILE.")
         body = bytearray()
         async for chunk in request.stream():
             body += chunk

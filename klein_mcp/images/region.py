@@ -75,6 +75,14 @@ class EditRegion:
         opacity = self.opacity(change)
         return part if opacity is None else preserve.put_back(part, image, opacity, (left, top))
 
+    def enlargement_warnings(self, generated: Rgb8) -> tuple[str, ...]:
+        """Warn of a crop that was too large for the model."""
+        width, height = self.box[2] - self.box[0], self.box[3] - self.box[1]
+        if generated.shape[:2] == (height, width):
+            return ()
+        seen = f"{generated.shape[1]}×{generated.shape[0]}"
+        return (f"{width}×{height} is more than a model takes: edited at {seen}, then enlarged to {width}×{height}",)
+
 
 def edit_region(image: Rgb8, region: Sequence[int] | None, mask: "Rgb8 | None") -> EditRegion:
     """Combine region and mask: their intersection may change. Raises RequestError.

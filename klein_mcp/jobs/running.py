@@ -28,9 +28,9 @@ def run(ticket: Ticket, ready: Callable[[Ticket], Executor]) -> Result | EngineE
         return exc.with_traceback(None)
     except Exception as exc:
         log.exception("the engine broke off")
-        first_line = (str(exc).splitlines() or [""])[0]
+        reason = f"{type(exc).__name__}: {(str(exc).splitlines() or [''])[0]}".rstrip(": ")
         return EngineFailed(
-            f"The engine broke off: {type(exc).__name__}: {first_line}".rstrip(": ") + ".",
+            f"The engine broke off: {reason}.",
             hint="Its log, named by `klein-mcp status`, has the details.",
         )
 

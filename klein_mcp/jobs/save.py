@@ -46,7 +46,11 @@ def finish(prepared: PreparedRequest, result: Result) -> FinishedImage:
     opacity = region.opacity(result.change)
     image = region.composite(result.image, original, result.change)
     changed = preserve.measure(image, original, region.mask, kept=False)
-    warnings = (*_edit_warnings(changed, result.change), *_detail_warnings(prepared, result.model))
+    warnings = (
+        *_edit_warnings(changed, result.change),
+        *_detail_warnings(prepared, result.model),
+        *region.enlargement_warnings(result.image),
+    )
     finished = FinishedImage(image, changed, opacity, warnings)
     return finished if prepared.original_rgba is None else _with_alpha(finished, prepared)
 

@@ -99,6 +99,13 @@ def test_unknown_nouns_get_the_nearest_noun_and_a_suggestion() -> None:
     assert warning == "nano does not know astronaut (nearest: rocket), sofa; klein-mcp pull klein-4b"
 
 
+def test_number_of_things_whose_plural_is_known_is_reported() -> None:
+    night = replace(SMALL, words=SMALL.words | {"stars"})
+    for number in ("two", "three"):
+        (warning,) = read_prompt(f"{number} stars on a blue background", night).warnings
+        assert warning == f"nano paints one star: it knows no {number}"
+
+
 def test_endless_unknown_word_is_named_by_its_beginning() -> None:
     (warning,) = read_prompt("a red apple " + "x" * 3900, SMALL).warnings
     assert "x…" in warning

@@ -330,6 +330,13 @@ def offers_last(listed: ListToolsResult, client: Client) -> bool:
     return re.search(r"\blast\b", f"{schemas} {client.instructions}") is not None
 
 
+async def test_upload_as_form_is_answered_with_the_way_to_send_it(url):
+    async with httpx2.AsyncClient() as client:
+        answer = await client.post(f"{url}/upload", files={"file": ("a.png", file(scene(8, 8)), "image/png")})
+    assert answer.status_code == 415
+    assert "--data-binary @FILE" in answer.text
+
+
 async def test_last_is_refused_where_clients_look_alike(url):
     """Today's protocol has no sessions: two agents with one address would get each other's images."""
 

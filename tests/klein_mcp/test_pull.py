@@ -325,6 +325,15 @@ def test_unreachable_hub_gives_a_one_line_error(hub: Hub, home: Path) -> None:
     assert "goes on" not in error
 
 
+def test_endpoint_that_is_no_address_is_named(hub: Hub, home: Path) -> None:
+    hub.url = "garbage"
+    code, _, err = run(hub, home, "klein-4b")
+    assert code == 1
+    assert err.strip().endswith(
+        'klein-mcp: HF_ENDPOINT is "garbage", which is no address. Unset it, or begin it with https://.'
+    )
+
+
 def test_unknown_name_lists_the_valid_ones(hub: Hub, home: Path) -> None:
     code, _, err = run(hub, home, "klein-4b-fp4")
     assert code == 1

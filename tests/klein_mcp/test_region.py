@@ -154,6 +154,16 @@ def test_of_huge_image_model_sees_no_more_than_it_can_work_on():
     assert seen.shape[0] * seen.shape[1] <= WORK_AREA
 
 
+def test_edit_of_a_huge_image_says_that_it_was_enlarged():
+    image = scene(4000, 3000)
+    part = edit_region(image, None, None)
+    seen = part.crop(image)
+    height, width = seen.shape[:2]
+    expected = f"4000×3000 is more than a model takes: edited at {width}×{height}, then enlarged to 4000×3000"
+    assert part.enlargement_warnings(seen) == (expected,)
+    assert edit_region(seen, None, None).enlargement_warnings(seen) == ()
+
+
 pytestmark = pytest.mark.anyio
 
 

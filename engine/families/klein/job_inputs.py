@@ -86,7 +86,7 @@ def fit_images(job: Job, variant: Variant, warnings: list[str]) -> tuple[Canvas,
         canvas = Canvas.of(width, height, area)
     if canvas.enlarges:
         warnings.append(
-            f"painted at {canvas.content_width}×{canvas.content_height}, the size {variant.name} was made for, "
+            f"painted at {canvas.content_width}×{canvas.content_height}, about the area {variant.name} was made for, "
             f"and resampled to {canvas.width}×{canvas.height}"
         )
     return canvas, fitted

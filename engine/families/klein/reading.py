@@ -272,7 +272,9 @@ def _counts(prompt: str, variant: Variant) -> Iterator[str]:
         rf"\b({'|'.join(sorted(NUMBERS))})\s+(?:[^\W\d_]+\s+)?([^\W\d_]+s)\b", prompt, re.IGNORECASE
     ):
         number, things = match[1].lower(), match[2].lower()
-        known = _known_form(things, variant)
+        # Its plural may be a word of its own: nano has the stars of the night.
+        forms = (form for form in _singulars(things) if form in variant.nouns or form in variant.shapes)
+        known = next(forms, _known_form(things, variant))
         if number not in variant.words and known is not None and (known in variant.nouns or known in variant.shapes):
             yield f"{variant.name} paints one {known}: it knows no {number}"
 

@@ -84,7 +84,7 @@ def _reference(value: Any, name: str) -> str:
         value = value.get("url") or value.get("image_url")
         value = value.get("url") if isinstance(value, Mapping) else value
     if not isinstance(value, str) or not value:
-        raise ApiError(400, f'{name} must be a URL: a string, or {{"url": …}}.', name, "invalid_value")
+        raise ApiError(400, f'{name} must be a URL: a string, or {{"image_url": …}}.', name, "invalid_value")
     return value
 
 
