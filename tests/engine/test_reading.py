@@ -16,7 +16,7 @@ from engine.nano.training.compositor import BACKGROUNDS
 from engine.nano.training.edits import touched
 from engine.nano.training.prompts import Example
 from engine.nano.training.scenes import MIDDLE, NORMAL, Scene, Thing
-from engine.nano.training.score import draw, edit_done
+from engine.nano.training.score import draw, edit_done, look
 from engine.nano.training.sprites import KINDS
 
 NOUNS = {"cat": ("orange",), "dog": (), "apple": ("red",), "rocket": (), "house": (), "octopus": ("pink",)}
@@ -128,6 +128,19 @@ def test_large_model_gets_the_prompt_unchanged() -> None:
     assert (reading.text, reading.warnings) == (prompt, ())
 
 
+LIST = "the apple from image 1, the house from image 2 and the rocket from image 3 on a blue background"
+PLACES = (
+    "the apple from image 1 on the left, the house from image 2 in the middle and the rocket from image 3 on the right"
+    " on a blue background"
+)
+THREE = replace(SMALL, words=SMALL.words | {"1", "2", "3", "middle"})
+
+
+@pytest.mark.parametrize(("prompt", "text"), [(LIST, PLACES), (PLACES, PLACES)])
+def test_three_listed_references_are_given_places(prompt: str, text: str) -> None:
+    assert read_prompt(prompt, THREE).text == text
+
+
 # On nano
 
 
@@ -141,6 +154,8 @@ def scene(ground: str, *things: tuple[str, tuple[int, int]]) -> Scene:
 
 
 LEFT, RIGHT = (-1, 0), (1, 0)
+SMALL_SIZE = NORMAL - 1
+"""Things beside two others are painted smaller."""
 EDITS = [
     ("background", "Make the background green", scene("blue", ("apple", MIDDLE)), scene("green", ("apple", MIDDLE))),
     ("background", "Put it in the snow", scene("green", ("dog", MIDDLE)), scene("snow", ("dog", MIDDLE))),
@@ -151,6 +166,19 @@ EDITS = [
     ("remove", "Delete the pizza", scene("blue", ("pizza", LEFT), ("duck", RIGHT)), scene("blue", ("duck", RIGHT))),
     ("replace", "Turn the house into a tree", scene("yellow", ("house", MIDDLE)), scene("yellow", ("tree", MIDDLE))),
 ]  # fmt: skip
+
+
+def test_three_listed_references_are_all_composed(engine: Engine) -> None:
+    sources = tuple(draw(scene("white", (kind, MIDDLE)))[0] for kind in ("apple", "house", "car"))
+    listed, placed = (
+        next(event for event in engine.run(Job(prompt, model="nano", references=sources)) if isinstance(event, Result))
+        for prompt in (LIST.replace("rocket", "car"), PLACES.replace("rocket", "car"))
+    )
+    assert np.array_equal(listed.image, placed.image)
+    kinds = zip(("apple", "house", "car"), (LEFT, MIDDLE, RIGHT), strict=True)
+    result = Scene(BACKGROUNDS.index("blue"), tuple(Thing(KINDS.index(kind), SMALL_SIZE, slot) for kind, slot in kinds))
+    for index, thing in enumerate(result.things):
+        assert look(listed.image, result, index).nearest == thing.kind
 
 
 @pytest.mark.parametrize(("kind", "prompt", "before", "after"), EDITS, ids=[edit[1] for edit in EDITS])

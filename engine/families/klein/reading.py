@@ -28,6 +28,10 @@ _SENTENCE = re.compile(r"[^.!?;\n]+[.!?;\n]*")
 _BEGINS = "|".join(re.escape(begin) for begin in CONSTRAINTS)
 _CONSTRAINT = re.compile(rf"\s*(?:please\s+|and\s+|but\s+|also\s+)*(?:no|{_BEGINS})\b", re.IGNORECASE)
 _CLAUSE = re.compile(rf"[,\s]*(?:\b(?:and|but|then)\s+)?(?:,\s*no|\b(?:{_BEGINS}))\b.*", re.IGNORECASE | re.DOTALL)
+_FROM = r"the [^,.;]+? (?:from|in|of) image \d"
+_PLACED = r"(?:(?:on|to|at|in) the (?:left|right|top|bottom|middle|center)|above|below)"
+_THREE = re.compile(rf"({_FROM}), ({_FROM}),? and ({_FROM})\b(?! {_PLACED})", re.IGNORECASE)
+"""Three references in a list without places, of which a small model loses the first."""
 NEAREST = 3
 """Number of known nouns that are suggested for an unknown one."""
 MOST_NAMED = 4
@@ -64,7 +68,7 @@ def read_prompt(prompt: str, variant: Variant) -> Reading:
         *_counts(prompt, variant),
         *_several_changes(text, variant),
     )
-    text = _without_distractions(text, variant)
+    text = _THREE.sub(r"\1 on the left, \2 in the middle and \3 on the right", _without_distractions(text, variant))
     return Reading(prompt if _plain(text) == _plain(prompt) else text, warnings)
 
 
