@@ -29,6 +29,8 @@ COMMANDS = {
 }
 """Each is a module of this package with `configure(parser)` and `run(settings, arguments) -> exit code`."""
 
+GONE = "The folder this was started in is gone."
+
 WITHOUT_JSON = {"cluster", "engine", "serve", "studio"}
 
 
@@ -59,6 +61,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ImportError as error:
         return _failed(ImportError(f"{error}. {_import_advice()}"))
     except Exception as error:
+        if not _has_folder():  # Python 3.13: SystemError from the first compiled package that is imported
+            print("klein-mcp:", GONE, file=sys.stderr)
+            return 1
         if _is_for_people(error):
             return _failed(error)
         raise
@@ -126,6 +131,6 @@ def _failed(error: Exception) -> int:
 
     message = explain(error) if isinstance(error, EngineError) else str(error)
     if not _has_folder():
-        message += " The folder this was started in is gone."
+        message += f" {GONE}"
     print("klein-mcp:", " ".join(strip_control_chars(message).split()), file=sys.stderr)
     return 1

@@ -21,7 +21,7 @@ from engine.contract import Exact, Job, Result
 from engine.families.klein import compiler as compiler_module
 from engine.families.klein import runner as runner_module
 from engine.families.klein.compile_thread import NEVER
-from engine.families.klein.compiler import CompileOptions, obstacle
+from engine.families.klein.compiler import CompiledDiffers, CompileOptions, obstacle
 from engine.families.klein.pipeline import Klein
 from engine.families.klein.runner import MAX_GRAPHS, Runner
 from engine.families.klein.sample_inputs import SampleInputs
@@ -259,6 +259,26 @@ def test_a_model_released_while_it_compiles_is_freed(
     stopped = calls[0]
     time.sleep(0.05)
     assert calls[0] == stopped
+
+
+def test_saved_traces_that_fail_are_dropped_and_made_anew(
+    compiler: type[InstantCompiler], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    compiler.gate.set()
+    klein, made = make(replace(EVERYWHERE, backend="inductor", folder=tmp_path)), [0]
+    folder = klein.runner._traces_folder()
+    assert folder is not None
+
+    def work(self: InstantCompiler) -> None:
+        made[0] += 1
+        if torch._dynamo.config.caching_precompile:
+            raise CompiledDiffers("the compiled blocks differ")
+
+    monkeypatch.setattr(compiler, "_compile", work)
+    tune(klein)
+    assert klein.runner.mode == "compiled", klein.runner.summary()
+    assert made == [2]
+    assert not folder.exists()
 
 
 def test_compiling_defers_full_garbage_collections_to_its_end(compiler: type[InstantCompiler]) -> None:

@@ -134,12 +134,14 @@ async def test_what_is_no_file_is_refused_at_once(client: Client, tmp_path: Path
     for name, message in (
         ("fifo.png", "is not a file"),
         ("folder.png", "is not a file"),
-        ("loop.png", "There is no file"),
         ("missing.png", "There is no file"),
         ("photo.png/inside.png", "There is no file"),
         ("x" * 300, "cannot be read: File name too long"),
     ):
         assert message in await refused(client, "view_image", image=str(tmp_path / name))
+    # Python 3.13 resolves a loop of links to itself, and opening it tells of the loop.
+    message = await refused(client, "view_image", image=str(tmp_path / "loop.png"))
+    assert "There is no file" in message or "cannot be read: Too many levels of symbolic links" in message
 
 
 async def test_device_is_refused(client: Client, service: Service):

@@ -7,9 +7,10 @@ Graphs replay the same kernels on the same shapes: they change the time, not a b
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from engine.diffusion.canvas import GRID, size_for_aspect
 from engine.diffusion.parts import Parts
 from engine.families.klein.compile_thread import CompileThread, full_collections_deferred
 from engine.families.klein.compiler import (
+    COMPILED_FUNCTIONS,
     Compiled,
     CompileOptions,
     Compiler,
@@ -29,6 +31,7 @@ from engine.families.klein.compiler import (
 )
 from engine.families.klein.sample_inputs import SampleInputs
 from engine.families.klein.text_encoder import TextEncoder
+from engine.families.klein.traces import SavedTraces, structure
 from engine.families.klein.transformer import BlockFunctions, KVPair, Modulations, Transformer
 from engine.families.klein.variants import Variant
 from engine.memory.cache import LruCache
@@ -250,10 +253,8 @@ class Runner:
                 self._text_graph = self._timed("text graph", self._capture_text)
                 yield True
         yield from self._beside("compilers loaded", load_compilers, self.options)
-        networks = Compiler(self.variant, self.transformer, self.autoencoder, self.device, self.options)
         with full_collections_deferred():
-            for name, part in networks.parts():
-                yield from self._beside(name, part)
+            networks = yield from self._compile()
         self._compiled = networks.compiled
         if self._attention.name == "cuDNN":
             yield from self._plan_attention()
@@ -269,6 +270,42 @@ class Runner:
                 yield True
             else:
                 yield False
+
+    def _compile(self) -> Generator[bool, None, Compiler]:
+        """Compile all parts, with saved traces where possible."""
+        traces = SavedTraces(self._traces_folder())
+        try:
+            return (yield from self._compile_with(traces))
+        except Exception as exc:
+            if not traces.enabled:
+                raise
+            log.warning("saved traces cannot be used, all is traced again: %s", exc)
+            traces.drop(COMPILED_FUNCTIONS)
+        finally:
+            traces.survived()
+        return (yield from self._compile_with(traces))
+
+    def _compile_with(self, traces: SavedTraces) -> Generator[bool, None, Compiler]:
+        networks: list[Compiler] = []
+
+        def load() -> None:
+            networks.append(Compiler(self.variant, self.transformer, self.autoencoder, self.device, self.options))
+
+        yield from self._beside("networks", traces.during, load)
+        for name, part in networks[0].parts():
+            yield from self._beside(name, traces.during, part)
+        yield from self._beside("traces saved", traces.save)
+        return networks[0]
+
+    def _traces_folder(self) -> Path | None:
+        """Return the folder for traces, None where none are kept.
+
+        Of streamed layers they are in many pieces, and another back end has none.
+        """
+        if self.options.folder is None or self.options.backend != "inductor" or self._offloads:
+            return None
+        name = structure(self.transformer, self.autoencoder, choices=f"{self._attention.name} {self.device.dtype_name}")
+        return self.options.folder / "traces" / name
 
     def _timed(self, name: str, make: Callable[[], Any]) -> Any:
         start = time.perf_counter()
