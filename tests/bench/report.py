@@ -108,10 +108,15 @@ def _single_values(sections: Mapping[str, Any], lines: Sequence[Line]) -> Iterat
             ratio = ms["ours, rows"] / ms[name]
             yield _row(f"fp8 of both, scales by row: ours : diffusers {name.partition(',')[0]} with our fp8 layer",
                        f"{ms['ours, rows']:.0f} : {ms[name]:.0f} ms: {ratio:.2f}", "")  # fmt: skip
+    for section, name in (
+        ("tuning from disk", "tuning, kernels on disk"),
+        ("tuning again", "tuning, traces on disk too"),
+    ):
+        if "s" in (row := sections.get(section, {})):
+            parts = ", ".join(f"{part} {seconds:.1f}" for part, seconds in row["parts, s"].items() if seconds >= 0.05)
+            yield _row(name, f"{row['s']:.1f} s ({parts})", f"7 s: {_met(row['s'], 7)}")
     warm = sections.get("tuning from disk", {})
     if "s" in warm:
-        parts = ", ".join(f"{name} {seconds:.1f}" for name, seconds in warm["parts, s"].items() if seconds >= 0.05)
-        yield _row("tuning, disk cache warm", f"{warm['s']:.1f} s ({parts})", f"7 s: {_met(warm['s'], 7)}")
         first = warm["images after ready, ms"][0]
         warm_median = next((line.ms["ours"] for line in lines if line.name == FIRST.name), None)
         if warm_median:
