@@ -147,6 +147,14 @@ def test_size_above_native_is_resampled_with_a_warning(engine: Engine) -> None:
     assert any("resampled to 512×256" in warning for warning in painting.warnings)
 
 
+def test_model_of_squares_warns_in_other_shapes(engine: Engine) -> None:
+    for size in (Aspect(1, 1), Exact(80, 64)):
+        assert not paint(engine, replace(DOG, size=size)).warnings
+    for size in (Aspect(4, 3), Aspect(9, 16)):
+        (warning,) = paint(engine, replace(DOG, size=size)).warnings
+        assert warning.startswith("nano practised on squares alone")
+
+
 def test_aspect_ratio_is_generated_at_the_native_area(engine: Engine) -> None:
     assert paint(engine, replace(DOG, size=Aspect(16, 9))).image.shape == (96, 160, 3)
 

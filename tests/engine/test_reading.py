@@ -106,6 +106,21 @@ def test_number_of_things_whose_plural_is_known_is_reported() -> None:
         assert warning == f"nano paints one star: it knows no {number}"
 
 
+SIZED = replace(SMALL, words=SMALL.words | {"small", "big", "huge", "next"})
+
+
+@pytest.mark.parametrize("prompt", ["a small dog next to a big cat", "a huge rocket above a star on a blue background"])
+def test_big_thing_beside_another_is_reported(prompt: str) -> None:
+    assert read_prompt(prompt, SIZED).warnings == ("nano paints a big thing well only when it is alone",)
+
+
+@pytest.mark.parametrize(
+    "prompt", ["a big dog on a red background", "replace the cat with a big dog", "a small dog next to a cat"]
+)
+def test_sizes_that_nano_practised_are_not_reported(prompt: str) -> None:
+    assert not read_prompt(prompt, SIZED).warnings
+
+
 def test_endless_unknown_word_is_named_by_its_beginning() -> None:
     (warning,) = read_prompt("a red apple " + "x" * 3900, SMALL).warnings
     assert "x…" in warning

@@ -10,6 +10,9 @@ from engine.families.klein.variants import Variant
 MAX_STEPS = 200
 """Limit of steps. No published klein needs more than 50, so a larger number is probably a typing error."""
 MAX_GUIDANCE = 100
+NEARLY_SQUARE = 1.25
+"""Longer to shorter side up to which a model of squares still puts things where they belong. In nano's 144 × 112 a car
+at the bottom was cut off, in 144 × 96 it was a smear, in 96 × 160 a second house began below the first."""
 MAX_SEED = 2**63 - 1
 
 
@@ -88,6 +91,12 @@ def fit_images(job: Job, variant: Variant, warnings: list[str]) -> tuple[Canvas,
         warnings.append(
             f"painted at {canvas.content_width}×{canvas.content_height}, about the area {variant.name} was made for, "
             f"and resampled to {canvas.width}×{canvas.height}"
+        )
+    longer, shorter = max(canvas.content_width, canvas.content_height), min(canvas.content_width, canvas.content_height)
+    if variant.squares and not references and longer > NEARLY_SQUARE * shorter:
+        warnings.append(
+            f"{variant.name} practised on squares alone: in {canvas.width}×{canvas.height} things may be cut off or "
+            "out of place"
         )
     return canvas, fitted
 

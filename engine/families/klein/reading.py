@@ -32,6 +32,8 @@ _FROM = r"the [^,.;]+? (?:from|in|of) image \d"
 _PLACED = r"(?:(?:on|to|at|in) the (?:left|right|top|bottom|middle|center)|above|below)"
 _THREE = re.compile(rf"({_FROM}), ({_FROM}),? and ({_FROM})\b(?! {_PLACED})", re.IGNORECASE)
 """Three references in a list without places, of which a small model loses the first."""
+_BIG = re.compile(r"(?<!\bthe )\b(?:big|large|huge)\b", re.IGNORECASE)
+_REPLACES = re.compile(r"\s*(?:please )?(?:replace|swap|turn|change)\b", re.IGNORECASE)
 NEAREST = 3
 """Number of known nouns that are suggested for an unknown one."""
 MOST_NAMED = 4
@@ -66,6 +68,7 @@ def read_prompt(prompt: str, variant: Variant) -> Reading:
         *_unknown(text, variant),
         *_own_colours(text, variant),
         *_counts(prompt, variant),
+        *_big_beside_another(text, variant),
         *_several_changes(text, variant),
     )
     text = _THREE.sub(r"\1 on the left, \2 in the middle and \3 on the right", _without_distractions(text, variant))
@@ -281,6 +284,18 @@ def _counts(prompt: str, variant: Variant) -> Iterator[str]:
         known = next(forms, _known_form(things, variant))
         if number not in variant.words and known is not None and (known in variant.nouns or known in variant.shapes):
             yield f"{variant.name} paints one {known}: it knows no {number}"
+
+
+def _big_beside_another(text: str, variant: Variant) -> Iterator[str]:
+    """Yield a warning for a big thing beside another.
+
+    A small model practised big things alone, and makes a smear of both. "the big dog" is one that is there already.
+    """
+    if not variant.nouns:
+        return
+    things = re.findall(rf"\b(?:{_alternatives((*variant.nouns, *variant.shapes))})\b", text, re.IGNORECASE)
+    if len({thing.lower() for thing in things}) > 1 and _BIG.search(text) and not _REPLACES.match(text):
+        yield f"{variant.name} paints a big thing well only when it is alone"
 
 
 def _several_changes(text: str, variant: Variant) -> Iterator[str]:

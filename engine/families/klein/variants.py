@@ -33,6 +33,7 @@ class Variant:
     native_size: the square side, in pixels, that is painted when no size is asked for.
     max_size: the square side whose area is the most it paints by itself; larger images are resampled from it.
     reference_size: the square side whose area a reference is shrunk to if it is larger.
+    squares: whether squares are all that it practised.
     words: all that its prompts may hold; empty for a model that knows more than could be listed.
     nouns: those of the words that name a thing, each with the colours it is always painted in.
     shapes, colours: those of the words that name a thing of any colour, and the colours.
@@ -54,6 +55,7 @@ class Variant:
     max_size: int = 2048
     reference_size: int = 1024
     max_references: int = 4
+    squares: bool = False
     text_length: int = 512
     text_layers: tuple[int, ...] = (9, 18, 27)
     words: frozenset[str] = frozenset()
@@ -86,6 +88,7 @@ VARIANTS: dict[str, Variant] = {
             max_size=128,
             reference_size=128,
             max_references=3,
+            squares=True,
             text_length=64,
             kv=True,
             text_layers=(1, 2, 3),
