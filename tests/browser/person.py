@@ -11,6 +11,15 @@ from PIL import Image
 from tests.browser.conftest import WAIT, Studio
 
 
+async def visit(browser: Any, studio: Studio) -> Any:
+    """Open a page in a context of its own, by the studio's link."""
+    page = await (await browser.new_context()).new_page()
+    page.set_default_timeout(WAIT)
+    await page.goto(studio.link)
+    await page.wait_for_url(f"{studio.origin}/studio")
+    return page
+
+
 async def generate(page: Any, prompt: str, seed: int | None = None) -> str:
     """Type a prompt, press Generate and return the new image's handle."""
     await page.get_by_role("textbox").first.fill(prompt)

@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.browser.conftest import WAIT, Open, Studio, running_studio
-from tests.browser.person import generate, new_image, pixels
+from tests.browser.conftest import Open, Studio, running_studio
+from tests.browser.person import generate, new_image, pixels, visit
 from tests.real_server import RealServer
 
 pytestmark = [pytest.mark.browser, pytest.mark.anyio]
@@ -15,11 +15,8 @@ pytestmark = [pytest.mark.browser, pytest.mark.anyio]
 
 async def test_link_works_once_and_leaves_no_secret_behind(browser: Any, server: RealServer) -> None:
     with running_studio(server) as fresh:
-        context = await browser.new_context()
-        page = await context.new_page()
-        await page.goto(fresh.link)
-        await page.wait_for_url(f"{fresh.origin}/studio")
-        (cookie,) = await context.cookies()
+        page = await visit(browser, fresh)
+        (cookie,) = await page.context.cookies()
         assert cookie["httpOnly"]
         assert cookie["sameSite"] == "Strict"
         for secret in (cookie["value"], fresh.link.rsplit("/", 1)[1]):
@@ -30,7 +27,7 @@ async def test_link_works_once_and_leaves_no_secret_behind(browser: Any, server:
         other_browser = await browser.new_context()
         other = await other_browser.new_page()
         assert (await other.goto(f"{fresh.origin}/studio")).status == 401
-        await context.close()
+        await page.context.close()
         await other_browser.close()
 
 
@@ -100,13 +97,9 @@ async def test_variations_make_a_sheet_and_again_makes_one(open_page: Open, stud
 
 async def test_ended_session_is_explained(browser: Any, server: RealServer, signed_in: Any) -> None:
     with running_studio(server) as fresh:
-        context = await browser.new_context()
-        page = await context.new_page()
-        page.set_default_timeout(WAIT)
-        await page.goto(fresh.link)
-        await page.wait_for_url(f"{fresh.origin}/studio")
-        await context.clear_cookies()
+        page = await visit(browser, fresh)
+        await page.context.clear_cookies()
         await page.get_by_role("textbox").first.fill("a red apple")
         await page.get_by_role("button", name="Generate").click()
         await page.get_by_role("alert").get_by_text(re.compile("session has ended")).wait_for()
-        await context.close()
+        await page.context.close()

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from tests.browser.conftest import WAIT, Open, Studio, running_studio
-from tests.browser.person import generate, new_image
+from tests.browser.person import generate, new_image, visit
 from tests.real_server import RealServer
 
 pytestmark = [pytest.mark.browser, pytest.mark.anyio]
@@ -49,11 +49,7 @@ async def test_endless_word_does_not_fill_the_screen(open_page: Open) -> None:
 
 async def test_server_that_is_gone_is_explained_and_marked(browser: Any, server: RealServer) -> None:
     with running_studio(server) as fresh:
-        context = await browser.new_context()
-        page = await context.new_page()
-        page.set_default_timeout(WAIT)
-        await page.goto(fresh.link)
-        await page.wait_for_url(f"{fresh.origin}/studio")
+        page = await visit(browser, fresh)
         chip = page.locator("#model-chip")
         await chip.get_by_text("nano").wait_for()
         await page.get_by_role("textbox").first.fill("a red apple")
@@ -65,7 +61,7 @@ async def test_server_that_is_gone_is_explained_and_marked(browser: Any, server:
         assert "klein-mcp studio" in words
         assert "Failed to fetch" not in await page.locator("body").inner_text()
         assert await page.get_by_role("textbox").first.input_value() == "a red apple"
-        await context.close()
+        await page.context.close()
 
 
 async def test_reload_keeps_image_prompt_and_references(open_page: Open) -> None:
