@@ -164,6 +164,7 @@ def test_timing_prints_row_of_speed_table(server: RealServer) -> None:
     assert re.fullmatch(r"\| nano, 128×128 \|( \d+ ms \|){3} \d+\.\d s \|\n", ran.stdout)
 
 
+@pytest.mark.slow
 def test_http_client_shows_its_token_hears_progress_and_fetches_image(server: RealServer, tmp_path: Path) -> None:
     token = tmp_path / "token"
     token.write_text("a-word-that-is-long-enough-to-be-a-token\n")

@@ -38,6 +38,7 @@ async def test_server_and_daemon_use_their_own_packages(own_server: RealServer, 
 
 
 @pytest.mark.parametrize("command", ["doctor", "models", "status"])
+@pytest.mark.slow
 def test_commands_use_their_own_packages(own_server: RealServer, project: Path, command: str):
     done = own_server.run("-m", "klein_mcp", command, "--json", cwd=project, PYTHONPATH=".")
     assert "Traceback" not in done.stderr

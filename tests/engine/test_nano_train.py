@@ -94,6 +94,7 @@ def test_first_step_that_takes_all_the_time_is_the_last(tmp_path, monkeypatch):
     assert trainer.steps == 1
 
 
+@pytest.mark.slow
 def test_failed_step_restores_the_last_good_weights(tmp_path):
     trainer = _trainer(tmp_path / "out")
     batch = trainer.encoder(Drawn().next(0.0))

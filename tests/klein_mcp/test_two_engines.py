@@ -22,6 +22,7 @@ MOST = 120_000_000 // 1024
 """KiB, as Linux counts them."""
 
 
+@pytest.mark.slow
 async def test_two_engines_behind_one_daemon(tmp_path: Path, server: RealServer):
     token = tmp_path / "token"
     token.write_text("a token of this test\n")
