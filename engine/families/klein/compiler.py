@@ -24,7 +24,8 @@ from engine.memory.offload import OffloadedModule
 from engine.nn.autoencoder import Autoencoder, Decoder, Encoder
 
 TOLERANCE = 0.1
-"""Relative difference between a compiled and a plain part, by the norm."""
+"""Relative difference between a compiled and a plain part, by the norm: far above rounding and far below a mistake.
+Observed: 2e-5 at most in a decoder of klein's shape in fp32; rows in another order differ by 1.4."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,8 +85,8 @@ class Compiler:
     ) -> None:
         self.variant, self.transformer, self.device = variant, transformer, device
         # These are copies: in eager mode channels-last is slower, and a job may request that mode at any time.
-        # torch's stubs have no overload of Module.to for a memory format alone.
-        self.autoencoder = copy.deepcopy(autoencoder).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        in_order = copy.deepcopy(autoencoder)
+        self.autoencoder = in_order.to(memory_format=torch.channels_last)  # type: ignore[call-overload] - torch's stubs
         # Streamed layers cut a block into several graphs: which slot holds the weights, and an event, are in none. They
         # are excluded here, not by a decorator, which would import the compilers wherever the module is imported.
         streamed = [module for module in transformer.modules() if isinstance(module, OffloadedModule)]

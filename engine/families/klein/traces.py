@@ -135,7 +135,7 @@ def _torch_can() -> bool:
     if TorchVersion(torch.__version__) < TorchVersion(TESTED):
         return False
     try:
-        from torch._C._dynamo.eval_frame import _reset_precompile_entries  # noqa: F401
+        from torch._C._dynamo.eval_frame import _reset_precompile_entries  # noqa: F401 - whether it is there
         from torch._dynamo.package import DynamoCache
         from torch._dynamo.precompile_context import PrecompileContext
     except ImportError:
