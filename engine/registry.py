@@ -13,9 +13,12 @@ from engine.families.klein.checkpoint import Checkpoint
 from engine.families.klein.companions import Companion, Needs
 from engine.families.klein.folder import INDEX, forbidden, is_complete, read_variant, weights_files
 from engine.families.klein.variants import EMBEDDED, FULL, VARIANTS, Variant
-from engine.search import ModelSearch, foreign_folder
+from engine.search import ModelSearch, foreign_folder, walk
 
 NANO = Path(__file__).parent / "nano" / "weights"
+
+_COMFYUI_DEPTH = 1
+"""Folders below ComfyUI's own that are searched for companions: people sort them, as in vae/flux2/x.safetensors."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,6 +154,8 @@ class ModelRegistry(ModelSearch):
         return BadWeights("It is a klein, under a name of its own: give its path as the model.")
 
     def _checkpoint(self, path: Path, variant: Variant | None) -> Checkpoint:
+        if path.name == INDEX:
+            path = path.parent
         if path.is_dir():
             if not os.access(path, os.R_OK | os.X_OK):
                 raise forbidden(path)
@@ -213,7 +218,9 @@ class ModelRegistry(ModelSearch):
         yield file
         yield file.parent
         for folder in list(file.parents)[1:3]:
-            yield from (folder / name for name in companions.COMFYUI_FOLDERS)
+            for name in companions.COMFYUI_FOLDERS:
+                yield folder / name
+                yield from walk(folder / name, _COMFYUI_DEPTH)
         yield from self.paths
         yield from self.places()
 

@@ -76,7 +76,7 @@ class ModelSearch:
     def places(self) -> Iterator[Path]:
         """Yield folders with an index, and single files."""
         for path in self.paths:
-            yield from _walk(path, _DEPTH)
+            yield from walk(path, _DEPTH)
         if self.hub is not None:
             yield from _snapshots(self.hub)
 
@@ -91,7 +91,7 @@ def foreign_folder(folder: Path) -> BadWeights | None:
     return None
 
 
-def _walk(path: Path, depth: int, seen: set[tuple[int, int]] | None = None) -> Iterator[Path]:
+def walk(path: Path, depth: int, seen: set[tuple[int, int]] | None = None) -> Iterator[Path]:
     """Yield folders with an index, and weights files, down to `depth`.
 
     seen: folders that were searched, by device and number: a link to a folder above leads back into it.
@@ -111,7 +111,7 @@ def _walk(path: Path, depth: int, seen: set[tuple[int, int]] | None = None) -> I
             seen.add(folder)
             for child in sorted(path.iterdir()):
                 if not child.name.startswith("."):
-                    yield from _walk(child, depth - 1, seen)
+                    yield from walk(child, depth - 1, seen)
     except OSError:
         # One of many folders that this user may not read, or that is none: the rest is enough.
         return
@@ -126,4 +126,4 @@ def _snapshots(hub: Path) -> Iterator[Path]:
     for repo in repos:
         if any(word in repo.name.lower() for word in _HUB_WORDS):
             for snapshot in sorted((repo / "snapshots").glob("*")):
-                yield from _walk(snapshot, _DEPTH)
+                yield from walk(snapshot, _DEPTH)

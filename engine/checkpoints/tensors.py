@@ -89,7 +89,7 @@ class Tensors:
 
 def _shards(index: Path) -> dict[str, str]:
     try:
-        return {str(name): str(shard) for name, shard in json.loads(index.read_text())["weight_map"].items()}
+        return {str(name): str(shard) for name, shard in json.loads(index.read_bytes())["weight_map"].items()}
     except (ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError) as error:
         reason = " ".join(str(error).split())[:100]
         raise BadWeights(f"{index} makes no sense: {reason}.", hint="Download it again.") from None

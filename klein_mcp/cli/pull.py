@@ -179,7 +179,7 @@ def _shards(hub: Path, wish: FileSelection, commit: str, there: dict[str, Any]) 
         return lambda name: True
     item = RemoteFile(wish.repo, commit, index, int(there[index].size or 0), None, 0)
     _fetch(hub, item)
-    weight_map = json.loads((_snapshot(hub, item) / index).read_text())
+    weight_map = json.loads((_snapshot(hub, item) / index).read_bytes())
     last = max(next(row for row in VARIANTS.values() if row.repo == wish.repo).text_layers)
     files = {f"text_encoder/{file}" for name, file in weight_map["weight_map"].items() if _is_read(name, last)}
     return lambda name: not re.fullmatch(r"text_encoder/.*\.safetensors", name) or name in files

@@ -75,6 +75,16 @@ def test_setting_names_the_encoder_and_a_wrong_name_lists_them(folder: Path, hom
         taken(home, text_encoder="typo")
 
 
+def test_companions_are_found_in_subfolders_beside_a_single_file(home: Path):
+    """People sort ComfyUI's folders, and name the file alone."""
+    for folder, name in (("vae", "flux2-vae"), ("text_encoders", "qwen_3_4b")):
+        (home / folder / "FLUX.2").mkdir()
+        (home / folder / f"{name}.safetensors").rename(home / folder / "FLUX.2" / f"{name}.safetensors")
+    found = ModelRegistry().resolve(str(home / "diffusion_models" / "flux-2-klein-4b.safetensors"))
+    assert found.vae == home / "vae" / "FLUX.2" / "flux2-vae.safetensors"
+    assert found.text_encoder == home / "text_encoders" / "FLUX.2" / "qwen_3_4b.safetensors"
+
+
 def test_models_name_the_companions_that_are_taken(home: Path):
     engine = Engine(EngineConfig(models=(home,), device="cpu", dtype="float32"))
     (found,) = (model for model in engine.models() if model.name == "klein-4b")

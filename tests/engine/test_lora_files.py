@@ -44,12 +44,35 @@ def test_error_names_unsupported_keys(key: str, says: str, folder: Path, tmp_pat
     [
         ("[]", r"The training settings of LoRA odd\.safetensors make no sense: they are a list"),
         ("{", r"The training settings of LoRA odd\.safetensors make no sense"),
+        ('{"transformer.lora_alpha": "16"}', "lora_alpha is '16', not a number"),
+        ('{"transformer.lora_alpha": NaN}', "lora_alpha is 'nan', not a number"),
+        ('{"transformer.alpha_pattern": {"([a-z_.]+)+!": 1}}', "repeats too much"),
     ],
 )
 def test_error_names_invalid_training_settings(training: str, says: str, folder: Path, tmp_path: Path) -> None:
     save_file(peft(), tmp_path / "odd.safetensors", {"lora_adapter_metadata": training})
     with pytest.raises(BadWeights, match=says):
         changed(folder, Lora(tmp_path / "odd.safetensors"))
+
+
+@pytest.mark.parametrize(
+    ("leaf", "tensor", "says"),
+    [
+        ("lora_A.weight", torch.zeros(H), r"has the shape \[128\]"),
+        ("hada_w1_a", torch.zeros(2, 2, 2), r"has the shape \[2, 2, 2\]"),
+        ("alpha", torch.zeros(0), r"has the shape \[0\]"),
+        ("diff", torch.zeros(()), r"has the shape \[\]"),
+        ("lora_A.weight", torch.zeros(RANK, H, dtype=torch.bool), "is stored as BOOL, which is not read"),
+    ],
+)
+def test_misshapen_tensor_is_refused_in_one_line(
+    leaf: str, tensor: Tensor, says: str, folder: Path, tmp_path: Path
+) -> None:
+    name = "diffusion_model.double_blocks.0.img_attn.proj"
+    others = {f"{name}.lora_A.weight": torch.zeros(RANK, H), f"{name}.lora_B.weight": torch.zeros(H, RANK)}
+    file = write(others | {f"{name}.{leaf}": tensor}, tmp_path / "odd.safetensors")
+    with pytest.raises(BadWeights, match=says):
+        changed(folder, Lora(file))
 
 
 def test_a_model_given_as_a_lora_is_refused(folder: Path, bfl: dict[str, Tensor], tmp_path: Path) -> None:
@@ -76,6 +99,9 @@ def test_a_lora_is_found_by_path_or_name_with_a_scale(tmp_path: Path) -> None:
         lora.resolve_lora("oil", [tmp_path])
     with pytest.raises(ModelNotFound, match="No LoRA at"):
         lora.resolve_lora("/nowhere/x.safetensors:1", [])
+    colon = file.with_name("ink: the second.safetensors")
+    save_file({"x": torch.zeros(1)}, colon)
+    assert lora.resolve_lora(str(colon), []) == Lora(colon)
     with pytest.raises(InvalidJob, match="scale of LoRA 'ink:strong' is 'strong'"):
         lora.resolve_lora("ink:strong", [tmp_path])
 

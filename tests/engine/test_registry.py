@@ -71,6 +71,9 @@ def test_a_diffusers_folder_is_found_by_name_in_a_folder_of_models(folder: Path,
     assert registry.installed()["klein-4b"] == place
     found = registry.resolve("klein-4b")
     assert (found.variant, found.transformer) == (VARIANTS["klein-4b"], place / "transformer")
+    index = place / "model_index.json"
+    index.write_bytes(b"\xef\xbb\xbf" + index.read_bytes())
+    assert registry.resolve(str(index)) == found, "the index, saved with a byte order mark, stands for its folder"
 
 
 def test_hub_cache_is_searched_by_repository(folder: Path, tmp_path: Path) -> None:

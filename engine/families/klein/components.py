@@ -358,7 +358,7 @@ def _config_errors(what: str) -> Iterator[None]:
 
 def _read_config(folder: Path) -> dict[str, Any]:
     try:
-        config = json.loads((folder / "config.json").read_text())
+        config = json.loads((folder / "config.json").read_bytes())
         if not isinstance(config, dict):
             raise ValueError(f"it is a {type(config).__name__}")
         foreign.refuse_config(config, folder)

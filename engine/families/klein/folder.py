@@ -103,7 +103,7 @@ def is_complete(folder: Path) -> bool:
 def read_json(file: Path) -> dict[str, Any]:
     """Return a JSON object. Raises BadWeights."""
     try:
-        data = json.loads(file.read_text())
+        data = json.loads(file.read_bytes())
     except FileNotFoundError:
         raise BadWeights(f"{file} is not there.", hint="Download it again.") from None
     except PermissionError:

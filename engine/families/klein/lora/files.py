@@ -39,7 +39,8 @@ def resolve_lora(text: str, folders: Iterable[Path]) -> Lora:
 
     Raises ModelNotFound or InvalidJob.
     """
-    name, scale = _split_scale(text)
+    # A file may have a colon in its own name.
+    name, scale = (text, 1.0) if Path(text).expanduser().is_file() else _split_scale(text)
     path, stem = Path(name).expanduser(), name.removesuffix(".safetensors")
     if path.is_dir() and (path / ADAPTER).is_file():
         return Lora(path / ADAPTER, scale)
@@ -82,9 +83,12 @@ class Training:
         """Read diffusers' entry in the header, or peft's config beside the file."""
         try:
             if (config := _config_file(header.file)) is not None:
-                return cls(_object(config.read_text()))
-            flat = _object(header.metadata.get("lora_adapter_metadata", "{}"))
-            return cls({key.removeprefix(_OURS): value for key, value in flat.items() if key.startswith(_OURS)})
+                settings = _object(config.read_bytes())
+            else:
+                flat = _object(header.metadata.get("lora_adapter_metadata", "{}"))
+                settings = {key.removeprefix(_OURS): value for key, value in flat.items() if key.startswith(_OURS)}
+            _check_alphas(settings)
+            return cls(settings)
         except (ValueError, OSError, RecursionError) as error:
             reason = " ".join(str(error).split())[:100]
             raise BadWeights(f"The training settings of LoRA {header.file.name} make no sense: {reason}.") from None
@@ -93,7 +97,7 @@ class Training:
         """Return alpha over rank, or over its root for rsLoRA."""
         alpha = self._pattern("alpha_pattern", module)
         alpha = self.settings.get("lora_alpha") if alpha is None else alpha
-        if not isinstance(alpha, int | float) or rank == 0:
+        if alpha is None or rank == 0:
             return 1.0
         return float(alpha) / (math.sqrt(rank) if self.settings.get("use_rslora") else rank)
 
@@ -104,6 +108,28 @@ class Training:
         matching = (value for part, value in patterns.items() if _matches(str(part), module))
         return next(matching, None)
 
+
+def _check_alphas(settings: Mapping[str, Any]) -> None:
+    """Raise ValueError for an invalid alpha or a slow pattern."""
+    patterns = settings.get("alpha_pattern")
+    patterns = patterns if isinstance(patterns, dict) else {}
+    for name, alpha in {"lora_alpha": settings.get("lora_alpha"), **patterns}.items():
+        if alpha is not None and not (type(alpha) in (int, float) and math.isfinite(alpha)):
+            raise ValueError(f"{name[:40]} is {str(alpha)[:40]!r}, not a number")
+    if slow := next((pattern for pattern in patterns if _is_slow(pattern)), ""):
+        raise ValueError(f"the pattern {slow[:40]!r} repeats too much")
+
+
+def _is_slow(pattern: str) -> bool:
+    """Return whether matching could take hours.
+
+    (x+)+ doubles its time with each letter of a name.
+    """
+    return re.search(r"\)[*+{]", pattern) is not None or len(re.findall(r"[*+{]", pattern)) > _MOST_REPETITIONS
+
+
+_MOST_REPETITIONS = 3
+"""Of a pattern; peft writes names, or one wildcard."""
 
 _OURS = "transformer."
 """Before the transformer's settings: a pipeline has other parts that can be trained."""
@@ -124,7 +150,7 @@ def _config_file(file: Path) -> Path | None:
     return config if alone and config.is_file() else None
 
 
-def _object(text: str) -> dict[str, Any]:
+def _object(text: str | bytes) -> dict[str, Any]:
     data = json.loads(text)
     if not isinstance(data, dict):
         raise ValueError(f"they are a {type(data).__name__}")

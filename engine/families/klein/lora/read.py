@@ -9,7 +9,7 @@ from torch import Tensor
 
 from engine.checkpoints import quant
 from engine.checkpoints.files import read_header
-from engine.checkpoints.reader import TensorReader
+from engine.checkpoints.reader import CODE_DTYPES, TensorReader
 from engine.checkpoints.tensors import Tensors
 from engine.contract import BadWeights
 from engine.families.klein import signatures
@@ -80,6 +80,7 @@ def _read_modules(lora: Lora) -> dict[str, Leaves]:
             held = modules.setdefault(leaf["module"], {})
             if kind in held:
                 raise BadWeights(f"LoRA {lora.path.name} holds several adapters for {leaf['module']}.")
+            _check_readable(lora, name, kind, tensors)
             held[kind] = _load(tensors, name, reader)
             if not bool(torch.isfinite(held[kind]).all()):
                 raise BadWeights(
@@ -87,6 +88,20 @@ def _read_modules(lora: Lora) -> dict[str, Leaves]:
                     hint="Leave it away, or take an earlier checkpoint of it.",
                 )
     return modules
+
+
+def _check_readable(lora: Lora, name: str, kind: str, tensors: Tensors) -> None:
+    """Raise BadWeights for an unknown dtype or a misshapen tensor."""
+    shape = tensors.shapes[name]
+    if name not in tensors.quantised and (dtype := tensors.entries[name].storage_dtype) not in CODE_DTYPES:
+        raise BadWeights(f"In LoRA {lora.path.name}, {name[:100]} is stored as {dtype}, which is not read.")
+    is_factor = kind in (*_DOWN, *_UP) or kind.startswith(("lokr_", "hada_"))
+    fewest = 2 if is_factor else 1 if kind in ("diff", "set_weight") else 0
+    if len(shape) < fewest or 0 in shape or (kind.startswith("hada") and len(shape) != fewest):
+        raise BadWeights(
+            f"In LoRA {lora.path.name}, {name[:100]} has the shape {list(shape)}, which no trainer writes.",
+            hint="Download it again.",
+        )
 
 
 def _load(tensors: Tensors, name: str, reader: TensorReader) -> Tensor:
