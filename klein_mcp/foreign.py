@@ -12,9 +12,25 @@ _DEEPEST = 6
 _SURROGATES = re.compile("[\ud800-\udfff]+")
 
 
+def well_formed(value: Any) -> Any:
+    """Replace lone surrogates in a text or in JSON data.
+
+    U+FFFD takes their place. A program that cuts text in the middle of an emoji sends half of it, which no encoder
+    takes. Raises RecursionError.
+    """
+    match value:
+        case str():
+            return value if value.isascii() else _SURROGATES.sub("\ufffd", value)
+        case list():
+            return [well_formed(item) for item in value]
+        case dict():
+            return {well_formed(key): well_formed(item) for key, item in value.items()}
+    return value
+
+
 def clean_text(text: str, limit: int = LONGEST_TEXT) -> str:
     """Replace lone surrogates, which no encoder takes, and shorten to `limit`."""
-    text = _SURROGATES.sub("\ufffd", text)
+    text = well_formed(text)
     return text if len(text) <= limit else text[: limit - 1] + "…"
 
 

@@ -18,14 +18,18 @@ from klein_mcp.errors import RequestError, quote
 from klein_mcp.http import calls, render
 from klein_mcp.http.disconnect import cancelled_on_disconnect
 from klein_mcp.http.openai.body import read_json
-from klein_mcp.http.openai.errors import ApiError, to_api_error
-from klein_mcp.http.openai.fields import MAX_IMAGES, integer, parse_seed, parse_size
+from klein_mcp.http.openai.errors import ApiError
+from klein_mcp.http.openai.fields import MAX_IMAGES, integer, parse_model, parse_seed
+from klein_mcp.http.openai.models import naming_installed
 from klein_mcp.http.surface import HttpContext, Surface
+from klein_mcp.images.library import Record
 from klein_mcp.jobs import request as requests
+from klein_mcp.jobs.context import CallContext
 from klein_mcp.jobs.events import ImageSaved, Listen, Progressed
 from klein_mcp.jobs.installed import installed_models
 from klein_mcp.jobs.request import ImageRequest
 from klein_mcp.jobs.results import Preview, SavedImage
+from klein_mcp.limits import MAX_SIDE, MIN_SIDE
 
 SAMPLERS = [{"name": "Euler", "aliases": ["euler"], "options": {}}]
 SCHEDULERS = [
@@ -76,6 +80,7 @@ def surface(context: HttpContext) -> Surface:
         Route(f"{prefix}/samplers", _listing(SAMPLERS), methods=["GET"]),
         Route(f"{prefix}/schedulers", _listing(SCHEDULERS), methods=["GET"]),
         *(Route(f"{prefix}/{name}", _listing([]), methods=["GET"]) for name in EMPTY_LISTS),
+        Route(f"{prefix}/{{path:path}}", _unknown, methods=["GET", "POST"]),
     ]
     return Surface("a1111", routes, "token", error=_error, cross_origin=True)
 
@@ -89,6 +94,10 @@ def _listing(rows: list[dict[str, Any]]) -> Any:
         return JSONResponse(rows)
 
     return answer
+
+
+async def _unknown(request: Request) -> Response:
+    return _error(404, f"{request.method} {request.url.path} is not among the routes of A1111 that are served here.")
 
 
 class Queries:
@@ -164,14 +173,21 @@ class ImageRoute:
             fields = await read_json(request)
             wanted = await self._request(fields, request)
         except Exception as exc:
-            await _failure(exc)(scope, receive, send)
+            response = await self._failure(exc)
+            await response(scope, receive, send)
             return
         async with cancelled_on_disconnect(receive):
             try:
                 response = JSONResponse(await self._run(fields, wanted, request))
             except Exception as exc:
-                response = _failure(exc)
+                response = await self._failure(exc)
             await response(scope, receive, send)
+
+    async def _failure(self, exc: Exception) -> Response:
+        error = await naming_installed(exc, self._http.service)
+        response = _error(error.status, error.message)
+        response.headers.update(error.headers)
+        return response
 
     async def _request(self, fields: Mapping[str, Any], request: Request) -> ImageRequest:
         """Build the request. Raises RequestError or ApiError.
@@ -179,15 +195,15 @@ class ImageRoute:
         Steps, guidance and samplers are left to the model: every client sends the values of Stable Diffusion.
         """
         given = {name: value for name, value in fields.items() if value is not None and value != ""}
-        prompt = str(given.get("prompt", "")).strip()
-        if not prompt:
-            raise ApiError(422, "prompt is empty.", "prompt")
+        prompt = given.get("prompt", "")
+        if not isinstance(prompt, str) or not (prompt := prompt.strip()):
+            raise ApiError(422, "prompt is missing or empty; it must be text.", "prompt")
         count = _count("batch_size", given.get("batch_size", 1)) * _count("n_iter", given.get("n_iter", 1))
         if count > MAX_IMAGES:
             raise ApiError(422, f"{count} images; at most {MAX_IMAGES}.", "batch_size")
         override = given.get("override_settings")
         chosen = override.get("sd_model_checkpoint") if isinstance(override, Mapping) else None
-        model = str(chosen or self._state.model)
+        model = parse_model("sd_model_checkpoint", chosen or self._state.model)
         common: dict[str, Any] = {
             "count": count,
             "seed": parse_seed("seed", given.get("seed", -1)),
@@ -200,22 +216,22 @@ class ImageRoute:
         files = given.get("init_images") or []
         if not isinstance(files, list) or not files:
             raise ApiError(422, "init_images is empty: the image to edit.", "init_images")
-        images = [await calls.import_image(self._http, _decoded(file), "init_images", call) for file in files]
+        images = [await calls.import_image(self._http, _data_url(file), "init_images", call) for file in files]
         if len(images) > 1:
             return requests.compose([image.handle for image in images], prompt, width=width, height=height, **common)
         (image,) = images
-        mask = await self._mask(given, call)
+        mask = await self._mask(given, image, call)
         if mask or (width, height) == (image.width, image.height):
             width = height = None
         return requests.edit(image.handle, prompt, mask=mask, width=width, height=height, **common)
 
-    async def _mask(self, given: Mapping[str, Any], call: Any) -> str | None:
+    async def _mask(self, given: Mapping[str, Any], image: Record, call: CallContext) -> str | None:
         if "mask" not in given:
             return None
-        data = _decoded(given["mask"])
-        if str(given.get("inpainting_mask_invert", 0)).lower() in ("1", "true"):
-            data = await anyio.to_thread.run_sync(_inverted, data)
-        return (await calls.import_image(self._http, data, "The mask", call, mask=True)).handle
+        file = _data_url(given["mask"])
+        inverted = str(given.get("inpainting_mask_invert", 0)).lower() in ("1", "true")
+        mask = await anyio.to_thread.run_sync(_mask_file, file, inverted, (image.width, image.height))
+        return (await calls.import_image(self._http, mask, "The mask", call, mask=True)).handle
 
     async def _run(self, fields: Mapping[str, Any], wanted: ImageRequest, request: Request) -> dict[str, Any]:
         """Run the job and return the body of the response.
@@ -267,13 +283,6 @@ def _info(wanted: ImageRequest, saved: list[SavedImage]) -> dict[str, Any]:
     }
 
 
-def _failure(exc: Exception) -> Response:
-    error = to_api_error(exc)
-    response = _error(error.status, error.message)
-    response.headers.update(error.headers)
-    return response
-
-
 def _count(name: str, value: Any) -> int:
     return integer(1, MAX_IMAGES)(name, value)
 
@@ -281,13 +290,12 @@ def _count(name: str, value: Any) -> int:
 def _size(given: Mapping[str, Any]) -> tuple[int | None, int | None]:
     if "width" not in given and "height" not in given:
         return None, None
-    width, height = (given.get(name, 512) for name in ("width", "height"))
-    size = parse_size("width and height", f"{width}x{height}")
-    return size or (None, None)
+    side = integer(MIN_SIDE, MAX_SIDE)
+    return side("width", given.get("width", 512)), side("height", given.get("height", 512))
 
 
-def _decoded(value: Any) -> bytes | str:
-    """Return base64 text as a data: URL."""
+def _data_url(value: Any) -> str:
+    """Return base64 text as a data: URL. Raises RequestError."""
     if not isinstance(value, str):
         raise RequestError("An image must be base64 text.")
     if value.startswith("data:"):
@@ -295,9 +303,15 @@ def _decoded(value: Any) -> bytes | str:
     return f"data:;base64,{value}"
 
 
-def _inverted(data: bytes | str) -> bytes:
-    """Swap black and white of a mask."""
-    from klein_mcp.images import codec, resolver
+def _mask_file(data_url: str, inverted: bool, size: tuple[int, int]) -> bytes:
+    """Return a mask of the image's size, white where it may change.
 
-    raw = resolver.decode_data_url(data) if isinstance(data, str) else data
-    return codec.encode(255 - codec.decode(raw, "The mask", backdrop=0).image)
+    A1111 reads a mask's alpha the other way round than OpenAI does, and resizes masks. Raises BadImage.
+    """
+    from klein_mcp.images import codec, mask
+    from klein_mcp.images.budget import DECODING
+
+    data = calls.to_bytes(data_url, "The mask")
+    with DECODING.reserve(codec.declared_pixels(data)):
+        white = codec.resize(mask.drawn(codec.decode(data, "The mask", backdrop=0)), *size)
+        return codec.encode(255 - white if inverted else white)

@@ -3,11 +3,12 @@
 import re
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from typing import TYPE_CHECKING
 
 import anyio.to_thread
 from starlette.requests import Request
 
-from klein_mcp.errors import RequestError
+from klein_mcp.errors import BadImage, RequestError
 from klein_mcp.http.surface import HttpContext
 from klein_mcp.images.library import Record
 from klein_mcp.jobs.context import CallContext
@@ -16,6 +17,9 @@ from klein_mcp.jobs.request import ImageRequest
 from klein_mcp.jobs.service import Service
 from klein_mcp.mcp_server.results import uri
 from klein_mcp.mcp_server.sender import http_client
+
+if TYPE_CHECKING:
+    from klein_mcp.images.resolver import ResolvedImage
 
 REFERENCE = re.compile(r"data:|https?://|klein://|[a-z0-9]{6}$", re.IGNORECASE)
 """References that a body may name: never a path of this machine, which only MCP clients may read."""
@@ -34,20 +38,36 @@ async def import_image(
 ) -> Record:
     """Import a file or a referenced image. Raises RequestError.
 
-    An image that came from here is recognised by its pixels. mask: transparent pixels may change, else white ones.
+    name: of the image in errors. An image that came from here is recognised by its pixels. mask: transparent pixels
+    may change, else white ones.
     """
     if isinstance(image, str):
         image = http.urls.handle_of(image) or image.strip()
         if not REFERENCE.match(image):
             raise RequestError(f"{name} is not a URL.", hint="Send a file, a data: URL, an https: URL or a handle.")
     resolver, reading = http.service.sources, "alpha mask" if mask else "image"
-    if isinstance(image, str):
-        opened = await anyio.to_thread.run_sync(lambda: resolver.open(image, call.client, reading=reading))
-    else:
-        opened = await anyio.to_thread.run_sync(lambda: resolver.add(image, name, call.client, reading=reading))
+
+    def resolve() -> "ResolvedImage":
+        if isinstance(image, str) and image[:5].lower() != "data:":
+            return resolver.open(image, call.client, reading=reading)
+        return resolver.add(to_bytes(image, name), name, call.client, reading=reading)
+
+    opened = await anyio.to_thread.run_sync(resolve)
     if opened.new:
         await call.on_new_image(uri(opened.record.handle))
     return opened.record
+
+
+def to_bytes(file: bytes | str, name: str) -> bytes:
+    """Return a file's bytes, also of a data URL. Raises BadImage."""
+    from klein_mcp.images.resolver import decode_data_url
+
+    if isinstance(file, bytes):
+        return file
+    try:
+        return decode_data_url(file)
+    except BadImage as exc:  # its hint is for those whose paths are read
+        raise BadImage(f"{name} cannot be decoded: {exc.message}") from None
 
 
 async def follow(

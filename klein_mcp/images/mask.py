@@ -1,6 +1,6 @@
-"""Two readings of a mask: transparent pixels change, or white ones do.
+"""Readings of a mask: its transparent, white or opaque pixels change.
 
-The first is OpenAI's, the second that of most other tools.
+The first is OpenAI's, the second that of most other tools, the third A1111's of masks drawn on nothing.
 """
 
 import numpy as np
@@ -34,6 +34,16 @@ def to_brightness(mask: Decoded, name: str, *, alpha_only: bool = False) -> Rgb8
             hint="For the first, make the rest black. For the second, flatten it onto black.",
         )
     return np.repeat(255 - mask.alpha[..., None], 3, axis=2)
+
+
+def drawn(mask: Decoded) -> Rgb8:
+    """Return a mask of A1111 in grey, white where it may change.
+
+    These are its opaque pixels if it has transparent ones, else its white ones.
+
+    mask: decoded with transparent pixels on black.
+    """
+    return mask.image if mask.alpha is None else np.repeat(mask.alpha[..., None], 3, axis=2)
 
 
 def of_image(image: Pixels, name: str) -> Rgb8:

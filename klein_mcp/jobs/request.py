@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from engine.contract import Aspect, Exact, KeepSource, Native, Size
 from klein_mcp.errors import RequestError
+from klein_mcp.foreign import well_formed
 from klein_mcp.limits import EXACT, GRID, MAX_AREA, MAX_SEED
 
 Preserve = Literal["auto", "off"]
@@ -123,7 +124,7 @@ def generate(
     size, warnings = _free_size(width, height, aspect)
     return ImageRequest(
         tool="generate_image",
-        prompt=prompt,
+        prompt=well_formed(prompt),
         size=size,
         count=count,
         seed=_seed(seed, count),
@@ -160,7 +161,7 @@ def edit(
         raise RequestError("region and mask keep the image's size.", hint="Leave out width and height.")
     return ImageRequest(
         tool="edit_image",
-        prompt=prompt,
+        prompt=well_formed(prompt),
         images=(image,),
         preserve=preserve,
         mask=mask,
@@ -194,7 +195,7 @@ def compose(
     size, warnings = _free_size(width, height, aspect)
     return ImageRequest(
         tool="compose_references",
-        prompt=prompt,
+        prompt=well_formed(prompt),
         images=tuple(images),
         size=size,
         count=count,

@@ -158,14 +158,18 @@ def test_sillytavern_connects_and_generates(http: httpx2.Client):
     assert (info["steps"], info["cfg_scale"]) == (4, 1.0)
 
 
-def test_a1111_edits_with_a_mask_and_its_inverse(http: httpx2.Client):
+def test_a1111_edits_with_a_drawn_mask_and_an_inverse(http: httpx2.Client):
     apple = post(http, "/sdapi/v1/txt2img", {"prompt": PROMPT, "seed": 7})["images"][0]
     mask = np.zeros((128, 128, 3), np.uint8)
     mask[:, :64] = 255
-    encoded = base64.b64encode(file(mask)).decode()
-    body = {"init_images": [apple], "mask": encoded, "prompt": "make the background green", "width": 128, "height": 128}
-    for inverse in (0, 1):
-        edited = post(http, "/sdapi/v1/img2img", {**body, "inpainting_mask_invert": inverse})["images"][0]
+    # White strokes on nothing, from a canvas of half the size: A1111 changes what is opaque, and resizes the mask.
+    drawn = np.dstack([mask, mask[..., 0]])[::2, ::2]
+    body = {"init_images": [apple], "prompt": "make the background green", "width": 128, "height": 128}
+    for inverse, pixels_of_mask in ((0, drawn), (1, mask)):
+        encoded = base64.b64encode(file(pixels_of_mask)).decode()
+        edited = post(http, "/sdapi/v1/img2img", {**body, "mask": encoded, "inpainting_mask_invert": inverse})[
+            "images"
+        ][0]
         changed = np.any(pixels(base64.b64decode(edited)) != pixels(base64.b64decode(apple)), axis=2)
         kept, free = (changed[:, 64:], changed[:, :64]) if not inverse else (changed[:, :64], changed[:, 64:])
         assert not kept.any()
@@ -180,7 +184,7 @@ def test_a1111_edits_a_data_url_at_its_own_size(http: httpx2.Client):
 
 def test_a1111_progress_shows_the_live_preview_and_interrupt_stops(http: httpx2.Client):
     with ThreadPoolExecutor(1) as pool:
-        body = {"prompt": PROMPT, "batch_size": 10, "width": 1024, "height": 1024}
+        body = {"prompt": PROMPT, "batch_size": 10, "width": 1024.0, "height": 1024}
         running = pool.submit(post, http, "/sdapi/v1/txt2img", body)
         deadline = time.monotonic() + 60
         while not (state := http.get("/sdapi/v1/progress").json())["current_image"]:
@@ -199,6 +203,8 @@ def test_a1111_progress_shows_the_live_preview_and_interrupt_stops(http: httpx2.
     ("path", "body", "status"),
     [
         ("txt2img", {}, 422),
+        ("txt2img", {"prompt": ["x"]}, 422),
+        ("txt2img", {"prompt": "x", "override_settings": {"sd_model_checkpoint": "/home/me/sdxl.safetensors"}}, 404),
         ("txt2img", {"prompt": "x", "batch_size": 11}, 400),
         ("txt2img", {"prompt": "x", "batch_size": 5, "n_iter": 3}, 422),
         ("txt2img", {"prompt": "x", "width": 5}, 400),
@@ -207,6 +213,7 @@ def test_a1111_progress_shows_the_live_preview_and_interrupt_stops(http: httpx2.
         ("img2img", {"prompt": "x", "init_images": ["no base64!"]}, 400),
         ("img2img", {"prompt": "x", "init_images": [7]}, 400),
         ("options", {"sd_model_checkpoint": "sdxl"}, 404),
+        ("interrogate", {}, 404),
     ],
 )
 def test_a1111_errors_are_one_line(http: httpx2.Client, path: str, body: Any, status: int):

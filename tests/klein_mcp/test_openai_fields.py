@@ -39,6 +39,8 @@ def test_json_and_form_text_parse_alike():
         "DALL-E-2",
         "chatgpt-image-latest",
         "openai/gpt-image-1",
+        " GPT-Image-1 ",
+        "Auto",
         None,
         "",
         "auto",
@@ -61,6 +63,7 @@ def test_size_is_auto_or_any_width_and_height(size: str, expected: Any):
 
 def test_standard_fields_without_effect_pass_silently_and_unknown_ones_are_named():
     fields = {"prompt": "x", "moderation": "low", "user": "me", "style": "vivid", "negative_prompt": "fog", "foo": 1}
+    fields |= {"markup": None, "mask_image": ""}
     assert parse(fields).ignored == ("foo", "negative_prompt")
 
 
@@ -110,6 +113,7 @@ WRONG = [
     ({"seed": 2**53 - 1, "n": 2}, "seed", 400),
     ({"steps": 0}, "steps", 400),
     ({"guidance": "nan"}, "guidance", 400),
+    ({"guidance": 10**400}, "guidance", 400),
     ({"markup": "data:,"}, "markup", 400),
 ]
 
@@ -151,6 +155,14 @@ def form(*parts: tuple[str, str | bytes]) -> tuple[bytes, str]:
         value = value if isinstance(value, bytes) else value.encode()
         lines += b'--B\r\nContent-Disposition: form-data; name="%s"%s\r\n\r\n%s\r\n' % (name.encode(), file, value)
     return lines + b"--B--\r\n", "multipart/form-data; boundary=B"
+
+
+async def test_field_that_a_browser_left_empty_is_no_field():
+    data, kind = form(("image", b"one"), ("mask", b""), ("n", ""), ("prompt", "x"))
+    assert await read_edit(request(data.replace(b'"mask"; filename="a.png"', b'"mask"; filename=""'), kind)) == Body(
+        {"prompt": "x"}, (b"one",)
+    )
+    assert (await read_edit(request(data, kind))).mask == b""
 
 
 async def test_form_of_the_sdks_is_read():
@@ -214,7 +226,9 @@ async def test_file_beyond_its_limit_is_refused(monkeypatch: pytest.MonkeyPatch)
         await read_edit(request(*form(("image", b"x" * 1001))))
 
 
-@pytest.mark.parametrize("data", [b"", b"{", b"[]", b"null", b"\xff", b"[" * 100_000, b'"text"'])
+@pytest.mark.parametrize(
+    "data", [b"", b"{", b"[]", b"null", b"\xff", b"[" * 100_000, b'"text"', b'{"n": NaN}', b'{"n": 1e999}']
+)
 async def test_body_that_is_no_json_object_is_refused(data: bytes):
     with pytest.raises(ApiError) as caught:
         await read_json(request(data, "application/json"))

@@ -1,6 +1,7 @@
 """Reads the body of an images call, JSON or form, within limits."""
 
 import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from starlette.formparsers import MultiPartException
 from starlette.requests import Request
 from starlette.types import Message, Receive
 
+from klein_mcp.foreign import well_formed
 from klein_mcp.http.openai.errors import ApiError
 from klein_mcp.http.uploads import MAX_BYTES
 
@@ -48,11 +50,26 @@ async def read_json(request: Request) -> dict[str, Any]:
     """Return the body, whatever its content type. Raises ApiError."""
     data = await _limited(request, MAX_JSON).body()
     try:
-        value = await anyio.to_thread.run_sync(json.loads, data)
+        value = await anyio.to_thread.run_sync(_parsed, data)
     except (ValueError, RecursionError):
         raise ApiError(400, "The body is not valid JSON.", code="invalid_json") from None
     if not isinstance(value, dict):
         raise ApiError(400, "The body must be a JSON object.", code="invalid_json")
+    return value
+
+
+def _parsed(data: bytes) -> Any:
+    """Parse JSON as its standard defines it. Raises ValueError or RecursionError.
+
+    Python's parser also takes NaN and infinities, which no response could repeat.
+    """
+    return well_formed(json.loads(data, parse_constant=_finite, parse_float=_finite))
+
+
+def _finite(number: str) -> float:
+    value = float(number)
+    if not math.isfinite(value):
+        raise ValueError(f"{number} is not a finite number")
     return value
 
 
@@ -96,6 +113,8 @@ async def _read_form(request: Request) -> Body:
         limited = _limited(request, MAX_FORM)
         async with limited.form(max_files=MAX_IMAGES + 2, max_fields=MAX_FIELDS, max_part_size=MAX_FIELD_BYTES) as form:
             for name, value in form.multi_items():
+                if _is_blank(value):
+                    continue
                 if name == "mask":
                     mask = await _file(value, name)
                 elif re.sub(r"\[\d*\]$", "[]", name) in IMAGE_FIELDS:
@@ -107,7 +126,15 @@ async def _read_form(request: Request) -> Body:
     except (HTTPException, MultiPartException) as exc:
         detail = getattr(exc, "detail", None) or getattr(exc, "message", "")
         raise ApiError(400, f"The form cannot be read: {detail}", code="invalid_form") from None
-    return _checked(Body(fields, tuple(images), mask or None))
+    return _checked(Body(fields, tuple(images), mask))
+
+
+def _is_blank(value: UploadFile | str) -> bool:
+    """Return whether a part stands for a field that was left empty.
+
+    A browser sends a file without a name. An empty file that has one is an error, not an omission.
+    """
+    return not (value.filename or value.size) if isinstance(value, UploadFile) else not value
 
 
 async def _file(value: UploadFile | str, name: str) -> bytes | str:

@@ -18,17 +18,22 @@ MAX_IMAGES = 10
 
 ImageFormat = Literal["png", "jpeg", "webp"]
 
-FOREIGN_MODEL = re.compile(r"(?:openai/)?(?:gpt-image|chatgpt-image|dall-e)\b.*", re.IGNORECASE)
+FOREIGN_MODEL = re.compile(r"(?:openai/)?(?:gpt-image|chatgpt-image|dall-?e)\b.*")
 """Models that front ends have hard-coded; they mean whatever is installed."""
 
 WITHOUT_EFFECT = frozenset({"moderation", "user", "safety_identifier", "style", "complexity", "input_fidelity"})
 """Standard fields that klein has nothing for. Not worth a warning: most clients send them always."""
 
+_OF_EDITS = "This route makes images from words alone; send the image to /v1/images/edits."
+
 UNSUPPORTED = {
+    **dict.fromkeys(("image", "image[]", "images", "images[]", "mask"), _OF_EDITS),
     "markup": "markup is not supported. Send the drawing as a second image, or a mask.",
     "mask_image": "mask_image is not a field of this API. Send the mask as mask.",
 }
-"""Fields that would change the image if they were honoured: ignoring them would be a wrong answer."""
+"""Fields that would change the image if they were honoured: ignoring them would be a wrong answer.
+
+An edit's images and mask are no fields by the time its fields are parsed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,9 +66,10 @@ class ImageCall:
 
 def parse(fields: Mapping[str, Any]) -> ImageCall:
     """Validate the fields of a body, without its images. Raises ApiError."""
-    for name in UNSUPPORTED.keys() & fields.keys():
-        raise ApiError(400, UNSUPPORTED[name], name, "unsupported_parameter")
-    given = {name: value for name, value in fields.items() if value is not None and value != ""}
+    given = {name: value for name, value in fields.items() if value not in (None, "", [])}
+    for name, message in UNSUPPORTED.items():
+        if name in given:
+            raise ApiError(400, message, name, "unsupported_parameter")
     values: dict[str, Any] = {}
     for name, value in given.items():
         if name in PARSERS:
@@ -103,19 +109,21 @@ def _prompt(name: str, value: Any) -> str:
     return value.strip()
 
 
-def _model(name: str, value: Any) -> str:
-    if isinstance(value, str) and (value in VARIANTS or value == "auto"):
-        return value
-    if isinstance(value, str) and FOREIGN_MODEL.fullmatch(value):
+def parse_model(name: str, value: Any) -> str:
+    known = value.strip().lower() if isinstance(value, str) else ""
+    if known in VARIANTS or known == "auto":
+        return known
+    if FOREIGN_MODEL.fullmatch(known):
         return "auto"
     nearest = did_you_mean(str(value), VARIANTS)
     raise ApiError(404, f"There is no model {quote(value)}. {nearest}".strip(), name, "model_not_found")
 
 
 def parse_size(name: str, value: Any) -> tuple[int, int] | None:
-    if value == "auto":
+    text = value.strip().lower() if isinstance(value, str) else ""
+    if text == "auto":
         return None
-    match = re.fullmatch(r"(\d{1,5})[x×](\d{1,5})", value.strip().lower()) if isinstance(value, str) else None
+    match = re.fullmatch(r"(\d{1,5})[x×](\d{1,5})", text)
     if not match or not all(MIN_SIDE <= int(side) <= MAX_SIDE for side in match.groups()):
         raise _invalid(name, value, f'"auto" or WIDTHxHEIGHT, each side {MIN_SIDE} to {MAX_SIDE}')
     return int(match[1]), int(match[2])
@@ -123,7 +131,7 @@ def parse_size(name: str, value: Any) -> tuple[int, int] | None:
 
 def integer(low: int, high: int) -> Callable[[str, Any], int]:
     def parse(name: str, value: Any) -> int:
-        whole = isinstance(value, int | float) and not isinstance(value, bool) and value == int(value)
+        whole = type(value) is int or (isinstance(value, float) and value.is_integer())
         text = isinstance(value, str) and re.fullmatch(r"\d{1,20}", value.strip())
         if not (whole or text) or not low <= int(value) <= high:
             raise _invalid(name, value, f"a whole number, {low} to {high}")
@@ -136,7 +144,7 @@ def _number(low: float, high: float) -> Callable[[str, Any], float]:
     def parse(name: str, value: Any) -> float:
         try:
             number = float("nan") if isinstance(value, bool) else float(value)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             number = float("nan")
         if not low <= number <= high:
             raise _invalid(name, value, f"a number, {low:g} to {high:g}")
@@ -171,7 +179,7 @@ _steps, _guidance = integer(1, 200), _number(0, 100)
 
 PARSERS: Mapping[str, tuple[str, Callable[[str, Any], Any]]] = {
     "prompt": ("prompt", _prompt),
-    "model": ("model", _model),
+    "model": ("model", parse_model),
     "n": ("n", integer(1, MAX_IMAGES)),
     "size": ("size", parse_size),
     "quality": (

@@ -12,13 +12,15 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.types import Receive, Scope, Send
 
-from engine.contract import Step
+from engine.contract import KeepSource, Step
+from klein_mcp.errors import RequestError
 from klein_mcp.http import calls, render
 from klein_mcp.http.disconnect import cancelled_on_disconnect
 from klein_mcp.http.openai import payloads
 from klein_mcp.http.openai.body import Body, read_edit, read_json
 from klein_mcp.http.openai.errors import ApiError, to_api_error
 from klein_mcp.http.openai.fields import ImageCall, parse
+from klein_mcp.http.openai.models import naming_installed
 from klein_mcp.http.openai.payloads import Operation
 from klein_mcp.http.openai.stream import EventStream
 from klein_mcp.http.surface import HttpContext
@@ -26,7 +28,6 @@ from klein_mcp.images.library import Record
 from klein_mcp.jobs import request as requests
 from klein_mcp.jobs.context import CallContext
 from klein_mcp.jobs.events import Done, ImageSaved, JobEvent, Listen, Progressed
-from klein_mcp.jobs.installed import installed_models
 from klein_mcp.jobs.request import ImageRequest
 from klein_mcp.jobs.results import Preview, SavedImage
 
@@ -58,7 +59,8 @@ class OpenAiImageRoute:
             call, body = await self._read(request)
             prepared = await self._prepare(request, call, body)
         except Exception as exc:
-            await (await self._explained(exc)).response()(scope, receive, send)
+            error = await naming_installed(exc, self._service)
+            await error.response()(scope, receive, send)
             return
         async with cancelled_on_disconnect(receive):
             respond = self._stream if call.stream else self._respond
@@ -70,35 +72,30 @@ class OpenAiImageRoute:
         body = await read_edit(request)
         return parse(body.fields), body
 
-    async def _explained(self, exc: Exception) -> ApiError:
-        """Translate an error, with the installed models for an unknown one."""
-        error = to_api_error(exc)
-        if error is not exc or error.code != "model_not_found":  # the engine's own message has them
-            return error
-        names = ", ".join(["auto", *await installed_models(self._service)])
-        return replace(error, message=f"{error.message} Installed: {names}.")
-
     # -- from a call to a request --------------------------------------------------------------------------------------
 
     async def _prepare(self, request: Request, call: ImageCall, body: Body) -> PreparedCall:
         """Import the images of a body. Raises RequestError or ApiError."""
         context = calls.call_context(self._http, request, "openai")
-        images = [
-            await calls.import_image(self._http, image, f"image {number}", context)
-            for number, image in enumerate(body.images, 1)
-        ]
-        mask = (
-            None
-            if body.mask is None
-            else await calls.import_image(self._http, body.mask, "The mask", context, mask=True)
-        )
+        files = enumerate(body.images, 1)
+        images = [await self._import(file, "image", f"image {number}", context) for number, file in files]
+        mask = None if body.mask is None else await self._import(body.mask, "mask", "The mask", context)
         sizes = tuple((image.width, image.height) for image in images)
         wanted = replace(self._request(call, images, mask), partials=call.partial_images)
         return PreparedCall(call, wanted, context, sizes)
 
+    async def _import(self, image: bytes | str, field: str, name: str, context: CallContext) -> Record:
+        """Import an image of the body. Raises ApiError that names its field."""
+        try:
+            return await calls.import_image(self._http, image, name, context, mask=field == "mask")
+        except RequestError as exc:
+            raise replace(to_api_error(exc), param=field) from exc
+
     def _request(self, call: ImageCall, images: list[Record], mask: Record | None) -> ImageRequest:
         """Build the request: generate, edit one image, or compose several."""
-        width, height = call.size or (None, None)
+        # Sides of a size are multiples of 16. Those of an image that is edited need not be, and are kept.
+        keeps_size = bool(images) and call.size in (None, (images[0].width, images[0].height))
+        width, height = (None, None) if keeps_size or call.size is None else call.size
         common: dict[str, Any] = {
             "count": call.n,
             "seed": call.seed,
@@ -111,10 +108,10 @@ class OpenAiImageRoute:
             return requests.generate(call.prompt, width=width, height=height, **common)
         if mask is None and len(images) > 1:
             handles = [image.handle for image in images]
-            return requests.compose(handles, call.prompt, width=width, height=height, **common)
+            composed = requests.compose(handles, call.prompt, width=width, height=height, **common)
+            # The new image need not show the first one at its place, so no pixels of it are put back.
+            return replace(composed, size=KeepSource(), preserve="off") if keeps_size else composed
         first, *others = images
-        if call.size == (first.width, first.height):
-            width = height = None
         if mask is not None and width is not None:
             own = f"{first.width}x{first.height}"
             raise ApiError(400, f'With a mask the size stays {own}. Send that, or "auto".', "size", "invalid_value")

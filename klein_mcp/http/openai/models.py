@@ -1,5 +1,6 @@
 """GET /v1/models and /v1/models/{id}: the models that a menu may offer."""
 
+from dataclasses import replace
 from typing import Any
 
 from starlette.requests import Request
@@ -7,12 +8,22 @@ from starlette.responses import JSONResponse, Response
 
 from engine.families.klein.variants import EMBEDDED
 from klein_mcp.errors import quote
-from klein_mcp.http.openai.errors import ApiError
+from klein_mcp.http.openai.errors import ApiError, to_api_error
 from klein_mcp.http.surface import HttpContext
 from klein_mcp.jobs.installed import installed_models
+from klein_mcp.jobs.service import Service
 
 CREATED = 1_767_225_600
 """2026-01-01. The field is required, and a model here has no date of its own."""
+
+
+async def naming_installed(exc: Exception, service: Service) -> ApiError:
+    """Translate an error, with the installed models for an unknown one."""
+    error = to_api_error(exc)
+    if error is not exc or error.code != "model_not_found":  # the engine's own message has them
+        return error
+    names = ", ".join(["auto", *await installed_models(service)])
+    return replace(error, message=f"{error.message} Installed: {names}.")
 
 
 async def model_list(context: HttpContext) -> list[dict[str, Any]]:
