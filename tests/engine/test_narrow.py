@@ -20,6 +20,7 @@ from engine.families.klein.lora import Lora, LoraLinear
 from engine.families.klein.pipeline import Klein
 from engine.families.klein.variants import VARIANTS
 from engine.memory import device as device_module
+from engine.memory import layout
 from engine.memory.device import Device
 from engine.registry import ModelRegistry
 from tests.engine import published
@@ -43,6 +44,8 @@ def half_folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPat
 
 def load(folder: Path, narrow_from: int, monkeypatch: pytest.MonkeyPatch, *loras: Lora) -> Klein:
     monkeypatch.setattr(narrow, "NARROW_FROM", narrow_from)
+    # Narrow layers are stored by rows; a product by columns may round otherwise.
+    monkeypatch.setattr(layout, "BY_COLUMNS", 0)
     return last(Klein.load(ModelRegistry().resolve(str(folder)), FP32, None, LoadOptions(loras=loras)))
 
 

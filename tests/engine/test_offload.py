@@ -161,6 +161,7 @@ def cramped(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
         lambda placement, limit=None, held=0: MemoryInfo("GPU", room["free"], 24 * 10**9, 64 * 10**9),
     )
     monkeypatch.setattr(footprint, "activation_memory", lambda *shapes: ActivationMemory(128, 0))
+    monkeypatch.setattr(loader, "arrange_for_cpu", lambda module: None)
     monkeypatch.setattr("engine.memory.plan.RESERVE", 0)
     return room
 

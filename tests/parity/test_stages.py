@@ -150,8 +150,11 @@ def test_decodes_as_diffusers(theirs: Any, ours: Klein) -> None:
         std = torch.sqrt(theirs.vae.bn.running_var.view(1, -1, 1, 1) + 1e-4)
         official = theirs.vae.decode(Flux2KleinPipeline._unpatchify_latents(latent * std + mean)).sample
         decoded = ours.autoencoder.decode(latent)
-        assert torch.allclose(decoded, official, atol=1e-4)  # observed 1e-6
-        assert np.array_equal(to_rgb8(decoded), np.asarray(theirs.image_processor.postprocess(official)[0]))
+        assert torch.allclose(decoded, official, atol=1e-4)  # observed 7e-6
+        levels = np.abs(to_rgb8(decoded).astype(int) - np.asarray(theirs.image_processor.postprocess(official)[0]))
+        # With channels last the sums round otherwise; observed: 1 level, in one of 18,432 numbers.
+        assert levels.max() <= 1
+        assert (levels > 0).mean() < 1e-3
 
 
 def _ropes(theirs: Any, ours: Klein) -> tuple[Any, Any]:

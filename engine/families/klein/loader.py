@@ -22,6 +22,7 @@ from engine.families.klein.transformer import Transformer
 from engine.memory import plan
 from engine.memory.arena import ALIGN, HostArena, aligned
 from engine.memory.device import DTYPES, Device
+from engine.memory.layout import arrange_for_cpu
 from engine.memory.offload import CpuEmbedding, OffloadRing, stream
 from engine.memory.plan import PlacementPlan, WeightSizes
 from engine.nn.autoencoder import Autoencoder
@@ -171,6 +172,9 @@ def load(checkpoint: Checkpoint, device: Device, options: LoadOptions) -> Genera
         part.module.eval().requires_grad_(False)
     prepared.text_encoder.module.finish(device.device)
     lora.apply(prepared.transformer.module, prepared.deltas)
+    if device.is_cpu:
+        for part in prepared.components:
+            arrange_for_cpu(part.module)
     if any(offloaded.values()):
         arena.lock()
         _offload(prepared, offloaded, device, arena)
