@@ -13,8 +13,8 @@ def test_arranged_weights_have_the_same_shapes_and_give_the_same_results() -> No
     plain = nn.ModuleDict({"linear": nn.Linear(192, 576), "conv": nn.Conv2d(16, 32, 3), "norm": nn.GroupNorm(4, 16)})
     arranged = copy.deepcopy(plain)
     arrange_for_cpu(arranged)
-    assert arranged["linear"].weight.stride() == (1, 576)
-    assert arranged["conv"].weight.is_contiguous(memory_format=torch.channels_last)
+    assert arranged.get_parameter("linear.weight").stride() == (1, 576)
+    assert arranged.get_parameter("conv.weight").is_contiguous(memory_format=torch.channels_last)
     for name, tensor in plain.state_dict().items():
         assert torch.equal(arranged.state_dict()[name], tensor)
     for name, x in (
