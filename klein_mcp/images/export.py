@@ -3,14 +3,14 @@
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path, PurePath
+from pathlib import Path
 
 from klein_mcp.atomic import write_new_or_replace
 from klein_mcp.errors import Refused, RequestError, did_you_mean, quote
 from klein_mcp.images import codec, credentials, cutout
 from klein_mcp.images.budget import MAX_PIXELS
 from klein_mcp.images.library import Record, Store
-from klein_mcp.images.paths import look_alike, unwrap
+from klein_mcp.images.paths import candidates, look_alike, unwrap, why_foreign
 from klein_mcp.limits import MAX_FILE_BYTES
 
 _SUFFIXES: dict[str, codec.Format] = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp"}
@@ -104,17 +104,11 @@ def resolve(options: SaveOptions, handle: str, roots: tuple[Path, ...]) -> tuple
     if not roots:
         raise Refused("No folder is open for writing here, or none of them exists.", hint=ALLOW)
     if any(ord(letter) < 32 for letter in options.path):
-        raise RequestError("path has control characters in it.")
+        raise RequestError("path has control characters in it.", hint="Leave them out.")
+    asked = unwrap(options.path)
+    path = _written(asked, roots[0])
     try:
-        path = Path(unwrap(options.path)).expanduser()
-    except RuntimeError:
-        raise RequestError(f"{options.path} begins with an unknown user.", hint="Give an absolute path.") from None
-    if ".." in PurePath(options.path).parts:
-        raise Refused(f"{options.path} goes up with '..'.", hint="Give the folder itself.")
-    if not path.is_absolute():
-        path = roots[0] / path
-    try:
-        if options.path.endswith(("/", os.sep)) or path.is_dir():
+        if asked.endswith(("/", os.sep)) or path.is_dir():
             path = path / f"{handle}.{'jpg' if options.format == 'jpeg' else options.format or 'png'}"
         path, kind = _with_suffix(path, options.format)
         path = look_alike(path.parent) / path.name
@@ -127,6 +121,19 @@ def resolve(options: SaveOptions, handle: str, roots: tuple[Path, ...]) -> tuple
         folders = ", ".join(map(str, roots))
         raise Refused(f"{path} is outside the folders that may be written ({folders}).", hint=ALLOW)
     return root, real, kind
+
+
+def _written(asked: str, root: Path) -> Path:
+    """Return the path that is asked for, below `root` if it is a relative one. Raises RequestError."""
+    if why := why_foreign(asked):
+        raise RequestError(why, hint=f"Give a path in {root}.")
+    path = next(candidates(asked))
+    if ".." in path.parts:
+        raise Refused(f"{asked} goes up with '..'.", hint="Give the folder itself.")
+    try:
+        return root / Path(path).expanduser()  # an absolute one stays as it is
+    except RuntimeError:
+        raise RequestError(f"{asked} begins with an unknown user.", hint="Give an absolute path.") from None
 
 
 def _with_suffix(path: Path, asked: codec.Format | None) -> tuple[Path, codec.Format]:

@@ -8,6 +8,7 @@ start takes in by its own recipe, or a row whose file is still in that folder, w
 import contextlib
 import hashlib
 import os
+import sqlite3
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -16,7 +17,7 @@ from typing import Any
 
 from filelock import FileLock
 
-from klein_mcp.errors import UnknownImage, did_you_mean, quote
+from klein_mcp.errors import RequestError, UnknownImage, did_you_mean, quote
 from klein_mcp.foreign import clean_text
 from klein_mcp.images import recovery
 from klein_mcp.images.files import ImageFiles, read_regular_file
@@ -260,6 +261,14 @@ class Store:
         with self._index.transaction():
             self._index.execute("DELETE FROM saves WHERE path = ?", path)  # another image was there
             self._index.execute("INSERT INTO saves (image, path, created) VALUES (?, ?, ?)", handle, path, time.time())
+
+    def note_source(self, record: Record, source: str) -> Record:
+        """Remember the latest path that an image was opened from, where the index can be written."""
+        found = replace(record, source=clean_text(source))
+        if found.source != record.source:
+            with contextlib.suppress(RequestError, sqlite3.Error):
+                self._index.write("UPDATE pictures SET source = ? WHERE handle = ?", found.source, found.handle)
+        return found
 
     def saved_files(self, handle: str) -> list[str]:
         """Return the existing files that an image was written to."""

@@ -25,7 +25,10 @@ def unwrap(text: str) -> str:
     return text
 
 
-_NO_PATH = re.compile(r"(?:klein|https?|data|file):.*|last(?:[~.]\w+)?|[a-z0-9]{6}\.png", re.IGNORECASE | re.DOTALL)
+_NO_PATH = re.compile(r"(?:klein|https?|data|file):.*|last(?:[~.]\w+)?", re.IGNORECASE | re.DOTALL)
+_ADDRESS = re.compile(r"(?:([a-z][a-z0-9+.-]+)://|(data|klein|sandbox|blob|attachment):)", re.IGNORECASE)
+_OF_WINDOWS = re.compile(r"[A-Za-z]:[\\/]|\\\\[\w.$-]+\\")
+_VARIABLE = re.compile(r"(\$\w+|\$\{\w+\}|%\w+%)[/\\]")
 
 
 MAX_REFERENCE = 8192
@@ -35,7 +38,7 @@ MAX_REFERENCE = 8192
 def is_relative(text: str) -> bool:
     """Return whether a reference looks like a relative path.
 
-    Handles with an ending, and URLs, do not.
+    URLs do not. `sunset.png` may also be a handle with an ending.
     """
     if len(text) > MAX_REFERENCE:
         return False
@@ -43,6 +46,21 @@ def is_relative(text: str) -> bool:
     if _NO_PATH.fullmatch(text) or any(path.is_absolute() for path in candidates(text)) or text.startswith("~"):
         return False
     return re.search(r"[/\\]|\.\w{1,5}$", text) is not None
+
+
+def why_foreign(text: str, *, windows: bool = os.name == "nt") -> str:
+    """Return why text can be no path of this machine, or "".
+
+    Taken as a relative path it would name a file, or make a folder, that nobody meant.
+    """
+    name = text if len(text) <= 80 else text[:79] + "…"
+    if (match := _ADDRESS.match(text)) and (match[1] or match[2]).lower() != "file":
+        return f"{name} is an address ({match[0].lower()}), no path."
+    if not windows and _OF_WINDOWS.match(text):
+        return f"{name} is a path of Windows, on which this server does not run."
+    if match := _VARIABLE.match(text):
+        return f"{name} begins with a variable, {match[1]}, which is not replaced."
+    return ""
 
 
 def candidates(text: str, *, windows: bool = os.name == "nt") -> Iterator[PurePath]:

@@ -13,7 +13,7 @@ class Record:
     """One image of the library.
 
     file: SHA-256 of the file's bytes, and its name. pixels: a hash of size and values, independent of the file.
-    tool: what made it; source: the path or URL it was opened from, if any.
+    tool: what made it; source: the path or URL it was last opened from, if any.
     recipe: seed (text), model, fingerprint, steps, guidance, region and what else generating it again needs.
     """
 

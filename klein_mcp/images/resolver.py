@@ -100,8 +100,11 @@ class ImageResolver:
         if re.match(r"https?://", reference, re.IGNORECASE):
             return self._import(self._fetch(reference), quote(reference), reference, client, reading)
         handle = reference.lower().removesuffix(".png")
-        if _HANDLE.fullmatch(handle):
+        # Of a name such as sunset.png, which may be either, the library's image comes first.
+        if _HANDLE.fullmatch(handle) and (handle == reference.lower() or self._store.find(handle) or not folders):
             return ResolvedImage(self._store.get(handle))
+        if why := paths.why_foreign(reference):
+            raise UnknownImage(why, hint="Give an absolute path of this machine, a handle, or a data: URL.")
         written = [_expanded(path) for path in paths.candidates(reference)]
         absolute = [path for path in written if path.is_absolute()]
         if absolute:
@@ -158,6 +161,14 @@ class ImageResolver:
 
     def _import(self, data: bytes, name: str, source: str | None, client: str, reading: Reading) -> ResolvedImage:
         """Import a file, so that lineage and replay can refer to it."""
+        resolved = self._imported(data, name, source, client, reading)
+        record = resolved.record
+        # Our own results name paths in the library: such a one is no file of the user.
+        if source is None or record.tool != "open" or any(map(Path(source).is_relative_to, self._library())):
+            return resolved
+        return replace(resolved, record=self._store.note_source(record, source))  # a file that was moved or copied
+
+    def _imported(self, data: bytes, name: str, source: str | None, client: str, reading: Reading) -> ResolvedImage:
         file = hashlib.sha256(data).hexdigest()
         if known := self._known(file, data, reading):
             return known
@@ -248,8 +259,7 @@ class ImageResolver:
         try:
             real = path.resolve()
             # Our own results name paths in the library, whose images any caller may open by handle.
-            library = (self._store.files.root, self._store.files.short_path("").parent)
-            inside = any(real.is_relative_to(root.resolve()) for root in (*roots, *library))
+            inside = any(real.is_relative_to(root) for root in (*map(Path.resolve, roots), *self._library()))
         except (OSError, RuntimeError, ValueError):  # a loop of links, a name no file can have
             raise UnknownImage(f"There is no file {quote(str(path))} that can be read.", hint="Check it.") from None
         if not inside:  # before any check whether it exists
@@ -259,6 +269,10 @@ class ImageResolver:
                 hint="The user can allow more with KLEIN_READ_ROOTS.",
             )
         return real
+
+    def _library(self) -> tuple[Path, ...]:
+        """Return the library's folders of files and of readable names."""
+        return self._store.files.root.resolve(), self._store.files.short_path("").parent.resolve()
 
     def _fetch(self, url: str) -> bytes:
         if not self.settings.allow_urls:

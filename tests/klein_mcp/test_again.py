@@ -54,12 +54,12 @@ def test_image_without_a_recipe_cannot_be_repeated(recipe: dict[str, Any]) -> No
         repeat(opened)
 
 
-@pytest.mark.parametrize("text", ["cat.png", "out/cat.png", "./cat", " 'my cat.webp' ", "..\\cat.png"])
+@pytest.mark.parametrize("text", ["cat.png", "sunset.png", "out/cat.png", "./cat", " 'my cat.webp' ", "..\\cat.png"])
 def test_relative_paths_are_recognised(text: str) -> None:
     assert paths.is_relative(text)
 
 
-OTHERS = "/a/b.png k7f3q2 k7f3q2.png last last.B last~1 ~/a.png cat klein://images/k7f3q2 https://a/b.png data:,x"
+OTHERS = "/a/b.png k7f3q2 last last.B last~1 ~/a.png cat klein://images/k7f3q2 https://a/b.png data:,x"
 
 
 @pytest.mark.parametrize("text", [*OTHERS.split(), "file:///cat.png"])
@@ -98,13 +98,18 @@ def test_drafts_are_alike_by_what_can_be_seen() -> None:
 
 async def test_relative_path_is_read_from_the_clients_roots(connect: Any, tmp_path: Path) -> None:
     (tmp_path / "project").mkdir()
-    (tmp_path / "project" / "shot.png").write_bytes(file(scene(64, 64)))
+    # `circle` has the length of a handle, `sunset` could be one.
+    for name in ("shot.png", "circle.png", "sunset.png"):
+        (tmp_path / "project" / name).write_bytes(file(scene(64, 64)))
 
     async def roots(context: Any) -> ListRootsResult:
         return ListRootsResult(roots=[Root(uri=(tmp_path / "project").as_uri())])  # type: ignore[arg-type]
 
     async with connect(mode="legacy", list_roots_callback=roots) as client:
-        assert (await call(client, "view_image", image="shot.png"))["source"].endswith("project/shot.png")
+        facts = await call(client, "view_image", image="shot.png")
+        assert facts["source"].endswith("project/shot.png")
+        for name in ("circle.png", "sunset.png", f"{facts['image']}.png"):
+            assert (await call(client, "view_image", image=name))["image"] == facts["image"]
         assert (await call(client, "edit_image", image="./shot.png", prompt="x"))["image"]
         assert "There is no file" in await refused(client, "view_image", image="other.png")
         assert "outside the folders" in await refused(client, "view_image", image="../../etc/passwd.png")

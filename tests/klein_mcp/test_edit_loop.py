@@ -95,8 +95,19 @@ async def test_ten_edits_and_a_branch_take_three_calls(agent: Client) -> None:
     first = ["add a small car at the right", "make the background yellow", "replace the car with a duck",
              "make the background cyan", "remove the duck", "add a small fish at the right", "make the background pink",
              "replace the fish with a bird"]  # fmt: skip
-    result = await agent.call_tool("edit_image", {"image": start["image"], "prompt": first, "seed": 5})
+    reports: list[tuple[float, float | None, str | None]] = []
+
+    async def report(progress: float, total: float | None, message: str | None) -> None:
+        reports.append((progress, total, message))
+
+    arguments = {"image": start["image"], "prompt": first, "seed": 5}
+    result = await agent.call_tool("edit_image", arguments, progress_callback=report)
     facts = line(result)
+    # The protocol wants progress to rise; eight edits of one call had started at 0 eight times.
+    values = [done for done, _, _ in reports]
+    assert values == sorted(set(values))
+    assert {total for _, total, _ in reports} == {800.0}
+    assert str(reports[-1][2]).startswith("edit 8 of 8: ")
     assert kinds(result) == ["text", "image", "resource_link"]
     assert len(facts["steps"]) == 8
     assert facts["steps"][-1]["image"] == facts["image"]

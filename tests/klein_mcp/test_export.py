@@ -186,6 +186,17 @@ async def test_relative_path_counts_from_project(client: Client, project: Path):
     assert (await call(client, "save_image", image="last", path="art/hero"))["saved"] == str(project / "art/hero.png")
 
 
+async def test_address_of_a_file_is_its_path_and_no_other_is_taken(client: Client, project: Path):
+    await painted(client)
+    written = project / "my hero.png"
+    assert (await call(client, "save_image", image="last", path=written.as_uri()))["saved"] == str(written)
+    for path in ("https://example.com/hero.png", "sandbox:/mnt/hero.png", "C:\\Users\\me\\hero.png", "$HOME/hero.png"):
+        message = await refused(client, "save_image", image="last", path=path)
+        assert message.startswith(path)
+        assert message.endswith(f"Give a path in {project}.")
+    assert [each.name for each in project.iterdir()] == ["my hero.png"]
+
+
 @pytest.mark.parametrize(
     ("path", "message"),
     [

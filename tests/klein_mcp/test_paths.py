@@ -86,7 +86,29 @@ def test_escaped_blank_of_a_terminal_is_a_candidate():
     assert [str(path) for path in paths.candidates(r"/a\ b.png", windows=False)] == [r"/a\ b.png", "/a b.png"]
 
 
+@pytest.mark.parametrize(
+    "text", ["ftp://a/b.png", "data:image/png", "klein://images/x", "%TEMP%\\b.png", "${HOME}/b.png"]
+)
+def test_what_is_no_path_anywhere_is_recognised(text: str):
+    assert paths.why_foreign(text, windows=False)
+    assert paths.why_foreign(text, windows=True)
+
+
+@pytest.mark.parametrize("text", ["C:\\b.png", "c:/b.png", "\\\\server\\share\\b.png"])
+def test_path_of_windows_is_one_only_there(text: str):
+    assert paths.why_foreign(text, windows=False)
+    assert not paths.why_foreign(text, windows=True)
+
+
+@pytest.mark.parametrize(
+    "text", ["b.png", "~/b.png", "file:///b.png", "take 2: b.png", "a:b.png", "$5 note.png", "a\\ b.png"]
+)
+def test_odd_names_are_paths(text: str):
+    assert not paths.why_foreign(text, windows=False)
+
+
 @given(st.text(max_size=60), st.booleans())
 def test_no_text_raises(text: str, windows: bool):
     for prefix in ("", "file:", "file://", "file:///"):
         list(paths.candidates(paths.unwrap(prefix + text), windows=windows))
+        paths.why_foreign(prefix + text, windows=windows)

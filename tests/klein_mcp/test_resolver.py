@@ -37,7 +37,11 @@ async def test_same_file_is_same_image_whatever_its_name_and_format(client: Clie
     first = await call(client, "view_image", image=str(photo))
     other = photo.with_suffix(".bmp")
     other.write_bytes(file(scene(64, 48), "BMP"))
-    assert (await call(client, "view_image", image=str(other)))["image"] == first["image"]
+    again = await call(client, "view_image", image=str(other))
+    assert (again["image"], again["source"]) == (first["image"], str(other))
+    # A path of a result is inside the library, and nobody's file.
+    assert (await call(client, "view_image", image=first["path"]))["source"] == str(other)
+    assert (await call(client, "list_images"))["images"][0]["source"] == str(other)
     photo.write_bytes(file(noise(64, 48)))
     assert (await call(client, "view_image", image=str(photo)))["image"] != first["image"]
 
@@ -174,6 +178,8 @@ async def test_relative_path_is_no_reference(client: Client, monkeypatch: pytest
     for path in ("photos/cat.png", "cat.png"):
         message = await refused(client, "view_image", image=path)
         assert message == f'"{path}" is a relative path. Give an absolute one, or a handle.'
+    for path, why in (("ftp://a/cat.png", "is an address (ftp://)"), ("C:\\cat.png", "of Windows"), ("$X/c.png", "$X")):
+        assert why in await refused(client, "view_image", image=path)
     assert "names no image" in await refused(client, "view_image", image="the cat")
 
 

@@ -85,6 +85,11 @@ async def test_compose_sends_every_reference_in_order(client: Client, painter: F
     assert [reference.shape[1] for reference in painter.jobs[2].references] == [96, 64]
     assert (await call(client, "view_image", image=payload["image"]))["parents"] == [second["image"], first["image"]]
     assert not any("the prompt names" in warning for warning in payload.get("warnings", []))
+    edited = (await call(client, "edit_image", image=first["image"], prompt="three"))["image"]
+    await call(client, "compose_references", images=[first["image"], edited], prompt="image 1 on image 2")
+    history = (await call(client, "list_images", image="last"))["history"]
+    assert history[-1]["parents"] == [first["image"], edited]
+    assert history[0]["branches"] == [payload["image"]]  # an ancestor is none
 
 
 async def test_prompt_that_names_a_missing_reference_is_a_warning(client: Client):

@@ -105,14 +105,24 @@ async def _run(
 ) -> None:
     """Run the steps as far as the wait budget allows."""
     deadline = time.monotonic() + service.settings.wait_budget
-    for step in steps:
-        result = await service.run_within(max(0.0, deadline - time.monotonic()), step(chain.handles), call)
+    for index, step in enumerate(steps):
+        left = max(0.0, deadline - time.monotonic())
+        result = await service.run_within(left, step(chain.handles), _part_of(call, index, len(steps)))
         if isinstance(result, PendingJob):
             chain.pending = result
             return
         chain.add(result)
         if stop():
             return
+
+
+def _part_of(call: CallContext, index: int, steps: int) -> CallContext:
+    """Return a call whose progress is one step's share of the chain's, as progress may never fall."""
+
+    async def progress(done: float, total: float, message: str) -> None:
+        await call.progress(index * total + done, steps * total, f"edit {index + 1} of {steps}: {message}")
+
+    return replace(call, progress=progress) if steps > 1 else call
 
 
 async def _rendered(service: Service, call: CallContext, chain: Chain, show: str | None) -> CallToolResult:

@@ -41,11 +41,14 @@ async def run(service: Service, call: CallContext, arguments: ListImages) -> Cal
 
 
 def _history(service: Service, record: Record) -> dict[str, object]:
-    """Return the line of first parents, oldest first, with branches."""
+    """Return the line of first parents, oldest first, with branches.
+
+    An image made of several names all of them, each with a history of its own.
+    """
     line = [record]
     while line[0].parents and (parent := service.store.find(line[0].parents[0])) is not None:
         line.insert(0, parent)
-    on_line = {each.handle for each in line}
+    on_line = {handle for each in line for handle in (each.handle, *each.parents)}
     steps = []
     for each in line:
         branches = [
@@ -53,6 +56,8 @@ def _history(service: Service, record: Record) -> dict[str, object]:
         ]
         words = one_line(each.prompt or each.source or "", PROMPT_LENGTH)
         step: dict[str, object] = {"image": each.handle, "made_by": each.tool, "prompt": words}
+        if len(each.parents) > 1:
+            step["parents"] = each.parents
         if branches:
             step["branches"] = branches
         if saved := service.store.saved_files(each.handle):
