@@ -124,7 +124,10 @@ def resolve(options: SaveOptions, handle: str, roots: tuple[Path, ...]) -> tuple
 
 
 def _written(asked: str, root: Path) -> Path:
-    """Return the path that is asked for, below `root` if it is a relative one. Raises RequestError."""
+    """Return the path that is asked for.
+
+    A relative one starts at `root`. Raises RequestError.
+    """
     if why := why_foreign(asked):
         raise RequestError(why, hint=f"Give a path in {root}.")
     path = next(candidates(asked))

@@ -263,7 +263,10 @@ class Store:
             self._index.execute("INSERT INTO saves (image, path, created) VALUES (?, ?, ?)", handle, path, time.time())
 
     def note_source(self, record: Record, source: str) -> Record:
-        """Remember the latest path that an image was opened from, where the index can be written."""
+        """Remember the latest path that an image was opened from.
+
+        Where the index cannot be written, the image can be used all the same.
+        """
         found = replace(record, source=clean_text(source))
         if found.source != record.source:
             with contextlib.suppress(RequestError, sqlite3.Error):

@@ -117,7 +117,10 @@ async def _run(
 
 
 def _part_of(call: CallContext, index: int, steps: int) -> CallContext:
-    """Return a call whose progress is one step's share of the chain's, as progress may never fall."""
+    """Return a call whose progress is one step's share of the chain's.
+
+    The protocol wants progress to rise.
+    """
 
     async def progress(done: float, total: float, message: str) -> None:
         await call.progress(index * total + done, steps * total, f"edit {index + 1} of {steps}: {message}")
