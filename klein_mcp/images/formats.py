@@ -15,6 +15,7 @@ _SIGNATURES: tuple[tuple[int, bytes, str], ...] = (
     (4, b"ftyphe", f"HEIC is not supported: {EXPORT}"),
     (4, b"ftypmif1", f"HEIC is not supported: {EXPORT}"),
     (4, b"ftypmsf1", f"HEIC is not supported: {EXPORT}"),
+    (4, b"ftypavi", "It is an AVIF that is damaged or cut short: send it again, or another copy."),
     (4, b"ftyp", f"It looks like a video: {EXPORT}"),
     (0, b"\xff\x0a", f"JPEG XL is not supported: {EXPORT}"),
     (0, b"\0\0\0\x0cJXL \r\n\x87\n", f"JPEG XL is not supported: {EXPORT}"),

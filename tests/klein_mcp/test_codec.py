@@ -4,7 +4,9 @@ import contextlib
 import io
 import struct
 import time
+import warnings
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -208,6 +210,17 @@ def test_hostile_file_is_refused_with_one_line(name: str):
 def test_more_bytes_than_allowed_are_refused_before_decoding():
     with pytest.raises(BadImage, match="65 MiB; at most 64"):
         codec.decode(b"\x89PNG" + bytes(65 * 2**20), "it")
+
+
+def test_warnings_of_pillow_stay_silent_and_others_are_heard_afterwards():
+    torn = io.BytesIO()
+    Image.fromarray(SCENE).save(torn, "JPEG", exif=b"Exif\0\0II*\0\x08\0\0\0\x05\0\x12\x01")
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always")
+        with ThreadPoolExecutor(8) as threads:
+            list(threads.map(lambda _: decoded(torn.getvalue()), range(40)))
+        warnings.warn("something else", stacklevel=1)
+    assert [str(each.message) for each in heard] == ["something else"]
 
 
 def test_honest_file_of_another_name_is_read_by_what_it_is():

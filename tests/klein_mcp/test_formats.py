@@ -96,6 +96,7 @@ def test_deep_planar_tiff_is_refused_not_read_wrong(dtype: Any, kind: int) -> No
         (b"v/1\x01", "OpenEXR"),
         (b"\0\0\x01\0\x01\0", "Icons"),
         (b"\0\0\0\x20ftypisom", "video"),
+        (b"\0\0\0\x20ftypavif", "AVIF that is damaged"),
         (b"PK\x03\x04", "ZIP"),
         (b"\xef\xbb\xbf<?xml version='1.0'?><svg/>", "SVG"),
         (b"<!doctype html>", "web page"),
