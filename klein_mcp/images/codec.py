@@ -65,8 +65,8 @@ def decode(data: bytes, name: str, backdrop: int | None = 255) -> Decoded:
             f"{name} has {len(data) / 2**20:.0f} MiB; at most {MAX_FILE_BYTES // 2**20}.", hint="Send a smaller copy."
         )
     try:
-        # Pillow warns about odd metadata on stderr. Not catch_warnings: it changes the filters of all threads, and two that
-        # leave it in another order than they came leave them changed.
+        # Pillow warns about odd metadata on stderr. catch_warnings would change the filters of all threads, and leave
+        # them changed where two threads leave it in another order than they came.
         python_warnings.filterwarnings("ignore", module=r"PIL\.")
         with DECODING.reserve(declared_pixels(data)):
             return _decode(data, name, backdrop)

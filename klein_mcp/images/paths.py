@@ -1,6 +1,7 @@
 """Paths and file: URLs as people and clients write them."""
 
 import os
+import platform
 import re
 import unicodedata
 from collections.abc import Iterator
@@ -48,7 +49,11 @@ def is_relative(text: str) -> bool:
     return re.search(r"[/\\]|\.\w{1,5}$", text) is not None
 
 
-def why_foreign(text: str, *, windows: bool = os.name == "nt") -> str:
+IN_WSL = "microsoft" in platform.release().lower()
+"""Whether this is Linux within Windows, where clients of Windows name its drives."""
+
+
+def why_foreign(text: str, *, windows: bool = os.name == "nt" or IN_WSL) -> str:
     """Return why text can be no path of this machine, or "".
 
     Taken as a relative path it would name a file, or make a folder, that nobody meant.
@@ -63,13 +68,16 @@ def why_foreign(text: str, *, windows: bool = os.name == "nt") -> str:
     return ""
 
 
-def candidates(text: str, *, windows: bool = os.name == "nt") -> Iterator[PurePath]:
+def candidates(text: str, *, windows: bool = os.name == "nt", wsl: bool = IN_WSL) -> Iterator[PurePath]:
     """Yield the paths that a path or URL may mean, likeliest first.
 
     Clients build file: URLs by hand: some encode, some do not, so `a%20b`, `C# project` and `what?` may be literal.
     """
     if re.match("file:", text, re.IGNORECASE):
-        yield from _from_url(text[5:], windows)
+        yield from _from_url(text[5:], windows, wsl)
+        return
+    if wsl and (path := _in_wsl(PureWindowsPath(text))) is not None:
+        yield path
         return
     flavour = PureWindowsPath if windows else PurePosixPath
     yield flavour(text)
@@ -77,7 +85,16 @@ def candidates(text: str, *, windows: bool = os.name == "nt") -> Iterator[PurePa
         yield flavour(re.sub(r"\\(.)", r"\1", text))  # `a\ b.png`, as a terminal drops it
 
 
-def _from_url(rest: str, windows: bool) -> Iterator[PurePath]:
+def _in_wsl(path: PureWindowsPath) -> PurePosixPath | None:
+    """Return the path within Linux of one that Windows names."""
+    if re.fullmatch("[A-Za-z]:", path.drive) and path.root:
+        return PurePosixPath("/mnt", path.drive[0].lower(), *path.parts[1:])
+    if re.match(r"\\\\wsl(?:\.localhost|\$)\\", path.drive, re.IGNORECASE):
+        return PurePosixPath("/", *path.parts[1:])
+    return None
+
+
+def _from_url(rest: str, windows: bool, wsl: bool) -> Iterator[PurePath]:
     """rest: what follows `file:`."""
     host, path = "", rest
     if rest.startswith("//"):
@@ -85,7 +102,9 @@ def _from_url(rest: str, windows: bool) -> Iterator[PurePath]:
         path = slash + path
     decoded = [_decoded(path), _decoded(re.split("[?#]", path)[0]), path]
     for text in dict.fromkeys(decoded):
-        yield _windows_path(unquote(host), text) if windows else _posix_path(host, text)
+        of_windows = _windows_path(unquote(host), text)
+        inside = _in_wsl(of_windows) if wsl else None
+        yield of_windows if windows else inside or _posix_path(host, text)
 
 
 def _decoded(text: str) -> str:
@@ -100,7 +119,7 @@ def _posix_path(host: str, text: str) -> PurePath:
     return PurePosixPath(text if host in ("", "localhost") else f"//{host}{text}")
 
 
-def _windows_path(host: str, text: str) -> PurePath:
+def _windows_path(host: str, text: str) -> PureWindowsPath:
     """`/c:/x`, `C:/x` as host and path, `//server/share/x`, `//wsl.localhost/…`."""
     if re.fullmatch("[A-Za-z][:|]", host):
         return PureWindowsPath(f"{host[0]}:{text}")

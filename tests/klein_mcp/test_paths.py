@@ -28,6 +28,21 @@ def test_windows_roots_as_clients_send_them(uri: str, path: str):
     assert first.is_absolute()
 
 
+@pytest.mark.parametrize(
+    ("text", "path"),
+    [
+        (r"C:\Users\me\a b.png", "/mnt/c/Users/me/a b.png"),
+        ("d:/x.png", "/mnt/d/x.png"),
+        ("file:///c%3A/Users/me/My%20Project", "/mnt/c/Users/me/My Project"),
+        (r"\\wsl.localhost\Ubuntu\home\me\x.png", "/home/me/x.png"),
+        ("file://wsl$/Ubuntu/home/me", "/home/me"),
+        ("/home/me/x.png", "/home/me/x.png"),
+    ],
+)
+def test_linux_within_windows_finds_the_files_of_both(text: str, path: str):
+    assert next(paths.candidates(text, windows=False, wsl=True)).as_posix() == path
+
+
 @pytest.mark.parametrize("name", ["C# project", "what?", "a%20b", "100%", "a b", "ünï", "plain", "a#b?c%23"])
 @pytest.mark.parametrize("encoded", [True, False])
 def test_root_is_found_however_its_url_was_built(tmp_path: Path, name: str, encoded: bool):
@@ -110,5 +125,5 @@ def test_odd_names_are_paths(text: str):
 @given(st.text(max_size=60), st.booleans())
 def test_no_text_raises(text: str, windows: bool):
     for prefix in ("", "file:", "file://", "file:///"):
-        list(paths.candidates(paths.unwrap(prefix + text), windows=windows))
+        list(paths.candidates(paths.unwrap(prefix + text), windows=windows, wsl=not windows))
         paths.why_foreign(prefix + text, windows=windows)
