@@ -93,8 +93,10 @@ def difference(a: Rgb8, b: Rgb8) -> Grey8:
 def is_kept(stored: Rgb8, original: Rgb8, opacity: Grey8, at: tuple[int, int] = (0, 0)) -> bool:
     """Return whether all bytes outside the change are the original's.
 
-    Outside means opacity 0, and everything beyond the mask.
+    Outside means opacity 0, and everything beyond the mask. False if nothing is outside.
     """
+    if opacity.shape == stored.shape[:2] and opacity.all():
+        return False
     differs = across_channels(np.logical_or, stored != original)
     height, width = opacity.shape
     inside = differs[at[1] : at[1] + height, at[0] : at[0] + width]

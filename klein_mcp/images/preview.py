@@ -65,9 +65,12 @@ def contact_sheet(
     shrunk = [Image.fromarray(for_viewing(image)) for image in images]
     for thumbnail in shrunk:
         thumbnail.thumbnail((cell, min(cell, LONG_EDGE // rows - GAP - BAND)), Image.Resampling.LANCZOS)
+    font = ImageFont.load_default(18)
     width, height = (max(thumbnail.size[axis] for thumbnail in shrunk) for axis in (0, 1))
+    # A label may be wider than a narrow image, and must not run into the next one.
+    width = max(width, *(math.ceil(font.getlength(label)) for label in labels[: len(shrunk)]))
     sheet = Image.new("RGB", (columns * (width + GAP), rows * (height + GAP + BAND)), "white")
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(18)
+    draw = ImageDraw.Draw(sheet)
     for index, thumbnail in enumerate(shrunk):
         left, top = index % columns * (width + GAP) + GAP // 2, index // columns * (height + GAP + BAND)
         draw.text((left, top), labels[index], fill="black", font=font)

@@ -96,7 +96,7 @@ def edit_region(image: Rgb8, region: Sequence[int] | None, mask: "Rgb8 | None") 
     if mask is not None:
         allowed &= _white(mask, width, height)
     if region is not None:
-        allowed &= _inside(region, width, height)
+        allowed &= inside(region, width, height)
     if not allowed.any():
         raise RequestError(
             "Region and mask do not overlap." if region is not None else "The mask is black everywhere.",
@@ -132,11 +132,12 @@ def region_box(region: Sequence[int], width: int, height: int) -> Box:
     return x, y, x + wide, y + high
 
 
-def _inside(region: Sequence[int], width: int, height: int) -> Mask:
+def inside(region: Sequence[int], width: int, height: int) -> Mask:
+    """Return the mask of a region. Raises RequestError if it is outside."""
     left, top, right, bottom = region_box(region, width, height)
-    inside = np.zeros((height, width), bool)
-    inside[top:bottom, left:right] = True
-    return inside
+    mask = np.zeros((height, width), bool)
+    mask[top:bottom, left:right] = True
+    return mask
 
 
 def _white(mask: Rgb8, width: int, height: int) -> Mask:

@@ -145,8 +145,19 @@ class JobRecord:
         return {stage: round(spent) for stage, spent in {**self.ms, "total": total}.items()}
 
     def all_warnings(self) -> tuple[str, ...]:
-        """Warnings of its images, then of the request, each once."""
-        return tuple(dict.fromkeys((*(each for image in self.saved for each in image.warnings), *self.warnings)))
+        """Warnings of its images, then of the request, each once.
+
+        One that is not of all images names those it is of.
+        """
+        concerned: dict[str, list[str]] = {}
+        for image in self.saved:
+            for warning in dict.fromkeys(image.warnings):
+                concerned.setdefault(warning, []).append(image.handle)
+        of_images = (
+            warning if len(handles) == len(self.saved) else f"{', '.join(handles)}: {warning}"
+            for warning, handles in concerned.items()
+        )
+        return tuple(dict.fromkeys((*of_images, *self.warnings)))
 
     def status(self) -> JobStatus:
         """Describe the job now."""

@@ -83,5 +83,11 @@ def test_sheet_shows_each_image_whole(count: int):
         assert (sheet == shade).all(axis=2).sum() > 200 * 300 * 0.9, index
 
 
+def test_label_of_a_narrow_image_does_not_reach_the_next():
+    sheet = contact_sheet([np.zeros((60, 20, 3), np.uint8)] * 2, ["original", "1 k7f3q2"])
+    gaps = (sheet[:20] == 255).all(axis=(0, 2))
+    assert gaps[sheet.shape[1] // 2 - 4 : sheet.shape[1] // 2 + 4].all()
+
+
 def test_sheet_of_large_images_is_no_larger_than_preview():
     assert max(contact_sheet([scene(2048, 1024)] * 4).shape) <= LONG_EDGE

@@ -16,7 +16,7 @@ from klein_mcp.jobs.demo import DEMO
 from klein_mcp.mcp_server.client_profiles import CLIENTS, image_mode
 from tests.fakes import FakeExecutor
 from tests.images import file, noise, pixels, scene
-from tests.tool_calls import call, kinds, line, preview
+from tests.tool_calls import call, kinds, line, preview, refused
 
 pytestmark = pytest.mark.anyio
 
@@ -213,3 +213,23 @@ async def test_comparison_shows_both_images_on_one_colour(client: Client, tmp_pa
     facts = await call(client, "view_image", image=first, compare_with=second)
     assert facts["changed"]["box"] == [16, 16, 32, 32]
     assert facts["background"].startswith("transparent; ")
+    result = await client.call_tool("view_image", {"image": first, "compare_with": second, "region": [8, 8, 16, 16]})
+    # A quarter of the region changed, and it is shown enlarged.
+    changed = line(result)["changed"]
+    assert (round(changed["share"], 1), changed["box"]) == (0.2, [16, 16, 8, 8])  # a lone corner is no visible change
+    assert preview(result).shape[1] > 900
+    assert "Leave out background" in await refused(
+        client, "view_image", image=first, compare_with=second, background="transparent"
+    )
+
+
+async def test_draft_that_changed_nothing_is_named_and_no_empty_claim_made(client: Client, painter: FakeExecutor):
+    start = await call(client, "generate_image", prompt="a dot")
+    painter.paint = lambda job: job.references[0] if job.seed == 10 else 255 - job.references[0]
+    sheet = await call(
+        client, "edit_image", image="last", prompt="invert it", count=2, seed=10, region=[0, 0, *start["size"]]
+    )
+    same, other = sheet["images"]
+    assert sheet["warnings"][0] == f"{same['image']}: nothing visible changed"
+    # The region is all of the image: there is no byte outside that could have been kept.
+    assert [each["changed"]["kept"] for each in (same, other)] == [False, False]

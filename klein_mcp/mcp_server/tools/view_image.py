@@ -3,6 +3,7 @@
 import anyio.to_thread
 from mcp_types import CallToolResult
 
+from klein_mcp.errors import RequestError
 from klein_mcp.images.library import Record
 from klein_mcp.jobs.context import CallContext
 from klein_mcp.jobs.service import Service
@@ -22,10 +23,10 @@ class ViewImage(fields.Arguments):
 async def run(service: Service, call: CallContext, arguments: ViewImage) -> CallToolResult:
     opened = await service.open(arguments.image, call)
     if arguments.compare_with:
+        if arguments.background:
+            raise RequestError("compare_with shows both images as they are.", hint="Leave out background.")
         other = await service.open(arguments.compare_with, call)
-        return await anyio.to_thread.run_sync(
-            lambda: _compared(service, opened.record, other.record, arguments.max_size)
-        )
+        return await anyio.to_thread.run_sync(lambda: _compared(service, opened.record, other.record, arguments))
 
     def render() -> CallToolResult:
         from klein_mcp.images import alpha, codec, cutout, preview, region
@@ -57,9 +58,9 @@ async def run(service: Service, call: CallContext, arguments: ViewImage) -> Call
     return await anyio.to_thread.run_sync(render)
 
 
-def _compared(service: Service, record: Record, other: Record, max_size: int) -> CallToolResult:
-    """Show two images and their difference beside each other."""
-    from klein_mcp.images import alpha, codec, preserve, preview
+def _compared(service: Service, record: Record, other: Record, arguments: ViewImage) -> CallToolResult:
+    """Show two images, or a region of both, beside their difference."""
+    from klein_mcp.images import alpha, codec, preserve, preview, region
 
     both = [service.sources.pixels(each) for each in (record, other)]
     # One colour behind both: two would count as a change of everything that is transparent.
@@ -69,20 +70,30 @@ def _compared(service: Service, record: Record, other: Record, max_size: int) ->
     if first.shape != second.shape:
         second = codec.resize(second, record.width, record.height)
         warnings.append(f"{other.handle} is {other.width}×{other.height} and was resized for the comparison")
-    changed = preserve.measure(first, second, kept=False)
+    part = arguments.region or [0, 0, record.width, record.height]
+    left, top, right, bottom = region.region_box(part, record.width, record.height)
+    changed = preserve.measure(first, second, region.inside(part, record.width, record.height), kept=False)
+    first, second = (image[top:bottom, left:right] for image in (first, second))
     difference = preserve.difference(first, second)
-    # Black is equal; twice the difference, as a change of 24 of 255 is hardly seen.
+    # White is equal. Twice the difference, as a change of 24 of 255 is hardly seen.
     shown = (255 - (difference.clip(0, 127) * 2))[..., None].repeat(3, axis=2)
-    sheet = preview.contact_sheet([second, first, shown], [other.handle, record.handle, "difference"], columns=3)
+    cells = [second, first, shown]
+    if arguments.region:
+        # As wide as a cell: a model sees nothing in 40 pixels.
+        cells = [codec.fit(cell, preview.LONG_EDGE // 3) for cell in cells]
+    sheet = preview.contact_sheet(cells, [other.handle, record.handle, "difference"], columns=3)
     line = {
         "image": record.handle,
         **({"warnings": warnings} if warnings else {}),
         "compare_with": other.handle,
         **({} if backing is None else {"background": results.transparent(alpha.VIEWED_ON[backing])}),
+        **({"region": arguments.region} if arguments.region else {}),
         "changed": {"share": changed.share, "box": changed.box and list(changed.box)},
         "identical_bytes": round(float((difference == 0).mean()), 4),
     }
-    return CallToolResult(content=[results.text(line), results.image_block(*preview.preview(sheet, longest=max_size))])
+    return CallToolResult(
+        content=[results.text(line), results.image_block(*preview.preview(sheet, longest=arguments.max_size))]
+    )
 
 
 TOOL = Tool(
