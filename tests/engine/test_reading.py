@@ -52,6 +52,8 @@ SMALL = replace(
         ("a DOG and a CAT", "a dog and a cat"),
         ("A red apple, centered, on a white background", "a red apple, on a white background"),
         ("a cat, fresh and bright", "a cat"),
+        ("a cat that is on a blue background", "a cat on a blue background"),
+        ("a photo of a dog, 4k, highly detailed", "a photo of a dog"),
     ],
 )
 def test_prompt_is_rewritten_in_known_words(prompt: str, text: str) -> None:

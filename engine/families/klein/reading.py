@@ -23,7 +23,10 @@ from engine.families.klein.synonyms import (
 from engine.families.klein.variants import Variant
 
 _HEX = re.compile(r"#[0-9A-Fa-f]{3,8}\b ?")
-_WORD = re.compile(r"[^\W\d_]+(?:['’-][^\W\d_]+)*")
+_RELATIVE = re.compile(r"\b(?:that|which|who)(?: is| are|['’]s) ", re.IGNORECASE)
+"""What joins a thing to its place or posture, as in "a cat that is sitting on grass"."""
+_WORD = re.compile(r"(?<!\d)[^\W\d_]+(?:['’-][^\W\d_]+)*")
+"""Not the letters behind a number, as in "4k"."""
 _SENTENCE = re.compile(r"[^.!?;\n]+[.!?;\n]*")
 _BEGINS = "|".join(re.escape(begin) for begin in CONSTRAINTS)
 _CONSTRAINT = re.compile(rf"\s*(?:please\s+|and\s+|but\s+|also\s+)*(?:no|{_BEGINS})\b", re.IGNORECASE)
@@ -59,7 +62,8 @@ def read_prompt(prompt: str, variant: Variant) -> Reading:
     if not variant.words:
         return Reading(prompt)
     # A hex code is not a word; its letters must not be read as some.
-    sentences = [_Sentence.of(text, variant) for text in _sentences(_HEX.sub("", prompt))]
+    plain = _RELATIVE.sub("", _HEX.sub("", prompt))
+    sentences = [_Sentence.of(text, variant) for text in _sentences(plain)]
     kept = [sentence for sentence in sentences if sentence.is_understood] or sentences[:1]
     text = " ".join(sentence.text for sentence in kept)
     if len(sentences) > len(kept) or len(kept) == 1:

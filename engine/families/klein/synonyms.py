@@ -186,7 +186,7 @@ _FILLERS = """
     lovely cute adorable gorgeous stunning amazing shiny glossy matte fresh juicy ripe delicious tasty realistic
     detailed simple clean crisp sharp soft hard bright vivid dark pale warm cool single lone solid flat uniform
     entire whole existing current new some my your our its this that these those such kindly could you would can will
-    want like need centred centered square-on high quality resolution hd isolated minimal minimalist minimalistic
+    want like need centred centered square-on high quality resolution hd highly isolated minimal minimalist minimalistic
     modern stylised stylized cartoonish photorealistic
 """
 FILLERS = frozenset(_FILLERS.split())
