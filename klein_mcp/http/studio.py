@@ -8,17 +8,21 @@ import hashlib
 import json
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import replace
 from functools import lru_cache
 from urllib.parse import urlsplit
 
 import anyio.to_thread
 from mcp.server.lowlevel.helper_types import ReadResourceContents
 from mcp.server.mcpserver.exceptions import ResourceNotFoundError
+from mcp_types import CallToolResult, TextContent
 from starlette.requests import Request
 from starlette.responses import FileResponse, HTMLResponse, JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
+from engine.contract import EngineError
 from klein_mcp.errors import RequestError
+from klein_mcp.http.page_calls import PageCalls, StoppedCall, UnknownCall
 from klein_mcp.http.surface import HttpContext, Surface, SurfaceFactory
 from klein_mcp.http.uploads import MAX_BYTES
 from klein_mcp.jobs.context import CallContext
@@ -30,6 +34,9 @@ from klein_mcp.studio.picks import STUDIO
 Handler = Callable[[Request], Awaitable[Response]]
 
 ENTRY = "/studio/enter/"
+SOON = 1.0
+"""Seconds for which a call holds its connection: most saves, picks and small images are done by then."""
+
 MAX_CALL = 8 * 2**20
 """Bytes of a call: a prompt, handles, and a mask of 2048² as a PNG, which is under 1 MiB."""
 
@@ -128,6 +135,7 @@ def surface(context: HttpContext) -> Surface:
         Route("/studio/session", studio.session, methods=["GET"]),
         Route("/studio/events", studio.events, methods=["GET"]),
         Route("/studio/read", studio.read, methods=["GET"]),
+        Route("/studio/result", studio.result, methods=["GET"]),
         Route("/studio/images/{handle}", studio.image, methods=["GET"]),
         Route("/studio/images/{handle}/{part}", studio.part, methods=["GET"]),
         *(
@@ -154,6 +162,7 @@ class _Studio:
         self._context = context
         self._service = context.service
         self._server = context.server
+        self._calls = PageCalls()
 
     def from_page(self, change: Handler) -> Handler:
         """Refuse requests of other origins, other ports of this machine included."""
@@ -179,7 +188,10 @@ class _Studio:
         async def stream() -> AsyncIterator[str]:
             async for now in self._server.feed.stream(STUDIO):
                 # A comment keeps the connection alive, and finds out that it is gone.
-                yield ": \n\n" if now is None else f"event: now\ndata: {json.dumps(now, separators=(',', ':'))}\n\n"
+                if now is None:
+                    yield ": \n\n"
+                else:
+                    yield f"event: now\ndata: {json.dumps(self._calls.named(now), separators=(',', ':'))}\n\n"
 
         return StreamingResponse(stream(), media_type="text/event-stream", headers=HEADERS)
 
@@ -216,40 +228,51 @@ class _Studio:
         return Response(image.content, media_type=image.mime_type, headers=CACHED)
 
     async def call(self, request: Request) -> Response:
-        """Call a tool as an agent would, and return its result."""
+        """Call a tool as an agent would.
+
+        Answers with the result if it is there soon, else with 202. The call goes on when the page is closed:
+        only /studio/cancel stops it.
+        """
         asked = await _body(request)
         if isinstance(asked, Response):
             return asked
-        tool, arguments = asked.get("tool"), asked.get("arguments")
-        if not isinstance(tool, str) or not isinstance(arguments, dict):
-            return _refusal(400, "tool and arguments are needed.")
+        tool, arguments, name = asked.get("tool"), asked.get("arguments"), asked.get("call")
+        if not isinstance(tool, str) or not isinstance(arguments, dict) or not isinstance(name, str):
+            return _refusal(400, "tool, arguments and call are needed.")
         tools = {**TOOLS, studio_app.PICK.name: studio_app.PICK}
-        running = anyio.create_task_group()
-        result = None
-        async with running:
+        caller = replace(self._caller(request), on_job=lambda job: self._calls.started(job, name))
+        self._calls.start(name, self._server.run_tool(tool, arguments, caller, tools))
+        return await self._result(name, SOON)
 
-            async def watch() -> None:
-                # Closing the tab or pressing Cancel ends the request, and so the job.
-                while not await request.is_disconnected():
-                    await anyio.sleep(0.2)
-                running.cancel_scope.cancel()
+    async def result(self, request: Request) -> Response:
+        """Return the result of a call, or 202."""
+        return await self._result(request.query_params.get("call", ""), 0)
 
-            running.start_soon(watch)
-            result = await self._server.run_tool(tool, arguments, self._caller(request), tools)
-            running.cancel_scope.cancel()
+    async def _result(self, name: str, seconds: float) -> Response:
+        try:
+            result = await self._calls.result(name, seconds)
+        except UnknownCall:
+            return _refusal(404, "The answer to this call is gone. Its images, if it made some, are in the library.")
+        except StoppedCall:
+            result = CallToolResult(content=[TextContent(type="text", text="Cancelled.")], is_error=True)
         if result is None:
-            return Response(status_code=499)
+            return JSONResponse({}, 202, headers=HEADERS)
         return JSONResponse(result.model_dump(mode="json", by_alias=True, exclude_none=True), headers=HEADERS)
 
     async def cancel(self, request: Request) -> Response:
-        """Stop any job of this user."""
+        """Stop a call of the page, or any job of this user."""
         asked = await _body(request)
         if isinstance(asked, Response):
             return asked
+        call, job = asked.get("call"), asked.get("job")
+        if isinstance(call, str) and (job := self._calls.stop(call)) is None:
+            return JSONResponse({}, headers=HEADERS)
         try:
-            await self._service.jobs.cancel(str(asked.get("job")))
+            await self._service.jobs.cancel(str(job))
         except LookupError:
             return _refusal(404, "There is no such job.")
+        except EngineError as exc:
+            return _refusal(503, str(exc))
         return JSONResponse({}, headers=HEADERS)
 
     async def delete(self, request: Request) -> Response:

@@ -14,6 +14,10 @@ async def _no_roots() -> tuple[Path, ...] | None:
     return None
 
 
+def _no_job(job: str) -> None:
+    """Ignore which job was started, for a caller that only waits."""
+
+
 async def _no_announcement(uri: str) -> None:
     """Ignore a new image, for a caller that does not subscribe."""
 
@@ -26,6 +30,7 @@ class CallContext:
     name: what the client calls itself, "" where it does not say.
     progress: takes (done, total, message).
     roots: the folders the client works in, None where it does not say.
+    on_job: takes the id of the job that the call starts.
     on_new_image: takes a new image's address, for whoever subscribed.
     shared: several clients may send as this one, so `last` is not known.
     link: makes the address under which an image can be downloaded; None where the client shares our disk.
@@ -35,6 +40,7 @@ class CallContext:
     name: str = ""
     progress: Callable[[float, float, str], Awaitable[None]] = _no_progress
     roots: Callable[[], Awaitable[tuple[Path, ...] | None]] = _no_roots
+    on_job: Callable[[str], None] = _no_job
     on_new_image: Callable[[str], Awaitable[None]] = _no_announcement
     shared: bool = False
     link: Callable[[str], str] | None = None

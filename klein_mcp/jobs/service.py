@@ -201,6 +201,7 @@ class Service:
                 match event:
                     case Submitted(name):
                         job = name
+                        call.on_job(name)
                     case Progressed():
                         await progress.event(event)
                     case ImageSaved(saved=saved):

@@ -81,11 +81,13 @@ class LibraryPage(TypedDict):
 class JobView(TypedDict):
     """One job that waits or runs.
 
-    mine: whether it is the reader's own. preview: a data: address. fraction: 0 … 1.
+    mine: whether it is the reader's own. call: the page's call that started it, where one did.
+    preview: a data: address. fraction: 0 … 1.
     """
 
     job: str
     mine: bool
+    call: str | None
     who: str
     state: str
     prompt: str

@@ -38,6 +38,7 @@ class _Job:
         self.view = {
             "job": self.status.job,
             "mine": False,
+            "call": None,
             "who": "",
             "state": "queued",
             "prompt": self.status.prompt,

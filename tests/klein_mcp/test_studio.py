@@ -5,6 +5,7 @@ import hashlib
 import io
 import json
 import re
+import secrets
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import aclosing
 from typing import Any
@@ -16,11 +17,13 @@ import pytest
 from mcp import Client
 from mcp.client.extension import advertise
 from mcp.server.apps import APP_MIME_TYPE, EXTENSION_ID
+from mcp_types import CallToolResult, TextContent
 from PIL import Image
 
 from engine.contract import Step
 from klein_mcp.http import app as http_app
 from klein_mcp.http import studio as http_studio
+from klein_mcp.http.page_calls import MOST, PageCalls, UnknownCall
 from klein_mcp.http.surface import HttpContext
 from klein_mcp.jobs.context import CallContext
 from klein_mcp.jobs.events import Done, Progressed
@@ -30,6 +33,7 @@ from klein_mcp.jobs.service import Service
 from klein_mcp.jobs.status import JobStatus
 from klein_mcp.mcp_server.server import create_server
 from klein_mcp.studio.feed import Feed
+from klein_mcp.studio.picks import STUDIO
 from tests.fakes import FakeExecutor
 
 pytestmark = pytest.mark.anyio
@@ -67,7 +71,17 @@ async def outsider(context: HttpContext) -> AsyncIterator[httpx2.AsyncClient]:
 
 
 async def call(browser: httpx2.AsyncClient, tool: str, **arguments: Any) -> dict[str, Any]:
-    answer = await browser.post("/studio/call", json={"tool": tool, "arguments": arguments})
+    name = secrets.token_hex(4)
+    answer = await browser.post("/studio/call", json={"tool": tool, "arguments": arguments, "call": name})
+    return await result(browser, name, answer)
+
+
+async def result(browser: httpx2.AsyncClient, name: str, answer: httpx2.Response | None = None) -> dict[str, Any]:
+    """Ask after a call until its result is there."""
+    with anyio.fail_after(120):
+        while answer is None or answer.status_code == 202:
+            await anyio.sleep(0.01)
+            answer = await browser.get("/studio/result", params={"call": name})
     assert answer.status_code == 200, answer.text
     return answer.json()
 
@@ -85,7 +99,14 @@ async def read(browser: httpx2.AsyncClient, uri: str) -> Any:
 
 # -- who is let in --------------------------------------------------------------------------------------------------
 
-GETS = ("/studio", "/studio/session", "/studio/events", "/studio/read?uri=klein://now", "/studio/images/abcdef")
+GETS = (
+    "/studio",
+    "/studio/session",
+    "/studio/result?call=c0",
+    "/studio/events",
+    "/studio/read?uri=klein://now",
+    "/studio/images/abcdef",
+)
 POSTS = ("/studio/call", "/studio/cancel", "/studio/delete", "/studio/upload")
 
 
@@ -426,3 +447,79 @@ async def test_cancel_route_stops_a_job_of_anybody(
         assert (await browser.post("/studio/cancel", json={"job": job.job})).status_code == 200
     assert (await jobs.list())[0].state == "cancelled"
     assert (await browser.post("/studio/cancel", json={"job": "j0"})).status_code == 404
+
+
+async def begin(browser: httpx2.AsyncClient, painter: FakeExecutor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make a call named c1 that is slow, and wait until its job runs."""
+    monkeypatch.setattr(http_studio, "SOON", 0.0)
+    painter.seconds_per_step = 0.05
+    asked = {"tool": "generate_image", "arguments": {"prompt": "slow"}, "call": "c1"}
+    assert (await browser.post("/studio/call", json=asked)).status_code == 202
+    with anyio.fail_after(120):
+        while not painter.jobs:
+            await anyio.sleep(0.01)
+
+
+async def test_call_outlives_its_request_and_can_be_asked_after_again(
+    browser: httpx2.AsyncClient, painter: FakeExecutor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await begin(browser, painter, monkeypatch)
+    made = await result(browser, "c1")
+    assert json.loads(made["content"][0]["text"])["image"]
+    assert await result(browser, "c1") == made
+    assert (await browser.get("/studio/result", params={"call": "c2"})).status_code == 404
+
+
+async def test_stopped_call_stops_its_job(
+    browser: httpx2.AsyncClient, jobs: JobManager, painter: FakeExecutor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await begin(browser, painter, monkeypatch)
+    assert (await browser.post("/studio/cancel", json={"call": "c1"})).status_code == 200
+    stopped = await result(browser, "c1")
+    assert stopped["isError"]
+    assert stopped["content"][0]["text"] == "Cancelled."
+    with anyio.fail_after(120):
+        while (await jobs.list())[0].state != "cancelled":
+            await anyio.sleep(0.01)
+
+
+async def test_stopped_call_stops_the_job_that_it_no_longer_waits_for(
+    browser: httpx2.AsyncClient, jobs: JobManager, painter: FakeExecutor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await begin(browser, painter, monkeypatch)
+    painter.seconds_per_step = 0.5
+    (job,) = await jobs.list()
+    await jobs.detach(job.job)
+    assert (await browser.post("/studio/cancel", json={"call": "c1"})).status_code == 200
+    with anyio.fail_after(120):
+        while (await jobs.list())[0].state != "cancelled":
+            await anyio.sleep(0.01)
+
+
+async def test_page_knows_its_calls_among_all_jobs(service: Service, painter: FakeExecutor) -> None:
+    calls, feed = PageCalls(), Feed(service)
+    painter.seconds_per_step = 0.05
+    caller = CallContext(STUDIO, on_job=lambda job: calls.started(job, "c1"))
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(service.run, generate("mine"), caller)
+        tasks.start_soon(service.run, generate("an agent's"), CallContext("agent"))
+        with anyio.fail_after(120):
+            async for now in feed.stream(STUDIO):
+                named = {job["prompt"]: job["call"] for job in calls.named(now)["jobs"]} if now else {}
+                if named == {"mine": "c1", "an agent's": None}:
+                    break
+
+
+async def test_only_the_newest_answers_are_kept() -> None:
+    calls = PageCalls()
+
+    async def work(number: int) -> CallToolResult:
+        return CallToolResult(content=[TextContent(type="text", text=str(number))])
+
+    for number in range(2 * MOST):
+        calls.start(str(number), work(number))
+        assert await calls.result(str(number), 1)
+    with pytest.raises(UnknownCall):
+        await calls.result("0", 0)
+    newest = await calls.result(str(2 * MOST - 1), 0)
+    assert newest == await work(2 * MOST - 1)

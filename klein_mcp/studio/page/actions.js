@@ -21,29 +21,50 @@ export function readResult(result) {
 
 /** Call a tool that makes images, wait for them however long it takes, and show them. */
 export async function run(tool, input) {
-  const call = { tool, prompt: [input.prompt].flat().join(" "), stop: new AbortController() };
+  const call = { prompt: input.prompt };
+  state.aside = false;
+  return follow(call, state.bridge.call(tool, input, call));
+}
+
+/** Go on waiting for a call that was made before the page was loaded anew. */
+export function resume(call) {
+  return follow(call, state.bridge.result(call));
+}
+
+async function follow(call, answer) {
   state.calls.add(call);
   state.error = "";
   emit("jobs");
   emit("shown");
   try {
-    let result = readResult(await state.bridge.call(tool, input, call.stop.signal));
+    let result = readResult(await answer);
     while (!result.failed && result.line.job && !result.handles.length) {
-      result = readResult(await state.bridge.call("wait_for_job", { job: result.line.job }, call.stop.signal));
+      result = readResult(await state.bridge.call("wait_for_job", { job: result.line.job }, call));
     }
     if (result.failed) throw new Error(result.text);
     for (const warning of result.line.warnings ?? []) note(warning);
     const newest = [...state.calls].at(-1) === call;
-    if (newest) await showResult(result);
+    if (newest && !state.aside) await showResult(result);
     else note(`Ready: ${call.prompt}`, { words: "Open", run: () => open(result.handles[0], result.handles) });
     return result.handles;
   } catch (error) {
-    if (call.stop.signal.aborted) note("Cancelled.");
+    if (call.stopped) note("Cancelled.");
     else fail(error);
     return [];
   } finally {
     state.calls.delete(call);
+    state.aside &&= state.calls.size > 0;
     emit("jobs");
+  }
+}
+
+/** Stop a call of this page, and with it its job. */
+export async function stop(call) {
+  call.stopped = true;
+  try {
+    await state.bridge.stop(call);
+  } catch (error) {
+    fail(error);
   }
 }
 
@@ -61,7 +82,7 @@ export async function showResult({ handles, src, line }) {
   state.view = "create";
   emit("view");
   emit("image");
-  await open(handles[0], handles);
+  await load(handles[0], handles);
 }
 
 function pickFacts(line) {
@@ -70,9 +91,14 @@ function pickFacts(line) {
   return { prompt: "", parents: [], family: [], ...line, background: null, width, height };
 }
 
-/** Put an image on the stage. */
-export async function open(handle, sheet = null) {
-  const token = (open.latest = {});
+/** Put an image on the stage, also while another is being made. */
+export function open(handle, sheet = null) {
+  state.aside = state.calls.size > 0;
+  return load(handle, sheet);
+}
+
+async function load(handle, sheet) {
+  const token = (load.latest = {});
   const src = state.image?.image === handle ? state.image.src : null;
   if (!state.bridge.can.read) {
     if (src || !state.bridge.can.call) return;
@@ -87,7 +113,7 @@ export async function open(handle, sheet = null) {
     emit("opened");
     return src ? null : fail(error); // the preview of the result is on the stage already
   }
-  if (open.latest !== token) return; // a later click was answered first
+  if (load.latest !== token) return; // a later click was answered first
   state.image = { ...details, src };
   state.sheet = sheet?.length > 1 ? sheet : details.siblings;
   if (!["look", "compare"].includes(state.tool)) state.tool = "look";

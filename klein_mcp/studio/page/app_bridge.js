@@ -63,12 +63,12 @@ export class AppBridge {
     return JSON.parse((await this.read(uri))[0].text);
   }
 
-  async call(tool, input, signal) {
+  async call(tool, input, call) {
     if (!this.can.call) throw new Error("This client does not let the studio call tools. Ask the agent instead.");
     this.poll();
     // The mark tells the server that a person asked, so that what is meant for the agent waits for the agent.
     const _meta = { "klein-mcp/view": true };
-    return await this.request("tools/call", { name: tool, arguments: input, _meta }, signal);
+    return await this.request("tools/call", { name: tool, arguments: input, _meta }, call);
   }
 
   pick(picked) {
@@ -152,14 +152,15 @@ export class AppBridge {
     this.send({ method, params });
   }
 
-  request(method, params, signal) {
-    const id = ++this.number;
+  async stop(call) {
+    this.notify("notifications/cancelled", { requestId: call.id, reason: "The user cancelled." });
+    this.settle({ id: call.id, error: { message: "Cancelled." } });
+  }
+
+  request(method, params, call = {}) {
+    const id = (call.id = ++this.number);
     return new Promise((resolve, reject) => {
       this.waiting.set(id, { resolve, reject });
-      signal?.addEventListener("abort", () => {
-        this.notify("notifications/cancelled", { requestId: id, reason: "The user cancelled." });
-        this.settle({ id, error: { message: "Cancelled." } });
-      });
       this.send({ id, method, params });
     });
   }

@@ -1,6 +1,6 @@
 // What the engine does now: one card for each job, with its preview, its progress and a way to cancel it.
 
-import { fail } from "./actions.js";
+import { fail, stop } from "./actions.js";
 import { button, fill, h } from "./dom.js";
 import { emit, on, state } from "./state.js";
 
@@ -22,44 +22,82 @@ export function fractionOf(job) {
   return job.fraction ?? (job.index ? job.index / job.count : null);
 }
 
-/** The job of this page's newest call, or a stand-in until the server tells of it. */
-export function ownJob() {
-  const call = [...state.calls].at(-1);
-  if (!call) return null;
-  const mine = state.now.jobs.filter((job) => job.mine);
-  const job = mine.findLast((each) => each.prompt === call.prompt) ?? mine.at(-1);
+/** The job of a call, or what was last heard of it, or a stand-in until the server tells of it. */
+export function jobOf(call) {
+  let job = state.now.jobs.find((each) => each.call && each.call === call.name);
+  if (state.bridge.kind === "app") {
+    // The server does not know by name what a view or its agent calls.
+    const mine = state.now.jobs.filter((each) => each.mine);
+    job = mine.findLast((each) => each.prompt === call.prompt) ?? mine.at(-1);
+  }
   if (job) call.latest = job;
-  return job ?? call.latest ?? { state: "starting", prompt: call.prompt, fraction: null };
+  return call.latest ?? { state: "starting", prompt: call.prompt, fraction: null };
+}
+
+/** The call that the stage shows: the first that has begun, else the newest; none while the person looks at an image. */
+export function shownCall() {
+  if (state.aside) return null;
+  const calls = [...state.calls];
+  const begun = (job) => job.index || ["loading", "running"].includes(job.state);
+  return calls.find((call) => begun(jobOf(call))) ?? calls.at(-1);
 }
 
 export function createJobs(root) {
-  on("jobs", () => render(root));
-  render(root);
+  const list = h("ul", {});
+  const cards = new Map();
+  root.append(h("h2", {}, "Now"), list);
+  const render = () => {
+    const { jobs } = state.now;
+    root.hidden = !jobs.length;
+    for (const { job } of jobs) if (!cards.has(job)) cards.set(job, new Card(job));
+    for (const job of cards.keys()) if (!jobs.some((each) => each.job === job)) cards.delete(job);
+    const nodes = jobs.map(({ job }) => cards.get(job).node);
+    if (nodes.some((node, place) => node !== list.children[place]) || nodes.length < list.children.length) fill(list, nodes);
+    for (const job of jobs) cards.get(job.job).show(job);
+  };
+  on("jobs", render);
+  render();
 }
 
-function render(root) {
-  root.hidden = !state.now.jobs.length;
-  fill(root, h("h2", {}, "Now"), h("ul", {}, state.now.jobs.map(card)));
+/** One job. Its nodes stay: a click on a button that is painted anew between press and release would be lost. */
+class Card {
+  constructor(name) {
+    this.picture = h("img", { alt: "", width: 56, height: 56 });
+    this.watch = button("Watch", null, () => ((state.aside = false), emit("jobs")), { class: "small" });
+    this.prompt = h("p", { dir: "auto" });
+    this.words = h("p", { class: "soft" });
+    this.meter = h("progress", { max: 1, "aria-label": "Progress" });
+    this.node = h(
+      "li",
+      {},
+      this.picture,
+      h("div", {}, this.prompt, this.words, this.meter),
+      h(
+        "div",
+        {},
+        this.watch,
+        state.bridge.can.cancel && button("Cancel", "close", () => cancel(this.job), { class: "quiet only-icon", title: "Cancel", "data-key": name }),
+      ),
+    );
+  }
+
+  show(job) {
+    this.job = job;
+    if (job.preview) this.picture.src = job.preview;
+    else this.picture.removeAttribute("src");
+    this.watch.hidden = !state.aside || !ownCall(job);
+    this.prompt.textContent = this.prompt.title = job.prompt;
+    this.words.textContent = statusWords(job) + (job.mine ? "" : ` · ${job.who || "an agent"}`);
+    if (fractionOf(job) === null) this.meter.removeAttribute("value");
+    else this.meter.value = fractionOf(job);
+  }
 }
 
-function card(job) {
-  const who = job.mine ? "" : ` · ${job.who || "an agent"}`;
-  const meter = h("progress", { max: 1, "aria-label": "Progress" });
-  if (fractionOf(job) !== null) meter.value = fractionOf(job);
-  return h(
-    "li",
-    {},
-    job.preview ? h("img", { src: job.preview, alt: "", width: 56, height: 56 }) : h("span", { class: "blank" }),
-    h("div", {}, h("p", {}, job.prompt), h("p", { class: "soft" }, statusWords(job) + who), meter),
-    state.bridge.can.cancel && button("Cancel", "close", () => cancel(job), {
-        class: "quiet only-icon",
-        title: "Cancel",
-        "data-key": job.job,
-      }),
-  );
-}
+const ownCall = (job) => [...state.calls].find((call) => jobOf(call) === job);
 
 async function cancel(job) {
+  const own = ownCall(job);
+  if (own) return stop(own);
   try {
     await state.bridge.cancel(job.job);
     emit("jobs");

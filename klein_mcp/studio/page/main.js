@@ -39,7 +39,7 @@ function renderView() {
 }
 
 /** The call that the agent made; the client itself has the means to stop it. */
-const agentCall = { tool: "", prompt: "", stop: null };
+const agentCall = { prompt: "", agent: true };
 
 /** What a host tells: the tool's input while it runs, then its result, an error or that it was cancelled. */
 const fromHost = {
@@ -113,9 +113,7 @@ async function start() {
   emit("view");
   emit("image");
   if (app) return;
-  // It names the models that can be chosen.
-  await engine;
-  await restore();
+  await restore(engine);
   keepOverReload();
 }
 

@@ -15,8 +15,10 @@ export const state = {
   references: [],
   /** The latest Now of the server. */
   now: { seq: 0, jobs: [], library: 0 },
-  /** Calls of this page that have not returned: {tool, prompt, stop}. */
+  /** Calls of this page that have not returned: {name, prompt, agent, stopped, latest}. */
   calls: new Set(),
+  /** Whether the person looks at an image while a call of this page runs. */
+  aside: false,
   engine: null,
   /** Whether the server answers. */
   connected: true,

@@ -1,9 +1,9 @@
 // The middle of the page: the image, what can be done with it, the next edit, and its family.
 
-import { addReference, again, copy, download, fail, open, pick, recipeOf, run, save } from "./actions.js";
+import { addReference, again, copy, download, fail, open, pick, recipeOf, run, save, stop } from "./actions.js";
 import { button, fill, h, icon } from "./dom.js";
 import { named, nameOf } from "./focus.js";
-import { fractionOf, ownJob, statusWords } from "./jobs.js";
+import { fractionOf, jobOf, shownCall, statusWords } from "./jobs.js";
 import { lineage } from "./lineage.js";
 import { Mask } from "./mask.js";
 import { on, state } from "./state.js";
@@ -65,7 +65,7 @@ function render() {
 
 /** The actions are those of the image on the stage: off while another is made or opened. */
 function renderInert() {
-  const off = opening || Boolean(ownJob());
+  const off = opening || Boolean(shownCall());
   const held = document.activeElement;
   if (off && (nodes.tools.contains(held) || nodes.edit.contains(held))) {
     resume = nameOf(held);
@@ -105,12 +105,12 @@ function renderSheet() {
 // -- the stage ----------------------------------------------------------------------------------------------------
 
 async function renderStage() {
-  const job = ownJob();
+  const call = shownCall();
   const { image } = state;
-  nodes.stage.classList.toggle("empty", !job && !image);
-  nodes.zoom.hidden = !image || Boolean(job);
+  nodes.stage.classList.toggle("empty", !call && !image);
+  nodes.zoom.hidden = !image || Boolean(call);
   renderInert();
-  if (job) return renderJob(job);
+  if (call) return renderJob(call);
   if (!image) return renderEmpty();
   if (nodes.stage.shown === `${image.image}/${state.tool}` && !nodes.stage.working) return;
   nodes.stage.shown = `${image.image}/${state.tool}`;
@@ -147,19 +147,20 @@ function preload(src) {
 }
 
 /** The preview of a running job, growing clear, with its progress. */
-function renderJob(job) {
-  if (!nodes.stage.working) {
+function renderJob(call) {
+  const job = jobOf(call);
+  if (nodes.stage.working?.call !== call) {
     const picture = h("img", { class: "picture preview", alt: "" });
     const meter = h("progress", { max: 1, "aria-label": "Progress" });
     const words = h("span", {});
     const frame = h("div", { class: "frame working" }, picture);
-    const stop = button("Cancel", null, () => cancelOwn(), { class: "quiet" });
-    nodes.stage.working = { picture, meter, words, frame, stop };
-    fill(nodes.stage, frame, h("div", { class: "progress" }, words, meter, stop));
+    const cancel = button("Cancel", null, () => stop(call), { class: "quiet" });
+    cancel.hidden = Boolean(call.agent);
+    nodes.stage.working = { call, picture, meter, words, frame };
+    fill(nodes.stage, frame, h("div", { class: "progress" }, words, meter, cancel));
   }
-  const { picture, meter, words, frame, stop } = nodes.stage.working;
+  const { picture, meter, words, frame } = nodes.stage.working;
   words.textContent = statusWords(job);
-  stop.hidden = [...state.calls].at(-1)?.stop === null;
   if (fractionOf(job) === null) meter.removeAttribute("value");
   else meter.value = fractionOf(job);
   if (job.preview && picture.getAttribute("src") !== job.preview) {
@@ -177,10 +178,6 @@ function renderJob(job) {
 function fitStage(frame, width, height) {
   nodes.stage.style.setProperty("--shape", `${width} / ${height}`);
   zoom.show(frame, width, height);
-}
-
-function cancelOwn() {
-  for (const call of state.calls) call.stop?.abort();
 }
 
 function renderEmpty() {

@@ -4,6 +4,17 @@ const ENDED = "This session has ended. Run klein-mcp studio again for a new link
 const GONE =
   "The studio's server does not answer. If it was ended, run klein-mcp studio again and open the new link; your prompt is still here.";
 
+/** Milliseconds until a call that runs is asked after, if no news of its job says that it is over. */
+const ASK_AFTER = 2000;
+/** Questions in a row without an answer, after which the server counts as gone. */
+const PATIENCE = 30;
+
+/** Milliseconds from losing a request until a page that is left is gone. */
+const LEAVING = 300;
+
+/** No two are alike; it is no secret. */
+const newName = () => Array.from(crypto.getRandomValues(new Uint32Array(3)), (part) => part.toString(36)).join("");
+
 export class WebBridge {
   kind = "web";
   can = { read: true, call: true, download: true, fullscreen: false, cancel: true, remove: true };
@@ -11,15 +22,22 @@ export class WebBridge {
 
   constructor({ now, lost, reached }) {
     this.listeners = { now, reached, lost: () => lost(new Error(ENDED)) };
+    this.news = new EventTarget();
   }
 
   async start() {
     const session = await this.fetchJson("/studio/session");
     this.csrf = session.csrf;
     const events = new EventSource("/studio/events");
-    events.addEventListener("now", (event) => this.listeners.now(JSON.parse(event.data)));
+    events.addEventListener("now", (event) => this.receive(JSON.parse(event.data)));
     events.addEventListener("open", () => this.listeners.reached(true));
     events.addEventListener("error", () => this.checkSession(events));
+  }
+
+  receive(now) {
+    this.jobs = now.jobs;
+    this.listeners.now(now);
+    this.news.dispatchEvent(new Event("now"));
   }
 
   /** An EventSource tries again by itself, except where the server refuses it. */
@@ -42,18 +60,19 @@ export class WebBridge {
   async fetch(path, options) {
     try {
       return await fetch(path, { credentials: "same-origin", ...options });
-    } catch (error) {
-      if (options.signal?.aborted) throw error;
+    } catch {
+      // A page that is being left loses its requests first, and must keep what it waited for.
+      await new Promise((later) => setTimeout(later, LEAVING));
       this.listeners.reached(false);
       throw new Error(GONE);
     }
   }
 
-  post(path, body, signal) {
+  post(path, body) {
     const headers = { "X-CSRF-Token": this.csrf };
     if (body instanceof Blob) headers["Content-Type"] = body.type || "application/octet-stream";
     else headers["Content-Type"] = "application/json";
-    return this.fetchJson(path, { method: "POST", headers, body: body instanceof Blob ? body : JSON.stringify(body), signal });
+    return this.fetchJson(path, { method: "POST", headers, body: body instanceof Blob ? body : JSON.stringify(body) });
   }
 
   async read(uri) {
@@ -64,8 +83,40 @@ export class WebBridge {
     return JSON.parse((await this.read(uri))[0].text);
   }
 
-  call(tool, input, signal) {
-    return this.post("/studio/call", { tool, arguments: input }, signal);
+  /** Call a tool. `call` gets the name by which the server knows it. */
+  async call(tool, input, call = {}) {
+    call.name ??= newName();
+    const answer = await this.post("/studio/call", { tool, arguments: input, call: call.name });
+    return answer.content ? answer : this.result(call);
+  }
+
+  /** Wait for the result of a call. It holds no connection meanwhile: a browser has six of them. */
+  async result(call) {
+    for (let failed = 0; ; ) {
+      await this.over(call.name);
+      try {
+        const answer = await this.fetchJson(`/studio/result?call=${call.name}`);
+        if (answer.content) return answer;
+        failed = 0;
+      } catch (error) {
+        if (error.message !== GONE || ++failed > PATIENCE) throw error;
+      }
+    }
+  }
+
+  /** Resolve once no job of that call is among the news, or after a while. */
+  over(name) {
+    return new Promise((resolve) => {
+      const settle = () => (clearTimeout(timer), this.news.removeEventListener("now", look), resolve());
+      const look = () => this.jobs.some((job) => job.call === name) || settle();
+      const timer = setTimeout(settle, ASK_AFTER);
+      this.news.addEventListener("now", look);
+    });
+  }
+
+  /** Stop a call, whether or not the server has told of its job. */
+  stop(call) {
+    return this.post("/studio/cancel", { call: call.name });
   }
 
   pick(picked) {
