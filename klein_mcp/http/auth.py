@@ -17,7 +17,7 @@ from starlette.routing import Match
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from klein_mcp import atomic
-from klein_mcp.errors import RequestError
+from klein_mcp.errors import RequestError, quote
 from klein_mcp.http import cors
 from klein_mcp.http.sessions import Sessions
 from klein_mcp.http.signed_urls import SignedUrls
@@ -73,7 +73,8 @@ class AuthMiddleware:
         scope = _lower_names(request.scope)
         if cross_origin:
             scope["headers"] = [header for header in scope["headers"] if header[0] != b"origin"]
-        return await self._headers.validate_request(Request(scope))
+        refused = await self._headers.validate_request(Request(scope))
+        return refused and surface.error(refused.status_code, _header_error(request, surface, refused.status_code))
 
     def _refusal(self, request: Request, surface: Surface) -> Response | None:
         if surface.auth == "signed" and not self._urls.allows(request):
@@ -105,6 +106,14 @@ class AuthMiddleware:
     def _has_token(self, request: Request) -> bool:
         given = _given_token(request.headers.get("authorization", ""))
         return self._token is not None and hmac.compare_digest(given.encode(), self._token.encode())
+
+
+def _header_error(request: Request, surface: Surface, status: int) -> str:
+    """Name a refused Host or Origin, and the setting that allows it."""
+    if status == 421:
+        return f"No server is called {quote(request.headers.get('host', ''))} here; serve --allowed-host adds a name."
+    hint = "; KLEIN_CORS names those that may" if surface.cross_origin else ""
+    return f"Pages of {quote(request.headers.get('origin', ''))} may not call this server{hint}."
 
 
 def _given_token(authorization: str) -> str:

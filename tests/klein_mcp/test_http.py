@@ -108,7 +108,9 @@ ORIGINS = ("http://evil.example", "https://localhost.evil.example", "null", "fil
 
 async def test_forged_host_is_refused_on_every_path(url):
     for path, host in product(PATHS, HOSTS):
-        assert (await get(url, path, host=host)).status_code == 421, (path, host)
+        answer = await get(url, path, host=host)
+        assert answer.status_code == 421, (path, host)
+        assert "--allowed-host" in str(answer.json())
 
 
 async def test_foreign_origin_is_refused_on_every_path(url):

@@ -12,7 +12,7 @@ import pytest
 from mcp import Client
 from openai import AsyncOpenAI
 
-from engine.contract import BadWeights, Busy, OutOfMemory
+from engine.contract import BadWeights, Busy, OutOfMemory, Step
 from klein_mcp.http import app
 from klein_mcp.jobs.service import Service
 from tests.fakes import FakeExecutor
@@ -92,6 +92,15 @@ async def test_sdk_retries_a_full_queue_and_nothing_that_stays_wrong(connect_htt
             assert len(painter.jobs) - before == attempts
 
 
+async def test_stream_repeats_no_partial_image_after_a_crash(connect_http, painter: FakeExecutor):
+    painter.events_before = [Step(step, 4, partial=scene(16, 16)) for step in (1, 2, 1, 2, 3)]
+    async with connect_http() as http, sdk(http) as client:
+        stream = await client.images.generate(prompt="x", stream=True, partial_images=3)
+        *partials, completed = [event async for event in stream]
+    assert [event.partial_image_index for event in partials] == [0, 1, 2]  # type: ignore[union-attr]
+    assert completed.type == "image_generation.completed"
+
+
 async def test_last_of_an_agent_is_not_moved(connect_http, client: Client):
     mine = await call(client, "generate_image", prompt="a dot")
     async with connect_http() as http, sdk(http) as api:
@@ -124,6 +133,7 @@ async def test_pages_of_named_origins_may_call_and_no_others(connect_http, servi
     assert other.status_code == 403
     if not allowed:
         assert (preflight.status_code, answer.status_code) == (403, 403)
+        assert "KLEIN_CORS" in answer.json()["error"]["message"]
         assert "access-control-allow-origin" not in {**preflight.headers, **answer.headers}
         return
     assert preflight.status_code == 204

@@ -150,20 +150,21 @@ class OpenAiImageRoute:
         """Answer with events: partial images, then each image when it is there."""
         call = prepared.call
         stream = EventStream(request.scope, request.receive, send, _headers(call, ()))
-        partials = 0
+        partials = latest_step = 0
         try:
             async with aclosing(self._events(prepared)) as events:
                 async for event in events:
                     match event:
-                        case Progressed(event=Step(), partial=Preview() as partial):
+                        # After a crash of the engine the image is made again, from its first step on.
+                        case Progressed(event=Step(step), partial=Preview() as partial) if step > latest_step:
                             await stream.event(await self._partial(call, partial, partials))
-                            partials += 1
+                            partials, latest_step = partials + 1, step
                         case ImageSaved(saved=saved):
                             item, size = await self._item(call, saved, request), (saved.width, saved.height)
                             usage = payloads.usage(call.prompt, prepared.references, [size])
                             made = _as_made(call, [saved])
                             await stream.event(payloads.completed_event(self._operation, made, item, size, usage))
-                            partials = 0
+                            partials = latest_step = 0
                         case _:
                             await stream.idle()
             await stream.finish()
