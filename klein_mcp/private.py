@@ -1,6 +1,7 @@
 """Read small files of the data folder, only this user's own."""
 
 import codecs
+import errno
 import os
 import stat
 from pathlib import Path
@@ -30,19 +31,28 @@ def read_private(path: Path) -> bytes:
     return data
 
 
-def open_log(path: Path) -> BinaryIO:
+_NO_LOG = {errno.ELOOP: "it is a link", errno.ENXIO: "it is not a regular file"}
+"""What the flags below refuse, in the words of people instead of the system's."""
+
+
+def open_log(path: Path, *, append: bool = False) -> BinaryIO:
     """Create or empty a log that only this user can write.
 
-    Raises OSError for a link, a FIFO or another user's file.
+    append: keep what is in it. Raises OSError for a link, a FIFO or another user's file.
     """
-    flags = os.O_WRONLY | os.O_CREAT | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOFOLLOW", 0)
-    file = os.fdopen(os.open(path, flags, 0o600), "wb")
+    flags = os.O_WRONLY | os.O_CREAT | (os.O_APPEND if append else 0)
+    flags |= getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
+    try:
+        file = os.fdopen(os.open(path, flags, 0o600), "wb")
+    except OSError as exc:
+        raise PermissionError(f"{path} cannot be used as a log: {_NO_LOG.get(exc.errno or 0, exc.strerror)}") from None
     status = os.fstat(file.fileno())
     error = foreign_access(status) or ("" if stat.S_ISREG(status.st_mode) else "it is not a regular file")
     if error:
         file.close()
         raise PermissionError(f"{path} cannot be used as a log: {error}")
-    file.truncate()
+    if not append:
+        file.truncate()
     return file
 
 

@@ -14,7 +14,7 @@ from typing import Any
 from engine.contract import EngineError, Exact, Job, ModelInfo, Result
 from engine.families.klein.variants import EMBEDDED, VARIANTS
 from klein_mcp.cli.daemon import ask_daemon
-from klein_mcp.cli.doctor_files import Check, check_disk, check_library, check_roots, check_signer
+from klein_mcp.cli.doctor_files import Check, check_daemon_files, check_disk, check_library, check_roots, check_signer
 from klein_mcp.cli.status import format_node
 from klein_mcp.cli.terminal import ProgressBar, program, strip_control_chars
 from klein_mcp.errors import explain, fix_words
@@ -50,6 +50,7 @@ def checks(settings: Settings) -> Iterator[Check]:
     if not settings.engine:
         yield _torch()
     yield check_disk(settings)
+    yield from check_daemon_files(settings)
     for name, meant in misspelled():
         yield Check("settings", f"{name} is no setting and has no effect", f"Did you mean {meant}?", optional=True)
     yield check_library(settings)

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -12,6 +13,8 @@ from klein_mcp.settings import Settings
 
 LEAST_DISK = 5 * 10**9
 """Bytes of free disk below which images or a download may fail."""
+
+DAEMON_FILES = ("daemon.log", "daemon.err", "daemon.json")
 
 _OTHER = "Change its owner, or set KLEIN_HOME and KLEIN_HUB."
 
@@ -41,6 +44,14 @@ def check_disk(settings: Settings) -> Check:
         if free < LEAST_DISK:
             return Check("disk", found[-1], "Free some space: klein-mcp prune deletes old images.")
     return Check("disk", ", ".join(found))
+
+
+def check_daemon_files(settings: Settings) -> Iterator[Check]:
+    """Name what stands where the daemon writes its own files."""
+    for name in DAEMON_FILES:
+        path = settings.home / name
+        if os.path.lexists(path) and not stat.S_ISREG(path.lstat().st_mode):
+            yield Check("data folder", f"{path} is not a regular file, so no engine can start", "Remove it.")
 
 
 def check_library(settings: Settings) -> Check:

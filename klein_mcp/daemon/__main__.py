@@ -6,6 +6,7 @@ Binds first, loads after.
 import asyncio
 import contextlib
 import faulthandler
+import io
 import logging
 import logging.handlers
 import os
@@ -14,6 +15,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 from filelock import FileLock, Timeout
 
@@ -26,10 +28,13 @@ from klein_mcp.jobs.manager import JobManager
 from klein_mcp.jobs.queue import Queue
 from klein_mcp.jobs.status import DaemonStatus
 from klein_mcp.jobs.timing import HISTORY, TimingHistory
+from klein_mcp.private import open_log
 from klein_mcp.settings import Settings, SettingsError
 from klein_mcp.web_server import BACKLOG, WebServer
 
 log = logging.getLogger("klein_mcp.daemon")
+
+LOG = "daemon.log"
 
 LOOK = 2.0
 """Seconds between looks at whether the daemon should end; it does nothing else while it is idle."""
@@ -100,7 +105,7 @@ async def _serve(settings: Settings, make: MakeExecutor) -> None:
         version=build.version,
         pid=endpoint.pid,
         started=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        log=str(settings.home / "daemon.log"),
+        log=str(settings.home / LOG),
     )
     daemon = Daemon(jobs, endpoint, build, about)
     server = _Server(daemon)
@@ -161,10 +166,15 @@ async def _until_it_should_end(daemon: Daemon, settings: Settings) -> None:
             await asyncio.wait_for(daemon.changed.wait(), pause)
 
 
+class _PrivateLog(logging.handlers.RotatingFileHandler):
+    """A log that follows no link and never waits for a reader of a FIFO."""
+
+    def _open(self) -> io.TextIOWrapper:
+        return io.TextIOWrapper(open_log(Path(self.baseFilename), append=True), encoding=self.encoding)
+
+
 def _configure_log(settings: Settings) -> None:
-    handler = logging.handlers.RotatingFileHandler(
-        settings.home / "daemon.log", maxBytes=2**20, backupCount=2, encoding="utf-8"
-    )
+    handler = _PrivateLog(settings.home / LOG, maxBytes=2**20, backupCount=2, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     logging.basicConfig(handlers=[handler], level=logging.WARNING)
     # Our own few lines of start and end are worth having at the default level too.

@@ -7,7 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from klein_mcp.cli.doctor_files import check_daemon_files
+from klein_mcp.daemon import __main__ as daemon
 from klein_mcp.images.library import Store
+from klein_mcp.settings import Settings
 from tests.real_server import PATIENCE, RealServer
 
 posix = pytest.mark.skipif(os.name != "posix", reason="homes and folders of POSIX")
@@ -107,12 +110,31 @@ def test_log_is_never_written_through_a_link(tmp_path: Path):
     target = tmp_path / "mine.txt"
     target.write_text("mine")
     (tmp_path / "daemon.err").symlink_to(target)
-    with pytest.raises(OSError, match=r"symbolic link|symlink"):
-        open_log(tmp_path / "daemon.err")
+    for append in (False, True):
+        with pytest.raises(OSError, match="it is a link"):
+            open_log(tmp_path / "daemon.err", append=append)
     assert target.read_text() == "mine"
     os.mkfifo(tmp_path / "fifo")
-    with pytest.raises(OSError):  # noqa: PT011 - no reader: the system's own words
+    with pytest.raises(OSError, match="it is not a regular file"):
         open_log(tmp_path / "fifo")
+
+
+@posix
+@pytest.mark.parametrize("kind", ["link", "FIFO"])
+def test_daemon_ends_in_one_line_where_its_log_is_no_file(
+    kind: str, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+):
+    """A FIFO had hung it, and everything that waits for it, for ever."""
+    target = tmp_path / "mine.txt"
+    target.write_text("mine")
+    (home / "daemon.log").symlink_to(target) if kind == "link" else os.mkfifo(home / "daemon.log")
+    monkeypatch.setenv("KLEIN_HOME", str(home))
+    assert daemon.main() == 1
+    written = capfd.readouterr().err
+    assert (written.count("\n"), "daemon.log cannot be used as a log: it is " in written) == (1, True), written
+    assert target.read_text() == "mine"
+    (finding,) = check_daemon_files(Settings(home=home))
+    assert "so no engine can start" in finding.found
 
 
 @posix
