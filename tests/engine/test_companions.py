@@ -1,5 +1,6 @@
 """Companions of single files: ranked, named, and found where people have them."""
 
+import os
 import shutil
 from pathlib import Path
 
@@ -132,5 +133,9 @@ def test_answer_about_a_file_is_remembered_until_the_file_changes(home: Path, tm
     assert ModelRegistry((home,), answers=answers).resolve(str(file)).variant.name == "klein-base-4b"
     assert "klein-base-4b" in ModelRegistry((home,), answers=answers).installed()
     file.touch()
+    with pytest.raises(BadWeights, match="does not say which klein it is"):
+        ModelRegistry((home,), answers=answers).resolve(str(file))
+    (tmp_path / "models.json").unlink()
+    getattr(os, "mkfifo", os.mkdir)(tmp_path / "models.json")
     with pytest.raises(BadWeights, match="does not say which klein it is"):
         ModelRegistry((home,), answers=answers).resolve(str(file))

@@ -48,7 +48,7 @@ class Answers:
         return entry if fresh else {}
 
     def _read(self) -> dict[str, Any]:
-        if self.path is None:
+        if self.path is None or not self.path.is_file():  # reading a FIFO would wait for ever
             return {}
         try:
             entries = json.loads(self.path.read_text())
