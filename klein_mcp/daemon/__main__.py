@@ -167,7 +167,7 @@ async def _until_it_should_end(daemon: Daemon, settings: Settings) -> None:
 
 
 class _PrivateLog(logging.handlers.RotatingFileHandler):
-    """A log that follows no link and never waits for a reader of a FIFO."""
+    """A log that follows no link and waits for no FIFO."""
 
     def _open(self) -> io.TextIOWrapper:
         return io.TextIOWrapper(open_log(Path(self.baseFilename), append=True), encoding=self.encoding)
