@@ -7,7 +7,7 @@ import argparse
 import ast
 import re
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from klein_mcp import settings
@@ -132,19 +132,66 @@ def messages() -> dict[str, set[tuple[str, str]]]:
 
     These are the errors that are constructed in `engine` and `klein_mcp`.
     """
+    trees = [
+        ast.parse(path.read_text(encoding="utf-8"))
+        for path in (*ROOT.glob("engine/**/*.py"), *ROOT.glob("klein_mcp/**/*.py"))
+        if "training" not in path.parts
+    ]
+    functions = {node.name: node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
+    returned = {name: [_text(text) for text in _returned(node)] for name, node in functions.items()}
+    constants = _assigned(node for tree in trees for node in tree.body)  # a module may import another's
     found: dict[str, set[tuple[str, str]]] = defaultdict(set)
-    for path in (*ROOT.glob("engine/**/*.py"), *ROOT.glob("klein_mcp/**/*.py")):
-        if "training" in path.parts:
-            continue
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if not (isinstance(node, ast.Call) and node.args and isinstance(node.func, ast.Name)):
+    for tree in trees:
+        for scope, call in _calls(tree, constants):
+            if not (call.args and isinstance(call.func, ast.Name) and call.func.id in ERRORS):
                 continue
-            message = _text(node.args[0])
-            if node.func.id in ERRORS and message:
-                keywords = {keyword.arg: keyword.value for keyword in node.keywords}
-                hint = _text(keywords["hint"]) if "hint" in keywords else _fix(keywords.get("fix"))
-                found[node.func.id].add((message, hint))
+            keywords = {keyword.arg: keyword.value for keyword in call.keywords}
+            hint = "" if "hint" in keywords else _fix(keywords.get("fix"))
+            if "hint" in keywords:
+                hint = " Or: ".join(dict.fromkeys(filter(None, _texts(keywords["hint"], scope, returned))))
+            found[call.func.id] |= {(message, hint) for message in _texts(call.args[0], {}, {}) if message}
     return found
+
+
+Scope = dict[str, list[ast.expr]]
+"""The values that names are given in a module and in one of its functions."""
+
+
+def _calls(tree: ast.Module, constants: Scope) -> Iterator[tuple[Scope, ast.Call]]:
+    """Yield each call once, with the names known there."""
+    of_module = constants | _assigned(tree.body)
+    scopes: dict[ast.Call, Scope] = {}
+    for node in ast.walk(tree):  # outer functions come before those in them, whose names win
+        if isinstance(node, ast.Module | ast.FunctionDef | ast.AsyncFunctionDef):
+            own = {} if isinstance(node, ast.Module) else _assigned(ast.walk(node))
+            scopes |= {each: of_module | own for each in ast.walk(node) if isinstance(each, ast.Call)}
+    for call, scope in scopes.items():
+        yield scope, call
+
+
+def _assigned(nodes: Iterable[ast.AST]) -> Scope:
+    values: Scope = defaultdict(list)
+    for node in nodes:
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+            values[node.targets[0].id].append(node.value)
+    return dict(values)
+
+
+def _returned(function: ast.FunctionDef) -> Iterator[ast.expr]:
+    for node in ast.walk(function):
+        if isinstance(node, ast.Return) and node.value is not None:
+            yield node.value
+
+
+def _texts(node: ast.expr, scope: Scope, returned: dict[str, list[str]]) -> list[str]:
+    """Return the texts that an expression may have, as far as they are literals here or a step away."""
+    if isinstance(node, ast.IfExp):
+        return [*_texts(node.body, scope, returned), *_texts(node.orelse, scope, returned)]
+    if isinstance(node, ast.Name):
+        return [text for value in scope.get(node.id, ()) for text in _texts(value, {}, returned)]
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+        return returned.get(node.func.id, [])
+    return [_text(node)]
 
 
 def _text(node: ast.expr) -> str:
@@ -171,7 +218,13 @@ def _placeholder(node: ast.expr) -> str:
     return "{" + (names[-1].strip("_").replace("_", " ").lower() if names else "value") + "}"
 
 
-_SHAPES = {r"^\w+\.shape\[1\]$": "width", r"^\w+\.shape\[0\]$": "height", r"^width \* height / ": "megapixels"}
+_SHAPES = {
+    r"^mask\.shape\[1\]$": "mask width",
+    r"^mask\.shape\[0\]$": "mask height",
+    r"^\w+\.shape\[1\]$": "width",
+    r"^\w+\.shape\[0\]$": "height",
+    r"^width \* height / ": "megapixels",
+}
 _NOISE = {"f", "s", "if", "else", "str", "len", "join", "map", "self", "round", "sorted", "quote", "format_size"}
 
 

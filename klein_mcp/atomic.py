@@ -1,6 +1,7 @@
 """Atomic writes: all bytes of a file are there, or none."""
 
 import contextlib
+import errno
 import os
 import secrets
 import stat
@@ -11,6 +12,23 @@ from pathlib import Path
 _DIRECTORY = os.O_RDONLY | getattr(os, "O_DIRECTORY", 0) | getattr(os, "O_NOFOLLOW", 0)
 _NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
 _HAS_DIR_FD = {os.open, os.mkdir, os.stat, os.rename, os.link, os.unlink} <= os.supports_dir_fd
+
+
+_SQLITE_FULL, _SQLITE_READONLY = 13, 8
+
+
+def next_step(failure: object, place: str = "its folder") -> str:
+    """Return what helps after a failed write: room, rights, or either.
+
+    failure: of the operating system or of SQLite, whose other errors do not say which.
+    """
+    number = getattr(failure, "errno", None)
+    code = getattr(failure, "sqlite_errorcode", 0) & 0xFF  # without its extension
+    if number in (errno.ENOSPC, errno.EDQUOT) or code == _SQLITE_FULL:
+        return "Free some space (klein-mcp prune), then try again."
+    if number is not None or code == _SQLITE_READONLY:
+        return f"Make {place} writable, or set KLEIN_HOME to a folder that is."
+    return f"Free some space (klein-mcp prune), or make {place} writable."
 
 
 def atomic_write(path: Path, text: str, *, durable: bool = False) -> None:

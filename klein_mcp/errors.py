@@ -105,42 +105,40 @@ def _ratio(text: str) -> float:
     return across / along if along else 0.0
 
 
-def unknown_arguments(tool: str, unknown: Sequence[str], known: Iterable[str]) -> str:
-    """Describe the first few arguments that a tool does not have."""
-    named = " ".join(f"{tool} has no argument {quote(name)}. {did_you_mean(name, known)}" for name in unknown[:3])
-    more = f" And {len(unknown) - 3} more." if len(unknown) > 3 else ""
-    takes = ", ".join(known)
-    return one_line(f"{named}{more} It takes {takes or 'none'}.")
-
-
 DESCRIBED = "described"
 """Type of a validation error whose message says it all."""
 
 
-def argument_errors(tool: str, errors: Iterable[Mapping[str, Any]], properties: Mapping[str, Any]) -> str:
+def argument_errors(
+    tool: str, errors: Iterable[Mapping[str, Any]], properties: Mapping[str, Any], given: Mapping[str, Any]
+) -> str:
     """Describe pydantic's validation errors in the words of the tool's schema.
 
-    properties: the tool's own schema, so that message and schema cannot disagree.
+    properties: the tool's own schema, so that message and schema cannot disagree. given: the arguments as they came.
     """
     # A union reports one error per branch; the first error of an argument is enough.
     first: dict[str, Mapping[str, Any]] = {}
     for error in errors:
         first.setdefault(str(error["loc"][0]) if error["loc"] else "", error)
-    return one_line(" ".join(_argument_error(tool, name, error, properties) for name, error in first.items()))
+    return one_line(" ".join(_argument_error(tool, name, error, properties, given) for name, error in first.items()))
 
 
-def _argument_error(tool: str, name: str, error: Mapping[str, Any], properties: Mapping[str, Any]) -> str:
+def _argument_error(
+    tool: str, name: str, error: Mapping[str, Any], properties: Mapping[str, Any], given: Mapping[str, Any]
+) -> str:
     if not name:
         return error["ctx"]["error"].args[0] if error["type"] == "value_error" else f"{tool}: {error['msg']}."
     if error["type"] == DESCRIBED:
         return f"{name} {error['msg']}."
     allowed = describe(properties[name])
+    is_free = not {"enum", "const"} & properties[name].keys() and properties[name].get("type") in ("string", "array")
+    meaning = f" {properties[name]['description']}" if is_free and "description" in properties[name] else ""
     if error["type"] == "missing":
-        return f"{name} is missing; it must be {allowed}."
-    value = error["input"]
+        return f"{name} is missing; it must be {allowed}.{meaning}"
+    value = given.get(name, error["input"])  # the whole list, where an item of it is wrong
     choices = properties[name].get("enum", (properties[name].get("const", ""),))
     suggestion = did_you_mean(value, filter(None, choices)) if isinstance(value, str) else ""
-    return f"{name} is {quote(value)}; it must be {allowed}. {suggestion}"
+    return f"{name} is {quote(value)}; it must be {allowed}.{meaning} {suggestion}"
 
 
 _TYPE_NAMES = {"string": "text", "integer": "a whole number", "number": "a number", "boolean": "true or false"}

@@ -44,7 +44,7 @@ def _number(kind: type, low: float, high: float, unit: str) -> Callable[[str], A
         except ValueError:
             number = None
         if number is None or not low <= number <= high:
-            raise ValueError(f"{unit}, {low:g} to {high:g}")
+            raise ValueError(f"a number of {unit}, {low:.0f} to {high:.0f}")
         return number
 
     return parse

@@ -32,3 +32,18 @@ def test_every_setting_a_page_names_exists(page: Path) -> None:
 def test_every_linked_page_exists(page: Path) -> None:
     for target in re.findall(r"\]\(([\w.-]+\.md)(?:#[\w-]+)?\)", page.read_text(encoding="utf-8")):
         assert (DOCS / target).exists(), target
+
+
+def test_next_step_that_code_chooses_stands_on_the_errors_page() -> None:
+    rows = dict(re.findall(r"^\| (.+?) \| (.+?) \|$", (DOCS / "errors.md").read_text(encoding="utf-8"), re.MULTILINE))
+    starts = {
+        "No folder is open for writing": "The user can allow a folder",  # a constant of another module
+        "Cannot listen on": "Choose another --port. Or: --host takes",  # a variable
+        "The image library {path} cannot be written": "Free some space (klein-mcp prune), or make",  # a function
+        "The mask is black everywhere.": "White in the mask",  # one of two messages
+        "The mask is {mask width}×{mask height} but the image is {width}×{height}.": "Send a mask",
+    }
+    for message, step in starts.items():
+        found = [own for key, own in rows.items() if key.startswith(message)]
+        assert found, message
+        assert all(own.startswith(step) for own in found), (message, found)

@@ -39,7 +39,10 @@ def check_disk(settings: Settings) -> Check:
         existing, obstacle = _place_of(place)
         if obstacle:
             return Check("disk", obstacle, _OTHER)
-        free = shutil.disk_usage(existing).free
+        disk = shutil.disk_usage(existing)
+        if not disk.total:  # /proc, for one, which root may write to
+            return Check("disk", f"{place} would be on no disk", _OTHER)
+        free = disk.free
         found.append(f"{free / 1e9:.0f} GB free for {place}")
         if free < LEAST_DISK:
             return Check("disk", found[-1], "Free some space: klein-mcp prune deletes old images.")

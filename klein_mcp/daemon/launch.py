@@ -4,6 +4,7 @@ One at a time, however many front ends look at once.
 """
 
 import contextlib
+import errno
 import os
 import secrets
 import subprocess
@@ -21,6 +22,7 @@ import anyio
 
 import klein_mcp
 from engine.contract import EngineFailed
+from klein_mcp.atomic import next_step
 from klein_mcp.daemon import endpoint as endpoints
 from klein_mcp.daemon.endpoint import ENGINE_LOCK, INSTALLED, BuildInfo, Endpoint
 from klein_mcp.private import open_log
@@ -229,13 +231,13 @@ def _why_it_ended(home: Path, code: int) -> EngineFailed:
     try:
         with tempfile.TemporaryFile(dir=home, buffering=0) as file:
             written = file.write(bytes(ROOM))
-        full = "No space left on device" if written < ROOM else ""
+        failure = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) if written < ROOM else None
     except OSError as exc:
-        full = exc.strerror or str(exc)
-    if full:
+        failure = exc
+    if failure:
         return EngineFailed(
-            f"The engine cannot start, as the data folder {home} cannot be written: {full}.",
-            hint="Free some space (klein-mcp prune), or set KLEIN_HOME to a folder on another disk.",
+            f"The engine cannot start, as the data folder {home} cannot be written: {failure.strerror or failure}.",
+            hint=next_step(failure, "it"),
         )
     if line := _last_line(home / "daemon.err"):
         return EngineFailed(line)

@@ -3,6 +3,7 @@
 TLS is left to a reverse proxy in front of it.
 """
 
+import errno
 import logging
 import os
 import re
@@ -193,9 +194,12 @@ def token_for(settings: Settings, options: HttpOptions) -> str | None:
 
 
 def _bind(options: HttpOptions) -> socket.socket:
-    family, kind, protocol, _, address = socket.getaddrinfo(
-        options.host, options.port, type=socket.SOCK_STREAM, proto=socket.IPPROTO_TCP
-    )[0]
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            options.host, options.port, type=socket.SOCK_STREAM, proto=socket.IPPROTO_TCP
+        )[0]
+    except OSError as exc:
+        raise _cannot_listen(options, exc) from None
     # The protocol is named so that asyncio switches Nagle's algorithm off.
     listener = socket.socket(family, kind, protocol)
     if os.name == "posix":
@@ -204,8 +208,15 @@ def _bind(options: HttpOptions) -> socket.socket:
         listener.bind(address)
     except OSError as exc:
         listener.close()
-        raise RequestError(
-            f"Cannot listen on {options.host} port {options.port}: {exc.strerror}.", hint="Choose another --port."
-        ) from None
+        raise _cannot_listen(options, exc) from None
     listener.listen(BACKLOG)
     return listener
+
+
+def _cannot_listen(options: HttpOptions, exc: OSError) -> RequestError:
+    hint = "Choose another --port."
+    if isinstance(exc, socket.gaierror) or exc.errno == errno.EADDRNOTAVAIL:
+        hint = "--host takes an address of this machine: 127.0.0.1, one of its own, or 0.0.0.0 for all."
+    elif exc.errno == errno.EACCES:
+        hint = "Ports below 1024 need rights: choose a larger --port."
+    return RequestError(f"Cannot listen on {options.host} port {options.port}: {exc.strerror}.", hint=hint)

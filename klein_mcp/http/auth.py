@@ -82,7 +82,7 @@ class AuthMiddleware:
         if surface.auth == "session" and not (self._sessions.allows(request) or self._has_token(request)):
             return surface.error(401, "No session. Open the one-time link that `klein-mcp studio` prints.")
         if surface.auth == "token" and self._token is not None and not self._has_token(request):
-            refused = surface.error(401, "Wrong or missing token.")
+            refused = surface.error(401, 'Wrong or missing token. Send the server\'s as "Authorization: Bearer TOKEN".')
             # No resource_metadata: it would send clients to look for an authorization server that does not exist.
             refused.headers["WWW-Authenticate"] = "Bearer"
             return refused

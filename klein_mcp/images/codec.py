@@ -59,7 +59,7 @@ def decode(data: bytes, name: str, backdrop: int | None = 255) -> Decoded:
     backdrop: the grey behind transparent pixels; None keeps their colours and the alpha.
     """
     if not data:
-        raise BadImage(f"{name} is empty (0 bytes).")
+        raise BadImage(f"{name} is empty (0 bytes).", hint="Send it again, or another copy.")
     if len(data) > MAX_FILE_BYTES:
         raise BadImage(
             f"{name} has {len(data) / 2**20:.0f} MiB; at most {MAX_FILE_BYTES // 2**20}.", hint="Send a smaller copy."

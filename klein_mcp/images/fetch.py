@@ -50,7 +50,9 @@ def get(
         if isinstance(answer, bytes):
             return answer
         url = urljoin(url, answer)
-    raise BadImage(f"{quote(url)} redirects more than {REDIRECTS} times.")
+    raise BadImage(
+        f"{quote(url)} redirects more than {REDIRECTS} times.", hint="Give the address it ends at, or a file."
+    )
 
 
 def is_public(address: str) -> bool:
@@ -81,11 +83,11 @@ def _parsed(url: str) -> SplitResult:
         parts = urlsplit(url)
         port = parts.port
     except ValueError:
-        raise BadImage(f"{quote(url)} is no valid URL.") from None
+        raise BadImage(f"{quote(url)} is no valid URL.", hint="Check it, or send a file.") from None
     if parts.scheme.lower() != "https":
         raise Refused(f"{quote(url)} is not https.", hint="Use the https address, or a file.")
     if not parts.hostname or parts.username is not None or port == 0:
-        raise BadImage(f"{quote(url)} is no valid URL.")
+        raise BadImage(f"{quote(url)} is no valid URL.", hint="Check it, or send a file.")
     return parts
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from klein_mcp.atomic import next_step
 from klein_mcp.errors import RequestError
 from klein_mcp.images.record import Record
 
@@ -65,7 +66,7 @@ class ImageFiles:
             seed = f" It was made with seed {record.recipe['seed']}." if "seed" in record.recipe else ""
             raise RequestError(
                 f"The image cannot be saved in {self.folder}: {error.strerror}.{seed}",
-                hint="Free some space (klein-mcp prune), then call again.",
+                hint=next_step(error, "it"),
             ) from error
         return path
 

@@ -39,14 +39,14 @@ class Index:
         self.lock = threading.RLock()
         self._opening = opening
         self._tried = time.monotonic()
-        self._writable = True
+        self._obstacle: LibraryUnwritable | None = None
         try:
             self._database = self._open()
-        except LibraryUnwritable:
+        except LibraryUnwritable as error:
             copied = read_only_copy(self.path)
             if copied is None:
                 raise
-            self._database, self._writable = copied, False
+            self._database, self._obstacle = copied, error
 
     def _open(self) -> sqlite3.Connection:
         try:
@@ -57,17 +57,20 @@ class Index:
                 f"Another program is opening the image library {self.path}.", hint="End it, then try again."
             ) from None
         except OSError as error:
-            raise unwritable(self.path, error.strerror or error) from None
+            raise unwritable(self.path, error) from None
 
     def _try_again(self, patience: float) -> None:
         """Leave the copy once the index can be written."""
-        if self._writable or time.monotonic() - self._tried < patience:
+        if self._obstacle is None or time.monotonic() - self._tried < patience:
             return
         self._tried = time.monotonic()
-        with contextlib.suppress(LibraryUnwritable):
+        try:
             copied, self._database = self._database, self._open()
-            self._writable = True
-            copied.close()
+        except LibraryUnwritable as error:
+            self._obstacle = error
+            return
+        self._obstacle = None
+        copied.close()
 
     def close(self) -> None:
         with self.lock:
@@ -116,6 +119,8 @@ class Index:
         """
         with self.lock, explained(self.path):
             self._try_again(0)
+            if self._obstacle is not None:  # the copy would only say that it is one
+                raise LibraryUnwritable(self._obstacle.message, hint=self._obstacle.hint)
             with exclusively(self._database) if exclusive else self._database:
                 yield
 

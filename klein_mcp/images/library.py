@@ -169,7 +169,7 @@ class Store:
                 if holding <= going:
                     self.files.delete(file)
         except OSError as error:
-            raise unwritable(self._index.path, error.strerror or error) from None
+            raise unwritable(self._index.path, error) from None
 
     # -- finding -------------------------------------------------------------------------------------------------
 

@@ -39,6 +39,8 @@ _LABEL = re.compile(r"(?:last\.)?([A-D])", re.IGNORECASE)
 SHEETS_BACK = 32
 """Images that are looked through for the latest sheet."""
 _HANDLE = re.compile(rf"[{ALPHABET}]{{{HANDLE_LENGTH}}}")
+JOB = re.compile(r"j[0-9a-f]{12}")
+"""What `JobManager` names jobs."""
 _READ = os.O_RDONLY | sum(getattr(os, flag, 0) for flag in ("O_NONBLOCK", "O_NOFOLLOW", "O_BINARY"))
 
 
@@ -87,7 +89,10 @@ class ImageResolver:
         """
         if reference[:5].lower() != "data:" and len(reference) > paths.MAX_REFERENCE:
             # Before anything splits it: resolving a path of two million folders took minutes.
-            raise UnknownImage(f"{quote(reference)} has {len(reference):,} characters; no path or address is so long.")
+            raise UnknownImage(
+                f"{quote(reference)} has {len(reference):,} characters; no path or address is so long.",
+                hint="Base64 is sent as data:image/png;base64,…; a path is shorter.",
+            )
         reference = paths.unwrap(reference)
         if match := _LAST.fullmatch(reference):
             return ResolvedImage(self._last(client, int(match[1] or 0)))
@@ -96,7 +101,7 @@ class ImageResolver:
         if reference.startswith("klein://images/"):
             return ResolvedImage(self._store.get(reference.removeprefix("klein://images/").split("/")[0]))
         if reference[:5].lower() == "data:":
-            return self._import(decode_data_url(reference), "the data URL", None, client, reading)
+            return self._import(decode_data_url(reference), "The data URL", None, client, reading)
         if re.match(r"https?://", reference, re.IGNORECASE):
             return self._import(self._fetch(reference), quote(reference), reference, client, reading)
         handle = reference.lower().removesuffix(".png")
@@ -113,6 +118,8 @@ class ImageResolver:
         if paths.is_relative(reference):
             path, real = self._in_folders(written, folders, reference)
             return self._import(_read(real), str(path), str(real), client, reading)
+        if JOB.fullmatch(reference.lower()):
+            raise UnknownImage(f"{reference} is a job, no image.", hint="wait_for_job returns the image it makes.")
         nearest = did_you_mean(reference, ["last", *self._store.handles("", 1000)])
         raise UnknownImage(
             f"{quote(reference)} names no image. {nearest}",
@@ -155,7 +162,7 @@ class ImageResolver:
             which = "last" if back == 0 else f"last~{back}"
             raise UnknownImage(
                 f"There is no {which}: this client has not generated {'anything' if back == 0 else 'so many'} yet.",
-                hint="Generate one, or name a handle; list_images shows them.",
+                hint="Generate one, wait_for_job for one that is being made, or name a handle; list_images shows them.",
             )
         return record
 
@@ -311,7 +318,7 @@ def _read(path: Path) -> bytes:
         raise UnknownImage(f"{path} cannot be read: {error.strerror}.", hint="Check the path.") from None
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
-        raise BadImage(f"{path} is not a file.")
+        raise BadImage(f"{path} is not a file.", hint="Name an image in it, or another.")
     with os.fdopen(descriptor, "rb") as file:
         return file.read(MAX_FILE_BYTES + 1)
 

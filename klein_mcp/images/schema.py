@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from klein_mcp.atomic import next_step
 from klein_mcp.errors import RequestError
 
 BUSY_TIMEOUT = 10
@@ -19,12 +20,10 @@ class LibraryUnwritable(RequestError):
     """The library's index cannot be written, as on a full disk."""
 
 
-def unwritable(path: Path, reason: object) -> LibraryUnwritable:
+def unwritable(path: Path, failure: Exception) -> LibraryUnwritable:
     """Make the error for an index that cannot be written."""
-    return LibraryUnwritable(
-        f"The image library {path} cannot be written: {reason}.",
-        hint="Free some space (klein-mcp prune), or make its folder writable.",
-    )
+    reason = getattr(failure, "strerror", None) or failure
+    return LibraryUnwritable(f"The image library {path} cannot be written: {reason}.", hint=next_step(failure))
 
 
 class LibraryDamaged(RequestError):

@@ -167,9 +167,10 @@ class Service:
                 events = self.jobs.events(job, Listen(preview=preview))
                 result = await self._follow(events, time.monotonic() + seconds, progress, call, job)
         except UnknownJob:
-            raise RequestError(
-                f"There is no job {quote(job)}.", hint="Jobs are remembered for a day; list_images shows the images."
-            ) from None
+            hint = "Jobs are remembered for a day; list_images shows the images."
+            if await _in_thread(lambda: self.store.find(job)):
+                hint = "It is an image: view_image shows it."
+            raise RequestError(f"There is no job {quote(job)}.", hint=hint) from None
         if isinstance(result, PendingJob):
             return result
         demo = await self._demo("auto", result.images[0], call)

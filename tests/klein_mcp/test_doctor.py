@@ -73,6 +73,8 @@ def test_full_disk_missing_torch_and_wrong_device_say_what_to_do(
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda place: usage(10**11, 10**11, 10**9))
     assert "Free some space" in check_disk(settings).todo
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: usage(0, 0, 0))  # as /proc, which root may write to
+    assert "would be on no disk" in check_disk(settings).found
 
     def gone(name: str) -> str:
         raise doctor.PackageNotFoundError(name)

@@ -1,5 +1,6 @@
 """A full or read-only disk: what is there can be listed, and room can be made."""
 
+import errno
 from pathlib import Path
 
 import numpy as np
@@ -101,8 +102,9 @@ def test_read_only_library_can_be_listed_and_inspected(tmp_path: Path, capsys: p
         with read_only(disk):
             assert list_images(settings) == 0
             assert info(settings, made[0]) == 0
-            with pytest.raises(LibraryUnwritable, match="cannot be written: Read-only file system"):
+            with pytest.raises(LibraryUnwritable, match="cannot be written: Read-only file system") as refusal:
                 prune(settings, older_than=0, yes=True)
+            assert refusal.value.hint == "Make its folder writable, or set KLEIN_HOME to a folder that is."
         assert made[0] in capsys.readouterr().out
         store = Store(settings.library)
         assert len(store.everything()) == len(made)
@@ -118,7 +120,7 @@ def test_prune_spares_a_file_that_another_image_has(settings: Settings, monkeypa
 
     def execute(index: Index, statement: str, *values: object) -> None:
         if statement.startswith("UPDATE") and store.files.path(third.file).exists():
-            raise unwritable(index.path, "database or disk is full")
+            raise unwritable(index.path, OSError(errno.ENOSPC, "database or disk is full"))
         real(index, statement, *values)
 
     monkeypatch.setattr(Index, "execute", execute)

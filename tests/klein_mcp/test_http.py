@@ -132,7 +132,7 @@ async def test_missing_or_wrong_token_is_refused_on_every_path(guarded):
         answer = await get(guarded, path, **headers)
         assert answer.status_code == 401, (path, headers)
         assert answer.headers["www-authenticate"] == "Bearer"
-        assert answer.json() == {"error": "Wrong or missing token."}
+        assert answer.json()["error"].startswith("Wrong or missing token. Send the server's as")
 
 
 async def test_client_with_the_token_generates_an_image(guarded):
@@ -277,6 +277,12 @@ def test_occupied_port_is_one_line(server: RealServer):
     assert done.returncode == 1
     assert done.stderr.count("\n") == 1
     assert f"port {port}" in done.stderr
+
+
+@pytest.mark.parametrize("host", ["no-such-host.invalid", "192.0.2.1"])
+def test_host_that_is_not_this_machine_is_named_not_its_port(host: str):
+    with pytest.raises(RequestError, match="--host takes an address of this machine"):
+        http_app._bind(http_app.HttpOptions(host=host, port=0))
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

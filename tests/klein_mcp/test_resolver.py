@@ -181,6 +181,8 @@ async def test_relative_path_is_no_reference(client: Client, monkeypatch: pytest
     for path, why in (("ftp://a/cat.png", "is an address (ftp://)"), ("C:\\cat.png", "of Windows"), ("$X/c.png", "$X")):
         assert why in await refused(client, "view_image", image=path)
     assert "names no image" in await refused(client, "view_image", image="the cat")
+    assert "j0123456789ab is a job" in await refused(client, "view_image", image="j0123456789ab")
+    assert "data:image/png;base64," in await refused(client, "view_image", image="iVBORw0KGgo" * 1000)
 
 
 async def test_truncated_file_is_refused_and_next_call_works(client: Client, photo: Path):

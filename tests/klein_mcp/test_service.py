@@ -274,6 +274,8 @@ async def test_images_before_and_after_detaching_come_together_in_order(
 
 async def test_unknown_job_is_an_error_that_says_where_images_are(client: Client):
     assert "list_images" in await refused(client, "wait_for_job", job="j999")
+    made = await call(client, "generate_image", prompt="a cat")
+    assert "It is an image: view_image shows it." in await refused(client, "wait_for_job", job=made["image"])
 
 
 async def test_detached_job_that_failed_says_why(client: Client, painter: FakeExecutor, service: Service):

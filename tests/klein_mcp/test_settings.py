@@ -37,7 +37,7 @@ def test_path_lists_use_the_platforms_separator(tmp_path: Path):
 @pytest.mark.parametrize(
     ("name", "value", "allowed"),
     [
-        ("KLEIN_QUEUE_SIZE", "many", "jobs, 1 to 100000"),
+        ("KLEIN_QUEUE_SIZE", "many", "a number of jobs, 1 to 100000"),
         ("KLEIN_WAIT_BUDGET", "-1", "seconds, 0 to 3600"),
         ("KLEIN_WAIT_BUDGET", "nan", "seconds, 0 to 3600"),
         ("KLEIN_SHOW", "big", "one of inline, link, none"),

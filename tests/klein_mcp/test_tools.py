@@ -64,6 +64,35 @@ async def test_unknown_argument_is_an_error_with_the_nearest_name(client: Client
     assert 'no argument "aspectratio". Did you mean aspect_ratio?' in message
 
 
+@pytest.mark.parametrize(
+    ("tool", "argument", "instead"),
+    [
+        ("generate_image", "size", "Give width and height, as numbers."),
+        ("generate_image", "n", "Did you mean count?"),
+        ("generate_image", "negative_prompt", "there is no negative prompt"),
+        ("edit_image", "instruction", "Did you mean prompt?"),
+        ("edit_image", "strength", "an edit keeps what it can"),
+        ("save_image", "filename", "Did you mean path?"),
+        ("save_image", "size_", "Did you mean size?"),
+        ("list_images", "query", "Did you mean search?"),
+        ("list_images", "steps", "It takes limit, search, cursor, image."),
+    ],
+)
+def test_argument_of_another_tool_is_answered_with_ours(tool: str, argument: str, instead: str):
+    with pytest.raises(RequestError) as refusal:
+        TOOLS[tool].parse({argument: 1})
+    assert instead in str(refusal.value)
+
+
+def test_wrong_item_is_shown_in_its_list_with_what_the_list_means():
+    with pytest.raises(RequestError) as refusal:
+        TOOLS["edit_image"].parse({"image": "last", "prompt": "x", "region": [0.25, 0.25, 0.5, 0.5]})
+    rule = "it must be a list of 4 whole numbers. [x, y, width, height] in pixels of the image."
+    assert str(refusal.value) == f"region is [0.25, 0.25, 0.5, 0.5]; {rule}"
+    with pytest.raises(RequestError, match=r"image is null; it must be text, not empty. A handle \(k7f3q2\), last,"):
+        TOOLS["view_image"].parse({"image": None})
+
+
 async def test_unknown_tool_is_an_error_with_the_nearest_name(client: Client):
     assert "Did you mean generate_image?" in await refused(client, "generate_images")
 

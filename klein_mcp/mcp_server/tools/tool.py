@@ -8,11 +8,12 @@ from mcp_types import CallToolResult, ToolAnnotations
 from mcp_types import Tool as Listed
 from pydantic import ValidationError
 
-from klein_mcp.errors import RequestError, argument_errors, describe, unknown_arguments
+from klein_mcp.errors import RequestError, argument_errors, describe
 from klein_mcp.jobs.context import CallContext
 from klein_mcp.jobs.service import Service
 from klein_mcp.mcp_server.tools.fields import Arguments
 from klein_mcp.mcp_server.tools.leniency import MOST_ITEMS
+from klein_mcp.mcp_server.tools.other_names import unknown_arguments
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +64,8 @@ class Tool:
             return self.arguments.model_validate(arguments)
         except ValidationError as exc:
             errors = exc.errors(include_url=False)
-            raise RequestError(argument_errors(self.name, errors, self.schema()["properties"])) from None
+            properties = self.schema()["properties"]
+            raise RequestError(argument_errors(self.name, errors, properties, arguments)) from None
 
     def _too_many(self, arguments: dict[str, Any]) -> RequestError | None:
         """Return the error for a list that is far too long."""
