@@ -205,25 +205,32 @@ class ImageRoute:
         chosen = override.get("sd_model_checkpoint") if isinstance(override, Mapping) else None
         model = parse_model("sd_model_checkpoint", chosen or self._state.model)
         common: dict[str, Any] = {
+            "prompt": prompt,
             "count": count,
             "seed": parse_seed("seed", given.get("seed", -1)),
             "model": self._http.service.model(None if model == "auto" else model),
         }
+        if self._edit:
+            return await self._edit_request(given, common, calls.call_context(self._http, request, "a1111"))
         width, height = _size(given)
-        if not self._edit:
-            return requests.generate(prompt, width=width, height=height, **common)
-        call = calls.call_context(self._http, request, "a1111")
+        return requests.generate(width=width, height=height, **common)
+
+    async def _edit_request(
+        self, given: Mapping[str, Any], common: Mapping[str, Any], call: CallContext
+    ) -> ImageRequest:
+        """Import images and mask, and request an edit or a composition."""
+        width, height = _size(given)
         files = given.get("init_images") or []
         if not isinstance(files, list) or not files:
             raise ApiError(422, "init_images is empty: the image to edit.", "init_images")
         images = [await calls.import_image(self._http, _data_url(file), "init_images", call) for file in files]
         if len(images) > 1:
-            return requests.compose([image.handle for image in images], prompt, width=width, height=height, **common)
+            return requests.compose([image.handle for image in images], width=width, height=height, **common)
         (image,) = images
         mask = await self._mask(given, image, call)
         if mask or (width, height) == (image.width, image.height):
             width = height = None
-        return requests.edit(image.handle, prompt, mask=mask, width=width, height=height, **common)
+        return requests.edit(image.handle, mask=mask, width=width, height=height, **common)
 
     async def _mask(self, given: Mapping[str, Any], image: Record, call: CallContext) -> str | None:
         if "mask" not in given:

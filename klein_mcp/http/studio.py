@@ -24,8 +24,8 @@ from engine.contract import EngineError
 from klein_mcp.errors import RequestError
 from klein_mcp.http.page_calls import PageCalls, StoppedCall, UnknownCall
 from klein_mcp.http.surface import HttpContext, Surface, SurfaceFactory
-from klein_mcp.http.uploads import MAX_BYTES
 from klein_mcp.jobs.context import CallContext
+from klein_mcp.limits import MAX_FILE_BYTES
 from klein_mcp.mcp_server import studio_app
 from klein_mcp.mcp_server.results import uri
 from klein_mcp.mcp_server.tools import TOOLS
@@ -292,8 +292,8 @@ class _Studio:
         body = bytearray()
         async for chunk in request.stream():
             body += chunk
-            if len(body) > MAX_BYTES:
-                return _refusal(413, f"More than {MAX_BYTES // 2**20} MiB; use a smaller copy.")
+            if len(body) > MAX_FILE_BYTES:
+                return _refusal(413, f"More than {MAX_FILE_BYTES // 2**20} MiB; use a smaller copy.")
         keep = self._service.sources.add
         try:
             kept = await anyio.to_thread.run_sync(lambda: keep(bytes(body), "The image", STUDIO))

@@ -7,11 +7,9 @@ from starlette.routing import Route
 
 from klein_mcp.errors import RequestError
 from klein_mcp.http.surface import HttpContext, Surface, json_error
+from klein_mcp.limits import MAX_FILE_BYTES
 from klein_mcp.mcp_server.results import uri
 from klein_mcp.mcp_server.sender import http_client
-
-MAX_BYTES = 64 * 2**20
-"""As images/codec.MAX_BYTES, which would import Pillow."""
 
 
 def surface(context: HttpContext) -> Surface:
@@ -24,8 +22,8 @@ def surface(context: HttpContext) -> Surface:
         body = bytearray()
         async for chunk in request.stream():
             body += chunk
-            if len(body) > MAX_BYTES:
-                return json_error(413, f"More than {MAX_BYTES // 2**20} MiB; send a smaller copy.")
+            if len(body) > MAX_FILE_BYTES:
+                return json_error(413, f"More than {MAX_FILE_BYTES // 2**20} MiB; send a smaller copy.")
         client = http_client(request)
         try:
             kept = await anyio.to_thread.run_sync(lambda: service.sources.add(bytes(body), "The upload", client))

@@ -118,7 +118,7 @@ async def test_bad_upload_is_refused_with_one_line(http: httpx2.AsyncClient, bod
 
 
 async def test_upload_is_cut_off_at_its_size_limit(http: httpx2.AsyncClient, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(uploads, "MAX_BYTES", 100_000)
+    monkeypatch.setattr(uploads, "MAX_FILE_BYTES", 100_000)
     sent = 0
 
     async def endless() -> AsyncIterator[bytes]:

@@ -65,12 +65,14 @@ def test_standard_fields_without_effect_pass_silently_and_unknown_ones_are_named
     fields = {"prompt": "x", "moderation": "low", "user": "me", "style": "vivid", "negative_prompt": "fog", "foo": 1}
     fields |= {"markup": None, "mask_image": ""}
     assert parse(fields).ignored == ("foo", "negative_prompt")
+    link = {"prompt": "x", "response_format": "url", "output_compression": 20}
+    assert parse(link).ignored == ("output_compression",)
 
 
 def test_extension_fields_are_taken_under_their_usual_names():
     call = parse({"prompt": "x", "seed": "5", "num_inference_steps": 8, "cfg_scale": "1.5"})
     assert (call.seed, call.steps, call.guidance) == (5, 8, 1.5)
-    assert parse({"prompt": "x", "seed": -1}).seed is None
+    assert [parse({"prompt": "x", "seed": seed}).seed for seed in (-1, -1.0, " -1")] == [None] * 3
 
 
 @pytest.mark.parametrize("quality", ["auto", "low", "medium", "high", "xhigh", "max", "standard", "hd"])
@@ -172,7 +174,7 @@ async def test_form_of_the_sdks_is_read():
 
 @pytest.mark.parametrize("name", ["image", "image[]", "image[0]", "url", "url[]", "images[]"])
 async def test_image_field_may_have_any_name_in_use(name: str):
-    value = "https://example.com/a.png" if name.startswith("url") else b"one"
+    value = "data:," + "x" * 2**21 if name.startswith("url") else b"one"
     assert (await read_edit(request(*form((name, value), ("prompt", "x"))))).images == (value,)
 
 
@@ -221,7 +223,7 @@ async def test_body_beyond_its_limit_is_cut_off(monkeypatch: pytest.MonkeyPatch,
 
 
 async def test_file_beyond_its_limit_is_refused(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(body, "MAX_BYTES", 1000)
+    monkeypatch.setattr(body, "MAX_FILE_BYTES", 1000)
     with pytest.raises(ApiError, match="image has more than"):
         await read_edit(request(*form(("image", b"x" * 1001))))
 

@@ -16,7 +16,7 @@ from starlette.types import Message, Receive
 
 from klein_mcp.foreign import well_formed
 from klein_mcp.http.openai.errors import ApiError
-from klein_mcp.http.uploads import MAX_BYTES
+from klein_mcp.limits import MAX_FILE_BYTES
 
 MAX_IMAGES = 16
 """Images of one call, OpenAI's own limit; the model's is lower, and its error says so."""
@@ -28,7 +28,9 @@ MAX_JSON = 96 * 2**20
 """Bytes: one image of the largest size as base64, which has to be parsed in memory."""
 
 MAX_FIELDS = 100
-MAX_FIELD_BYTES = 2**20
+
+MAX_FIELD_BYTES = MAX_JSON
+"""Of one field of a form: clients of vLLM and SGLang send an image as the text of a data URL."""
 
 IMAGE_FIELDS = ("image", "image[]", "images", "images[]", "url", "url[]")
 """OpenAI's SDKs send image or image[]; vLLM and SGLang also take url; JSON bodies use image or images."""
@@ -140,9 +142,9 @@ def _is_blank(value: UploadFile | str) -> bool:
 async def _file(value: UploadFile | str, name: str) -> bytes | str:
     if isinstance(value, str):
         return value
-    data = await value.read(MAX_BYTES + 1)
-    if len(data) > MAX_BYTES:
-        raise ApiError(413, f"{name} has more than {MAX_BYTES // 2**20} MiB; send a smaller copy.", name)
+    data = await value.read(MAX_FILE_BYTES + 1)
+    if len(data) > MAX_FILE_BYTES:
+        raise ApiError(413, f"{name} has more than {MAX_FILE_BYTES // 2**20} MiB; send a smaller copy.", name)
     return data
 
 

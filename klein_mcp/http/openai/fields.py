@@ -40,7 +40,7 @@ An edit's images and mask are no fields by the time its fields are parsed."""
 class ImageCall:
     """A validated call.
 
-    size: None for auto. as_url: signed links instead of base64. ignored: fields that this server does not know.
+    size: None for auto. as_url: signed links instead of base64. ignored: fields without effect here.
     """
 
     prompt: str
@@ -77,8 +77,10 @@ def parse(fields: Mapping[str, Any]) -> ImageCall:
             values.setdefault(target, parser(name, value))
     if "prompt" not in values:
         raise ApiError(400, "prompt is missing: what the image shows, or what to change.", "prompt")
-    unknown = given.keys() - PARSERS.keys() - WITHOUT_EFFECT
-    call = ImageCall(**values, ignored=tuple(sorted(unknown)))
+    ignored = given.keys() - PARSERS.keys() - WITHOUT_EFFECT
+    if values.get("as_url"):  # a link leads to the image at its best quality
+        ignored |= given.keys() & {"output_compression"}
+    call = ImageCall(**values, ignored=tuple(sorted(ignored)))
     _check_together(call)
     return call
 
@@ -172,7 +174,8 @@ def _choice(**allowed: Any) -> Callable[[str, Any], Any]:
 
 def parse_seed(name: str, value: Any) -> int | None:
     # A1111's clients, and others after them, write -1 for a random seed.
-    return None if str(value).strip() == "-1" else integer(0, MAX_SEED)(name, value)
+    random = value.strip() == "-1" if isinstance(value, str) else value == -1
+    return None if random else integer(0, MAX_SEED)(name, value)
 
 
 _steps, _guidance = integer(1, 200), _number(0, 100)
