@@ -29,7 +29,8 @@ class NarrowEmbedding(nn.Embedding):
     """An embedding table of 16 bits that widens the rows it reads."""
 
     def __init__(self, rows: int, width: int, held: torch.dtype) -> None:
-        super().__init__(rows, width, dtype=held)
+        # A given weight, because torch would draw one.
+        super().__init__(rows, width, _weight=torch.empty(rows, width, dtype=held))
         self.held = held
 
     def forward(self, input: Tensor) -> Tensor:

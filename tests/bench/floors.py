@@ -76,9 +76,9 @@ class Counts:
         length = self.giant.variant.text_length
 
         def read() -> None:
-            # Not through `forward`: it reads the mask's values to find padding, and meta tensors have none.
-            embedded = self._blank(1, length, encoder.config.hidden_size)
-            encoder.model(inputs_embeds=embedded, attention_mask={"full_attention": None}, use_cache=False)
+            states, turns = self._blank(1, length, encoder.shape.hidden), self._blank(1, length, encoder.shape.head_dim)
+            for layer in layers:
+                states = layer(states, None, (turns, turns))
             txt_in(self._blank(1, length, encoder.width))
 
         layers: Any = encoder.model.layers

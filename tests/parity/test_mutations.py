@@ -24,6 +24,8 @@ PIPELINE = "families.klein.pipeline"
 JOB_INPUTS = "families.klein.job_inputs"
 TRANSFORMER = "families.klein.transformer"
 TEXT_ENCODER = "families.klein.text_encoder"
+CHAT_TOKENIZER = "families.klein.chat_tokenizer"
+QWEN3 = "nn.qwen3"
 KEY_MAPS = "families.klein.key_maps"
 LAYERS = "nn.layers"
 OPS = "nn.ops"
@@ -66,7 +68,9 @@ MUTATIONS = [
     ("hidden states in another order", TEXT_ENCODER, "for number in self.layers]",
      "for number in self.layers[::-1]]", T2I),
     ("pads on the left", TEXT_ENCODER, "[ids + [self._pad] * padding]", "[[self._pad] * padding + ids]", T2I),
-    ("thinking left on", TEXT_ENCODER, "enable_thinking=False", "enable_thinking=True", T2I),
+    ("thinking left on", CHAT_TOKENIZER, '"enable_thinking": False', '"enable_thinking": True', T2I),
+    ("the encoder's rotary pairs adjacent", QWEN3, "x.chunk(2, dim=-1)", "(x[..., ::2], x[..., 1::2])", T2I),
+    ("the encoder's norm without its root", QWEN3, "torch.rsqrt(wide", "torch.reciprocal(wide", T2I),
     ("latents not normalised", AUTOENCODER, "return (z - mean) / std", "return z", COMPOSE),
     ("latents not restored", AUTOENCODER, "return z * std + mean", "return z", T2I),
     ("batch-norm eps of 1e-1", AUTOENCODER, "BN_EPS = 1e-4", "BN_EPS = 1e-1", T2I),

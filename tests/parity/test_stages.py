@@ -124,13 +124,13 @@ def test_prompt_states_are_the_official_ones(theirs: Any, ours: Klein) -> None:
             states = ours.text_encoder(tokens.ids, tokens.mask)
         assert states.shape == (1, 512, 96)
         assert states[:, -1].abs().max() > 0.01, "the pads have states of their own"
-        # Observed: 0; the same transformers code on the same rows.
+        # Observed: 5e-7 on a CPU, whose products of small matrices may round otherwise.
         assert torch.allclose(states, official, atol=1e-5)
 
 
 def test_a_long_prompt_keeps_the_end_of_the_template(theirs: Any, ours: Klein) -> None:
     tokens = ours.tokenizer("word " * 400)
-    text = ours.tokenizer._tokenizer.decode(tokens.ids[0])
+    text = ours.tokenizer._tokenizer.decode(tokens.ids[0].tolist())
     assert tokens.ids.shape == (1, 512)
     assert tokens.cut > 0
     assert text.endswith("<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n")

@@ -126,10 +126,9 @@ def _block_weights(shape: TransformerShape) -> int:
 
 
 def _matrices(encoder: TextEncoder) -> float:
-    config = encoder.config
-    heads = config.num_attention_heads + (config.num_key_value_heads or 0)
-    attention = 2 * config.hidden_size * heads * config.head_dim
-    return config.num_hidden_layers * (attention + 3 * config.hidden_size * config.intermediate_size)
+    shape = encoder.shape
+    attention = 2 * shape.hidden * (shape.heads + shape.kv_heads) * shape.head_dim
+    return len(encoder.model.layers) * (attention + 3 * shape.hidden * shape.mlp)
 
 
 def _upsampler(level: nn.Module) -> nn.Module:

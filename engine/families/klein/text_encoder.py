@@ -1,6 +1,6 @@
 """Encode a prompt to states [text_length, layers · hidden].
 
-The encoder is transformers' Qwen3, cut after the last layer that is read.
+The encoder is Qwen3, cut after the last layer that is read.
 """
 
 from dataclasses import dataclass
@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoTokenizer, Qwen3Config
-from transformers.models.qwen3.modeling_qwen3 import Qwen3Model, Qwen3RotaryEmbedding
 
 from engine.contract import BadWeights
 from engine.diffusion.parts import Parts, result_of
+from engine.families.klein.chat_tokenizer import open_tokenizer
+from engine.nn.qwen3 import Qwen3, Qwen3Shape
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,8 +41,8 @@ class Tokenizer:
         """
         self.length = length
         try:
-            self._tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-            self._pad = int(self._tokenizer.pad_token_id)
+            self._tokenizer = open_tokenizer(folder)
+            self._pad = self._tokenizer.pad
             empty, one = self._template(""), self._template("x")
             if one == empty:
                 # transformers makes a tokenizer without words if the folder lacks them; then all prompts are equal.
@@ -59,11 +59,7 @@ class Tokenizer:
         self._tail = empty[len(empty) - agree :]
 
     def _template(self, prompt: str) -> list[int]:
-        turn = [{"role": "user", "content": prompt}]
-        text = self._tokenizer.apply_chat_template(
-            turn, tokenize=False, add_generation_prompt=True, enable_thinking=False
-        )
-        return self._tokenizer(text)["input_ids"]
+        return self._tokenizer.ids(self._tokenizer.turn(prompt))
 
     def __call__(self, prompt: str) -> Prompt:
         ids = self._template(prompt)
@@ -80,10 +76,7 @@ class Tokenizer:
 
 
 class TextEncoder(nn.Module):
-    """Qwen3 up to the last layer that is read.
-
-    It has no language model head.
-    """
+    """Qwen3 up to the last layer that is read."""
 
     def __init__(self, config: dict[str, Any], layers: tuple[int, ...]) -> None:
         """Build the network.
@@ -91,20 +84,14 @@ class TextEncoder(nn.Module):
         config: of the whole Qwen3. layers: 1-based numbers of the layers whose outputs are stacked.
         """
         super().__init__()
-        whole = Qwen3Config(**config)
+        self.shape = Qwen3Shape.from_config(config)
         self.layers = layers
-        self.width = len(layers) * whole.hidden_size
-        self.config = Qwen3Config(**config)
-        self.config.num_hidden_layers = max(layers)
-        self.config.layer_types = (whole.layer_types or [])[: max(layers)]
-        self.model = Qwen3Model(self.config)
-        # transformers applies the final norm to the last layer's state; states of earlier layers have none.
-        if max(layers) < whole.num_hidden_layers:
-            self.model.register_module("norm", nn.Identity())
+        self.width = len(layers) * self.shape.hidden
+        self.model = Qwen3(self.shape, max(layers))
 
     def finish(self, device: torch.device) -> None:
         """Build the computed buffers on `device`, after loading."""
-        self.model.rotary_emb = Qwen3RotaryEmbedding(config=self.config).to(device)
+        self.model.compute_frequencies(device)
 
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
         """Encode ids and mask, [b, length], to states [b, length, width].
@@ -117,13 +104,12 @@ class TextEncoder(nn.Module):
         """Encode like `forward` and yield the share that is done between layers."""
         length, model = ids.shape[1], self.model
         causal = torch.ones(length, length, dtype=torch.bool, device=ids.device).tril()
-        # transformers would ask the device whether there are pad tokens, which waits and makes two code paths.
         attended = causal & mask.bool()[:, None, None, :]
-        states, positions = model.embed_tokens(ids), torch.arange(length, device=ids.device)[None]
-        turns, count = model.rotary_emb(states, positions), len(model.layers)
+        states = model.embed_tokens(ids)
+        turns, count = model.turns(states), len(model.layers)
         read: dict[int, Tensor] = {}
         for number, layer in enumerate(model.layers, start=1):
-            states = layer(states, attention_mask=attended, position_embeddings=turns, position_ids=positions)
+            states = layer(states, attended, turns)
             if number in self.layers:
                 read[number] = model.norm(states) if number == count else states
             if number < count:
