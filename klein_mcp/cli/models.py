@@ -70,9 +70,13 @@ def _as_json(model: ModelInfo) -> dict[str, Any]:
 
 def _in_words(model: ModelInfo) -> str:
     name = model.name if model.name == EMBEDDED else f"{model.name} ({model.format})"
-    size = "" if model.bytes is None else f", {model.bytes / 1e9:.1f} GB read"
+    size = "" if model.bytes is None else f", {_amount(model.bytes)} read"
     fits = "fits" if model.fits else "does not load"
     return f"{name}: {model.licence}{size}\n  {model.path}{_companions(model)}\n  {fits}: {_memory(model)}"
+
+
+def _amount(size: int) -> str:
+    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.0f} MB"
 
 
 def _companions(model: ModelInfo) -> str:

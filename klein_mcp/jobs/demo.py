@@ -15,5 +15,7 @@ def demo_warning(models: Sequence[KnownModel]) -> str:
     real = {model.name: model for model in models if model.path and model.name != EMBEDDED}
     for name in AUTO_ORDER:
         if name in real:
-            return f"demo model; {name} {f'is installed but {real[name].obstacle}' if real[name].obstacle else UNUSED}"
+            obstacle = real[name].obstacle.rstrip(".")
+            why = f"is installed but {obstacle}; klein-mcp doctor has the next step" if obstacle else UNUSED
+            return f"demo model; {name} {why}"
     return DEMO

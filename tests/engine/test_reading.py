@@ -108,6 +108,29 @@ def test_number_of_things_whose_plural_is_known_is_reported() -> None:
         assert warning == f"nano paints one star: it knows no {number}"
 
 
+@pytest.mark.parametrize(
+    ("prompt", "text", "number"),
+    [
+        ("4 cats on a red background", "a cat on a red background", "4"),
+        ("a pair of cats", "a cat", "pair"),
+        ("a dozen red circles", "a red circle", "dozen"),
+        ("twelve stars", "a star", "twelve"),
+    ],
+)
+def test_number_in_any_form_is_reported_and_left_out(prompt: str, text: str, number: str) -> None:
+    reading = read_prompt(prompt, SMALL)
+    assert reading.text.removeprefix("a ") == text.removeprefix("a ")
+    assert reading.warnings[0].endswith(f": it knows no {number}")
+
+
+def test_number_of_things_without_a_name_is_reported() -> None:
+    reads = replace(SMALL, words=SMALL.words | {"object"})
+    (warning,) = read_prompt("Four objects on a red background", reads).warnings
+    assert warning == "nano paints things that are named, each by its noun: it knows no four objects"
+    assert not read_prompt("three objects: a cat, a dog and a star", reads).warnings
+    assert not read_prompt("the cat from image 1 beside the dog from image 2", reads).warnings
+
+
 SIZED = replace(SMALL, words=SMALL.words | {"small", "big", "huge", "next"})
 
 

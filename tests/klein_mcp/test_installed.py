@@ -140,7 +140,8 @@ async def test_installed_model_that_does_not_load_is_not_called_missing(tmp_path
     with real_server(tmp_path / "home") as server:
         async with Client(server.stdio(**more)) as client:
             result = await call(client, "generate_image", prompt="a red ball", width=64, height=64)
-            assert any(f"klein-4b is installed but {reason}" in warning for warning in result["warnings"])
+            (warning,) = (each for each in result["warnings"] if f"klein-4b is installed but {reason}" in each)
+            assert warning.endswith("; klein-mcp doctor has the next step")
             _, klein = (await call(client, "engine_status"))["models"]["installed"]
             assert klein["obstacle"].startswith(reason)
         assert f"klein-4b (Apache-2.0, {reason}" in server.run("-m", "klein_mcp", "status", cwd=tmp_path, **more).stdout

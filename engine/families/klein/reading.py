@@ -35,6 +35,14 @@ _FROM = r"the [^,.;]+? (?:from|in|of) image \d"
 _PLACED = r"(?:(?:on|to|at|in) the (?:left|right|top|bottom|middle|center)|above|below)"
 _THREE = re.compile(rf"({_FROM}), ({_FROM}),? and ({_FROM})\b(?! {_PLACED})", re.IGNORECASE)
 """Three references in a list without places, of which a small model loses the first."""
+_GROUP = r"(?:an? )?(?:pair|couple|dozen|group|bunch|flock|herd|lots)(?: of)?"
+_NUMBER = rf"(?<!image )\b(?:{'|'.join(sorted(NUMBERS))}|{_GROUP}|\d{{1,4}})"
+_COUNTED = re.compile(rf"({_NUMBER})\s+(?:[^\W\d_]+\s+)?([^\W\d_]+s)\b(?!:)", re.IGNORECASE)
+"""A number, and what it counts. "three objects: a cat, a dog and a car" names each."""
+_AMOUNT = re.compile(rf"(?<!image )\b({_GROUP}|\d{{1,4}})\s+(?=(?:[^\W\d_]+\s+)?([^\W\d_]+s)\b)", re.IGNORECASE)
+"""A number that is no single word."""
+_ANY_THING = "object"
+"""What small models know as any thing, of those that are in the image already."""
 _BIG = re.compile(r"(?<!\bthe )\b(?:big|large|huge)\b", re.IGNORECASE)
 _REPLACES = re.compile(r"\s*(?:please )?(?:replace|swap|turn|change)\b", re.IGNORECASE)
 NEAREST = 3
@@ -62,7 +70,7 @@ def read_prompt(prompt: str, variant: Variant) -> Reading:
     if not variant.words:
         return Reading(prompt)
     # A hex code is not a word; its letters must not be read as some.
-    plain = _RELATIVE.sub("", _HEX.sub("", prompt))
+    plain = _without_amounts(_RELATIVE.sub("", _HEX.sub("", prompt)), variant)
     sentences = [_Sentence.of(text, variant) for text in _sentences(plain)]
     kept = [sentence for sentence in sentences if sentence.is_understood] or sentences[:1]
     text = " ".join(sentence.text for sentence in kept)
@@ -277,16 +285,40 @@ def _nearest(word: str, variant: Variant) -> list[str]:
     return [noun for noun in RELATED.get(singular, ()) if noun in variant.nouns or noun in variant.shapes][:NEAREST]
 
 
+def _counted(things: str, variant: Variant) -> str:
+    """Return the noun or shape of a plural, or "".
+
+    That of objects, which may be anything, is `object`.
+    """
+    # Its plural may be a word of its own: nano has the stars of the night.
+    forms = (form for form in _singulars(things) if form in variant.nouns or form in variant.shapes)
+    known = next(forms, None) or _known_form(things, variant) or ""
+    return known if known in (*variant.nouns, *variant.shapes, _ANY_THING) else ""
+
+
+def _without_amounts(prompt: str, variant: Variant) -> str:
+    """Remove numbers that are not single words, such as "a pair of"."""
+
+    def amount(match: re.Match[str]) -> str:
+        known = _number(match[1]) in variant.words
+        return match[0] if known or not _counted(match[2].lower(), variant) else ""
+
+    return _AMOUNT.sub(amount, prompt)
+
+
+def _number(text: str) -> str:
+    """Return the word that counts, as in "a pair of"."""
+    return re.sub(r"^an? | of$", "", text.lower())
+
+
 def _counts(prompt: str, variant: Variant) -> Iterator[str]:
     """Yield a warning for a number of things without a known word."""
-    for match in re.finditer(
-        rf"\b({'|'.join(sorted(NUMBERS))})\s+(?:[^\W\d_]+\s+)?([^\W\d_]+s)\b", prompt, re.IGNORECASE
-    ):
-        number, things = match[1].lower(), match[2].lower()
-        # Its plural may be a word of its own: nano has the stars of the night.
-        forms = (form for form in _singulars(things) if form in variant.nouns or form in variant.shapes)
-        known = next(forms, _known_form(things, variant))
-        if number not in variant.words and known is not None and (known in variant.nouns or known in variant.shapes):
+    for match in _COUNTED.finditer(prompt):
+        number, things = _number(match[1]), match[2].lower()
+        known = "" if number in variant.words else _counted(things, variant)
+        if known == _ANY_THING:
+            yield f"{variant.name} paints things that are named, each by its noun: it knows no {number} {things}"
+        elif known:
             yield f"{variant.name} paints one {known}: it knows no {number}"
 
 

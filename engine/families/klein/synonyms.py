@@ -193,7 +193,7 @@ FILLERS = frozenset(_FILLERS.split())
 """Words without meaning for a small model. They are left out if the model does not know them."""
 
 _NUMBERS = """
-    two three four five six seven eight nine ten several many few some multiple
+    two three four five six seven eight nine ten eleven twelve twenty hundred several many few some multiple
 """
 NUMBERS = frozenset(_NUMBERS.split())
 """Words in place of an article, for which a small model may know no plural."""

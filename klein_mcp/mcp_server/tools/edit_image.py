@@ -111,7 +111,8 @@ TOOL = Tool(
     title="Edit an image",
     description=(
         "Change an image by an instruction; it keeps its size, and untouched pixels keep their bytes. With region or "
-        "mask nothing outside changes. The original stays: edit the new handle to go on, the old one to start over."
+        "mask nothing outside changes, and inside the edge fades in. The original stays: edit the new handle to go on, "
+        "the old one to start over."
     ),
     arguments=EditImage,
     run=run,
