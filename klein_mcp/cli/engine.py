@@ -74,7 +74,7 @@ def serve(settings: Settings, host: str, port: int, arguments: argparse.Namespac
     from klein_mcp.web_server import WebServer
 
     try:
-        token = read_token(arguments.token_file.read_text(encoding="utf-8"))
+        token = read_token(arguments.token_file)
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         print(f"klein-mcp engine: --token-file {arguments.token_file}: {reason}", file=sys.stderr)

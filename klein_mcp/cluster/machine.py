@@ -65,9 +65,11 @@ def environment_of(token_file: Path) -> dict[str, str]:
     Raises RequestError without a token.
     """
     try:
-        token = read_token(token_file.read_text(encoding="utf-8"))
+        token = read_token(token_file)
     except (OSError, ValueError) as exc:
-        raise RequestError(f"The token file {token_file} cannot be used: {exc}.") from None
+        raise RequestError(
+            f"The token file {token_file} cannot be used: {getattr(exc, 'strerror', None) or exc}."
+        ) from None
     return {
         "KLEIN_ENGINE_TOKEN_FILE": str(token_file.absolute()),
         "RAY_AUTH_MODE": "token",

@@ -40,7 +40,7 @@ class EngineReplica:
         settings = Settings.load()
         if settings.engine_token_file is None:
             raise RuntimeError("KLEIN_ENGINE_TOKEN_FILE is not set on this machine.")
-        token = read_token(settings.engine_token_file.read_text(encoding="utf-8"))
+        token = read_token(settings.engine_token_file)
         self._queue = Queue(lambda: make_local(settings), size=queue_size, keep_alive=settings.keep_alive)
         self._server = EngineServer(self._queue, token, ours, peers=ServePeers(self))
 

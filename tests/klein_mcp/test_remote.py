@@ -40,6 +40,7 @@ from klein_mcp.cli.status import format_status
 from klein_mcp.daemon import wire
 from klein_mcp.daemon.endpoint import BuildInfo, proof
 from klein_mcp.daemon.engine_server import EngineServer
+from klein_mcp.daemon.executors import answers
 from klein_mcp.daemon.executors import remote as remotes
 from klein_mcp.daemon.executors.node import combined
 from klein_mcp.daemon.executors.remote import RemoteExecutor
@@ -207,6 +208,12 @@ def test_address_in_the_clear_over_a_network_is_refused(url):
         RemoteExecutor([url], TOKEN, BUILD)
 
 
+def test_password_in_an_address_is_refused_and_not_repeated():
+    with pytest.raises(EngineFailed, match="Leave them out") as caught:
+        RemoteExecutor(["https://me:secret@gpu.example.org:8000"], TOKEN, BUILD)
+    assert "secret" not in str(caught.value)
+
+
 RESULT = Result(np.zeros((64, 48, 3), np.uint8), 3, "fake", "f", 4, 1.0)
 LIES: dict[str, Callable[[], Iterator[bytes]]] = {
     "garbage": lambda: iter([b"\xff" * 100]),
@@ -217,6 +224,11 @@ LIES: dict[str, Callable[[], Iterator[bytes]]] = {
     "a job": lambda: iter([wire.encode(Job("mine"))]),
     "nothing": lambda: iter([]),
 }
+
+
+def nested() -> Iterator[bytes]:
+    while True:
+        yield b"[" * 65536
 
 
 def endless() -> Iterator[bytes]:
@@ -240,7 +252,8 @@ def liar(lie: Callable[[], Iterator[bytes]], token: str, build: BuildInfo) -> St
 
 
 @pytest.mark.parametrize("lie", LIES)
-def test_lying_machine_does_no_harm(lie):
+def test_lying_machine_does_no_harm(lie, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(answers, "MOST_EVENTS", 2000)  # or the endless one takes seconds
     honest = Machine()
     with listening(liar(LIES[lie], TOKEN, BUILD)) as url, machines(honest):
         remote = RemoteExecutor([url, honest.url], TOKEN, BUILD)
@@ -248,6 +261,38 @@ def test_lying_machine_does_no_harm(lie):
             job = replace(known(EDIT), affinity=f"auto {lineage}")
             assert run(remote, job).image.tobytes() == painted(job).tobytes()
     assert len(honest.jobs) == 8
+
+
+@pytest.mark.parametrize("code", [200, 500])
+def test_other_server_that_sends_without_end_is_passed_over(code: int):
+    """A port may be anybody's: a download there had filled the memory, and no other engine was asked."""
+
+    async def anything(request: Request) -> Response:
+        return StreamingResponse(nested(), status_code=code)
+
+    honest = Machine()
+    other = Starlette(routes=[Route("/{path:path}", anything, methods=["GET", "POST"])])
+    with listening(other) as url, machines(honest):
+        remote = RemoteExecutor([url, honest.url], TOKEN, BUILD)
+        for lineage in range(4):  # one of them belongs to it, but for one run in sixteen
+            run(remote, replace(known(EDIT), affinity=f"auto {lineage}"))
+        strange, _ = remote.status().nodes
+    assert len(honest.jobs) == 4
+    assert "it sends without end" in strange.error
+
+
+def test_event_that_never_ends_counts_as_silence(monkeypatch: pytest.MonkeyPatch):
+    """A byte now and then kept the connection, and so the job, for ever."""
+    monkeypatch.setattr(remotes, "SILENCE", 0.2)
+
+    def drops() -> Iterator[bytes]:
+        for byte in wire.encode(replace(RESULT, image=np.zeros((64, 48, 3), np.uint8))):
+            time.sleep(0.05)
+            yield bytes([byte])
+
+    words = r"it has completed no event for 0\.2 s"
+    with listening(liar(drops, TOKEN, BUILD)) as url, pytest.raises(EngineFailed, match=words):
+        run(RemoteExecutor([url], TOKEN, BUILD), known(EDIT))
 
 
 def test_machine_that_comes_back_gets_its_lineages_again(monkeypatch):

@@ -1,7 +1,9 @@
 """Reads the events that an engine elsewhere sends, which may be anything."""
 
+import json
+import time
 from collections.abc import Generator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from engine.contract import EngineError, EngineFailed, Event, Exact, Job, KeepSource, Result
 from klein_mcp.daemon import wire
@@ -20,15 +22,50 @@ PIXEL_BYTES = 4
 EVENT_BYTES = 1_000_000
 """Bytes of an event besides a result's pixels: its header and a preview."""
 
+MOST_BYTES = 1_000_000
+"""Bytes of what a node says about itself: a cluster of 1,000 engines says 300 kB."""
 
-def read_events(job: Job, response: "httpx2.Response") -> Generator[Event, None, bool]:
+SLOWEST = 10_000
+"""Bytes a second: a node that takes longer for an event does not mean to end it."""
+
+
+def get_json(http: "httpx2.Client", url: str, seconds: float, **options: Any) -> Any:
+    """Return the JSON at `url`. Raises NodeFailed, ValueError or HTTPError."""
+    with http.stream("GET", url, timeout=seconds, **options) as response:
+        return read_json(response, seconds)
+
+
+def read_json(response: "httpx2.Response", seconds: float) -> Any:
+    """Return the JSON of an answer, bounded in bytes and in time.
+
+    Whoever answers has not proved anything yet. Raises NodeFailed or ValueError.
+    """
+    data, deadline = bytearray(), time.monotonic() + seconds
+    for chunk in response.iter_raw():
+        data += chunk
+        if len(data) > MOST_BYTES:
+            raise NodeFailed("it does not answer as klein-mcp engine does (it sends without end)")
+        if time.monotonic() > deadline:
+            raise NodeFailed(f"it has not answered within {seconds:g} s")
+    try:
+        return json.loads(data)
+    except RecursionError:
+        raise ValueError("nested too deep") from None
+
+
+def read_events(job: Job, response: "httpx2.Response", silence: float) -> Generator[Event, None, bool]:
     """Yield events and return whether the result came.
 
-    Raises NodeFailed for what no honest engine sends.
+    silence: seconds that an event may take, besides its bytes. Raises NodeFailed for what no honest engine sends.
     """
     frames, count = wire.Frames(_pixels(job) * PIXEL_BYTES + EVENT_BYTES), 0
+    since, received = time.monotonic(), 0
     for chunk in response.iter_raw():
+        received += len(chunk)
+        if time.monotonic() > since + silence + received / SLOWEST:
+            raise NodeFailed(f"it has completed no event for {silence:g} s")
         for frame in frames.feed(chunk):
+            since, received = time.monotonic(), 0
             event = wire.decode(frame)
             count += 1
             if isinstance(event, EngineFailed):

@@ -56,15 +56,33 @@ class Node:
 
 
 def checked_url(url: str) -> str:
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
+    """Return the address of an engine without a slash at its end.
+
+    Raises EngineFailed for one that cannot be used, and for one that would send images unencrypted.
+    """
+    if not _is_address(url):
         raise EngineFailed(f"KLEIN_ENGINE names {url}, which is no address.", hint="Such as https://host:8000.")
+    parts = urlsplit(url)
+    if "@" in parts.netloc:
+        # Not shown: it is a secret.
+        raise EngineFailed(
+            f"KLEIN_ENGINE has a name and password for {parts.hostname}.",
+            hint="Leave them out: KLEIN_ENGINE_TOKEN_FILE lets daemons in.",
+        )
     if parts.scheme == "http" and parts.hostname not in LOOPBACK:
         raise EngineFailed(
             f"{url} would send prompts, images and the token in the clear.",
             hint="Use https:// (klein-mcp engine --certificate), or a tunnel to this machine.",
         )
     return url.rstrip("/")
+
+
+def _is_address(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # a port beyond 65535, a bracket alone
+        return False
 
 
 def reason(exc: Exception) -> str:
@@ -76,7 +94,9 @@ def reason(exc: Exception) -> str:
         return "it does not speak TLS: was klein-mcp engine started with --certificate and --key?"
     if "Connection refused" in text:
         return "connection refused: is klein-mcp engine running there?"
-    if isinstance(exc, KeyError | TypeError | ValueError):
+    if "timed out" in text:
+        return "it does not answer: is klein-mcp engine running there, and does a firewall let it through?"
+    if isinstance(exc, KeyError | TypeError | ValueError | AttributeError | OverflowError):
         return f"it does not answer as klein-mcp engine does ({type(exc).__name__}: {text})"
     return f"{type(exc).__name__}: {text}" if text else type(exc).__name__
 

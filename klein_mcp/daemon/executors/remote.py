@@ -1,12 +1,12 @@
 """Engines on other machines as one executor: routing, retries, health."""
 
-import json
 import logging
 import secrets
 import ssl
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import replace
 from hashlib import blake2b
@@ -18,7 +18,7 @@ from engine.contract import Busy, CacheStats, EngineFailed, EngineStatus, Event,
 from klein_mcp.daemon import wire
 from klein_mcp.daemon.endpoint import BuildInfo, proof
 from klein_mcp.daemon.engine_server import INCLUDED, MISSING, read_token
-from klein_mcp.daemon.executors.answers import read_events
+from klein_mcp.daemon.executors.answers import get_json, read_events, read_json
 from klein_mcp.daemon.executors.node import MOST_ENGINES, Node, NodeFailed, checked_url, combined, reason, sentence
 from klein_mcp.daemon.executors.ring import HashRing
 from klein_mcp.jobs.executor import nobody_watches
@@ -35,6 +35,15 @@ SILENCE = 60.0
 CONNECT = 5.0
 REST = 5.0
 """Seconds for which a node that failed is asked last."""
+
+ASKED = 2.0
+"""Seconds for each of the two answers that make a node's status."""
+
+MOST_ASKED = 32
+"""Nodes that are asked for their status at once."""
+
+NO_ANSWER = (ValueError, KeyError, TypeError, AttributeError, OverflowError)
+"""Raised by what no engine answers: no JSON, other names, other types, numbers without end."""
 
 COUNTED = 5.0
 """Seconds after which a cluster is asked again how many engines it has."""
@@ -71,7 +80,9 @@ class RemoteExecutor:
         timeout = httpx2.Timeout(SILENCE, connect=CONNECT)
         limits = httpx2.Limits(max_connections=None)
         verify = ssl.create_default_context()
-        self._http = httpx2.Client(trust_env=False, timeout=timeout, limits=limits, verify=verify)
+        # Not compressed: what a node sends is bounded by the bytes that arrive.
+        plain = {"accept-encoding": "identity"}
+        self._http = httpx2.Client(trust_env=False, timeout=timeout, limits=limits, verify=verify, headers=plain)
 
     @classmethod
     def from_settings(cls, settings: Settings) -> "RemoteExecutor":
@@ -80,9 +91,11 @@ class RemoteExecutor:
         if file is None:
             raise EngineFailed("KLEIN_ENGINE is set without KLEIN_ENGINE_TOKEN_FILE.", hint="Name the token's file.")
         try:
-            token = read_token(file.read_text(encoding="utf-8"))
+            token = read_token(file)
         except (OSError, ValueError) as exc:
-            raise EngineFailed(f"The token file {file} cannot be used: {exc}.") from None
+            raise EngineFailed(
+                f"The token file {file} cannot be used: {getattr(exc, 'strerror', None) or exc}."
+            ) from None
         return cls(settings.engine, token, BuildInfo.read())
 
     @property
@@ -128,9 +141,10 @@ class RemoteExecutor:
     def status(self) -> EngineStatus:
         """Describe all nodes.
 
-        Those that do not answer within two seconds say why.
+        All are asked at once; those that do not answer within two seconds say why.
         """
-        described, engines = zip(*map(self._node_status, self._nodes.values()), strict=True)
+        with ThreadPoolExecutor(min(MOST_ASKED, len(self._nodes))) as threads:
+            described, engines = zip(*threads.map(self._node_status, self._nodes.values()), strict=True)
         return combined(tuple(chain.from_iterable(described)), [engine for engine in engines if engine])
 
     def _order(self, job: Job) -> list[Node]:
@@ -166,7 +180,7 @@ class RemoteExecutor:
         import httpx2
 
         try:
-            self._greet(node)
+            self._greet(node, CONNECT)
             included = [i for i, name in enumerate(job.hashes) if not name or name not in node.known]
             with closing(self._stream(node, job, included if job.references else None, attempt)) as events:
                 try:
@@ -175,7 +189,7 @@ class RemoteExecutor:
                     for name in missing.names:
                         node.known.pop(name, None)
                     yield from self._stream(node, job, list(range(len(job.references))), attempt)
-        except (httpx2.HTTPError, wire.BadFrame, ValueError, KeyError, TypeError) as exc:
+        except (httpx2.HTTPError, wire.BadFrame, *NO_ANSWER) as exc:
             raise NodeFailed(reason(exc)) from None
 
     def _stream(self, node: Node, job: Job, included: list[int] | None, attempt: int) -> Generator[Event]:
@@ -188,24 +202,25 @@ class RemoteExecutor:
         sent = replace(sent, affinity="")
         with self._http.stream("POST", f"{node.url}/run", content=wire.encode(sent), headers=headers) as response:
             if response.status_code == MISSING:
-                raise _Missing(json.loads(response.read())["missing"])
+                raise _Missing(read_json(response, CONNECT)["missing"])
             if response.status_code == FULL:
                 raise Busy(f"{node.url} takes no more jobs at the moment.", retry_after=_seconds(response))
             if response.status_code != 200:
-                raise NodeFailed(f"it answers {response.status_code}: {response.read()[:200]!r}")
+                words = next(response.iter_raw(), b"")[:200].decode("utf-8", "replace")
+                raise NodeFailed(f"it answers {response.status_code}: {words!r}")
             node.learn(job.hashes)
             node.error = ""
-            if (yield from read_events(job, response)):
+            if (yield from read_events(job, response, SILENCE)):
                 return
         raise NodeFailed("its answer ended without a result")
 
-    def _greet(self, node: Node) -> None:
+    def _greet(self, node: Node, seconds: float) -> None:
         """Let a node prove its token and build before it gets ours."""
         age = time.monotonic() - node.greeted
         if node.greeted and (not node.engines or age < COUNTED):
             return
         nonce = secrets.token_hex(16)
-        answer = self._http.get(f"{node.url}/hello", params={"nonce": nonce}, timeout=CONNECT).json()
+        answer = get_json(self._http, f"{node.url}/hello", seconds, params={"nonce": nonce})
         if not secrets.compare_digest(str(answer["proof"]), proof(self._token, nonce)):
             raise NodeFailed("it holds another token than KLEIN_ENGINE_TOKEN_FILE")
         build = BuildInfo(**answer["build"])
@@ -223,9 +238,9 @@ class RemoteExecutor:
 
         about = NodeStatus(node.url, running=node.running)
         try:
-            self._greet(node)
+            self._greet(node, ASKED)
             headers = {"authorization": f"Bearer {self._token}"}
-            state = self._http.get(f"{node.url}/status", headers=headers, timeout=2).json()
+            state = get_json(self._http, f"{node.url}/status", ASKED, headers=headers)
             engine = EngineStatus.from_json(state["engine"]) if state["engine"] else None
             if "nodes" in state:
                 members = [NodeStatus(**each) for each in state["nodes"]]
@@ -234,7 +249,7 @@ class RemoteExecutor:
                 return [replace(each, url=f"{node.url} {each.url}") for each in members], engine
             about = replace(about, waiting=int(state["queue"]["waiting"]))
             return [about.with_engine(engine) if engine else about], engine
-        except (httpx2.HTTPError, NodeFailed, ValueError, KeyError, TypeError) as exc:
+        except (httpx2.HTTPError, NodeFailed, *NO_ANSWER) as exc:
             return [replace(about, error=str(exc) if isinstance(exc, NodeFailed) else reason(exc))], None
 
 
