@@ -197,6 +197,13 @@ async def test_server_survives_malformed_json_rpc(url, body):
     assert (await post(url, json.dumps(initialize()).encode())).status_code == 200
 
 
+async def test_half_an_emoji_is_repaired_as_over_stdio(url):
+    for half in ("\\ud83c", "\\udf1e", "\\ud83c\\udf1e\\udf1e"):
+        body = json.dumps(initialize()).replace('"name": "t"', f'"name": "{half}"').encode()
+        assert b"\\ud" in body
+        assert (await post(url, body)).status_code == 200
+
+
 async def test_oversized_body_is_refused_with_and_without_content_length(url):
     huge = json.dumps(initialize(padding="x" * 5_000_000)).encode()
     assert (await post(url, huge)).status_code == 413
