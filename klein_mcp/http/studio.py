@@ -51,21 +51,26 @@ HEADERS = {
 CACHED = {**HEADERS, "Cache-Control": "private, max-age=86400"}
 """For images: a handle never means other pixels."""
 
+
+def _plain_page(body: str, head: str = "") -> str:
+    """Return a page for browsers without a session."""
+    return (
+        '<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+        '<meta name="color-scheme" content="light dark"><link rel="icon" href="data:,"><title>klein studio</title>'
+        "<style>body{font:16px/1.5 system-ui,sans-serif;max-width:36rem;margin:3rem auto;padding:0 1rem}</style>"
+        f"{head}{body}</html>"
+    )
+
+
 # A redirect would be a request from wherever the link was clicked, and a Strict cookie does not come along with that.
-_TO_STUDIO = (
-    '<!doctype html><html lang="en"><meta charset="utf-8">'
-    '<meta http-equiv="refresh" content="0;url=/studio"><title>Studio</title></html>'
+_TO_STUDIO = _plain_page("", '<meta http-equiv="refresh" content="0;url=/studio">')
+_NO_SESSION = _plain_page(
+    "<h1>Not signed in</h1>"
+    "<p>Run <code>klein-mcp studio</code>, or open the link that <code>klein-mcp serve</code> prints.</p>"
 )
-_NO_SESSION = (
-    '<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
-    "<title>Studio</title><h1>Not signed in</h1>"
-    "<p>Run <code>klein-mcp studio</code>, or open the link that <code>klein-mcp serve</code> prints.</p></html>"
-)
-_REFUSED = (
-    '<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
-    "<title>Studio</title><h1>This link is not valid</h1>"
-    "<p>It works once and for ten minutes. Run <code>klein-mcp studio</code> for a new one,"
-    " also while <code>klein-mcp serve</code> runs.</p></html>"
+_REFUSED = _plain_page(
+    "<h1>This link is not valid</h1><p>It works once and for ten minutes. Run <code>klein-mcp studio</code> for a new "
+    "one, also while <code>klein-mcp serve</code> runs.</p>"
 )
 
 

@@ -46,6 +46,20 @@ def preview(
         scale *= min(0.75, (most / len(data)) ** 0.5)
 
 
+def thumbnail(image: Pixels, longest: int) -> tuple[bytes, str]:
+    """Return (bytes, MIME) of a small image for a page.
+
+    What is transparent stays so: the page has a ground of its own for it.
+    """
+    if image.shape[2] == 3:
+        return preview(image, longest=longest, aim=24_000, most=60_000)
+    small = Image.fromarray(image)
+    small.thumbnail((longest, longest), Image.Resampling.LANCZOS)
+    out = io.BytesIO()
+    small.save(out, "WEBP", quality=80)
+    return out.getvalue(), "image/webp"
+
+
 def _encodings(image: Image.Image) -> Iterator[bytes]:
     for quality in QUALITIES:
         out = io.BytesIO()

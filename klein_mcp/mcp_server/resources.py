@@ -147,8 +147,7 @@ def _thumb(service: Service, record: Record) -> ReadResourceContents:
     from klein_mcp.studio.views import THUMB_SIDE
 
     if (made := _thumbs.get(record.file)) is None:
-        image = service.sources.pixels(record)
-        made = preview.preview(image, longest=THUMB_SIDE, aim=24_000, most=60_000)
+        made = preview.thumbnail(service.sources.pixels(record), THUMB_SIDE)
         _thumbs[record.file] = made
         if len(_thumbs) > MAX_THUMBS:
             with suppress(KeyError):  # another thread was first

@@ -115,11 +115,16 @@ class Now(TypedDict):
 
 
 class ModelView(TypedDict):
-    """A model that can be asked for."""
+    """A model that can be asked for.
+
+    examples: prompts in the words that it knows.
+    """
 
     name: str
     licence: str
     installed: bool
+    max_references: int
+    examples: list[str]
 
 
 class EngineView(TypedDict):

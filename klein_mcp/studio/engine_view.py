@@ -26,12 +26,9 @@ async def engine_view(service: Service) -> EngineView:
     status = await service.jobs.status()
     engine = status.engine
     installed = await models_of(service)
-    models: list[ModelView] = [
-        {"name": model.name, "licence": model.licence, "installed": model.path is not None}
-        for model in (engine.models if engine else ())
-    ] or [
-        {"name": name, "licence": row.licence, "installed": name in installed.names} for name, row in VARIANTS.items()
-    ]
+    models = [
+        _model(model.name, model.licence, model.path is not None) for model in (engine.models if engine else ())
+    ] or [_model(name, row.licence, name in installed.names) for name, row in VARIANTS.items()]
     loaded = engine.loaded if engine else None
     auto = loaded or installed.default or EMBEDDED
     return {
@@ -47,9 +44,27 @@ async def engine_view(service: Service) -> EngineView:
         "seconds": status.seconds_per_image(auto),
         "tuning": (engine.tuning or None) if engine else None,
         "models": models,
-        "max_references": (VARIANTS.get(auto) or VARIANTS[EMBEDDED]).max_references,
-        "examples": list(NANO_EXAMPLES if auto == EMBEDDED else EXAMPLES),
+        "max_references": _max_references(auto),
+        "examples": _examples(auto),
     }
+
+
+def _model(name: str, licence: str, installed: bool) -> ModelView:
+    return {
+        "name": name,
+        "licence": licence,
+        "installed": installed,
+        "max_references": _max_references(name),
+        "examples": _examples(name),
+    }
+
+
+def _max_references(name: str) -> int:
+    return (VARIANTS.get(name) or VARIANTS[EMBEDDED]).max_references
+
+
+def _examples(name: str) -> list[str]:
+    return list(NANO_EXAMPLES if name == EMBEDDED else EXAMPLES)
 
 
 def _words(status: DaemonStatus) -> str:

@@ -241,7 +241,7 @@ async def test_view_edits_with_a_drawn_mask(mount: Mount, server: RealServer) ->
         await host.page.mouse.up()
         await host.frame.get_by_label("What should change").fill("make the background green")
         await host.frame.get_by_role("button", name="Edit inside the mask").click()
-        await host.frame.get_by_text("make the background green").wait_for(timeout=WAIT)
+        await host.frame.locator("blockquote").get_by_text("make the background green").wait_for(timeout=WAIT)
         edited = [call for call in host.calls if call["name"] == "edit_image"]
         assert edited[0]["arguments"]["image"] == made["image"]
         mask = edited[0]["arguments"]["mask"]

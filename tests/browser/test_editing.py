@@ -34,6 +34,26 @@ async def test_drawn_mask_changes_only_what_is_inside_it(open_page: Open, studio
     assert not np.array_equal(before[mask], after[mask])
 
 
+async def test_mask_counts_until_it_is_cleared_and_reaches_every_corner(open_page: Open, studio: Studio) -> None:
+    page = await open_page()
+    original = await generate(page, "a red apple on a blue background", seed=3)
+    await page.get_by_role("button", name="Mask", exact=True).click()
+    await drag(page, "canvas.mask", (0.8, 0.97), (0.99, 0.97))
+    await page.get_by_role("button", name="Done").click()
+    assert await page.locator(".frame .mask").count() == 1
+    await page.locator("#edit-words").get_by_text("Edit inside the mask").wait_for()
+    changed = await edit(page, "make the background yellow")
+    before, after = pixels(studio, original), pixels(studio, changed)
+    assert np.array_equal(before[: before.shape[0] // 2], after[: before.shape[0] // 2])
+    assert not np.array_equal(before[-2, -4], after[-2, -4])
+    await page.locator("#edit-words").get_by_text("Edit", exact=True).wait_for()
+    await page.get_by_role("button", name="Mask", exact=True).click()
+    await drag(page, "canvas.mask", (0.2, 0.2), (0.4, 0.2))
+    await page.get_by_role("button", name="Clear").click()
+    await page.get_by_role("button", name="Done").click()
+    assert await page.locator(".frame .mask").count() == 0
+
+
 async def test_drawn_box_becomes_a_region(open_page: Open, studio: Studio) -> None:
     page = await open_page()
     original = await generate(page, "a red apple on a blue background", seed=3)
@@ -80,6 +100,50 @@ async def test_slider_compares_with_an_ancestor(open_page: Open) -> None:
     # Fully to the left everything is after, yellow; fully to the right everything is before, blue.
     assert colours["Home"][2] < 120 < colours["Home"][0]
     assert colours["End"][2] > 120 > colours["End"][0]
+
+
+async def test_before_of_another_shape_is_not_stretched(open_page: Open) -> None:
+    page = await open_page()
+    await page.get_by_label("Shape", exact=True).select_option("21:9")
+    await generate(page, "a rocket on an orange background", seed=2)
+    await page.get_by_label("Shape", exact=True).select_option("1:1")
+    await page.get_by_role("button", name="Use in prompt").click()
+    await page.locator(".references img").wait_for()
+    await generate(page, "the rocket from image 1 on a blue background")
+    await page.get_by_role("button", name="Compare").click()
+    await page.wait_for_function("() => document.querySelector('.before')?.naturalWidth > 0")
+    await page.get_by_label("Before and after").press("End")
+    shot = np.asarray(Image.open(io.BytesIO(await page.locator(".frame").screenshot())).convert("RGB"))
+    middle, top = shot[shot.shape[0] // 2, 30], shot[60, shot.shape[1] // 2]
+    assert middle[0] > 200 > middle[2]
+    # Above a flat image is the frame's own quiet ground, neither before nor after.
+    assert int(top.max()) - int(top.min()) < 20
+
+
+async def test_before_that_is_transparent_hides_what_came_after(open_page: Open) -> None:
+    page = await open_page()
+    await generate(page, "a rocket on a yellow background", seed=5)
+    await new_image(page, page.get_by_role("button", name="Cut out").click)
+    await edit(page, "make the background blue")
+    await page.get_by_role("button", name="Compare").click()
+    await page.wait_for_function("() => document.querySelector('.before')?.naturalWidth > 0")
+    await page.get_by_label("Before and after").press("End")
+    shot = np.asarray(Image.open(io.BytesIO(await page.locator(".frame").screenshot())).convert("RGB"))
+    corner = shot[60:100, 20:60].reshape(-1, 3).astype(int)
+    assert (corner.max(axis=1) - corner.min(axis=1)).max() < 20, "the checkered ground, not the blue one"
+    assert corner.max() - corner.min() > 20
+
+
+async def test_one_reference_and_words_are_an_edit(open_page: Open, studio: Studio) -> None:
+    page = await open_page()
+    original = await generate(page, "a red apple on a blue background", seed=3)
+    await page.get_by_role("button", name="Use in prompt").click()
+    await page.locator(".references img").wait_for()
+    assert await page.evaluate("document.activeElement.id") == "prompt"
+    changed = await generate(page, "make the background yellow")
+    with studio.library() as store:
+        record = store.get(changed)
+    assert (record.tool, record.parents) == ("edit_image", (original,))
 
 
 async def test_changed_pixels_are_counted_and_shown(open_page: Open) -> None:

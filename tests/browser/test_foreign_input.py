@@ -48,7 +48,43 @@ async def test_images_come_by_drop_and_paste(open_page: Open) -> None:
     )
     await page.evaluate(put, ["drop", ".stage"])
     await page.wait_for_function("() => document.querySelectorAll('.references img').length === 1")
-    await page.evaluate(put, ["paste", "#prompt"])
+    await page.get_by_role("button", name="Library", exact=True).click()
+    await page.evaluate(put, ["paste", "body"])
+    assert await page.locator("#create").is_visible(), "where the reference is"
     await page.wait_for_function("() => document.querySelectorAll('.references img').length === 2")
     await page.get_by_label("Remove reference 1").click()
     await page.wait_for_function("() => document.querySelectorAll('.references img').length === 1")
+
+
+async def test_image_of_the_page_is_dragged_into_the_prompt(open_page: Open, studio: Studio) -> None:
+    page = await open_page()
+    handle = await generate(page, "a red apple on a blue background", seed=3)
+    await page.drag_and_drop(f"#recent [data-key={handle}] img", "#prompt")
+    await page.locator(".references img").wait_for()
+    changed = await generate(page, "make the background green")
+    with studio.library() as store:
+        assert store.get(changed).parents == (handle,), "the image itself, not a copy of its thumbnail"
+
+
+async def test_words_of_any_script_read_in_their_direction_and_whole(open_page: Open) -> None:
+    page = await open_page()
+    words = "תפוח אדום על רקע כחול!"
+    await generate(page, words, seed=1)
+    for selector in ("#prompt", "blockquote"):
+        assert await page.locator(selector).evaluate("node => getComputedStyle(node).direction") == "rtl"
+    family = "\U0001f469\u200d\U0001f469\u200d\U0001f467"
+    await page.get_by_role("textbox").first.fill(family * 200)
+    await page.get_by_role("button", name="Copy prompt").focus()
+    await generate(page, family * 100, seed=1)
+    for text in await page.locator("#notes p").all_inner_texts():
+        assert "\ufffd" not in text
+        text.encode()  # half an emoji is no text
+
+
+async def test_prompt_that_is_too_long_is_refused_and_kept(open_page: Open) -> None:
+    page = await open_page()
+    words = "a red apple " * 400
+    await page.get_by_role("textbox").first.fill(words)
+    await page.get_by_role("button", name="Generate").click()
+    await page.get_by_role("alert").get_by_text("4000").wait_for()
+    assert await page.get_by_role("textbox").first.input_value() == words

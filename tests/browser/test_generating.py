@@ -1,5 +1,6 @@
 """A person comes in by the link and generates images."""
 
+import json
 import re
 from typing import Any
 
@@ -103,3 +104,46 @@ async def test_ended_session_is_explained(browser: Any, server: RealServer, sign
         await page.get_by_role("button", name="Generate").click()
         await page.get_by_role("alert").get_by_text(re.compile("session has ended")).wait_for()
         await page.context.close()
+
+
+async def test_examples_follow_the_chosen_model(open_page: Open) -> None:
+    page = await open_page()
+    examples = await page.locator(".welcome button").all_inner_texts()
+    await page.route("**/studio/read?uri=klein%3A%2F%2Fengine", also_installed)
+    await page.reload()
+    model = page.get_by_label("Model", exact=True)
+    await model.locator("option[value=klein-4b]").wait_for(state="attached")
+    assert await page.locator(".welcome button").all_inner_texts() == examples
+    await model.select_option("klein-4b")
+    others = await page.locator(".welcome button").all_inner_texts()
+    assert len(others) == len(examples)
+    assert not set(others) & set(examples)
+    assert await page.get_by_role("textbox").first.get_attribute("placeholder") == others[0]
+
+
+async def also_installed(route: Any) -> None:
+    """Let the server's answer pass, but for klein-4b, which is called installed."""
+    answer = await route.fetch()
+    contents = (await answer.json())["contents"]
+    engine = json.loads(contents[0]["text"])
+    for model in engine["models"]:
+        model["installed"] |= model["name"] == "klein-4b"
+    contents[0]["text"] = json.dumps(engine)
+    await route.fulfill(json={"contents": contents})
+
+
+async def test_screen_reader_hears_that_the_image_is_ready(open_page: Open) -> None:
+    page = await open_page()
+    announced = page.locator("#announced")
+    await page.get_by_role("textbox").first.fill("a green apple on a white background")
+    await page.get_by_role("button", name="Generate").click()
+    await announced.get_by_text("Ready: a green apple on a white background").wait_for(state="attached")
+    assert await announced.get_attribute("role") == "status"
+
+
+async def test_prompt_is_copied(open_page: Open) -> None:
+    page = await open_page(permissions=["clipboard-read", "clipboard-write"])
+    await generate(page, "a green apple on a white background", seed=4)
+    await page.get_by_role("button", name="Copy prompt").click()
+    await page.get_by_text("Copied a green apple").wait_for()
+    assert await page.evaluate("navigator.clipboard.readText()") == "a green apple on a white background"

@@ -72,6 +72,7 @@ async def test_reload_keeps_image_prompt_and_references(open_page: Open) -> None
     await page.get_by_role("textbox").first.fill("the apple from image 1 on a green background")
     await page.get_by_role("radio", name="2", exact=True).check()
     await page.locator("#change").fill("make the background yellow")
+    await page.get_by_label("Model", exact=True).select_option("nano")
     await page.reload()
     await page.wait_for_function(
         "handle => document.querySelector('#details dd')?.textContent.startsWith(handle)", arg=handle
@@ -80,6 +81,7 @@ async def test_reload_keeps_image_prompt_and_references(open_page: Open) -> None
     assert await page.get_by_role("textbox").first.input_value() == "the apple from image 1 on a green background"
     assert await page.locator(".references img").count() == 1
     assert await page.get_by_role("radio", name="2", exact=True).is_checked()
+    await page.wait_for_function("() => document.getElementById('model').value === 'nano'")
     assert await page.get_by_label("Seed", exact=True).input_value() == "3"
     await page.get_by_role("button", name="Library", exact=True).click()
     await page.reload()

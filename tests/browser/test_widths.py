@@ -60,3 +60,30 @@ async def test_no_view_scrolls_sideways_at_any_width(open_page: Open) -> None:
     await page.get_by_role("button", name="Engine", exact=True).click()
     await page.locator("#engine td").first.wait_for()
     await fits(page, "engine")
+
+
+async def test_every_part_of_the_details_can_be_seen_at_any_width(open_page: Open) -> None:
+    page = await open_page()
+    await generate(page, "a red apple on a blue background", seed=3)
+    await edit(page, "make the background yellow")
+    for width in WIDTHS:
+        await page.set_viewport_size({"width": width, "height": 800})
+        squeezed = await page.evaluate(
+            "() => [...document.querySelectorAll('#details > *')]"
+            ".filter((node) => node.clientHeight < 18).map((node) => node.outerHTML.slice(0, 80))"
+        )
+        assert not squeezed, (width, squeezed)
+    tiles = await page.evaluate(
+        "() => [...document.querySelectorAll('#recent li')].map((node) => node.clientHeight - node.clientWidth)"
+    )
+    assert set(tiles) == {0}, "as far apart below each other as beside each other"
+
+
+async def test_zoom_lies_beside_the_image_at_any_width(open_page: Open) -> None:
+    page = await open_page()
+    await generate(page, "a red apple on a blue background", seed=3)
+    for width in WIDTHS:
+        await page.set_viewport_size({"width": width, "height": 800})
+        await page.evaluate("new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))")
+        image, zoom = [await page.locator(each).bounding_box() for each in (".frame", ".zoom")]
+        assert zoom["y"] >= image["y"] + image["height"], width

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from klein_mcp.images.preview import AIM_BYTES, LONG_EDGE, MAX_BYTES, contact_sheet, preview
+from klein_mcp.images.preview import AIM_BYTES, LONG_EDGE, MAX_BYTES, contact_sheet, preview, thumbnail
 from tests.images import noise, scene
 
 
@@ -91,3 +91,16 @@ def test_label_of_a_narrow_image_does_not_reach_the_next():
 
 def test_sheet_of_large_images_is_no_larger_than_preview():
     assert max(contact_sheet([scene(2048, 1024)] * 4).shape) <= LONG_EDGE
+
+
+def test_thumbnail_stays_transparent_and_small() -> None:
+    image = np.dstack([scene(512, 512), np.full((512, 512), 255, np.uint8)])
+    image[:256, :, 3] = 0
+    data, mime = thumbnail(image, 256)
+    assert mime == "image/webp"
+    assert len(data) < 60_000
+    made = np.asarray(Image.open(io.BytesIO(data)))
+    assert made.shape == (256, 256, 4)
+    assert made[:120, :, 3].max() == 0
+    assert made[136:, :, 3].min() == 255
+    assert thumbnail(image[:, :, :3], 256)[1] == "image/jpeg"

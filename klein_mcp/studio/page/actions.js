@@ -1,7 +1,7 @@
 // Everything that generates or changes something, whichever button asked for it.
 
-import { ask, clip, h, note } from "./dom.js";
-import { emit, state } from "./state.js";
+import { announce, ask, clearNotes, clip, h, note } from "./dom.js";
+import { emit, modelOf, state } from "./state.js";
 
 /** Read a tool result: its line of JSON as an object, and its preview as an address. */
 export function readResult(result) {
@@ -23,6 +23,8 @@ export function readResult(result) {
 export async function run(tool, input) {
   const call = { prompt: input.prompt };
   state.aside = false;
+  clearNotes();
+  announce("Started.");
   return follow(call, state.bridge.call(tool, input, call));
 }
 
@@ -42,6 +44,7 @@ async function follow(call, answer) {
       result = readResult(await state.bridge.call("wait_for_job", { job: result.line.job }, call));
     }
     if (result.failed) throw new Error(result.text);
+    announce(`Ready: ${clip(call.prompt)}`);
     for (const warning of result.line.warnings ?? []) note(warning);
     const newest = [...state.calls].at(-1) === call;
     if (newest && !state.aside) await showResult(result);
@@ -214,7 +217,7 @@ export async function remove(images) {
 
 /** Add an image to the composer's references. */
 export async function addReference(ref, src, words) {
-  if (state.references.length >= (state.engine?.max_references ?? 4)) return note("That is as many references as the model takes.");
+  if (state.references.length >= (modelOf()?.max_references ?? 4)) return note("That is as many references as the model takes.");
   state.references.push({ ref, src: src ?? (await state.bridge.image(ref, "thumb")), words: words || ref });
   emit("references");
 }

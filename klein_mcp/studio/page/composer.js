@@ -1,22 +1,22 @@
 // The left of the page: the prompt, its references and its options.
 
-import { addFiles, run } from "./actions.js";
+import { addFiles, addReference, fail, run } from "./actions.js";
 import { button, fill, h, note, segments } from "./dom.js";
 import { createJobs } from "./jobs.js";
-import { on, state } from "./state.js";
+import { emit, modelOf, on, state } from "./state.js";
 
 const SHAPES = ["1:1", "4:3", "3:4", "3:2", "2:3", "16:9", "9:16", "21:9", "9:21"];
-const chosen = { shape: "", count: "1", model: "" };
+const chosen = { shape: "", count: "1" };
+/** The type under which an image of this page is dragged. */
+const DRAGGED = "application/x-klein-handle";
 let nodes;
 
 export function createComposer(root) {
   const prompt = h("textarea", {
     id: "prompt",
     rows: 4,
-    maxlength: 4000,
-    placeholder: "A red fox asleep in snow, soft morning light",
+    dir: "auto",
     onkeydown: (event) => event.key === "Enter" && (event.ctrlKey || event.metaKey) && generate(),
-    onpaste: (event) => event.clipboardData.files.length && (event.preventDefault(), addFiles(event.clipboardData.files)),
   });
   nodes = {
     prompt,
@@ -27,7 +27,7 @@ export function createComposer(root) {
     height: h("input", { id: "height", type: "number", min: 64, max: 2048, step: 16, value: 512, "aria-label": "Height" }),
     size: h("div", { class: "row", hidden: true }),
     seed: h("input", { id: "seed", inputmode: "numeric", pattern: "[0-9]*", placeholder: "Random", autocomplete: "off" }),
-    model: h("select", { id: "model", onchange: (event) => (chosen.model = event.target.value) }),
+    model: h("select", { id: "model", onchange: (event) => ((state.model = event.target.value), emit("model")) }),
     jobs: h("section", { class: "jobs", "aria-label": "Now", hidden: true }),
   };
   nodes.shape.append(
@@ -60,8 +60,9 @@ export function createComposer(root) {
   root.append(form, nodes.jobs);
   createJobs(nodes.jobs);
   acceptDrops(document.body);
+  document.addEventListener("paste", (event) => event.clipboardData.files.length && takeFiles(event, event.clipboardData.files));
   on("references", renderReferences);
-  on("engine", renderModels);
+  on("engine model", renderModels);
   renderReferences();
   renderModels();
 }
@@ -72,10 +73,13 @@ function showSize() {
 }
 
 function renderModels() {
-  const models = state.engine?.models ?? [];
+  const models = (state.engine?.models ?? []).filter((each) => each.installed);
   const auto = h("option", { value: "" }, state.engine?.auto ? `Best installed (${state.engine.auto})` : "Best installed");
-  fill(nodes.model, auto, models.filter((each) => each.installed).map((each) => h("option", { value: each.name }, each.name)));
-  nodes.model.value = chosen.model;
+  fill(nodes.model, auto, models.map((each) => h("option", { value: each.name }, each.name)));
+  // A model that is not installed any more cannot be chosen.
+  if (models.length && !models.some((each) => each.name === state.model)) state.model = "";
+  nodes.model.value = state.model;
+  nodes.prompt.placeholder = modelOf()?.examples[0] ?? "";
 }
 
 function renderReferences() {
@@ -104,20 +108,33 @@ function renderReferences() {
   nodes.references.classList.toggle("none", !items.length);
 }
 
-/** Take dropped images anywhere on the page. */
+/** Take files as references, and show where they are. */
+function takeFiles(event, files) {
+  event.preventDefault();
+  state.view = "create";
+  emit("view");
+  addFiles(files);
+}
+
+/** Take images that are dropped anywhere on the page: files, and images of the page itself. */
 function acceptDrops(target) {
-  const files = (event) => event.dataTransfer?.types.includes("Files");
+  const welcome = ({ dataTransfer }) => dataTransfer?.types.some((type) => type === "Files" || type === DRAGGED);
+  target.addEventListener("dragstart", (event) => {
+    const handle = event.target.closest?.("button")?.dataset.key;
+    if (handle) event.dataTransfer.setData(DRAGGED, handle);
+  });
   target.addEventListener("dragover", (event) => {
-    if (!files(event)) return;
+    if (!welcome(event)) return;
     event.preventDefault();
     target.classList.add("dropping");
   });
   target.addEventListener("dragleave", (event) => event.relatedTarget ?? target.classList.remove("dropping"));
   target.addEventListener("drop", (event) => {
     target.classList.remove("dropping");
-    if (!files(event)) return;
-    event.preventDefault();
-    addFiles(event.dataTransfer.files);
+    if (!welcome(event)) return;
+    const handle = event.dataTransfer.getData(DRAGGED);
+    takeFiles(event, handle ? [] : event.dataTransfer.files);
+    if (handle) addReference(handle).catch(fail);
   });
 }
 
@@ -134,10 +151,13 @@ async function generate() {
   }
   const input = { prompt, count: Number(chosen.count) };
   if (seed) input.seed = seed;
-  if (chosen.model) input.model = chosen.model;
+  if (state.model) input.model = state.model;
   if (chosen.shape === "exact") Object.assign(input, { width: Number(nodes.width.value), height: Number(nodes.height.value) });
   else if (chosen.shape) input.aspect_ratio = chosen.shape;
   const references = state.references.map((each) => each.ref);
-  if (references.length) await run("compose_references", { ...input, images: references });
+  // One image and words are an edit, which keeps what is not to change; words about "image 1" make another of it.
+  const changes = references.length === 1 && !chosen.shape && !/image 1/i.test(prompt);
+  if (changes) await run("edit_image", { ...input, image: references[0] });
+  else if (references.length) await run("compose_references", { ...input, images: references });
   else await run("generate_image", input);
 }

@@ -1,9 +1,8 @@
 // The right of the page: what was asked, with which seed and model, and what changed.
 
-import { copy, download, remove, save } from "./actions.js";
+import { copy, download, open, remove, save } from "./actions.js";
 import { button, fill, h } from "./dom.js";
 import { on, state } from "./state.js";
-import { open } from "./actions.js";
 
 export function createDetails(root) {
   on("image picked", () => render(root));
@@ -57,9 +56,10 @@ function render(root) {
     root,
     changed && h("div", { class: "changed" }, h("strong", {}, changed[0]), h("p", { class: "soft" }, changed[1])),
     image.picked && h("p", { class: "picked" }, "Picked: the agent's next “last” is this image."),
-    image.prompt && h("blockquote", {}, image.prompt),
+    image.prompt && h("blockquote", { dir: "auto" }, image.prompt),
+    image.prompt && h("div", {}, button("Copy", "copy", () => copy(image.prompt), { class: "small", "aria-label": "Copy prompt" })),
     h("h2", {}, TOOLS[image.tool] ?? "Image"),
-    h("dl", {}, facts.flatMap(([name, value]) => [h("dt", {}, name), h("dd", {}, value)])),
+    h("dl", {}, facts.flatMap(([name, value]) => [h("dt", {}, name), h("dd", { dir: "auto" }, value)])),
     h("div", { class: "bar start" }, actions(image)),
   );
 }

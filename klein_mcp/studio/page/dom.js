@@ -63,10 +63,16 @@ export function fill(node, ...children) {
   return node;
 }
 
-/** Shorten words and text that are too long to be read in a message. */
+/** Shorten words and text that are too long to be read in a message. Emoji stay whole. */
 export function clip(text, most = 300) {
-  const short = text.replace(/\S{41,}/g, (word) => `${word.slice(0, 32)}…`);
-  return short.length > most ? `${short.slice(0, most - 1)}…` : short;
+  const first = (words, number) => `${[...words].slice(0, number).join("")}…`;
+  const short = text.replace(/\S{41,}/gu, (word) => first(word, 32));
+  return [...short].length > most ? first(short, most - 1) : short;
+}
+
+/** Tell a screen reader, and nobody else. */
+export function announce(words) {
+  document.getElementById("announced").textContent = words;
 }
 
 /** Messages that are shown at once. */
@@ -86,7 +92,7 @@ export function note(text, action = null) {
   const node = h(
     "p",
     {},
-    h("span", {}, words),
+    h("span", { dir: "auto" }, words),
     action && button(action.words, null, () => (leave(), action.run())),
     button("Dismiss", "close", leave, { class: "only-icon" }),
   );
@@ -94,15 +100,23 @@ export function note(text, action = null) {
   list.append(node);
   const spare = [...list.children].filter((each) => !each.contains(document.activeElement));
   while (list.children.length > NOTES && spare.length > 1) spare.shift().remove();
-  placeNotes(list);
+  placeNotes();
   const wait = () => setTimeout(() => (node.matches(":hover, :focus-within") ? wait() : leave()), NOTE_TIME);
   wait();
 }
 
-addEventListener("resize", () => placeNotes(document.getElementById("notes")));
+/** Take away the messages about what was before, except where somebody may still act on one. */
+export function clearNotes() {
+  for (const node of document.querySelectorAll("#notes p")) {
+    if (node.children.length < 3 && !node.matches(":focus-within")) node.remove();
+  }
+}
+
+addEventListener("resize", placeNotes);
 
 /** Put the messages over the top of the image, where no control is; elsewhere they stand at the bottom. */
-function placeNotes(list) {
+export function placeNotes() {
+  const list = document.getElementById("notes");
   const stage = document.querySelector(".around");
   const box = stage?.getBoundingClientRect();
   const inSight = box?.width && box.top >= 0 && box.top < innerHeight / 2;

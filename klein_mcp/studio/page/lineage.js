@@ -86,7 +86,7 @@ function leaf(card, left, top) {
       "button",
       { type: "button", title: words, "data-key": card.image, "aria-current": current ? "true" : null, onclick: () => open(card.image) },
       picture,
-      h("span", {}, words),
+      h("span", { dir: "auto" }, words),
     ),
   );
   node.style.left = `${left}px`;

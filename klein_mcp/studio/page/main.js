@@ -7,6 +7,7 @@ import { createDetails } from "./details.js";
 import { leaveHidden } from "./focus.js";
 import { createEngine, loadEngine } from "./engine.js";
 import { createLibrary, createRecent } from "./library.js";
+import { followHistory } from "./history.js";
 import { keepOverReload, restore } from "./reload.js";
 import { emit, on, state } from "./state.js";
 import { createViewer } from "./viewer.js";
@@ -109,11 +110,13 @@ async function start() {
     createRecent($("recent"));
     createEngine($("engine"));
   }
-  const engine = state.bridge.can.read && loadEngine();
+  // A busy engine may take a while to answer.
+  if (state.bridge.can.read) loadEngine();
   emit("view");
   emit("image");
   if (app) return;
-  await restore(engine);
+  await restore();
+  await followHistory();
   keepOverReload();
 }
 

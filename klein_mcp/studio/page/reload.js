@@ -11,13 +11,13 @@ export function keepOverReload() {
   document.addEventListener("visibilitychange", keep);
 }
 
-const fields = () => [...document.querySelectorAll("#prompt, #shape, #width, #height, #seed, #model")];
+const fields = () => [...document.querySelectorAll("#prompt, #shape, #width, #height, #seed")];
 
 function keep() {
-  const { image, sheet, view, references, calls } = state;
+  const { image, sheet, view, references, calls, model } = state;
   const values = Object.fromEntries(fields().map((field) => [field.id, field.value]));
   const count = document.querySelector("[name=count]:checked")?.value;
-  const kept = { image: image?.image, sheet, view, values, count, change: document.getElementById("change")?.value };
+  const kept = { image: image?.image, sheet, view, values, count, model, change: document.getElementById("change")?.value };
   try {
     sessionStorage.setItem(KEY, JSON.stringify({ ...kept, references: references.map(({ ref, words }) => ({ ref, words })), calls: [...calls].map(({ name, prompt }) => ({ name, prompt })) }));
   } catch {
@@ -25,21 +25,22 @@ function keep() {
   }
 }
 
-/** Bring back what was kept. What was deleted meanwhile is left out. `models`: settles when they can be chosen. */
-export async function restore(models) {
+/** Bring back what was kept. What was deleted meanwhile is left out. */
+export async function restore() {
   let kept;
   try {
     kept = JSON.parse(sessionStorage.getItem(KEY)) ?? {};
   } catch {
     return;
   }
-  const set = (field) => {
+  state.model = kept.model ?? "";
+  emit("model");
+  for (const field of fields()) {
     const value = kept.values?.[field.id];
-    if (!value) return;
+    if (!value) continue;
     field.value = value;
     field.dispatchEvent(new Event("change"));
-  };
-  fields().forEach(set);
+  }
   if (kept.count) document.querySelector(`[name=count][value="${kept.count}"]`)?.click();
   for (const { ref, words } of kept.references ?? []) {
     if (await exists(ref)) await addReference(ref, null, words);
@@ -52,9 +53,6 @@ export async function restore(models) {
     state.view = kept.view;
     emit("view");
   }
-  // A busy engine may take a while to name them.
-  await models;
-  set(document.getElementById("model"));
 }
 
 function exists(handle) {

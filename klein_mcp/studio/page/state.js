@@ -20,10 +20,15 @@ export const state = {
   /** Whether the person looks at an image while a call of this page runs. */
   aside: false,
   engine: null,
+  /** The model that was chosen, "" for the best installed. */
+  model: "",
   /** Whether the server answers. */
   connected: true,
   error: "",
 };
+
+/** What is known of the model that would be used: its examples and how many references it takes. */
+export const modelOf = () => state.engine?.models.find((each) => each.name === state.model) ?? state.engine;
 
 const listeners = new Map();
 

@@ -1,12 +1,12 @@
 // The middle of the page: the image, what can be done with it, the next edit, and its family.
 
 import { addReference, again, copy, download, fail, open, pick, recipeOf, run, save, stop } from "./actions.js";
-import { button, fill, h, icon } from "./dom.js";
+import { button, clip, fill, h, icon, placeNotes } from "./dom.js";
 import { named, nameOf } from "./focus.js";
 import { fractionOf, jobOf, shownCall, statusWords } from "./jobs.js";
 import { lineage } from "./lineage.js";
 import { Mask } from "./mask.js";
-import { on, state } from "./state.js";
+import { emit, modelOf, on, state } from "./state.js";
 import { Zoom } from "./zoom.js";
 
 let nodes, zoom, mask, before, shown;
@@ -32,13 +32,15 @@ export function createViewer(root) {
     button("Larger", null, () => zoom.by(1.5), { class: "mark", "data-mark": "+" }),
     button("Fit", "fit", () => zoom.fit(), { class: "only-icon" }),
   );
-  root.append(nodes.error, nodes.sheet, h("div", { class: "around" }, nodes.stage, nodes.zoom), nodes.tools, nodes.edit, nodes.family);
+  const around = h("div", { class: "around" }, nodes.stage);
+  root.append(nodes.error, nodes.sheet, around, nodes.tools, h("div", { class: "foot" }, nodes.edit, nodes.zoom), nodes.family);
+  new ResizeObserver(placeNotes).observe(around);
   zoom = new Zoom(nodes.stage, {
     wheel: state.bridge.kind === "web",
     changed: (percent) => (nodes.level.textContent = `${percent} %`),
   });
   on("image view", render);
-  on("jobs engine", renderStage);
+  on("jobs engine model", renderStage);
   on("shown", () => {
     if (matchMedia("(max-width: 760px)").matches) nodes.stage.parentElement.scrollIntoView({ block: "start" });
   });
@@ -52,7 +54,6 @@ export function createViewer(root) {
 
 function render() {
   if (shown !== state.image?.image) [shown, mask, before] = [state.image?.image, null, null];
-  if (state.tool !== "mask") mask = null;
   renderError();
   renderSheet();
   renderStage();
@@ -71,7 +72,7 @@ function renderInert() {
     resume = nameOf(held);
     nodes.stage.focus({ preventScroll: true });
   }
-  nodes.tools.inert = nodes.edit.inert = off;
+  nodes.tools.inert = nodes.edit.inert = nodes.zoom.inert = off;
   if (off || !resume) return;
   // Back to the control that was used, unless the person went elsewhere. On a phone the keys would hide the image.
   const waiting = held === nodes.stage || held === document.body;
@@ -108,7 +109,7 @@ async function renderStage() {
   const call = shownCall();
   const { image } = state;
   nodes.stage.classList.toggle("empty", !call && !image);
-  nodes.zoom.hidden = !image || Boolean(call);
+  nodes.zoom.hidden = !image;
   renderInert();
   if (call) return renderJob(call);
   if (!image) return renderEmpty();
@@ -127,7 +128,7 @@ async function renderStage() {
   const [width, height] = [image.width || 1, image.height || 1];
   fitStage(frame, width, height);
   zoom.enabled = state.tool !== "mask";
-  if (state.tool === "mask") startMask(frame, width, height);
+  if (state.tool === "mask" || (state.tool === "look" && mask)) showMask(frame, width, height);
   if (state.tool === "compare") await showCompare(frame);
   if (state.tool === "changes") await showLayer(frame, `klein://images/${image.image}/changes`, "changes");
   if (!state.bridge.can.read) return;
@@ -181,19 +182,20 @@ function fitStage(frame, width, height) {
 }
 
 function renderEmpty() {
-  const key = `empty/${state.engine?.auto}`;
+  const words = modelOf()?.examples ?? [];
+  const key = `empty/${words}`;
   if (nodes.stage.shown === key && !nodes.stage.working) return;
   nodes.stage.shown = key;
   nodes.stage.working = null;
-  const examples = (state.engine?.examples ?? []).map((words) =>
-    button(words, null, () => {
+  const examples = words.map((example) =>
+    button(example, null, () => {
       const prompt = document.getElementById("prompt");
-      prompt.value = words;
+      prompt.value = example;
       prompt.focus();
     }),
   );
-  const words = state.card ? "The image appears here." : "Describe an image and press Generate, or drop an image to change it.";
-  fill(nodes.stage, h("div", { class: "welcome" }, h("p", {}, words), !state.card && examples));
+  const greeting = state.card ? "The image appears here." : "Describe an image and press Generate, or drop an image to change it.";
+  fill(nodes.stage, h("div", { class: "welcome" }, h("p", {}, greeting), !state.card && examples));
 }
 
 // -- compare, changes, mask -----------------------------------------------------------------------------------------
@@ -230,6 +232,7 @@ async function showCompare(frame) {
   slide(50);
   const label = (words, side) => h("span", { class: `tag ${side}` }, words);
   frame.append(old, h("span", { class: "divider" }), label("Before", "left"), label("After", "right"), slider);
+  if (choices.find((card) => card.image === before)?.alpha) frame.classList.add("checker");
   old.src = await state.bridge.image(before);
 }
 
@@ -243,8 +246,10 @@ async function showLayer(frame, uri, className) {
   }
 }
 
-function startMask(frame, width, height) {
+/** Show the mask: to draw on it, or what counts for the next edit. */
+function showMask(frame, width, height) {
   mask ??= new Mask(width, height, renderEditWords);
+  mask.canvas.inert = state.tool !== "mask";
   frame.append(mask.canvas, mask.ring);
   mask.draw();
 }
@@ -253,11 +258,14 @@ function startMask(frame, width, height) {
 
 function setTool(tool) {
   state.tool = state.tool === tool ? "look" : tool;
-  mask = null;
+  if (mask?.empty) mask = null;
   renderStage();
   renderTools();
   renderEdit();
-  if (state.tool === "mask") mask.canvas.focus({ preventScroll: true });
+  if (state.tool === "mask") {
+    emit("shown");
+    mask.canvas.focus({ preventScroll: true });
+  }
 }
 
 function renderTools() {
@@ -277,7 +285,7 @@ function renderTools() {
     recipe && button("New seed", "again", () => again(1)),
     recipe && button("Variations", "more", () => again(4)),
     bridge.can.call && !image.alpha && button("Cut out", "cut", cutOut),
-    !state.card && bridge.can.call && button("Use in prompt", "add", () => addReference(image.image, null, image.prompt)),
+    !state.card && bridge.can.call && button("Use in prompt", "add", useInPrompt),
     bridge.can.call && button("Pick", "pick", () => pick({ image: image.image })),
     state.card && bridge.can.download && button("Download", "save", () => download(image.image)),
     state.card && bridge.can.call && button("Save", "folder", () => save(image.image)),
@@ -291,11 +299,17 @@ function renderTools() {
     h(
       "select",
       { onchange: (event) => ((before = event.target.value), (nodes.stage.shown = ""), renderStage()) },
-      choices.map((card) => h("option", { value: card.image }, `${card.image} ${card.prompt || card.source || ""}`.slice(0, 48))),
+      choices.map((card) => h("option", { value: card.image }, clip(`${card.image} ${card.prompt || card.source || ""}`, 48))),
     ),
   );
   const bar = h("div", { class: "bar actions", role: "group", "aria-label": "Image actions" }, actions);
   fill(nodes.tools, tool === "compare" && choices.length > 1 && choose, bar);
+}
+
+async function useInPrompt() {
+  const { image } = state;
+  await addReference(image.image, null, image.prompt || image.source);
+  document.getElementById("prompt").focus();
 }
 
 function cutOut() {
@@ -314,7 +328,7 @@ function renderEdit() {
     type: "text",
     value: begun ?? "",
     required: true,
-    maxlength: 4000,
+    dir: "auto",
     autocomplete: "off",
     "aria-label": "What should change",
     placeholder: "What should change? make the background pink",

@@ -1,0 +1,55 @@
+"""Back and Forward lead through images and views, and every image has an address."""
+
+from typing import Any
+
+import pytest
+
+from tests.browser.conftest import Open
+from tests.browser.person import generate, shown
+
+pytestmark = [pytest.mark.browser, pytest.mark.anyio]
+
+
+async def shows(page: Any, handle: str) -> None:
+    await page.wait_for_function(
+        "handle => (document.querySelector('#details dd')?.textContent ?? '').startsWith(handle)"
+        " && !document.getElementById('create').hidden",
+        arg=handle,
+    )
+
+
+async def test_back_and_forward_lead_through_images_and_views(open_page: Open) -> None:
+    page = await open_page()
+    first = await generate(page, "a red apple on a blue background", seed=1)
+    second = await generate(page, "a red apple on a blue background", seed=2)
+    await page.get_by_role("button", name="Library", exact=True).click()
+    assert page.url.endswith("/studio#library")
+    await page.go_back()
+    await shows(page, second)
+    await page.go_back()
+    await shows(page, first)
+    assert page.url.endswith(f"/studio#{first}")
+    await page.go_back()
+    await page.locator(".welcome").wait_for()
+    await page.go_forward()
+    await page.go_forward()
+    await shows(page, second)
+    await page.go_forward()
+    await page.locator("#library").wait_for()
+    await page.reload()
+    await page.locator("#library li").first.wait_for()
+    await page.go_back()
+    await shows(page, second)
+
+
+async def test_address_of_an_image_opens_it_in_a_new_tab(open_page: Open) -> None:
+    page = await open_page()
+    handle = await generate(page, "a red apple on a blue background", seed=1)
+    other = await page.context.new_page()
+    await other.goto(page.url)
+    await other.wait_for_function(
+        "handle => document.querySelector('#details dd')?.textContent.startsWith(handle)", arg=handle
+    )
+    assert await shown(other) == handle
+    await other.goto(page.url.split("#")[0] + "#zzzzzz")
+    await other.get_by_role("alert").get_by_text("zzzzzz").wait_for()
