@@ -20,7 +20,7 @@ _DEEPEST = 8
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("target", metavar="FILE or HANDLE")
+    parser.add_argument("target", metavar="FILE or HANDLE", help="an image file, or an image of the library")
 
 
 def run(settings: Settings, arguments: argparse.Namespace) -> int:

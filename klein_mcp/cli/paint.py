@@ -44,17 +44,17 @@ class PaintOptions:
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("prompt", metavar="PROMPT")
+    parser.add_argument("prompt", metavar="PROMPT", help="what the image shows, or what to change in a reference")
     parser.add_argument("--ref", type=Path, action="append", default=[], metavar="IMG", help="a reference; repeatable")
     parser.add_argument("--model", metavar="M", help="a variant, a folder or a file; default: auto")
     parser.add_argument("--seed", type=int, metavar="N", help="default: a random one, which is printed")
     parser.add_argument(
         "--size", type=image_size, metavar="WxH", help="default: the first reference's, else the model's own"
     )
-    parser.add_argument("--steps", type=int, metavar="N")
-    parser.add_argument("--guidance", type=float, metavar="G")
+    parser.add_argument("--steps", type=int, metavar="N", help="default: the model's own")
+    parser.add_argument("--guidance", type=float, metavar="G", help="default: the model's own")
     parser.add_argument("--device", metavar="D", help="cpu, cuda or mps")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"))
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: what the device does best")
     parser.add_argument("--quant", choices=("fp8", "nvfp4"), help="format of the weights in memory")
     parser.add_argument("--variant", metavar="V", help="which klein a single file is, if it cannot tell")
     parser.add_argument("--lora", action="append", default=[], metavar="L[:scale]", help="repeatable")

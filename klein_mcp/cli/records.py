@@ -55,9 +55,13 @@ def describe_record(store: Store, record: Record) -> dict[str, Any]:
 
 
 def _path(store: Store, record: Record) -> str | None:
-    """Return the path of its file, None if it is missing."""
+    """Return the path of its file, None if it is missing.
+
+    An image that was in a result has a readable name.
+    """
     try:
-        return str(store.path(record))
+        file, readable = store.path(record), store.files.short_path(record.handle)
+        return str(readable if readable.exists() else file)
     except UnknownImage:
         return None
 

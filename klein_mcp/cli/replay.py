@@ -12,7 +12,7 @@ from klein_mcp.settings import Settings
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("handle", metavar="HANDLE")
+    parser.add_argument("handle", metavar="HANDLE", help="an image of the library, see klein-mcp list")
     parser.add_argument("--onto", metavar="IMG", help="another image at the root of its history: a file or a handle")
     parser.add_argument("--seed", type=int, metavar="N", help="another seed; default: each image's own")
 

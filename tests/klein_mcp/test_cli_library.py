@@ -161,6 +161,8 @@ async def test_list_shows_images_with_their_parents(
     assert "← " + " ".join(history[3]["parents"]) in lines[0]
     list_images(settings, search="two", as_json=True)
     assert [item["image"] for item in printed_json(capsys)] == [history[1]["image"]]
+    info(settings, history[1]["image"], as_json=True)
+    assert printed_json(capsys)["path"] == history[1]["path"]  # the name that results give, not that of the content
     list_images(settings, search="nothing like it")
     assert "no images with 'nothing like it'" in capsys.readouterr().out
 

@@ -137,6 +137,12 @@ async def test_loosely_typed_arguments_are_understood(client: Client, painter: F
     await call(client, "generate_image", prompt="a dot", width="128", height="96", seed="5", count="1", show=None)
     await call(client, "edit_image", image="last", prompt="x", region="[0, 0, 32, 32]")
     assert (painter.jobs[0].size, painter.jobs[0].seed) == (Exact(128, 96), 5)
+    # A list of one, an earlier result, the address of its link.
+    seen = await call(client, "view_image", image=["last"])
+    assert (await call(client, "view_image", image={"image": seen["image"], "seed": "5"}))["image"] == seen["image"]
+    both = [{"uri": f"klein://images/{seen['image']}"}, ["last~1"]]
+    await call(client, "compose_references", images=both, prompt="image 1 beside image 2")
+    assert len(painter.jobs[-1].references) == 2
 
 
 async def test_largest_seed_arrives_exactly(client: Client, painter: FakeExecutor):

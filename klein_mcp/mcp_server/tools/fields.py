@@ -18,7 +18,15 @@ from pydantic_core import PydanticCustomError
 from engine.families.klein.variants import VARIANTS
 from klein_mcp.errors import DESCRIBED
 from klein_mcp.limits import EXACT, MAX_SEED, MAX_SIDE, MIN_SIDE
-from klein_mcp.mcp_server.tools.leniency import as_choice, as_list, as_number, from_json_list, is_placeholder
+from klein_mcp.mcp_server.tools.leniency import (
+    as_choice,
+    as_list,
+    as_number,
+    as_reference,
+    as_references,
+    from_json_list,
+    is_placeholder,
+)
 
 MAX_PROMPT = 4000
 """Characters; klein reads 512 tokens, about 2,000 characters of English."""
@@ -104,6 +112,7 @@ ImageRef = Annotated[
     str,
     StringConstraints(strip_whitespace=True, min_length=1),
     Field(description="A handle (k7f3q2), last, last~1, A to D of the last sheet, or a path."),
+    BeforeValidator(as_reference),
 ]
 Images = Annotated[
     list[Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]],
@@ -112,7 +121,7 @@ Images = Annotated[
         max_length=MAX_REFERENCES,
         description="References in order: handles, last, last~1, or paths.",
     ),
-    BeforeValidator(as_list),
+    BeforeValidator(as_references),
 ]
 Again = Annotated[str, Field(min_length=1, description="Not prompt: this image's recipe, at another size or model.")]
 Replay = Annotated[str, Field(min_length=1, description="Not prompt: all edits that led to this image.")]

@@ -64,6 +64,21 @@ def as_list(value: Any) -> Any:
     return [value]
 
 
+def as_reference(value: Any) -> Any:
+    """Read an image from a list of one, or an earlier result."""
+    if isinstance(value, list) and len(value) == 1:
+        value = value[0]
+    if isinstance(value, Mapping):
+        value = next((value[name] for name in ("image", "handle", "uri") if isinstance(value.get(name), str)), value)
+    return value
+
+
+def as_references(value: Any) -> Any:
+    """Read a list of images."""
+    value = as_list(value)
+    return [*map(as_reference, value)] if isinstance(value, list) and len(value) <= MOST_ITEMS else value
+
+
 def from_json_list(value: Any) -> Any:
     """Read a list from JSON text alone, as prompts hold commas."""
     return as_list(value) if isinstance(value, str) and value.lstrip().startswith("[") else value
