@@ -227,7 +227,7 @@ PLACEHOLDERS = {"aspect_ratio": "", "width": 0, "height": "0", "seed": -1, "mode
 async def test_placeholders_of_optional_arguments_mean_nothing(client: Client, painter: FakeExecutor):
     await call(client, "generate_image", prompt="a dot", **PLACEHOLDERS)
     assert painter.jobs[0].size == Native()
-    await call(client, "edit_image", image="last", prompt="x", mask="", region=[], seed="-1")
+    await call(client, "edit_image", image="last", prompt="x", mask="", region=[], seed="-1", background="Auto")
     assert painter.jobs[1].size == KeepSource()
 
 
@@ -248,7 +248,8 @@ async def test_arguments_that_clients_add_are_ignored_with_a_warning(client: Cli
 async def test_common_spellings_are_understood(client: Client, painter: FakeExecutor):
     await call(client, "generate_image", prompt="a dot", aspect_ratio="16x9 ", model="Nano", show="Inline")
     assert painter.jobs[0].size == Aspect(16, 9)
-    await call(client, "compose_references", images="last, last~0", prompt="x")
+    await call(client, "compose_references", images="last, last~0", prompt="x", aspect_ratio="auto", count="1")
+    await call(client, "view_image", image="last", max_size="64 px")
     assert len(painter.jobs[1].references) == 2
     await call(client, "edit_image", image="last", prompt="x", region={"x": 0, "y": 0, "width": 16, "height": 16})
 

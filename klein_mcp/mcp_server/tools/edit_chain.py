@@ -161,7 +161,8 @@ def _render(service: Service, call: CallContext, chain: Chain, mode: str) -> Cal
 
 def _step(image: SavedImage) -> dict[str, Any]:
     read_as = {"read_as": one_line(image.read_as)} if image.read_as else {}
-    return {"image": image.handle, "changed": image.changed, **read_as}
+    changed = {"changed": image.changed} if image.changed else {}
+    return {"image": image.handle, **changed, **read_as}
 
 
 def _filmstrip(service: Service, handles: list[str]) -> ContentBlock:

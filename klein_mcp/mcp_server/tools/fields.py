@@ -37,8 +37,10 @@ MAX_PATH = 2000
 COUNTED_BACK = (" last, last~1, A to D of the last sheet,", " last, last~1,")
 """Parts of descriptions that offer references which count back from a client's latest image."""
 
-NOTHING = {"seed": -1, "width": 0, "height": 0, "max_size": 0, "size": 0}
-"""Numbers for "nothing", by models that must fill in every argument. -1 is a random seed in other tools."""
+NOTHING = {"seed": -1, "width": 0, "height": 0, "max_size": 0, "size": 0, "aspect_ratio": "auto", "background": "auto"}
+"""Values for "nothing", by models that must fill in every argument.
+
+-1 is a random seed in other tools, and "auto" OpenAI's word for what the model decides."""
 
 MAX_REFERENCES = max(row.max_references for row in VARIANTS.values())
 
@@ -56,8 +58,14 @@ class Arguments(BaseModel):
         field = cls.model_fields[name]
         if field.is_required():
             return value
-        nothing = is_placeholder(value) or (name in NOTHING and as_number(value) == NOTHING[name])
+        nothing = is_placeholder(value) or (name in NOTHING and _plain(value) == NOTHING[name])
         return field.default if nothing else value
+
+
+def _plain(value: Any) -> Any:
+    """Read a number, or a word in any letter case."""
+    number = as_number(value)
+    return number.strip().lower() if isinstance(number, str) else number
 
 
 def _seed(value: Any) -> Any:
@@ -145,7 +153,9 @@ Aspect = Annotated[
     Field(description="Shape at the model's best size."),
     BeforeValidator(lambda value: as_choice(value, get_args(AspectRatio))),
 ]
-Count = Annotated[int, Field(ge=1, le=4, description="Number of images; the seed counts up.")]
+Count = Annotated[
+    int, Field(ge=1, le=4, description="Number of images; the seed counts up."), BeforeValidator(as_number)
+]
 Seed = Annotated[
     int,
     Field(
@@ -202,13 +212,17 @@ SaveFormat = Annotated[
     Field(description="Default: by the path, else png."),
     BeforeValidator(lambda value: as_choice(value, get_args(FileFormat))),
 ]
-SaveSize = Annotated[int, Field(ge=16, le=8192, description="Shrink to this long edge.")]
+SaveSize = Annotated[int, Field(ge=16, le=8192, description="Shrink to this long edge."), BeforeValidator(as_number)]
 Strip = Annotated[bool, Field(description="Leave out how it was made.")]
 Overwrite = Annotated[bool, Field(description="Replace a file that exists.")]
-ViewSize = Annotated[int, Field(ge=64, le=1568, description="Long edge of what you see, in pixels.")]
+ViewSize = Annotated[
+    int, Field(ge=64, le=1568, description="Long edge of what you see, in pixels."), BeforeValidator(as_number)
+]
 CompareWith = Annotated[str, Field(min_length=1, description="Another image: shows both and their difference.")]
 HistoryOf = Annotated[str, Field(min_length=1, description="Its ancestors, oldest first, and their branches.")]
-SaveExact = Annotated[int, Field(ge=16, le=8192, description="Long edge to enlarge or shrink to.")]
-Limit = Annotated[int, Field(ge=1, le=100, description="Entries per page.")]
+SaveExact = Annotated[
+    int, Field(ge=16, le=8192, description="Long edge to enlarge or shrink to."), BeforeValidator(as_number)
+]
+Limit = Annotated[int, Field(ge=1, le=100, description="Entries per page."), BeforeValidator(as_number)]
 Search = Annotated[str, Field(max_length=200, description="Words in the prompt, or part of a path.")]
 Cursor = Annotated[str, Field(max_length=40, description='The "next" of the previous page.')]
