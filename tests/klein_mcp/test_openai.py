@@ -277,8 +277,9 @@ def test_stream_brings_partials_that_come_closer_to_the_image(client: OpenAI, ki
 
 
 def test_stream_without_partials_is_one_event(client: OpenAI):
-    (only,) = events(client.images.generate(prompt=PROMPT, stream=True))
+    (only,) = events(client.images.generate(prompt=PROMPT, stream=True, size="150x128"))
     assert only.type == "image_generation.completed"
+    assert "150×128 was rounded to 144×128: sides are multiples of 16" in only.warnings
 
 
 def test_stream_of_two_images_ends_each_with_its_own_event(client: OpenAI):

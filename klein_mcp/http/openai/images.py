@@ -161,6 +161,8 @@ class OpenAiImageRoute:
                             partials, latest_step = partials + 1, step
                         case ImageSaved(saved=saved):
                             item, size = await self._item(call, saved, request), (saved.width, saved.height)
+                            if warnings := [*saved.warnings, *prepared.request.warnings]:
+                                item["warnings"] = warnings
                             usage = payloads.usage(call.prompt, prepared.references, [size])
                             made = _as_made(call, [saved])
                             await stream.event(payloads.completed_event(self._operation, made, item, size, usage))
