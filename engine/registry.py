@@ -87,6 +87,7 @@ class ModelRegistry(ModelSearch):
     ) -> Checkpoint:
         """Resolve a variant's name, a diffusers folder, or a single file.
 
+        A folder or file among the installed models may be given by its own name, a file also without its ending.
         variant: the klein that the user says the files are, where they cannot tell. quant: the format that is preferred
         where a variant is installed in several. prefer: tells which of several should be taken, such as one that fits.
         Of a variant's files the first that is complete is taken. Raises ModelNotFound or BadWeights.
@@ -102,7 +103,24 @@ class ModelRegistry(ModelSearch):
             if row is not None and checkpoint.transformer.is_file():
                 self.answers.remember(checkpoint.transformer, variant=row.name)
             return checkpoint
-        raise identify.unknown_name(model, "or give the path of a folder or file.")
+        return self._checkpoint(self._path_of(model), row)
+
+    def _path_of(self, name: str) -> Path:
+        """Return the file or folder of this name. Raises ModelNotFound or BadWeights."""
+
+        def is_meant(path: Path) -> bool:
+            return name == path.name or (name == path.stem and path.is_file())
+
+        found = list(dict.fromkeys(model.path for model in self.installed_models() if is_meant(model.path)))
+        if len(found) > 1:
+            places = ", ".join(str(path) for path in found)
+            raise ModelNotFound(f"There are {len(found)} models {name!r}: {places}.", hint="Give the path of one.")
+        if found:
+            return found[0]
+        for unusable in self.unusable_models():
+            if is_meant(unusable.path):
+                raise unusable.error
+        raise identify.unknown_name(name, "or give a folder or file: its path, or its name where models lists it.")
 
     def checkpoint(self, model: InstalledModel) -> Checkpoint:
         """Return the files of an installed model. Raises BadWeights."""

@@ -141,7 +141,11 @@ class Settings:
         default_factory=default_home,
         metadata={"parse": _path, "doc": "Folder of the image library, the configuration and the engine's address."},
     )
-    model: str = _setting("auto", _text, "Default model: a variant, a folder, a file, or auto.")
+    model: str = _setting(
+        "auto",
+        _text,
+        "Default model: a variant, a folder, a file (its path, or its name as `klein-mcp models` lists it), or auto.",
+    )
     variant: str = _setting("", _text, "Which klein a single file is, if neither its name nor its hash shows it.")
     encoder: str = _setting("", _text, "Text encoder of single files: name or path. Unset: the best that suits.")
     vae: str = _setting("", _text, "Autoencoder of single files: name or path. Unset: the best that suits.")
@@ -350,6 +354,8 @@ def _from_file(path: Path) -> dict[str, Any]:
         data = tomllib.loads(read_private_text(path))
     except FileNotFoundError:
         return {}
+    except tomllib.TOMLDecodeError as exc:
+        raise SettingsError(f'{path} cannot be read: {exc}. Text needs quotes: model = "klein-4b".') from None
     except (OSError, ValueError) as exc:
         raise SettingsError(f"{path} cannot be read: {getattr(exc, 'strerror', None) or exc}.") from None
     except RecursionError:
@@ -357,8 +363,10 @@ def _from_file(path: Path) -> dict[str, Any]:
     known = {item.name: item.metadata["parse"] for item in fields(Settings) if item.name != "home"}
     for name in data:
         if name not in known:
-            near = difflib.get_close_matches(name, known, 1)
+            near = difflib.get_close_matches(name.lower().removeprefix("klein_"), known, 1)
             suggestion = f" Did you mean {near[0]}?" if near else ""
+            if isinstance(data[name], dict):
+                suggestion = " Settings stand at the top of the file, below no [table]."
             raise SettingsError(f"{path} sets {name}, which is no setting.{suggestion}")
     return {name: _from_toml(f"{name} in {path}", value, known[name]) for name, value in data.items()}
 

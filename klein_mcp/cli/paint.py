@@ -46,7 +46,7 @@ class PaintOptions:
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("prompt", metavar="PROMPT", help="what the image shows, or what to change in a reference")
     parser.add_argument("--ref", type=Path, action="append", default=[], metavar="IMG", help="a reference; repeatable")
-    parser.add_argument("--model", metavar="M", help="a variant, a folder or a file; default: auto")
+    parser.add_argument("--model", metavar="M", help="a variant, a folder or a file, by path or name; default: auto")
     parser.add_argument("--seed", type=int, metavar="N", help="default: a random one, which is printed")
     parser.add_argument(
         "--size", type=image_size, metavar="WxH", help="default: the first reference's, else the model's own"

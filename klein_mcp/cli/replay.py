@@ -45,6 +45,7 @@ async def _replay(settings: Settings, handle: str, onto: str | None, seed: int |
 
             made = await replay(service, handle, CallContext("replay", progress=show_progress), onto=onto, seed=seed)
         facts = [describe_record(service.store, service.store.get(image.handle)) for image in made]
+        path = service.store.readable_path(service.store.get(made[-1].handle))
         different = changed_weights(steps, made)
     finally:
         await jobs.aclose()
@@ -54,7 +55,7 @@ async def _replay(settings: Settings, handle: str, onto: str | None, seed: int |
     else:
         for old, new in zip(steps, facts, strict=True):
             print(f"{old.handle} → {new['image']}  {one_line(strip_control_chars(str(new['prompt'])), 60)}")
-        print(facts[-1]["path"])
+        print(path)
     if different:
         print(f"generated with other weights than the first time: {', '.join(different)}", file=sys.stderr)
     return 0

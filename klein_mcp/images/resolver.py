@@ -161,7 +161,7 @@ class ImageResolver:
         if record is None:
             which = "last" if back == 0 else f"last~{back}"
             raise UnknownImage(
-                f"There is no {which}: this client has not generated {'anything' if back == 0 else 'so many'} yet.",
+                f"There is no {which}: this client has {'no image' if back == 0 else 'fewer images'} in the library.",
                 hint="Generate one, wait_for_job for one that is being made, or name a handle; list_images shows them.",
             )
         return record

@@ -115,6 +115,16 @@ def test_full_precision_comes_first_unless_a_format_is_requested(
     assert registry.resolve("klein-4b").transformer == place / "transformer"
     assert registry.resolve("klein-4b", quant="fp8").transformer == file
     assert registry.resolve("klein-4b", quant="nvfp4").transformer == place / "transformer"
+    for name in (file.name, file.stem):
+        assert registry.resolve(name).transformer == file
+    copy = tmp_path / "unet" / file.name
+    copy.parent.mkdir()
+    copy.hardlink_to(file)
+    with pytest.raises(ModelNotFound, match=f"2 models '{file.stem}'"):
+        ModelRegistry((tmp_path,)).resolve(file.stem)
+    (tmp_path / "flux-2-klein-4b-broken.safetensors").write_bytes(b"junk")
+    with pytest.raises(BadWeights, match="is not a whole safetensors file"):
+        ModelRegistry((tmp_path,)).resolve("flux-2-klein-4b-broken")
 
 
 def test_comfyui_folders_are_identified_by_content(

@@ -53,9 +53,15 @@ def test_bad_value_is_named_with_the_allowed_ones(tmp_path: Path, name: str, val
 
 
 def test_unknown_key_in_the_file_is_an_error_with_a_suggestion(tmp_path: Path):
-    (tmp_path / "config.toml").write_text("queue_siez = 3\n")
-    with pytest.raises(SettingsError, match=r"Did you mean queue_size\?"):
-        load(tmp_path)
+    for text, suggestion in {
+        "queue_siez = 3": r"Did you mean queue_size\?",
+        'KLEIN_MODEL = "nano"': r"Did you mean model\?",
+        '[klein]\nmodel = "nano"': r"below no \[table\]",
+        "model = nano": 'Text needs quotes: model = "klein-4b"',
+    }.items():
+        (tmp_path / "config.toml").write_text(text)
+        with pytest.raises(SettingsError, match=suggestion):
+            load(tmp_path)
 
 
 def test_file_that_is_no_toml_is_named(tmp_path: Path):
