@@ -8,6 +8,12 @@ ALPHABET = "23456789abcdefghjkmnpqrstvwxyz"  # no 0/o, 1/i/l, u: a handle is rea
 HANDLE_LENGTH = 6
 
 
+MEASURED = frozenset({"ms", "cache", "changed", "alpha", "read_as", "painted"})
+"""Parts of a recipe that no file holds: they are of one run, or of the very pixels that the library keeps.
+
+A JPEG or a smaller copy has others, so that "kept" would be untrue of it."""
+
+
 @dataclass(frozen=True, slots=True)
 class Record:
     """One image of the library.
@@ -42,7 +48,7 @@ class Record:
         """Return the provenance in its file, None for a foreign image."""
         if self.tool == "open":
             return self.recipe.get("made")
-        return {name: value for name, value in self.recipe.items() if name not in ("ms", "cache")}
+        return {name: value for name, value in self.recipe.items() if name not in MEASURED}
 
 
 SHEET_SECONDS = 900.0

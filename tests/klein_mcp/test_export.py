@@ -67,12 +67,19 @@ async def test_every_format_tells_how_it_was_made(client: Client, project: Path,
     assert kind == IPTC + "trainedAlgorithmicMedia"
 
 
-async def test_edit_is_called_composite(client: Client, project: Path):
+async def test_edit_is_called_composite_in_every_format(client: Client, project: Path):
     await painted(client)
     await call(client, "edit_image", image="last", prompt="x")
-    await call(client, "save_image", image="last", path=str(project / "edit.webp"))
-    with Image.open(project / "edit.webp") as opened:
-        assert (IPTC + "compositeWithTrainedAlgorithmicMedia").encode() in opened.info["xmp"]
+    recipes = []
+    for name in ("edit.png", "edit.webp"):
+        await call(client, "save_image", image="last", path=str(project / name))
+        with Image.open(project / name) as opened:
+            packet = opened.info.get("xmp") or opened.info["XML:com.adobe.xmp"].encode()
+            recipes.append(provenance.read(opened))
+        assert (IPTC + "compositeWithTrainedAlgorithmicMedia").encode() in packet
+    # Alike in every format. What was kept is of the library's pixels, and untrue of other ones.
+    assert recipes[0] == recipes[1]
+    assert "changed" not in (recipes[0] or {"changed": None})
 
 
 @pytest.mark.parametrize("name", ["hero.png", "hero.jpg", "hero.webp"])
