@@ -131,10 +131,13 @@ async def test_library_scrolls_on_and_finds_words(open_page: Open, studio: Studi
     page = await open_page()
     await page.get_by_role("button", name="Library", exact=True).click()
     await page.wait_for_function("() => document.querySelectorAll('#library .grid li').length >= 40")
-    # As a person scrolls, who goes on where news of an image put the list back to its first page.
-    await page.wait_for_function(
-        """() => { document.querySelector('#library').scrollTo(0, 1e6);
-        return document.querySelectorAll('#library .grid li').length >= 55; }"""
-    )
+    await page.evaluate("document.querySelector('#library').scrollTo(0, 1e6)")
+    await page.wait_for_function("() => document.querySelectorAll('#library .grid li').length >= 55")
+    # News of an image takes nobody back to the first page.
+    depth = await page.evaluate("document.querySelector('#library').scrollTop")
+    handle = await generate(await open_page(), "a green apple on a purple background", seed=3)
+    await page.locator(f"#library [data-key={handle}]").wait_for()
+    assert await page.locator("#library .grid li").count() >= 56
+    assert await page.evaluate("document.querySelector('#library').scrollTop") >= depth
     await page.get_by_label("Search").fill("filler 07")
     await page.wait_for_function("() => document.querySelectorAll('#library .grid li').length === 1")

@@ -50,9 +50,13 @@ export function createLibrary(root) {
 }
 
 class Library {
+  cards = [];
+  /** Where the next page begins; null at the end. */
+  cursor = null;
+  /** The words that `cards` were searched by. */
+  words = "";
   chosen = new Set();
   choosing = false;
-  words = "";
 
   constructor(root) {
     this.search = h("input", { type: "search", placeholder: "Words in the prompt", "aria-label": "Search", maxlength: 200 });
@@ -62,41 +66,46 @@ class Library {
     });
     this.bar = h("div", { class: "row end" });
     this.grid = h("ul", { class: "grid wide" });
-    this.more = button("Load more", null, () => this.load());
+    this.further = button("Load more", null, () => this.more());
     this.empty = h("p", { class: "soft centre" }, "");
-    root.append(h("div", { class: "row head" }, this.search, this.bar), this.grid, this.empty, h("div", { class: "centre" }, this.more));
-    this.observer = new IntersectionObserver(([entry]) => entry.isIntersecting && this.load());
-    this.observer.observe(this.more);
+    root.append(h("div", { class: "row head" }, this.search, this.bar), this.grid, this.empty, h("div", { class: "centre" }, this.further));
+    this.observer = new IntersectionObserver(([entry]) => entry.isIntersecting && this.more());
+    this.observer.observe(this.further);
     this.renderBar();
   }
 
+  /** Load anew as many images as were there: news must not take a person back to the beginning. */
   async refresh() {
-    this.cursor = null;
-    this.ended = false;
     this.loading = null;
-    await this.load(true);
+    await this.load([], null, this.search.value === this.words ? this.cards.length : 0);
   }
 
-  async load(fresh = false) {
-    if (this.loading || this.ended || state.view !== "library") return;
+  more() {
+    if (!this.loading && this.cursor) return this.load(this.cards, this.cursor, 0);
+  }
+
+  /** Load pages behind `cards` until there are `least` images, one page at any rate. */
+  async load(cards, cursor, least) {
+    if (state.view !== "library") return;
     const mine = (this.loading = {});
-    const query = new URLSearchParams({ limit: PAGE, search: this.search.value.trim(), cursor: this.cursor ?? "" });
+    this.words = this.search.value;
     try {
-      const page = await state.bridge.readJson(`klein://library?${query}`);
-      if (this.loading !== mine) return; // another search was begun meanwhile
-      if (fresh) this.cards = [];
-      this.cards.push(...page.images);
-      this.cursor = page.next;
-      this.ended = !page.next;
+      do {
+        const query = new URLSearchParams({ limit: PAGE, search: this.words.trim(), cursor: cursor ?? "" });
+        const page = await state.bridge.readJson(`klein://library?${query}`);
+        if (this.loading !== mine) return; // another search was begun meanwhile
+        cards = [...cards, ...page.images];
+        cursor = page.next;
+      } while (cursor && cards.length < least);
+      [this.cards, this.cursor] = [cards, cursor];
       this.render();
     } catch (error) {
-      this.ended = true;
       fail(error);
     } finally {
       if (this.loading === mine) this.loading = null;
       // Observed anew, it tells once more where the button is still in sight.
-      this.observer.unobserve(this.more);
-      this.observer.observe(this.more);
+      this.observer.unobserve(this.further);
+      this.observer.observe(this.further);
     }
   }
 
@@ -110,7 +119,7 @@ class Library {
       else tiles.push({ sheet: card.sheet, items: [item] });
     }
     fill(this.grid, tiles.flatMap(({ items }) => (items.length > 1 ? items.map((item) => (item.classList.add("drafts"), item)) : items)));
-    this.more.hidden = this.ended;
+    this.further.hidden = !this.cursor;
     this.empty.hidden = this.cards.length > 0;
     this.empty.textContent = this.search.value ? "No image has these words." : "No images yet. The first one appears here.";
   }
