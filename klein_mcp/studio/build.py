@@ -8,27 +8,27 @@ import re
 import sys
 from pathlib import Path
 
+from klein_mcp.studio.shorten import shorten_script
+
 PAGE = Path(__file__).parent / "page"
 BUILT = Path(__file__).parent / "studio.html"
 
 _IMPORT = re.compile(r'^import \{([^}]*)\} from "\./(\w+)\.js";$', re.MULTILINE)
-_QUOTED = r"""("(?:\\.|[^"\\])*"|`(?:\\.|[^`\\])*`)"""
-_SPACED_JS = re.compile(_QUOTED + r"| *([{}()\[\];,=<>?&|!:]) *")
 # A space before `[`, `(` or `:` means something in a selector.
-_SPACED_CSS = re.compile(_QUOTED + r"| *([{};,>]) *|(:) ")
+_SPACED_CSS = re.compile(r"""("(?:\\.|[^"\\])*")|\s*([{};,>])\s*|(:) """)
 _EXPORT = re.compile(r"^export (?=(?:async )?(?:function|const|class) (\w+))", re.MULTILINE)
 
 
 def build() -> str:
     """Return the page with its style and script inside."""
     html = (PAGE / "index.html").read_text(encoding="utf-8")
-    style = _shorten((PAGE / "style.css").read_text(encoding="utf-8"), _SPACED_CSS)
+    style = shorten_style((PAGE / "style.css").read_text(encoding="utf-8"))
     html = html.replace("/* style.css */", style)
     return html.replace("/* script.js */", script())
 
 
 def script() -> str:
-    """Return all modules as one script, in the order of their imports."""
+    """Return all modules as one script, in the order of imports."""
     parts: dict[str, str] = {}
 
     def add(name: str) -> None:
@@ -40,7 +40,7 @@ def script() -> str:
         parts[name] = _module(name, source)
 
     add("main")
-    return '"use strict";\n' + "\n".join(parts.values())
+    return shorten_script("\n".join(['"use strict";', *parts.values()]))
 
 
 def exports(source: str) -> list[str]:
@@ -50,24 +50,14 @@ def exports(source: str) -> list[str]:
 
 def _module(name: str, source: str) -> str:
     body = _IMPORT.sub(r"const {\1} = $\2;", source)
-    body = shorten_script(_EXPORT.sub("", body))
+    body = _EXPORT.sub("", body)
     return f"const ${name} = (() => {{\n{body}\nreturn {{ {', '.join(exports(source))} }};\n}})();"
 
 
-def shorten_script(source: str) -> str:
-    """Leave out what only readers need."""
-    return _shorten(source, _SPACED_JS)
-
-
-def _shorten(text: str, spaced: re.Pattern[str]) -> str:
-    """Leave out comments, empty lines and spaces beside punctuation.
-
-    Comments must stand on lines of their own. Strings and line breaks stay.
-    """
-    text = re.sub(r"^\s*/\*.*?\*/\s*$", "", text, flags=re.MULTILINE | re.DOTALL)
-    lines = (line.strip() for line in text.splitlines())
-    text = "\n".join(line for line in lines if line and not line.startswith("//"))
-    return spaced.sub(lambda match: match[match.lastindex or 0], text)
+def shorten_style(source: str) -> str:
+    """Leave out comments, and spaces beside punctuation."""
+    text = re.sub(r"/\*.*?\*/", "", source, flags=re.DOTALL).strip()
+    return _SPACED_CSS.sub(lambda match: match[match.lastindex or 0], text).replace(";}", "}")
 
 
 def main(argv: list[str]) -> int:

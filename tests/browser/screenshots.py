@@ -80,6 +80,7 @@ async def make(link: str, origin: str, folder: Path) -> None:
         await page.emulate_media(color_scheme="dark")
         await page.wait_for_timeout(400)
         await shoot(page, folder / "studio-mask.png")
+        await page.get_by_role("button", name="Clear").click()
         await page.get_by_role("button", name="Library", exact=True).click()
         await page.wait_for_timeout(600)
         await shoot(page, folder / "studio-library.png")

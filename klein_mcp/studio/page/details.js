@@ -17,7 +17,7 @@ const TOOLS = {
 };
 
 /** Say in a sentence how much of an image an edit changed. */
-export function changeWords(changed, partly) {
+function changeWords(changed, partly) {
   if (!changed) return null;
   const percent = 100 * changed.share;
   if (percent < 0.2) return ["Nothing visible changed", "Try other words, or name the thing to change."];

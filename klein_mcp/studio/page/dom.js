@@ -40,8 +40,6 @@ const ICONS = {
   close: "M6 6l12 12M18 6 6 18",
   trash: "M4 7h16M9 7V4h6v3M6 7l1 13h10l1-13",
   undo: "M9 8 4 12l5 5M4 12h10a6 6 0 0 1 6 6",
-  erase: "M8 20h12M4 15 14 5l6 6-9 9H8z",
-  box: "M4 5h16v14H4z",
   fit: "M4 9V4h5M20 9V4h-5M4 15v5h5M20 15v5h-5",
 };
 

@@ -9,7 +9,7 @@ const GAP = 30;
 const HEIGHT = 108;
 
 /** Place the cards: a column for each generation, a row for each leaf. The first parent is the one a card hangs from. */
-export function place(family) {
+function place(family) {
   const known = new Map(family.map((card) => [card.image, card]));
   const children = new Map(family.map((card) => [card.image, []]));
   const roots = [];

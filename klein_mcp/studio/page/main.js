@@ -32,7 +32,6 @@ function renderView() {
     if (tab.dataset.view === "create") tab.textContent = state.card ? "Image" : "Create";
   }
   document.body.classList.toggle("card", state.card);
-  document.body.classList.toggle("has-image", Boolean(state.image || state.calls.size));
   $("fullscreen").hidden = !state.bridge.can.fullscreen;
   document.querySelector("header").hidden = state.card && !state.bridge.can.read && !state.bridge.can.fullscreen;
   document.querySelector("nav").hidden = !state.bridge.can.read;
@@ -98,7 +97,6 @@ async function start() {
   $("fullscreen").addEventListener("click", () => state.bridge.fullscreen().catch(fail));
   createViewer($("viewer"));
   createDetails($("details"));
-  document.body.classList.remove("starting");
   try {
     await state.bridge.start();
   } catch (error) {

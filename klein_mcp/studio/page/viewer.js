@@ -130,7 +130,7 @@ async function renderStage() {
   zoom.enabled = state.tool !== "mask";
   if (state.tool === "mask" || (state.tool === "look" && mask)) showMask(frame, width, height);
   if (state.tool === "compare") await showCompare(frame);
-  if (state.tool === "changes") await showLayer(frame, `klein://images/${image.image}/changes`, "changes");
+  if (state.tool === "changes") await showChanges(frame);
   if (!state.bridge.can.read) return;
   try {
     const full = await state.bridge.image(image.image);
@@ -200,7 +200,7 @@ function renderEmpty() {
 
 // -- compare, changes, mask -----------------------------------------------------------------------------------------
 
-export function ancestors(image) {
+function ancestors(image) {
   const family = new Map((image.family ?? []).map((card) => [card.image, card]));
   const found = [];
   const waiting = [...(image.parents ?? [])];
@@ -236,8 +236,8 @@ async function showCompare(frame) {
   old.src = await state.bridge.image(before);
 }
 
-async function showLayer(frame, uri, className) {
-  const layer = h("img", { class: `picture ${className}`, alt: "" });
+async function showChanges(frame) {
+  const layer = h("img", { class: "picture changes", alt: "" });
   frame.append(layer);
   try {
     layer.src = await state.bridge.image(state.image.image, "changes");
