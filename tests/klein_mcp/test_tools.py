@@ -250,8 +250,13 @@ async def test_common_spellings_are_understood(client: Client, painter: FakeExec
     assert painter.jobs[0].size == Aspect(16, 9)
     await call(client, "compose_references", images="last, last~0", prompt="x", aspect_ratio="auto", count="1")
     await call(client, "view_image", image="last", max_size="64 px")
+    # As small models write a list: Python's, not JSON.
+    chain = await call(client, "edit_image", image="last", prompt="['make it red', \"don't stop\"]")
+    assert len(chain["steps"]) == 2
     assert len(painter.jobs[1].references) == 2
     await call(client, "edit_image", image="last", prompt="x", region={"x": 0, "y": 0, "width": 16, "height": 16})
+    for prompt, message in (("x" * 4001, "prompt has 4001 characters"), (["x", " "], "prompt 2 is empty")):
+        assert message in await refused(client, "edit_image", image="last", prompt=prompt)
 
 
 async def test_schemas_are_small_enough_for_grammars_and_exact_numbers(listed: list[dict[str, Any]]):

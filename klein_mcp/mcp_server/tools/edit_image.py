@@ -100,8 +100,14 @@ def _is_detailed(service: Service, record: Record) -> bool:
 
 
 def _check_prompts(prompts: list[str], count: int) -> None:
-    if not 1 <= len(prompts) <= MAX_STEPS or not all(prompt.strip() for prompt in prompts):
+    if not 1 <= len(prompts) <= MAX_STEPS:
         raise RequestError(f"prompt has {len(prompts)} entries; it takes one sentence, or 1 to {MAX_STEPS} of them.")
+    for number, prompt in enumerate(prompts, 1):
+        name = "prompt" if len(prompts) == 1 else f"prompt {number}"
+        if not prompt.strip():
+            raise RequestError(f"{name} is empty; it must be an instruction.")
+        if len(prompt) > fields.MAX_PROMPT:
+            raise RequestError(f"{name} has {len(prompt)} characters; at most {fields.MAX_PROMPT}.")
     if len(prompts) > 1 and count > 1:
         raise RequestError("A list of prompts makes one image after another.", hint="Leave out count.")
 

@@ -100,7 +100,7 @@ Prompt = Annotated[
     Field(description="What the image shows, in plain sentences."),
 ]
 EditPrompts = Annotated[
-    str | list[Annotated[str, StringConstraints(strip_whitespace=True, min_length=1, max_length=MAX_PROMPT)]],
+    str | list[Annotated[str, StringConstraints(strip_whitespace=True)]],
     WithJsonSchema(
         {
             "type": ["string", "array"],

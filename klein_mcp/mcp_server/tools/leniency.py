@@ -1,8 +1,10 @@
 """Understands arguments as clients really send them, before they are validated."""
 
+import ast
 import json
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 from klein_mcp.errors import one_line
@@ -17,6 +19,9 @@ CLIENT_ARGUMENTS = frozenset(
 
 PLACEHOLDERS = ("", "null", "None", "undefined", "[]", "{}")
 """Text for "nothing" in an optional argument, by models that must fill in all of them."""
+
+LONGEST_LITERAL = 40_000
+"""Characters that are read as Python, more than eight of the longest prompts."""
 
 MOST_ITEMS = 100
 """Items that are looked at in a list; the longest list of any tool has ten."""
@@ -53,15 +58,21 @@ def as_list(value: Any) -> Any:
     if value.count(",") > _MOST_COMMAS:
         return [value]
     if value.lstrip().startswith(("[", "{")):
-        try:
-            return as_list(json.loads(value)) if value.lstrip()[0] == "{" else json.loads(value)
-        except (ValueError, RecursionError):
-            return value
+        read = _literal(value)
+        return value if read is None else as_list(read) if value.lstrip()[0] == "{" else read
     parts = [part.strip() for part in value.split(",")]
     # A path may hold a comma; numbers and references do not.
     if all(re.fullmatch(r"-?\d+", part) or _REFERENCE.fullmatch(part) for part in parts):
         return parts
     return [value]
+
+
+def _literal(text: str) -> Any:
+    """Read JSON, or Python as small models write it."""
+    for read in (json.loads, ast.literal_eval) if len(text) <= LONGEST_LITERAL else (json.loads,):
+        with suppress(ValueError, SyntaxError, RecursionError, MemoryError):
+            return read(text.strip())
+    return None
 
 
 def as_reference(value: Any) -> Any:
