@@ -80,6 +80,19 @@ def test_words_that_would_only_distract_are_named_and_left_out(prompt: str, text
     assert named in " ".join(reading.warnings)
 
 
+def test_what_stands_behind_a_thing_that_shall_not_be_there_is_kept() -> None:
+    reading = read_prompt("a cat, no dogs and no text, on a red background", SMALL)
+    assert reading.text == "a cat, on a red background"
+    assert read_prompt("make the background blue, no other changes.", SMALL).text == "make the background blue"
+    assert read_prompt("a cat, no dogs. A red background", SMALL).text == "a cat. a red background"
+
+
+def test_emoji_are_named_as_words_that_are_not_known() -> None:
+    (warning,) = read_prompt("\N{CAT FACE}", SMALL).warnings
+    assert warning.startswith("nano does not know \N{CAT FACE};")
+    assert not read_prompt("a cat on red, 100 %", SMALL).warnings
+
+
 def test_two_changes_in_one_sentence_cause_a_warning() -> None:
     (warning,) = read_prompt("Make the background blue and add a cat", SMALL).warnings
     assert warning == "nano makes one change at a time: give a list of prompts"

@@ -5,6 +5,7 @@ A model that knows more words than could be listed gets every prompt unchanged.
 """
 
 import re
+import unicodedata
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
@@ -30,7 +31,9 @@ _WORD = re.compile(r"(?<!\d)[^\W\d_]+(?:['’-][^\W\d_]+)*")
 _SENTENCE = re.compile(r"[^.!?;\n]+[.!?;\n]*")
 _BEGINS = "|".join(re.escape(begin) for begin in CONSTRAINTS)
 _CONSTRAINT = re.compile(rf"\s*(?:please\s+|and\s+|but\s+|also\s+)*(?:no|{_BEGINS})\b", re.IGNORECASE)
-_CLAUSE = re.compile(rf"[,\s]*(?:\b(?:and|but|then)\s+)?(?:,\s*no|\b(?:{_BEGINS}))\b.*", re.IGNORECASE | re.DOTALL)
+_CLAUSE = re.compile(rf"[,\s]*(?:\b(?:and|but|then)\s+)?\b(?:{_BEGINS})\b.*", re.IGNORECASE | re.DOTALL)
+_WITHOUT = re.compile(r",\s*(?:and\s+|but\s+)?no\b[^,.;!?]*", re.IGNORECASE)
+"""What shall not be there, up to the next comma: "a logo, no text, white background"."""
 _FROM = r"the [^,.;]+? (?:from|in|of) image \d"
 _PLACED = r"(?:(?:on|to|at|in) the (?:left|right|top|bottom|middle|center)|above|below)"
 _THREE = re.compile(rf"({_FROM}), ({_FROM}),? and ({_FROM})\b(?! {_PLACED})", re.IGNORECASE)
@@ -92,8 +95,11 @@ def unknown_words(text: str, variant: Variant) -> list[str]:
 
     The list is empty if the variant lists no words.
     """
-    found = (word.lower() for word in _WORD.findall(text)) if variant.words else ()
-    return list(dict.fromkeys(word for word in found if not _is_known(word, variant)))
+    if not variant.words:
+        return []
+    words = (word.lower() for word in _WORD.findall(text))
+    emoji = (symbol for symbol in text if unicodedata.category(symbol) == "So")
+    return list(dict.fromkeys(word for word in (*words, *emoji) if not _is_known(word, variant)))
 
 
 def _plain(text: str) -> str:
@@ -113,9 +119,9 @@ def _sentences(prompt: str) -> Iterator[str]:
     for sentence in _SENTENCE.findall(prompt):
         if _CONSTRAINT.match(sentence):
             continue
-        text = _CLAUSE.sub("", sentence)
+        text = _CLAUSE.sub("", _WITHOUT.sub("", sentence))
         if text != sentence:
-            text = re.sub(r"(?:[\s,]|\b(?:and|but|with|in|on))+$", "", text) + "."
+            text = re.sub(r"(?:[\s,.;!?]|\b(?:and|but|with|in|on))+$", "", text) + "."
         if _WORD.search(text):
             left = True
             yield " ".join(text.split())
