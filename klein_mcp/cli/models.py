@@ -9,6 +9,7 @@ from typing import Any
 
 from engine.contract import ModelInfo
 from engine.families.klein.variants import EMBEDDED, VARIANTS
+from klein_mcp.cli.status import format_node
 from klein_mcp.cli.terminal import ProgressBar, strip_control_chars
 from klein_mcp.daemon.executors.local import make_engine
 from klein_mcp.errors import explain, fix_words
@@ -21,6 +22,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(settings: Settings, arguments: argparse.Namespace) -> int:
     """Raises EngineError."""
+    if settings.engine:
+        return _elsewhere(settings, json_wanted=arguments.json)
     # Most of the wait is the libraries that know the device.
     with ProgressBar("looking at this machine"):
         made = make_engine(settings)
@@ -46,6 +49,28 @@ def run(settings: Settings, arguments: argparse.Namespace) -> int:
             f" all in memory in bf16: {row.memory_gb:g} GB"
         )
     return 0
+
+
+def _elsewhere(settings: Settings, *, json_wanted: bool) -> int:
+    """List the models of the engines that KLEIN_ENGINE names: none is needed here."""
+    from klein_mcp.daemon.executors.remote import RemoteExecutor
+
+    with ProgressBar("asking the engines"):
+        status = RemoteExecutor.from_settings(settings).status()
+    there = [model for model in status.models if model.path is not None]
+    silent = [node for node in status.nodes if node.error]
+    if json_wanted:
+        installed = [{"name": model.name, "licence": model.licence, "path": model.path} for model in there]
+        not_used = [{"path": node.url, "why": node.error} for node in silent]
+        print(json.dumps({"installed": installed, "available": [], "not_used": not_used}))
+    else:
+        for node in status.nodes:
+            print(strip_control_chars(format_node(node)))
+        for model in there:
+            print(strip_control_chars(f"{model.name}: {model.licence}\n  {model.path}, on the engines' side"))
+        if not there and len(silent) < len(status.nodes):
+            print("They tell their models once one of them has made an image.")
+    return 1 if len(silent) == len(status.nodes) else 0
 
 
 def useless_places(settings: Settings, made: Any) -> Iterator[tuple[Path, str]]:

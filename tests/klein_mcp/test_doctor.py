@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from klein_mcp.cli import doctor, doctor_files
+from klein_mcp.cli import doctor, doctor_files, models
 from klein_mcp.cli.doctor_files import check_disk, check_library, check_roots, check_signer
 from klein_mcp.settings import Settings
 from tests.real_server import PATIENCE, engine_process
@@ -171,13 +171,17 @@ def test_engines_elsewhere_have_a_line_each_instead_of_models_here(
         far = replace(settings, engine=(one, two, stopped), engine_token_file=token)
         lines = list(doctor.checks(far))
         assert doctor.run(far, argparse.Namespace(json=False, repair=False)) == 0, "one engine is enough"
+        assert models.run(far, argparse.Namespace(json=False)) == 0
     engines = [line for line in lines if line.subject == "engine"]
     assert [line.found.partition(": ")[0] for line in engines] == [one, two, stopped]
     assert not engines[0].todo
     assert "another token than KLEIN_ENGINE_TOKEN_FILE" in engines[1].todo
     assert "is klein-mcp engine running there?" in engines[2].todo
     assert not {line.subject for line in lines} & {"torch", "device", "compiling", "model", "test image"}
-    assert f"todo  engine: {stopped} → " in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert f"todo  engine: {stopped} → " in printed
+    assert "They tell their models once one of them has made an image." in printed
+    assert "fits" not in printed, "this machine's memory is not asked"
 
 
 @pytest.mark.parametrize(
