@@ -52,7 +52,7 @@ def run(settings: Settings, arguments: argparse.Namespace) -> int:
 
 
 def _elsewhere(settings: Settings, *, json_wanted: bool) -> int:
-    """List the models of the engines that KLEIN_ENGINE names: none is needed here."""
+    """List the models of the engines that KLEIN_ENGINE names."""
     from klein_mcp.daemon.executors.remote import RemoteExecutor
 
     with ProgressBar("asking the engines"):

@@ -62,6 +62,12 @@ def holding(*names: str) -> Callable[[Path], Path]:
     return make
 
 
+def crowded(file: Path) -> Path:
+    header = json.dumps({str(n): {"dtype": "U8", "shape": [0], "data_offsets": [0, 0]} for n in range(20_001)})
+    file.write_bytes(struct.pack("<Q", len(header)) + header.encode())
+    return file
+
+
 def not_klein(transformer: dict[str, Tensor]) -> dict[str, tuple[Callable[[Path], Path], str]]:
     def whole(file: Path) -> Path:
         return published.write(transformer, file)
@@ -70,6 +76,7 @@ def not_klein(transformer: dict[str, Tensor]) -> dict[str, tuple[Callable[[Path]
         "cut short": (lambda file: cut(whole(file)), r"is not a whole safetensors file: .* bytes are named"),
         "nonsense": (header_of_nonsense, r"is not a whole safetensors file: its header makes no sense"),
         "endless header": (endless_header, r"is not a whole safetensors file: its header is cut short or invalid"),
+        "20,001 tensors": (crowded, r"its header makes no sense \(20,001 tensors\)"),
         "empty": (lambda file: (file.write_bytes(b""), file)[1], r"\(0 bytes\) is not a whole safetensors file"),
         "overlapping": (overlapping, r"b does not lie where its header says"),
         "GGUF": (starting(b"GGUF"), r"is not a whole GGUF file: its version is 0"),

@@ -24,17 +24,31 @@ def read_header(file: Path) -> Header:
         status = file.stat()
         if not stat.S_ISREG(status.st_mode):
             raise BadWeights(f"{file} is no regular file.")
-        return _read(file, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+        found = _read(file, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
     except PermissionError:
         raise BadWeights(
             f"{file} may not be read by this user.", hint="Change its permissions (chmod u+r) or its owner."
         ) from None
     except OSError as error:
         raise BadWeights(f"{file} cannot be read: {error.strerror}.", hint="Download it again.") from None
+    if isinstance(found, BadWeights):
+        raise BadWeights(found.message, hint=found.hint, fix=found.fix)
+    return found
 
 
 @lru_cache(maxsize=256)
-def _read(file: Path, size: int, modified: int, changed: int) -> Header:
+def _read(file: Path, size: int, modified: int, changed: int) -> Header | BadWeights:
+    """Return the header, or why it is refused.
+
+    Both are kept: each model in a folder asks about every file there.
+    """
+    try:
+        return _read_anew(file, size)
+    except BadWeights as error:
+        return error
+
+
+def _read_anew(file: Path, size: int) -> Header:
     with file.open("rb") as stream:
         start = stream.read(64)
         stream.seek(0)
@@ -43,6 +57,8 @@ def _read(file: Path, size: int, modified: int, changed: int) -> Header:
                 return container.read(file, size, stream)
         if name := foreign_format(start):
             raise BadWeights(f"{file.name} is {name}.", hint="Get the model as safetensors or GGUF.")
+        if file.suffix.lower() in gguf.SUFFIXES:
+            raise BadWeights(f"{file.name} ({size:,} bytes) does not begin as GGUF does.", hint="Download it again.")
         return safetensors.read(file, size, stream)
 
 

@@ -33,7 +33,7 @@ TYPES: dict[int, tuple[str, int, int]] = {
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
 
-_MAX_TENSORS, _MAX_KEYS, _MAX_NAME, _MAX_DIMENSIONS = 100_000, 10_000, 1024, 4
+_MAX_TENSORS, _MAX_KEYS, _MAX_NAME, _MAX_DIMENSIONS = 20_000, 10_000, 1024, 4
 _KEPT_ITEMS = 16
 """Items of an array that are kept: a shape has a few, a tokenizer's 150,000 words are skipped."""
 _KEPT_CHARS = 4096
