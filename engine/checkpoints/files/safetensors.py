@@ -19,8 +19,8 @@ BITS = {
 _MAX_HEADER, _MAX_TENSORS = 25_000_000, 20_000
 """Bytes and tensors of a header.
 
-Every file in a folder of models is looked at, also for a call that names none. The crate allows 100 MB. A klein in nvfp4 has
-2,000 tensors, and the longest training metadata in a LoRA are a few MB.
+Every file in a folder of models is looked at, also for a call that names none. The crate allows 100 MB.
+A klein in nvfp4 has 2,000 tensors, and the longest training metadata in a LoRA are a few MB.
 """
 
 _MAX_SIDE = 2**48
