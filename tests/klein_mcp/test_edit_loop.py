@@ -125,9 +125,11 @@ async def test_ten_edits_and_a_branch_take_three_calls(agent: Client) -> None:
 async def test_chain_stops_at_the_step_that_changed_nothing(agent: Client) -> None:
     await call(agent, "generate_image", prompt="an apple on a white background", seed=7)
     prompts = ["make the background green", "remove the cat", "move the apple to the left"]
-    facts = await call(agent, "edit_image", image="last", prompt=prompts, seed=7)
+    facts = await call(agent, "edit_image", image="last", prompt=prompts, seed=7, background="transparent")
     assert len(facts["steps"]) == 2
     assert facts["warnings"][0] == 'stopped at step 2, which changed nothing visible: "remove the cat"'
+    assert facts["warnings"][1].startswith("not transparent: ")
+    assert "background" not in facts
 
 
 async def test_cat_and_rocket_are_composed_and_compared_in_four_calls(agent: Client) -> None:

@@ -70,6 +70,8 @@ async def run_chain(
         if done == len(prompts) or not chain.changed_nothing():
             return False
         chain.warnings.insert(0, f"stopped at step {done}, which changed nothing visible: {quote(prompts[done - 1])}")
+        if request.background == "transparent":
+            chain.warnings.insert(1, "not transparent: the last step would have been cut out, and was not reached")
         return True
 
     await _run(service, call, chain, steps, stop)
