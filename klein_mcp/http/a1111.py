@@ -127,6 +127,7 @@ class Queries:
                 chosen = (await read_json(request)).get("sd_model_checkpoint")
             except ApiError as exc:
                 return _error(exc.status, exc.message)
+            chosen = chosen.strip().lower() if isinstance(chosen, str) else chosen
             if chosen is not None and chosen not in (names := await self._names()):
                 return _error(404, f"There is no model {quote(chosen)}. There are {', '.join(names)}.")
             self._state.model = chosen or self._state.model
@@ -221,7 +222,8 @@ class ImageRoute:
         """Import images and mask, and request an edit or a composition."""
         width, height = _size(given)
         files = given.get("init_images") or []
-        if not isinstance(files, list) or not files:
+        files = files if isinstance(files, list) else [files]
+        if not files:
             raise ApiError(422, "init_images is empty: the image to edit.", "init_images")
         images = [await calls.import_image(self._http, _data_url(file), "init_images", call) for file in files]
         if len(images) > 1:

@@ -84,7 +84,7 @@ def test_open_webui_generates_through_the_automatic1111_engine(http: httpx2.Clie
     assert [(model["title"], model["model_name"]) for model in models] == [("auto", "auto"), ("nano", "nano")]
     options = http.get("/sdapi/v1/options", headers={"authorization": basic}).json()
     assert options["sd_model_checkpoint"] == "auto"
-    options["sd_model_checkpoint"] = "nano"
+    options["sd_model_checkpoint"] = "Nano"
     assert http.post("/sdapi/v1/options", json=options, headers={"authorization": basic}).status_code == 200
     assert http.get("/sdapi/v1/options").json()["sd_model_checkpoint"] == "nano"
     body = {"prompt": PROMPT, "batch_size": 2, "width": 512, "height": 512, "steps": 50, "negative_prompt": "fog"}
@@ -178,7 +178,7 @@ def test_a1111_edits_with_a_drawn_mask_and_an_inverse(http: httpx2.Client):
 
 def test_a1111_edits_a_data_url_at_its_own_size(http: httpx2.Client):
     photo = "data:image/png;base64," + base64.b64encode(file(scene(101, 77))).decode()
-    answer = post(http, "/sdapi/v1/img2img", {"init_images": [photo], "prompt": "make it red"})
+    answer = post(http, "/sdapi/v1/img2img", {"init_images": photo, "prompt": "make it red"})
     assert size(answer["images"][0]) == (101, 77)
 
 
