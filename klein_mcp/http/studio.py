@@ -80,9 +80,8 @@ def link(context: HttpContext, base: str) -> str:
 
 
 @lru_cache(maxsize=1)
-def policy() -> str:
+def policy(html: str) -> str:
     """Return the Content-Security-Policy: the page's own script and style, by hash."""
-    html = studio_app.page()
 
     def hashed(tag: str) -> str:
         (text,) = re.findall(rf"<{tag}>(.*?)</{tag}>", html, re.DOTALL)
@@ -103,7 +102,8 @@ def page_surface(context: HttpContext) -> Surface:
     """The page, with an explanation for people without a session."""
 
     async def page(request: Request) -> Response:
-        return HTMLResponse(studio_app.page(), headers={**HEADERS, "Content-Security-Policy": policy()})
+        html = studio_app.page()  # each time: an update may replace the file while the server runs
+        return HTMLResponse(html, headers={**HEADERS, "Content-Security-Policy": policy(html)})
 
     def refusal(status: int, message: str) -> Response:
         return HTMLResponse(_NO_SESSION, status, HEADERS)

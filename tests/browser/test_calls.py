@@ -158,3 +158,20 @@ async def test_more_calls_than_connections_leave_the_page_alive(open_page: Open,
         await page.wait_for_function("() => document.querySelector('#library .grid img')?.naturalWidth > 0")
     await page.get_by_role("button", name="Create", exact=True).click()
     await page.wait_for_function("() => document.querySelector('blockquote')?.textContent.endsWith('number 7')")
+
+
+async def test_lost_connection_loses_no_image_and_leaves_no_error(open_page: Open, server: RealServer) -> None:
+    page = await open_page(allowed=("ERR_INTERNET_DISCONNECTED",))
+    await generate(page, "a red apple on a blue background", seed=3)
+    with slow_engine(server):
+        await begin(page, "a yellow star on a grey background", 2)
+        await page.locator(".jobs li").first.wait_for()
+        await page.context.set_offline(True)
+        await page.get_by_role("button", name="Library", exact=True).click()
+        await page.locator("#model-chip").get_by_text("Not connected").wait_for()
+        await page.get_by_role("button", name="Create", exact=True).click()
+        await page.get_by_role("alert").filter(has_text="does not answer").wait_for()
+    await page.context.set_offline(False)
+    await page.wait_for_function("() => document.querySelectorAll('.sheet button').length === 2")
+    await page.locator(".error").wait_for(state="hidden")
+    assert await page.locator("#model-chip").inner_text() == "nano"

@@ -57,7 +57,7 @@ function render(root) {
     changed && h("div", { class: "changed" }, h("strong", {}, changed[0]), h("p", { class: "soft" }, changed[1])),
     image.picked && h("p", { class: "picked" }, "Picked: the agent's next “last” is this image."),
     image.prompt && h("blockquote", { dir: "auto" }, image.prompt),
-    image.prompt && h("div", {}, button("Copy", "copy", () => copy(image.prompt), { class: "small", "aria-label": "Copy prompt" })),
+    image.prompt && h("div", { class: "bar start" }, button("Copy", "copy", () => copy(image.prompt), { class: "small", "aria-label": "Copy prompt" })),
     h("h2", {}, TOOLS[image.tool] ?? "Image"),
     h("dl", {}, facts.flatMap(([name, value]) => [h("dt", {}, name), h("dd", { dir: "auto" }, value)])),
     h("div", { class: "bar start" }, actions(image)),

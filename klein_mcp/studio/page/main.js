@@ -11,7 +11,7 @@ import { followHistory } from "./history.js";
 import { keepOverReload, restore } from "./reload.js";
 import { emit, on, state } from "./state.js";
 import { createViewer } from "./viewer.js";
-import { WebBridge } from "./web_bridge.js";
+import { GONE, WebBridge } from "./web_bridge.js";
 
 const LISTS = ["list_images"];
 const $ = (id) => document.getElementById(id);
@@ -82,7 +82,12 @@ function reached(connected) {
   if (state.connected === connected) return;
   state.connected = connected;
   renderMark();
-  if (connected) loadEngine();
+  if (!connected) return;
+  if (state.error === GONE) state.error = "";
+  emit("error");
+  loadEngine();
+  // Images that were asked for meanwhile are asked for anew.
+  emit("library");
 }
 
 async function start() {

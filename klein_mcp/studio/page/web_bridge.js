@@ -1,7 +1,7 @@
 // The bridge of a browser tab: fetch and server-sent events to the server the page came from.
 
 const ENDED = "This session has ended. Run klein-mcp studio again for a new link.";
-const GONE =
+export const GONE =
   "The studio's server does not answer. If it was ended, run klein-mcp studio again and open the new link; your prompt is still here.";
 
 /** Milliseconds until a call that runs is asked after, if no news of its job says that it is over. */
