@@ -106,7 +106,9 @@ def _membership(settings: Settings) -> "Member | None":
 
     member = machine.read_member(settings.home)
     if member is None:
-        print("klein-mcp: this machine is in no cluster; klein-mcp cluster up or join makes it one's", file=sys.stderr)
+        print(
+            "klein-mcp: this machine is in no cluster; klein-mcp cluster up or join puts it into one", file=sys.stderr
+        )
     return member
 
 

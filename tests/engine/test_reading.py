@@ -121,6 +121,9 @@ def test_number_of_things_whose_plural_is_known_is_reported() -> None:
         assert warning == f"nano paints one star: it knows no {number}"
 
 
+SIZED = replace(SMALL, words=SMALL.words | {"small", "big", "huge", "next"})
+
+
 @pytest.mark.parametrize(
     ("prompt", "text", "number"),
     [
@@ -128,10 +131,11 @@ def test_number_of_things_whose_plural_is_known_is_reported() -> None:
         ("a pair of cats", "a cat", "pair"),
         ("a dozen red circles", "a red circle", "dozen"),
         ("twelve stars", "a star", "twelve"),
+        ("a group of four small stars on red", "small star on red", "four"),
     ],
 )
 def test_number_in_any_form_is_reported_and_left_out(prompt: str, text: str, number: str) -> None:
-    reading = read_prompt(prompt, SMALL)
+    reading = read_prompt(prompt, SIZED)
     assert reading.text.removeprefix("a ") == text.removeprefix("a ")
     assert reading.warnings[0].endswith(f": it knows no {number}")
 
@@ -142,9 +146,6 @@ def test_number_of_things_without_a_name_is_reported() -> None:
     assert warning == "nano paints things that are named, each by its noun: it knows no four objects"
     assert not read_prompt("three objects: a cat, a dog and a star", reads).warnings
     assert not read_prompt("the cat from image 1 beside the dog from image 2", reads).warnings
-
-
-SIZED = replace(SMALL, words=SMALL.words | {"small", "big", "huge", "next"})
 
 
 @pytest.mark.parametrize("prompt", ["a small dog next to a big cat", "a huge rocket above a star on a blue background"])

@@ -38,11 +38,12 @@ _FROM = r"the [^,.;]+? (?:from|in|of) image \d"
 _PLACED = r"(?:(?:on|to|at|in) the (?:left|right|top|bottom|middle|center)|above|below)"
 _THREE = re.compile(rf"({_FROM}), ({_FROM}),? and ({_FROM})\b(?! {_PLACED})", re.IGNORECASE)
 """Three references in a list without places, of which a small model loses the first."""
+_NUMBERS = "|".join(sorted(NUMBERS))
 _GROUP = r"(?:an? )?(?:pair|couple|dozen|group|bunch|flock|herd|lots)(?: of)?"
-_NUMBER = rf"(?<!image )\b(?:{'|'.join(sorted(NUMBERS))}|{_GROUP}|\d{{1,4}})"
-_COUNTED = re.compile(rf"({_NUMBER})\s+(?:[^\W\d_]+\s+)?([^\W\d_]+s)\b(?!:)", re.IGNORECASE)
+_NUMBER = rf"(?<!image )\b(?:{_NUMBERS}|{_GROUP}|\d{{1,4}})"
+_COUNTED = re.compile(rf"({_NUMBER})\s+(?:(?!(?:{_NUMBERS})\b)[^\W\d_]+\s+){{0,2}}?([^\W\d_]+s)\b(?!:)", re.IGNORECASE)
 """A number, and what it counts. "three objects: a cat, a dog and a car" names each."""
-_AMOUNT = re.compile(rf"(?<!image )\b({_GROUP}|\d{{1,4}})\s+(?=(?:[^\W\d_]+\s+)?([^\W\d_]+s)\b)", re.IGNORECASE)
+_AMOUNT = re.compile(rf"(?<!image )\b({_GROUP}|\d{{1,4}})\s+(?=(?:[^\W\d_]+\s+){{0,3}}?([^\W\d_]+s)\b)", re.IGNORECASE)
 """A number that is no single word."""
 _ANY_THING = "object"
 """What small models know as any thing, of those that are in the image already."""
@@ -164,7 +165,7 @@ class _Sentence:
             pieces.append(match[0] if word is None else word)
             unknown += word is None
             known += word is not None and _says_something(word, variant)
-            determined = word is not None and word.lower() in (*_ARTICLES, *variant.colours)
+            determined = word is not None and word.lower() in (*_ARTICLES, *_SIZES, *variant.colours)
         plain = re.sub(r"\s+([,.!?;])", r"\1", " ".join("".join([*pieces, text[end:]]).split()))
         return cls(_without_adjectives(_with_articles(plain), variant), known, unknown)
 
@@ -183,6 +184,7 @@ def _says_something(word: str, variant: Variant) -> bool:
 
 
 _ARTICLES = ("a", "an", "the")
+_SIZES = ("small", "little", "tiny", "big", "large", "huge")
 _ANYWHERE = {*_ARTICLES, "and", "image", "picture", "photo", "side", "one", "it", "me", "its", "is",
              "of", "in", "on", "at", "to", "from", "with", "by", "for"}  # fmt: skip
 
