@@ -99,7 +99,8 @@ class ModelRegistry(ModelSearch):
         if path.is_absolute() or os.sep in model:
             if not _exists(path):
                 raise ModelNotFound(f"No model at {model}.", fix=Fix("list"))
-            checkpoint = self._checkpoint(path, row)
+            # Absolute, for the folders above it; not resolved, as the folder of a link has the companions.
+            checkpoint = self._checkpoint(path.absolute(), row)
             if row is not None and checkpoint.transformer.is_file():
                 self.answers.remember(checkpoint.transformer, variant=row.name)
             return checkpoint

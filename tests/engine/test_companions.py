@@ -76,14 +76,16 @@ def test_setting_names_the_encoder_and_a_wrong_name_lists_them(folder: Path, hom
         taken(home, text_encoder="typo")
 
 
-def test_companions_are_found_in_subfolders_beside_a_single_file(home: Path):
-    """People sort ComfyUI's folders, and name the file alone."""
+def test_companions_are_found_in_subfolders_beside_a_single_file(home: Path, monkeypatch: pytest.MonkeyPatch):
+    """People sort ComfyUI's folders, and name the file alone, also by a relative path."""
     for folder, name in (("vae", "flux2-vae"), ("text_encoders", "qwen_3_4b")):
         (home / folder / "FLUX.2").mkdir()
         (home / folder / f"{name}.safetensors").rename(home / folder / "FLUX.2" / f"{name}.safetensors")
     found = ModelRegistry().resolve(str(home / "diffusion_models" / "flux-2-klein-4b.safetensors"))
     assert found.vae == home / "vae" / "FLUX.2" / "flux2-vae.safetensors"
     assert found.text_encoder == home / "text_encoders" / "FLUX.2" / "qwen_3_4b.safetensors"
+    monkeypatch.chdir(home / "diffusion_models")
+    assert ModelRegistry().resolve("./flux-2-klein-4b.safetensors").vae == found.vae
 
 
 def test_models_name_the_companions_that_are_taken(home: Path):

@@ -99,6 +99,9 @@ def test_a_lora_is_found_by_path_or_name_with_a_scale(tmp_path: Path) -> None:
         lora.resolve_lora("oil", [tmp_path])
     with pytest.raises(ModelNotFound, match="No LoRA at"):
         lora.resolve_lora("/nowhere/x.safetensors:1", [])
+    loud = file.with_name("Oils.SAFETENSORS")
+    save_file({"x": torch.zeros(1)}, loud)
+    assert lora.resolve_lora("Oils", [tmp_path]) == lora.resolve_lora("Oils.SAFETENSORS", [tmp_path]) == Lora(loud)
     colon = file.with_name("ink: the second.safetensors")
     save_file({"x": torch.zeros(1)}, colon)
     assert lora.resolve_lora(str(colon), []) == Lora(colon)

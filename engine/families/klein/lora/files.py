@@ -41,7 +41,7 @@ def resolve_lora(text: str, folders: Iterable[Path]) -> Lora:
     """
     # A file may have a colon in its own name.
     name, scale = (text, 1.0) if Path(text).expanduser().is_file() else _split_scale(text)
-    path, stem = Path(name).expanduser(), name.removesuffix(".safetensors")
+    path, stem = Path(name).expanduser(), re.sub(r"\.safetensors$", "", name, flags=re.IGNORECASE)
     if path.is_dir() and (path / ADAPTER).is_file():
         return Lora(path / ADAPTER, scale)
     if path.is_absolute() or path.is_file():
@@ -50,7 +50,9 @@ def resolve_lora(text: str, folders: Iterable[Path]) -> Lora:
         return Lora(path, scale)
     available: dict[str, Path] = {}
     for folder in folders:
-        for file in sorted(folder.rglob("loras/**/*.safetensors")):
+        for file in sorted(folder.rglob("loras/**/*.*")):
+            if file.suffix.lower() != ".safetensors":
+                continue
             available.setdefault(file.parent.name if file.name == ADAPTER else file.stem, file)
     if stem not in available:
         known = f"there are {', '.join(sorted(available))}" if available else "there are none in a loras folder"
