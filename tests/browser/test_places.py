@@ -42,6 +42,18 @@ async def test_back_and_forward_lead_through_images_and_views(open_page: Open) -
     await shows(page, second)
 
 
+async def test_nothing_leads_back_to_a_deleted_image(open_page: Open) -> None:
+    page = await open_page()
+    first = await generate(page, "a red apple on a blue background", seed=1)
+    await generate(page, "a red apple on a blue background", seed=2)
+    await page.get_by_role("button", name="Delete").click()
+    await page.get_by_role("dialog").get_by_role("button", name="Delete").click()
+    await page.locator(".welcome").wait_for()
+    await page.go_back()
+    await shows(page, first)
+    assert await page.locator(".error").is_hidden()
+
+
 async def test_address_of_an_image_opens_it_in_a_new_tab(open_page: Open) -> None:
     page = await open_page()
     handle = await generate(page, "a red apple on a blue background", seed=1)

@@ -105,6 +105,20 @@ async def test_every_dropped_file_that_fails_is_named(open_page: Open) -> None:
     assert await page.locator(".references img").count() == 1
 
 
+async def test_files_beyond_what_the_model_takes_are_not_uploaded(open_page: Open, studio: Studio) -> None:
+    page = await open_page()
+    uploads: list[str] = []
+    page.on("request", lambda request: uploads.append(request.url) if request.url.endswith("/upload") else None)
+    files = []
+    for number in range(6):
+        data = io.BytesIO()
+        Image.new("RGB", (64, 64), (40 * number, 90, 200)).save(data, "PNG")
+        files.append({"name": f"{number}.png", "mimeType": "image/png", "buffer": data.getvalue()})
+    await page.locator("#files").set_input_files(files)
+    await page.get_by_text("The model takes 3 references.").wait_for()
+    assert await page.locator(".references img").count() == len(uploads) == 3
+
+
 async def test_every_example_is_painted_as_it_says(open_page: Open, studio: Studio) -> None:
     page = await open_page()
     examples = await page.locator(".welcome button").all_inner_texts()

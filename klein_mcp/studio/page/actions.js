@@ -215,9 +215,17 @@ export async function remove(images) {
   }
 }
 
+/** Tell whether the references are as many as the model takes, and say so to the person. */
+function noRoom() {
+  const most = modelOf()?.max_references ?? 4;
+  if (state.references.length < most) return false;
+  note(`The model takes ${most} references.`);
+  return true;
+}
+
 /** Add an image to the composer's references. */
 export async function addReference(ref, src, words) {
-  if (state.references.length >= (modelOf()?.max_references ?? 4)) return note("That is as many references as the model takes.");
+  if (noRoom()) return;
   state.references.push({ ref, src: src ?? (await state.bridge.image(ref, "thumb")), words: words || ref });
   emit("references");
 }
@@ -226,6 +234,7 @@ export async function addReference(ref, src, words) {
 export async function addFiles(files) {
   const failed = [];
   for (const file of files) {
+    if (noRoom()) break;
     try {
       if (!file.type.startsWith("image/")) throw new Error("this is not an image.");
       const ref = await state.bridge.upload(file);

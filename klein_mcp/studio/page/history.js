@@ -14,8 +14,15 @@ const path = () => location.pathname + (address() && `#${address()}`);
 export async function followHistory() {
   if (here()) await go();
   history.replaceState(null, "", path());
-  on("view image", () => going || address() === here() || history.pushState(null, "", path()));
+  on("view image", write);
   addEventListener("popstate", go);
+}
+
+function write() {
+  if (going || address() === here()) return;
+  // No image after one is there no longer: it was deleted, and nothing is to lead back to it.
+  if (address()) history.pushState(null, "", path());
+  else history.replaceState(null, "", path());
 }
 
 async function go() {
