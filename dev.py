@@ -3,7 +3,7 @@
 
     python3 dev.py demo [ARGS]     the main job: a real MCP client generates, edits and composes images
     python3 dev.py test [ARGS]     the tests; ARGS go to pytest
-    python3 dev.py lint            ruff, pyright, and the reference pages with all their links
+    python3 dev.py lint            ruff, pyright, the reference pages with all their links, and the studio as built
     python3 dev.py run COMMAND …   anything else in that environment
 
 Needs Python 3.11 or newer and nothing else: standard library only.
@@ -67,7 +67,8 @@ def main(argv: list[str]) -> int:
         case ["lint"]:
             installed("test")
             installed("lint")
-            checks = (["ruff", "check"], ["ruff", "format", "--check"], ["pyright"], ["mkdocs", "build"])
+            studio = ["python", "-m", "klein_mcp.studio.build", "--check"]
+            checks = (["ruff", "check"], ["ruff", "format", "--check"], ["pyright"], ["mkdocs", "build"], studio)
             return max(run(BIN / tool, *rest) for tool, *rest in checks)
         case ["run", command, *rest]:
             installed("")

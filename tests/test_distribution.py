@@ -121,13 +121,9 @@ def test_every_module_that_packages_import_is_among_dependencies() -> None:
     declared = {re.split(r"[<>=;\[ ]", need, maxsplit=1)[0].lower() for need in project["dependencies"]}
     extras = project["optional-dependencies"]
     declared |= {re.split(r"[<>=;\[ ]", need)[0] for name in extras.keys() - {"test", "lint"} for need in extras[name]}
-    declared |= {
-        "mcp-types",
-        "tokenizers",
-        "pydantic-core",
-    }  # of mcp, transformers and pydantic, which cannot be without them
+    declared |= {"mcp-types", "pydantic-core"}  # of mcp and pydantic, which cannot be without them
     # An optional extra may be imported inside a function, which says in words when it is missing.
-    extras = [need for name in ("c2pa", "ray") for need in project["optional-dependencies"].get(name, ())]
+    extras = [need for name in ("c2pa", "ray", "lint") for need in project["optional-dependencies"].get(name, ())]
     optional = {re.split(r"[<>=;\[ ]", need, maxsplit=1)[0].lower() for need in extras}
     sources = {
         module: {name.lower().replace("_", "-") for name in found} for module, found in packages_distributions().items()

@@ -8,23 +8,19 @@ import re
 import sys
 from pathlib import Path
 
-from klein_mcp.studio.shorten import shorten_script
-
 PAGE = Path(__file__).parent / "page"
 BUILT = Path(__file__).parent / "studio.html"
 
 _IMPORT = re.compile(r'^import \{([^}]*)\} from "\./(\w+)\.js";$', re.MULTILINE)
-# A space before `[`, `(` or `:` means something in a selector.
-_SPACED_CSS = re.compile(r"""("(?:\\.|[^"\\])*")|\s*([{};,>])\s*|(:) """)
 _EXPORT = re.compile(r"^export (?=(?:async )?(?:function|const|class) (\w+))", re.MULTILINE)
 
 
 def build() -> str:
     """Return the page with its style and script inside."""
     html = (PAGE / "index.html").read_text(encoding="utf-8")
-    style = shorten_style((PAGE / "style.css").read_text(encoding="utf-8"))
-    html = html.replace("/* style.css */", style)
-    return html.replace("/* script.js */", script())
+    style = (PAGE / "style.css").read_text(encoding="utf-8")
+    html = html.replace("/* style.css */", _minify("text/css", style))
+    return html.replace("/* script.js */", _minify("application/javascript", script()))
 
 
 def script() -> str:
@@ -40,7 +36,7 @@ def script() -> str:
         parts[name] = _module(name, source)
 
     add("main")
-    return shorten_script("\n".join(['"use strict";', *parts.values()]))
+    return "\n".join(['"use strict";', *parts.values()])
 
 
 def exports(source: str) -> list[str]:
@@ -54,10 +50,12 @@ def _module(name: str, source: str) -> str:
     return f"const ${name} = (() => {{\n{body}\nreturn {{ {', '.join(exports(source))} }};\n}})();"
 
 
-def shorten_style(source: str) -> str:
-    """Leave out comments, and spaces beside punctuation."""
-    text = re.sub(r"/\*.*?\*/", "", source, flags=re.DOTALL).strip()
-    return _SPACED_CSS.sub(lambda match: match[match.lastindex or 0], text).replace(";}", "}")
+def _minify(kind: str, source: str) -> str:
+    try:
+        import minify
+    except ImportError:
+        raise SystemExit("tdewolff-minify is not installed. Run: pip install -e '.[lint]'") from None
+    return minify.string(kind, source)
 
 
 def main(argv: list[str]) -> int:

@@ -7,18 +7,17 @@ import pytest
 from klein_mcp.studio import build
 
 MOST_BYTES = 80_000
-"""78 kB now. A client may load it with every call."""
+"""74 kB now. A client may load it with every call."""
 SOURCES = sorted(path for path in build.PAGE.iterdir())
 
 
-def test_built_page_is_current_and_small() -> None:
-    built = build.BUILT.read_text(encoding="utf-8")
-    assert built == build.build(), "run python -m klein_mcp.studio.build"
-    assert len(built.encode()) < MOST_BYTES
+def test_built_page_is_small() -> None:
+    """Whether it is current, `dev.py lint` checks."""
+    assert build.BUILT.stat().st_size < MOST_BYTES
 
 
 def test_page_holds_one_style_and_one_script_and_loads_nothing() -> None:
-    built = build.build()
+    built = build.BUILT.read_text(encoding="utf-8")
     assert len(re.findall(r"<script\b", built)) == 1
     assert len(re.findall(r"<style\b", built)) == 1
     assert not re.search(r"<script[^>]*\bsrc=|<link[^>]*stylesheet|@import|url\(|<iframe|<base\b", built)
@@ -45,24 +44,3 @@ def test_every_import_names_something_its_module_exports(path) -> None:
         for name in names.split(", "):
             assert name in exported, f"{module}.js does not export {name}"
             assert len(re.findall(rf"\b{name}\b", text)) > 1, f"{path.name} does not use {name}"
-
-
-SHORTENED = {
-    'const word = "x , y";\n// a comment\nconst b = `p { ${word} }`;\n': 'const a="x , y";const b=`p { ${a} }`;',
-    "const { word, other } = it.word;\nf({ word, other: 1 });": "const{word:a,other:b}=it.word;f({word:a,other:1});",
-    "class Word {\n  size = 1;\n  grow(size) {\n    this.size += size;\n  }\n}": (
-        "class a{size=1;grow(size){this.size+=size}}"
-    ),
-    "const grow = (word) => ({ word, grow(by) { return by - -word / 2; } });": (
-        "const b=(a)=>({word:a,grow(by){return by- -a/2}});"
-    ),
-    "const found = /a [/] b/u.test(word) ? { found: 1 } : word + +word;": (
-        "const a=/a [/] b/u.test(word)?{found:1}:word+ +word;"
-    ),
-    "if (word) {\n  word = 1;\n} else word += 2;": "if(word){word=1}else word+=2;",
-}
-
-
-@pytest.mark.parametrize("source", SHORTENED)
-def test_shortened_script_means_the_same(source: str) -> None:
-    assert build.shorten_script(source) == SHORTENED[source]
