@@ -198,7 +198,7 @@ def _bind(options: HttpOptions) -> socket.socket:
         family, kind, protocol, _, address = socket.getaddrinfo(
             options.host, options.port, type=socket.SOCK_STREAM, proto=socket.IPPROTO_TCP
         )[0]
-    except OSError as exc:
+    except (OSError, UnicodeError) as exc:  # a part of a name over 63 letters
         raise _cannot_listen(options, exc) from None
     # The protocol is named so that asyncio switches Nagle's algorithm off.
     listener = socket.socket(family, kind, protocol)
@@ -213,10 +213,11 @@ def _bind(options: HttpOptions) -> socket.socket:
     return listener
 
 
-def _cannot_listen(options: HttpOptions, exc: OSError) -> RequestError:
-    hint = "Choose another --port."
-    if isinstance(exc, socket.gaierror) or exc.errno == errno.EADDRNOTAVAIL:
+def _cannot_listen(options: HttpOptions, exc: OSError | UnicodeError) -> RequestError:
+    hint, number = "Choose another --port.", getattr(exc, "errno", None)
+    if isinstance(exc, socket.gaierror | UnicodeError) or number == errno.EADDRNOTAVAIL:
         hint = "--host takes an address of this machine: 127.0.0.1, one of its own, or 0.0.0.0 for all."
-    elif exc.errno == errno.EACCES:
+    elif number == errno.EACCES:
         hint = "Ports below 1024 need rights: choose a larger --port."
-    return RequestError(f"Cannot listen on {options.host} port {options.port}: {exc.strerror}.", hint=hint)
+    reason = getattr(exc, "strerror", None) or exc
+    return RequestError(f"Cannot listen on {options.host} port {options.port}: {reason}.", hint=hint)

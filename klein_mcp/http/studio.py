@@ -5,6 +5,7 @@ A one-time link opens a session. Requests that change something need the session
 
 import base64
 import hashlib
+import html
 import json
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -62,6 +63,11 @@ def _plain_page(body: str, head: str = "") -> str:
     )
 
 
+def _refused_page(message: str) -> str:
+    """Return a page that explains a refusal."""
+    return _plain_page(f"<h1>Refused</h1><p>{html.escape(message)}</p>")  # it may repeat a header of the request
+
+
 # A redirect would be a request from wherever the link was clicked, and a Strict cookie does not come along with that.
 _TO_STUDIO = _plain_page("", '<meta http-equiv="refresh" content="0;url=/studio">')
 _NO_SESSION = _plain_page(
@@ -80,11 +86,11 @@ def link(context: HttpContext, base: str) -> str:
 
 
 @lru_cache(maxsize=1)
-def policy(html: str) -> str:
+def policy(page: str) -> str:
     """Return the Content-Security-Policy: the page's own script and style, by hash."""
 
     def hashed(tag: str) -> str:
-        (text,) = re.findall(rf"<{tag}>(.*?)</{tag}>", html, re.DOTALL)
+        (text,) = re.findall(rf"<{tag}>(.*?)</{tag}>", page, re.DOTALL)
         return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
 
     return (
@@ -102,11 +108,11 @@ def page_surface(context: HttpContext) -> Surface:
     """The page, with an explanation for people without a session."""
 
     async def page(request: Request) -> Response:
-        html = studio_app.page()  # each time: an update may replace the file while the server runs
-        return HTMLResponse(html, headers={**HEADERS, "Content-Security-Policy": policy(html)})
+        text = studio_app.page()  # each time: an update may replace the file while the server runs
+        return HTMLResponse(text, headers={**HEADERS, "Content-Security-Policy": policy(text)})
 
     def refusal(status: int, message: str) -> Response:
-        return HTMLResponse(_NO_SESSION, status, HEADERS)
+        return HTMLResponse(_NO_SESSION if status == 401 else _refused_page(message), status, HEADERS)
 
     return Surface("studio page", [Route("/studio", page, methods=["GET"])], "session", error=refusal)
 
@@ -130,8 +136,11 @@ def entry_surface(context: HttpContext) -> Surface:
         context.sessions.set_cookie(response, session, secure=request.url.scheme == "https")
         return response
 
+    def refusal(status: int, message: str) -> Response:
+        return HTMLResponse(_refused_page(message), status, HEADERS)
+
     routes = [Route("/", home, methods=["GET"]), Route(ENTRY + "{code}", enter, methods=["GET"])]
-    return Surface("studio entry", routes, "none")
+    return Surface("studio entry", routes, "none", error=refusal)
 
 
 def surface(context: HttpContext) -> Surface:

@@ -103,8 +103,6 @@ def resolve(options: SaveOptions, handle: str, roots: tuple[Path, ...]) -> tuple
     """Return root, final path (links resolved) and format. Raises RequestError."""
     if not roots:
         raise Refused("No folder is open for writing here, or none of them exists.", hint=ALLOW)
-    if any(ord(letter) < 32 for letter in options.path):
-        raise RequestError("path has control characters in it.", hint="Leave them out.")
     asked = unwrap(options.path)
     path = _written(asked, roots[0])
     try:
@@ -131,6 +129,8 @@ def _written(asked: str, root: Path) -> Path:
     if why := why_foreign(asked):
         raise RequestError(why, hint=f"Give a path in {root}.")
     path = next(candidates(asked))
+    if any(ord(letter) < 32 for letter in f"{asked}{path}"):  # a file: URL may encode them
+        raise RequestError("path has control characters in it.", hint="Leave them out.")
     if ".." in path.parts:
         raise Refused(f"{asked} goes up with '..'.", hint="Give the folder itself.")
     try:

@@ -215,6 +215,8 @@ async def test_address_of_a_file_is_its_path_and_no_other_is_taken(client: Clien
         ("hero.pgn", "Did you mean .png?"),
         ("he\nro.png", "control characters"),
         ("he\0ro.png", "control characters"),
+        ("file:///he%00ro.png", "control characters"),
+        ("file:///he%0Aro.png", "control characters"),
         ("x" * 300 + ".png", "ame too long"),
         ("mine.txt/hero.png", "cannot be written"),
     ],

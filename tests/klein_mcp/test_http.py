@@ -286,7 +286,7 @@ def test_occupied_port_is_one_line(server: RealServer):
     assert f"port {port}" in done.stderr
 
 
-@pytest.mark.parametrize("host", ["no-such-host.invalid", "192.0.2.1"])
+@pytest.mark.parametrize("host", ["no-such-host.invalid", "192.0.2.1", "a" * 64])
 def test_host_that_is_not_this_machine_is_named_not_its_port(host: str):
     with pytest.raises(RequestError, match="--host takes an address of this machine"):
         http_app._bind(http_app.HttpOptions(host=host, port=0))

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -208,9 +209,17 @@ def test_address_in_the_clear_over_a_network_is_refused(url):
         RemoteExecutor([url], TOKEN, BUILD)
 
 
-def test_password_in_an_address_is_refused_and_not_repeated():
-    with pytest.raises(EngineFailed, match="Leave them out") as caught:
-        RemoteExecutor(["https://me:secret@gpu.example.org:8000"], TOKEN, BUILD)
+@pytest.mark.parametrize(
+    ("url", "words"),
+    [
+        ("https://me:secret@gpu.example.org:8000", "Leave them out"),
+        ("https://me:secret@gpu.example.org:99999", "no address"),
+        ("gpu://me:secret@gpu.example.org", "no address"),
+    ],
+)
+def test_password_in_an_address_is_refused_and_not_repeated(url: str, words: str):
+    with pytest.raises(EngineFailed, match=words) as caught:
+        RemoteExecutor([url], TOKEN, BUILD)
     assert "secret" not in str(caught.value)
 
 
@@ -283,7 +292,6 @@ def test_other_server_that_sends_without_end_is_passed_over(code: int):
 
 def test_event_that_never_ends_counts_as_silence(monkeypatch: pytest.MonkeyPatch):
     """A byte now and then kept the connection, and so the job, for ever."""
-    monkeypatch.setattr(remotes, "SILENCE", 0.2)
 
     def drops() -> Iterator[bytes]:
         for byte in wire.encode(replace(RESULT, image=np.zeros((64, 48, 3), np.uint8))):
@@ -291,8 +299,20 @@ def test_event_that_never_ends_counts_as_silence(monkeypatch: pytest.MonkeyPatch
             yield bytes([byte])
 
     words = r"it has completed no event for 0\.2 s"
-    with listening(liar(drops, TOKEN, BUILD)) as url, pytest.raises(EngineFailed, match=words):
-        run(RemoteExecutor([url], TOKEN, BUILD), known(EDIT))
+    with listening(liar(drops, TOKEN, BUILD)) as url:
+        remote = RemoteExecutor([url], TOKEN, BUILD)
+        monkeypatch.setattr(remotes, "SILENCE", 0.2)  # now, or the connection would also count a pause of 0.2 s
+        with pytest.raises(EngineFailed, match=words):
+            run(remote, known(EDIT))
+
+
+def test_time_of_whoever_takes_the_events_is_no_silence(monkeypatch: pytest.MonkeyPatch):
+    now = 0.0
+    monkeypatch.setattr(answers, "time", SimpleNamespace(monotonic=lambda: now))
+    chunks = [wire.encode(Step(step, 4)) for step in (1, 2)]
+    response: Any = SimpleNamespace(iter_raw=lambda: iter(chunks))
+    for _ in answers.read_events(EDIT, response, 10):
+        now += 100
 
 
 def test_machine_that_comes_back_gets_its_lineages_again(monkeypatch):

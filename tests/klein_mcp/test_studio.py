@@ -144,7 +144,12 @@ async def test_bare_address_leads_to_the_studio(outsider: httpx2.AsyncClient) ->
     answer = await outsider.get("/")
     assert answer.status_code == 200
     assert 'url=/studio"' in answer.text
-    assert (await outsider.get("/", headers={"host": "evil.example"})).status_code == 421
+    for path in ("/", "/studio"):
+        answer = await outsider.get(path, headers={"host": "<b>evil.example"})
+        assert answer.status_code == 421
+        assert "serve --allowed-host adds a name" in answer.text
+        assert "&lt;b&gt;evil.example" in answer.text
+        assert "<b>" not in answer.text
 
 
 async def test_link_sets_a_strict_cookie_once(context: HttpContext, outsider: httpx2.AsyncClient) -> None:

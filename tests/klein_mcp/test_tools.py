@@ -93,6 +93,12 @@ def test_wrong_item_is_shown_in_its_list_with_what_the_list_means():
         TOOLS["view_image"].parse({"image": None})
 
 
+@pytest.mark.parametrize("images", ["{{}}", "[{[1]: 2}]", f"[{'9' * 400} + 1j]", "{'last', 'last~1'}", "{1: 2}"])
+def test_text_that_is_no_list_is_refused_as_an_argument(images: str):
+    with pytest.raises(RequestError, match="it must be a list of 1 to"):
+        TOOLS["compose_references"].parse({"images": images, "prompt": "x"})
+
+
 async def test_unknown_tool_is_an_error_with_the_nearest_name(client: Client):
     assert "Did you mean generate_image?" in await refused(client, "generate_images")
 

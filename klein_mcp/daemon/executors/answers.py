@@ -65,7 +65,6 @@ def read_events(job: Job, response: "httpx2.Response", silence: float) -> Genera
         if time.monotonic() > since + silence + received / SLOWEST:
             raise NodeFailed(f"it has completed no event for {silence:g} s")
         for frame in frames.feed(chunk):
-            since, received = time.monotonic(), 0
             event = wire.decode(frame)
             count += 1
             if isinstance(event, EngineFailed):
@@ -79,6 +78,7 @@ def read_events(job: Job, response: "httpx2.Response", silence: float) -> Genera
             yield event
             if isinstance(event, Result):
                 return True
+            since, received = time.monotonic(), 0  # after whoever took the event: that is no silence of the node
     return False
 
 

@@ -61,7 +61,8 @@ def checked_url(url: str) -> str:
     Raises EngineFailed for one that cannot be used, and for one that would send images unencrypted.
     """
     if not _is_address(url):
-        raise EngineFailed(f"KLEIN_ENGINE names {url}, which is no address.", hint="Such as https://host:8000.")
+        shown = url.rpartition("@")[2]  # what stands before may be a password
+        raise EngineFailed(f"KLEIN_ENGINE names {shown}, which is no address.", hint="Such as https://host:8000.")
     parts = urlsplit(url)
     if "@" in parts.netloc:
         # Not shown: it is a secret.

@@ -23,6 +23,9 @@ PLACEHOLDERS = ("", "null", "None", "undefined", "[]", "{}")
 LONGEST_LITERAL = 40_000
 """Characters that are read as Python, more than eight of the longest prompts."""
 
+_NO_LITERAL = (ValueError, TypeError, SyntaxError, OverflowError, RecursionError, MemoryError)
+"""Raised by the parsers: TypeError for `{{}}`, OverflowError for an endless number plus 1j."""
+
 MOST_ITEMS = 100
 """Items that are looked at in a list; the longest list of any tool has ten."""
 
@@ -68,10 +71,11 @@ def as_list(value: Any) -> Any:
 
 
 def _literal(text: str) -> Any:
-    """Read JSON, or Python as small models write it."""
+    """Read JSON, or a list or dict of Python as small models write them; None for anything else."""
     for read in (json.loads, ast.literal_eval) if len(text) <= LONGEST_LITERAL else (json.loads,):
-        with suppress(ValueError, SyntaxError, RecursionError, MemoryError):
-            return read(text.strip())
+        with suppress(*_NO_LITERAL):
+            value = read(text.strip())
+            return value if isinstance(value, list | dict) else None  # a set would come in any order
     return None
 
 
