@@ -71,7 +71,10 @@ def as_list(value: Any) -> Any:
 
 
 def _literal(text: str) -> Any:
-    """Read JSON, or a list or dict of Python as small models write them; None for anything else."""
+    """Read a list or dict of JSON, or of Python.
+
+    Small models write Python.
+    """
     for read in (json.loads, ast.literal_eval) if len(text) <= LONGEST_LITERAL else (json.loads,):
         with suppress(*_NO_LITERAL):
             value = read(text.strip())
