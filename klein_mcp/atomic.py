@@ -15,6 +15,7 @@ _HAS_DIR_FD = {os.open, os.mkdir, os.stat, os.rename, os.link, os.unlink} <= os.
 
 
 _SQLITE_FULL, _SQLITE_READONLY = 13, 8
+"""As in sqlite3, which most processes that write a file do not import."""
 
 
 def next_step(failure: object, place: str = "its folder") -> str:

@@ -321,6 +321,7 @@ def _mask_file(data_url: str, inverted: bool, size: tuple[int, int]) -> bytes:
     from klein_mcp.images.budget import DECODING
 
     data = calls.to_bytes(data_url, "The mask")
-    with DECODING.reserve(codec.declared_pixels(data)):
-        white = codec.resize(mask.drawn(codec.decode(data, "The mask", backdrop=0)), *size)
+    width, height = size
+    with DECODING.reserve(max(codec.declared_pixels(data), width * height)):
+        white = codec.resize(mask.drawn(codec.decode(data, "The mask", backdrop=0)), width, height)
         return codec.encode(255 - white if inverted else white)

@@ -12,7 +12,7 @@ from mcp_types import CallToolResult
 
 from klein_mcp.studio.contract import Now
 
-MOST = 20
+MOST_ANSWERS = 20
 """Answers that can still be asked for, with a preview of up to 0.5 MB each.
 
 The calls of ten times as many jobs are known.
@@ -49,7 +49,7 @@ class PageCalls:
             return
         self._tasks[name] = asyncio.create_task(work)
         over = [each for each, task in self._tasks.items() if task.done()]
-        for each in over[:-MOST]:
+        for each in over[:-MOST_ANSWERS]:
             del self._tasks[each]
 
     async def result(self, name: str, seconds: float) -> CallToolResult | None:
@@ -74,12 +74,12 @@ class PageCalls:
             task.cancel()
         return next((job for job, call in reversed(self._calls.items()) if call == name), None)
 
-    def started(self, job: str, name: str) -> None:
+    def note_job(self, job: str, name: str) -> None:
         """Note which call started a job."""
         self._calls[job] = name
-        for old in list(self._calls)[: -10 * MOST]:
+        for old in list(self._calls)[: -10 * MOST_ANSWERS]:
             del self._calls[old]
 
-    def named(self, now: Now) -> Now:
+    def with_calls(self, now: Now) -> Now:
         """Return the state with the calls of its jobs."""
         return {**now, "jobs": [{**job, "call": self._calls.get(job["job"])} for job in now["jobs"]]}

@@ -205,7 +205,7 @@ class _Studio:
                 if now is None:
                     yield ": \n\n"
                 else:
-                    yield f"event: now\ndata: {json.dumps(self._calls.named(now), separators=(',', ':'))}\n\n"
+                    yield f"event: now\ndata: {json.dumps(self._calls.with_calls(now), separators=(',', ':'))}\n\n"
 
         return StreamingResponse(stream(), media_type="text/event-stream", headers=HEADERS)
 
@@ -254,7 +254,7 @@ class _Studio:
         if not isinstance(tool, str) or not isinstance(arguments, dict) or not isinstance(name, str):
             return _refusal(400, "tool, arguments and call are needed.")
         tools = {**TOOLS, studio_app.PICK.name: studio_app.PICK}
-        caller = replace(self._caller(request), on_job=lambda job: self._calls.started(job, name))
+        caller = replace(self._caller(request), on_job=lambda job: self._calls.note_job(job, name))
         self._calls.start(name, self._server.run_tool(tool, arguments, caller, tools))
         return await self._result(name, SOON)
 

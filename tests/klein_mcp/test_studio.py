@@ -23,7 +23,7 @@ from PIL import Image
 from engine.contract import Step
 from klein_mcp.http import app as http_app
 from klein_mcp.http import studio as http_studio
-from klein_mcp.http.page_calls import MOST, PageCalls, UnknownCall
+from klein_mcp.http.page_calls import MOST_ANSWERS, PageCalls, UnknownCall
 from klein_mcp.http.surface import HttpContext
 from klein_mcp.jobs.context import CallContext
 from klein_mcp.jobs.events import Done, Progressed
@@ -457,7 +457,7 @@ async def test_cancel_route_stops_a_job_of_anybody(
 async def begin(browser: httpx2.AsyncClient, painter: FakeExecutor, monkeypatch: pytest.MonkeyPatch) -> None:
     """Make a call named c1 that is slow, and wait until its job runs."""
     monkeypatch.setattr(http_studio, "SOON", 0.0)
-    painter.seconds_per_step = 0.05
+    painter.seconds_per_step = 1.0  # four steps: time enough to stop it, also on a machine that is busy
     asked = {"tool": "generate_image", "arguments": {"prompt": "slow"}, "call": "c1"}
     assert (await browser.post("/studio/call", json=asked)).status_code == 202
     with anyio.fail_after(120):
@@ -469,6 +469,7 @@ async def test_call_outlives_its_request_and_can_be_asked_after_again(
     browser: httpx2.AsyncClient, painter: FakeExecutor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     await begin(browser, painter, monkeypatch)
+    painter.seconds_per_step = 0.0
     made = await result(browser, "c1")
     assert json.loads(made["content"][0]["text"])["image"]
     assert await result(browser, "c1") == made
@@ -492,7 +493,6 @@ async def test_stopped_call_stops_the_job_that_it_no_longer_waits_for(
     browser: httpx2.AsyncClient, jobs: JobManager, painter: FakeExecutor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     await begin(browser, painter, monkeypatch)
-    painter.seconds_per_step = 0.5
     (job,) = await jobs.list()
     await jobs.detach(job.job)
     assert (await browser.post("/studio/cancel", json={"call": "c1"})).status_code == 200
@@ -504,13 +504,13 @@ async def test_stopped_call_stops_the_job_that_it_no_longer_waits_for(
 async def test_page_knows_its_calls_among_all_jobs(service: Service, painter: FakeExecutor) -> None:
     calls, feed = PageCalls(), Feed(service)
     painter.seconds_per_step = 0.05
-    caller = CallContext(STUDIO, on_job=lambda job: calls.started(job, "c1"))
+    caller = CallContext(STUDIO, on_job=lambda job: calls.note_job(job, "c1"))
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(service.run, generate("mine"), caller)
         tasks.start_soon(service.run, generate("an agent's"), CallContext("agent"))
         with anyio.fail_after(120):
             async for now in feed.stream(STUDIO):
-                named = {job["prompt"]: job["call"] for job in calls.named(now)["jobs"]} if now else {}
+                named = {job["prompt"]: job["call"] for job in calls.with_calls(now)["jobs"]} if now else {}
                 if named == {"mine": "c1", "an agent's": None}:
                     break
 
@@ -521,10 +521,10 @@ async def test_only_the_newest_answers_are_kept() -> None:
     async def work(number: int) -> CallToolResult:
         return CallToolResult(content=[TextContent(type="text", text=str(number))])
 
-    for number in range(2 * MOST):
+    for number in range(2 * MOST_ANSWERS):
         calls.start(str(number), work(number))
         assert await calls.result(str(number), 1)
     with pytest.raises(UnknownCall):
         await calls.result("0", 0)
-    newest = await calls.result(str(2 * MOST - 1), 0)
-    assert newest == await work(2 * MOST - 1)
+    newest = await calls.result(str(2 * MOST_ANSWERS - 1), 0)
+    assert newest == await work(2 * MOST_ANSWERS - 1)

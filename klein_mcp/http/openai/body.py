@@ -30,7 +30,7 @@ MAX_JSON = 96 * 2**20
 MAX_FIELDS = 100
 
 MAX_FIELD_BYTES = MAX_JSON
-"""Of one field of a form: clients of vLLM and SGLang send an image as the text of a data URL."""
+"""Of one field of a form: clients of vLLM and SGLang send an image as the text of a data URL. Text waits in memory."""
 
 IMAGE_FIELDS = ("image", "image[]", "images", "images[]", "url", "url[]")
 """OpenAI's SDKs send image or image[]; vLLM and SGLang also take url; JSON bodies use image or images."""
