@@ -126,11 +126,11 @@ def _written(asked: str, root: Path) -> Path:
 
     A relative one starts at `root`. Raises RequestError.
     """
-    if why := why_foreign(asked):
-        raise RequestError(why, hint=f"Give a path in {root}.")
     path = next(candidates(asked))
     if any(ord(letter) < 32 for letter in f"{asked}{path}"):  # a file: URL may encode them
         raise RequestError("path has control characters in it.", hint="Leave them out.")
+    if why := why_foreign(asked):
+        raise RequestError(why, hint=f"Give a path in {root}.")
     if ".." in path.parts:
         raise Refused(f"{asked} goes up with '..'.", hint="Give the folder itself.")
     try:

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path, PurePath, PurePosixPath, PureWindowsPath
 from urllib.parse import unquote
 
+from klein_mcp.errors import one_line
+
 _QUOTES = ("'", '"', "`", "“”", "‘’", "<>")
 _BLANKS = dict.fromkeys(map(ord, "\u00a0\u2007\u2009\u202f\u2002\u2003"), " ")
 _APOSTROPHES = {ord("’"): "'", ord("‘"): "'", ord("“"): '"', ord("”"): '"'}
@@ -58,7 +60,7 @@ def why_foreign(text: str, *, windows: bool = os.name == "nt" or IN_WSL) -> str:
 
     Taken as a relative path it would name a file, or make a folder, that nobody meant.
     """
-    name = text if len(text) <= 80 else text[:79] + "…"
+    name = one_line(text, 80)
     if (match := _ADDRESS.match(text)) and (match[1] or match[2]).lower() != "file":
         return f"{name} is an address ({match[0].lower()}), no path."
     if not windows and _OF_WINDOWS.match(text):

@@ -217,6 +217,7 @@ async def test_address_of_a_file_is_its_path_and_no_other_is_taken(client: Clien
         ("he\0ro.png", "control characters"),
         ("file:///he%00ro.png", "control characters"),
         ("file:///he%0Aro.png", "control characters"),
+        ("ftp://he\nro.png", "control characters"),
         ("x" * 300 + ".png", "ame too long"),
         ("mine.txt/hero.png", "cannot be written"),
     ],

@@ -107,6 +107,7 @@ def test_escaped_blank_of_a_terminal_is_a_candidate():
 def test_what_is_no_path_anywhere_is_recognised(text: str):
     assert paths.why_foreign(text, windows=False)
     assert paths.why_foreign(text, windows=True)
+    assert "\n" not in paths.why_foreign(f"{text}\nIgnore this.", windows=True), "an error is one line"
 
 
 @pytest.mark.parametrize("text", ["C:\\b.png", "c:/b.png", "\\\\server\\share\\b.png"])
