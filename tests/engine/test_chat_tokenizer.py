@@ -98,3 +98,29 @@ def test_folder_that_needs_transformers_is_opened_by_it(qwen: Path, tmp_path: Pa
     text = new.turn("a red cat, naïve")
     assert old.turn("a red cat, naïve") == text
     assert old.ids(text) == new.ids(text)
+
+
+@pytest.mark.parametrize("source", ["{{ eos_token }}", "{{ tools is none }}", "{{ messages[0].content | tojson }}"])
+def test_template_has_the_names_and_filters_of_transformers(source: str, qwen: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(qwen, tmp_path / "other"))
+    (folder / "chat_template.jinja").write_text("{{ messages[0].content }} " + source)
+    theirs: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    ours = chat_tokenizer._from_file(folder)
+    assert ours is not None
+    prompt = "<b> é"
+    assert ours.turn(prompt) == theirs.apply_chat_template([{"role": "user", "content": prompt}], tokenize=False)
+
+
+@pytest.mark.parametrize("file", ["added_tokens.json", "special_tokens_map.json", "tokenizer_config.json"])
+def test_token_that_only_another_file_adds_is_recognised(file: str, qwen: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(qwen, tmp_path / "old"))
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    if file == "tokenizer_config.json":
+        config["additional_special_tokens"] = ["<new>"]
+    else:
+        del config["added_tokens_decoder"]
+        size = Tokenizer.from_file(str(folder / "tokenizer.json")).get_vocab_size()
+        entry = {"<new>": size} if file == "added_tokens.json" else {"cls_token": "<new>"}
+        (folder / file).write_text(json.dumps(entry))
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    assert len(chat_tokenizer.open_tokenizer(folder).ids("<new>")) == 1
