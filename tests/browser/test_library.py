@@ -1,6 +1,8 @@
 """A person keeps images: downloads, deletes, scrolls, and watches others' arrive."""
 
 import io
+import re
+from typing import Any
 
 import numpy as np
 import pytest
@@ -112,7 +114,9 @@ async def test_single_image_of_the_library_is_picked(open_page: Open, server: Re
         assert seen["image"] == made["image"]
 
 
-async def test_library_scrolls_on_and_finds_words(open_page: Open, studio: Studio) -> None:
+@pytest.fixture(scope="module")
+def filled(studio: Studio) -> None:
+    """Put more images into the library than a page of it has."""
     with studio.library() as store:
         for number in range(55):
             file = io.BytesIO()
@@ -128,6 +132,34 @@ async def test_library_scrolls_on_and_finds_words(open_page: Open, studio: Studi
                 recipe={"seed": str(1000 * number)},
                 prompt=f"filler number {number:02}",
             )
+
+
+@pytest.mark.usefixtures("filled")
+async def test_page_that_fails_is_asked_for_once_then_by_button(open_page: Open) -> None:
+    page = await open_page(allowed=("503",))
+    asked: list[str] = []
+
+    async def refuse(route: Any) -> None:
+        asked.append(route.request.url)
+        await route.fulfill(status=503, json={"error": "Out of order."})
+
+    further = re.compile(r"library%3F.*cursor%3D[^&]")
+    await page.route(further, refuse)
+    await page.get_by_role("button", name="Library", exact=True).click()
+    await page.wait_for_function("() => document.querySelectorAll('#library .grid li').length >= 40")
+    async with page.expect_response(further):
+        await page.evaluate("document.querySelector('#library').scrollTo(0, 1e6)")
+    # Fifty frames: the button in sight would have asked again in the next one.
+    frames = "async () => { for (let n = 0; n < 50; n++) await new Promise(requestAnimationFrame); }"
+    await page.evaluate(frames)
+    assert len(asked) == 1
+    await page.unroute(further)
+    await page.get_by_role("button", name="Load more").click()
+    await page.wait_for_function("() => document.querySelectorAll('#library .grid li').length >= 55")
+
+
+@pytest.mark.usefixtures("filled")
+async def test_library_scrolls_on_and_finds_words(open_page: Open) -> None:
     page = await open_page()
     await page.get_by_role("button", name="Library", exact=True).click()
     await page.wait_for_function("() => document.querySelectorAll('#library .grid li').length >= 40")

@@ -83,8 +83,8 @@ class Card {
 
   show(job) {
     this.job = job;
-    if (job.preview) this.picture.src = job.preview;
-    else this.picture.removeAttribute("src");
+    if (!job.preview) this.picture.removeAttribute("src");
+    else if (this.picture.getAttribute("src") !== job.preview) this.picture.src = job.preview;
     this.watch.hidden = !state.aside || !ownCall(job);
     this.prompt.textContent = this.prompt.title = job.prompt;
     this.words.textContent = statusWords(job) + (job.mine ? "" : ` · ${job.who || "an agent"}`);

@@ -99,13 +99,13 @@ class Library {
       } while (cursor && cards.length < least);
       [this.cards, this.cursor] = [cards, cursor];
       this.render();
+      // Observed anew, it tells once more where the button is still in sight. Not after an error: it would ask for ever.
+      this.observer.unobserve(this.further);
+      this.observer.observe(this.further);
     } catch (error) {
       fail(error);
     } finally {
       if (this.loading === mine) this.loading = null;
-      // Observed anew, it tells once more where the button is still in sight.
-      this.observer.unobserve(this.further);
-      this.observer.observe(this.further);
     }
   }
 
