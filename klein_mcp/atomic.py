@@ -27,7 +27,7 @@ def next_step(failure: object, place: str = "its folder") -> str:
     code = getattr(failure, "sqlite_errorcode", 0) & 0xFF  # without its extension
     if number in (errno.ENOSPC, errno.EDQUOT) or code == _SQLITE_FULL:
         return "Free some space (klein-mcp prune), then try again."
-    if number is not None or code == _SQLITE_READONLY:
+    if number in (errno.EACCES, errno.EPERM, errno.EROFS) or code == _SQLITE_READONLY:
         return f"Make {place} writable, or set KLEIN_HOME to a folder that is."
     return f"Free some space (klein-mcp prune), or make {place} writable."
 

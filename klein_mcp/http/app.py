@@ -214,7 +214,8 @@ def _bind(options: HttpOptions) -> socket.socket:
 
 
 def _cannot_listen(options: HttpOptions, exc: OSError | UnicodeError) -> RequestError:
-    hint, number = "Choose another --port.", getattr(exc, "errno", None)
+    hint = "Choose another --port."
+    number = getattr(exc, "errno", None)
     if isinstance(exc, socket.gaierror | UnicodeError) or number == errno.EADDRNOTAVAIL:
         hint = "--host takes an address of this machine: 127.0.0.1, one of its own, or 0.0.0.0 for all."
     elif number == errno.EACCES:
