@@ -57,6 +57,8 @@ class Library {
   words = "";
   chosen = new Set();
   choosing = false;
+  /** Whether the last request for a further page ended in an error. */
+  failed = false;
 
   constructor(root) {
     this.search = h("input", { type: "search", placeholder: "Words in the prompt", "aria-label": "Search", maxlength: 200 });
@@ -69,7 +71,8 @@ class Library {
     this.further = button("Load more", null, () => this.more());
     this.empty = h("p", { class: "soft centre" }, "");
     root.append(h("div", { class: "row head" }, this.search, this.bar), this.grid, this.empty, h("div", { class: "centre" }, this.further));
-    this.observer = new IntersectionObserver(([entry]) => entry.isIntersecting && this.more());
+    // After an error only the button asks again: news, messages and thumbnails bring it into sight time and again.
+    this.observer = new IntersectionObserver(([entry]) => entry.isIntersecting && !this.failed && this.more());
     this.observer.observe(this.further);
     this.renderBar();
   }
@@ -88,6 +91,7 @@ class Library {
   async load(cards, cursor, least) {
     if (state.view !== "library") return;
     const mine = (this.loading = {});
+    if (cursor || this.words !== this.search.value) this.failed = false;
     this.words = this.search.value;
     try {
       do {
@@ -99,10 +103,11 @@ class Library {
       } while (cursor && cards.length < least);
       [this.cards, this.cursor] = [cards, cursor];
       this.render();
-      // Observed anew, it tells once more where the button is still in sight. Not after an error: it would ask for ever.
+      // Observed anew, it tells once more where the button is still in sight.
       this.observer.unobserve(this.further);
       this.observer.observe(this.further);
     } catch (error) {
+      this.failed = cursor !== null;
       fail(error);
     } finally {
       if (this.loading === mine) this.loading = null;
