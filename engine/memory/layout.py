@@ -7,8 +7,8 @@ BY_COLUMNS = 1 << 20
 """Numbers below which a matrix is stored by columns.
 
 One core of a Xeon, fp32, weights not in its nearest cache: 64 × 192 by 192 × 576 in 92 µs instead of 138, 128 × 192 by
-192 × 1728 in 571 instead of 676; in bf16 47 instead of 55, and 169 instead of 183. Of four large matrices one was
-faster, two were equal and one was slower.
+192 × 1728 in 571 instead of 676; in bf16 47 instead of 55, and 169 instead of 183. Of three large matrices one was
+faster, one equal and one slower.
 """
 
 

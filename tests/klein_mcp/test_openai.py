@@ -370,7 +370,7 @@ def test_unusable_images_are_refused_and_the_server_goes_on(client: OpenAI, appl
         file_sent = named("x.png", content)
         for field, files in (("image", {"image": file_sent}), ("mask", {"image": apple, "mask": file_sent})):
             with pytest.raises(openai.BadRequestError, match=message) as caught:
-                client.images.edit(prompt="make it red", **files)  # type: ignore[arg-type]
+                client.images.edit(prompt="make it red", **files)  # type: ignore[arg-type] - of a dict of files
             assert caught.value.param == field
     with pytest.raises(openai.BadRequestError, match="at most 3"):
         client.images.edit(image=[named(f"{k}.png", file(scene(64, 60 + k))) for k in range(16)], prompt="x")

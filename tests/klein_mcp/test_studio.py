@@ -1,4 +1,4 @@
-"""The studio's server side: who is let in, what it reads and changes, how it follows jobs, and whom a pick reaches."""
+"""The studio's server side: who is let in, what it reads and changes, whom a pick reaches, and its calls."""
 
 import base64
 import hashlib
@@ -6,8 +6,7 @@ import io
 import json
 import re
 import secrets
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import aclosing
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import anyio
@@ -20,17 +19,14 @@ from mcp.server.apps import APP_MIME_TYPE, EXTENSION_ID
 from mcp_types import CallToolResult, TextContent
 from PIL import Image
 
-from engine.contract import Step
 from klein_mcp.http import app as http_app
 from klein_mcp.http import studio as http_studio
 from klein_mcp.http.page_calls import MOST_ANSWERS, PageCalls, UnknownCall
 from klein_mcp.http.surface import HttpContext
 from klein_mcp.jobs.context import CallContext
-from klein_mcp.jobs.events import Done, Progressed
 from klein_mcp.jobs.manager import JobManager
 from klein_mcp.jobs.request import generate
 from klein_mcp.jobs.service import Service
-from klein_mcp.jobs.status import JobStatus
 from klein_mcp.mcp_server.server import create_server
 from klein_mcp.studio.feed import Feed
 from klein_mcp.studio.picks import STUDIO
@@ -237,120 +233,6 @@ async def test_engine_is_described_without_starting_one(browser: httpx2.AsyncCli
     assert painter.jobs == []
 
 
-# -- following jobs -------------------------------------------------------------------------------------------------
-
-
-async def follow(jobs: JobManager, seen: list[tuple[JobStatus, Any]], until: type) -> None:
-    async with aclosing(jobs.watch()) as changes:
-        async for news in changes:
-            if news is not None:
-                seen.append(news)
-                if isinstance(news[1], until):
-                    return
-
-
-async def test_watcher_sees_every_step_with_a_preview(service: Service, jobs: JobManager) -> None:
-    seen: list[tuple[JobStatus, Any]] = []
-    async with anyio.create_task_group() as tasks:
-        tasks.start_soon(follow, jobs, seen, Done)
-        await anyio.wait_all_tasks_blocked()
-        await service.run(generate("a cat"), CallContext("agent"))
-    steps = [event for _, event in seen if isinstance(event, Progressed) and isinstance(event.event, Step)]
-    assert len(steps) == 4
-    assert all(step.preview is not None for step in steps)
-    assert {status.client for status, _ in seen} == {"agent"}
-
-
-async def test_nobody_watching_means_no_previews(
-    service: Service, painter: FakeExecutor, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    previews: list[Any] = []
-    run = painter.run
-
-    def recorded(job: Any, watched: Callable[[], bool]) -> Iterator[Any]:
-        for event in run(job, watched):
-            previews.extend([event.preview] if isinstance(event, Step) else [])
-            yield event
-
-    monkeypatch.setattr(painter, "run", recorded)
-    await service.run(generate("a cat"), CallContext("agent"))
-    assert previews == [None] * 4
-
-
-async def test_watcher_that_comes_late_hears_of_jobs_that_run(
-    service: Service, jobs: JobManager, painter: FakeExecutor
-) -> None:
-    painter.seconds_per_step = 0.2
-    seen: list[tuple[JobStatus, Any]] = []
-    async with anyio.create_task_group() as tasks:
-        tasks.start_soon(service.run, generate("a slow cat"), CallContext("agent"))
-        with anyio.fail_after(120):
-            while not painter.jobs:
-                await anyio.sleep(0.01)
-        await follow(jobs, seen, Done)
-    assert seen[0][0].prompt == "a slow cat"
-
-
-async def test_watcher_neither_cancels_a_job_nor_keeps_it(
-    service: Service, jobs: JobManager, painter: FakeExecutor
-) -> None:
-    painter.seconds_per_step = 0.2
-    async with anyio.create_task_group() as tasks:
-        tasks.start_soon(follow, jobs, [], Progressed)  # leaves at the first news
-        await service.run(generate("finished"), CallContext("agent"))
-        with anyio.move_on_after(0.3):
-            await service.run(generate("given up"), CallContext("agent"))
-        with anyio.fail_after(120):
-            while any(status.state not in ("done", "failed", "cancelled") for status in await jobs.list()):
-                await anyio.sleep(0.02)
-    states = {status.prompt: status.state for status in await jobs.list()}
-    assert states == {"finished": "done", "given up": "cancelled"}
-
-
-async def test_feed_tells_of_jobs_and_marks_the_readers_own(service: Service, painter: FakeExecutor) -> None:
-    painter.seconds_per_step = 0.1
-    feed = Feed(service)
-    views: list[Any] = []
-    async with anyio.create_task_group() as tasks:
-
-        async def listen() -> None:
-            async with aclosing(feed.stream("me")) as stream:
-                async for now in stream:
-                    views.append(now)  # noqa: PERF401 - one by one, as they come
-
-        tasks.start_soon(listen)
-        await anyio.sleep(0.1)
-        await service.run(generate("a cat"), CallContext("me"))
-        await service.run(generate("a dog"), CallContext("someone else"))
-        with anyio.fail_after(120):
-            while not views or views[-1] is None or views[-1]["jobs"]:
-                await anyio.sleep(0.02)
-        tasks.cancel_scope.cancel()
-    jobs = [job for now in views if now for job in now["jobs"]]
-    assert {(job["prompt"], job["mine"]) for job in jobs} == {("a cat", True), ("a dog", False)}
-    assert {job["step"] for job in jobs} >= {1, 2, 3, 4}
-    assert any(job["preview"] and job["preview"].startswith("data:image/") for job in jobs)
-    assert len({now["library"] for now in views if now}) >= 3  # at first, and after each of the two images
-
-
-async def test_read_of_now_waits_a_second_for_news_at_most(service: Service) -> None:
-    feed = Feed(service)
-    first = await feed.now("me", after=0)
-    with anyio.fail_after(120):
-        second = await feed.now("me", after=first["seq"], seconds=0.2)
-    assert second["jobs"] == []
-
-
-async def test_feed_stops_following_when_nobody_reads(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("klein_mcp.studio.feed.LINGER", 0.5)
-    feed = Feed(service)
-    await feed.now("me", after=0)
-    assert feed._task is not None
-    with anyio.fail_after(120):
-        while not feed._task.done():
-            await anyio.sleep(0.05)
-
-
 # -- picks ----------------------------------------------------------------------------------------------------------
 
 
@@ -432,6 +314,9 @@ async def test_page_adds_little_to_the_tool_list(service: Service, mode: str) ->
         assert {tool.name for tool in lists[1]} - {tool.name for tool in lists[0]} == {"pick"}
         assert not any((tool.meta or {}).get("ui") for tool in lists[0])
         assert sizes[1] - sizes[0] <= 1_300
+
+
+# -- calls of the page and their jobs ----------------------------------------------------------------------------------
 
 
 async def test_cancel_route_stops_a_job_of_anybody(

@@ -84,7 +84,7 @@ class Compiler:
         options: CompileOptions,
     ) -> None:
         self.variant, self.transformer, self.device = variant, transformer, device
-        # These are copies: in eager mode channels-last is slower, and a job may request that mode at any time.
+        # These are copies: on a GPU channels-last is slower in eager mode, which a job may request at any time.
         in_order = copy.deepcopy(autoencoder)
         self.autoencoder = in_order.to(memory_format=torch.channels_last)  # type: ignore[call-overload] - torch's stubs
         # Streamed layers cut a block into several graphs: which slot holds the weights, and an event, are in none. They
