@@ -21,6 +21,7 @@ from examples import http_client
 from examples.configurations import Launch
 from klein_mcp.jobs.manager import JobManager
 from klein_mcp.jobs.service import Service
+from tests.embedded import SIDE
 from tests.fakes import FakeExecutor
 from tests.real_server import RealServer, wait_until_listening
 
@@ -142,9 +143,9 @@ def test_iterate_keeps_calmest_draft_and_saves_edited_one(server: RealServer, tm
     ran = server.run(str(EXAMPLES / "iterate.py"), str(tmp_path / "out"))
     assert ran.returncode == 0, ran.stderr
     assert re.search(r"kept draft [A-D], seed [1-4]\n", ran.stdout)
-    assert images(tmp_path / "out") == {"iterated.png": (128, 128)}
+    assert images(tmp_path / "out") == {"iterated.png": (SIDE, SIDE)}
     with Image.open(tmp_path / "out" / "iterated.png") as opened:
-        red, _, blue = opened.convert("RGB").getpixel((3, 64))  # type: ignore[misc]
+        red, _, blue = opened.convert("RGB").getpixel((3, SIDE // 2))  # type: ignore[misc]
     assert blue > red + 40, "the last background asked for is blue"
 
 
@@ -152,7 +153,7 @@ def test_library_paints_edits_and_composes_and_paints_what_server_does(server: R
     """Same words, same seed: the demo's first image and the library's are one."""
     ran = server.run(str(EXAMPLES / "library.py"), str(tmp_path))
     assert ran.returncode == 0, ran.stderr
-    assert images(tmp_path) == dict.fromkeys(("apple.png", "both.png", "green.png"), (128, 128))
+    assert images(tmp_path) == dict.fromkeys(("apple.png", "both.png", "green.png"), (SIDE, SIDE))
     assert server.run("-m", "klein_mcp", "demo", "--out", str(tmp_path / "demo")).returncode == 0
     with Image.open(tmp_path / "apple.png") as ours, Image.open(tmp_path / "demo" / "1-apple.png") as expected:
         assert ours.convert("RGB").tobytes() == expected.convert("RGB").tobytes()
@@ -161,7 +162,7 @@ def test_library_paints_edits_and_composes_and_paints_what_server_does(server: R
 def test_timing_prints_row_of_speed_table(server: RealServer) -> None:
     ran = server.run(str(EXAMPLES / "timing.py"), "--calls", "2", "--model", "nano")
     assert ran.returncode == 0, ran.stderr
-    assert re.fullmatch(r"\| nano, 128×128 \|( \d+ ms \|){3} \d+\.\d s \|\n", ran.stdout)
+    assert re.fullmatch(rf"\| nano, {SIDE}×{SIDE} \|( \d+ ms \|){{3}} \d+\.\d s \|\n", ran.stdout)
 
 
 @pytest.mark.slow
@@ -199,7 +200,7 @@ def test_http_client_shows_its_token_hears_progress_and_fetches_image(server: Re
     assert (deep.returncode, deep.stderr.count("\n")) == (1, 1), deep.stderr
     assert "step 4 of 4" in ran.stdout
     (size,) = images(tmp_path).values()
-    assert size == (128, 128)
+    assert size == (SIDE, SIDE)
 
 
 @pytest.mark.anyio
@@ -227,7 +228,7 @@ def test_typescript_example_compiles_and_saves_image(server: RealServer, tmp_pat
     )
     assert ran.returncode == 0, ran.stdout + ran.stderr
     assert "8 tools: generate_image, edit_image" in ran.stdout
-    assert images(tmp_path / "out") == {"together.png": (128, 128)}
+    assert images(tmp_path / "out") == {"together.png": (SIDE, SIDE)}
 
 
 def test_typescript_example_names_released_versions_only() -> None:

@@ -16,6 +16,7 @@ from engine.nano.training.scenes import MIDDLE, NORMAL, Scene, Thing
 from engine.nano.training.score import composed
 from engine.nano.training.sprites import KINDS
 from engine.registry import NANO
+from tests.embedded import in_units
 from tests.images import file, noise
 from tests.real_server import RealServer
 from tests.tool_calls import call, refused
@@ -62,7 +63,7 @@ def test_demo_images_show_the_requested_objects(server: RealServer, tmp_path: Pa
     )
     for path, wanted in zip(sorted(tmp_path.glob("*.png")), asked, strict=True):
         image = np.asarray(Image.open(path).convert("RGB"))
-        assert composed(image, wanted), path.name
+        assert composed(in_units(image), wanted), path.name
 
 
 def claims(width: int, height: int) -> bytes:

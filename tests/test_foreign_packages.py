@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from mcp import Client
 
+from tests.embedded import SIDE
 from tests.real_server import RealServer, real_server
 from tests.tool_calls import call
 
@@ -33,7 +34,7 @@ def own_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RealServer]
 async def test_server_and_daemon_use_their_own_packages(own_server: RealServer, project: Path):
     command = own_server.stdio(PYTHONPATH=".").model_copy(update={"cwd": project})
     async with Client(command) as client:
-        assert (await call(client, "generate_image", prompt="a red circle", seed=1))["size"] == [128, 128]
+        assert (await call(client, "generate_image", prompt="a red circle", seed=1))["size"] == [SIDE, SIDE]
         assert (await client.get_prompt("iterate", {"idea": "a red circle"})).messages
 
 

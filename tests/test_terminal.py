@@ -15,6 +15,7 @@ from PIL import Image
 
 from examples import configurations
 from klein_mcp.cli import terminal
+from tests.embedded import SIDE
 from tests.real_server import PATIENCE, RealServer
 from tests.tool_calls import call
 
@@ -259,4 +260,4 @@ async def test_status_prints_a_few_lines(server: RealServer) -> None:
     assert facts["queue"] == "idle, 0 of 32 waiting; 1 done, 0 failed"
     assert "nano (Apache-2.0)" in facts["installed"]
     assert facts["model"].startswith("nano, all on the device")
-    assert re.match(r"128×128 (0\.0*)?[1-9][\d.]*$", facts["seconds per image, nano"])
+    assert re.match(rf"{SIDE}×{SIDE} (0\.0*)?[1-9][\d.]*$", facts["seconds per image, nano"])

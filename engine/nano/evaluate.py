@@ -82,7 +82,7 @@ def questions(path: Path = LIST) -> Iterator[Question]:
 
 def known_list(weights: Path) -> str:
     """Return the list whose nouns the weights know: old or new."""
-    return "new" if {*NOUNS} <= load_extras(weights)["nouns"].keys() else "old"
+    return "new" if {*NOUNS} <= {*load_extras(weights)["words"]} else "old"
 
 
 def at_scale(asked: list[Question], scale: int) -> list[Question]:

@@ -10,6 +10,7 @@ from PIL import Image
 from klein_mcp.studio import views
 from tests.browser.conftest import Open, Studio
 from tests.browser.person import drag, edit, generate, new_image, pixels
+from tests.embedded import SIDE
 
 pytestmark = [pytest.mark.browser, pytest.mark.anyio]
 
@@ -175,11 +176,12 @@ async def test_cut_out_leaves_the_subject_on_nothing(open_page: Open, studio: St
         assert await page.get_by_role("button", name="Cut out").count() == 0
         # First comes the result's preview, on grey; then the image itself.
         await page.wait_for_function(
-            """() => { const image = document.querySelector('.frame .picture');
-            if (image.naturalWidth !== 128) return false;
+            """side => { const image = document.querySelector('.frame .picture');
+            if (image.naturalWidth !== side) return false;
             const canvas = new OffscreenCanvas(image.naturalWidth, image.naturalHeight).getContext('2d');
             canvas.drawImage(image, 0, 0);
-            return canvas.getImageData(0, 0, 1, 1).data[3] === 0; }"""
+            return canvas.getImageData(0, 0, 1, 1).data[3] === 0; }""",
+            arg=SIDE,
         )
 
 

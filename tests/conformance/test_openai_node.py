@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from tests.conformance.test_conformance import HERE, node, run
+from tests.embedded import SIDE, TOKENS
 from tests.images import file, pixels
 from tests.klein_mcp.front_ends import serving
 from tests.klein_mcp.test_openai import wait_until_idle
@@ -47,11 +48,11 @@ def images(check: dict[str, Any]) -> list[np.ndarray]:
 
 def test_images_are_generated_edited_and_composed(checks: dict[str, Any]):
     assert checks["generate"]["seed"] == "7"
-    assert checks["generate"]["usage"]["output_tokens"] == 64
+    assert checks["generate"]["usage"]["output_tokens"] == TOKENS
     assert [image.shape for image in images(checks["three"])] == [(64, 64, 3)] * 3
-    for name in ("generate", "edit", "compose"):
+    for name, size in (("generate", SIDE), ("edit", 128), ("compose", 128)):
         (image,) = images(checks[name])
-        assert image.shape == (128, 128, 3)
+        assert image.shape == (size, size, 3)
 
 
 def test_mask_keeps_every_byte_outside(checks: dict[str, Any]):
@@ -64,7 +65,7 @@ def test_mask_keeps_every_byte_outside(checks: dict[str, Any]):
 def test_streams_bring_partials_and_then_the_image(checks: dict[str, Any]):
     assert checks["stream"]["types"] == [*["image_generation.partial_image"] * 3, "image_generation.completed"]
     assert checks["stream of an edit"]["types"] == ["image_edit.partial_image", "image_edit.completed"]
-    for name, size in (("stream", 128), ("stream of an edit", 128), ("hang up", 512)):
+    for name, size in (("stream", SIDE), ("stream of an edit", 128), ("hang up", 512)):
         assert all(image.shape == (size, size, 3) for image in images(checks[name]))
 
 

@@ -18,6 +18,7 @@ from engine.nn import bands, ops
 from engine.nn.autoencoder import Autoencoder, AutoencoderShape
 from engine.registry import NANO, ModelRegistry
 from tests.bench.full_size_models import GIANTS, grown
+from tests.embedded import SIDE
 from tests.engine.peak import Peak
 from tests.engine.test_memory import GB, SMALL, card, empty, needs, work
 from tests.engine.test_offload import last
@@ -73,7 +74,7 @@ def test_an_image_is_decoded_in_bands_where_memory_is_short_now(monkeypatch: pyt
     monkeypatch.setattr(bands, "decode", lambda autoencoder, latent: counted.append(1) or autoencoder.decode(latent))
     job = Job("a red ball on a blue table", seed=3)
     shapes = (klein.variant, klein.transformer, klein.autoencoder, FP32.dtype)
-    image = activation_memory(*shapes, pixels=128**2, references=0)
+    image = activation_memory(*shapes, pixels=SIDE**2, references=0)
     assert 0 < image.banded < image.bytes
     for free, expected in ((image.bytes, 0), (image.bytes - 1, 1), (image.banded, 1)):
         counted.clear()
@@ -85,7 +86,7 @@ def test_an_image_is_decoded_in_bands_where_memory_is_short_now(monkeypatch: pyt
     monkeypatch.setattr(
         "engine.families.klein.pipeline.memory_info", lambda device: MemoryInfo("GPU", image.banded - 1, GB, GB)
     )
-    with pytest.raises(OutOfMemory, match=r"128×128 with 0 references takes 0\.0 GB besides the weights"):
+    with pytest.raises(OutOfMemory, match=rf"{SIDE}×{SIDE} with 0 references takes 0\.0 GB besides the weights"):
         last(klein.run(job))
 
 

@@ -16,6 +16,7 @@ from engine.contract import EngineConfig, Job, Loading, OutOfMemory, Result, Sta
 from engine.engine import Engine
 from engine.families.klein.pipeline import Klein
 from engine.memory.device import Device
+from tests.embedded import SIDE
 
 DOG = Job("a dog on yellow", model="nano", seed=3)
 GB = 10**9
@@ -142,7 +143,7 @@ def test_out_of_memory_while_loading_weights_is_retried(monkeypatch: pytest.Monk
     monkeypatch.setattr(Klein, "load", classmethod(load_or_fail))
     engine = Engine(EngineConfig(device="cpu"))
     if times == 1:
-        assert paint(engine, DOG).image.shape == (128, 128, 3)
+        assert paint(engine, DOG).image.shape == (SIDE, SIDE, 3)
     else:
         with pytest.raises(OutOfMemory, match=r"ran full twice.*weights hold 0\.0 GB"):
             list(engine.run(DOG))

@@ -28,6 +28,7 @@ from engine.memory.device import CopyStream, Device
 from engine.memory.offload import CpuEmbedding, OffloadedModule, OffloadRing, stream
 from engine.memory.plan import ActivationMemory, MemoryInfo
 from engine.registry import NANO, ModelRegistry
+from tests.embedded import SIDE
 from tests.engine.loras import bfl_fused, write
 
 CPU = torch.device("cpu")
@@ -166,6 +167,10 @@ def cramped(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     return room
 
 
+NANO_BYTES = 2 * sum(path.stat().st_size for path in NANO.rglob("*.safetensors"))
+"""Bytes of the embedded model's weights in fp32; its files are in 16 bit."""
+
+
 def paint(klein: Klein):
     *_, painting = klein.run(Job("a red ball on a blue table", seed=3))
     assert isinstance(painting, Result)
@@ -183,8 +188,8 @@ def test_offloaded_model_generates_the_same_image(cramped: dict[str, int]) -> No
     assert "all on the device" in whole.placement_summary
     want = paint(whole).image
     seen = set()
-    for megabytes in (40, 28, 24, 20, 17, 14, 11, 8, 6, 5, 4):
-        cramped["free"] = megabytes * MB
+    for share in (1.6, 1.1, 0.98, 0.82, 0.7, 0.57, 0.45, 0.33, 0.25, 0.2, 0.16, 0.12, 0.1):
+        cramped["free"] = round(share * NANO_BYTES)
         try:
             klein = last(Klein.load(checkpoint, PLACEMENT))
         except OutOfMemory:
@@ -198,7 +203,7 @@ def test_offloaded_model_generates_the_same_image(cramped: dict[str, int]) -> No
 
 
 def test_offloaded_weights_are_in_one_block_of_their_size(cramped: dict[str, int]) -> None:
-    cramped["free"] = 11 * MB
+    cramped["free"] = round(0.45 * NANO_BYTES)
     klein = last(Klein.load(ModelRegistry().resolve(str(NANO)), PLACEMENT))
     layers = [m for net in (klein.transformer, klein.text_encoder) for m in net.modules()
               if isinstance(m, OffloadedModule)]  # fmt: skip
@@ -231,7 +236,7 @@ def test_arena_that_is_used_up_allocates_elsewhere() -> None:
 
 def test_release_leaves_no_tensor_of_an_offloaded_model(cramped: dict[str, int]) -> None:
     """Count them with the garbage collector off: only what release itself frees is free."""
-    cramped["free"] = 11 * MB
+    cramped["free"] = round(0.45 * NANO_BYTES)
     engine = Engine(EngineConfig(device="cpu", dtype="float32"))
 
     def held() -> int:
@@ -244,7 +249,7 @@ def test_release_leaves_no_tensor_of_an_offloaded_model(cramped: dict[str, int])
     ring = weakref.ref(next(m for m in engine._klein.transformer.modules() if isinstance(m, OffloadedModule))._ring[0])
     gc.disable()
     try:
-        assert held() > before + 10 * MB
+        assert held() > before + 0.4 * NANO_BYTES
         engine.release()
         assert ring() is None
         # Observed: 0.
@@ -325,7 +330,7 @@ def test_image_too_large_for_memory_is_refused_before_it_starts(monkeypatch: pyt
     )
     started = []
     with pytest.raises(
-        OutOfMemory, match=r"128×128 with 0 references takes 0\.0 GB besides the weights; 0\.0 GB of the"
+        OutOfMemory, match=rf"{SIDE}×{SIDE} with 0 references takes 0\.0 GB besides the weights; 0\.0 GB of the"
     ):
         started.extend(klein.run(Job("x")))
     assert not started

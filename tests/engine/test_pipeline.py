@@ -28,9 +28,11 @@ from engine.contract import (
     Stage,
     Step,
 )
+from engine.diffusion.canvas import size_for_aspect
 from engine.engine import Engine
 from engine.families.klein import stage_clock
 from tests import toys
+from tests.embedded import SIDE
 
 DOG = Job("a dog at the right on a yellow background", model="nano", seed=3)
 
@@ -156,7 +158,8 @@ def test_model_of_squares_warns_in_other_shapes(engine: Engine) -> None:
 
 
 def test_aspect_ratio_is_generated_at_the_native_area(engine: Engine) -> None:
-    assert paint(engine, replace(DOG, size=Aspect(16, 9))).image.shape == (96, 160, 3)
+    width, height = size_for_aspect((16, 9), SIDE**2)
+    assert paint(engine, replace(DOG, size=Aspect(16, 9))).image.shape == (height, width, 3)
 
 
 def test_without_a_size_the_first_reference_decides(engine: Engine) -> None:
@@ -184,7 +187,7 @@ def test_invalid_job_is_refused_in_one_line(engine: Engine, change: dict, says: 
         paint(engine, replace(DOG, **change))
     assert says in str(refusal.value)
     assert "\n" not in str(refusal.value)
-    assert paint(engine, DOG).image.shape == (128, 128, 3), "the next job works"
+    assert paint(engine, DOG).image.shape == (SIDE, SIDE, 3), "the next job works"
 
 
 def test_guidance_on_a_distilled_model_is_ignored_with_a_warning(engine: Engine, dog: Rgb8) -> None:
@@ -206,7 +209,7 @@ def test_unknown_words_are_named_in_a_warning(engine: Engine) -> None:
 
 
 def test_empty_prompt_generates_an_image(engine: Engine) -> None:
-    assert paint(engine, replace(DOG, prompt="")).image.shape == (128, 128, 3)
+    assert paint(engine, replace(DOG, prompt="")).image.shape == (SIDE, SIDE, 3)
 
 
 def _live_tensors() -> int:

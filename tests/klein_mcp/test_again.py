@@ -14,6 +14,7 @@ from klein_mcp.images import paths, preserve
 from klein_mcp.images.record import Record
 from klein_mcp.jobs.replay import repeat
 from klein_mcp.jobs.request import Aspect, Exact, Native, edit, generate
+from tests.embedded import SIDE
 from tests.fakes import FakeExecutor
 from tests.images import file, noise, pixels, scene
 from tests.real_server import RealServer
@@ -158,10 +159,10 @@ async def test_draft_becomes_final_by_its_own_recipe(agent: Client) -> None:
     )
     final = line(result)
     assert (final["size"], final["seed"]) == ([512, 512], "4")
-    # It was painted at 128×128 and enlarged: the preview shows what was painted, at a 16th of the price.
-    assert preview(result).shape == (128, 128, 3)
+    # It was generated smaller and enlarged: the preview shows what was generated, at a part of the price.
+    assert preview(result).shape == (SIDE, SIDE, 3)
     seen = await agent.call_tool("view_image", {"image": final["image"]})
-    assert preview(seen).shape == (128, 128, 3)
+    assert preview(seen).shape == (SIDE, SIDE, 3)
 
 
 async def test_edits_are_replayed_on_another_image(agent: Client) -> None:
@@ -197,8 +198,8 @@ async def test_drafts_that_are_all_alike_get_a_warning(agent: Client) -> None:
 
 
 async def test_masks_are_no_parents(agent: Client, tmp_path: Path) -> None:
-    mask = np.zeros((128, 128, 3), np.uint8)
-    mask[:, :64] = 255
+    mask = np.zeros((SIDE, SIDE, 3), np.uint8)
+    mask[:, : SIDE // 2] = 255
     (tmp_path / "mask.png").write_bytes(file(mask))
     made = await call(agent, "generate_image", prompt="a dog on a blue background", seed=1)
     edited = await call(agent, "edit_image", image="last", prompt="make the background red", mask="mask.png", seed=1)

@@ -226,9 +226,11 @@ MORE = (
 def test_subjects_of_nano_have_their_known_alpha(subjects: tuple[str, ...]) -> None:
     from engine.engine import Engine
     from engine.nano.training.compositor import BACKGROUNDS
+    from engine.nano.training.frames import Frame
     from engine.nano.training.scenes import MIDDLE, NORMAL, Scene, Thing
     from engine.nano.training.score import draw
     from engine.nano.training.sprites import KINDS
+    from tests.embedded import SCALE
 
     engine = Engine(EngineConfig(device="cpu"))
 
@@ -250,8 +252,9 @@ def test_subjects_of_nano_have_their_known_alpha(subjects: tuple[str, ...]) -> N
     def truth_of(subject: str) -> np.ndarray:
         thing = Thing(KINDS.index(subject), NORMAL, MIDDLE)
         grounds = [BACKGROUNDS.index(colour) for colour in ("black", "white")]
-        black, white = (image.astype(float) for image in draw(*(Scene(ground, (thing,)) for ground in grounds)))
-        empty_black, empty_white = (image.astype(float) for image in draw(*(Scene(ground) for ground in grounds)))
+        full, bare = ([Scene(ground, things) for ground in grounds] for things in ((thing,), ()))
+        drawn = (image.astype(float) for image in draw(*full, *bare, frame=Frame(scale=SCALE)))
+        black, white, empty_black, empty_white = drawn
         return 1 - (white - black).mean(2) / (empty_white - empty_black).mean(2) > 0.5
 
     overlaps = []

@@ -16,6 +16,7 @@ import pytest
 from klein_mcp.cli import doctor, doctor_files, models
 from klein_mcp.cli.doctor_files import check_disk, check_library, check_roots, check_signer
 from klein_mcp.settings import Settings
+from tests.embedded import SIDE
 from tests.real_server import PATIENCE, engine_process
 
 
@@ -48,7 +49,7 @@ def test_fresh_machine_generates_and_lists_what_is_missing(settings: Settings, m
     assert "cpu" in by_subject["device"].found
     assert by_subject["model"].todo.startswith("Run: klein-mcp pull klein-4b (16 GB). It needs a GPU")
     assert "claude mcp add klein" in by_subject["clients"].todo
-    assert "128×128 with nano in" in by_subject["test image"].found
+    assert f"{SIDE}×{SIDE} with nano in" in by_subject["test image"].found
     assert {line.subject for line in lines if line.todo} == {"clients", "model"}
 
 

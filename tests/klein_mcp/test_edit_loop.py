@@ -17,6 +17,7 @@ from engine.nano.training.scenes import MIDDLE, NORMAL, Scene, Thing
 from engine.nano.training.score import background_right, look
 from engine.nano.training.sprites import KINDS
 from klein_mcp.images.alpha import VIEWED_ON, over
+from tests.embedded import SIDE, in_units
 from tests.images import pixels
 from tests.real_server import RealServer
 from tests.tool_calls import call, kinds, line, preview, refused
@@ -43,8 +44,9 @@ def scene(ground: str, *things: tuple[str, tuple[int, int]]) -> Scene:
 
 def shows(picture: Rgb8, wanted: Scene) -> bool:
     """Judge by nano's own scorer: the right things in their places, on the right background."""
-    things = all(look(picture, wanted, i).right(thing) for i, thing in enumerate(wanted.things))
-    return things and background_right(picture, wanted)
+    small = in_units(picture)
+    things = all(look(small, wanted, i).right(thing) for i, thing in enumerate(wanted.things))
+    return things and background_right(small, wanted)
 
 
 async def test_apple_turns_green_moves_left_and_is_saved_in_four_calls(agent: Client, tmp_path: Path) -> None:
@@ -79,7 +81,7 @@ async def test_local_edit_keeps_bytes_and_off_does_not(agent: Client) -> None:
     assert same.mean() > 0.6  # the car and its surroundings are a fifth of the image
     assert (image(off) == image(both)).all(axis=2).mean() < 0.5
     x, _, width, _ = kept["changed"]["box"]
-    assert x + width / 2 > 64
+    assert x + width / 2 > SIDE / 2
 
 
 async def test_edit_that_did_nothing_says_so_first(agent: Client) -> None:
@@ -115,7 +117,8 @@ async def test_ten_edits_and_a_branch_take_three_calls(agent: Client) -> None:
         agent, "edit_image", image="last", prompt=["make the background green", "remove the bird"], seed=5
     )
     branch = await call(agent, "edit_image", image=facts["steps"][1]["image"], prompt="make the background red", seed=5)
-    assert look(image(second), scene("green", ("cat", LEFT)), 0).right(scene("green", ("cat", LEFT)).things[0])
+    cat = scene("green", ("cat", LEFT))
+    assert look(in_units(image(second)), cat, 0).right(cat.things[0])
     history = (await call(agent, "list_images", image=second["image"]))["history"]
     assert history[0]["image"] == start["image"]
     assert len(history) == 11
@@ -141,7 +144,7 @@ async def test_cat_and_rocket_are_composed_and_compared_in_four_calls(agent: Cli
     facts = line(result)
     assert shows(image(both), scene("blue", ("cat", LEFT), ("rocket", RIGHT)))
     assert facts["changed"]["share"] > 0.5
-    assert preview(result).shape[1] > 2 * 128
+    assert preview(result).shape[1] > 2 * SIDE
 
 
 async def test_labels_name_the_images_of_the_latest_sheet(agent: Client) -> None:
@@ -157,8 +160,8 @@ async def test_saving_enlarges_when_asked_and_says_when_it_did_not(agent: Client
     await call(agent, "generate_image", prompt="a star on a blue background", seed=1)
     small = await call(agent, "save_image", image="last", path="small.png", max_size=512)
     large = await call(agent, "save_image", image="last", path="large.png", size=512)
-    assert (small["width"], large["width"]) == (128, 512)
-    assert small["warnings"] == ["max_size 512 only shrinks: 128×128 was written; size enlarges"]
+    assert (small["width"], large["width"]) == (SIDE, 512)
+    assert small["warnings"] == [f"max_size 512 only shrinks: {SIDE}×{SIDE} was written; size enlarges"]
 
 
 async def test_three_transparent_icons_have_real_alpha(agent: Client, tmp_path: Path) -> None:
@@ -214,13 +217,13 @@ async def test_edit_of_a_transparent_image_keeps_its_alpha(agent: Client) -> Non
     after = await call(agent, "edit_image", image="last", prompt="add a red star at the top", seed=5)
     assert after["changed"]["kept"] is True
     old, new = rgba(before), rgba(after)
-    assert (old[96:] == new[96:]).all()
+    assert (old[3 * SIDE // 4 :] == new[3 * SIDE // 4 :]).all()
     kept = (old == new).all(axis=2)
     assert kept.mean() > 0.8  # observed: 0.93
-    top = new[:45]
+    top = new[: 45 * SIDE // 128]
     red = (top[..., 3] > 200) & (top[..., 0] > 150) & (top[..., 1] < 90)
     assert red.sum() > 100
-    assert (top[:, :32, 3] == 0).all()
+    assert (top[:, : SIDE // 4, 3] == 0).all()
 
 
 async def test_new_background_makes_a_transparent_image_opaque(agent: Client) -> None:
@@ -254,7 +257,7 @@ async def test_saving_cuts_out_of_a_plain_background_and_keeps_alpha(agent: Clie
         with Image.open(saved["saved"]) as opened:
             assert opened.mode == "RGBA"
             alpha = np.asarray(opened)[..., 3]
-            assert max(opened.size) == more.get("max_size", more.get("size", 128))
+            assert max(opened.size) == more.get("max_size", more.get("size", SIDE))
         assert alpha[0].max() == 0
         assert (alpha > 127).mean() == pytest.approx(seen["alpha"]["subject"], abs=0.01)
     assert "JPEG has no transparency" in await refused(

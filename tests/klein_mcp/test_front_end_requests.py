@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.embedded import SIDE
 from tests.images import file, pixels, scene
 from tests.klein_mcp.front_ends import serving
 from tests.real_server import RealServer
@@ -160,18 +161,19 @@ def test_sillytavern_connects_and_generates(http: httpx2.Client):
 
 def test_a1111_edits_with_a_drawn_mask_and_an_inverse(http: httpx2.Client):
     apple = post(http, "/sdapi/v1/txt2img", {"prompt": PROMPT, "seed": 7})["images"][0]
-    mask = np.zeros((128, 128, 3), np.uint8)
-    mask[:, :64] = 255
+    half = SIDE // 2
+    mask = np.zeros((SIDE, SIDE, 3), np.uint8)
+    mask[:, :half] = 255
     # White strokes on nothing, from a canvas of half the size: A1111 changes what is opaque, and resizes the mask.
     drawn = np.dstack([mask, mask[..., 0]])[::2, ::2]
-    body = {"init_images": [apple], "prompt": "make the background green", "width": 128, "height": 128}
+    body = {"init_images": [apple], "prompt": "make the background green", "width": SIDE, "height": SIDE}
     for inverse, pixels_of_mask in ((0, drawn), (1, mask)):
         encoded = base64.b64encode(file(pixels_of_mask)).decode()
         edited = post(http, "/sdapi/v1/img2img", {**body, "mask": encoded, "inpainting_mask_invert": inverse})[
             "images"
         ][0]
         changed = np.any(pixels(base64.b64decode(edited)) != pixels(base64.b64decode(apple)), axis=2)
-        kept, free = (changed[:, 64:], changed[:, :64]) if not inverse else (changed[:, :64], changed[:, 64:])
+        kept, free = (changed[:, half:], changed[:, :half]) if not inverse else (changed[:, :half], changed[:, half:])
         assert not kept.any()
         assert free.any()
 

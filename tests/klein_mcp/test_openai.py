@@ -19,6 +19,7 @@ import pytest
 from openai import OpenAI
 from PIL import Image
 
+from tests.embedded import MAX_REFERENCES, SIDE, TOKENS
 from tests.images import file, pixels, scene
 from tests.klein_mcp.front_ends import serving
 from tests.klein_mcp.test_codec import HOSTILE
@@ -64,13 +65,13 @@ def difference(one: bytes, other: bytes) -> np.ndarray:
 def test_generate_returns_an_image_with_everything_the_sdk_types(client: OpenAI):
     response = client.images.generate(prompt=PROMPT, model="gpt-image-1", quality="high", extra_body={"seed": 7})
     (image,) = data(response.data)
-    assert pixels(image).shape == (128, 128, 3)
+    assert pixels(image).shape == (SIDE, SIDE, 3)
     assert (response.size, response.quality, response.background, response.output_format) == (
-        *("128x128", "high", "opaque", "png"),
+        *(f"{SIDE}x{SIDE}", "high", "opaque", "png"),
     )
     assert response.usage is not None
-    assert response.usage.output_tokens == 64
-    assert response.usage.total_tokens == response.usage.input_tokens + 64
+    assert response.usage.output_tokens == TOKENS
+    assert response.usage.total_tokens == response.usage.input_tokens + TOKENS
     assert abs(response.created - time.time()) < 120
 
 
@@ -85,7 +86,7 @@ def test_three_images_differ_and_count_their_seeds_up(client: OpenAI):
 @pytest.mark.parametrize("size", ["512x512", "256x192", "auto", "1792x1024"])
 def test_requested_size_is_the_size_of_the_image(client: OpenAI, size: Any):
     response = client.images.generate(prompt=PROMPT, size=size)
-    expected = (128, 128) if size == "auto" else tuple(map(int, size.split("x")))
+    expected = (SIDE, SIDE) if size == "auto" else tuple(map(int, size.split("x")))
     assert Image.open(io.BytesIO(data(response.data)[0])).size == expected
 
 
@@ -110,7 +111,7 @@ def test_url_leads_to_the_image_without_a_key(client: OpenAI, kind: Any):
     assert not item.b64_json
     answer = httpx2.get(item.url)
     assert answer.headers["content-type"] == f"image/{kind}"
-    assert Image.open(io.BytesIO(answer.content)).size == (128, 128)
+    assert Image.open(io.BytesIO(answer.content)).size == (SIDE, SIDE)
     assert httpx2.get(item.url + "0").status_code == 403
 
 
@@ -148,11 +149,11 @@ def test_several_images_are_composed_at_the_size_of_the_first(client: OpenAI):
 
 def mask(*, holes: bool) -> bytes:
     """The left half may change: transparent, or white on black."""
-    change = np.zeros((128, 128), bool)
-    change[:, :64] = True
+    change = np.zeros((SIDE, SIDE), bool)
+    change[:, : SIDE // 2] = True
     if not holes:
         return file(np.repeat(np.where(change, 255, 0).astype(np.uint8)[..., None], 3, axis=2))
-    rgba = np.dstack([scene(128, 128), np.where(change, 0, 255).astype(np.uint8)])
+    rgba = np.dstack([scene(SIDE, SIDE), np.where(change, 0, 255).astype(np.uint8)])
     out = io.BytesIO()
     Image.fromarray(rgba).save(out, "PNG")
     return out.getvalue()
@@ -164,8 +165,8 @@ def test_mask_keeps_every_byte_outside(client: OpenAI, apple: bytes, holes: bool
         image=named("apple.png", apple), mask=named("mask.png", mask(holes=holes)), prompt="make the background green"
     )
     changed = difference(data(response.data)[0], apple)
-    assert changed[:, :64].mean() > 0.2
-    assert not changed[:, 64:].any()
+    assert changed[:, : SIDE // 2].mean() > 0.2
+    assert not changed[:, SIDE // 2 :].any()
 
 
 def test_mask_applies_to_the_first_of_several_images(client: OpenAI, apple: bytes):
@@ -173,7 +174,7 @@ def test_mask_applies_to_the_first_of_several_images(client: OpenAI, apple: byte
     response = client.images.edit(image=images, mask=named("mask.png", mask(holes=True)), prompt="make it green")
     changed = difference(data(response.data)[0], apple)
     assert changed.any()
-    assert not changed[:, 64:].any()
+    assert not changed[:, SIDE // 2 :].any()
 
 
 def test_json_body_takes_urls_and_handles(client: OpenAI, url: str, apple: bytes):
@@ -266,12 +267,12 @@ def test_stream_brings_partials_that_come_closer_to_the_image(client: OpenAI, ki
     assert [event.type for event in partials] == ["image_generation.partial_image"] * 3
     assert [event.partial_image_index for event in partials] == [0, 1, 2]
     assert completed.type == "image_generation.completed"
-    assert completed.usage.output_tokens == 64
+    assert completed.usage.output_tokens == TOKENS
     final = pixels(base64.b64decode(completed.b64_json)).astype(int)
     errors = []
     for event in partials:
         image = Image.open(io.BytesIO(base64.b64decode(event.b64_json)))
-        assert (image.format, image.size, event.size) == (kind.upper(), (128, 128), "128x128")
+        assert (image.format, image.size, event.size) == (kind.upper(), (SIDE, SIDE), f"{SIDE}x{SIDE}")
         errors.append(np.abs(np.asarray(image.convert("RGB")) - final).mean())
     assert errors == sorted(errors, reverse=True)
 
@@ -296,7 +297,7 @@ def test_streamed_edit_shows_partials_inside_the_mask_only(client: OpenAI, apple
     *partials, completed = events(stream)
     assert [event.type for event in partials] == ["image_edit.partial_image"] * 2
     for event in (*partials, completed):
-        assert not difference(base64.b64decode(event.b64_json), apple)[:, 64:].any()
+        assert not difference(base64.b64decode(event.b64_json), apple)[:, SIDE // 2 :].any()
 
 
 def running(server: RealServer) -> bool:
@@ -355,7 +356,7 @@ def test_bad_requests_raise_the_right_error_and_name_the_field(client: OpenAI, a
 
 
 def test_mask_of_another_size_is_refused_with_both_sizes(client: OpenAI, apple: bytes):
-    with pytest.raises(openai.BadRequestError, match=r"64×64.*128×128"):
+    with pytest.raises(openai.BadRequestError, match=rf"64×64.*{SIDE}×{SIDE}"):
         client.images.edit(image=named("a.png", apple), mask=named("m.png", file(scene(64, 64))), prompt="x")
 
 
@@ -372,7 +373,7 @@ def test_unusable_images_are_refused_and_the_server_goes_on(client: OpenAI, appl
             with pytest.raises(openai.BadRequestError, match=message) as caught:
                 client.images.edit(prompt="make it red", **files)  # type: ignore[arg-type] - of a dict of files
             assert caught.value.param == field
-    with pytest.raises(openai.BadRequestError, match="at most 3"):
+    with pytest.raises(openai.BadRequestError, match=f"at most {MAX_REFERENCES}"):
         client.images.edit(image=[named(f"{k}.png", file(scene(64, 60 + k))) for k in range(16)], prompt="x")
     noise = np.random.default_rng(0).integers(0, 256, (4000, 4000, 3), np.uint8)
     large = io.BytesIO()

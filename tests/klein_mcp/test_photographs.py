@@ -12,6 +12,7 @@ from engine.contract import Rgb8
 from engine.nano.training.prompts import PromptSampler
 from engine.nano.training.score import draw
 from klein_mcp.images.detail import is_detailed
+from tests.embedded import SIDE
 from tests.images import file, noise, scene
 from tests.real_server import RealServer
 from tests.tool_calls import call, refused
@@ -51,8 +52,8 @@ async def test_whole_photograph_is_not_repainted_unasked(agent: Client) -> None:
     edit = {"image": "photo.png", "prompt": "make the background green", "seed": 1}
     message = await refused(agent, "edit_image", **edit)
     assert message == (
-        "nano, a demo, paints flat scenes of 128 pixels: it would repaint all of this photograph and lose its detail. "
-        "Give a region around what may change, or preserve: off to do it all the same."
+        f"nano, a demo, paints flat scenes of {SIDE} pixels: it would repaint all of this photograph and lose "
+        "its detail. Give a region around what may change, or preserve: off to do it all the same."
     )
     facts = await call(agent, "edit_image", **edit, preserve="off")
     assert any(warning.startswith("nano knows no image such as this") for warning in facts["warnings"])

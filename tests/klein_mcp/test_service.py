@@ -42,9 +42,9 @@ async def test_size_overrules_aspect_ratio(client: Client, painter: FakeExecutor
 
 
 async def test_missed_aspect_ratio_is_a_warning_with_the_real_size(client: Client):
-    payload = await call(client, "generate_image", prompt="x", aspect_ratio="16:9", count=2)
-    expected = "the image is 176×96, not quite 16:9: nano paints in steps of 16 pixels"
-    assert [warning for warning in payload.get("warnings", []) if "16:9" in warning] == [expected]
+    payload = await call(client, "generate_image", prompt="x", aspect_ratio="3:2", count=2)
+    expected = "the image is 160×112, not quite 3:2: nano paints in steps of 16 pixels"
+    assert [warning for warning in payload.get("warnings", []) if "3:2" in warning] == [expected]
     payload = await call(client, "generate_image", prompt="x", aspect_ratio="1:1")
     assert not any("1:1" in warning for warning in payload.get("warnings", []))
 

@@ -8,6 +8,7 @@ import pytest
 
 from engine.contract import Exact, Job, Result
 from klein_mcp.jobs.timing import MEASUREMENTS, TimingHistory
+from tests.embedded import SIDE
 
 
 def painting(width: int, height: int) -> Result:
@@ -27,7 +28,7 @@ def test_estimates_scale_with_the_size():
 
 
 def test_without_a_size_the_models_own_counts():
-    """nano paints 128 × 128, and an estimate for a megapixel would hand every call over."""
+    """nano generates less than a megapixel, whose estimate would hand every call over."""
     history = TimingHistory()
     history.note(Job("a"), painting(128, 128), 0.2)
     assert history.seconds(Job("b")) == pytest.approx(0.2)
@@ -53,13 +54,13 @@ def test_table_of_a_large_model_scales_to_each_size():
 
 
 def test_table_of_a_small_model_has_its_own_size():
-    """nano paints 128 × 128 and resamples."""
+    """nano generates at its own size and resamples."""
     history = TimingHistory()
     for side, seconds in ((512, 0.3), (1024, 0.4)):
         history.note(
             Job("a", size=Exact(side, side), model="nano"), replace(painting(side, side), model="nano"), seconds
         )
-    assert history.tables() == {"nano": {"128x128": 0.3}}
+    assert history.tables() == {"nano": {f"{SIDE}x{SIDE}": 0.3}}
 
 
 def test_of_equally_near_measurements_the_latest_counts():

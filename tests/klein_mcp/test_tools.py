@@ -1,12 +1,14 @@
 """The contents of tools/list, and the errors of wrong calls."""
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from mcp import Client
 
 from engine.contract import Aspect, Busy, Exact, InvalidJob, KeepSource, ModelNotFound, Native
+from engine.families.klein.variants import EMBEDDED, VARIANTS
 from klein_mcp.errors import RequestError
 from klein_mcp.mcp_server.tools import TOOLS
 from tests.fakes import FakeExecutor
@@ -171,7 +173,8 @@ async def test_unknown_reference_names_list_images(client: Client, reference: st
     assert "list_images" in message
 
 
-async def test_reference_limit_is_the_models(client: Client):
+async def test_reference_limit_is_the_models(client: Client, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(VARIANTS, EMBEDDED, replace(VARIANTS[EMBEDDED], max_references=3))
     await call(client, "generate_image", prompt="a dot")
     assert "nano takes at most 3" in await refused(client, "compose_references", images=["last"] * 4, prompt="x")
     message = await refused(client, "compose_references", images=["last"] * 5, prompt="x")

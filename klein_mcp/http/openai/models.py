@@ -6,7 +6,7 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from engine.families.klein.variants import EMBEDDED
+from engine.families.klein.variants import EMBEDDED, VARIANTS
 from klein_mcp.errors import quote
 from klein_mcp.http.openai.errors import ApiError, to_api_error
 from klein_mcp.http.surface import HttpContext
@@ -33,7 +33,8 @@ async def model_list(context: HttpContext) -> list[dict[str, Any]]:
 
 
 def _entry(name: str) -> dict[str, Any]:
-    demo = {"description": "Embedded demo model, 128 × 128 pixels"} if name == EMBEDDED else {}
+    side = VARIANTS[EMBEDDED].native_size
+    demo = {"description": f"Embedded demo model, {side} × {side} pixels"} if name == EMBEDDED else {}
     return {"id": name, "object": "model", "created": CREATED, "owned_by": "klein-mcp", **demo}
 
 
