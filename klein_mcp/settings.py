@@ -241,12 +241,7 @@ class Settings:
     @classmethod
     def load(cls, environ: Mapping[str, str] = os.environ) -> "Settings":
         """Read the environment and `config.toml`. Raises SettingsError."""
-        home = environ.get("KLEIN_HOME")
-        folder = _parse("KLEIN_HOME", home, _path) if home else default_home()
-        try:
-            check_folder(folder)
-        except OSError as exc:
-            raise SettingsError(f"The data folder {folder} cannot be used: {exc.strerror or exc}.") from None
+        folder = _home(environ)
         values = {
             "hub": default_hub({"HF_HOME": str(folder / "huggingface"), **environ} if user_home() is None else environ),
             **_from_file(folder / "config.toml"),
@@ -254,6 +249,15 @@ class Settings:
             "home": folder,
         }
         return cls(**values)
+
+    @classmethod
+    def load_home(cls, environ: Mapping[str, str] = os.environ) -> "Settings":
+        """Read where the data folder is, and nothing else: an engine can be stopped whatever else is set wrongly.
+
+        Raises SettingsError.
+        """
+        folder = _home(environ)
+        return cls(home=folder, hub=folder / "huggingface" / "hub")  # the default would ask for a home folder
 
     def engine_config(self) -> EngineConfig:
         """Return the engine's configuration."""
@@ -284,6 +288,16 @@ class Settings:
     def library(self) -> Path:
         """Return the folder of the image library."""
         return self.home / "library"
+
+
+def _home(environ: Mapping[str, str]) -> Path:
+    home = environ.get("KLEIN_HOME")
+    folder = _parse("KLEIN_HOME", home, _path) if home else default_home()
+    try:
+        check_folder(folder)
+    except OSError as exc:
+        raise SettingsError(f"The data folder {folder} cannot be used: {exc.strerror or exc}.") from None
+    return folder
 
 
 def _unless_auto(value: str) -> str | None:

@@ -261,3 +261,11 @@ async def test_status_prints_a_few_lines(server: RealServer) -> None:
     assert "nano (Apache-2.0)" in facts["installed"]
     assert facts["model"].startswith("nano, all on the device")
     assert re.match(rf"{SIDE}×{SIDE} (0\.0*)?[1-9][\d.]*$", facts["seconds per image, nano"])
+    # An engine that runs can be ended whatever has become of the settings since.
+    (server.home / "config.toml").write_text("model = \n")
+    try:
+        assert server.run("-m", "klein_mcp", "status").returncode == 1
+        stopped = server.run("-m", "klein_mcp", "stop", KLEIN_MEMORY="plenty")
+    finally:
+        (server.home / "config.toml").unlink()
+    assert (stopped.returncode, stopped.stdout) == (0, "stopped\n"), stopped.stderr

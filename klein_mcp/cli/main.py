@@ -33,6 +33,9 @@ GONE = "The folder this was started in is gone."
 
 WITHOUT_JSON = {"cluster", "engine", "serve", "studio"}
 
+NEED_ONLY_HOME = {"stop"}
+"""These work with a config.toml that cannot be read."""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code.
@@ -47,7 +50,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
             return stdio.run(Settings.load())
         arguments = _parsed(words)
-        return arguments.run(Settings.load(), arguments)
+        settings = Settings.load_home() if words[0] in NEED_ONLY_HOME else Settings.load()
+        return arguments.run(settings, arguments)
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:

@@ -99,6 +99,9 @@ def test_a_lora_is_found_by_path_or_name_with_a_scale(tmp_path: Path) -> None:
         lora.resolve_lora("oil", [tmp_path])
     with pytest.raises(ModelNotFound, match="No LoRA at"):
         lora.resolve_lora("/nowhere/x.safetensors:1", [])
+    for odd in ("/" + "x" * 5000, "~no-such-user/ink.safetensors", "i\0nk"):
+        with pytest.raises(ModelNotFound, match="No LoRA"):
+            lora.resolve_lora(odd, [tmp_path])
     loud = file.with_name("Oils.SAFETENSORS")
     save_file({"x": torch.zeros(1)}, loud)
     assert lora.resolve_lora("Oils", [tmp_path]) == lora.resolve_lora("Oils.SAFETENSORS", [tmp_path]) == Lora(loud)

@@ -156,7 +156,7 @@ async function generate() {
   else if (chosen.shape) input.aspect_ratio = chosen.shape;
   const references = state.references.map((each) => each.ref);
   // One image and words are an edit, which keeps what is not to change; words about "image 1" make another of it.
-  const changes = references.length === 1 && !chosen.shape && !/image 1/i.test(prompt);
+  const changes = references.length === 1 && !chosen.shape && !/image 1\b/i.test(prompt);
   if (changes) await run("edit_image", { ...input, image: references[0] });
   else if (references.length) await run("compose_references", { ...input, images: references });
   else await run("generate_image", input);

@@ -39,6 +39,15 @@ def resolve_lora(text: str, folders: Iterable[Path]) -> Lora:
 
     Raises ModelNotFound or InvalidJob.
     """
+    try:
+        return _find(text, folders)
+    except (OSError, RuntimeError) as error:
+        # A name too long, a folder that may not be read; the home of a user that does not exist.
+        reason = getattr(error, "strerror", None) or error
+        raise ModelNotFound(f"No LoRA {text[:100]!r}: {reason}.", hint="Give its absolute path.") from None
+
+
+def _find(text: str, folders: Iterable[Path]) -> Lora:
     # A file may have a colon in its own name.
     name, scale = (text, 1.0) if Path(text).expanduser().is_file() else _split_scale(text)
     path, stem = Path(name).expanduser(), re.sub(r"\.safetensors$", "", name, flags=re.IGNORECASE)
