@@ -252,7 +252,9 @@ class Settings:
 
     @classmethod
     def load_home(cls, environ: Mapping[str, str] = os.environ) -> "Settings":
-        """Read where the data folder is, and nothing else: an engine can be stopped whatever else is set wrongly.
+        """Read only where the data folder is.
+
+        An engine can so be stopped whatever else is set wrongly.
 
         Raises SettingsError.
         """
