@@ -79,7 +79,8 @@ class Curriculum:
                       ("compose", 4): 0.02}  # fmt: skip
         (task, references), *_ = draws.choices(tuple(shares), tuple(shares.values()))
         frame, chance = NATIVE, draws.random()
-        if early or chance < 0.12:
+        # At 128 × 128 things have other tokens: practice there teaches nothing at the native size.
+        if early or chance < 0.04:
             frame = SMALL_SQUARE
         elif chance < 0.30:
             frame = draws.choice(OTHER_SHAPES)
