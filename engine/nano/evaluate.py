@@ -3,8 +3,9 @@
 `python -m engine.nano.evaluate` generates the list's images, scores them and prints the table.
 Wordings and combinations of the lists were never trained on. `held_out.jsonl` is the list of the whole world,
 `held_out_48.jsonl` that of the first nano (48 nouns, one canvas). `--list old` asks the latter, so that both can be
-compared. Lists hold their seeds, so that two sets of weights answer the same questions. `--write` draws the new list
-anew, which makes older figures incomparable.
+compared. `held_out_48_wide.jsonl` (`--list wide`) has what those 48 nouns learned later: more backgrounds, groups, one
+thing inside another, four things, three and four references, other shapes. Lists hold their seeds, so that two sets of
+weights answer the same questions. `--write` draws the list anew, which makes older figures incomparable.
 """
 
 import argparse
@@ -12,9 +13,7 @@ import json
 import os
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
-from functools import partial
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -23,13 +22,20 @@ from PIL import Image, ImageDraw
 
 from engine.diffusion.change_mask import find_change
 from engine.nano.training.compositor import as_tensor, as_uint8
-from engine.nano.training.edits import EDITS, touched
-from engine.nano.training.folder import WEIGHTS, load_extras
-from engine.nano.training.frames import OTHER_SHAPES, SMALL_SQUARE, SQUARE, TOKEN, Frame
-from engine.nano.training.held_out import OLD_LIST
+from engine.nano.training.edits import EDITS
+from engine.nano.training.folder import WEIGHTS
+from engine.nano.training.frames import SQUARE, TOKEN, Frame
 from engine.nano.training.model import Nano
-from engine.nano.training.prompts import Example, PromptSampler, unseen
-from engine.nano.training.scenes import Scene
+from engine.nano.training.prompts import Example
+from engine.nano.training.questions import (
+    CHAIN_LENGTH,
+    LISTS,
+    Question,
+    at_scale,
+    known_list,
+    questions,
+    write_questions,
+)
 from engine.nano.training.score import (
     Rgb8,
     background_right,
@@ -44,111 +50,18 @@ from engine.nano.training.score import (
     sharpness,
     untouched,
 )
-from engine.nano.words import NOUNS
 
-LIST = OLD_LIST.with_name("held_out.jsonl")
-ROWS = 300
-"""Number of questions of each main kind."""
-FEWER_ROWS = 100
-"""Questions of each of the others: counts, one thing inside another, four things, other shapes."""
-CHAINS = 30
-CHAIN_LENGTH = 10
 BATCH = 20
 SHOULD_CHANGE = 8
 """Difference in the channel that differs most, of 255. A smaller one is no change that the edit asked for."""
 CHAINED = "ten edits in a row: untouched part (of 255)"
 CHAINED_PRESERVED = "ten edits in a row, the original put back around each: untouched part (of 255)"
 
-Question = tuple[str, int, Example]
-"""(part of the list, seed, example). A chain is CHAIN_LENGTH questions of one seed, each about the last answer."""
 Chain = tuple[list[Example], tuple[Rgb8, ...]]
 """The edits of a chain, and the image after each."""
 
 ALONE = ("one", "two", "edit", "compose", "count", "inside", "four", "shape", "shape edit")
 """The parts whose questions stand alone."""
-
-
-def questions(path: Path = LIST) -> Iterator[Question]:
-    """Yield the list's questions, in order."""
-    for line in path.read_text().splitlines():
-        part, seed, task, prompt, target, *references = json.loads(line)
-        part, _, sides = part.partition("@")
-        frame = Frame(*map(int, sides.split("x"))) if sides else SMALL_SQUARE
-        scenes = tuple(map(Scene.unpack, references))
-        scene = Scene.unpack(target)
-        boxes = touched(scenes[0], scene, frame) if task in EDITS else ()
-        yield part, seed, Example(task, prompt, scene, scenes, boxes, frame)
-
-
-def known_list(weights: Path) -> str:
-    """Return the list whose nouns the weights know: old or new."""
-    return "new" if {*NOUNS} <= {*load_extras(weights)["words"]} else "old"
-
-
-def at_scale(asked: list[Question], scale: int) -> list[Question]:
-    """Return the questions for images of `scale` pixels a unit.
-
-    Scale 1 is 128 × 128 and 2 is 256 × 256.
-    Other shapes are not whole tokens at 128 × 128; their questions are left out there.
-    """
-    scaled = (
-        (part, seed, replace(example, frame=replace(example.frame, scale=scale))) for part, seed, example in asked
-    )
-    return [q for q in scaled if all(side % TOKEN == 0 for side in q[2].frame.pixels)]
-
-
-def draw_questions() -> Iterator[Question]:
-    """Yield the questions of a new list."""
-    sampler = PromptSampler("held out")
-    world = sampler.world
-    makes: dict[str, tuple[int, Callable[[PromptSampler], Example | None]]] = {
-        "one": (ROWS, lambda sampler: sampler.generate(world.single)),
-        "two": (ROWS, lambda sampler: sampler.generate(world.pair)),
-        "compose": (ROWS, lambda sampler: sampler.compose()),
-        "count": (FEWER_ROWS, lambda sampler: sampler.generate(world.counted)),
-        "inside": (FEWER_ROWS, lambda sampler: sampler.generate(world.inside)),
-        "four": (FEWER_ROWS, lambda sampler: sampler.generate(world.four)),
-    }
-    for part, (rows, make) in makes.items():
-        for seed in range(rows):
-            yield part, seed, unseen(sampler, make)
-    for seed in range(ROWS):
-        # This kind is chosen first, because kinds with many held-out wordings would crowd out the others.
-        yield "edit", seed, unseen(sampler, partial(_edit, kind=sampler.kind_of_edit()))
-    for seed in range(FEWER_ROWS):
-        other = PromptSampler(f"held out {seed}", replace(OTHER_SHAPES[seed % len(OTHER_SHAPES)], scale=1))
-        yield "shape", seed, unseen(other, lambda sampler: sampler.generate())
-        yield "shape edit", seed, unseen(other, partial(_edit, kind=other.kind_of_edit()))
-    for seed in range(CHAINS):
-        yield from (("chain", seed, example) for example in _chain(sampler))
-
-
-def _edit(sampler: PromptSampler, kind: str) -> Example | None:
-    return sampler.edit(kind)
-
-
-def _chain(sampler: PromptSampler) -> list[Example]:
-    """Return ten edits that leave the background and the first thing unchanged."""
-    while True:
-        scene = first = sampler.world.pair()
-        chain: list[Example] = []
-        for _ in range(100):
-            example = sampler.edit(sampler.pick([kind for kind in EDITS if kind != "background"]), scene)
-            if example and first.things[0] in example.target.things:
-                chain.append(example)
-                scene = example.target
-            if len(chain) == CHAIN_LENGTH:
-                return chain
-
-
-def write_questions(path: Path = LIST) -> None:
-    lines = []
-    for part, seed, example in draw_questions():
-        frame = example.frame
-        shape = "" if frame == SMALL_SQUARE else f"@{frame.width}x{frame.height}"
-        scenes = (example.target, *example.references)
-        lines.append([part + shape, seed, example.task, example.prompt, *(scene.pack() for scene in scenes)])
-    path.write_text("".join(json.dumps(line, separators=(",", ":")) + "\n" for line in lines))
 
 
 def answers(nano: Nano, asked: list[Question], steps: int) -> list[Rgb8]:
@@ -427,7 +340,7 @@ def montage(shown: list[Answer], path: Path, columns: int = 8) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--weights", type=Path, default=WEIGHTS)
-    parser.add_argument("--list", choices=("new", "old"), help="old: the first nano's (default: what the weights know)")
+    parser.add_argument("--list", choices=tuple(LISTS), help="old: the first nano's (default: what the weights know)")
     parser.add_argument("--size", type=int, choices=(128, 256), help="side of a square canvas (the model's own)")
     parser.add_argument("--montage", type=Path, default=Path("nano.png"))
     parser.add_argument("--parts", default="", help="of the list, separated by commas: one, two, edit, chain …")
@@ -438,13 +351,13 @@ def main() -> None:
     parser.add_argument("--write", action="store_true", help="draw the held-out list anew")
     args = parser.parse_args()
     if args.write:
-        write_questions()
+        write_questions(LISTS[args.list or "new"])
         return
     if not args.device.startswith("cuda"):
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     nano = Nano(args.weights).to(args.device).eval()
     scale = (args.size or nano.native_size) // SQUARE
-    path = {"old": OLD_LIST, "new": LIST}[args.list or known_list(args.weights)]
+    path = LISTS[args.list or known_list(args.weights)]
     parts = tuple(filter(None, args.parts.split(",")))
     asked = [q for q in questions(path) if q[1] % args.every == 0 and (not parts or q[0] in parts)]
     asked = at_scale(asked, scale)

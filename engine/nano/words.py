@@ -286,4 +286,11 @@ _OTHER_WORDS = """
 """
 """Every other word of the training sentences."""
 
-KNOWN = frozenset((*NOUNS, *map(plural, (*NOUNS, *SHAPES)), *SHAPES, *COLOURS, *COUNTS, *_OTHER_WORDS.split()))
+
+def known(nouns: int = len(NOUNS)) -> frozenset[str]:
+    """Return every word of the training sentences in a world of the first `nouns` nouns."""
+    things = (*tuple(NOUNS)[:nouns], *SHAPES)
+    return frozenset((*things, *map(plural, things), *COLOURS, *COUNTS, *_OTHER_WORDS.split()))
+
+
+KNOWN = known()

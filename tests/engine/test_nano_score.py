@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFilter
 
-from engine.nano.evaluate import Question, at_scale, questions
+from engine.nano.training.questions import Question, at_scale, questions
 from engine.nano.training.scenes import Scene
 from engine.nano.training.score import (
     Rgb8,

@@ -14,16 +14,17 @@ import torch
 from engine.diffusion.schedule import sigmas
 from engine.nano.evaluate import CHAINED
 from engine.nano.training import grow as growing
+from engine.nano.training import metadata
 from engine.nano.training.compiled_training import TrainingVelocity
 from engine.nano.training.data_loader import BatchKind, DataLoader, draw_batch, token_weights
-from engine.nano.training.folder import WEIGHTS, transformer_shape
-from engine.nano.training.frames import NATIVE, OTHER_SHAPES, SMALL_SQUARE
+from engine.nano.training.folder import WEIGHTS, load_extras, transformer_shape
+from engine.nano.training.frames import NATIVE, OTHER_SHAPES, SMALL_SHAPES, SMALL_SQUARE
 from engine.nano.training.model import Nano, Tokenize
 from engine.nano.training.optimizer import orthogonalise
 from engine.nano.training.prompts import PromptSampler
 from engine.nano.training.shards import assemble, save_shards
+from engine.nano.training.tokenizer import extend
 from engine.nano.training.train import (
-    FRAMES,
     OWN_SHARE,
     Clock,
     Curriculum,
@@ -194,10 +195,18 @@ def test_curriculum_goes_from_small_squares_to_every_canvas():
     early = [curriculum(0.1, draws) for _ in range(100)]
     late = [curriculum(0.8, draws) for _ in range(600)]
     assert {kind.frame for kind in early} == {SMALL_SQUARE}
-    assert {kind.frame for kind in late} == {*FRAMES}
+    assert {kind.frame for kind in late} == {*curriculum.frames}
     assert sum(kind.frame == NATIVE for kind in late) > 300
     assert {kind.references for kind in late} == {0, 1, 2, 3, 4}
     assert all(kind.text_length == 96 for kind in late)
+
+
+def test_curriculum_of_a_small_nano_stays_at_its_size():
+    curriculum, draws = Curriculum(8, native_size=128, text_length=64), random.Random(0)
+    kinds = [curriculum(done / 600, draws) for done in range(600)]
+    assert {kind.frame for kind in kinds} == {*curriculum.frames} == {SMALL_SQUARE, *SMALL_SHAPES}
+    assert {kind.text_length for kind in kinds} == {64}
+    assert {kind.count for kind in kinds} == {16, 8}
 
 
 def test_worker_processes_draw_batches_of_the_plan():
@@ -217,6 +226,23 @@ def test_loss_looks_hardest_at_objects():
     weights = token_weights(boxes, NATIVE).reshape(16, 16)
     assert weights.mean().item() == pytest.approx(1.0)
     assert weights[0, 4] == weights[2, 7] == 4 * weights[3, 4] == 4 * weights[0, 8]
+
+
+def test_new_words_of_the_folders_world_are_added_and_old_prompts_mean_the_same(tmp_path: Path):
+    folder = Path(shutil.copytree(WEIGHTS, tmp_path / "nano"))
+    prompt = "A red circle to the left of a cat on a blue background"
+    before = Nano(WEIGHTS).states([prompt])
+    added = extend(folder, nouns=48)
+    metadata.write(folder, max_references=4)
+    nano = Nano(folder)
+    assert added > 100
+    assert torch.equal(nano.states([prompt]), before)
+    assert nano.tokenize.length("Three small stars inside a room") == 6
+    extras = load_extras(folder)
+    assert (len(extras["nouns"]), extras["max_references"], extras["native_size"]) == (48, 4, 128)
+    assert {"three", "cats", "inside"} <= {*extras["words"]}
+    assert "zebra" not in extras["words"]
+    assert extend(folder, nouns=48) == 0
 
 
 @pytest.mark.slow

@@ -8,12 +8,13 @@ import pytest
 import torch
 from PIL import Image
 
-from engine.nano.evaluate import CHAINED, CHAINED_PRESERVED, Table, at_scale, evaluate, questions
+from engine.nano.evaluate import CHAINED, CHAINED_PRESERVED, Table, evaluate
 from engine.nano.training.compositor import as_tensor
 from engine.nano.training.folder import WEIGHTS, load_extras
 from engine.nano.training.frames import SQUARE
 from engine.nano.training.held_out import OLD_LIST
 from engine.nano.training.model import LAYERS, Nano
+from engine.nano.training.questions import at_scale, questions
 from engine.nano.training.score import draw
 from engine.nano.training.train_decoder import edge_error, psnr
 from engine.nano.words import KNOWN

@@ -127,7 +127,7 @@ SIZED = replace(SMALL, words=SMALL.words | {"small", "big", "huge", "next"})
 @pytest.mark.parametrize(
     ("prompt", "text", "number"),
     [
-        ("4 cats on a red background", "a cat on a red background", "4"),
+        ("4 cats on a red background", "a cat on a red background", "four"),
         ("a pair of cats", "a cat", "pair"),
         ("a dozen red circles", "a red circle", "dozen"),
         ("twelve stars", "a star", "twelve"),
@@ -138,6 +138,30 @@ def test_number_in_any_form_is_reported_and_left_out(prompt: str, text: str, num
     reading = read_prompt(prompt, SIZED)
     assert reading.text.removeprefix("a ") == text.removeprefix("a ")
     assert reading.warnings[0].endswith(f": it knows no {number}")
+
+
+COUNTS = replace(SIZED, words=SIZED.words | {"two", "three", "four", "cats", "stars", "octopuses", "inside", "pair"})
+
+
+@pytest.mark.parametrize(
+    ("prompt", "text"),
+    [
+        ("three small kittens on red", "three small cats on red"),
+        ("4 red stars", "four red stars"),
+        ("a couple of cats", "two cats"),
+        ("a pair of octopuses", "a pair of octopuses"),
+        ("two cats and dogs", "two cats and a dog"),
+        ("a cat inside a huge red star", "a cat inside a huge red star"),
+    ],
+)
+def test_numbers_that_the_model_knows_are_kept(prompt: str, text: str) -> None:
+    reading = read_prompt(prompt, COUNTS)
+    assert (reading.text, reading.warnings) == (text, ())
+
+
+def test_number_beyond_those_that_the_model_knows_is_reported() -> None:
+    reading = read_prompt("five cats on red", COUNTS)
+    assert reading.warnings == ("nano paints one cat: it knows no five",)
 
 
 def test_number_of_things_without_a_name_is_reported() -> None:

@@ -48,6 +48,9 @@ _AMOUNT = re.compile(rf"(?<!image )\b({_GROUP}|\d{{1,4}})\s+(?=(?:[^\W\d_]+\s+){
 _ANY_THING = "object"
 """What small models know as any thing, of those that are in the image already."""
 _BIG = re.compile(r"(?<!\bthe )\b(?:big|large|huge)\b", re.IGNORECASE)
+_NESTED = re.compile(r"\b(?:inside|within|around)\b|\bin (?:an? |the )?(?:big|large|huge)\b", re.IGNORECASE)
+"""What stands for one thing inside another, which is always big."""
+_WORD_OF = {"2": "two", "3": "three", "4": "four", "couple": "two"}
 _REPLACES = re.compile(r"\s*(?:please )?(?:replace|swap|turn|change)\b", re.IGNORECASE)
 NEAREST = 3
 """Number of known nouns that are suggested for an unknown one."""
@@ -149,23 +152,21 @@ class _Sentence:
     def of(cls, text: str, variant: Variant) -> "_Sentence":
         pieces, end, known, unknown = [], 0, 0, 0
         determined = False  # whether the previous word is an article or belongs to the same noun phrase
+        counted = False  # whether a number stands before it
         for match in _WORD.finditer(text):
             lower, word = match[0].lower(), _known_form(match[0], variant)
             pieces.append(text[end : match.start()])
             end = match.end()
             if lower in FILLERS | NUMBERS and not _is_known(lower, variant):
                 continue
-            if (
-                word is not None
-                and not determined
-                and word.lower() != lower
-                and _is_plural(lower, word.lower(), variant)
-            ):
-                word = f"a {word}"
+            if word is not None and word.lower() != lower and _is_plural(lower, word.lower(), variant):
+                several = _plural(word.lower(), variant) if counted else ""
+                word = several or (word if determined else f"a {word}")
             pieces.append(match[0] if word is None else word)
             unknown += word is None
             known += word is not None and _says_something(word, variant)
             determined = word is not None and word.lower() in (*_ARTICLES, *_SIZES, *variant.colours)
+            counted = lower in NUMBERS or (counted and determined)
         plain = re.sub(r"\s+([,.!?;])", r"\1", " ".join("".join([*pieces, text[end:]]).split()))
         return cls(_without_adjectives(_with_articles(plain), variant), known, unknown)
 
@@ -173,6 +174,12 @@ class _Sentence:
 def _is_plural(word: str, known: str, variant: Variant) -> bool:
     """Return whether a plural was replaced by a singular."""
     return word.endswith("s") and not known.endswith("s") and (known in variant.nouns or known in variant.shapes)
+
+
+def _plural(word: str, variant: Variant) -> str:
+    """Return the plural if the model knows it, else ""."""
+    forms = (f"{word}s", f"{word}es", f"{word[:-1]}ies")
+    return next((form for form in forms if form in variant.words), "")
 
 
 def _says_something(word: str, variant: Variant) -> bool:
@@ -305,18 +312,21 @@ def _counted(things: str, variant: Variant) -> str:
 
 
 def _without_amounts(prompt: str, variant: Variant) -> str:
-    """Remove numbers that are not single words, such as "a pair of"."""
+    """Remove numbers that are not single words, such as "a pair of", or write them as words that the model knows."""
 
     def amount(match: re.Match[str]) -> str:
-        known = _number(match[1]) in variant.words
-        return match[0] if known or not _counted(match[2].lower(), variant) else ""
+        number = _number(match[1])
+        if number in variant.words:
+            return match[0] if number in match[1].lower() else f"{number} "
+        return "" if _counted(match[2].lower(), variant) else match[0]
 
     return _AMOUNT.sub(amount, prompt)
 
 
 def _number(text: str) -> str:
-    """Return the word that counts, as in "a pair of"."""
-    return re.sub(r"^an? | of$", "", text.lower())
+    """Return the word that counts: "pair" of "a pair of", "three" of "3"."""
+    word = re.sub(r"^an? | of$", "", text.lower())
+    return _WORD_OF.get(word, word)
 
 
 def _counts(prompt: str, variant: Variant) -> Iterator[str]:
@@ -338,7 +348,8 @@ def _big_beside_another(text: str, variant: Variant) -> Iterator[str]:
     if not variant.nouns:
         return
     things = re.findall(rf"\b(?:{_alternatives((*variant.nouns, *variant.shapes))})\b", text, re.IGNORECASE)
-    if len({thing.lower() for thing in things}) > 1 and _BIG.search(text) and not _REPLACES.match(text):
+    nested = "inside" in variant.words and _NESTED.search(text)
+    if len({thing.lower() for thing in things}) > 1 and _BIG.search(text) and not (nested or _REPLACES.match(text)):
         yield f"{variant.name} paints a big thing well only when it is alone"
 
 

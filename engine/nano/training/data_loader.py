@@ -17,6 +17,7 @@ from engine.nano.training.model import Tokenize
 from engine.nano.training.pca_encoder import as_one_convolution
 from engine.nano.training.prompts import Example, PromptSampler, training_prompts
 from engine.nano.training.scenes import MAX_THINGS, Scene
+from engine.nano.words import NOUNS
 from engine.nn.autoencoder import Autoencoder
 
 OBJECT_WEIGHT = 4.0
@@ -162,10 +163,13 @@ Plan = Callable[[float, random.Random], BatchKind]
 """(share of the training that is over, randomness) -> the kind of the next batch."""
 
 
-def _work(queue, plan: Plan, tokenize: Tokenize, frames: tuple[Frame, ...], seed: int, done) -> None:
+def _samplers(seed: int, frames: tuple[Frame, ...], nouns: int) -> dict[Frame, PromptSampler]:
+    return {frame: PromptSampler(f"{seed} {frame}", frame, nouns) for frame in frames}
+
+
+def _work(queue, plan: Plan, tokenize: Tokenize, samplers: dict[Frame, PromptSampler], seed: int, done) -> None:
     torch.set_num_threads(1)
     draws = random.Random(seed)
-    samplers = {frame: PromptSampler(f"{seed} {frame}", frame) for frame in frames}
     while True:
         queue.put(draw_batch(samplers, plan(done.value, draws), tokenize))
 
@@ -173,20 +177,23 @@ def _work(queue, plan: Plan, tokenize: Tokenize, frames: tuple[Frame, ...], seed
 class DataLoader:
     """Draws batches in worker processes, or in this one without workers.
 
-    Start it before the device is used: workers are forked.
+    Start it before the device is used: workers are forked. nouns: of the world that examples are drawn from.
     """
 
-    def __init__(self, plan: Plan, tokenize: Tokenize, frames: tuple[Frame, ...], workers: int, seed: int) -> None:
+    def __init__(
+        self, plan: Plan, tokenize: Tokenize, frames: tuple[Frame, ...], workers: int, seed: int,
+        nouns: int = len(NOUNS),
+    ) -> None:  # fmt: skip
         self._plan, self._tokenize = plan, tokenize
         self._draws = random.Random(seed)
-        self._samplers = {frame: PromptSampler(f"{seed} {frame}", frame) for frame in frames}
+        self._samplers = _samplers(seed, frames, nouns)
         context = multiprocessing.get_context("fork")
         self._done = context.Value("d", 0.0)
         self._queue = context.Queue(maxsize=4 * workers) if workers else None
         self._workers = [
             context.Process(
                 target=_work,
-                args=(self._queue, plan, tokenize, frames, seed + 1 + i, self._done),
+                args=(self._queue, plan, tokenize, _samplers(seed + 1 + i, frames, nouns), seed + 1 + i, self._done),
                 daemon=True,
             )
             for i in range(workers)

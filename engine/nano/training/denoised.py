@@ -12,7 +12,7 @@ from engine.diffusion.tokens import unpack, unpatchify
 from engine.nano.training.compiled_training import TrainingVelocity, multiplies_bf16
 from engine.nano.training.data_loader import BatchEncoder, BatchKind, DataLoader, render
 from engine.nano.training.folder import load_extras
-from engine.nano.training.frames import NATIVE, OTHER_SHAPES, SMALL_SQUARE, Frame
+from engine.nano.training.frames import SMALL_SQUARE, Frame, canvases
 from engine.nano.training.model import STEPS, Nano, Tokenize
 from engine.nano.training.shards import load_shards
 
@@ -23,9 +23,11 @@ class _Plan:
 
     examples: int
     text_length: int
+    native_size: int
 
     def __call__(self, done: float, draws: random.Random) -> BatchKind:
-        frame = draws.choices((NATIVE, SMALL_SQUARE, draws.choice(OTHER_SHAPES)), (0.7, 0.1, 0.2))[0]
+        square, shapes = canvases(self.native_size)
+        frame = draws.choices((square, SMALL_SQUARE, draws.choice(shapes)), (0.7, 0.1, 0.2))[0]
         task, references = draws.choice((("generate", 0), ("edit", 1)))
         return BatchKind(frame, task, references, self.text_length, self.examples)
 
@@ -37,9 +39,12 @@ class Denoised:
     """
 
     def __init__(self, folder: Path, files: Path, device: str, examples: int, workers: int) -> None:
-        frames: tuple[Frame, ...] = (NATIVE, SMALL_SQUARE, *OTHER_SHAPES)
-        plan = _Plan(examples, load_extras(folder)["text_length"])
-        self._loader = DataLoader(plan, Tokenize(folder), frames, workers, random.randrange(2**31))
+        own = load_extras(folder)
+        square, shapes = canvases(own["native_size"])
+        frames: tuple[Frame, ...] = tuple(dict.fromkeys((square, SMALL_SQUARE, *shapes)))
+        plan = _Plan(examples, own["text_length"], own["native_size"])
+        seed, nouns = random.randrange(2**31), len(own["nouns"])
+        self._loader = DataLoader(plan, Tokenize(folder), frames, workers, seed, nouns)
         nano = Nano(folder)
         with torch.no_grad():
             load_shards(nano, files)

@@ -48,7 +48,8 @@ class Frame:
 
     def centre(self, size: int, slot: Slot) -> tuple[int, int]:
         """Return (x, y) in units of an object in that place."""
-        return _centre(self.width, size, slot[0]), _centre(self.height, size, slot[1])
+        grid = TOKEN // self.scale
+        return _centre(self.width, size, slot[0], grid), _centre(self.height, size, slot[1], grid)
 
     def box(self, size: int, slot: Slot) -> tuple[int, int, int, int]:
         """Return left, top, right, bottom in units of an object there."""
@@ -57,9 +58,9 @@ class Frame:
 
 
 @lru_cache(maxsize=256)
-def _centre(length: int, size: int, place: int) -> int:
-    # The middle is rounded to 8 units, one token at scale 2: half a token off would give every sprite other tokens.
-    middle = length // 2 // 8 * 8
+def _centre(length: int, size: int, place: int, grid: int) -> int:
+    # The middle is rounded to whole tokens: half a token off would give every sprite other tokens.
+    middle = length // 2 // grid * grid
     reach = max(0, REACH[size] + middle - SQUARE // 2)
     return middle + place * reach
 
@@ -72,3 +73,14 @@ OTHER_SHAPES = tuple(
     Frame(*sides, scale=2) for sides in ((168, 96), (152, 104), (144, 112), (112, 144), (104, 152), (96, 168))
 )
 """The native area as 16:9, 3:2, 4:3, 3:4, 2:3 and 9:16: the sizes the engine picks for them, at most 3.6 % off."""
+SMALL_SHAPES = tuple(
+    Frame(*sides)
+    for wide, narrow in ((160, 96), (144, 96), (144, 112), (128, 112), (128, 96))
+    for sides in ((wide, narrow), (narrow, wide))
+)
+"""The area of 128 × 128 in the sizes the engine picks for 16:9, 3:2, 4:3, their upright forms, and photographs."""
+
+
+def canvases(native_size: int) -> tuple[Frame, tuple[Frame, ...]]:
+    """Return the square canvas with a side of so many pixels, and the other shapes of its area."""
+    return {128: (SMALL_SQUARE, SMALL_SHAPES), 256: (NATIVE, OTHER_SHAPES)}[native_size]

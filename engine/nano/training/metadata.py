@@ -1,26 +1,26 @@
-"""Writes what nano knows into its klein.json: `python -m engine.nano.training.metadata FOLDER`."""
+"""Writes what nano knows into its klein.json."""
 
 import colorsys
 import json
-import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from engine.nano.training.folder import load_extras
 from engine.nano.training.sprites import atlas
-from engine.nano.words import COLOURS, KNOWN, NOUNS, SHAPES
+from engine.nano.words import COLOURS, NOUNS, SHAPES, known
 
 _SHARE = 0.15
 """Of a sprite's opaque pixels: a colour with fewer is not one a person would name the thing by."""
 
 
-def vocabulary() -> dict[str, Any]:
-    """Return the vocabulary: all words, nouns with their colours, shapes, colours."""
+def vocabulary(nouns: int = len(NOUNS)) -> dict[str, Any]:
+    """Return the vocabulary of a world of so many nouns: all words, nouns with their colours, shapes, colours."""
     largest = atlas()[-1]
-    nouns = {noun: _colours(largest[i]) for i, noun in enumerate(NOUNS)}
-    return {"words": sorted(KNOWN), "nouns": nouns, "shapes": sorted(SHAPES), "colours": list(COLOURS)}
+    coloured = {noun: _colours(largest[i]) for i, noun in enumerate(tuple(NOUNS)[:nouns])}
+    return {"words": sorted(known(nouns)), "nouns": coloured, "shapes": sorted(SHAPES), "colours": list(COLOURS)}
 
 
 def _colours(sprite: np.ndarray) -> list[str]:
@@ -54,11 +54,8 @@ _HUES = ((14, "red"), (42, "orange"), (68, "yellow"), (165, "green"), (195, "cya
 """Where each hue ends, in degrees."""
 
 
-def write(folder: Path) -> None:
-    """Put the vocabulary into the folder's klein.json."""
-    path = folder / "klein.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | vocabulary()) + "\n")
-
-
-if __name__ == "__main__":
-    write(Path(sys.argv[1]))
+def write(folder: Path, **limits: int) -> None:
+    """Put the vocabulary of a world of the folder's nouns into its klein.json, and limits such as max_references."""
+    extras = load_extras(folder)
+    extras |= limits | vocabulary(len(extras["nouns"]))
+    (folder / "klein.json").write_text(json.dumps(extras) + "\n")

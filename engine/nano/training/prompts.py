@@ -11,6 +11,7 @@ from engine.nano.training.frames import SMALL_SQUARE, Frame
 from engine.nano.training.held_out import combination_held_out, wording_held_out
 from engine.nano.training.phrases import Phrases
 from engine.nano.training.scenes import COLUMN, SMALL, Box, Scene, World
+from engine.nano.words import NOUNS
 
 _TRAINED_SIZES = (0.25, 0.35, 0.4)
 """How often a lone object is small, normal and big in training: big ones are always alone, each size is learnt anew."""
@@ -37,10 +38,10 @@ class Example:
 
 
 class PromptSampler:
-    """Draws the examples of one canvas."""
+    """Draws the examples of one canvas, in a world of the first `nouns` nouns."""
 
-    def __init__(self, seed: int | str, frame: Frame = SMALL_SQUARE) -> None:
-        self.world = World(seed, frame)
+    def __init__(self, seed: int | str, frame: Frame = SMALL_SQUARE, nouns: int = len(NOUNS)) -> None:
+        self.world = World(seed, frame, nouns)
         self.random: random.Random = self.world.random
         self.pick = self.random.choice
         self.phrases = Phrases(self.world)
@@ -57,7 +58,7 @@ class PromptSampler:
         if draw is None:
             draws = (partial(world.single, _TRAINED_SIZES), world.pair, world.row, world.four, world.counted,
                      world.inside, self._column)  # fmt: skip
-            shares = (0.42, 0.26, 0.06, 0.06, 0.11, 0.06, 0.03)
+            shares = (0.34, 0.22, 0.05, 0.08, 0.15, 0.14, 0.02)
             scene = world.fitting(lambda: self.random.choices(draws, shares)[0]())
         else:
             scene = world.fitting(draw)
@@ -116,10 +117,11 @@ class PromptSampler:
         return Example("compose", prompt, made.target, made.references, frame=self.frame)
 
 
-BIG_SHARE = 0.6
-"""Of the images to generate, for one big thing. At 256 × 256 a big thing is 121 tokens to learn by heart. With 12 % of
-examples showing one (750 k samples on an H200) each noun was met 160 times big and over 1,000 times normal: the
-velocity's error was 0.55 to 0.69 and 0.07 to 0.13 where things are, and half of the big ones came out as smears."""
+BIG_SHARE = {1: 0.08, 2: 0.6}
+"""Of the images to generate, for one big thing, by pixels a unit. At 256 × 256 a big thing is 121 tokens to learn by
+heart. With 12 % of examples showing one (750 k samples on an H200) each noun was met 160 times big and over 1,000 times
+normal: the velocity's error was 0.55 to 0.69 and 0.07 to 0.13 where things are, and half of the big ones came out as
+smears."""
 RESIZE_SHARE = 0.1
 """Of edits, to resize one thing alone: there is room for a big one. 68 % of such edits were done."""
 
@@ -135,7 +137,7 @@ def training_prompts(sampler: PromptSampler, task: str, references: int | None =
     big = partial(sampler.generate, partial(world.single, (0.0, 0.0, 1.0)))
     while True:
         make = draw
-        if task == "generate" and world.chance(BIG_SHARE):
+        if task == "generate" and world.chance(BIG_SHARE[sampler.frame.scale]):
             make = big
         elif task == "edit" and world.chance(RESIZE_SHARE):
             make = partial(sampler.edit, "resize", world.fitting(partial(world.single, (0.15, 0.55, 0.3))))

@@ -136,11 +136,15 @@ def visible(kind: int, background: int) -> bool:
 
 
 class World:
-    """Draws scenes for one canvas from a seed."""
+    """Draws scenes for one canvas from a seed.
 
-    def __init__(self, seed: int | str, frame: Frame = SMALL_SQUARE) -> None:
+    nouns: how many of NOUNS there are, the first ones.
+    """
+
+    def __init__(self, seed: int | str, frame: Frame = SMALL_SQUARE, nouns: int = len(NOUNS)) -> None:
         self.random = random.Random(seed)
         self.frame = frame
+        self.nouns = nouns
 
     def chance(self, probability: float) -> bool:
         return self.random.random() < probability
@@ -157,7 +161,7 @@ class World:
         """
         while True:
             noun = self.chance(0.75)
-            kind = self.random.randrange(len(NOUNS)) if noun else self.random.randrange(len(NOUNS), len(KINDS))
+            kind = self.random.randrange(self.nouns) if noun else self.random.randrange(len(NOUNS), len(KINDS))
             if kind not in taken and visible(kind, background):
                 return kind
 

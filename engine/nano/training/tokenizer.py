@@ -1,34 +1,41 @@
 """Makes every known word one token of a folder's tokenizer.
 
+`python -m engine.nano.training.tokenizer FOLDER` does so for a nano of the folder's nouns that shall learn what the
+training's sentences have gained since, and says in its klein.json that it knows them.
+
 A word that is one token is learned from each sentence it occurs in, not pieced together first. Old tokens keep their
 numbers, so weights trained before go on knowing what they knew.
 """
 
 import json
+import sys
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
-from engine.nano.words import KNOWN, NOUNS
+from engine.nano.training import metadata
+from engine.nano.training.folder import load_extras
+from engine.nano.words import NOUNS, known
 
 _SPACE = "Ġ"
 """How byte-level BPE writes the space that belongs to a word."""
 
 
-def _forms() -> list[str]:
+def _forms(nouns: int) -> list[str]:
     """Return the words as they occur in sentences.
 
     Inside, at the start, and at the start with a capital. Nouns follow an article.
     """
-    inside = [f" {word}" for word in sorted(KNOWN)]
-    first = [form for word in sorted(KNOWN - {*NOUNS}) for form in (word, word.capitalize())]
+    words = known(nouns)
+    inside = [f" {word}" for word in sorted(words)]
+    first = [form for word in sorted(words - {*NOUNS}) for form in (word, word.capitalize())]
     return inside + first
 
 
-def extend(folder: Path) -> int:
-    """Add missing words to tokenizer and text encoder.
+def extend(folder: Path, nouns: int = len(NOUNS)) -> int:
+    """Add missing words to tokenizer and text encoder: those of a world of so many nouns.
 
     Returns the number of tokens added.
     """
@@ -40,7 +47,7 @@ def extend(folder: Path) -> int:
     embedding = _embedding(folder)
     rows = {token: embedding[i] for token, i in sorted(vocabulary.items(), key=lambda pair: pair[1])}
     old = len(rows)
-    for form in _forms():
+    for form in _forms(nouns):
         if len(before.encode(form, add_special_tokens=False).tokens) == 1:
             continue
         # Made anew for each form: an earlier one may have brought some of its pieces together.
@@ -79,3 +86,9 @@ def _save_embedding(folder: Path, rows: torch.Tensor) -> None:
     config = json.loads(config_path.read_text())
     config["vocab_size"] = len(rows)
     config_path.write_text(json.dumps(config, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    chosen = Path(sys.argv[1])
+    print("tokens added:", extend(chosen, len(load_extras(chosen)["nouns"])))
+    metadata.write(chosen)

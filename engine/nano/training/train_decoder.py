@@ -24,7 +24,7 @@ from engine.nano.training.compiled_training import multiplies_bf16
 from engine.nano.training.compositor import BACKGROUNDS, Compositor
 from engine.nano.training.denoised import Denoised
 from engine.nano.training.folder import load_autoencoder, load_extras, save_autoencoder
-from engine.nano.training.frames import NATIVE, OTHER_SHAPES, SMALL_SQUARE, SQUARE, Frame
+from engine.nano.training.frames import NATIVE, SMALL_SQUARE, SQUARE, Frame, canvases
 from engine.nano.training.pca_encoder import as_one_convolution, fit_encoder
 from engine.nano.training.shards import DECODER, save_decoder
 from engine.nano.training.sprites import KINDS
@@ -117,7 +117,7 @@ class DecoderTraining:
         denoised: Pairs | None = None, native_size: int = 2 * SQUARE,
     ) -> None:  # fmt: skip
         self.rate, self.denoised = rate, denoised
-        self.native = next(frame for frame in (SMALL_SQUARE, NATIVE) if frame.pixels[0] == native_size)
+        self.native, self.shapes = canvases(native_size)
         self.autoencoder = autoencoder.to(device).requires_grad_(False)
         self.average = copy.deepcopy(autoencoder)
         self.batch = batch
@@ -139,9 +139,9 @@ class DecoderTraining:
     def _images(self) -> Tensor:
         draw = float(torch.rand((), generator=self.generator))
         frame = self.native if draw < 0.6 else SMALL_SQUARE
-        if draw > 0.8 and self.native is NATIVE:
-            frame = OTHER_SHAPES[int(torch.randint(len(OTHER_SHAPES), (), generator=self.generator))]
-        count = self.batch * (2 if frame is SMALL_SQUARE else 1)
+        if draw > 0.8:
+            frame = self.shapes[int(torch.randint(len(self.shapes), (), generator=self.generator))]
+        count = self.batch * (1 if frame.scale == NATIVE.scale else 2)
         things = 2 if float(torch.rand((), generator=self.generator)) < 0.5 else 4
         return crowded(self.compositors[frame.scale], frame, count, things, self.generator)
 
