@@ -288,7 +288,10 @@ _OTHER_WORDS = """
 
 
 def known(nouns: int = len(NOUNS)) -> frozenset[str]:
-    """Return every word of the training sentences in a world of the first `nouns` nouns."""
+    """Return every word of the training sentences.
+
+    nouns: how many of NOUNS they are about, the first ones.
+    """
     things = (*tuple(NOUNS)[:nouns], *SHAPES)
     return frozenset((*things, *map(plural, things), *COLOURS, *COUNTS, *_OTHER_WORDS.split()))
 

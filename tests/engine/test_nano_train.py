@@ -228,7 +228,7 @@ def test_loss_looks_hardest_at_objects():
     assert weights[0, 4] == weights[2, 7] == 4 * weights[3, 4] == 4 * weights[0, 8]
 
 
-def test_new_words_of_the_folders_world_are_added_and_old_prompts_mean_the_same(tmp_path: Path):
+def test_new_words_are_added_and_old_prompts_mean_the_same(tmp_path: Path):
     folder = Path(shutil.copytree(WEIGHTS, tmp_path / "nano"))
     prompt = "A red circle to the left of a cat on a blue background"
     before = Nano(WEIGHTS).states([prompt])

@@ -98,7 +98,7 @@ def test_other_shapes_are_the_sizes_the_engine_picks():
 
 
 @pytest.mark.parametrize("frame", [SMALL_SQUARE, *SMALL_SHAPES])
-def test_things_of_a_size_begin_equally_far_into_a_token_everywhere(frame):
+def test_things_of_a_size_begin_equally_far_into_a_token(frame):
     """Else each would have to be learnt once more: the middle of 144 pixels is half a token off."""
     for size, side in enumerate(SIZES):
         starts = {

@@ -312,7 +312,10 @@ def _counted(things: str, variant: Variant) -> str:
 
 
 def _without_amounts(prompt: str, variant: Variant) -> str:
-    """Remove numbers that are not single words, such as "a pair of", or write them as words that the model knows."""
+    """Remove numbers that are not single words, such as "a pair of".
+
+    Those that the model knows as a word become that word.
+    """
 
     def amount(match: re.Match[str]) -> str:
         number = _number(match[1])
@@ -324,7 +327,7 @@ def _without_amounts(prompt: str, variant: Variant) -> str:
 
 
 def _number(text: str) -> str:
-    """Return the word that counts: "pair" of "a pair of", "three" of "3"."""
+    """Return the word that counts: "pair" of "a pair of"."""
     word = re.sub(r"^an? | of$", "", text.lower())
     return _WORD_OF.get(word, word)
 

@@ -82,5 +82,5 @@ SMALL_SHAPES = tuple(
 
 
 def canvases(native_size: int) -> tuple[Frame, tuple[Frame, ...]]:
-    """Return the square canvas with a side of so many pixels, and the other shapes of its area."""
+    """Return the square of a size and its other shapes."""
     return {128: (SMALL_SQUARE, SMALL_SHAPES), 256: (NATIVE, OTHER_SHAPES)}[native_size]

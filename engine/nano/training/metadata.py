@@ -17,7 +17,10 @@ _SHARE = 0.15
 
 
 def vocabulary(nouns: int = len(NOUNS)) -> dict[str, Any]:
-    """Return the vocabulary of a world of so many nouns: all words, nouns with their colours, shapes, colours."""
+    """Return the vocabulary of a world of so many nouns.
+
+    All words, nouns with their colours, shapes, colours.
+    """
     largest = atlas()[-1]
     coloured = {noun: _colours(largest[i]) for i, noun in enumerate(tuple(NOUNS)[:nouns])}
     return {"words": sorted(known(nouns)), "nouns": coloured, "shapes": sorted(SHAPES), "colours": list(COLOURS)}
@@ -55,7 +58,10 @@ _HUES = ((14, "red"), (42, "orange"), (68, "yellow"), (165, "green"), (195, "cya
 
 
 def write(folder: Path, **limits: int) -> None:
-    """Put the vocabulary of a world of the folder's nouns into its klein.json, and limits such as max_references."""
+    """Put the vocabulary of the folder's nouns into its klein.json.
+
+    limits: other entries, such as max_references.
+    """
     extras = load_extras(folder)
     extras |= limits | vocabulary(len(extras["nouns"]))
     (folder / "klein.json").write_text(json.dumps(extras) + "\n")

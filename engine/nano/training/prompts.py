@@ -38,7 +38,10 @@ class Example:
 
 
 class PromptSampler:
-    """Draws the examples of one canvas, in a world of the first `nouns` nouns."""
+    """Draws the examples of one canvas.
+
+    nouns: how many of NOUNS the world has, the first ones.
+    """
 
     def __init__(self, seed: int | str, frame: Frame = SMALL_SQUARE, nouns: int = len(NOUNS)) -> None:
         self.world = World(seed, frame, nouns)

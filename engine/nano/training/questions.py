@@ -1,4 +1,4 @@
-"""The held-out lists: questions that no training has met, each with its seed."""
+"""The held-out lists: questions that training never meets."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -67,7 +67,7 @@ def _framed(example: Example, frame: Frame) -> Example:
 
 
 def draw_wide_questions() -> Iterator[Question]:
-    """Yield the questions of a new list of what the old nouns learned later."""
+    """Yield a new list of what the old nouns can learn later."""
     sampler = PromptSampler("held out wide", nouns=OLD_NOUNS)
     world = sampler.world
     makes: dict[str, Callable[[PromptSampler], Example | None]] = {
@@ -132,7 +132,7 @@ def _chain(sampler: PromptSampler) -> list[Example]:
 
 
 def write_questions(path: Path = LIST) -> None:
-    """Draw a list anew: what the old nouns learned later, or the whole world."""
+    """Draw a list anew."""
     lines = []
     for part, seed, example in draw_wide_questions() if path == WIDE_LIST else draw_questions():
         frame = example.frame

@@ -35,9 +35,9 @@ def _forms(nouns: int) -> list[str]:
 
 
 def extend(folder: Path, nouns: int = len(NOUNS)) -> int:
-    """Add missing words to tokenizer and text encoder: those of a world of so many nouns.
+    """Add missing words to tokenizer and text encoder.
 
-    Returns the number of tokens added.
+    nouns: of the world whose words they are. Returns the number of tokens added.
     """
     path = folder / "tokenizer" / "tokenizer.json"
     settings = json.loads(path.read_text())
