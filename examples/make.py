@@ -152,7 +152,7 @@ def vocabulary() -> str:
             ("things", words.NOUNS),
             ("shapes, each in every colour", words.SHAPES),
             ("colours, of shapes and backgrounds", words.COLOURS),
-            ("painted backgrounds", [word.replace("clouds", "sky") for word in words.SCENES]),
+            ("painted backgrounds", words.SCENES),
         )
     )
 

@@ -145,7 +145,7 @@ def test_iterate_keeps_calmest_draft_and_saves_edited_one(server: RealServer, tm
     assert re.search(r"kept draft [A-D], seed [1-4]\n", ran.stdout)
     assert images(tmp_path / "out") == {"iterated.png": (SIDE, SIDE)}
     with Image.open(tmp_path / "out" / "iterated.png") as opened:
-        red, _, blue = opened.convert("RGB").getpixel((3, SIDE // 2))  # type: ignore[misc]
+        red, _, blue = opened.convert("RGB").getpixel((3, SIDE // 2))  # type: ignore[misc] - of RGB
     assert blue > red + 40, "the last background asked for is blue"
 
 

@@ -101,9 +101,7 @@ def test_other_shapes_are_the_sizes_the_engine_picks():
 def test_things_of_a_size_begin_equally_far_into_a_token(frame):
     """Else each would have to be learnt once more: the middle of 144 pixels is half a token off."""
     for size, side in enumerate(SIZES):
-        starts = {
-            (edge - side // 2) % TOKEN for slot in SLOTS for edge in frame.centre(size, slot)
-        }  # fmt: skip
+        starts = {(edge - side // 2) % TOKEN for slot in SLOTS for edge in frame.centre(size, slot)}
         assert starts == {(SQUARE // 2 - side // 2) % TOKEN}
 
 

@@ -51,6 +51,7 @@ _BIG = re.compile(r"(?<!\bthe )\b(?:big|large|huge)\b", re.IGNORECASE)
 _NESTED = re.compile(r"\b(?:inside|within|around)\b|\bin (?:an? |the )?(?:big|large|huge)\b", re.IGNORECASE)
 """What stands for one thing inside another, which is always big."""
 _WORD_OF = {"2": "two", "3": "three", "4": "four", "couple": "two"}
+"""Numbers that a small model may know as a word. nano's sentences count to four."""
 _REPLACES = re.compile(r"\s*(?:please )?(?:replace|swap|turn|change)\b", re.IGNORECASE)
 NEAREST = 3
 """Number of known nouns that are suggested for an unknown one."""
