@@ -1,6 +1,7 @@
 """Shared fixtures: settings in a temporary folder, a fake executor, a client connected in memory."""
 
 import os
+import signal
 from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
@@ -11,6 +12,9 @@ from typing import Any
 # each spinning while it waits, took twice as long as with one thread each (2 cores: 8m25 against 5 minutes).
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # Tests that a script starts with & are born ignoring it, and so would be every process that they interrupt.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import anyio
 import pytest
