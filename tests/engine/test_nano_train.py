@@ -16,6 +16,7 @@ from engine.nano.evaluate import CHAINED
 from engine.nano.training import grow as growing
 from engine.nano.training import metadata
 from engine.nano.training.compiled_training import TrainingVelocity
+from engine.nano.training.curriculum import OWN_SHARE, Curriculum, draw_levels
 from engine.nano.training.data_loader import BatchKind, DataLoader, draw_batch, token_weights
 from engine.nano.training.folder import WEIGHTS, load_extras, transformer_shape
 from engine.nano.training.frames import NATIVE, OTHER_SHAPES, SMALL_SHAPES, SMALL_SQUARE
@@ -24,16 +25,7 @@ from engine.nano.training.optimizer import orthogonalise
 from engine.nano.training.prompts import PromptSampler
 from engine.nano.training.shards import assemble, save_shards
 from engine.nano.training.tokenizer import extend
-from engine.nano.training.train import (
-    OWN_SHARE,
-    Clock,
-    Curriculum,
-    Options,
-    Trainer,
-    _recover,
-    draw_levels,
-    train,
-)
+from engine.nano.training.train import Clock, Options, Trainer, _recover, train
 
 QUICK = Options(report=1.0, save=1.0, reserve=0.5)
 
