@@ -23,6 +23,8 @@ from klein_mcp.settings import Settings
 SPARE = 1 << 30
 """Bytes of disk that stay free: a full disk breaks more than a download."""
 
+_CHECK_HUB = "HF_ENDPOINT, or a proxy on the way, may not be the hub."
+
 LICENCES = {
     APACHE: "Apache-2.0: free to use, for money too.",
     "FLUX Non-Commercial": (
@@ -92,7 +94,9 @@ def _agree(row: Variant | None, name: str, agreed: bool) -> None:
         )
     print("Do you agree to it? [y/N] ", end="", file=sys.stderr, flush=True)
     if sys.stdin.readline().strip().lower() not in ("y", "yes"):
-        raise RequestError(f"{row.name} was not pulled: its licence was not agreed to.")
+        raise RequestError(
+            f"{row.name} was not pulled: its licence was not agreed to.", hint="klein-4b has a free one."
+        )
 
 
 def _quiet() -> None:
@@ -126,7 +130,7 @@ def _items(hub: Path, wish: FileSelection) -> list[RemoteFile]:
     for name in chosen:
         size, lfs = int(there[name].size or 0), there[name].lfs
         if size < 0 or (lfs and not re.fullmatch(r"[0-9a-f]{64}", str(lfs.sha256))):
-            raise RequestError(f"{wish.repo} names a size or a hash of {name} that is none.")
+            raise RequestError(f"{wish.repo} names a size or a hash of {name} that is none.", hint=_CHECK_HUB)
         item = RemoteFile(wish.repo, str(info.sha), name, size, lfs.sha256 if lfs else None, 0)
         items.append(RemoteFile(item.repo, item.commit, name, size, item.sha256, min(size, _have(hub, item))))
     return items
@@ -136,9 +140,11 @@ def _check_names(repo: str, commit: str, names: list[str]) -> None:
     """Refuse names that would lead out of the cache."""
     for name in names:
         if name.startswith("/") or "\\" in name or ":" in name or not {"..", ""}.isdisjoint(name.split("/")):
-            raise RequestError(f"{repo} names a file {name[:80]!r}, which would lie outside the cache.")
+            raise RequestError(
+                f"{repo} names a file {name[:80]!r}, which would lie outside the cache.", hint=_CHECK_HUB
+            )
     if not re.fullmatch(r"[0-9a-f]{40,64}", commit):
-        raise RequestError(f"{repo} names a commit {commit[:80]!r}, which is none.")
+        raise RequestError(f"{repo} names a commit {commit[:80]!r}, which is none.", hint=_CHECK_HUB)
 
 
 def _one_of(wish: FileSelection, sizes: dict[str, int]) -> FileSelection:

@@ -186,7 +186,9 @@ def stop_ray(pid: int) -> None:
             time.sleep(0.1)
         else:
             return
-    raise RequestError(f"Ray's process {pid} does not end.")
+    raise RequestError(
+        f"Ray's process {pid} does not end.", hint=f"End it by hand (kill -9 {pid}), then run this again."
+    )
 
 
 def _is_ray(pid: int) -> bool:
@@ -272,7 +274,10 @@ def connected(address: str, more: Mapping[str, str]) -> Iterator[None]:
     try:
         ray.init(address=address, namespace="klein", log_to_driver=False, logging_level="ERROR")
     except (ConnectionError, RuntimeError, ValueError, OSError) as exc:
-        raise RequestError(f"Ray cannot be reached at {address}: {str(exc).splitlines()[0]}") from None
+        raise RequestError(
+            f"Ray cannot be reached at {address}: {str(exc).splitlines()[0]}",
+            hint="Check the address, that `cluster up` runs there, and that no firewall lies between.",
+        ) from None
     try:
         yield
     finally:

@@ -206,7 +206,9 @@ class Launcher:
                     **_detached(),
                 )
         except OSError as exc:
-            raise EngineFailed(f"The engine cannot be started: {exc}.") from None
+            raise EngineFailed(
+                f"The engine cannot be started: {exc}.", hint="`klein-mcp doctor` looks for causes."
+            ) from None
         # Somebody has to wait for its end, or it stays behind as a zombie while the front end runs.
         threading.Thread(target=process.wait, name="reaper", daemon=True).start()
         return process

@@ -306,7 +306,7 @@ def _size(given: Mapping[str, Any]) -> tuple[int | None, int | None]:
 def _data_url(value: Any) -> str:
     """Return base64 text as a data: URL. Raises RequestError."""
     if not isinstance(value, str):
-        raise RequestError("An image must be base64 text.")
+        raise RequestError("An image must be base64 text.", hint="A data: URL will do too.")
     if value.startswith("data:"):
         return value
     return f"data:;base64,{value}"

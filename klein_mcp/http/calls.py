@@ -84,7 +84,7 @@ async def follow(
                 case Failed(error):
                     raise error
                 case Cancelled():
-                    raise RequestError("The job was cancelled.")
+                    raise RequestError("The job was cancelled.", hint="Send it again to start it anew.")
                 case ImageSaved(saved=saved):
                     await call.on_new_image(uri(saved.handle))
             yield event

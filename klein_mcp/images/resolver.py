@@ -146,7 +146,10 @@ class ImageResolver:
             if len(sheet) > 1:
                 if ord(label) - ord("A") < len(sheet):
                     return sheet[ord(label) - ord("A")]
-                raise UnknownImage(f"The latest sheet has no {label}: it has {len(sheet)} images.")
+                raise UnknownImage(
+                    f"The latest sheet has no {label}: it has {len(sheet)} images.",
+                    hint=f"They are A to {chr(ord('A') + len(sheet) - 1)}.",
+                )
         raise UnknownImage(
             f"There is no {label}: this client has made no sheet lately.",
             hint="count 2 to 4 makes one; else name a handle.",

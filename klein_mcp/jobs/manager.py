@@ -128,7 +128,10 @@ class JobManager:
                 # A promise: the job survives the machine going down. Flushing a disk may take seconds.
                 await asyncio.to_thread(self._files.write, record, durable=True)
             except OSError as exc:
-                raise EngineFailed(f"The job cannot be written to the disk: {exc}.") from None
+                raise EngineFailed(
+                    f"The job cannot be written to the disk: {exc}.",
+                    hint="Make room (klein-mcp prune), then call again.",
+                ) from None
             record.detached = True
             if record.over or len(record.saved) > saved:
                 self._files.update(record)  # it went on meanwhile

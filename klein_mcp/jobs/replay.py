@@ -107,7 +107,9 @@ def recorded_request(record: Record) -> ImageRequest:
         # "order" is the key of libraries written before 0.2.
         request = ImageRequest.from_json(record.recipe.get("request") or record.recipe["order"])
     except (KeyError, TypeError, ValueError, AttributeError):
-        raise RequestError(f"{record.handle} has no recipe that can be painted again.") from None
+        raise RequestError(
+            f"{record.handle} has no recipe that can be painted again.", hint="Make it anew from its prompt."
+        ) from None
     # The model that "auto" was then: by now it may be another.
     model = record.recipe.get("model")
     return replace(request, model=model if model in VARIANTS else request.model)
@@ -138,7 +140,10 @@ def _ancestors(store: Store, image: Record) -> dict[str, Record]:
         handle = waiting.pop()
         record = found[handle] if handle in found else store.find(handle)
         if record is None:
-            raise RequestError(f"{handle}, from which {image.handle} was made, is not in this library.")
+            raise RequestError(
+                f"{handle}, from which {image.handle} was made, is not in this library.",
+                hint=f"{image.handle} itself can be edited further.",
+            )
         if handle not in found:
             found[handle] = record
             waiting += record.parents

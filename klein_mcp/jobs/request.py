@@ -222,7 +222,10 @@ def _free_size(width: int | None, height: int | None, aspect: str | None) -> tup
         across, along = aspect.split(":")
         return Aspect(int(across), int(along)), ()
     if width * height > MAX_AREA:
-        raise RequestError(f"{width}×{height} = {width * height / 1e6:.1f} MP; at most {MAX_AREA / 1e6:.1f} MP.")
+        raise RequestError(
+            f"{width}×{height} = {width * height / 1e6:.1f} MP; at most {MAX_AREA / 1e6:.1f} MP.",
+            hint="Make one side shorter.",
+        )
     size = Exact(round(width / GRID) * GRID, round(height / GRID) * GRID)
     warnings = []
     if (size.width, size.height) != (width, height):
@@ -245,7 +248,10 @@ def _seed(asked: int | None, count: int) -> int:
     if asked is None:
         return secrets.randbelow(2**32)
     if asked > (most := highest_seed(asked, count)):
-        raise RequestError(f"seed {asked} leaves no room for {count} images; at most {most}.")
+        raise RequestError(
+            f"seed {asked} leaves no room for {count} images; at most {most}.",
+            hint="Choose a smaller seed, or none.",
+        )
     return asked
 
 

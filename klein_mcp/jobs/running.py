@@ -60,5 +60,5 @@ def _pass_events(executor: Executor, ticket: Ticket) -> Result | None:
                 stage, stage_at = event.name, now
             ticket.tell(event)
     if not result:
-        raise EngineFailed("The engine ended without an image.")
+        raise EngineFailed("The engine ended without an image.", hint="Try again; `klein-mcp doctor` looks for causes.")
     return result

@@ -204,7 +204,11 @@ class RemoteExecutor:
             if response.status_code == MISSING:
                 raise _Missing(read_json(response, CONNECT)["missing"])
             if response.status_code == FULL:
-                raise Busy(f"{node.url} takes no more jobs at the moment.", retry_after=_seconds(response))
+                raise Busy(
+                    f"{node.url} takes no more jobs at the moment.",
+                    hint="Try again in a moment.",
+                    retry_after=_seconds(response),
+                )
             if response.status_code != 200:
                 words = next(response.iter_raw(), b"")[:200].decode("utf-8", "replace")
                 raise NodeFailed(f"it answers {response.status_code}: {words!r}")

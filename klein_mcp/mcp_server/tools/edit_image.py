@@ -101,13 +101,16 @@ def _is_detailed(service: Service, record: Record) -> bool:
 
 def _check_prompts(prompts: list[str], count: int) -> None:
     if not 1 <= len(prompts) <= MAX_STEPS:
-        raise RequestError(f"prompt has {len(prompts)} entries; it takes one sentence, or 1 to {MAX_STEPS} of them.")
+        raise RequestError(
+            f"prompt has {len(prompts)} entries; it takes one sentence, or 1 to {MAX_STEPS} of them.",
+            hint="Make the rest in a second call, from the image this one returns.",
+        )
     for number, prompt in enumerate(prompts, 1):
         name = "prompt" if len(prompts) == 1 else f"prompt {number}"
         if not prompt.strip():
-            raise RequestError(f"{name} is empty; it must be an instruction.")
+            raise RequestError(f"{name} is empty; it must be an instruction.", hint="Say what to change.")
         if len(prompt) > fields.MAX_PROMPT:
-            raise RequestError(f"{name} has {len(prompt)} characters; at most {fields.MAX_PROMPT}.")
+            raise RequestError(f"{name} has {len(prompt)} characters; at most {fields.MAX_PROMPT}.", hint="Shorten it.")
     if len(prompts) > 1 and count > 1:
         raise RequestError("A list of prompts makes one image after another.", hint="Leave out count.")
 

@@ -55,7 +55,7 @@ def _find(text: str, folders: Iterable[Path]) -> Lora:
         return Lora(path / ADAPTER, scale)
     if path.is_absolute() or path.is_file():
         if not path.is_file():
-            raise ModelNotFound(f"No LoRA at {path}.")
+            raise ModelNotFound(f"No LoRA at {path}.", hint="Check the path.")
         return Lora(path, scale)
     available: dict[str, Path] = {}
     for folder in folders:
