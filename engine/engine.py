@@ -17,6 +17,7 @@ from engine.contract import (
     Job,
     KnownModel,
     Loading,
+    Mode,
     ModelInfo,
     OutOfMemory,
     Result,
@@ -28,9 +29,9 @@ from engine.families.klein.checkpoint import Checkpoint
 from engine.families.klein.compiler import CompileOptions, cache_folder, obstacle
 from engine.families.klein.footprint import memory_info
 from engine.families.klein.loader import LoadOptions, prepare
-from engine.families.klein.pipeline import Klein
+from engine.families.klein.pipeline import SEEDS, Klein
 from engine.families.klein.variants import EMBEDDED, VARIANTS, best
-from engine.memory.cache import TensorCache, budgets
+from engine.memory.cache import LruCache, TensorCache, budgets
 from engine.memory.device import Device
 from engine.memory.plan import CONTEXT, gb
 from engine.registry import InstalledModel, ModelRegistry
@@ -58,6 +59,7 @@ class Engine:
         self.previews = False
         """Whether steps carry a preview. May be set while a job runs."""
         self._klein: Klein | None = None
+        self._modes: LruCache[Mode] = LruCache(SEEDS)  # of every model since the start: one may be loaded again
         self._name = self._chosen = ""
         self._auto: tuple[dict[str, Path], str] | None = None  # installed models, and the best of them
         self._unusable: dict[str, str] = {}  # models that auto chose and could not load, and why
@@ -70,14 +72,17 @@ class Engine:
 
         Raises EngineError. If the device runs out of memory, the cache is cleared and the job started once more.
         """
-        for _ in range(2):
+        # In bands a GPU computes the same bits in less memory, more slowly. On a CPU bf16 is rounded otherwise.
+        for in_bands in (False, self.device.is_cuda):
             try:
-                yield from self._run(job)
+                yield from self._run(job, in_bands)
                 return
             except (RuntimeError, MemoryError) as exc:
                 if not _is_out_of_memory(exc):
                     raise
             # Only after the exception is released: its traceback holds the tensors of the job that failed.
+            if self._klein is not None:
+                self._klein.runner.free_graphs()
             self._clear_cache()
         raise self._out_of_memory()
 
@@ -104,10 +109,10 @@ class Engine:
         self._clear_cache()
         return True
 
-    def _run(self, job: Job) -> Iterator[Event]:
+    def _run(self, job: Job, in_bands: bool) -> Iterator[Event]:
         klein, ms = yield from self._load(job.model)
         self._latest = None
-        for event in klein.run(job, lambda: self.previews):
+        for event in klein.run(job, lambda: self.previews, in_bands=in_bands):
             if isinstance(event, Result):
                 self._latest = event.image
                 event = replace(event, ms={"load": ms, **event.ms})
@@ -148,6 +153,7 @@ class Engine:
         self.device.cap(None if limit is None else max(0, limit - CONTEXT))
         start = time.perf_counter()
         self._klein = yield from Klein.load(checkpoint, self.device, self.cache, options, self._compile_options())
+        self._klein.modes = self._modes
         cache, spill = budgets(
             self._klein.free(self.device.free_bytes()), self.device.host_bytes(), cpu=self.device.is_cpu
         )

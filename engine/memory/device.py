@@ -5,6 +5,7 @@ No other module names devices.
 
 import os
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -188,7 +189,12 @@ def lock_pages(block: torch.Tensor, device: torch.device) -> bool:
         return False
     # Without it copies work too, only not beside computation.
     runtime: Any = torch.cuda.cudart()
-    return int(runtime.cudaHostRegister(block.data_ptr(), block.nbytes, 0)) == 0
+    if int(runtime.cudaHostRegister(block.data_ptr(), block.nbytes, 0)) == 0:
+        return True
+    # CUDA keeps the error until somebody asks, and torch asks after the next kernel.
+    with suppress(RuntimeError):
+        torch.zeros(1, device=device)
+    return False
 
 
 def unlock_pages(block: torch.Tensor, device: torch.device) -> None:

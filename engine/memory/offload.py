@@ -3,6 +3,9 @@
 The next layer is copied while one computes.
 """
 
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -11,6 +14,16 @@ from torch import Tensor, nn
 from engine.memory.arena import HostArena, aligned
 from engine.memory.device import CopyStream, StreamEvent
 from engine.memory.plan import SLOTS
+
+_thread = threading.local()
+
+
+def in_turn() -> bool:
+    """Return whether this thread is computing with a streamed layer.
+
+    Others wait for it, so it must not be paused.
+    """
+    return getattr(_thread, "in_turn", False)
 
 
 class OffloadRing:
@@ -23,6 +36,7 @@ class OffloadRing:
         """arena: the layers' host memory, locked as long as the ring exists."""
         self.device, self.arena = device, arena
         self._copies = CopyStream(device)
+        self._lock = threading.Lock()
         self._slots = [_RingSlot() for _ in range(SLOTS)]
         self._after: dict[OffloadedModule, OffloadedModule] = {}
         self._current: _RingSlot | None = None
@@ -38,10 +52,23 @@ class OffloadRing:
     def bytes(self) -> int:
         return sum(slot.memory.nbytes for slot in self._slots if slot.memory is not None)
 
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        """Let no other thread overwrite a layer's weights.
+
+        The compiling thread runs its examples beside jobs, on the same ring.
+        """
+        _thread.in_turn = True
+        try:
+            with self._lock:
+                yield
+        finally:
+            _thread.in_turn = False
+
     def fetch(self, layer: "OffloadedModule") -> dict[str, Tensor]:
         """Return the layer's weights on the device and prefetch the next layer.
 
-        The weights are valid until the next layer is fetched.
+        The weights are valid until the next layer is fetched, so both belong into one `turn`.
         """
         slot = next((slot for slot in self._slots if slot.layer is layer), None)
         if slot is None:
@@ -101,7 +128,9 @@ class OffloadedModule(nn.Module):
         return sum(aligned(tensor.nbytes) for tensor in self.asleep.values())
 
     def forward(self, x: Tensor) -> Any:
-        return torch.func.functional_call(self.layer, self._ring[0].fetch(self), (x,))
+        ring = self._ring[0]
+        with ring.turn():
+            return torch.func.functional_call(self.layer, ring.fetch(self), (x,))
 
 
 class CpuEmbedding(nn.Module):

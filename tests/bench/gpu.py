@@ -198,6 +198,8 @@ class Run:
         self._start_later()
         self._end_timed()
         jobs, keep = self.jobs, self.settings.memory if self.limited else 0
+        # The first time a child is ready it has imported, the second time it has made its model.
+        self.children.listen(lambda: all(child.ready or child.ended for child in jobs.values()), min(25, self.left))
         for child in jobs.values():
             child.go(self.left)
         self.children.listen(lambda: all(child.ready or child.ended for child in jobs.values()), min(25, self.left))

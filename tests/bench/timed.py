@@ -237,8 +237,7 @@ class Bench:
         first = next(asked)
         # An image of each shape, and idle time: its step is captured.
         sides["ours"].paint(first)
-        while self.klein.runner.tune():
-            pass
+        tune_fully(self.klein)
         start = time.perf_counter()
         try:
             with time_limit(min(FIRST_COMPILED, self.left)):
@@ -279,8 +278,7 @@ class Bench:
             found["levels from bf16"]["static" if static else "rows"] = float(
                 np.abs(_levels(side.paint(ask)) - plain).mean()
             )
-            while klein.runner.tune():
-                pass
+            tune_fully(klein)
             return side
 
         def theirs(compile_it: bool) -> Side:
@@ -359,6 +357,14 @@ class Bench:
         ask = next(asks(FIRST, self.giant))
         one, other = (_levels(engine_side(self.klein, mode).paint(ask)) for mode in (None, "eager"))
         return float(np.abs(one - other).mean())
+
+
+def tune_fully(klein: Klein) -> None:
+    """Tune until nothing is left. Raises RuntimeError if the engine stays eager, and would be timed as tuned."""
+    while klein.runner.tune():
+        pass
+    if klein.runner.mode != "compiled":
+        raise RuntimeError(klein.runner.summary())
 
 
 def cache_use() -> dict[str, int]:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from engine.contract import EngineConfig, Job, Loading, OutOfMemory, Result, Stage
+from engine.contract import EngineConfig, Event, Job, Loading, OutOfMemory, Result, Stage
 from engine.engine import Engine
 from engine.families.klein.pipeline import Klein
 from engine.memory.device import Device
@@ -85,6 +85,23 @@ def test_out_of_memory_clears_the_cache_and_retries_the_job(
     assert np.array_equal(events[-1].image, undisturbed)
     assert events[-1].cache["prompt"] == "miss"
     assert len(engine.cache) == 1, "its own prompt, read again"
+
+
+def test_second_attempt_on_a_gpu_decodes_in_bands(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert engine._klein is not None
+    run, attempts = engine._klein.run, []
+
+    def run_or_fail(job: Job, previews: Callable[[], bool], *, in_bands: bool) -> Iterator[Event]:
+        attempts.append(in_bands)
+        if len(attempts) == 1:
+            on_cuda()
+        monkeypatch.setattr(Device, "is_cuda", property(lambda self: False))
+        yield from run(job, previews, in_bands=in_bands)
+
+    monkeypatch.setattr(engine._klein, "run", run_or_fail)
+    monkeypatch.setattr(Device, "is_cuda", property(lambda self: True))
+    assert paint(engine, DOG).image.shape == (SIDE, SIDE, 3)
+    assert attempts == [False, True]
 
 
 def test_failed_attempt_holds_no_tensors_when_memory_is_released(

@@ -5,7 +5,10 @@ The ring holds two layers: one is copied to the device while the other computes.
 
 import gc
 import shutil
+import threading
+import time
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -19,6 +22,7 @@ from engine.checkpoints.quant.fp8 import Fp8Linear
 from engine.contract import EngineConfig, Job, OutOfMemory, Result
 from engine.engine import Engine
 from engine.families.klein import footprint, loader, lora
+from engine.families.klein.compile_thread import MAX_PAUSE, PauseGate
 from engine.families.klein.loader import LoadOptions
 from engine.families.klein.lora import Lora
 from engine.families.klein.lora.deltas import LowRank
@@ -53,6 +57,40 @@ def test_streaming_changes_no_bit() -> None:
     streamed(module)
     for _ in range(3):
         assert torch.equal(module(x), want)
+
+
+class SlowLinear(nn.Linear):
+    """Computes late, so that another thread may fetch its own layer meanwhile."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        time.sleep(0.001)
+        return super().forward(input)
+
+
+def test_two_threads_share_a_ring_without_mixing_weights() -> None:
+    """The compiling thread runs its examples beside jobs."""
+    torch.manual_seed(0)
+    module = nn.Sequential(*(SlowLinear(64, 64) for _ in range(4)))
+    x = torch.randn(3, 64)
+    want = module(x)
+    streamed(module)
+    with torch.no_grad(), ThreadPoolExecutor(2) as pool:
+        found = [result.result() for result in [pool.submit(module, x) for _ in range(12)]]
+    assert all(torch.equal(each, want) for each in found)
+
+
+def test_a_thread_with_a_streamed_layer_is_not_paused() -> None:
+    """Others would wait for the ring as long as it is paused."""
+    gate, passed = PauseGate(), threading.Event()
+
+    def compute() -> None:
+        with OffloadRing(CPU).turn():
+            gate.trace(None, "call", None)
+        passed.set()
+
+    gate.pause()
+    threading.Thread(target=compute, daemon=True).start()
+    assert passed.wait(MAX_PAUSE / 2)
 
 
 def test_the_ring_holds_two_layers_and_no_more() -> None:

@@ -27,7 +27,7 @@ from engine.families.klein.runner import MAX_GRAPHS, Runner
 from engine.families.klein.sample_inputs import SampleInputs
 from engine.families.klein.transformer import PLAIN_BLOCKS
 from engine.memory.device import Device
-from engine.memory.offload import OffloadedModule, OffloadRing, stream
+from engine.memory.offload import CpuEmbedding, OffloadedModule, OffloadRing, stream
 from engine.nn import ops
 from tests.bench.full_size_models import GIANTS, grown, ours
 
@@ -225,6 +225,61 @@ def test_captured_steps_give_the_same_bits(compiler: type[InstantCompiler], monk
     assert len(klein.runner._step_graphs) == MAX_GRAPHS
 
 
+def test_captured_text_encoder_reads_no_table(compiler: type[InstantCompiler], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The table of a loaded model is in host memory, which no CUDA graph can read: all stayed eager."""
+    replaying = [0]
+
+    class Graph(FakeGraph):
+        def __call__(self, inputs: Any) -> Tensor:
+            given = list(inputs)
+            replaying[0] += 1
+            monkeypatch.setattr(CpuEmbedding, "forward", None)
+            try:
+                return super().__call__(given)
+            finally:
+                monkeypatch.setattr(CpuEmbedding, "forward", look_up)
+
+    look_up = CpuEmbedding.forward
+    as_on_a_gpu(monkeypatch)
+    monkeypatch.setattr(runner_module, "DeviceGraph", Graph)
+    compiler.gate.set()
+    klein = make()
+    table = klein.text_encoder.model.embed_tokens
+    klein.text_encoder.model.embed_tokens = CpuEmbedding(table, CPU.device, CPU.dtype)  # type: ignore[assignment]
+    before = generate(klein).image
+    tune(klein)
+    assert klein.runner.mode == "compiled", klein.runner.summary()
+    klein.cache.clear()
+    assert np.array_equal(generate(klein).image, before)
+    assert replaying[0]
+
+
+def test_tuning_that_runs_out_of_memory_is_tried_once_more(compiler: type[InstantCompiler]) -> None:
+    compiler.error = torch.OutOfMemoryError("CUDA out of memory.")
+    compiler.gate.set()
+    klein = make()
+    with pytest.raises(torch.OutOfMemoryError):
+        tune(klein)
+    tune(klein)
+    assert klein.runner.summary().startswith("eager: compiling failed (OutOfMemoryError")
+
+
+def test_graphs_are_captured_again_after_they_were_freed(
+    compiler: type[InstantCompiler], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    as_on_a_gpu(monkeypatch)
+    compiler.gate.set()
+    klein = make()
+    tune(klein)
+    generate(klein)
+    tune(klein)
+    made = FakeGraph.made
+    klein.runner.free_graphs()
+    generate(klein)
+    tune(klein)
+    assert FakeGraph.made == 2 * made == 4, "the text encoder's and a step's"
+
+
 def test_a_closed_runner_keeps_nothing(compiler: type[InstantCompiler]) -> None:
     compiler.gate.set()
     klein = make()
@@ -336,13 +391,18 @@ def test_two_pass_norm_is_the_plain_one() -> None:
         ops.choose(nothing=torch.relu)
 
 
-def streaming(monkeypatch: pytest.MonkeyPatch) -> Klein:
-    """A toy half of whose layers stream, on a device that could capture graphs."""
+def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let models take this device for one that captures graphs."""
     monkeypatch.setattr(Device, "is_cuda", property(lambda self: True))
     monkeypatch.setattr(runner_module, "DeviceGraph", FakeGraph)
     monkeypatch.setattr(runner_module, "graph_pool", object)
     monkeypatch.setattr(FakeGraph, "made", 0)
     monkeypatch.setattr(ops, "_chosen", dict(ops.PLAIN))
+
+
+def streaming(monkeypatch: pytest.MonkeyPatch) -> Klein:
+    """A toy half of whose layers stream, on a device that could capture graphs."""
+    as_on_a_gpu(monkeypatch)
     nets = grown(TOY, CPU)
     layers = [name for name, layer in nets.transformer.named_modules()
               if isinstance(layer, torch.nn.Linear) and "blocks" in name]  # fmt: skip

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from engine.memory.offload import in_turn
+
 POLL = 0.05
 """Seconds between two looks at whether the thread is done. A new job waits no longer than this."""
 
@@ -60,7 +62,7 @@ class PauseGate:
 
         sys.settrace calls this at every call of a Python function.
         """
-        if not self._open.is_set():
+        if not self._open.is_set() and not in_turn():
             self._open.wait(max(0.0, self._until - time.monotonic()))
         if self._stopped:
             raise Stopped

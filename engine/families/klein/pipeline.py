@@ -103,7 +103,8 @@ class Klein:
         self.estimator = Estimator(variant, transformer.shape, autoencoder, text_encoder)
         self._ropes: LruCache[Rope] = LruCache(16)
         self._modulation_cache: LruCache[Modulations] = LruCache(256)
-        self._modes: LruCache[Mode] = LruCache(SEEDS)
+        self.modes: LruCache[Mode] = LruCache(SEEDS)
+        """The mode of the latest images, by what was asked for."""
         self._preview_map: PreviewMap | None = None
 
     @classmethod
@@ -155,20 +156,21 @@ class Klein:
         return free_bytes if self.limit is None else max(0, min(free_bytes, self.limit - self.weight_bytes))
 
     @torch.no_grad()
-    def run(self, job: Job, previews: Callable[[], bool] = lambda: False) -> Iterator[Event]:
+    def run(self, job: Job, previews: Callable[[], bool] = lambda: False, *, in_bands: bool = False) -> Iterator[Event]:
         """Run `job` and yield its events, the Result last.
 
         Closing the iterator stops the work and frees its memory.
-        previews: asked before each step whether a client wants previews. Raises InvalidJob before anything is computed.
+        previews: asked before each step whether a client wants previews. in_bands: decode in less memory, more slowly.
+        Raises InvalidJob before anything is computed.
         """
         with self.runner.job():
-            yield from self._run(job, previews)
+            yield from self._run(job, previews, in_bands)
 
-    def _run(self, job: Job, previews: Callable[[], bool]) -> Iterator[Event]:
+    def _run(self, job: Job, previews: Callable[[], bool], in_bands: bool) -> Iterator[Event]:
         variant, clock, warnings = self.variant, StageClock(self.device), list(self._warnings)
         steps, guidance = read_settings(job, variant, warnings)
         canvas, references = fit_images(job, variant, warnings)
-        in_bands = self._decodes_in_bands(canvas, references)
+        in_bands = self._decodes_in_bands(canvas, references) or in_bands
         mode = self._mode(job, warnings)
 
         estimate = self.estimator.image(
@@ -273,11 +275,17 @@ class Klein:
         """Compute in advance what an edit of `image` needs."""
         canvas = Canvas.of(image.shape[1], image.shape[0], self.variant.max_size**2)
         reference = Reference(canvas.pad(image), image, "pad")
-        if self.variant.kv:
-            self._reference_kv([reference], self.runner.mode)
-        else:
-            self._latents(reference, self.runner.mode)
-        self._round_trip(reference, self.runner.mode)
+        try:
+            in_bands = self._decodes_in_bands(canvas, [reference])
+        except OutOfMemory:
+            return  # a job that asks for the edit raises it
+        # The compiling thread may use the same ring of streamed layers.
+        with self.runner.job():
+            if self.variant.kv:
+                self._reference_kv([reference], self.runner.mode)
+            else:
+                self._latents(reference, self.runner.mode)
+            self._round_trip(reference, self.runner.mode, in_bands=in_bands)
 
     def _find_change(
         self, decoded: Tensor, reference: Reference, canvas: Canvas, mode: Mode, in_bands: bool
@@ -312,13 +320,13 @@ class Klein:
             mode = "eager"
         elif job.mode == "compiled" and mode == "eager":
             warnings.append(f"computed eagerly, not by compiled kernels as asked for: {self.runner.summary()}")
-        key = (job.prompt, job.seed, job.size, job.steps, job.guidance, len(job.references))
-        before = self._modes.get(key)
+        key = (self.fingerprint, job.prompt, job.seed, job.size, job.steps, job.guidance, len(job.references))
+        before = self.modes.get(key)
         if before not in (None, mode):
             warnings.append(
                 f"computed by {mode} kernels, the same seed before by {before} ones: the images differ by rounding"
             )
-        self._modes.insert(key, mode)
+        self.modes.insert(key, mode)
         return mode
 
     def _preview(self, latent: Tensor, canvas: Canvas) -> Rgb8:
@@ -351,7 +359,7 @@ class Klein:
         memory, needed = memory_info(self.device), work(pixels)
         # The cache can be cleared to make room.
         free = self.free(memory.free + self.cache.stats().bytes)
-        if needed.bytes <= free and not self.runner.banded:
+        if needed.on(memory) <= free - (memory.context if self.limit else 0) and not self.runner.banded:
             return False
         if needed.least <= free:
             return needed.banded > 0

@@ -98,14 +98,27 @@ class TextEncoder(nn.Module):
 
         Pad tokens get states of their own, as in training: the transformer reads all rows without a mask.
         """
-        return result_of(self.in_parts(ids, mask))
+        return self.read(self.embed(ids), mask)
 
     def in_parts(self, ids: Tensor, mask: Tensor) -> Parts[Tensor]:
         """Encode like `forward` and yield the share that is done between layers."""
-        length, model = ids.shape[1], self.model
-        causal = torch.ones(length, length, dtype=torch.bool, device=ids.device).tril()
+        return self._read_in_parts(self.embed(ids), mask)
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """Return the table's rows for the ids.
+
+        [b, length] -> [b, length, hidden]. The table may be in host memory, which no CUDA graph can read.
+        """
+        return self.model.embed_tokens(ids)
+
+    def read(self, embedded: Tensor, mask: Tensor) -> Tensor:
+        """Encode rows of the table like `forward`."""
+        return result_of(self._read_in_parts(embedded, mask))
+
+    def _read_in_parts(self, states: Tensor, mask: Tensor) -> Parts[Tensor]:
+        length, model = states.shape[1], self.model
+        causal = torch.ones(length, length, dtype=torch.bool, device=states.device).tril()
         attended = causal & mask.bool()[:, None, None, :]
-        states = model.embed_tokens(ids)
         turns, count = model.turns(states), len(model.layers)
         read: dict[int, Tensor] = {}
         for number, layer in enumerate(model.layers, start=1):

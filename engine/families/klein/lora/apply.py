@@ -154,6 +154,6 @@ def _dense_branch(layer: QuantLinear, delta: WeightDelta, like: Tensor) -> Quant
         base = weight[rows][begin:end].float()
         change[begin:end] = delta.change(base, begin, end, norms)
     plain = nn.Linear(change.shape[1], change.shape[0], bias=False, device="meta")
-    branch = fp8.SCHEME.make(plain, change.device, full_precision=False)
+    branch = fp8.SCHEME.make(plain, like.device, full_precision=False)
     branch.load_tensors(fp8.encode(change, by_rows=True))
     return branch
