@@ -54,6 +54,19 @@ SMALL = replace(
         ("a cat, fresh and bright", "a cat"),
         ("a cat that is on a blue background", "a cat on a blue background"),
         ("a photo of a dog, 4k, highly detailed", "a photo of a dog"),
+        ("make the light blue circle red", "make the blue circle red"),
+        ("a cat with no hat on a red background", "a cat on a red background"),
+        ("a red circle and no star", "a red circle"),
+        ("a red circle without border on blue background", "a red circle on blue background"),
+        ("a cat, no text on the image, blue background", "a cat, blue background"),
+        ("No people, just a dog at night. A blue background.", "a dog at night. a blue background."),
+        ("Keep the cat and add a star", "add a star"),
+        ("Remove the cat, and do not add or move anything", "Remove the cat"),
+        ("keep everything else the same and move the apple left", "move the apple left"),
+        ("an apple plus a cat", "an apple and a cat"),
+        ("make the star emerald", "make the star green"),
+        ("an emerald star", "a green star"),
+        ("a catering dog", "a dog"),
     ],
 )
 def test_prompt_is_rewritten_in_known_words(prompt: str, text: str) -> None:
@@ -72,6 +85,9 @@ def test_prompt_is_rewritten_in_known_words(prompt: str, text: str) -> None:
         ("a cat on blue sea", "a cat on the sea", ""),
         ("a red apple on white, studio lighting", "a red apple on white", "does not know studio, lighting"),
         ("an astronaut riding a house", "an astronaut riding a house", "does not know astronaut"),
+        ("A wizard rides over mountains. A dog on red.", "a dog on red", "does not know wizard"),
+        ("an emerald on red", "an emerald on red", "does not know emerald"),
+        ("remove the star, keep the cat, and add a dog", "remove the star, and add a dog", "one change at a time"),
     ],
 )
 def test_words_that_would_only_distract_are_named_and_left_out(prompt: str, text: str, named: str) -> None:

@@ -12,9 +12,11 @@ from itertools import pairwise
 
 from engine.families.klein.synonyms import (
     ALTERNATIVES,
+    BOTH,
     CONSTRAINTS,
     FILLERS,
     GROUNDS,
+    NEGATIONS,
     NO_STEMS,
     NUMBERS,
     RELATED,
@@ -29,11 +31,30 @@ _RELATIVE = re.compile(r"\b(?:that|which|who)(?: is| are|['’]s) ", re.IGNORECA
 _WORD = re.compile(r"(?<!\d)[^\W\d_]+(?:['’-][^\W\d_]+)*")
 """Not the letters behind a number, as in "4k"."""
 _SENTENCE = re.compile(r"[^.!?;\n]+[.!?;\n]*")
-_BEGINS = "|".join(re.escape(begin) for begin in CONSTRAINTS)
-_CONSTRAINT = re.compile(rf"\s*(?:please\s+|and\s+|but\s+|also\s+)*(?:no|{_BEGINS})\b", re.IGNORECASE)
-_CLAUSE = re.compile(rf"[,\s]*(?:\b(?:and|but|then)\s+)?\b(?:{_BEGINS})\b.*", re.IGNORECASE | re.DOTALL)
-_WITHOUT = re.compile(r",\s*(?:and\s+|but\s+)?no\b[^,.;!?]*", re.IGNORECASE)
-"""What shall not be there, up to the next comma: "a logo, no text, white background"."""
+_BEGINS = "|".join(re.escape(begin) for begin in CONSTRAINTS) + (
+    r"|the (?:light|shadow)(?=\s+(?:and|or|of|in|from|is|should|must|stays?|remains?)\b|\s*[,.;!?]|\s*\Z)"
+)
+"""Not "the light blue circle"."""
+_NEXT = (
+    rf"(?=(?:,\s*(?:and\s+|but\s+)?|\b(?:and|but|then)\s+)(?:then\s+|also\s+|just\s+|please\s+)*(?:{'|'.join(VERBS)})"
+    r"\s+(?:the|an?|it|them|image|another|some|two|three|four)\b)"
+)
+"""Where the next instruction begins: "keep the cat and add a star"."""
+_NEGATIONS = "|".join(re.escape(begin) for begin in NEGATIONS)
+_CLAUSE = re.compile(
+    rf"(?:[,\s]|\b(?:and|but|then|please|also)\b)*\b(?:(?:{_NEGATIONS})\b.*|(?:{_BEGINS})\b.*?(?:{_NEXT}|\Z))",
+    re.IGNORECASE | re.DOTALL,
+)
+_ENDS = (
+    r"(?=\s+(?:on|in|at|against|under|over|above|below|beside|next|behind|near|to)\b|\s+(?:and|but)\b|[,.;:!?]|\s*\Z)"
+)
+_HERE = r"(?:\s+(?:on|in|at) (?:the |this |an? )?(?:image|picture|photo|frame|scene|it)\b)?"
+_WITHOUT = re.compile(
+    rf"(?:,\s*|\b(?:with|and|but|or)\s+|\A\s*)+no\b[^,.;!?]*?{_ENDS}{_HERE}|,?\s*\bwithout\s+(?:\w+ing\b.*|[^,.;!?]*?{_ENDS})",
+    re.IGNORECASE | re.DOTALL,
+)
+"""What shall not be there: "a logo, no text, white background", "a circle without border on blue"."""
+_PLUS = re.compile(r"\bplus (?=(?:an?|the|one|two|three|four)\b)", re.IGNORECASE)
 _FROM = r"the [^,.;]+? (?:from|in|of) image \d"
 _PLACED = r"(?:(?:on|to|at|in) the (?:left|right|top|bottom|middle|center)|above|below)"
 _THREE = re.compile(rf"({_FROM}), ({_FROM}),? and ({_FROM})\b(?! {_PLACED})", re.IGNORECASE)
@@ -78,14 +99,14 @@ def read_prompt(prompt: str, variant: Variant) -> Reading:
     if not variant.words:
         return Reading(prompt)
     # A hex code is not a word; its letters must not be read as some.
-    plain = _without_amounts(_RELATIVE.sub("", _HEX.sub("", prompt)), variant)
+    plain = _without_amounts(_PLUS.sub("and ", _RELATIVE.sub("", _HEX.sub("", prompt))), variant)
     sentences = [_Sentence.of(text, variant) for text in _sentences(plain)]
     kept = [sentence for sentence in sentences if sentence.is_understood] or sentences[:1]
     text = " ".join(sentence.text for sentence in kept)
     if len(sentences) > len(kept) or len(kept) == 1:
         text = text.rstrip(" .!;")
     warnings = (
-        *_unknown(text, variant),
+        *_unknown(" ".join(sentence.text for sentence in sentences), variant),
         *_own_colours(text, variant),
         *_counts(prompt, variant),
         *_big_beside_another(text, variant),
@@ -122,10 +143,9 @@ def _sentences(prompt: str) -> Iterator[str]:
     """
     left = False
     for sentence in _SENTENCE.findall(prompt):
-        if _CONSTRAINT.match(sentence):
-            continue
         text = _CLAUSE.sub("", _WITHOUT.sub("", sentence))
         if text != sentence:
+            text = re.sub(r"^(?:[\s,;]|\b(?:and|but|then|just)\b)+", "", text)
             text = re.sub(r"(?:[\s,.;!?]|\b(?:and|but|with|in|on))+$", "", text) + "."
         if _WORD.search(text):
             left = True
@@ -154,8 +174,12 @@ class _Sentence:
         pieces, end, known, unknown = [], 0, 0, 0
         determined = False  # whether the previous word is an article or belongs to the same noun phrase
         counted = False  # whether a number stands before it
-        for match in _WORD.finditer(text):
-            lower, word = match[0].lower(), _known_form(match[0], variant)
+        words = list(_WORD.finditer(text))
+        for i, match in enumerate(words):
+            before = words[i - 1][0].lower() if i else ""
+            behind = words[i + 1][0] if i + 1 < len(words) else ""
+            as_thing = _names_thing(before, behind, variant)
+            lower, word = match[0].lower(), _known_form(match[0], variant, as_thing=as_thing)
             pieces.append(text[end : match.start()])
             end = match.end()
             if lower in FILLERS | NUMBERS and not _is_known(lower, variant):
@@ -170,6 +194,14 @@ class _Sentence:
             counted = lower in NUMBERS or (counted and determined)
         plain = re.sub(r"\s+([,.!?;])", r"\1", " ".join("".join([*pieces, text[end:]]).split()))
         return cls(_without_adjectives(_with_articles(plain), variant), known, unknown)
+
+
+def _names_thing(before: str, behind: str, variant: Variant) -> bool:
+    """Return whether a word between these names a thing, no colour."""
+    if before and before not in (*_ARTICLES, *_SIZES, *NUMBERS, *variant.colours):
+        return False
+    following = _known_form(behind, variant) if behind else None
+    return (following or "").lower() not in (*variant.nouns, *variant.shapes, "background")
 
 
 def _is_plural(word: str, known: str, variant: Variant) -> bool:
@@ -192,18 +224,28 @@ def _says_something(word: str, variant: Variant) -> bool:
 
 
 _ARTICLES = ("a", "an", "the")
+_NOT = ("no", "not", "neither", "nor", "without")
+"""Words that turn a meaning round, and are no adjectives."""
 _SIZES = ("small", "little", "tiny", "big", "large", "huge")
 _ANYWHERE = {*_ARTICLES, "and", "image", "picture", "photo", "side", "one", "it", "me", "its", "is",
              "of", "in", "on", "at", "to", "from", "with", "by", "for"}  # fmt: skip
 
 
-def _known_form(word: str, variant: Variant) -> str | None:
-    """Return the word as the model knows it, else None."""
+def _known_form(word: str, variant: Variant, *, as_thing: bool = True) -> str | None:
+    """Return the word as the model knows it, else None.
+
+    as_thing: what a word means that names a thing and a colour.
+    """
     lower = word.lower()
     if _is_known(lower, variant):
         return word if word[0].isupper() and not word.isupper() else lower
     for form in (lower, *(stem for stem in _singulars(lower) if stem not in NO_STEMS)):
+        verbal = form != lower and lower.endswith(("ing", "ed"))
         for candidate in (form, *ALTERNATIVES.get(form, ()), SYNONYMS.get(form, "")):
+            if verbal and (candidate in variant.nouns or candidate in variant.shapes):
+                continue  # a fishing boat is no fish
+            if form in BOTH and as_thing == (candidate in variant.colours):
+                continue
             if candidate in variant.words:
                 return candidate.capitalize() if word[0].isupper() and not word.isupper() else candidate
     return None
@@ -233,8 +275,8 @@ def _without_adjectives(text: str, variant: Variant) -> str:
             between = text[word.end() : following.start()]
             if between.strip(" ,") or following[0].lower() not in things:
                 continue
-            unknown = not _is_known(word[0].lower(), variant) and word[0].lower() not in RELATED
-            if unknown:
+            lower = word[0].lower()
+            if lower not in (*RELATED, *_NOT) and not _is_known(lower, variant):
                 text = _with_articles(text[: word.start()] + text[following.start() :])
                 break
         else:

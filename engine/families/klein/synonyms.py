@@ -50,7 +50,6 @@ SYNONYMS: dict[str, str] = {
         "mushroom": "toadstool fungus",
         "hat": "cap tophat",
         "crown": "tiara",
-        "clock": "alarm",
         "book": "novel",
         "ghost": "spook",
         "robot": "android droid",
@@ -228,6 +227,15 @@ CONSTRAINTS = (
     "keep", "keeping", "leave", "leaving", "preserve", "preserving", "maintain", "maintaining", "retain", "retaining",
     "don't", "dont", "do not", "never", "avoid", "make sure", "ensure", "everything else", "all else", "the rest",
     "nothing else", "all other", "other than that", "no other", "be careful", "it should", "they should",
-    "the composition", "the light", "the lighting", "the shadow", "the shadows", "without", "while",
+    "the composition", "the lighting", "the shadows", "while",
 )  # fmt: skip
 """Beginnings of sentences and clauses that only ask for something to stay as it is."""
+
+NEGATIONS = ("don't", "dont", "do not", "never", "avoid")
+"""Those of them behind which a list of verbs belongs to what is not wanted."""
+
+_BOTH = """
+    rose lemon lime salmon mint olive chestnut chocolate cream ruby emerald amber gold silver tangerine lavender violet
+"""
+BOTH = frozenset(_BOTH.split())
+"""Words for a thing and its colour. "a lemon" is a thing, "a lemon star" has a colour."""
