@@ -11,8 +11,13 @@ from urllib.parse import parse_qsl, urlsplit
 
 from starlette.requests import Request
 
+from klein_mcp.images.paths import MAX_REFERENCE
+
 LIFETIME = 3600
 """Seconds a link works; the next result or view_image gives a fresh one."""
+
+PROXY_HEADERS = {"forwarded", "via", "x-forwarded-for", "x-forwarded-host", "x-forwarded-proto", "x-real-ip"}
+"""Any of them says that the sender is not who connects."""
 
 
 class SignedUrls:
@@ -35,7 +40,12 @@ class SignedUrls:
 
     def handle_of(self, url: str) -> str | None:
         """Return the handle in a valid address of ours, else None."""
-        path = urlsplit(url)
+        if len(url) > MAX_REFERENCE or url[:5].lower() == "data:":
+            return None  # urlsplit would keep the latest in memory, images of 90 MB included
+        try:
+            path = urlsplit(url)
+        except ValueError:  # half an IPv6 address
+            return None
         name = re.fullmatch(r"/images/([a-z0-9]+)\.[a-z]+", path.path)
         query = dict(parse_qsl(path.query))
         valid = name and self._verify(path.path, query.get("until", ""), query.get("signature", ""))
@@ -61,10 +71,21 @@ class SignedUrls:
 
 
 def is_local(request: Request) -> bool:
-    """True for a sender on this machine that connects without a proxy."""
-    if request.client is None or "x-forwarded-for" in request.headers or "forwarded" in request.headers:
+    """True for a sender on this machine that connects without a proxy.
+
+    Tunnels and simple proxies add no header, so the name by which we are called counts too.
+    """
+    if request.client is None or not PROXY_HEADERS.isdisjoint(request.headers.keys()):
         return False
     try:
-        return ipaddress.ip_address(request.client.host).is_loopback
+        host = urlsplit(f"//{request.headers.get('host', '')}").hostname
+    except ValueError:
+        return False
+    return _is_loopback(request.client.host) and _is_loopback(host or "")
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False

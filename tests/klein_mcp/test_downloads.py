@@ -3,6 +3,7 @@
 import time
 from collections.abc import AsyncIterator
 from typing import Any
+from urllib.parse import urlsplit
 
 import httpx2
 import pytest
@@ -131,19 +132,48 @@ async def test_upload_is_cut_off_at_its_size_limit(http: httpx2.AsyncClient, mon
     assert answer.status_code == 413
 
 
-def request(client: Any = ("127.0.0.1", 1), **headers: str) -> Request:
+def request(client: Any = ("127.0.0.1", 1), host: str = "127.0.0.1:8765", **headers: str) -> Request:
     encoded = [(name.replace("_", "-").encode(), value.encode()) for name, value in headers.items()]
     scope = {"type": "http", "method": "GET", "path": "/", "query_string": b"", "scheme": "https", "client": client}
-    return Request({**scope, "server": ("klein.example", 443), "headers": [(b"host", b"klein.example"), *encoded]})
+    return Request({**scope, "server": ("127.0.0.1", 443), "headers": [(b"host", host.encode()), *encoded]})
 
 
-def test_local_clients_get_paths_and_remote_ones_addresses(urls: SignedUrls):
-    assert urls.for_client(request()) is None
-    assert urls.for_client(request(("::1", 1))) is None
-    for other in (request(("10.0.0.7", 1)), request(x_forwarded_for="10.0.0.7"), request(None)):
-        make = urls.for_client(other)
-        assert make is not None
-        assert make("k7f3q2").startswith("https://klein.example/images/k7f3q2.png?until=")
+@pytest.mark.parametrize(
+    "host", ["127.0.0.1", "127.0.0.1:8765", "localhost", "LocalHost:8765", "[::1]", "[::1]:8765", "127.0.0.2:80"]
+)
+def test_local_clients_get_paths(urls: SignedUrls, host: str):
+    assert urls.for_client(request(host=host)) is None
+    assert urls.for_client(request(("::1", 1), host)) is None
+
+
+@pytest.mark.parametrize(
+    "remote",
+    [
+        {"client": ("10.0.0.7", 1)},
+        {"client": None},
+        # As a tunnel or a proxy sends it that passes the name on and nothing else.
+        {"host": "klein.example"},
+        {"host": "localhost.klein.example:443"},
+        {"host": ""},
+        {"host": "[x"},
+        *({name: "10.0.0.7"} for name in ("forwarded", "via", "x_forwarded_for", "x_forwarded_host", "x_real_ip")),
+    ],
+)
+def test_remote_clients_get_addresses(urls: SignedUrls, remote: dict[str, Any]):
+    assert urls.for_client(request(**remote)) is not None
+
+
+def test_address_names_the_host_that_the_client_called(urls: SignedUrls):
+    make = urls.for_client(request(host="klein.example"))
+    assert make is not None
+    assert make("k7f3q2").startswith("https://klein.example/images/k7f3q2.png?until=")
+
+
+@pytest.mark.parametrize("text", ["data:image/png;base64,AAAA", "DATA:,x", "/images/" + "x" * 10_000, "http://[x"])
+def test_text_that_is_no_address_of_ours_is_not_kept_in_memory(urls: SignedUrls, text: str):
+    urlsplit.cache_clear()  # type: ignore[attr-defined] - it remembers the latest 128 texts, however long
+    assert urls.handle_of(text) is None
+    assert urlsplit.cache_info().currsize == 0  # type: ignore[attr-defined]
 
 
 async def test_download_has_the_pixels_of_the_upload(client: Client, http: httpx2.AsyncClient, urls: SignedUrls):
