@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import anyio.to_thread
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
@@ -173,6 +173,8 @@ class ImageRoute:
         try:
             fields = await read_json(request)
             wanted = await self._request(fields, request)
+        except ClientDisconnect:
+            raise
         except Exception as exc:
             response = await self._failure(exc)
             await response(scope, receive, send)
@@ -225,7 +227,8 @@ class ImageRoute:
         files = files if isinstance(files, list) else [files]
         if not files:
             raise ApiError(422, "init_images is empty: the image to edit.", "init_images")
-        images = [await calls.import_image(self._http, _data_url(file), "init_images", call) for file in files]
+        opened = [await calls.import_image(self._http, _data_url(file), "init_images", call) for file in files]
+        images = [image.record for image in opened]
         if len(images) > 1:
             return requests.compose([image.handle for image in images], width=width, height=height, **common)
         (image,) = images
@@ -240,7 +243,7 @@ class ImageRoute:
         file = _data_url(given["mask"])
         inverted = str(given.get("inpainting_mask_invert", 0)).lower() in ("1", "true")
         mask = await anyio.to_thread.run_sync(_mask_file, file, inverted, (image.width, image.height))
-        return (await calls.import_image(self._http, mask, "The mask", call, mask=True)).handle
+        return (await calls.import_image(self._http, mask, "The mask", call, mask=True)).record.handle
 
     async def _run(self, fields: Mapping[str, Any], wanted: ImageRequest, request: Request) -> dict[str, Any]:
         """Run the job and return the body of the response.

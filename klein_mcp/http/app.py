@@ -20,11 +20,12 @@ from typing import NoReturn
 
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
+from starlette.requests import ClientDisconnect
 
 from klein_mcp import __version__
 from klein_mcp.errors import RequestError
 from klein_mcp.exit import exit_now
-from klein_mcp.http import a1111, auth, card, downloads, health, invitations, mcp, studio, uploads
+from klein_mcp.http import a1111, auth, card, disconnect, downloads, health, invitations, mcp, studio, uploads
 from klein_mcp.http.openai import surface as openai
 from klein_mcp.http.sessions import Sessions
 from klein_mcp.http.signed_urls import SignedUrls
@@ -179,6 +180,7 @@ def application(
     return Starlette(
         routes=[route for surface in served for route in surface.routes],
         middleware=[check],
+        exception_handlers={ClientDisconnect: disconnect.end_quietly},
         lifespan=lambda app: context.server.session_manager.run(),
     )
 

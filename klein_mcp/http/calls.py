@@ -10,7 +10,6 @@ from starlette.requests import Request
 
 from klein_mcp.errors import BadImage, RequestError
 from klein_mcp.http.surface import HttpContext
-from klein_mcp.images.library import Record
 from klein_mcp.jobs.context import CallContext
 from klein_mcp.jobs.events import Cancelled, Failed, ImageSaved, JobEvent, Listen
 from klein_mcp.jobs.request import ImageRequest
@@ -35,7 +34,7 @@ def call_context(http: HttpContext, request: Request, surface: str) -> CallConte
 
 async def import_image(
     http: HttpContext, image: bytes | str, name: str, call: CallContext, *, mask: bool = False
-) -> Record:
+) -> "ResolvedImage":
     """Import a file or a referenced image. Raises RequestError.
 
     name: of the image in errors. An image that came from here is recognised by its pixels. mask: transparent pixels
@@ -55,7 +54,7 @@ async def import_image(
     opened = await anyio.to_thread.run_sync(resolve)
     if opened.new:
         await call.on_new_image(uri(opened.record.handle))
-    return opened.record
+    return opened
 
 
 def to_bytes(file: bytes | str, name: str) -> bytes:

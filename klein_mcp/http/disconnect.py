@@ -1,9 +1,11 @@
-"""Cancels the work for a request whose client has disconnected."""
+"""Ends the work for a request whose client has disconnected."""
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 import anyio
+from starlette.requests import Request
+from starlette.responses import Response
 from starlette.types import Receive
 
 
@@ -23,3 +25,8 @@ async def cancelled_on_disconnect(receive: Receive) -> AsyncIterator[None]:
         tasks.start_soon(watch)
         yield
         tasks.cancel_scope.cancel()
+
+
+async def end_quietly(request: Request, exc: Exception) -> Response:
+    """Answer a client that left before its request was complete."""
+    return Response(status_code=400)  # nobody reads it

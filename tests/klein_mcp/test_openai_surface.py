@@ -11,6 +11,7 @@ import openai
 import pytest
 from mcp import Client
 from openai import AsyncOpenAI
+from PIL import Image
 
 from engine.contract import BadWeights, Busy, OutOfMemory, Step
 from klein_mcp.http import app
@@ -116,6 +117,24 @@ async def test_returned_image_is_recognised_by_its_pixels(connect_http, service:
         image = ("x.bmp", file(pixels(base64.b64decode(first.b64_json or "")), "BMP"))
         (edited,) = (await api.images.edit(image=image, prompt="make it red")).data or []
     assert service.store.get(edited.handle).parents == (first.handle,)  # type: ignore[attr-defined]
+
+
+async def test_warnings_about_sent_files_are_in_the_answer(connect_http):
+    frames = [Image.fromarray(scene(64, 64)), Image.fromarray(scene(64, 64)[::-1])]
+    moving = file(frames[0], "GIF", save_all=True, append_images=frames[1:])
+    async with connect_http() as http:
+        for stream in ("", "true"):
+            fields = {"prompt": "make it red", "stream": stream}
+            answer = await http.post("/v1/images/edits", data=fields, files={"image": ("x.gif", moving, "image/gif")})
+            assert answer.status_code == 200
+            assert "image 1 has several frames; only the first one is used." in answer.text
+
+
+async def test_address_that_is_none_is_an_error_of_the_caller(connect_http):
+    async with connect_http() as http:
+        answer = await http.post("/v1/images/edits", json={"prompt": "make it red", "image": "http://[x"})
+    assert 400 <= answer.status_code < 500
+    assert answer.json()["error"]["param"] == "image"
 
 
 @pytest.mark.parametrize("allowed", [True, False])

@@ -3,6 +3,7 @@
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from typing import Any
 
 import httpx2
 import pytest
@@ -136,3 +137,36 @@ async def test_a_tool_may_carry_meta():
     tool = replace(TOOLS["view_image"], meta={"ui": {"resourceUri": "ui://klein/studio.html"}})
     listed = tool.listed().model_dump(mode="json", by_alias=True, exclude_none=True)
     assert listed["_meta"] == {"ui": {"resourceUri": "ui://klein/studio.html"}}
+
+
+@pytest.mark.parametrize(
+    ("path", "kind"),
+    [
+        ("/upload", "image/png"),
+        ("/studio/upload", "image/png"),
+        ("/studio/call", "application/json"),
+        ("/v1/images/generations", "application/json"),
+        ("/v1/images/edits", "application/json"),
+        ("/v1/images/edits", "multipart/form-data; boundary=x"),
+        ("/sdapi/v1/txt2img", "application/json"),
+        ("/sdapi/v1/options", "application/json"),
+    ],
+)
+async def test_aborted_upload_ends_quietly(
+    context: HttpContext, caplog: pytest.LogCaptureFixture, path: str, kind: str
+):
+    messages = iter([{"type": "http.request", "body": b"--x\r\n", "more_body": True}, {"type": "http.disconnect"}])
+
+    async def receive() -> Any:
+        return next(messages)
+
+    async def send(message: Any) -> None:
+        pass
+
+    headers = {"host": "localhost", "authorization": f"Bearer {TOKEN}", "content-type": kind, "accept": "*/*"}
+    encoded = [(name.encode(), value.encode()) for name, value in headers.items()]
+    scope = {"type": "http", "method": "POST", "path": path, "query_string": b"", "headers": encoded}
+    served = app.application(context, token=TOKEN)
+    async with context.server.session_manager.run():
+        await served({**scope, "scheme": "http", "server": ("localhost", 80), "client": None}, receive, send)
+    assert not caplog.records

@@ -5,10 +5,10 @@ import re
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import anyio.to_thread
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse
 from starlette.types import Receive, Scope, Send
 
@@ -30,6 +30,9 @@ from klein_mcp.jobs.context import CallContext
 from klein_mcp.jobs.events import Done, ImageSaved, JobEvent, Listen, Progressed
 from klein_mcp.jobs.request import ImageRequest
 from klein_mcp.jobs.results import Preview, SavedImage
+
+if TYPE_CHECKING:
+    from klein_mcp.images.resolver import ResolvedImage
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +61,8 @@ class OpenAiImageRoute:
         try:
             call, body = await self._read(request)
             prepared = await self._prepare(request, call, body)
+        except ClientDisconnect:
+            raise
         except Exception as exc:
             error = await naming_installed(exc, self._service)
             await error.response()(scope, receive, send)
@@ -78,13 +83,16 @@ class OpenAiImageRoute:
         """Import the images of a body. Raises RequestError or ApiError."""
         context = calls.call_context(self._http, request, "openai")
         files = enumerate(body.images, 1)
-        images = [await self._import(file, "image", f"image {number}", context) for number, file in files]
+        opened = [await self._import(file, "image", f"image {number}", context) for number, file in files]
         mask = None if body.mask is None else await self._import(body.mask, "mask", "The mask", context)
+        images = [image.record for image in opened]
         sizes = tuple((image.width, image.height) for image in images)
-        wanted = replace(self._request(call, images, mask), partials=call.partial_images)
+        wanted = self._request(call, images, mask and mask.record)
+        warnings = (*wanted.warnings, *(warning for image in opened for warning in image.warnings))
+        wanted = replace(wanted, partials=call.partial_images, warnings=warnings)
         return PreparedCall(call, wanted, context, sizes)
 
-    async def _import(self, image: bytes | str, field: str, name: str, context: CallContext) -> Record:
+    async def _import(self, image: bytes | str, field: str, name: str, context: CallContext) -> "ResolvedImage":
         """Import an image of the body. Raises ApiError that names its field."""
         try:
             return await calls.import_image(self._http, image, name, context, mask=field == "mask")
