@@ -20,11 +20,13 @@ HEADERS = {"X-Content-Type-Options": "nosniff", "Cache-Control": "private, max-a
 
 
 def surface(context: HttpContext) -> Surface:
-    routes = [Route(f"/images/{{handle:str}}.{kind}", _download(context.service, kind)) for kind in FORMATS]
+    routes = [Route(f"/images/{{handle:str}}.{kind}", download_handler(context.service, kind)) for kind in FORMATS]
     return Surface("downloads", routes, "signed")
 
 
-def _download(service: Service, kind: str) -> Callable[[Request], Awaitable[Response]]:
+def download_handler(service: Service, kind: str) -> Callable[[Request], Awaitable[Response]]:
+    """Return the handler that sends images in one format, signed where settings say so."""
+
     async def download(request: Request) -> Response:
         handle = request.path_params["handle"]
         try:

@@ -23,6 +23,8 @@ from starlette.routing import Route
 
 from engine.contract import EngineError
 from klein_mcp.errors import RequestError
+from klein_mcp.foreign import well_formed
+from klein_mcp.http.downloads import download_handler
 from klein_mcp.http.page_calls import PageCalls, StoppedCall, UnknownCall
 from klein_mcp.http.surface import HttpContext, Surface, SurfaceFactory
 from klein_mcp.jobs.context import CallContext
@@ -145,24 +147,41 @@ def entry_surface(context: HttpContext) -> Surface:
 
 def surface(context: HttpContext) -> Surface:
     studio = _Studio(context)
+    gets: dict[str, Handler] = {
+        "session": studio.session,
+        "events": studio.events,
+        "read": studio.read,
+        "result": studio.result,
+        "images/{handle}": studio.image,
+        "images/{handle}/download": download_handler(context.service, "png"),
+        "images/{handle}/{part}": studio.part,
+    }
+    posts: dict[str, Handler] = {
+        "call": studio.call,
+        "cancel": studio.cancel,
+        "delete": studio.delete,
+        "upload": studio.upload,
+    }
     routes = [
-        Route("/studio/session", studio.session, methods=["GET"]),
-        Route("/studio/events", studio.events, methods=["GET"]),
-        Route("/studio/read", studio.read, methods=["GET"]),
-        Route("/studio/result", studio.result, methods=["GET"]),
-        Route("/studio/images/{handle}", studio.image, methods=["GET"]),
-        Route("/studio/images/{handle}/{part}", studio.part, methods=["GET"]),
+        *(Route(f"/studio/{path}", _in_words(handler), methods=["GET"]) for path, handler in gets.items()),
         *(
-            Route(f"/studio/{name}", studio.from_page(change), methods=["POST"])
-            for name, change in (
-                ("call", studio.call),
-                ("cancel", studio.cancel),
-                ("delete", studio.delete),
-                ("upload", studio.upload),
-            )
+            Route(f"/studio/{path}", _in_words(studio.from_page(change)), methods=["POST"])
+            for path, change in posts.items()
         ),
     ]
     return Surface("studio", routes, "session", error=_refusal)
+
+
+def _in_words(handler: Handler) -> Handler:
+    """Answer errors of the library, such as a damaged or a busy one."""
+
+    async def answered(request: Request) -> Response:
+        try:
+            return await handler(request)
+        except RequestError as exc:
+            return _refusal(503, str(exc))
+
+    return answered
 
 
 def _refusal(status: int, message: str) -> Response:
@@ -337,7 +356,7 @@ async def _body(request: Request) -> dict[str, object] | Response:
         if len(body) > MAX_CALL:
             return _refusal(413, "The request is too large.")
     try:
-        asked = json.loads(body)
+        asked = well_formed(json.loads(body))
     except (ValueError, RecursionError):
         return _refusal(400, "The request is not JSON.")
     return asked if isinstance(asked, dict) else _refusal(400, "The request is not an object.")

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -13,6 +14,7 @@ from starlette.requests import Request
 from klein_mcp.http import app, downloads, uploads
 from klein_mcp.http.signed_urls import LIFETIME, SignedUrls
 from klein_mcp.http.surface import HttpContext
+from klein_mcp.images import credentials
 from klein_mcp.jobs.service import Service
 from tests.images import file, pixels, scene
 from tests.tool_calls import call, refused
@@ -174,6 +176,18 @@ def test_text_that_is_no_address_of_ours_is_not_kept_in_memory(urls: SignedUrls,
     urlsplit.cache_clear()  # type: ignore[attr-defined] - it remembers the latest 128 texts, however long
     assert urls.handle_of(text) is None
     assert urlsplit.cache_info().currsize == 0  # type: ignore[attr-defined]
+
+
+async def test_download_of_the_studio_is_signed_where_links_are(context: HttpContext, service: Service):
+    pytest.importorskip("c2pa", reason="the optional extra c2pa is not installed")
+    service.settings = replace(service.settings, credentials="local")
+    served = app.application(context, token="a-token-of-our-own-making")
+    transport, bearer = httpx2.ASGITransport(app=served), {"authorization": "Bearer a-token-of-our-own-making"}
+    async with httpx2.AsyncClient(transport=transport, base_url="http://localhost", headers=bearer) as http:
+        handle = (await http.post("/upload", content=file(scene(64, 48)))).json()["image"]
+        answer = await http.get(f"/studio/images/{handle}/download")
+    assert answer.headers["content-type"] == "image/png"
+    assert credentials.verify(answer.content, "image/png") is not None
 
 
 async def test_download_has_the_pixels_of_the_upload(client: Client, http: httpx2.AsyncClient, urls: SignedUrls):

@@ -13,6 +13,7 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
+from klein_mcp.errors import RequestError
 from klein_mcp.http import app, sessions
 from klein_mcp.http.sessions import CSRF_HEADER
 from klein_mcp.http.surface import Auth, HttpContext, Surface, SurfaceFactory
@@ -170,3 +171,46 @@ async def test_aborted_upload_ends_quietly(
     async with context.server.session_manager.run():
         await served({**scope, "scheme": "http", "server": ("localhost", 80), "client": None}, receive, send)
     assert not caplog.records
+
+
+@pytest.fixture
+async def http(context: HttpContext) -> AsyncIterator[httpx2.AsyncClient]:
+    """A client with the token, of every surface."""
+    transport = httpx2.ASGITransport(app=app.application(context, token=TOKEN))
+    bearer = {"authorization": f"Bearer {TOKEN}"}
+    async with httpx2.AsyncClient(transport=transport, base_url="http://localhost", headers=bearer) as client:
+        yield client
+
+
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [
+        ("GET", "/studio/read?uri=klein://library"),
+        ("GET", "/studio/images/abcdef"),
+        ("GET", "/studio/images/abcdef/download"),
+        ("GET", "/studio/images/abcdef/thumb"),
+        ("POST", "/studio/delete"),
+        ("POST", "/studio/upload"),
+        ("POST", "/upload"),
+    ],
+)
+async def test_unusable_library_is_explained(
+    http: httpx2.AsyncClient, monkeypatch: pytest.MonkeyPatch, method: str, path: str
+):
+    def unusable(service: Service) -> None:
+        raise RequestError("The library is of a newer version.")
+
+    monkeypatch.setattr(Service, "store", property(unusable))
+    answer = await http.request(method, path, json={"images": ["abcdef"]})
+    assert 400 <= answer.status_code < 600
+    assert answer.json() == {"error": "The library is of a newer version."}
+
+
+async def test_half_an_emoji_from_the_page_is_repaired(http: httpx2.AsyncClient):
+    body = b'{"tool": "view_image", "arguments": {"image": "\\ud83d"}, "call": "c1"}'
+    answer = await http.post("/studio/call", content=body)
+    assert answer.status_code in (200, 202)
+    while answer.status_code == 202:
+        answer = await http.get("/studio/result?call=c1")
+    assert answer.json()["isError"]
+    assert (await http.post("/studio/delete", content=b'{"images": ["\\ud83d"]}')).status_code == 200

@@ -141,7 +141,7 @@ export class WebBridge {
 
   async download(handle) {
     const link = document.createElement("a");
-    link.href = `/studio/images/${encodeURIComponent(handle)}`;
+    link.href = await this.image(handle, "download");
     link.download = `${handle}.png`;
     link.click();
   }
