@@ -25,7 +25,7 @@ def surface(context: HttpContext) -> Surface:
 
 
 def download_handler(service: Service, kind: str) -> Callable[[Request], Awaitable[Response]]:
-    """Return the handler that sends images in one format, signed where settings say so."""
+    """Return the handler of one format. It signs where settings say so."""
 
     async def download(request: Request) -> Response:
         handle = request.path_params["handle"]

@@ -173,7 +173,7 @@ def surface(context: HttpContext) -> Surface:
 
 
 def _in_words(handler: Handler) -> Handler:
-    """Answer errors of the library, such as a damaged or a busy one."""
+    """Answer errors of the library, which may be busy or damaged."""
 
     async def answered(request: Request) -> Response:
         try:

@@ -119,8 +119,10 @@ class Feed:
                     yield None
 
     def library_changed(self) -> None:
-        """Look at the library at once: this process has changed it."""
-        self._revision = None
+        """Tell readers at once of a change by this process.
+
+        The next look tells them once more.
+        """
         self._library = next(self._numbers)
         self._tell()
 
@@ -195,10 +197,12 @@ class Feed:
 
     async def _follow_library(self) -> None:
         while True:
-            revision = await anyio.to_thread.run_sync(self._service.store.revision)
-            if revision != self._revision:
-                first, self._revision = self._revision is None, revision
-                if not first:
+            # A library that is busy or damaged may be well again at the next look.
+            with contextlib.suppress(Exception):
+                revision = await anyio.to_thread.run_sync(lambda: self._service.store.revision())
+                first, changed = self._revision is None, revision != self._revision
+                self._revision = revision
+                if changed and not first:
                     self._library = next(self._numbers)
                     self._tell()
             await asyncio.sleep(LIBRARY_EVERY)

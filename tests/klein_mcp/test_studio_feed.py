@@ -1,5 +1,6 @@
 """Tests how the studio follows jobs: watchers, and the feed of their news."""
 
+import sqlite3
 from collections.abc import Callable, Iterator
 from contextlib import aclosing
 from typing import Any
@@ -8,6 +9,7 @@ import anyio
 import pytest
 
 from engine.contract import Step
+from klein_mcp.images.library import Store
 from klein_mcp.jobs.context import CallContext
 from klein_mcp.jobs.events import Done, Progressed
 from klein_mcp.jobs.manager import JobManager
@@ -16,6 +18,7 @@ from klein_mcp.jobs.service import Service
 from klein_mcp.jobs.status import JobStatus
 from klein_mcp.studio.feed import Feed
 from tests.fakes import FakeExecutor
+from tests.images import file, scene
 
 pytestmark = pytest.mark.anyio
 
@@ -129,3 +132,47 @@ async def test_feed_stops_following_when_nobody_reads(service: Service, monkeypa
     with anyio.fail_after(120):
         while not feed._task.done():
             await anyio.sleep(0.05)
+
+
+async def other_library(feed: Feed, known: int) -> None:
+    """Wait for news of another library than `known`."""
+    with anyio.fail_after(20):
+        while (await feed.now("me", after=0))["library"] == known:
+            await anyio.sleep(0.02)
+
+
+async def looked(feed: Feed) -> None:
+    with anyio.fail_after(20):
+        while feed._revision is None:
+            await feed.now("me", after=0)
+            await anyio.sleep(0.02)
+
+
+async def test_change_by_others_right_after_an_own_one_is_seen(
+    service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("klein_mcp.studio.feed.LIBRARY_EVERY", 0.3)
+    feed = Feed(service)
+    await looked(feed)
+    feed.library_changed()
+    own = (await feed.now("me", after=0))["library"]
+    service.sources.add(file(scene(64, 48)), "The upload", "other")
+    await other_library(feed, own)
+
+
+async def test_library_that_fails_once_is_looked_at_again(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("klein_mcp.studio.feed.LIBRARY_EVERY", 0.05)
+    feed, revision, failed = Feed(service), Store.revision, []
+
+    def fails_once(store: Store) -> tuple[int, int]:
+        if len(failed) < 2:
+            failed.append(store)
+            raise sqlite3.OperationalError("disk I/O error")
+        return revision(store)
+
+    monkeypatch.setattr(Store, "revision", fails_once)
+    async with feed._reading():
+        await looked(feed)
+        before = (await feed.now("me", after=0))["library"]
+        service.sources.add(file(scene(64, 48)), "The upload", "other")
+        await other_library(feed, before)
