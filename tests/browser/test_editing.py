@@ -60,15 +60,15 @@ async def test_drawn_box_becomes_a_region(open_page: Open, studio: Studio) -> No
     original = await generate(page, "a red apple on a blue background", seed=3)
     await page.get_by_role("button", name="Mask", exact=True).click()
     await page.get_by_role("radio", name="Box").check()
-    await drag(page, "canvas.mask", (0.5, 0.5), (1.0, 1.0))
+    await drag(page, "canvas.mask", (0.5, 0.5), (1.05, 1.05))
     changed = await edit(page, "make the background yellow")
     with studio.library() as store:
         x, y, width, height = views.image_details(store, changed)["region"] or []
     side = pixels(studio, original).shape[0]
     assert abs(x - side / 2) <= 2
     assert abs(y - side / 2) <= 2
-    assert x + width <= side
-    assert y + height <= side
+    assert x + width == side
+    assert y + height == side
 
 
 async def test_mask_is_drawn_by_keyboard_alone(open_page: Open) -> None:
@@ -133,6 +133,11 @@ async def test_before_that_is_transparent_hides_what_came_after(open_page: Open)
     corner = shot[60:100, 20:60].reshape(-1, 3).astype(int)
     assert (corner.max(axis=1) - corner.min(axis=1)).max() < 20, "the checkered ground, not the blue one"
     assert corner.max() - corner.min() > 20
+    chosen = await page.locator(".tools select").select_option(index=1)
+    for _ in range(2):
+        await page.get_by_role("button", name="Compare").click()
+    assert await page.locator(".tools select").input_value() == chosen[0]
+    assert await page.get_by_alt_text(f"Before: {chosen[0]}").count() == 1
 
 
 async def test_one_reference_and_words_are_an_edit(open_page: Open, studio: Studio) -> None:

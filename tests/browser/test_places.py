@@ -1,7 +1,9 @@
 """Back and Forward lead through images and views, and every image has an address."""
 
+import re
 from typing import Any
 
+import anyio
 import pytest
 
 from tests.browser.conftest import Open
@@ -45,13 +47,37 @@ async def test_back_and_forward_lead_through_images_and_views(open_page: Open) -
 async def test_nothing_leads_back_to_a_deleted_image(open_page: Open) -> None:
     page = await open_page()
     first = await generate(page, "a red apple on a blue background", seed=1)
+    await page.get_by_role("radio", name="2", exact=True).check()
     await generate(page, "a red apple on a blue background", seed=2)
+    assert await page.locator(".sheet button").count() == 2
     await page.get_by_role("button", name="Delete").click()
     await page.get_by_role("dialog").get_by_role("button", name="Delete").click()
     await page.locator(".welcome").wait_for()
+    assert await page.locator(".sheet").is_hidden()
     await page.go_back()
     await shows(page, first)
     assert await page.locator(".error").is_hidden()
+
+
+async def test_image_that_opens_slowly_takes_nobody_back(open_page: Open) -> None:
+    page = await open_page()
+    await generate(page, "a red apple on a blue background", seed=1)
+    second = await generate(page, "a red apple on a blue background", seed=2)
+    released = anyio.Event()
+
+    async def slowly(route: Any) -> None:
+        await released.wait()
+        await route.continue_()
+
+    await page.route(re.compile("details"), slowly)
+    await page.locator("#recent li button").nth(1).click()
+    await page.get_by_role("button", name="Engine", exact=True).click()
+    released.set()
+    await page.wait_for_function(
+        "second => !document.querySelector('#details dd').textContent.startsWith(second)", arg=second
+    )
+    assert await page.locator("#engine").is_visible()
+    assert page.url.endswith("/studio#engine")
 
 
 async def test_address_of_an_image_opens_it_in_a_new_tab(open_page: Open) -> None:

@@ -102,6 +102,7 @@ export function open(handle, sheet = null) {
 
 async function load(handle, sheet) {
   const token = (load.latest = {});
+  const { view } = state;
   const src = state.image?.image === handle ? state.image.src : null;
   if (!state.bridge.can.read) {
     if (src || !state.bridge.can.call) return;
@@ -120,7 +121,8 @@ async function load(handle, sheet) {
   state.image = { ...details, src };
   state.sheet = sheet?.length > 1 ? sheet : details.siblings;
   if (!["look", "compare"].includes(state.tool)) state.tool = "look";
-  state.view = "create";
+  // Whoever went to another view meanwhile stays there, and finds the image later.
+  if (state.view === view) state.view = "create";
   emit("view");
   emit("image");
   emit("shown");
@@ -192,6 +194,13 @@ export async function pick(picked) {
   }
 }
 
+/** Show no image, nor the row of its sheet, nor one that is being opened. */
+export function clearStage() {
+  load.latest = null;
+  state.image = null;
+  state.sheet = [];
+}
+
 export async function remove(images) {
   const many = images.length === 1 ? "this image" : `${images.length} images`;
   const sure = await ask({
@@ -203,10 +212,9 @@ export async function remove(images) {
   if (!sure) return false;
   try {
     await state.bridge.remove(images);
-    if (images.includes(state.image?.image)) {
-      state.image = null;
-      emit("image");
-    }
+    if (images.includes(state.image?.image)) clearStage();
+    else state.sheet = state.sheet.filter((each) => !images.includes(each));
+    emit("image");
     emit("library");
     return true;
   } catch (error) {

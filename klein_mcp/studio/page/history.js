@@ -1,6 +1,6 @@
 // Lets the browser's Back and Forward lead through images and views: each has an address of its own behind the #.
 
-import { open } from "./actions.js";
+import { clearStage, open } from "./actions.js";
 import { emit, on, state } from "./state.js";
 
 const VIEWS = ["library", "engine"];
@@ -31,7 +31,7 @@ async function go() {
   if (place && !VIEWS.includes(place) && place !== state.image?.image) await open(place);
   else {
     state.view = VIEWS.includes(place) ? place : "create";
-    if (!place) state.image = null;
+    if (!place) clearStage();
     emit("view");
     emit("image");
   }

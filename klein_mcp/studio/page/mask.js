@@ -39,7 +39,7 @@ export class Mask {
   get region() {
     const [only, more] = this.strokes;
     if (more || only?.mode !== "box") return null;
-    const { x, y, width, height } = boxOf(only);
+    const { x, y, width, height } = boxOf(only, this.canvas);
     return width >= LEAST && height >= LEAST ? [x, y, width, height] : null;
   }
 
@@ -203,7 +203,7 @@ export class Mask {
     for (const stroke of this.strokes) {
       context.globalCompositeOperation = stroke.mode === "erase" ? "destination-out" : "source-over";
       if (stroke.mode === "box") {
-        const { x, y, width, height } = boxOf(stroke);
+        const { x, y, width, height } = boxOf(stroke, this.canvas);
         context.fillRect(x, y, width, height);
         continue;
       }
@@ -246,9 +246,11 @@ export class Mask {
   }
 }
 
-function boxOf({ points }) {
+/** The part of a box that lies on the canvas: a drag may begin or end beside it. */
+function boxOf({ points }, canvas) {
+  const span = (one, other, most) => [Math.min(one, other), Math.max(one, other)].map((at) => Math.round(Math.min(most, Math.max(0, at))));
   const [from, to] = [points[0], points.at(-1)];
-  const x = Math.max(0, Math.round(Math.min(from.x, to.x)));
-  const y = Math.max(0, Math.round(Math.min(from.y, to.y)));
-  return { x, y, width: Math.round(Math.max(from.x, to.x)) - x, height: Math.round(Math.max(from.y, to.y)) - y };
+  const [left, right] = span(from.x, to.x, canvas.width);
+  const [top, bottom] = span(from.y, to.y, canvas.height);
+  return { x: left, y: top, width: right - left, height: bottom - top };
 }

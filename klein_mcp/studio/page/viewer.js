@@ -299,7 +299,7 @@ function renderTools() {
     h(
       "select",
       { onchange: (event) => ((before = event.target.value), (nodes.stage.shown = ""), renderStage()) },
-      choices.map((card) => h("option", { value: card.image }, clip(`${card.image} ${card.prompt || card.source || ""}`, 48))),
+      choices.map((card) => h("option", { value: card.image, selected: card.image === before }, clip(`${card.image} ${card.prompt || card.source || ""}`, 48))),
     ),
   );
   const bar = h("div", { class: "bar actions", role: "group", "aria-label": "Image actions" }, actions);

@@ -87,6 +87,8 @@ export class Zoom {
   move(event) {
     const before = this.pointers.get(event.pointerId);
     if (!before) return;
+    // A mouse's button was let go outside of the stage, which is not told of it.
+    if (event.pointerType === "mouse" && !event.buttons) return this.pointers.delete(event.pointerId);
     const others = [...this.pointers.values()].filter((each) => each.pointerId !== event.pointerId);
     this.pointers.set(event.pointerId, event);
     if (others.length === 1) {
