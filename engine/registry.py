@@ -210,13 +210,9 @@ class ModelRegistry(ModelSearch):
         row = variant or self._variant_of_file(file, width)
         identify.check_width(file, width, row)
         needs = Needs.of(file, row)
-        return Checkpoint(
-            variant=row,
-            transformer=file,
-            vae=self._autoencoder(needs),
-            text_encoder=self._text_encoder(needs),
-            tokenizer=self._tokenizer(needs),
-        )
+        vae, text_encoder = self._autoencoder(needs), self._text_encoder(needs)
+        tokenizer = self._tokenizer(file, text_encoder)
+        return Checkpoint(row, transformer=file, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer)
 
     def _variant_of_file(self, file: Path, width: int) -> Variant:
         """Identify a single file. Raises BadWeights to ask."""
@@ -269,8 +265,11 @@ class ModelRegistry(ModelSearch):
         found = [c for home in homes for c in companions.candidates(home, signatures.AUTOENCODER)]
         return _first(found, companions.has_small_decoder, "vae", "small-decoder")
 
-    def _tokenizer(self, needs: Needs) -> Path:
-        for home in self._homes(needs.file):
+    def _tokenizer(self, file: Path, text_encoder: Path) -> Path:
+        # The one beside an encoder is the encoder's own, whatever pipeline their folder's index names.
+        if (own := text_encoder.with_name("tokenizer")).is_dir():
+            return own
+        for home in self._homes(file):
             for found in companions.tokenizers(home):
                 return found
         raise _missing("tokenizer", "tokenizer")

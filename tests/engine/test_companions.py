@@ -15,7 +15,7 @@ from engine.families.klein import identify
 from engine.families.klein.answers import Answers
 from engine.registry import ModelRegistry
 from tests.engine import published
-from tests.engine.test_registry import comfyui, hub
+from tests.engine.test_registry import comfyui, hub, tree
 
 
 @pytest.fixture
@@ -108,6 +108,35 @@ def test_repack_in_the_cache_of_the_hub_is_found_with_its_companions(home: Path,
     found = registry.resolve(str(snapshot / "diffusion_models" / "flux-2-klein-4b.safetensors"))
     assert found.text_encoder == snapshot / "text_encoders" / "qwen_3_4b.safetensors"
     assert found.vae == snapshot / "vae" / "flux2-vae.safetensors"
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "model"),
+    [("FluxPipeline", "black-forest-labs/FLUX.1-dev"), ("Flux2Pipeline", "black-forest-labs/FLUX.2-dev")],
+)
+def test_tokenizer_of_another_model_is_passed_over(
+    pipeline: str, model: str, folder: Path, home: Path, tmp_path: Path
+) -> None:
+    """Their folders sort before klein's, and hold a tokenizer without klein's words."""
+    shutil.rmtree(home / "diffusion_models" / "tokenizer")
+    files = {name: path for name, path in tree(folder).items() if name.startswith(("model_index", "tokenizer"))}
+    other = tmp_path / "model_index.json"
+    other.write_text(f'{{"_class_name": "{pipeline}"}}')
+    hub(tmp_path / "hub", model, files | {"model_index.json": other})
+    file = str(home / "diffusion_models" / "flux-2-klein-4b.safetensors")
+    with pytest.raises(BadWeights, match="No tokenizer"):
+        ModelRegistry((home,), tmp_path / "hub").resolve(file)
+    klein = hub(tmp_path / "hub", "black-forest-labs/FLUX.2-klein-4B", files)
+    assert ModelRegistry((home,), tmp_path / "hub").resolve(file).tokenizer == klein / "tokenizer"
+
+
+def test_tokenizer_beside_the_encoder_that_is_taken_comes_first(folder: Path, home: Path, tmp_path: Path) -> None:
+    """Another model's Qwen3 reads what its own tokenizer writes, whatever pipeline that model has."""
+    (home / "text_encoders" / "qwen_3_4b.safetensors").unlink()
+    other = Path(shutil.copytree(folder, tmp_path / "Z-Image"))
+    (other / "model_index.json").write_text('{"_class_name": "ZImagePipeline"}')
+    found = ModelRegistry((home, other)).resolve(str(home / "diffusion_models" / "flux-2-klein-4b.safetensors"))
+    assert (found.text_encoder, found.tokenizer) == (other / "text_encoder", other / "tokenizer")
 
 
 @pytest.mark.parametrize(

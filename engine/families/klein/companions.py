@@ -15,7 +15,7 @@ from engine.checkpoints.files import Header, Shape, read_header
 from engine.checkpoints.quant import StoredWeight
 from engine.contract import BadWeights
 from engine.families.klein import signatures
-from engine.families.klein.folder import read_json, weights_files
+from engine.families.klein.folder import is_another_model, read_json, weights_files
 from engine.families.klein.key_maps import autoencoder_name, encoder_name, transformer_name
 from engine.families.klein.variants import Variant
 
@@ -103,8 +103,8 @@ def candidates(home: Path, component: str) -> Iterator[Companion]:
 
 
 def tokenizers(home: Path) -> Iterator[Path]:
-    """Yield a folder's tokenizer."""
-    if (home / "tokenizer").is_dir():
+    """Yield a folder's tokenizer, unless it is another model's."""
+    if (home / "tokenizer").is_dir() and not is_another_model(home):
         yield home / "tokenizer"
 
 

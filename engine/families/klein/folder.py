@@ -100,6 +100,14 @@ def is_complete(folder: Path) -> bool:
     return (folder / INDEX).is_file() and any((folder / "transformer").glob("*.safetensors"))
 
 
+def is_another_model(folder: Path) -> bool:
+    """Return whether a folder's index names a pipeline that is not klein's."""
+    try:
+        return (folder / INDEX).is_file() and read_json(folder / INDEX).get("_class_name") not in _PIPELINES
+    except BadWeights:
+        return True
+
+
 def read_json(file: Path) -> dict[str, Any]:
     """Return a JSON object. Raises BadWeights."""
     try:
