@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from engine.checkpoints.quant import MEMORY_SCHEMES
+from engine.contract import BadWeights
 from engine.families.klein.lora import Lora, LoraLinear
 from engine.families.klein.lora.deltas import Kronecker
 from tests.engine.loras import LAYERS, RANK, ROW, H, bfl_fused, changed, factors, load, weight_after, write
@@ -26,6 +27,20 @@ def test_lokr_is_a_kronecker_product(folder: Path, tmp_path: Path) -> None:
         want = before.clone()
         want[H : 2 * H] += scale * torch.kron(w1, a @ b)
         torch.testing.assert_close(after, want, rtol=1e-4, atol=1e-5)
+
+
+def test_infinite_alpha_is_refused_only_where_it_scales(folder: Path, base: dict[str, Tensor], tmp_path: Path) -> None:
+    """ai-toolkit gives LoKr of full rank an alpha of 9999999999, infinite in fp16, and no part that it scales."""
+    w1, w2, key = torch.randn(4, 4), torch.randn(32, 32), f"diffusion_model.{ROW}"
+    alpha = {f"{key}.alpha": torch.tensor(9999999999.0).half()}
+    want = base[f"{ROW}.weight"] + torch.kron(w1, w2)
+    whole = {f"{key}.lokr_w1": w1, f"{key}.lokr_w2": w2} | alpha
+    torch.testing.assert_close(weight_after(folder, whole, tmp_path), want, rtol=1e-4, atol=1e-5)
+    products = {f"{key}.lokr_w1": w1, f"{key}.lokr_w2_a": w2[:, :2], f"{key}.lokr_w2_b": w2[:2]} | alpha
+    low_rank = dict(zip((f"{key}.lora_B.weight", f"{key}.lora_A.weight"), factors(H, H, 1), strict=True)) | alpha
+    for tensors in (products, low_rank):
+        with pytest.raises(BadWeights, match=r"not finite in .*proj\.alpha"):
+            weight_after(folder, tensors, tmp_path)
 
 
 @pytest.mark.parametrize("kind", ["fp8", "nvfp4"])

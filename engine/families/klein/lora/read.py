@@ -68,7 +68,7 @@ def read(lora: Lora, transformer: Transformer) -> LoraDeltas:
 
 
 def _read_modules(lora: Lora) -> dict[str, Leaves]:
-    """Return each module's tensors in fp32, checked to be finite."""
+    """Return each module's tensors in fp32, finite but for alpha."""
     tensors = Tensors.open([lora.path])
     modules: dict[str, Leaves] = {}
     with TensorReader(torch.device("cpu")) as reader:
@@ -82,12 +82,18 @@ def _read_modules(lora: Lora) -> dict[str, Leaves]:
                 raise BadWeights(f"LoRA {lora.path.name} holds several adapters for {leaf['module']}.")
             _check_readable(lora, name, kind, tensors)
             held[kind] = _load(tensors, name, reader)
-            if not bool(torch.isfinite(held[kind]).all()):
-                raise BadWeights(
-                    f"LoRA {lora.path.name} has numbers that are not finite in {name[:100]}: its training diverged.",
-                    hint="Leave it away, or take an earlier checkpoint of it.",
-                )
+            # An alpha is checked where it scales: ai-toolkit's for LoKr of full rank is infinite in fp16, and unused.
+            if kind != "alpha":
+                _check_finite(lora, name, held[kind])
     return modules
+
+
+def _check_finite(lora: Lora, name: str, tensor: Tensor) -> None:
+    if not bool(torch.isfinite(tensor).all()):
+        raise BadWeights(
+            f"LoRA {lora.path.name} has numbers that are not finite in {name[:100]}: its training diverged.",
+            hint="Leave it away, or take an earlier checkpoint of it.",
+        )
 
 
 def _check_readable(lora: Lora, name: str, kind: str, tensors: Tensors) -> None:
@@ -161,6 +167,7 @@ def _matrix(source: _Source, leaves: Leaves) -> tuple[Matrix, float, bool]:
 
 def _scale(source: _Source, leaves: Mapping[str, Tensor], rank: int) -> float:
     if "alpha" in leaves:
+        _check_finite(source.lora, f"{source.module}.alpha", leaves["alpha"])
         return float(leaves["alpha"].reshape(-1)[0]) / rank
     return source.training.scale(source.module, rank)
 
