@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import Flux2KleinPipeline
+from diffusers import Flux2KleinPipeline, Flux2Transformer2DModel
+from peft import LoraConfig
 from torch import Tensor
 
 from engine.families.klein.lora import Lora
@@ -57,6 +58,21 @@ def test_alpha_given_only_in_the_header_is_applied(folder: Path, tmp_path: Path)
         torch.testing.assert_close(ours[name], weight, rtol=1e-5, atol=2e-6)
     without = changed(folder, Lora(write(peft(), tmp_path / "plain.safetensors"))).state_dict()
     assert not any(torch.allclose(without[f"{layer}.weight"], ours[f"{layer}.weight"], atol=1e-3) for layer in LAYERS)
+
+
+def test_adapter_saved_by_the_transformer_alone_keeps_its_alpha(folder: Path, tmp_path: Path) -> None:
+    """diffusers then writes the settings without the prefix that a pipeline gives them."""
+    torch.manual_seed(3)
+    theirs = Flux2Transformer2DModel.from_pretrained(folder / "transformer")
+    config = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=["to_q", "to_out.0"], init_lora_weights=False)
+    theirs.add_adapter(config)
+    theirs.save_lora_adapter(tmp_path / "lora")
+    theirs.fuse_lora()
+    theirs.unload_lora()
+    theirs.save_pretrained(tmp_path / "fused" / "transformer")
+    ours = changed(folder, Lora(tmp_path / "lora" / "pytorch_lora_weights.safetensors")).state_dict()
+    for name, weight in published.bfl_transformer(tmp_path / "fused").items():
+        torch.testing.assert_close(ours[name], weight, rtol=1e-5, atol=2e-6)
 
 
 def test_all_spellings_mean_the_same_rows(folder: Path, tmp_path: Path) -> None:

@@ -46,6 +46,7 @@ def test_error_names_unsupported_keys(key: str, says: str, folder: Path, tmp_pat
         ("{", r"The training settings of LoRA odd\.safetensors make no sense"),
         ('{"transformer.lora_alpha": "16"}', "lora_alpha is '16', not a number"),
         ('{"transformer.lora_alpha": NaN}', "lora_alpha is 'nan', not a number"),
+        ('{"lora_alpha": "16"}', "lora_alpha is '16', not a number"),
         ('{"transformer.alpha_pattern": {"([a-z_.]+)+!": 1}}', "repeats too much"),
     ],
 )
@@ -143,6 +144,16 @@ def test_a_config_beside_the_file_scales_it(rslora: bool, folder: Path, tmp_path
     (adapter / "adapter_config.json").write_text(json.dumps(config | {"alpha_pattern": {"img_attn.proj": 1.0}}))
     got = changed(folder, Lora(file)).get_parameter(f"{ROW}.weight")
     torch.testing.assert_close(got, before + scale / 3 * up @ down, rtol=1e-5, atol=1e-6)
+
+
+def test_config_of_a_lokr_names_its_alpha_without_a_prefix(folder: Path, tmp_path: Path) -> None:
+    w1, (a, b) = torch.randn(4, 4), factors(32, 32, 6)
+    before = load(folder / "transformer").get_parameter(f"{ROW}.weight")
+    tensors = {f"base_model.model.{ROW}.lokr_{leaf}": part for leaf, part in (("w1", w1), ("w2_a", a), ("w2_b", b))}
+    file = write(tensors, tmp_path / "adapter_model.safetensors")
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LOKR", "alpha": 8, "r": RANK}))
+    got = changed(folder, Lora(file)).get_parameter(f"{ROW}.weight")
+    torch.testing.assert_close(got, before + 8 / RANK * torch.kron(w1, a @ b), rtol=1e-4, atol=1e-5)
 
 
 def test_text_encoder_keys_are_skipped_with_a_warning(folder: Path, tmp_path: Path) -> None:

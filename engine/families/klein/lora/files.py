@@ -97,7 +97,7 @@ class Training:
                 settings = _object(config.read_bytes())
             else:
                 flat = _object(header.metadata.get("lora_adapter_metadata", "{}"))
-                settings = {key.removeprefix(_OURS): value for key, value in flat.items() if key.startswith(_OURS)}
+                settings = _of_transformer(flat)
             _check_alphas(settings)
             return cls(settings)
         except (ValueError, OSError, RecursionError) as error:
@@ -107,7 +107,8 @@ class Training:
     def scale(self, module: str, rank: int) -> float:
         """Return alpha over rank, or over its root for rsLoRA."""
         alpha = self._pattern("alpha_pattern", module)
-        alpha = self.settings.get("lora_alpha") if alpha is None else alpha
+        for key in _ALPHAS:
+            alpha = self.settings.get(key) if alpha is None else alpha
         if alpha is None or rank == 0:
             return 1.0
         return float(alpha) / (math.sqrt(rank) if self.settings.get("use_rslora") else rank)
@@ -124,7 +125,7 @@ def _check_alphas(settings: Mapping[str, Any]) -> None:
     """Raise ValueError for an invalid alpha or a slow pattern."""
     patterns = settings.get("alpha_pattern")
     patterns = patterns if isinstance(patterns, dict) else {}
-    for name, alpha in {"lora_alpha": settings.get("lora_alpha"), **patterns}.items():
+    for name, alpha in {**{key: settings.get(key) for key in _ALPHAS}, **patterns}.items():
         if alpha is not None and not (type(alpha) in (int, float) and math.isfinite(alpha)):
             raise ValueError(f"{name[:40]} is {str(alpha)[:40]!r}, not a number")
     if slow := next((pattern for pattern in patterns if _is_slow(pattern)), ""):
@@ -143,7 +144,18 @@ _MOST_REPETITIONS = 3
 """Of a pattern; peft writes names, or one wildcard."""
 
 _OURS = "transformer."
-"""Before the transformer's settings: a pipeline has other parts that can be trained."""
+_PARTS = (_OURS, "text_encoder")
+"""Before the settings of a pipeline's parts. An adapter saved by the transformer itself has none before its own."""
+
+_ALPHAS = ("lora_alpha", "alpha")
+"""The second is peft's for LoHa and LoKr."""
+
+
+def _of_transformer(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the transformer's settings among those of all parts."""
+    if not any(key.startswith(_PARTS) for key in flat):
+        return dict(flat)
+    return {key.removeprefix(_OURS): value for key, value in flat.items() if key.startswith(_OURS)}
 
 
 def _matches(pattern: str, module: str) -> bool:
