@@ -152,6 +152,23 @@ def test_fp32_autoencoder_is_converted_to_the_compute_dtype(folder: Path, tmp_pa
     assert {tensor.dtype for tensor in part.module.state_dict().values()} == {torch.bfloat16}
 
 
+@pytest.mark.parametrize("prefix", ["", "vae."], ids=["VAESave", "CheckpointSave"])
+def test_autoencoder_saved_by_comfyui_is_read(
+    prefix: str, folder: Path, bfl: dict[str, Tensor], tmp_path: Path
+) -> None:
+    """ComfyUI saves BFL's file with two convolutions at the top, where diffusers has them."""
+    saved = {re.sub(r"^\w+\.((?:post_)?quant_conv)", r"\1", n): t for n, t in published.bfl_autoencoder(folder).items()}
+    assert {"quant_conv.weight", "post_quant_conv.bias"} <= saved.keys()
+    beside = {f"model.diffusion_model.{name}": tensor for name, tensor in bfl.items()} if prefix else {}
+    file = published.write({prefix + name: t for name, t in saved.items()} | beside, tmp_path / "saved.safetensors")
+    one, other = components.autoencoder(folder / "vae"), components.autoencoder(file)
+    for part in (one, other):
+        part.verify()
+        list(part.load(CPU))
+    for a, b in zip(one.module.parameters(), other.module.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
 def test_small_decoder_is_recognised_by_its_shapes(folder: Path, tmp_path: Path) -> None:
     from diffusers import AutoencoderKLFlux2
 

@@ -259,10 +259,12 @@ def _names(toy: Toy, home: Path) -> Iterator[Case]:
     leftovers = {"model_sampling.sigmas": torch.zeros(4)} | {f"model_ema.{n}": t.clone() for n, t in stored.items()}
     yield Case("leftovers beside", published.write(stored | leftovers, _file(home, "bf16-leftovers")), meant=meant)
     whole = {f"model.diffusion_model.{n}": t for n, t in stored.items()}
-    whole |= {f"vae.{n}": t for n, t in toy.autoencoder.items()}
     whole |= {f"text_encoders.qwen3_4b.transformer.{n}": t for n, t in toy.encoder.items()}
-    file = home / "checkpoints" / "flux-2-klein-4b-all-in-one.safetensors"
-    yield Case("all-in-one checkpoint", published.write(whole, file), meant=meant)
+    by_comfyui = {re.sub(r"^\w+\.((?:post_)?quant_conv)", r"\1", n): t for n, t in toy.autoencoder.items()}
+    for word, autoencoder in (("all-in-one", toy.autoencoder), ("saved by ComfyUI", by_comfyui)):
+        file = home / "checkpoints" / f"flux-2-klein-4b-{word}.safetensors"
+        published.write(whole | {f"vae.{n}": t for n, t in autoencoder.items()}, file)
+        yield Case(f"{word} checkpoint", file, meant=meant)
 
 
 LLAMA_NAMES = (

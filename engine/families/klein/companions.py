@@ -78,10 +78,7 @@ class Needs:
 
     def suits_autoencoder(self, path: Path) -> bool:
         """Return whether an autoencoder's latents have this transformer's channels."""
-        conv = autoencoder_shapes(path).get("decoder.post_quant_conv.weight") or autoencoder_shapes(path).get(
-            "post_quant_conv.weight", (0,)
-        )
-        return 4 * conv[0] == self.channels
+        return 4 * autoencoder_shapes(path).get("decoder.post_quant_conv.weight", (0,))[0] == self.channels
 
     def rank(self, companion: Companion) -> tuple[int, int, int, float, str]:
         """Return a sort key, the best first."""

@@ -240,7 +240,7 @@ def autoencoder(path: Path) -> ComponentSpec[Autoencoder]:
     if diffusers:
         levels = _count(tensors.shapes, r"encoder\.down_blocks\.(\d+)\..*")
         layers = _count(tensors.shapes, r"decoder\.up_blocks\.0\.resnets\.(\d+)\..*")
-        key_map = diffusers_autoencoder(levels, layers)
+        key_map = {autoencoder_name(n): place for n, place in diffusers_autoencoder(levels, layers).items()}
     else:
         key_map = identity_map(tensors.shapes)
     with _config_errors(what), torch.device("meta"):

@@ -134,6 +134,8 @@ def transformer_name(name: str) -> str:
     return name
 
 
+_TOP_CONVOLUTIONS = {"encoder.": "quant_conv.", "decoder.": "post_quant_conv."}
+"""In BFL's file these are below encoder and decoder; diffusers has them at the top, and so has what ComfyUI saves."""
 _NOT_AUTOENCODER = re.compile(
     r"(?:model\.|diffusion_model\.|text_encoders?\.|cond_stage_model\.|conditioner\.|model_ema\.|model_sampling\.)"
 )
@@ -141,7 +143,11 @@ _NOT_AUTOENCODER = re.compile(
 
 def autoencoder_name(name: str) -> str:
     """Return the name without prefixes, "" for another component's."""
-    return "" if _NOT_AUTOENCODER.match(name) else _strip(name, _AUTOENCODER_PREFIXES)
+    if _NOT_AUTOENCODER.match(name):
+        return ""
+    name = _strip(name, _AUTOENCODER_PREFIXES)
+    side = next((side for side, top in _TOP_CONVOLUTIONS.items() if name.startswith(top)), "")
+    return side + name
 
 
 _GGUF_ENCODER = {
