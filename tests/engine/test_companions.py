@@ -66,6 +66,21 @@ def test_quantised_transformer_takes_the_smaller_encoder(folder: Path, bfl: dict
     assert taken(home) == "qwen_3_4b_fp8_scaled.safetensors"
 
 
+def test_encoder_in_a_format_that_is_not_read_comes_last(folder: Path, home: Path, tmp_path: Path) -> None:
+    encoders = home / "text_encoders"
+    odd = encoder(folder) | {"model.layers.0.mlp.gate_proj.weight": torch.zeros(64, 16, dtype=torch.uint8)}
+    published.write(odd, encoders / "Qwen3-4B-bf16.safetensors")
+    assert taken(home) == "qwen_3_4b.safetensors"
+    (encoders / "qwen_3_4b.safetensors").rename(encoders / "a-fine-tune.safetensors")
+    half = tmp_path / "half"  # a folder whose download was interrupted
+    shutil.copytree(folder / "text_encoder", half / "text_encoder", ignore=shutil.ignore_patterns("*.safetensors"))
+    found = ModelRegistry((home, half)).resolve(str(home / "diffusion_models" / "flux-2-klein-4b.safetensors"))
+    assert found.text_encoder.name == "a-fine-tune.safetensors"
+    (encoders / "a-fine-tune.safetensors").unlink()
+    with pytest.raises(BadWeights, match=r"gate_proj\.weight is packed in a format that is not read"):
+        taken(home)
+
+
 def test_setting_names_the_encoder_and_a_wrong_name_lists_them(folder: Path, home: Path):
     published.write(encoder(folder), home / "text_encoders" / "my-fine-tune.safetensors")
     assert taken(home, text_encoder="my-fine-tune") == "my-fine-tune.safetensors"

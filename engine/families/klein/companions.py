@@ -2,7 +2,8 @@
 
 A candidate suits a transformer by its shapes. Of several, those in the file itself come first, then a diffusers
 folder's own part beside it, then published ones before fine-tunes, then the smallest that is stored at least as
-finely as the transformer: a coarser encoder would cost quality, a finer one memory for nothing.
+finely as the transformer: a coarser encoder would cost quality, a finer one memory for nothing. Those in a format
+that is not read come last.
 """
 
 import re
@@ -12,7 +13,6 @@ from pathlib import Path
 
 from engine.checkpoints import quant
 from engine.checkpoints.files import Header, Shape, read_header
-from engine.checkpoints.quant import StoredWeight
 from engine.contract import BadWeights
 from engine.families.klein import signatures
 from engine.families.klein.folder import is_another_model, read_json, weights_files
@@ -37,7 +37,10 @@ _ALIKE = 0.5
 
 @dataclass(frozen=True, slots=True)
 class Companion:
-    """A candidate: a folder or file, and its bits a weight."""
+    """A candidate: a folder or file.
+
+    bits: that a weight is stored in, 0 in a format that is not read.
+    """
 
     path: Path
     component: str
@@ -80,23 +83,26 @@ class Needs:
         """Return whether an autoencoder's latents have this transformer's channels."""
         return 4 * autoencoder_shapes(path).get("decoder.post_quant_conv.weight", (0,))[0] == self.channels
 
-    def rank(self, companion: Companion) -> tuple[int, int, int, float, str]:
+    def rank(self, companion: Companion) -> tuple[bool, int, bool, bool, float, str]:
         """Return a sort key, the best first."""
+        unreadable = companion.bits == 0
         inside = companion.path == self.file
         own_part = companion.path.parent == self.file.parent and companion.path.is_dir()
         coarser = companion.bits < min(self.bits, 16.0) - _ALIKE
         size = -companion.bits if coarser else companion.bits
-        return (0 if inside else 1 if own_part else 2, not companion.is_published, coarser, size, companion.path.name)
+        place = 0 if inside else 1 if own_part else 2
+        return (unreadable, place, not companion.is_published, coarser, size, companion.path.name)
 
 
 def candidates(home: Path, component: str) -> Iterator[Companion]:
     """Yield the text encoders or autoencoders in a folder or file."""
     part = {signatures.TEXT_ENCODER: "text_encoder", signatures.AUTOENCODER: "vae"}[component]
     if (home / part / "config.json").is_file():
-        yield Companion(home / part, component, _folder_bits(home / part))
+        first = min((home / part).glob("*.safetensors"), default=None)
+        yield Companion(home / part, component, _bits(first) if first else 0.0)
     for file in weights_files(home):
         if component in signatures.components_of(file):
-            yield Companion(file, component, stored_format(read_header(file))[1])
+            yield Companion(file, component, _bits(file))
 
 
 def tokenizers(home: Path) -> Iterator[Path]:
@@ -108,18 +114,23 @@ def tokenizers(home: Path) -> Iterator[Path]:
 def stored_format(header: Header) -> tuple[str, float]:
     """Return a file's format and bits a weight, "bf16" for plain."""
     try:
-        quantised, _ = quant.quantised_weights(header.entries, header.metadata, lambda entry: b"{}")
+        label, bits = _format(header)
     except BadWeights:
-        quantised = dict[str, StoredWeight]()
-    label, bits = quant.storage(quantised)
+        label, bits = "", 16.0
     return label or "bf16", bits
 
 
-def _folder_bits(folder: Path) -> float:
+def _format(header: Header) -> tuple[str, float]:
+    quantised, _ = quant.quantised_weights(header.entries, header.metadata, lambda entry: b"{}")
+    return quant.storage(quantised)
+
+
+def _bits(file: Path) -> float:
+    """Return a file's bits a weight, 0.0 if it cannot be read."""
     try:
-        return stored_format(read_header(next(iter(sorted(folder.glob("*.safetensors"))))))[1]
-    except (BadWeights, StopIteration):
-        return 16.0
+        return _format(read_header(file))[1]
+    except BadWeights:
+        return 0.0
 
 
 def shapes(path: Path, rename: Callable[[str], str]) -> dict[str, Shape]:
