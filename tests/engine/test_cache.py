@@ -134,6 +134,19 @@ def test_edit_of_the_image_just_generated_hits_the_cache(kv_toy: str) -> None:
     assert np.array_equal(warm.image, paint(Engine(EngineConfig(device="cpu", cache_bytes=0)), edit).image)
 
 
+def test_close_up_of_the_same_image_misses_the_cache() -> None:
+    """Both fill one canvas, with padding and with an enlarged content."""
+    engine, image = Engine(EngineConfig(device="cpu")), picture(124, 124)
+    kept, close_up = (
+        Job("a dog", model="nano", references=(image,), size=KeepSource(close_up=way), steps=1) for way in (False, True)
+    )
+    assert paint(engine, kept).cache["references"] == "miss"
+    second = paint(engine, close_up)
+    assert second.cache["references"] == "miss"
+    assert np.array_equal(second.image, paint(Engine(EngineConfig(device="cpu", cache_bytes=0)), close_up).image)
+    assert paint(engine, kept).cache["references"] == "hit"
+
+
 def test_another_model_misses_the_cache(kv_toy: str, tmp_path: Path) -> None:
     engine = Engine(EngineConfig(device="cpu"))
     other = str(toys.save(tmp_path / "other", kv=True, seed=1))

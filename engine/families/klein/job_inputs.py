@@ -28,6 +28,13 @@ class Reference:
     way: str
     known_hash: str = ""
 
+    @classmethod
+    def padded(cls, image: Rgb8, canvas: Canvas, known_hash: str = "") -> "Reference":
+        """Put an image on a canvas."""
+        # Contents of several sizes fill one canvas: padded ones, and those enlarged for a close-up.
+        way = f"pad {canvas.content_width}x{canvas.content_height}"
+        return cls(canvas.pad(image), image, way, known_hash)
+
     @cached_property
     def key(self) -> str:
         """Identify its pixels in the cache.
@@ -77,7 +84,7 @@ def fit_images(job: Job, variant: Variant, warnings: list[str]) -> tuple[Canvas,
             raise InvalidJob("KeepSource needs a reference, whose size the result keeps.")
         height, width = references[0].shape[:2]
         canvas = Canvas.of(width, height, area, variant.native_size**2 if job.size.close_up else 0)
-        fitted = [Reference(canvas.pad(references[0]), references[0], "pad", hashes[0])]
+        fitted = [Reference.padded(references[0], canvas, hashes[0])]
     else:
         fitted, canvas = [], None
     for image, known in list(zip(references, hashes, strict=True))[len(fitted) :]:

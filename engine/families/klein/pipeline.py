@@ -274,7 +274,7 @@ class Klein:
     def prefetch(self, image: Rgb8) -> None:
         """Compute in advance what an edit of `image` needs."""
         canvas = Canvas.of(image.shape[1], image.shape[0], self.variant.max_size**2)
-        reference = Reference(canvas.pad(image), image, "pad")
+        reference = Reference.padded(image, canvas)
         try:
             in_bands = self._decodes_in_bands(canvas, [reference])
         except OutOfMemory:
