@@ -88,23 +88,24 @@ class ModelRegistry(ModelSearch):
         """Resolve a variant's name, a diffusers folder, or a single file.
 
         A folder or file among the installed models may be given by its own name, a file also without its ending.
-        variant: the klein that the user says the files are, where they cannot tell. quant: the format that is preferred
-        where a variant is installed in several. prefer: tells which of several should be taken, such as one that fits.
+        variant: the klein that the user says a single file is, if its name and hash cannot tell. quant: the format that
+        is preferred where a variant is installed in several. prefer: tells which of several should be taken, such as
+        one that fits.
         Of a variant's files the first that is complete is taken. Raises ModelNotFound or BadWeights.
         """
         path = Path(model).expanduser()
-        row = identify.named(variant) if variant else None
+        setting = identify.named(variant) if variant else None
         if model in VARIANTS:
             return self._resolve_name(model, quant, prefer)
         if path.is_absolute() or os.sep in model:
             if not _exists(path):
                 raise ModelNotFound(f"No model at {model}.", fix=Fix("list"))
             # Absolute, for the folders above it; not resolved, as the folder of a link has the companions.
-            checkpoint = self._checkpoint(path.absolute(), row)
-            if row is not None and checkpoint.transformer.is_file():
-                self.answers.remember(checkpoint.transformer, variant=row.name)
+            checkpoint = self._checkpoint(path.absolute(), setting=setting)
+            if checkpoint.variant is setting and checkpoint.transformer.is_file():
+                self.answers.remember(checkpoint.transformer, variant=checkpoint.variant.name)
             return checkpoint
-        return self._checkpoint(self._path_of(model), row)
+        return self._checkpoint(self._path_of(model), setting=setting)
 
     def _path_of(self, name: str) -> Path:
         """Return the file or folder of this name. Raises ModelNotFound or BadWeights."""
@@ -172,7 +173,11 @@ class ModelRegistry(ModelSearch):
             return None
         return BadWeights("It is a klein, under a name of its own: give its path as the model.")
 
-    def _checkpoint(self, path: Path, variant: Variant | None) -> Checkpoint:
+    def _checkpoint(self, path: Path, variant: Variant | None = None, setting: Variant | None = None) -> Checkpoint:
+        """Return the files of a model.
+
+        variant: what it is known to be. setting: what the user says that it is.
+        """
         if path.name == INDEX:
             path = path.parent
         if path.is_dir():
@@ -181,7 +186,7 @@ class ModelRegistry(ModelSearch):
             if (path / INDEX).is_file() or not (single := _only_transformer(path)):
                 return self._folder(path, variant)
             path = single
-        return self._single_file(path, variant)
+        return self._single_file(path, variant, setting)
 
     def _folder(self, folder: Path, variant: Variant | None) -> Checkpoint:
         if not (folder / INDEX).is_file():
@@ -200,19 +205,28 @@ class ModelRegistry(ModelSearch):
             tokenizer=folder / "tokenizer",
         )
 
-    def _single_file(self, file: Path, variant: Variant | None) -> Checkpoint:
+    def _single_file(self, file: Path, variant: Variant | None, setting: Variant | None) -> Checkpoint:
         """Resolve the companions of a single file."""
         header = read_header(file)
         signatures.expect(header, signatures.TRANSFORMER)
         foreign.refuse(header)
         if not (width := identify.width(header)):
             raise BadWeights(f"{file.name} is not a FLUX.2 [klein] transformer: it has no img_in.weight.")
+        if setting is not None:
+            variant = variant or self._variant_shown(file, width) or setting
         row = variant or self._variant_of_file(file, width)
         identify.check_width(file, width, row)
         needs = Needs.of(file, row)
         vae, text_encoder = self._autoencoder(needs), self._text_encoder(needs)
         tokenizer = self._tokenizer(file, text_encoder)
         return Checkpoint(row, transformer=file, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer)
+
+    def _variant_shown(self, file: Path, width: int) -> Variant | None:
+        """Return the variant that a file's name or hash shows."""
+        found = identify.by_path(file)
+        if found is not None and not identify.has_width(found, width):
+            return None
+        return found or identify.by_hash(file, self.answers)
 
     def _variant_of_file(self, file: Path, width: int) -> Variant:
         """Identify a single file. Raises BadWeights to ask."""

@@ -203,6 +203,28 @@ def test_error_lists_only_variants_of_the_right_size(
         ModelRegistry().resolve(str(file), "klein-9b")
 
 
+@pytest.mark.parametrize(
+    ("name", "width", "setting", "taken"),
+    [
+        ("flux-2-klein-4b", 0, "klein-base-4b", "klein-4b"),
+        ("flux-2-klein-4b", 4096, "klein-9b", "klein-9b"),  # misnamed: its error asks for the setting
+        ("mine", 0, "klein-base-4b", "klein-base-4b"),
+    ],
+)
+def test_variant_setting_holds_for_files_that_cannot_tell(
+    name: str, width: int, setting: str, taken: str, folder: Path, transformer: dict[str, Tensor], tmp_path: Path
+) -> None:
+    wide = {"img_in.weight": torch.zeros(width, 128)} if width else {}
+    file = named(transformer | wide, folder, tmp_path, f"{name}.safetensors")
+    assert ModelRegistry(variant=setting).resolve(str(file), setting).variant.name == taken
+
+
+@pytest.mark.parametrize(("name", "variant"), [("FLUX.2-klein-4B", "klein-4b"), ("my-klein", "my-klein")])
+def test_variant_setting_overrules_no_folder(name: str, variant: str, folder: Path, tmp_path: Path) -> None:
+    place = installed(folder, tmp_path, name)
+    assert ModelRegistry(variant="klein-9b").resolve(str(place), "klein-9b").variant.name == variant
+
+
 def test_renamed_published_file_is_identified_by_its_hash(
     folder: Path, transformer: dict[str, Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -211,7 +233,8 @@ def test_renamed_published_file_is_identified_by_its_hash(
     row = VARIANTS["klein-base-4b"]
     known = File("x", "y.safetensors", bytes=file.stat().st_size, sha256=digest[:8])
     monkeypatch.setitem(variants.VARIANTS, "klein-base-4b", replace(row, files=(known,)))
-    assert ModelRegistry().resolve(str(file)).variant.name == "klein-base-4b"
+    for setting in (None, "klein-4b"):
+        assert ModelRegistry().resolve(str(file), setting).variant.name == "klein-base-4b"
     monkeypatch.setitem(variants.VARIANTS, "klein-base-4b", replace(row, files=(replace(known, sha256="0" * 8),)))
     with pytest.raises(BadWeights, match="look alike"):
         ModelRegistry().resolve(str(file))

@@ -104,10 +104,15 @@ def width(header: Header) -> int:
     return next(widths, 0)
 
 
+def has_width(row: Variant, width: int) -> bool:
+    """Return whether a variant has this width, or no published one has."""
+    widths = {row.hidden for row in VARIANTS.values() if row.hidden}
+    return row.hidden == width or not {width, row.hidden} <= widths
+
+
 def check_width(file: Path, width: int, row: Variant) -> None:
     """Raise BadWeights if `row` is of another width."""
-    widths = {row.hidden for row in VARIANTS.values() if row.hidden}
-    if {width, row.hidden} <= widths and row.hidden != width:
+    if not has_width(row, width):
         raise BadWeights(f"{file.name} is {width} wide; {row.name} is {row.hidden}.", fix=_fix(width))
 
 
