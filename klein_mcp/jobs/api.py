@@ -57,7 +57,7 @@ class Jobs(Protocol):
     async def cancel(self, job: str) -> None:
         """Stop a job within one step.
 
-        Its listeners get Cancelled. A job that is over stays as it is.
+        Its listeners get Cancelled. A job that is over stays as it is, and one whose last image is being saved is done.
         """
         ...
 

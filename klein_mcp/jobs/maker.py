@@ -59,15 +59,15 @@ class ImageMaker:
             for image in range(len(job.saved), job.request.count):
                 made = await self._make(job, image, prepared)
                 if saving:
-                    await saving
+                    await asyncio.shield(saving)
                 # Beside the next image's computation.
                 saving = asyncio.create_task(self._save(job, image, prepared, made))
             if saving:
-                await saving
+                await asyncio.shield(saving)
             if len(job.saved) > 1:
                 job.warnings = (*job.warnings, *await asyncio.to_thread(self._drafts_warnings, job))
         finally:
-            if saving and not saving.done():
+            if saving and not saving.done():  # cancelled: its thread goes on, and stores the image
                 await asyncio.wait([saving])
 
     async def _make(self, job: JobRecord, image: int, prepared: "PreparedRequest") -> "Made":
@@ -105,6 +105,8 @@ class ImageMaker:
                     job.add_ms({"queue": 1000 * (time.perf_counter() - started)})
                 if isinstance(event, EngineError):
                     raise event
+                if not isinstance(event, Queued) and job.begin():
+                    self._files.update(job)
                 if isinstance(event, Result):
                     if part.number + 1 == part.count:
                         job.publish(Progressed(image, Saving(), None, None, part.number, part.count))

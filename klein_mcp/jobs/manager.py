@@ -175,9 +175,6 @@ class JobManager:
             job.watchers = self._watchers
             if job.over:
                 continue
-            job.attempts += 1
-            with contextlib.suppress(OSError):  # a crash may then go uncounted, but the job is run
-                self._files.write(job)
             job.task = asyncio.create_task(self._work(job))
         self._forget()
 
@@ -188,8 +185,9 @@ class JobManager:
         """
         self._closing = True
         tasks = [job.task for job in self._jobs.values() if job.task and not job.task.done()]
-        for task in tasks:
-            task.cancel()
+        for job in self._jobs.values():
+            if job.task and not job.cancelling:  # one that was cancelled may be saving its image
+                job.task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         self._maker.close()
 
@@ -252,19 +250,21 @@ class JobManager:
 
     async def _work(self, job: JobRecord) -> None:
         try:
-            if job.attempts > ATTEMPTS:
+            if job.attempts >= ATTEMPTS:
                 raise EngineFailed(
                     f"The engine crashed {ATTEMPTS} times on this image.",
                     hint="Try a smaller size, or another model.",
                 )
             await self._maker.make(job)
-            job.ms = job.total_ms()
-            ending = Done(job.all_warnings(), job.ms)
+            ending = self._done(job)
         except asyncio.CancelledError:
-            if self._closing and not job.cancelling:
+            if len(job.saved) == job.request.count:
+                ending = self._done(job)  # the last image was being saved
+            elif self._closing and not job.cancelling:
                 self._put_back(job)
                 return
-            ending = Cancelled()
+            else:
+                ending = Cancelled()
         except (EngineError, RequestError) as exc:
             ending = Failed(exc)
         except (OSError, sqlite3.Error) as exc:
@@ -283,6 +283,10 @@ class JobManager:
         job.publish(ending)
         self._files.update(job)
 
+    def _done(self, job: JobRecord) -> Done:
+        job.ms = job.total_ms()
+        return Done(job.all_warnings(), job.ms)
+
     def _put_back(self, job: JobRecord) -> None:
         """Leave a detached job to the next daemon.
 
@@ -291,7 +295,7 @@ class JobManager:
         for listener in job.listeners:
             listener.inbox.put_nowait(Failed(engine_stopped()))
         if job.detached:
-            job.attempts -= 1  # stopped, not crashed
+            job.attempts -= job.begun  # stopped, not crashed
             self._files.update(job)
 
     def _forget(self) -> None:

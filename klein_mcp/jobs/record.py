@@ -83,7 +83,8 @@ class JobRecord:
 
     Its request, what is saved of it, its latest progress, and its listeners.
     saved: the first images of the request, in order. ending: its last event, once it is over.
-    attempts: daemons that began it. changed: when its state last changed. ticket: its place in the queue.
+    attempts: daemons whose engine began it, this one included where `begun`. changed: when its state last changed.
+    ticket: its place in the queue.
     """
 
     id: str
@@ -91,7 +92,8 @@ class JobRecord:
     client: str
     created: float = field(default_factory=time.time)
     changed: float = field(default_factory=time.time)
-    attempts: int = 1
+    attempts: int = 0
+    begun: bool = False
     detached: bool = False
     saved: list[SavedImage] = field(default_factory=list)
     warnings: tuple[str, ...] = ()
@@ -130,6 +132,17 @@ class JobRecord:
             listener.inbox.put_nowait(event)
         if self.watchers:
             self.watchers.tell(self.status(), event)
+
+    def begin(self) -> bool:
+        """Count this daemon as one that began the job.
+
+        Returns whether it is news.
+        """
+        if self.begun:
+            return False
+        self.begun = True
+        self.attempts += 1
+        return True
 
     def add_ms(self, ms: Mapping[str, float]) -> None:
         """Add milliseconds by stage."""

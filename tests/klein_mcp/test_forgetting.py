@@ -1,8 +1,11 @@
 """A daemon that is up for weeks: detached jobs are finished, old ones leave memory and disk."""
 
+import asyncio
 import errno
 import json
 import os
+import shutil
+import threading
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -13,6 +16,7 @@ import pytest
 
 from engine.contract import EngineFailed
 from klein_mcp import atomic
+from klein_mcp.images.library import Store
 from klein_mcp.jobs import manager as managers
 from klein_mcp.jobs.api import UnknownJob
 from klein_mcp.jobs.events import Done, Failed, JobEvent
@@ -159,6 +163,50 @@ async def test_job_that_nobody_listens_to_is_cancelled(manager, painter, monkeyp
     with anyio.fail_after(120):
         while (await manager.job(job)).state != "cancelled":
             await anyio.sleep(0.01)
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+async def test_job_whose_last_image_is_being_saved_is_done(manager, painter, tmp_path, monkeypatch, stopped):
+    """Whether it is cancelled meanwhile, or the daemon stops."""
+    put, began, go_on = Store.put, threading.Event(), threading.Event()
+
+    def slowly(*arguments: Any, **more: Any) -> Any:
+        began.set()
+        assert go_on.wait(60)
+        return put(*arguments, **more)
+
+    monkeypatch.setattr(Store, "put", slowly)
+    name = await start(manager)
+    await anyio.to_thread.run_sync(began.wait)
+    stopping = asyncio.create_task(manager.aclose() if stopped else manager.cancel(name))
+    await anyio.sleep(0.05)
+    go_on.set()
+    await stopping
+    following = JobManager(tmp_path / "jobs", tmp_path / "library", manager._queue)
+    if stopped:
+        following.resume()
+    assert isinstance(await ending(following if stopped else manager, name), Done)
+    assert len(painter.jobs) == 1, "it is not made again"
+    await following.aclose()
+
+
+async def test_job_that_only_waited_is_not_blamed_for_crashes(manager, painter, tmp_path):
+    painter.seconds_per_step = 30
+    await manager.submit(generate("it crashes every daemon"), client="other")
+    with anyio.fail_after(60):
+        while not painter.jobs:
+            await anyio.sleep(0.01)
+    name, managers, folder = await start(manager), [], tmp_path / "jobs"
+    for crash in range(3):
+        folder = shutil.copytree(folder, tmp_path / f"jobs {crash}")
+        managers.append(JobManager(folder, tmp_path / "library", manager._queue))
+        managers[-1].resume()
+        await anyio.sleep(0.05)
+        assert (await managers[-1].job(name)).state == "queued"
+    painter.hurry()
+    assert isinstance(await ending(managers[-1], name), Done)
+    for each in managers:
+        await each.aclose()
 
 
 def test_file_is_replaced_whole_or_stays_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
