@@ -19,11 +19,17 @@ from klein_mcp.jobs.service import Service
 class ReplayPlan:
     """The images to be made again, parents first.
 
-    base: the image at the root, following first parents.
+    base: the image at the root, following first parents. copies: images that were saved and opened again, by what
+    they were saved from.
     """
 
     steps: tuple[Record, ...]
     base: Record
+    copies: Mapping[str, str]
+
+    def stand_ins(self, again: Mapping[str, str]) -> dict[str, str]:
+        """Add to `again` what stands in place of copies."""
+        return {**again, **{copy: again[image] for copy, image in self.copies.items() if image in again}}
 
 
 def plan(store: Store, handle: str, *, onto: bool) -> ReplayPlan:
@@ -43,7 +49,8 @@ def plan(store: Store, handle: str, *, onto: bool) -> ReplayPlan:
         made = [record for record in made if record is not base and base.handle in _line(ancestors, record)]
     if not made:
         raise RequestError(f"{handle} was opened from a file, not painted.", hint="Name a painted image.")
-    return ReplayPlan(tuple(made), base)
+    copies = {record.handle: _saved_from(ancestors, record) for record in ancestors.values() if record.tool == "open"}
+    return ReplayPlan(tuple(made), base, copies)
 
 
 async def replay(
@@ -59,7 +66,9 @@ async def replay(
         again[chain.base.handle] = (await service.open(onto, call)).record.handle
     made: list[SavedImage] = []
     for record in chain.steps:
-        result = await service.run(step_request(record, again, seed), call)
+        # With its own seeds a step is the same again on the copy, which may have lost detail or size.
+        new = again if onto is None and seed is None else chain.stand_ins(again)
+        result = await service.run(step_request(record, new, seed), call)
         made.append(result.images[0])
         again[record.handle] = result.images[0].handle
     return made
@@ -148,6 +157,13 @@ def _ancestors(store: Store, image: Record) -> dict[str, Record]:
             found[handle] = record
             waiting += record.parents
     return found
+
+
+def _saved_from(ancestors: dict[str, Record], copy: Record) -> str:
+    """Return the image behind a copy, and behind copies of copies."""
+    while copy.tool == "open" and copy.parents:
+        copy = ancestors[copy.parents[0]]
+    return copy.handle
 
 
 def _parents_first(ancestors: dict[str, Record], image: Record) -> list[Record]:

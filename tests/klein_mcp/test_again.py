@@ -1,5 +1,6 @@
 """Recipes repeated and edits replayed by agents, relative paths as input, and what a history lists."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -7,15 +8,18 @@ import numpy as np
 import pytest
 from mcp import Client
 from mcp_types import ListRootsResult, Root
+from PIL import Image
 
 from engine.contract import Rgb8
 from klein_mcp.errors import RequestError, did_you_mean
 from klein_mcp.images import paths, preserve
 from klein_mcp.images.record import Record
-from klein_mcp.jobs.replay import repeat
+from klein_mcp.jobs.context import CallContext
+from klein_mcp.jobs.replay import repeat, replay
 from klein_mcp.jobs.request import Aspect, Exact, Native, edit, generate
+from klein_mcp.jobs.service import Service
 from tests.embedded import SIDE
-from tests.fakes import FakeExecutor
+from tests.fakes import FakeExecutor, painted
 from tests.images import file, noise, pixels, scene
 from tests.real_server import RealServer
 from tests.tool_calls import call, kinds, line, preview, refused
@@ -134,6 +138,65 @@ async def test_modes_are_understood_in_any_letter_case(client: Client, painter: 
     typo = made["image"][:-1] + ("2" if made["image"][-1] != "2" else "3")
     assert f"Did you mean {made['image']}?" in await refused(client, "view_image", image=typo)
     assert f"Did you mean {made['image']}?" in await refused(client, "view_image", image=made["image"][:-1])
+
+
+async def test_edits_of_a_copy_are_replayed_on_the_other_image(
+    client: Client, painter: FakeExecutor, service: Service, tmp_path: Path
+) -> None:
+    service.settings = replace(service.settings, write_roots=(tmp_path,))
+    first = (await call(client, "generate_image", prompt="a cat", seed=1))["image"]
+    copy, twice = str(tmp_path / "copy.jpg"), str(tmp_path / "copy of the copy.jpg")
+    await call(client, "save_image", image=first, path=copy, max_size=96)
+    await call(client, "save_image", image=copy, path=twice, max_size=80)
+    edited = (await call(client, "edit_image", image=twice, prompt="make it red", preserve="off"))["image"]
+    other = await call(client, "generate_image", prompt="a dog", seed=2)
+
+    await call(client, "edit_image", image=other["image"], again=edited)
+    assert np.array_equal(painter.jobs[-1].references[0], image(other))
+    me = CallContext("me")
+    await replay(service, edited, me, onto=other["image"])
+    assert np.array_equal(painter.jobs[-1].references[0], image(other))
+    again, _ = await replay(service, edited, me, seed=9)
+    assert np.array_equal(painter.jobs[-1].references[0], service.sources.pixels(service.store.get(again.handle)))
+    await replay(service, edited, me)
+    assert painter.jobs[-1].references[0].shape == (80, 80, 3), "with its own seeds it is the same again"
+
+
+async def test_mask_of_a_chain_is_the_same_image_at_every_step(
+    client: Client, painter: FakeExecutor, service: Service
+) -> None:
+    masks = {"last": 0, "last~1": 1, "A": 1}
+    for mask, back in masks.items():
+        half = np.zeros((128, 128, 3), np.uint8)
+        half[:64] = 255
+        painter.paint = lambda job, half=half: half
+        made = (await call(client, "generate_image", prompt="a mask", count=2))["images"]
+        painter.paint = painted
+        facts = await call(client, "edit_image", image=made[0]["image"], prompt=["one", "two", "three"], mask=mask)
+        steps = [service.store.get(step["image"]).recipe["request"]["mask"] for step in facts["steps"]]
+        assert steps == [made[1 - back]["image"]] * 3
+
+
+async def test_warnings_of_opened_files_reach_the_result(
+    client: Client, painter: FakeExecutor, service: Service, tmp_path: Path
+) -> None:
+    (tmp_path / "moving.gif").write_bytes(
+        file(Image.fromarray(noise(64, 64)), "GIF", save_all=True, append_images=[Image.fromarray(noise(64, 64, 1))])
+    )
+    moving = str(tmp_path / "moving.gif")
+    steps = await call(client, "edit_image", image=moving, prompt=["one", "two"], preserve="off")
+    again = await call(client, "edit_image", image=moving, again=steps["image"])
+    compared = await call(client, "view_image", image=steps["image"], compare_with=moving)
+    service.settings = replace(service.settings, wait_budget=0, write_roots=(tmp_path,))
+    saved = await call(client, "save_image", image=moving, path=str(tmp_path / "still.png"))
+    painter.seconds_per_step = 30.0
+    pending = await call(
+        client, "edit_image", image=moving, prompt=["one", "two"], width=100, height=64, preserve="off"
+    )
+    painter.hurry()
+    for facts in (steps, again, compared, saved, pending):
+        assert [warning for warning in facts["warnings"] if "first" in warning], facts["warnings"]
+    assert [warning for warning in pending["warnings"] if "100×64 was rounded" in warning]
 
 
 # On the embedded model

@@ -28,7 +28,7 @@ Step = Callable[[Sequence[str]], ImageRequest]
 class Chain:
     """The images of a chain so far.
 
-    base: handle of the image it starts from. steps: how many were asked for.
+    base: handle of the image it starts from. steps: how many were asked for. warnings: at first of opened files.
     """
 
     base: str
@@ -41,12 +41,15 @@ class Chain:
     def handles(self) -> list[str]:
         return [self.base, *(image.handle for image in self.made)]
 
-    def add(self, result: JobResult) -> None:
+    def add(self, result: JobResult | PendingJob) -> None:
         """Add a step's image and those of its warnings that are new."""
         step = len(self.made) + 1
         old = self.warnings.copy()
         self.warnings += [f"step {step}: {each}" for each in result.warnings if not any(each in one for one in old)]
-        self.made.append(result.images[0])
+        if isinstance(result, PendingJob):
+            self.pending = result
+        else:
+            self.made.append(result.images[0])
 
     def changed_nothing(self) -> bool:
         """Return whether the latest step had no visible effect."""
@@ -60,10 +63,17 @@ async def run_chain(
     service: Service, call: CallContext, request: ImageRequest, prompts: Sequence[str], show: str | None
 ) -> CallToolResult:
     """Run one edit per prompt, up to one that changes nothing."""
+    image = await service.open(request.images[0], call)
+    warnings = [*image.warnings]
+    if request.mask:
+        # Now, like the image: each step moves what `last` means.
+        mask = await service.open(request.mask, call, reading="mask")
+        warnings += mask.warnings
+        request = replace(request, mask=mask.record.handle)
     # Only the end of a chain is cut out.
     opaque = replace(request, background="auto")
     steps = [_edit(opaque, prompt) for prompt in prompts[:-1]] + [_edit(request, prompts[-1])]
-    chain = Chain((await service.open(request.images[0], call)).record.handle, len(steps))
+    chain = Chain(image.record.handle, len(steps), warnings=warnings)
 
     def stop() -> bool:
         done = len(chain.made)
@@ -88,12 +98,14 @@ async def run_replay(
 
     def step(index: int) -> Step:
         def request(handles: Sequence[str]) -> ImageRequest:
-            wanted = replay.step_request(plan.steps[index], dict(zip(recorded, handles, strict=False)), seed)
+            new = plan.stand_ins(dict(zip(recorded, handles, strict=False)))
+            wanted = replay.step_request(plan.steps[index], new, seed)
             return replace(wanted, model=model or wanted.model)
 
         return request
 
-    chain = Chain((await service.open(image, call)).record.handle, len(plan.steps))
+    base = await service.open(image, call)
+    chain = Chain(base.record.handle, len(plan.steps), warnings=[*base.warnings])
     await _run(service, call, chain, [step(index) for index in range(len(plan.steps))], lambda: False)
     return await _rendered(service, call, chain, show)
 
@@ -110,11 +122,8 @@ async def _run(
     for index, step in enumerate(steps):
         left = max(0.0, deadline - time.monotonic())
         result = await service.run_within(left, step(chain.handles), _part_of(call, index, len(steps)))
-        if isinstance(result, PendingJob):
-            chain.pending = result
-            return
         chain.add(result)
-        if stop():
+        if chain.pending or stop():
             return
 
 

@@ -60,7 +60,7 @@ async def run(service: Service, call: CallContext, arguments: SaveImage) -> Call
         "bytes": saved.bytes,
         **({"background": "transparent", "alpha": saved.alpha} if saved.alpha else {}),
     }
-    warnings = [*saved.warnings, *([unnoted] if unnoted else [])]
+    warnings = [*opened.warnings, *saved.warnings, *([unnoted] if unnoted else [])]
     if arguments.max_size and max(saved.width, saved.height) < arguments.max_size and arguments.size is None:
         warnings.append(
             f"max_size {arguments.max_size} only shrinks: {saved.width}×{saved.height} was written; size enlarges"

@@ -1,15 +1,19 @@
 """view_image: shows an image again, or a part of it enlarged."""
 
+from typing import TYPE_CHECKING
+
 import anyio.to_thread
 from mcp_types import CallToolResult
 
 from klein_mcp.errors import RequestError
-from klein_mcp.images.library import Record
 from klein_mcp.jobs.context import CallContext
 from klein_mcp.jobs.service import Service
 from klein_mcp.mcp_server import results
 from klein_mcp.mcp_server.tools import fields
 from klein_mcp.mcp_server.tools.tool import Tool
+
+if TYPE_CHECKING:
+    from klein_mcp.images.resolver import ResolvedImage
 
 
 class ViewImage(fields.Arguments):
@@ -26,7 +30,7 @@ async def run(service: Service, call: CallContext, arguments: ViewImage) -> Call
         if arguments.background:
             raise RequestError("compare_with shows both images as they are.", hint="Leave out background.")
         other = await service.open(arguments.compare_with, call)
-        return await anyio.to_thread.run_sync(lambda: _compared(service, opened.record, other.record, arguments))
+        return await anyio.to_thread.run_sync(lambda: _compared(service, opened, other, arguments))
 
     def render() -> CallToolResult:
         from klein_mcp.images import alpha, codec, cutout, preview, region
@@ -58,15 +62,18 @@ async def run(service: Service, call: CallContext, arguments: ViewImage) -> Call
     return await anyio.to_thread.run_sync(render)
 
 
-def _compared(service: Service, record: Record, other: Record, arguments: ViewImage) -> CallToolResult:
+def _compared(
+    service: Service, viewed: "ResolvedImage", compared: "ResolvedImage", arguments: ViewImage
+) -> CallToolResult:
     """Show two images, or a region of both, beside their difference."""
     from klein_mcp.images import alpha, codec, preserve, preview, region
 
+    record, other = viewed.record, compared.record
+    warnings = [*viewed.warnings, *compared.warnings]
     both = [service.sources.pixels(each) for each in (record, other)]
     # One colour behind both: two would count as a change of everything that is transparent.
     backing = next((grey for grey in map(alpha.viewing_backing, both) if grey is not None), None)
     first, second = (alpha.for_viewing(image, backing) for image in both)
-    warnings = []
     if first.shape != second.shape:
         second = codec.resize(second, record.width, record.height)
         warnings.append(f"{other.handle} is {other.width}×{other.height} and was resized for the comparison")
