@@ -171,14 +171,15 @@ class Queue:
 
     def seconds(self) -> dict[str, dict[str, float]]:
         """Seconds per image by model and size, as measured here."""
-        return self._history.tables()
+        with self._change:
+            return self._history.tables()
 
     # -- threads -------------------------------------------------------------------------------------------------------
 
     def _grow(self) -> None:
-        """Start a thread if a job waits though a slot is free."""
-        busy = len(self._running)
-        if len(self._threads) < self._slots and len(self._waiting) + busy > len(self._threads):
+        """Start threads while a job waits though a slot is free."""
+        wanted = min(self._slots, len(self._waiting) + len(self._running))
+        while len(self._threads) < wanted:
             thread = threading.Thread(target=self._work, name=f"executor-{len(self._threads)}", daemon=True)
             self._threads.append(thread)
             thread.start()
@@ -197,7 +198,7 @@ class Queue:
 
     def _run_jobs(self) -> None:
         while ticket := self._next():
-            outcome = running.run(ticket, self._ready)
+            outcome = running.run(ticket, self._ready, self._find_slots)
             with self._change:
                 self._running.remove(ticket)
                 self._idle_since = time.monotonic()
@@ -270,6 +271,7 @@ class Queue:
         ticket.began = time.monotonic()
         self._running.append(ticket)
         self._tell_positions()
+        self._grow()
         return ticket
 
     def _prefetch_now(self, image: Rgb8) -> None:
@@ -303,6 +305,12 @@ class Queue:
                 ticket.began = time.monotonic()
                 self._grow()
         return self._executor  # type: ignore[return-value]
+
+    def _find_slots(self) -> None:
+        """Use the slots that the executor has found by now."""
+        with self._change:
+            self._grow()
+            self._tell_positions()
 
     # -- positions -----------------------------------------------------------------------------------------------------
 

@@ -15,13 +15,13 @@ STAGE_PAUSE = 0.5
 """Seconds between two events of one stage that listeners hear of."""
 
 
-def run(ticket: Ticket, ready: Callable[[Ticket], Executor]) -> Result | EngineError | None:
+def run(ticket: Ticket, ready: Callable[[Ticket], Executor], began: Callable[[], None]) -> Result | EngineError | None:
     """Return a job's result or error, None if it was cancelled.
 
-    ready: returns the executor, which may have to be made first.
+    ready: returns the executor, which may have to be made first. began: called with the first event.
     """
     try:
-        return _pass_events(ready(ticket), ticket)
+        return _pass_events(ready(ticket), ticket, began)
     except EngineError as exc:
         # Its traceback and its cause hold the frames it came from, and these whatever they had loaded.
         exc.__cause__ = exc.__context__ = None
@@ -35,12 +35,15 @@ def run(ticket: Ticket, ready: Callable[[Ticket], Executor]) -> Result | EngineE
         )
 
 
-def _pass_events(executor: Executor, ticket: Ticket) -> Result | None:
+def _pass_events(executor: Executor, ticket: Ticket, began: Callable[[], None]) -> Result | None:
     with closing(executor.run(ticket.job, lambda: ticket.watched)) as events:  # type: ignore[type-var]
         last_percent = None
         stage, stage_at = "", 0.0
-        result = None
+        first, result = True, None
         for event in events:
+            if first:
+                first = False
+                began()
             if ticket.cancelled:
                 return None
             if isinstance(event, Result):

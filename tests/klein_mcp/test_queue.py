@@ -46,6 +46,39 @@ def test_as_many_jobs_run_at_once_as_there_are_slots():
         assert all(isinstance(waiter.end, Result) for waiter in waiters)
 
 
+def test_burst_before_there_is_an_executor_fills_every_slot():
+    executor, ready = StepExecutor(slots=4), threading.Event()
+
+    def make() -> StepExecutor:
+        assert ready.wait(60)
+        return executor
+
+    queue = Queue(make, size=32, keep_alive=600)
+    waiters = [Waiter(queue, str(n), str(n)) for n in range(4)]
+    ready.set()
+    until(lambda: len(executor.began) == 4, "four never ran at once")
+    executor.go.release(100)
+    assert all(isinstance(waiter.end, Result) for waiter in waiters)
+    queue.close(10)
+
+
+def test_burst_fills_slots_that_the_first_job_finds():
+    """A cluster is asked how many engines it has by the first job that goes there."""
+
+    class Cluster(StepExecutor):
+        def run(self, job: Job, watched: Callable[[], bool] = nobody_watches) -> Iterator[Event]:
+            self.slots = 4
+            return super().run(job, watched)
+
+    executor = Cluster()
+    with working(executor) as queue:
+        waiters = [Waiter(queue, str(n), str(n)) for n in range(5)]
+        until(lambda: len(executor.began) == 4, "four never ran at once")
+        until(lambda: waiters[-1].positions[-1:] == [1], "the fifth never was next")
+        executor.go.release(100)
+        assert all(isinstance(waiter.end, Result) for waiter in waiters)
+
+
 def test_accepted_request_finds_a_place_in_a_full_queue():
     executor = StepExecutor()
     with working(executor, size=1) as queue:
@@ -179,6 +212,30 @@ def test_history_that_fails_stops_no_job():
             assert isinstance(Waiter(queue, "image", "a").end, Result)
     finally:
         queue.close(10)
+
+
+class SlowHistory(TimingHistory):
+    """Fails if it is read while it changes."""
+
+    changing, changed = threading.Event(), threading.Event()
+
+    def note(self, job: Job, result: Result, seconds: float) -> None:
+        self.changing.set()
+        time.sleep(0.2)
+        self.changed.set()
+
+    def tables(self) -> dict[str, dict[str, float]]:
+        assert self.changed.is_set()
+        return {}
+
+
+def test_seconds_are_not_read_while_they_change():
+    executor, history = StepExecutor(free=True), SlowHistory()
+    queue = Queue(lambda: executor, size=32, keep_alive=600, history=history)
+    Waiter(queue, "image", "a")
+    assert history.changing.wait(60)
+    assert queue.seconds() == {}
+    queue.close(10)
 
 
 def test_death_of_the_thread_tells_everybody_and_closes_the_queue(monkeypatch: pytest.MonkeyPatch):
