@@ -173,8 +173,9 @@ class KleinServer(MCPServer):
         first = result.content[0] if result.content else None
         if name not in studio_app.SHOWN_BY or result.is_error or not isinstance(first, TextContent):
             return result
-        client = self._call_context(context).client
-        pick = await anyio.to_thread.run_sync(self.service.store.picks.report, client)
+        client, pick = self._call_context(context).client, None
+        with suppress(RequestError, OSError, sqlite3.Error):  # it stays unreported, and the result is worth more
+            pick = await anyio.to_thread.run_sync(self.service.store.picks.report, client)
         if pick is None:
             return result
         line = results.text(picks.reported(json.loads(first.text), pick))

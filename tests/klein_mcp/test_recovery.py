@@ -186,6 +186,18 @@ def test_pick_while_the_index_is_locked_is_one_line(impatient: None, tmp_path: P
     store.close()
 
 
+async def test_pick_that_cannot_be_marked_costs_no_result(
+    impatient: None, client: Client, service: Service, settings: Settings
+):
+    made = await call(client, "generate_image", prompt="a cat")
+    service.store.picks.choose(service.store.get(made["image"]).client, made["image"])
+    other = sqlite3.connect(settings.library / DATABASE)
+    other.execute("BEGIN EXCLUSIVE")
+    assert (await call(client, "view_image", image=made["image"]))["image"] == made["image"]
+    other.close()
+    assert "picked" in await call(client, "view_image", image=made["image"])
+
+
 def test_doctor_names_images_without_a_file(settings: Settings, service: Service):
     assert check_library(replace(settings, home=settings.home / "none")).found == "empty"
 
