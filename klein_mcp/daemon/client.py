@@ -10,7 +10,6 @@ from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
-from urllib.parse import quote
 
 import anyio
 
@@ -18,8 +17,8 @@ from engine.contract import EngineFailed, Loading
 from klein_mcp.daemon.endpoint import LAST_STEP, BuildInfo, Endpoint
 from klein_mcp.daemon.launch import DAEMON, Launcher, authorization
 from klein_mcp.jobs import events, status
-from klein_mcp.jobs.api import UnknownJob
-from klein_mcp.jobs.events import LAST, NO_PREVIEWS, ImageSaved, JobEvent, Listen, Progressed
+from klein_mcp.jobs.api import JOB_ID, UnknownJob
+from klein_mcp.jobs.events import LAST, NO_PREVIEWS, ImageSaved, JobEvent, Listen, Starting
 from klein_mcp.jobs.request import ImageRequest
 from klein_mcp.jobs.results import SavedImage
 from klein_mcp.jobs.status import DaemonStatus, JobStatus
@@ -41,7 +40,11 @@ DRAINING, UNKNOWN, REFUSED = 503, 404, 409
 
 
 class _Lost(Exception):
-    """The daemon went away, or was about to, before it answered."""
+    """The daemon went away before it answered."""
+
+
+class _Draining(Exception):
+    """The daemon takes no more jobs, as another replaces it."""
 
 
 class DaemonClient:
@@ -71,12 +74,13 @@ class DaemonClient:
         Submit once more after a crash, as the same job gives the same images.
         """
         saved: list[SavedImage] = []
-        for _ in range(2):
+        crashes = 0
+        while crashes < 2:
             endpoint = None
             async with aclosing(self._ready()) as starting:
                 async for endpoint in starting:
                     if not endpoint:
-                        yield Progressed(len(saved), Loading(request.model, 0.0))
+                        yield Starting(len(saved), Loading(request.model, 0.0))
             assert endpoint
             try:
                 body = _body(request, client, listen, saved)
@@ -88,8 +92,11 @@ class DaemonClient:
                             saved.append(event.saved)
                         yield event
                 return
+            except _Draining:
+                self._known = None
             except _Lost:
                 self._known = None
+                crashes += 1
                 log.warning("the engine went away in the middle of a job")
         raise EngineFailed(
             "The engine crashed twice on this image.", hint="Try a smaller size; see `klein-mcp doctor`."
@@ -248,7 +255,10 @@ class DaemonClient:
         raise EngineFailed("The engine went away twice.", hint="Try again, or see `klein-mcp doctor`.")
 
     async def _stream(self, endpoint: Endpoint, method: str, path: str, **content: Any) -> AsyncGenerator[JobEvent]:
-        """Yield a job's events to its last. Raises _Lost, UnknownJob or EngineError."""
+        """Yield a job's events to its last.
+
+        Raises _Lost, _Draining, UnknownJob or EngineError.
+        """
         import httpx2
 
         timeout = httpx2.Timeout(SILENCE, connect=5)
@@ -257,7 +267,7 @@ class DaemonClient:
                 method, endpoint.url + path, headers=authorization(endpoint), timeout=timeout, **content
             ) as response:
                 if response.status_code == DRAINING:
-                    raise _Lost
+                    raise _Draining
                 if response.status_code != 200:
                     await response.aread()
                     raise _error(response.status_code, response.text)
@@ -294,7 +304,13 @@ def _body(request: ImageRequest, client: str, listen: Listen | None, saved: Sequ
 
 
 def _path(job: str) -> str:
-    return f"/jobs/{quote(job, safe='')}"
+    """Return a job's path.
+
+    Raises UnknownJob for a name whose path would be another's, such as watch.
+    """
+    if not JOB_ID.fullmatch(job):
+        raise _error(UNKNOWN, "")
+    return f"/jobs/{job}"
 
 
 def _error(code: int, text: str) -> Exception:

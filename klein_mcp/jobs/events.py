@@ -48,6 +48,14 @@ class Progressed:
 
 
 @dataclass(frozen=True, slots=True)
+class Starting(Progressed):
+    """A front end starts the engine.
+
+    The job has no id yet, or none any more.
+    """
+
+
+@dataclass(frozen=True, slots=True)
 class ImageSaved:
     """Image number `image`, from 0, is in the library.
 

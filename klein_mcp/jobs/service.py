@@ -24,7 +24,7 @@ from klein_mcp.images.paths import is_relative
 from klein_mcp.jobs.api import Jobs, UnknownJob
 from klein_mcp.jobs.context import CallContext
 from klein_mcp.jobs.demo import demo_warning
-from klein_mcp.jobs.events import Cancelled, Done, Failed, ImageSaved, JobEvent, Listen, Progressed, Submitted
+from klein_mcp.jobs.events import Cancelled, Done, Failed, ImageSaved, JobEvent, Listen, Progressed, Starting, Submitted
 from klein_mcp.jobs.folders import project_folders
 from klein_mcp.jobs.progress import Progress
 from klein_mcp.jobs.request import ImageRequest
@@ -204,6 +204,8 @@ class Service:
                         job = name
                         call.on_job(name)
                     case Progressed():
+                        if isinstance(event, Starting) and job:  # the engine crashed, and the job gets another id
+                            job, taken_by = None, max(deadline, time.monotonic() + START_PATIENCE)
                         await progress.event(event)
                     case ImageSaved(saved=saved):
                         images.append(saved)
@@ -216,7 +218,10 @@ class Service:
                         raise RequestError("The job was cancelled.", hint="Call again to start it anew.")
                 # Until the daemon has taken the job there is nothing to detach: it may be unable to start.
                 if job and not isinstance(event, Submitted) and time.monotonic() >= deadline:
-                    status = await _answered(self.jobs.detach(job), SILENT)
+                    try:
+                        status = await _answered(self.jobs.detach(job), SILENT)
+                    except UnknownJob:
+                        continue  # the engine crashed just now, and the next events are of a new one
                     if status.state not in OVER:
                         return PendingJob(job, status.state, status.progress, status.message, status.eta_s)
                     deadline = math.inf  # it ended while we asked: its result is on its way

@@ -48,6 +48,22 @@ async def test_second_crash_is_an_error_and_the_next_job_runs(front_end):
     assert isinstance((await run(front_end))[-1], Done)
 
 
+async def test_daemon_that_is_replaced_counts_as_no_crash(front_end, tmp_path):
+    await run(front_end)
+    long = asyncio.create_task(run(front_end, "pause=0.1 steps=10", client="other"))
+    await asyncio.sleep(0.3)
+    launcher, victim, events = front_end._launcher(), None, []
+    await launcher._ask_to_leave(await launcher.find())
+    async with aclosing(front_end.run(generate("pause=0.1 steps=8"), client="me")) as stream:
+        async for event in stream:
+            events.append(event)
+            if isinstance(inner(event), Step) and not victim:
+                (victim,) = daemons(tmp_path)
+                os.kill(victim, signal.SIGKILL)
+    assert isinstance(events[-1], Done)
+    assert isinstance((await long)[-1], Done)
+
+
 async def test_stop_ends_it_and_tells_every_listener(front_end, tmp_path):
     await run(front_end)
 

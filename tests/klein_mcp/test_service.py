@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from contextlib import aclosing
 from dataclasses import replace
 from typing import Any
 
@@ -12,6 +13,7 @@ from mcp import Client
 from engine.contract import Aspect, Exact, Job, KeepSource, Loading, OutOfMemory, Queued
 from klein_mcp.images.library import Store
 from klein_mcp.jobs import progress as progress_module
+from klein_mcp.jobs.events import Progressed, Starting, Submitted
 from klein_mcp.jobs.manager import JobManager
 from klein_mcp.jobs.service import Service
 from klein_mcp.jobs.status import JobStatus
@@ -243,6 +245,34 @@ async def test_job_that_ends_while_it_is_detached_is_a_result(
     painter.seconds_per_step = 1.0
     payload = await call(client, "generate_image", prompt="slow", seed=5, count=2)
     assert [image["seed"] for image in payload["images"]] == ["5", "6"]
+
+
+@pytest.mark.parametrize("noticed", [False, True])
+async def test_engine_that_crashes_around_the_budget_gives_the_new_job(
+    client: Client, jobs: JobManager, painter: FakeExecutor, service: Service, monkeypatch: pytest.MonkeyPatch, noticed
+):
+    """Whether the front end has noticed the crash when the budget is spent."""
+    run, detached = jobs.run, list[str]()
+
+    async def crash(*arguments: Any, **more: Any) -> Any:
+        yield Submitted("j000000000000")
+        await anyio.sleep(0.2)
+        yield (Starting if noticed else Progressed)(0, Loading("auto", 0.0))
+        async with aclosing(run(*arguments, **more)) as events:
+            async for event in events:
+                yield event
+
+    async def detach(job: str) -> JobStatus:
+        detached.append(job)
+        return await JobManager.detach(jobs, job)
+
+    monkeypatch.setattr(jobs, "run", crash)
+    monkeypatch.setattr(jobs, "detach", detach)
+    service.settings = replace(service.settings, wait_budget=0.1)
+    painter.seconds_per_step = 60.0
+    pending = await call(client, "generate_image", prompt="slow")
+    assert (await jobs.job(pending["job"])).detached
+    assert detached == [*([] if noticed else ["j000000000000"]), pending["job"]]
 
 
 async def test_estimate_shortens_no_wait(client: Client, painter: FakeExecutor, service: Service):
