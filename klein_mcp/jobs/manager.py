@@ -184,6 +184,7 @@ class JobManager:
         The next daemon resumes the detached ones.
         """
         self._closing = True
+        await asyncio.sleep(0)  # as in _cancel
         tasks = [job.task for job in self._jobs.values() if job.task and not job.task.done()]
         for job in self._jobs.values():
             if job.task and not job.cancelling:  # one that was cancelled may be saving its image
@@ -235,7 +236,8 @@ class JobManager:
     def _cancel(self, job: JobRecord) -> None:
         if job.task and not job.over and not job.cancelling:
             job.cancelling = True
-            job.task.cancel()
+            # Not at once: a task that is cancelled before its first step never says how it ended.
+            asyncio.get_running_loop().call_soon(job.task.cancel)
 
     def _update_watched(self, job: JobRecord) -> None:
         if job.ticket:

@@ -19,7 +19,7 @@ from klein_mcp import atomic
 from klein_mcp.images.library import Store
 from klein_mcp.jobs import manager as managers
 from klein_mcp.jobs.api import UnknownJob
-from klein_mcp.jobs.events import Done, Failed, JobEvent
+from klein_mcp.jobs.events import Cancelled, Done, Failed, JobEvent
 from klein_mcp.jobs.manager import JobManager
 from klein_mcp.jobs.queue import Queue
 from klein_mcp.jobs.request import generate
@@ -188,6 +188,12 @@ async def test_job_whose_last_image_is_being_saved_is_done(manager, painter, tmp
     assert isinstance(await ending(following if stopped else manager, name), Done)
     assert len(painter.jobs) == 1, "it is not made again"
     await following.aclose()
+
+
+async def test_job_that_is_cancelled_before_it_begins_is_over(manager):
+    name = await manager.submit(generate("a cat"), client="me")
+    await manager.cancel(name)
+    assert isinstance(await ending(manager, name), Cancelled)
 
 
 async def test_job_that_only_waited_is_not_blamed_for_crashes(manager, painter, tmp_path):
