@@ -13,7 +13,7 @@ from PIL import ExifTags, Image, ImageCms, ImageFile, UnidentifiedImageError
 from engine.contract import Rgb8
 from klein_mcp.errors import BadImage, NotEnoughMemory
 from klein_mcp.foreign import clean_json
-from klein_mcp.images import formats, png, provenance
+from klein_mcp.images import depth, formats, png, provenance
 from klein_mcp.images.alpha import Pixels, flat, over
 from klein_mcp.images.budget import DECODING, MAX_PIXELS
 from klein_mcp.limits import MAX_FILE_BYTES
@@ -26,8 +26,6 @@ MIME: Mapping[str, str] = {"png": "image/png", "jpeg": "image/jpeg", "webp": "im
 
 _STRIP = 1_000_000
 """Pixels that are converted at a time, so that a large image needs no second copy."""
-_DARK = 0.125
-"""Share of the 16-bit range below which a greyscale file may really hold 12 bits."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +97,8 @@ def _decode(data: bytes, name: str, backdrop: int | None) -> Decoded:
         # A phone's JPEG often has a thumbnail or a depth map as its second frame (MPO), which is not needed.
         if getattr(opened, "is_animated", False) and opened.format not in ("MPO", "TIFF"):
             warnings.append(f"{name} has several frames; only the first one is used.")
+        if opened.format == "PNG":
+            depth.narrow_transparency(opened, bits=data[24])
         opened.load()
         recipe = clean_json(provenance.read(opened))
         pixels, alpha = _rgb8(opened, name, warnings, backdrop)
@@ -128,7 +128,7 @@ def _rgb8(
     """Return RGB8, on the backdrop if any, and alpha if there is."""
     width, height = image.size
     to_srgb = _Srgb(image.info.get("icc_profile"), name, warnings)
-    top_value = _top_value(image, name, warnings)
+    levels = depth.levels(image, name, warnings)
     pixels = np.empty((height, width, 3), np.uint8)
     alpha: npt.NDArray[np.uint8] | None = None
     rows = max(1, _STRIP // width)
@@ -136,7 +136,7 @@ def _rgb8(
         bottom = min(top + rows, height)
         strip = image.crop((0, top, width, bottom))
         opaque, strip_alpha = _split_alpha(strip)
-        part = np.asarray(to_srgb(_eight_bit(opaque, top_value)))
+        part = np.asarray(to_srgb(depth.eight_bit(opaque, levels)))
         if strip_alpha is not None and bool(np.any(strip_alpha < 255)):
             if alpha is None:
                 alpha = np.full((height, width), 255, np.uint8)
@@ -169,34 +169,9 @@ def _split_alpha(image: Image.Image) -> tuple[Image.Image, npt.NDArray[np.uint8]
     if image.mode in ("P", "PA") or ("transparency" in image.info and image.mode in ("1", "L", "RGB")):
         image = image.convert("RGBA")
     if image.mode not in ("RGBA", "LA"):
-        return image, None
+        return image, depth.deep_alpha(image)
     # Greyscale stays greyscale: its colour profile fits no other mode.
     return image.convert("L" if image.mode == "LA" else "RGB"), np.asarray(image.getchannel("A"))
-
-
-def _top_value(image: ImageFile.ImageFile, name: str, warnings: list[str]) -> float | None:
-    """Return the value of white in deep greyscale, else None."""
-    if not (image.mode.startswith("I") or image.mode == "F"):
-        return None
-    extrema = image.getextrema()
-    highest = float(extrema[1]) if isinstance(extrema[1], int | float) else 0.0
-    if image.mode == "F":
-        return 255.0 if highest > 1 else 1.0
-    if bits := formats.significant_bits(image):
-        return float(2**bits - 1)
-    if 0 < highest < 65535 * _DARK:
-        warnings.append(
-            f"{name} is nearly black: its brightest value is {highest:.0f} of 65535. Does it hold fewer than 16 bits?"
-        )
-    return 65535.0
-
-
-def _eight_bit(image: Image.Image, top_value: float | None) -> Image.Image:
-    """Scale deep greyscale to 8 bits, which convert() would clip."""
-    if top_value is None:
-        return image
-    values = np.asarray(image, np.float64)
-    return Image.fromarray(np.clip(np.nan_to_num(values) * (255 / top_value) + 0.5, 0, 255).astype(np.uint8))
 
 
 class _Srgb:

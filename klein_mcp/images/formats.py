@@ -44,7 +44,7 @@ _TEXTS: tuple[tuple[bytes, str], ...] = (
 
 _TIFF_SIGNATURES = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _DNG_VERSION, _SUB_IFDS, _SUBFILE_TYPE = 50706, 330, 254
-_BITS, _MAX_SAMPLE, _PLANAR = 258, 281, 284
+_BITS, _PLANAR = 258, 284
 _REDUCED = 1
 _MOST_PAGES = 64
 """Pages of a TIFF that are compared: an image pyramid has about ten."""
@@ -93,12 +93,3 @@ def choose_page(opened: ImageFile.ImageFile, name: str) -> list[str]:
     if len(set(sizes)) == 1:
         return [f"{name} has several frames; only the first one is used."]
     return [f"{name} has {pages} images of different sizes; the largest one is used."]
-
-
-def significant_bits(opened: ImageFile.ImageFile) -> int | None:
-    """Return the bits a 16-bit greyscale file declares it uses."""
-    tags = getattr(opened, "tag_v2", None)
-    if tags is not None and (highest := tags.get(_MAX_SAMPLE)):
-        highest = highest[0] if isinstance(highest, tuple) else highest
-        return int(highest).bit_length() if 0 < int(highest) < 65535 else None
-    return None

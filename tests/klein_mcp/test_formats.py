@@ -2,6 +2,7 @@
 
 import io
 import struct
+import zlib
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 from PIL import Image, TiffImagePlugin
 
 from klein_mcp.errors import BadImage
-from klein_mcp.images import codec
+from klein_mcp.images import codec, png
 from tests.images import file, scene
 
 
@@ -125,3 +126,102 @@ def test_strips_and_orientation_equal_the_image_converted_at_once(
     strips = codec.decode(data, "photo")
     assert (strips.image == whole.image).all()
     assert whole.image.shape[:2] == ((23, 37) if turn < 5 else (37, 23))
+
+
+def grey_tiff(samples: np.ndarray, *, photometric: int = 1, kind: int = 1, bits: int = 0) -> bytes:
+    """Write [h, w] samples as TIFF.
+
+    photometric: 0 if white is zero. kind: TIFF's SampleFormat. bits: 12 packs two samples in three bytes.
+    """
+    height, width = samples.shape
+    data = samples.tobytes()
+    if bits == 12:
+        first, second = samples.reshape(-1, 2).T.astype(int)
+        data = np.stack([first >> 4, (first & 15) << 4 | second >> 8, second & 255], -1).astype(np.uint8).tobytes()
+    rows = [
+        (256, 4, 1, width), (257, 4, 1, height), (258, 3, 1, bits or samples.itemsize * 8), (259, 3, 1, 1),
+        (262, 3, 1, photometric), (273, 4, 1, 8 + 2 + 12 * 10 + 4), (277, 3, 1, 1), (278, 4, 1, height),
+        (279, 4, 1, len(data)), (339, 3, 1, kind),
+    ]  # fmt: skip
+    directory = b"".join(struct.pack("<HHII", *row) for row in rows)
+    return b"II*\0" + struct.pack("<I", 8) + struct.pack("<H", len(rows)) + directory + b"\0" * 4 + data
+
+
+RAMP = np.linspace(0, 1, 64 * 64).reshape(64, 64)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        grey_tiff((RAMP * 255).astype(np.uint8)),
+        grey_tiff((255 - RAMP * 255).astype(np.uint8), photometric=0),
+        grey_tiff((65535 - RAMP * 65535).astype(np.uint16), photometric=0),
+        grey_tiff((1 - RAMP).astype(np.float32), photometric=0, kind=3),
+        grey_tiff((RAMP * 4095).astype(np.uint16), bits=12),
+        grey_tiff((RAMP * 65535).astype(np.int32), kind=2),
+        grey_tiff((RAMP * 255).astype(np.float32), kind=3),
+    ],
+    ids=["8", "8 inverted", "16 inverted", "float inverted", "12", "16 in 32", "float to 255"],
+)
+def test_grey_tiff_of_any_depth_is_the_same_ramp(data: bytes) -> None:
+    decoded = codec.decode(data, "scan.tif")
+    assert np.abs(decoded.image[..., 0].astype(float) - RAMP * 255).max() <= 1
+    assert decoded.warnings == ()
+
+
+@pytest.mark.parametrize(
+    ("data", "black", "white"),
+    [
+        (grey_tiff((RAMP * 1.02).astype(np.float32), kind=3), "0", "1.02"),
+        (grey_tiff((RAMP * 65535).astype(np.float32), kind=3), "0", "65535"),
+        (grey_tiff((RAMP * 2 - 1).astype(np.float32), kind=3), "-1", "1"),
+        (grey_tiff((RAMP * 3e6).astype(np.int32), kind=2), "0", "3e+06"),
+        (grey_tiff((RAMP * 3000 - 1500).astype(np.int16), kind=2), "-1500", "1500"),
+    ],
+)
+def test_unusual_range_of_values_is_scaled_with_a_warning(data: bytes, black: str, white: str) -> None:
+    decoded = codec.decode(data, "scan.tif")
+    assert np.abs(decoded.image[..., 0].astype(float) - RAMP * 255).max() <= 1
+    assert decoded.warnings == (f"scan.tif holds values from {black} to {white}; they were scaled to black and white.",)
+
+
+def test_infinite_values_do_not_set_the_scale() -> None:
+    values = (RAMP * 2).astype(np.float32)
+    values[0, 0], values[0, 1], values[-1, -1] = np.nan, -np.inf, np.inf
+    decoded = codec.decode(grey_tiff(values, kind=3), "scan.tif")
+    assert np.abs(decoded.image[..., 0].astype(float) - RAMP * 255).max() <= 1
+
+
+def test_unsigned_values_beyond_what_is_read_are_refused() -> None:
+    with pytest.raises(BadImage, match="32 bits"):
+        codec.decode(grey_tiff((RAMP * (2**32 - 1)).astype(np.uint32)), "scan.tif")
+
+
+def transparent_png(samples: np.ndarray, depth: int, key: bytes) -> bytes:
+    """Write samples as PNG, one colour of which is transparent."""
+    height, width, channels = samples.shape
+    if depth < 8:
+        packed = np.packbits(np.unpackbits(samples[..., None], axis=-1)[..., 8 - depth :].reshape(height, -1), axis=1)
+        lines = [b"\0" + line.tobytes() for line in packed]
+    else:
+        lines = [b"\0" + line.astype(f">u{depth // 8}").tobytes() for line in samples]
+    header = struct.pack("!IIBBBBB", width, height, depth, {1: 0, 3: 2}[channels], 0, 0, 0)
+    chunks = ((b"IHDR", header), (b"tRNS", key), (b"IDAT", zlib.compress(b"".join(lines))), (b"IEND", b""))
+    return png.SIGNATURE + b"".join(
+        struct.pack("!I", len(data)) + kind + data + struct.pack("!I", zlib.crc32(kind + data)) for kind, data in chunks
+    )
+
+
+@pytest.mark.parametrize("depth", [2, 4, 8, 16])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_transparent_colour_of_png_is_kept_at_every_depth(depth: int, channels: int) -> None:
+    if channels == 3 and depth < 8:
+        pytest.skip("PNG has no such colour")
+    colour = 0xAA55 if depth == 16 else (2**depth - 1) * 2 // 3
+    samples = np.zeros((8, 8, channels), np.uint16 if depth == 16 else np.uint8)
+    samples[:, :4] = colour
+    found = codec.decode(transparent_png(samples, depth, struct.pack("!H", colour) * channels), "it.png", None)
+    assert found.alpha is not None
+    assert (found.alpha[:, :4] == 0).all()
+    assert (found.alpha[:, 4:] == 255).all()
+    assert (found.image[:, :4] == 170).all()
