@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from klein_mcp import __version__
-from klein_mcp.errors import RequestError
+from klein_mcp.errors import RequestError, UnknownImage
 from klein_mcp.images.library import Record, Store
 
 if TYPE_CHECKING:
@@ -41,14 +41,16 @@ class Asset:
     """An image file with its parents and recipe.
 
     media_type: image/png, image/jpeg or image/webp. recipe: its provenance as JSON, None to leave it out.
-    parents: the images it was made from, first reference first.
+    parents: the images it was made from, first reference first; None for one that cannot be embedded.
+    opened: whether it is a file of the user, about whose origin this installation knows nothing.
     """
 
     data: bytes
     media_type: str
     title: str
     recipe: Mapping[str, Any] | None = None
-    parents: tuple["Asset", ...] = ()
+    parents: tuple["Asset | None", ...] = ()
+    opened: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,12 +132,12 @@ class CredentialSigner:
 
     def _signed(self, asset: Asset, depth: int) -> bytes:
         c2pa = _library()
-        parents = asset.parents if depth else ()
-        builder = c2pa.Builder(_manifest(asset, len(parents)), context=_context())
+        parents = {i: parent for i, parent in enumerate(asset.parents) if parent is not None} if depth else {}
+        builder = c2pa.Builder(_manifest(asset, list(parents)), context=_context())
         signed = BytesIO()
         try:
-            for i, parent in enumerate(parents):
-                data = self._signed(parent, depth - 1)
+            for i, parent in parents.items():
+                data = parent.data if parent.opened else self._signed(parent, depth - 1)
                 builder.add_ingredient(json.dumps(_ingredient(parent, i)), parent.media_type, BytesIO(data))
             info = c2pa.C2paSignerInfo(self._algorithm, self._chain, self._key, None)
             with c2pa.Signer.from_info(info) as signer:
@@ -152,25 +154,30 @@ class CredentialSigner:
 def sign_record(store: Store, record: Record, data: bytes, media_type: str, signer: CredentialSigner) -> bytes:
     """Sign a file of a library image, with its ancestors as ingredients.
 
-    Raises RequestError. Blocking.
+    An opened image stays unsigned: a signature would claim that it was made here. Raises RequestError. Blocking.
     """
+    if record.tool == "open":
+        return data
     asset = Asset(data, media_type, record.handle, record.provenance, _parents(store, record, MAX_DEPTH))
     return signer.sign(asset)
 
 
-def _parents(store: Store, record: Record, depth: int) -> tuple[Asset, ...]:
-    """Read the ancestors that still exist.
+def _parents(store: Store, record: Record, depth: int) -> tuple[Asset | None, ...]:
+    """Read the ancestors, None for each that cannot be embedded."""
+    if not depth:
+        return (None,) * len(record.parents)
+    return tuple(_parent(store, handle, depth) for handle in record.parents)
 
-    This reads one generation more than is embedded.
-    """
-    if depth < 0:
-        return ()
-    found = (store.find(handle) for handle in record.parents)
-    present = [parent for parent in found if parent is not None and parent.deleted is None]
-    return tuple(
-        Asset(store.read(parent), "image/png", parent.handle, parent.provenance, _parents(store, parent, depth - 1))
-        for parent in present
-    )
+
+def _parent(store: Store, handle: str, depth: int) -> Asset | None:
+    try:
+        record = store.get(handle)
+        data = store.read(record)
+    except UnknownImage:
+        return None
+    opened = record.tool == "open"
+    parents = () if opened else _parents(store, record, depth - 1)
+    return Asset(data, "image/png", handle, record.provenance, parents, opened)
 
 
 def from_setting(setting: str, home: Path) -> CredentialSigner | None:
@@ -263,19 +270,19 @@ def _context(anchors: str = "") -> "c2pa.Context":
     return c2pa.Context(c2pa.Settings.from_dict(settings))
 
 
-def _manifest(asset: Asset, parents: int) -> dict[str, Any]:
+def _manifest(asset: Asset, embedded: list[int]) -> dict[str, Any]:
+    """Return the manifest. embedded: the indices of the parents that are ingredients."""
     agent = {"name": "klein-mcp", "version": __version__}
-    if parents:
-        ids = [_ingredient_id(i) for i in range(parents)]
-        actions = [
-            {"action": "c2pa.opened" if i == 0 else "c2pa.placed", "parameters": {"ingredientIds": [name]}}
-            for i, name in enumerate(ids)
-        ]
+    actions: list[dict[str, Any]] = [
+        {"action": "c2pa.opened" if i == 0 else "c2pa.placed", "parameters": {"ingredientIds": [_ingredient_id(i)]}}
+        for i in embedded
+    ]
+    if 0 in embedded:
         actions.append({"action": "c2pa.edited", "digitalSourceType": _COMPOSITE, "softwareAgent": agent})
     else:
-        # An image whose parents are too deep to embed keeps the source type of a composite.
+        # An image whose parents cannot be embedded keeps the source type of a composite.
         source = _COMPOSITE if asset.parents else _CREATED
-        actions = [{"action": "c2pa.created", "digitalSourceType": source, "softwareAgent": agent}]
+        actions.insert(0, {"action": "c2pa.created", "digitalSourceType": source, "softwareAgent": agent})
     assertions: list[dict[str, Any]] = [{"label": "c2pa.actions.v2", "data": {"actions": actions}}]
     if asset.recipe is not None:
         assertions.append({"label": _RECIPE, "data": dict(asset.recipe)})

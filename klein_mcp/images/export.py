@@ -81,6 +81,8 @@ def save(
         file = _rendered(store, record, options, kind)
         if signer is not None and not options.strip_metadata:
             file.data = credentials.sign_record(store, record, file.data, f"image/{kind}", signer)
+            if record.tool == "open":
+                file.warnings.append(f"{record.handle} was opened, not made here: it is saved without credentials")
     except ValueError as error:
         raise RequestError(f"{kind} cannot store it: {error}.", hint="Choose png, or a max_size.") from None
     if len(file.data) > MAX_FILE_BYTES:  # no tool could open it again

@@ -1,7 +1,9 @@
 """Content credentials: signed on the way out, checked on the way in."""
 
+import json
 import stat
 import sys
+from collections.abc import Iterator
 from io import BytesIO
 from pathlib import Path
 
@@ -11,8 +13,11 @@ from mcp.client.stdio import stdio_client
 from PIL import Image
 
 from klein_mcp.errors import RequestError
-from klein_mcp.images import credentials
-from klein_mcp.images.credentials import Asset, CredentialSigner, from_setting, local_anchors, verify
+from klein_mcp.images import codec, credentials
+from klein_mcp.images.credentials import Asset, CredentialSigner, from_setting, local_anchors, sign_record, verify
+from klein_mcp.images.export import SaveOptions, save
+from klein_mcp.images.library import Record, Store
+from tests.images import noise
 from tests.real_server import RealServer
 from tests.tool_calls import call
 
@@ -68,8 +73,6 @@ def test_changed_byte_breaks_the_signature(signer: CredentialSigner, home: Path)
 
 
 def test_lineage_is_embedded_up_to_the_depth_cap(signer: CredentialSigner) -> None:
-    import json
-
     import c2pa
 
     asset = png("root")
@@ -96,6 +99,75 @@ def test_composition_names_one_parent_and_its_components(signer: CredentialSigne
         ("apple", "parentOf"),
         ("rocket", "componentOf"),
     ]
+
+
+class Signed:
+    """A library whose images are signed."""
+
+    def __init__(self, store: Store, signer: CredentialSigner) -> None:
+        self.store, self._signer = store, signer
+
+    def put(self, tool: str, *parents: Record) -> Record:
+        handle = self.store.new_handle()
+        data = codec.encode(noise(16, 16, seed=int(handle, 36)), "png", {"image": handle})
+        recipe = {} if tool == "open" else {"seed": "7"}
+        names = [parent.handle for parent in parents]
+        return self.store.put(
+            data, handle=handle, pixels=handle, size=(16, 16), client="", tool=tool, recipe=recipe, parents=names
+        )
+
+    def sign(self, record: Record) -> bytes:
+        return sign_record(self.store, record, self.store.read(record), "image/png", self._signer)
+
+    def claims(self, record: Record) -> tuple[list[str], list[str]]:
+        """Return the actions that a signed image claims, and its embedded manifests."""
+        import c2pa
+
+        with c2pa.Reader("image/png", BytesIO(self.sign(record))) as reader:
+            found = json.loads(reader.json())
+        assert found["validation_state"] == "Valid"
+        actions = found["manifests"][found["active_manifest"]]["assertions"][0]["data"]["actions"]
+        kinds = [Path(action.get("digitalSourceType", "")).name for action in actions]
+        names = [action["action"].removeprefix("c2pa.") for action in actions]
+        manifests = [manifest["title"] for manifest in found["manifests"].values()]
+        return [f"{name} {kind}".strip() for name, kind in zip(names, kinds, strict=True)], manifests
+
+
+@pytest.fixture
+def library(signer: CredentialSigner, tmp_path: Path) -> Iterator[Signed]:
+    store = Store(tmp_path / "library")
+    yield Signed(store, signer)
+    store.close()
+
+
+COMPOSITE = "compositeWithTrainedAlgorithmicMedia"
+
+
+def test_opened_photo_is_never_claimed_as_made_here(library: Signed, signer: CredentialSigner, tmp_path: Path) -> None:
+    photo = library.put("open")
+    saved = save(library.store, photo, SaveOptions("photo.png"), [tmp_path], signer)
+    assert saved.path.read_bytes() == library.store.read(photo)
+    assert "opened, not made here" in saved.warnings[0]
+    edit = library.put("edit_image", photo)
+    assert library.claims(edit) == (["opened", f"edited {COMPOSITE}"], [edit.handle])
+
+
+@pytest.mark.parametrize("loss", ["deleted", "missing", "changed"])
+def test_edit_without_its_parents_file_is_signed_as_an_edit(library: Signed, loss: str) -> None:
+    first, second = library.put("generate_image"), library.put("generate_image")
+    both = library.put("compose_references", first, second)
+    edit = library.put("edit_image", first)
+    if loss == "deleted":
+        library.store.delete([first.handle])
+    elif loss == "missing":
+        library.store.path(first).unlink()
+    else:
+        library.store.path(first).write_bytes(b"other")
+    assert library.claims(edit) == ([f"created {COMPOSITE}"], [edit.handle])
+    actions, manifests = library.claims(both)
+    assert actions == [f"created {COMPOSITE}", "placed"]
+    assert set(manifests) == {both.handle, second.handle}
+    assert library.claims(second)[0] == ["created trainedAlgorithmicMedia"]
 
 
 def test_file_without_credentials_claims_nothing() -> None:
