@@ -91,16 +91,19 @@ class ImageFiles:
         os.replace(incoming, final)
 
     def abandoned(self) -> Iterator[Path]:
-        """Yield the unmoved files of dead processes, then remove their folders."""
+        """Yield the unmoved files of dead processes, then remove empty folders."""
         for lock in self._incoming.glob("*.lock"):
             claim = FileLock(lock)
             try:
                 claim.acquire(timeout=0)
             except Timeout:
                 continue  # its process is alive
-            yield from (lock.parent / lock.stem).glob("*")
-            shutil.rmtree(lock.parent / lock.stem, ignore_errors=True)
-            lock.unlink(missing_ok=True)
+            folder = lock.parent / lock.stem
+            yield from folder.glob("*")
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+            if not folder.exists():  # else something in it has to wait for the next start
+                lock.unlink(missing_ok=True)
             claim.release()
 
     # -- finding -------------------------------------------------------------------------------------------------

@@ -330,14 +330,5 @@ class Store:
         return True
 
     def original(self, recipe: Mapping[str, Any]) -> Record | None:
-        """Return the image a recipe names, if the recipe is its own.
-
-        A handle alone proves nothing: any file can name one. Seed and time are known only from a file of ours.
-        """
-        record = self.find(str(recipe.get("image", "")))
-        return record if record is not None and _same_recipe(record.provenance, recipe) else None
-
-
-def _same_recipe(own: Mapping[str, Any] | None, claimed: Mapping[str, Any]) -> bool:
-    names = ("image", "seed", "created", "fingerprint")
-    return own is not None and all(own.get(name) == claimed.get(name) for name in names)
+        """Return the image a recipe names, if the recipe is its own."""
+        return self.recovery.original(recipe)

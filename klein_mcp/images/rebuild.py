@@ -1,14 +1,18 @@
 """Rebuild the library's index from its files."""
 
+import contextlib
+import hashlib
 import time
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from filelock import FileLock
 
+from klein_mcp.errors import NotEnoughMemory
 from klein_mcp.images import recovery
 from klein_mcp.images.index import DATABASE
-from klein_mcp.images.library import Store
+from klein_mcp.images.library import Record, Store
 from klein_mcp.images.schema import BUSY_TIMEOUT, LibraryDamaged
 
 
@@ -50,16 +54,51 @@ def _move_away(folder: Path) -> Path:
 
 def _take_in_files(store: Store, moved: Path | None) -> Repair:
     found = 0
-    unreadable, records = [], []
+    unreadable: list[Path] = []
+    records: dict[Path, Record] = {}
     for path in recovery.orphans(store.files.root):
         found += 1
         if store.recovery.knows_file(path.stem):
             continue
-        record = recovery.record_in(path)
+        record = _record_in(path)
         if record is None:
             unreadable.append(path)
-            continue
-        records.append(record)
-    for record in sorted(records, key=lambda record: record.created):  # lists go by the order of rows
+        else:
+            records[path] = record
+    settled = list(_settled(store, records))
+    for record in sorted(settled, key=lambda record: record.created):  # lists go by the order of rows
         store.recovery.take_in(record)
     return Repair(found, len(records), moved, tuple(unreadable))
+
+
+def _record_in(path: Path) -> Record | None:
+    try:
+        return recovery.record_in(path)
+    except (OSError, NotEnoughMemory):
+        return None
+
+
+def _settled(store: Store, records: Mapping[Path, Record]) -> Iterator[Record]:
+    """Yield the records, copies of a generated image as opened ones.
+
+    A copy holds the recipe of its original. The original is known by its readable name, else it is the older file.
+    """
+    names = dict(_named_files(store))
+    originals: dict[str, Path] = {}
+    for path in sorted(records, key=lambda path: (names.get(path.stem) != records[path].handle, path.stat().st_mtime)):
+        originals.setdefault(records[path].handle, path)
+    for path, record in records.items():
+        original = store.original(record.recipe)
+        if original is None and originals[record.handle] != path:
+            original = records[originals[record.handle]]
+        if record.tool != "open" and original is not None:
+            same = recovery.same_recipe(original.provenance, record.recipe)
+            record = recovery.as_opened(record, path, original if same else None)
+        yield replace(record, handle=names.get(path.stem, record.handle))
+
+
+def _named_files(store: Store) -> Iterator[tuple[str, str]]:
+    """Yield SHA-256 and handle of each file with a readable name."""
+    for path in store.files.short_path("").parent.glob("*.png"):
+        with contextlib.suppress(OSError):
+            yield hashlib.sha256(path.read_bytes()).hexdigest(), path.stem

@@ -15,7 +15,7 @@ from typing import Any
 from filelock import FileLock
 
 from engine.contract import image_hash
-from klein_mcp.errors import RequestError
+from klein_mcp.errors import BadImage, NotEnoughMemory
 from klein_mcp.images.files import ImageFiles
 from klein_mcp.images.index import Index
 from klein_mcp.images.record import ALPHABET, HANDLE_LENGTH, Record
@@ -47,8 +47,12 @@ class Recovery:
         if self.knows_file(incoming.stem):
             self._files.move(incoming)
             return
-        record = record_in(incoming)
-        if record is not None and record.tool != "open":  # a foreign file is still where it was opened
+        try:
+            record = record_in(incoming)
+        except (OSError, NotEnoughMemory):  # of this moment: the next start tries again
+            return
+        # A foreign file is still where it was opened, and so is a copy of an image of ours.
+        if record is not None and record.tool != "open" and self.original(record.recipe) is None:
             self.take_in(record)
             self._files.move(incoming)
         else:
@@ -83,6 +87,14 @@ class Recovery:
         self._index.insert(record)
         return record
 
+    def original(self, recipe: Mapping[str, Any]) -> Record | None:
+        """Return the image a recipe names, if the recipe is its own.
+
+        A handle alone proves nothing: any file can name one. Seed and time are known only from a file of ours.
+        """
+        record = self._index.first("handle = ?", str(recipe.get("image", "")))
+        return record if record is not None and same_recipe(record.provenance, recipe) else None
+
     def knows_file(self, name: str) -> bool:
         """Return whether an image that is not deleted has this file."""
         return self._index.row("SELECT 1 FROM pictures WHERE file = ? AND deleted IS NULL", name) is not None
@@ -113,16 +125,19 @@ def forget(file: Path) -> None:
 
 
 def record_in(file: Path) -> Record | None:
-    """Return the record in a file's recipe, None if not whole."""
+    """Return the record in a file's recipe, None if not whole.
+
+    Raises OSError or NotEnoughMemory, which say nothing about the file.
+    """
     from klein_mcp.images import codec
 
+    data = file.read_bytes()
+    name = hashlib.sha256(data).hexdigest()
+    if name != file.stem:
+        return None
     try:
-        data = file.read_bytes()
-        name = hashlib.sha256(data).hexdigest()
-        if name != file.stem:
-            return None
         decoded = codec.decode(data, file.name, None)
-    except (OSError, RequestError):
+    except BadImage:
         return None
     recipe = decoded.recipe or {}
     transparent = {} if decoded.alpha is None else {"alpha": True}
@@ -131,7 +146,7 @@ def record_in(file: Path) -> Record | None:
     parents = [parent for parent in recipe.get("parents") or () if isinstance(parent, str)]
     height, width = decoded.image.shape[:2]
     return Record(
-        handle=str(recipe.get("image", "")),
+        handle=str(recipe.get("image", "")) if generated else "",
         file=name,
         pixels=image_hash(decoded.pixels),
         width=width,
@@ -144,6 +159,26 @@ def record_in(file: Path) -> Record | None:
         prompt=str(recipe.get("prompt") or request.get("prompt") or "") or None if generated else None,
         recipe={**(recipe if generated else {"made": recipe} if recipe else {}), **transparent},
         parents=tuple(parents) if generated else (),
+    )
+
+
+def same_recipe(own: Mapping[str, Any] | None, claimed: Mapping[str, Any]) -> bool:
+    """Return whether both describe the making of one image."""
+    names = ("image", "seed", "created", "fingerprint")
+    return own is not None and all(own.get(name) == claimed.get(name) for name in names)
+
+
+def as_opened(record: Record, file: Path, original: Record | None) -> Record:
+    """Return the record of a file that is an opened copy."""
+    made = {name: value for name, value in record.recipe.items() if name != "alpha"}
+    return replace(
+        record,
+        handle="",
+        created=file.stat().st_mtime,
+        tool="open",
+        prompt=None,
+        recipe={"made": made, **({"alpha": True} if record.transparent else {})},
+        parents=(original.handle,) if original else (),
     )
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import shutil
 import sqlite3
 from dataclasses import replace
 from pathlib import Path
@@ -11,10 +12,10 @@ import pytest
 from mcp import Client
 
 from klein_mcp.cli.doctor_files import check_library
-from klein_mcp.errors import RequestError, UnknownImage
+from klein_mcp.errors import NotEnoughMemory, RequestError, UnknownImage
 from klein_mcp.images import codec, schema
 from klein_mcp.images.index import DATABASE
-from klein_mcp.images.library import Store
+from klein_mcp.images.library import Record, Store
 from klein_mcp.images.rebuild import repair
 from klein_mcp.images.schema import LibraryBusy, LibraryDamaged
 from klein_mcp.jobs.service import Service
@@ -52,16 +53,93 @@ async def test_file_of_a_crashed_process_is_taken_in_by_its_recipe(
     client: Client, service: Service, settings: Settings
 ):
     facts = await call(client, "generate_image", prompt="a cat", seed=7)
-    record = service.store.get(facts["image"])
-    crashed = settings.library / "incoming" / "0123456789abcdef"
-    crashed.mkdir()
-    crashed.with_suffix(".lock").touch()
-    os.replace(service.store.path(record), crashed / f"{record.file}.png")
-    service.store._index.write("DELETE FROM pictures")
+    crash(service, settings, facts["image"])
     service.store.recovery.run()
     (found,) = service.store.everything()
     assert (found.handle, found.prompt, found.recipe["seed"]) == (facts["image"], "a cat", "7")
     assert service.store.read(found)
+
+
+def crash(service: Service, settings: Settings, handle: str) -> Record:
+    """Leave an image as a process does that dies between writing and recording it."""
+    record = service.store.get(handle)
+    crashed = settings.library / "incoming" / "0123456789abcdef"
+    crashed.mkdir()
+    crashed.with_suffix(".lock").touch()
+    os.replace(service.store.path(record), crashed / f"{record.file}.png")
+    service.store._index.write("DELETE FROM pictures WHERE handle = ?", handle)
+    return record
+
+
+@pytest.mark.parametrize("error", [OSError(24, "Too many open files"), NotEnoughMemory("There is not enough memory.")])
+async def test_file_unreadable_for_the_moment_waits_for_the_next_start(
+    client: Client, service: Service, settings: Settings, monkeypatch: pytest.MonkeyPatch, error: Exception
+):
+    def fail(*_: object) -> None:
+        raise error
+
+    record = crash(service, settings, (await call(client, "generate_image", prompt="a cat", seed=7))["image"])
+    with monkeypatch.context() as patched:
+        patched.setattr(*((codec, "decode") if isinstance(error, NotEnoughMemory) else (Path, "read_bytes")), fail)
+        service.store.recovery.run()
+    assert service.store.everything() == []
+    service.store.recovery.run()
+    assert service.store.read(service.store.get(record.handle))
+    assert list((settings.library / "incoming").glob("0123456789abcdef*")) == []
+
+
+async def test_crashed_import_of_a_copy_makes_no_second_image(
+    client: Client, service: Service, settings: Settings, tmp_path: Path
+):
+    original, copy = await with_copy(client, service, tmp_path)
+    crash(service, settings, copy)
+    service.store.recovery.run()
+    assert [record.handle for record in service.store.everything()] == [original]
+
+
+async def with_copy(client: Client, service: Service, folder: Path) -> tuple[str, str]:
+    """Generate an image, and open its copy in another format."""
+    service.settings = replace(service.settings, write_roots=(folder,))
+    original = await call(client, "generate_image", prompt="a cat", seed=7)
+    await call(client, "save_image", image="last", path="copy.jpg")
+    copy = await call(client, "view_image", image=str(folder / "copy.jpg"))
+    assert service.store.get(copy["image"]).parents == (original["image"],)
+    return original["image"], copy["image"]
+
+
+@pytest.mark.parametrize("older", ["original", "copy"])
+@pytest.mark.parametrize("lost", ["index", "row", "index and names"])
+async def test_repair_takes_a_copy_for_opened_and_not_for_its_original(
+    client: Client, service: Service, settings: Settings, tmp_path: Path, older: str, lost: str
+):
+    if (older, lost) == ("copy", "index and names"):
+        pytest.skip("nothing tells them apart")
+    original, copy = await with_copy(client, service, tmp_path)
+    files = {handle: service.store.path(service.store.get(handle)) for handle in (original, copy)}
+    for handle in (original, copy):
+        service.store.readable_path(service.store.get(handle))
+        os.utime(files[handle], (1e9, 1e9) if (handle == original) == (older == "original") else (1.5e9, 1.5e9))
+    before = service.store.get(original)
+    if lost == "row":
+        service.store._index.write("DELETE FROM pictures WHERE handle = ?", copy)
+        service.store._index.write("DELETE FROM parents WHERE child = ?", copy)
+    service.close()
+    if lost != "row":
+        for path in settings.library.glob(f"{DATABASE}*"):
+            path.unlink()
+        (settings.library / DATABASE).write_bytes(b"garbage " * 1000)
+    if lost == "index and names":
+        shutil.rmtree(settings.library / "images")
+    repair(settings.library)
+    store = Store(settings.library)
+    after = store.get(original)
+    assert (after.file, after.tool, after.prompt) == (before.file, "generate_image", "a cat")
+    (opened,) = (record for record in store.everything() if record.handle != original)
+    store.close()
+    assert (opened.tool, opened.parents, opened.prompt) == ("open", (original,), None)
+    assert opened.file == files[copy].stem
+    assert opened.recipe["made"]["image"] == original
+    assert opened.handle == copy or lost == "index and names"
 
 
 async def test_damaged_index_is_named_and_rebuilt_with_lineage(client: Client, service: Service, settings: Settings):
