@@ -4,6 +4,7 @@ PNG, JPEG and WebP files carry it.
 """
 
 import json
+import re
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ from xml.sax.saxutils import quoteattr
 from PIL import Image
 
 from klein_mcp import __version__
+from klein_mcp.foreign import clean_text
 
 KEYWORD = "klein-mcp"
 """The PNG text chunk that holds the recipe."""
@@ -36,7 +38,13 @@ _PACKET = (
 )
 
 MAX_PACKET = 65_000
-"""JPEG stores XMP in one segment of at most 65,502 bytes."""
+"""Bytes of XMP: JPEG stores it in one segment of at most 65,502."""
+MAX_RECIPE = 250_000
+"""Characters of a recipe that are read: 32,000 of a prompt, each of which JSON may write as six."""
+_SHORTEST = 64
+"""Characters of a text that are left where the others need the room."""
+_UNWRITABLE = re.compile("[\ud800-\udfff\ufffe\uffff]")
+"""Characters that UTF-8 or XML lacks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,8 +87,28 @@ class Provenance:
 def xmp(recipe: Mapping[str, Any]) -> str:
     """Return the XMP packet with the recipe, for all three formats.
 
-    One reader handles them all.
+    One reader handles them all. Texts are shortened until it fits into JPEG.
     """
+    limit = MAX_PACKET
+    while len((packet := _packet(recipe)).encode()) > MAX_PACKET:
+        limit //= 2
+        recipe = _shortened(recipe, limit) if limit > _SHORTEST else {}
+    return packet
+
+
+def _shortened(value: Any, limit: int) -> Any:
+    """Return JSON data with no text longer than `limit`."""
+    match value:
+        case str():
+            return clean_text(value, limit)
+        case list() | tuple():
+            return [_shortened(item, limit) for item in value]
+        case Mapping():
+            return {name: _shortened(item, limit) for name, item in value.items()}
+    return value
+
+
+def _packet(recipe: Mapping[str, Any]) -> str:
     return _PACKET.format(
         namespace=NAMESPACE,
         tool=quoteattr(f"klein-mcp {__version__}"),
@@ -106,14 +134,14 @@ def read(image: Image.Image) -> dict[str, Any] | None:
     if text is None:
         text = _recipe_in(image.info.get("xmp") or image.info.get(_XMP_KEYWORD))
     try:
-        recipe = json.loads(text) if isinstance(text, str) and len(text) <= MAX_PACKET else None
+        recipe = json.loads(text) if isinstance(text, str) and len(text) <= MAX_RECIPE else None
     except (ValueError, RecursionError):
         return None
     return recipe if isinstance(recipe, dict) else None
 
 
 def _recipe_in(packet: bytes | str | None) -> str | None:
-    if not packet or len(packet) > MAX_PACKET:
+    if not packet or len(packet) > MAX_RECIPE:
         return None
     # Reject any DTD: our packets have none, and entity expansion could exhaust memory.
     if (b"<!" if isinstance(packet, bytes) else "<!") in packet:  # type: ignore[operator]
@@ -129,4 +157,6 @@ def _recipe_in(packet: bytes | str | None) -> str | None:
 
 
 def _json(recipe: Mapping[str, Any]) -> str:
-    return json.dumps(recipe, ensure_ascii=True, separators=(",", ":"), sort_keys=True)
+    # As UTF-8: escapes would make six characters of one that is not ASCII.
+    text = json.dumps(recipe, ensure_ascii=False, separators=(",", ":"), sort_keys=True)
+    return _UNWRITABLE.sub(lambda found: f"\\u{ord(found[0]):04x}", text)

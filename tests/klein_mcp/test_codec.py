@@ -17,7 +17,8 @@ from hypothesis.extra import numpy as arrays
 from PIL import Image, ImageCms
 
 from klein_mcp.errors import BadImage
-from klein_mcp.images import codec, png
+from klein_mcp.foreign import well_formed
+from klein_mcp.images import codec, png, provenance
 from tests.images import file, noise, pixels, scene
 
 SCENE = scene(48, 32)
@@ -281,6 +282,26 @@ def test_texts_in_png_come_back_in_any_script():
     data = png.encode(SCENE, [("klein-mcp", "ein Bär, 熊, 🐻")])
     with Image.open(io.BytesIO(data)) as opened:
         assert opened.text["klein-mcp"] == "ein Bär, 熊, 🐻"  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("kind", ["png", "jpeg", "webp"])
+@pytest.mark.parametrize("unit", ["a", "熊", "🐻", '"', "\n", "\x01", "<&'>", "\ufffe\ud800\x85\u2028"])
+def test_recipe_with_any_prompt_is_read_from_every_format(kind: codec.Format, unit: str):
+    """The longest prompt of any front end has 32,000 characters."""
+    prompt = unit * (32_000 // len(unit))
+    recipe = {"image": "k7f3q2", "seed": "7", "request": {"tool": "generate_image", "prompt": prompt, "steps": 4}}
+    data = codec.encode(SCENE, kind, recipe)
+    with Image.open(io.BytesIO(data)) as opened:
+        found = provenance.read(opened)
+    assert found is not None
+    read = found["request"].pop("prompt")
+    assert found == {"image": "k7f3q2", "seed": "7", "request": {"tool": "generate_image", "steps": 4}}
+    assert read == prompt or (read.endswith("…") and well_formed(prompt).startswith(read[:-1]))
+    assert kind != "png" or read == prompt
+    assert unit not in ("a", "熊") or len(read) >= 16_000
+    short = codec.encode(SCENE, kind, {"request": {"prompt": unit * 100}})
+    with Image.open(io.BytesIO(short)) as opened:
+        assert provenance.read(opened) == {"request": {"prompt": unit * 100}}
 
 
 @pytest.mark.bench
