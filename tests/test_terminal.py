@@ -62,6 +62,16 @@ def test_paint_shows_a_bar_on_stderr_and_the_result_on_stdout(server: RealServer
     assert json.loads(out)["seed"] == "1"
 
 
+def test_paint_prints_what_it_changed_in_a_reference(server: RealServer, tmp_path: Path) -> None:
+    Image.new("RGBA", (128, 128), (250, 220, 50, 0)).save(tmp_path / "clear.png")
+    words = ("paint", "make the background green", "--ref", "clear.png", "--seed", "1", "-o", "out.png", "--json")
+    ran = server.run("-m", "klein_mcp", *words, cwd=tmp_path)
+    assert ran.returncode == 0, ran.stderr
+    warning = "clear.png is partly transparent; transparent pixels count as white."
+    assert f"klein-mcp: {warning}" in ran.stderr.splitlines()
+    assert warning in json.loads(ran.stdout)["warnings"]
+
+
 def test_painted_file_does_not_tell_where_its_reference_lies(server: RealServer, tmp_path: Path) -> None:
     folder = tmp_path / "of somebody whose name is nobody's business"
     folder.mkdir()

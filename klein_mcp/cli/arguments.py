@@ -2,6 +2,7 @@
 
 import argparse
 import re
+from pathlib import Path
 
 _SECONDS = {"h": 3600.0, "d": 86400.0, "w": 604800.0, "m": 30 * 86400.0, "y": 365 * 86400.0}
 _BYTES = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
@@ -17,6 +18,13 @@ def image_size(text: str) -> tuple[int, int]:
     if not all(MIN_SIDE <= int(side) <= MAX_SIDE for side in (width, height)):
         raise argparse.ArgumentTypeError(f"{text!r} has a side that is not {MIN_SIDE} to {MAX_SIDE} pixels")
     return int(width), int(height)
+
+
+def local_path(text: str) -> Path:
+    """Parse a path, which may begin with ~."""
+    from klein_mcp.images.paths import expanded
+
+    return expanded(text)
 
 
 def count(text: str) -> int:

@@ -22,8 +22,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     commands = parser.add_subparsers(dest="part", metavar="up|join|status|down", required=True)
     up = commands.add_parser("up", help="make this machine the first of a cluster, and serve its address")
     up.add_argument("--listen", default="127.0.0.1:8000", metavar="HOST:PORT", help="what KLEIN_ENGINE will name")
-    up.add_argument("--certificate", type=Path, metavar="F", help="TLS certificate with its chain")
-    up.add_argument("--key", type=Path, metavar="F", help="TLS private key")
+    up.add_argument("--certificate", type=types.local_path, metavar="F", help="TLS certificate with its chain")
+    up.add_argument("--key", type=types.local_path, metavar="F", help="TLS private key")
     up.add_argument("--port", type=types.port, default=6379, help="Ray's port, which other machines join")
     up.add_argument("--gpus", type=float, metavar="N", help="GPUs per engine, such as 1 or 0.5; default: 1, or 0")
     up.add_argument("--least", type=types.count, default=1, metavar="N", help="engines while there is nothing to do")
@@ -31,7 +31,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     join = commands.add_parser("join", help="add this machine to a cluster")
     join.add_argument("address", metavar="HOST:PORT", help="the first machine and Ray's port there")
     for command in (up, join):
-        command.add_argument("--token-file", type=Path, required=True, metavar="F", help="file with the daemons' token")
+        command.add_argument(
+            "--token-file", type=types.local_path, required=True, metavar="F", help="file with the daemons' token"
+        )
         command.add_argument("--host", default="", help="this machine's address for the others; default: Ray's choice")
         command.add_argument("--engines", type=types.count, metavar="N", help="engines here; default: one per GPU")
     status = commands.add_parser("status", help="machines of the cluster and what their engines do")

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import anyio
 
+from klein_mcp.cli.arguments import local_path
 from klein_mcp.cli.terminal import ProgressBar, program, strip_control_chars
 from klein_mcp.errors import RequestError
 from klein_mcp.settings import Settings
@@ -40,7 +41,9 @@ class DemoCall:
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--out", type=Path, default=Path("klein-demo"), metavar="DIR", help="default: ./klein-demo")
+    parser.add_argument(
+        "--out", type=local_path, default=Path("klein-demo"), metavar="DIR", help="default: ./klein-demo"
+    )
 
 
 def run(settings: Settings, arguments: argparse.Namespace) -> int:

@@ -6,6 +6,7 @@ import ssl
 import sys
 from pathlib import Path
 
+from klein_mcp.cli.arguments import local_path
 from klein_mcp.settings import Settings
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
@@ -14,9 +15,11 @@ MAX_PORT = 65535
 
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--listen", default="127.0.0.1:8000", metavar="HOST:PORT", help="default: 127.0.0.1:8000")
-    parser.add_argument("--token-file", type=Path, required=True, metavar="F", help="file with the token of daemons")
-    parser.add_argument("--certificate", type=Path, metavar="F", help="TLS certificate, with its chain")
-    parser.add_argument("--key", type=Path, metavar="F", help="TLS private key")
+    parser.add_argument(
+        "--token-file", type=local_path, required=True, metavar="F", help="file with the token of daemons"
+    )
+    parser.add_argument("--certificate", type=local_path, metavar="F", help="TLS certificate, with its chain")
+    parser.add_argument("--key", type=local_path, metavar="F", help="TLS private key")
 
 
 def run(settings: Settings, arguments: argparse.Namespace) -> int:

@@ -4,13 +4,13 @@ import argparse
 import json
 import os
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 from klein_mcp.cli.records import describe_file, describe_record, expect_handle, for_terminal
 from klein_mcp.cli.terminal import strip_control_chars
 from klein_mcp.errors import one_line
 from klein_mcp.images.library import Store
+from klein_mcp.images.paths import expanded
 from klein_mcp.settings import Settings
 
 _LONGEST = 20_000
@@ -31,12 +31,12 @@ def info(settings: Settings, target: str, *, as_json: bool = False) -> int:
     store = Store(settings.library)
     try:
         with for_terminal():
-            is_file = os.path.exists(Path(target).expanduser())
-            if not is_file:
+            path = expanded(target)
+            if not os.path.exists(path):
                 expect_handle(store, target)
                 facts = describe_record(store, store.get(target))
             else:
-                facts = describe_file(store, Path(target), settings.home)
+                facts = describe_file(store, path, settings.home)
     finally:
         store.close()
     print(json.dumps(facts) if as_json else "\n".join(format_facts(facts)))

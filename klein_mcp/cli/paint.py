@@ -15,7 +15,7 @@ from typing import Any
 from engine.contract import Event, InvalidJob, Result
 from engine.families.klein.variants import EMBEDDED
 from klein_mcp.atomic import write_new_or_replace
-from klein_mcp.cli.arguments import image_size
+from klein_mcp.cli.arguments import image_size, local_path
 from klein_mcp.cli.terminal import ProgressBar, strip_control_chars
 from klein_mcp.errors import RequestError, quote
 from klein_mcp.jobs import request
@@ -45,7 +45,9 @@ class PaintOptions:
 
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("prompt", metavar="PROMPT", help="what the image shows, or what to change in a reference")
-    parser.add_argument("--ref", type=Path, action="append", default=[], metavar="IMG", help="a reference; repeatable")
+    parser.add_argument(
+        "--ref", type=local_path, action="append", default=[], metavar="IMG", help="a reference; repeatable"
+    )
     parser.add_argument("--model", metavar="M", help="a variant, a folder or a file, by path or name; default: auto")
     parser.add_argument("--seed", type=int, metavar="N", help="default: a random one, which is printed")
     parser.add_argument(
@@ -95,7 +97,7 @@ def run(settings: Settings, arguments: argparse.Namespace) -> int:
 def _output(text: str) -> Path:
     if Path(text).suffix.lower() not in KINDS:
         raise argparse.ArgumentTypeError(f"{text!r} does not end in {', '.join(KINDS)}")
-    return Path(text)
+    return local_path(text)
 
 
 def paint(settings: Settings, options: PaintOptions, *, as_json: bool = False) -> int:
@@ -111,7 +113,9 @@ def paint(settings: Settings, options: PaintOptions, *, as_json: bool = False) -
     wanted = _request(options)
     out = options.out or Path(f"klein-{wanted.seed}.png")
     _check(out)
-    references = tuple(codec.decode(_read(path), str(path)).image for path in options.references)
+    decoded = [codec.decode(_read(reference), str(reference)) for reference in options.references]
+    about_files = [warning for found in decoded for warning in found.warnings]
+    references = tuple(found.image for found in decoded)
     prepared = PreparedRequest(wanted, references, ("",) * len(references), (), wanted.warnings)
     with ProgressBar("starting the engine") as bar:
         with _interruptible():
@@ -127,7 +131,12 @@ def paint(settings: Settings, options: PaintOptions, *, as_json: bool = False) -
     except OSError as exc:
         raise _unwritable(out, exc.strerror or str(exc)) from None
     demo = options.model == "auto" and result.model == EMBEDDED
-    warnings = (*wanted.warnings, *result.warnings, *([demo_warning(executor.status().models)] if demo else ()))
+    warnings = (
+        *about_files,
+        *wanted.warnings,
+        *result.warnings,
+        *([demo_warning(executor.status().models)] if demo else ()),
+    )
     for warning in warnings:
         print(strip_control_chars(f"klein-mcp: {warning}"), file=sys.stderr)
     if as_json:

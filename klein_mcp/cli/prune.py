@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 
 from klein_mcp import __version__
+from klein_mcp.cli import terminal
 from klein_mcp.cli.arguments import age, byte_size
 from klein_mcp.cli.records import local_day
 from klein_mcp.errors import RequestError
@@ -52,7 +53,7 @@ def prune(
     max_size: int | None = None,
     yes: bool = False,
     as_json: bool = False,
-    ask: Callable[[str], str] = input,
+    ask: Callable[[str], str] = terminal.ask,
 ) -> int:
     """Delete images older than `older_than` seconds, then the oldest beyond `max_size` bytes."""
     store = Store(settings.library)
@@ -61,10 +62,10 @@ def prune(
         total = sum(record.bytes for record in chosen)
         summary = f"{len(chosen)} images, {total / 1e6:.1f} MB"
         if chosen and not yes:
-            if not sys.stdin.isatty() and ask is input:
+            if not sys.stdin.isatty() and ask is terminal.ask:
                 raise RequestError(f"Nothing was deleted: {summary} would be.", hint="Say --yes to delete them.")
             oldest, newest = local_day(chosen[0].created), local_day(chosen[-1].created)
-            if ask(f"Delete {summary}, from {oldest} to {newest}? [y/N] ").strip().lower() not in ("y", "yes"):
+            if ask(f"Delete {summary}, from {oldest} to {newest}? [y/N]").lower() not in ("y", "yes"):
                 print("nothing was deleted")
                 return 1
         store.delete([record.handle for record in chosen])

@@ -16,7 +16,7 @@ from typing import Any
 
 from engine.families.klein.variants import APACHE, VARIANTS, Variant
 from klein_mcp.cli.pull_sources import FileSelection, selections
-from klein_mcp.cli.terminal import ProgressBar
+from klein_mcp.cli.terminal import ProgressBar, ask
 from klein_mcp.errors import RequestError, quote
 from klein_mcp.settings import Settings
 
@@ -92,8 +92,7 @@ def _agree(row: Variant | None, name: str, agreed: bool) -> None:
             f"{row.name} is for non-commercial use only, which has to be agreed to.",
             hint=f"If you do: klein-mcp pull {name} --accept-licence",
         )
-    print("Do you agree to it? [y/N] ", end="", file=sys.stderr, flush=True)
-    if sys.stdin.readline().strip().lower() not in ("y", "yes"):
+    if ask("Do you agree to it? [y/N]").lower() not in ("y", "yes"):
         raise RequestError(
             f"{row.name} was not pulled: its licence was not agreed to.", hint="klein-4b has a free one."
         )

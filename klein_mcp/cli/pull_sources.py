@@ -83,6 +83,8 @@ def selections(name: str, wanted: str = "") -> tuple[Variant | None, list[FileSe
     name: one of `names`, or a repository that is known. wanted: a format, such as fp8 or gguf:Q4_K_M.
     """
     name, wanted = _by_repository(name, wanted)
+    if wanted and name in (SMALL, TOKENIZER, *(f"{row.name}-{COMPANIONS}" for row in VARIANTS.values())):
+        raise RequestError(f"{name} has no formats to choose from.", hint="Leave out --format.")
     if name == SMALL:
         return None, [FileSelection(SMALL_DECODER.repo, (SMALL_DECODER.name,))]
     if name == TOKENIZER:
@@ -96,6 +98,8 @@ def selections(name: str, wanted: str = "") -> tuple[Variant | None, list[FileSe
             return row, [FileSelection(row.repo, COMPANION_FILES)]
         for file in row.files:
             if file.format != FULL and name == f"{row.name}-{file.format}":
+                if wanted not in ("", file.format):
+                    raise _other_format(name, file.format, wanted, row)
                 return row, _in_format(row, file.format)
     near = difflib.get_close_matches(name, names(), 1)
     meant = f" Did you mean {near[0]}?" if near else ""
@@ -123,6 +127,10 @@ def _in_format(row: Variant, wanted: str) -> list[FileSelection]:
     raise RequestError(f"{row.name} is not published as {wanted!r}.", hint=f"There are: {', '.join(formats(row))}.")
 
 
+def _other_format(name: str, own: str, wanted: str, row: Variant) -> RequestError:
+    return RequestError(f"{name} is {own}, not {wanted}.", hint=f"Say klein-mcp pull {row.name} --format {wanted}.")
+
+
 def _tokenizer() -> FileSelection:
     return FileSelection(_FREE, ("model_index.json", "tokenizer/*"))
 
@@ -135,10 +143,12 @@ def _by_repository(name: str, wanted: str) -> tuple[str, str]:
     for row in VARIANTS.values():
         for file in row.files:
             if lower == file.repo.lower():
-                return row.name, wanted or file.format
+                return (row.name if file.format == FULL else f"{row.name}-{file.format}"), wanted
     for repack in REPACKS.values():
         if lower == repack.gguf.lower():
             return repack.variant, f"gguf:{wanted.removeprefix('gguf').removeprefix(':')}" if wanted else "gguf"
-        if lower == repack.comfyui.lower():
+        if repack.comfyui and lower == repack.comfyui.lower():
+            if wanted not in ("", "comfyui"):
+                raise _other_format(name, "comfyui", wanted, VARIANTS[repack.variant])
             return repack.variant, wanted or "comfyui"
     return name, wanted

@@ -11,6 +11,7 @@ from typing import Any
 from klein_mcp.errors import UnknownImage, quote
 from klein_mcp.images.files import read_regular_file
 from klein_mcp.images.library import Store
+from klein_mcp.images.paths import expanded
 from klein_mcp.images.record import ALPHABET, HANDLE_LENGTH, Record
 
 
@@ -29,8 +30,8 @@ def expect_handle(store: Store, name: str) -> None:
         return
     if re.fullmatch(r"last(~\d+)?", name):
         raise UnknownImage(f"{name} is for MCP clients.", hint="list_images shows handles.")
-    if os.path.isfile(Path(name).expanduser()):  # False for a name too long, too
-        handle = describe_file(store, Path(name))["in_library"]
+    if os.path.isfile(expanded(name)):  # False for a name too long, too
+        handle = describe_file(store, expanded(name))["in_library"]
         known = f"that of {name} is {handle}." if handle else f"{name} is not in the library."
         raise UnknownImage(f"This takes a handle; {known}", hint="" if handle else "list_images shows all.")
     raise UnknownImage(f"There is no file or handle {quote(name)}.", hint="list_images shows handles.")
@@ -75,9 +76,9 @@ def describe_file(store: Store, path: Path, home: Path | None = None) -> dict[st
     from klein_mcp.images import codec, credentials
 
     try:
-        data = read_regular_file(path.expanduser().resolve())  # a pipe would block
+        data = read_regular_file(path.resolve())  # a pipe would block
     except OSError as error:
-        reason = "it is a folder" if path.expanduser().is_dir() else error.strerror or error
+        reason = "it is a folder" if path.is_dir() else error.strerror or error
         raise UnknownImage(f"{path} cannot be read: {reason}.", hint="Name an image's file or handle.") from None
     decoded = codec.decode(data, str(path), None)
     claim = credentials.describe(data, home) if home else None
@@ -92,7 +93,7 @@ def describe_file(store: Store, path: Path, home: Path | None = None) -> dict[st
         "made_by_klein_mcp": decoded.recipe is not None,
         "recipe": recipe,
         **({"credentials": claim} if claim else {}),
-        "in_library": known.handle if known else None,
+        "in_library": known.handle if known and known.deleted is None else None,
         "ancestors": _ancestors(store, known) if known else [],
     }
 

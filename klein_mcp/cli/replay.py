@@ -2,12 +2,13 @@
 
 import argparse
 import json
+import os
 import sys
-from pathlib import Path
 
 from klein_mcp.cli.records import describe_record, expect_handle, for_terminal
 from klein_mcp.cli.terminal import ProgressBar, strip_control_chars
 from klein_mcp.errors import one_line
+from klein_mcp.images.paths import expanded
 from klein_mcp.settings import Settings
 
 
@@ -21,8 +22,8 @@ def run(settings: Settings, arguments: argparse.Namespace) -> int:
     import anyio
 
     onto = arguments.onto
-    if onto is not None and Path(onto).expanduser().exists():
-        onto = str(Path(onto).expanduser().resolve())  # a terminal has a working directory; a reference has none
+    if onto is not None and os.path.exists(expanded(onto)):
+        onto = str(expanded(onto).resolve())  # a terminal has a working directory; a reference has none
     with for_terminal():
         return anyio.run(_replay, settings, arguments.handle, onto, arguments.seed, arguments.json)
 

@@ -24,6 +24,18 @@ def stable_command() -> list[str]:
     return [uvx, "klein-mcp"] if uvx and "archive-v0" in Path(command[0]).parts else command
 
 
+def ask(question: str) -> str:
+    """Return what is typed, "" for Ctrl-D.
+
+    The question goes to stderr, so that stdout holds results alone.
+    """
+    print(question, end=" ", file=sys.stderr, flush=True)
+    answer = sys.stdin.readline()
+    if not answer:
+        print(file=sys.stderr)
+    return answer.strip()
+
+
 def strip_control_chars(text: str) -> str:
     """Remove characters that could control the terminal or reverse its text."""
     return "".join(map(_strip, text))

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from klein_mcp import __version__
 from klein_mcp.errors import RequestError, UnknownImage
 from klein_mcp.images.library import Record, Store
+from klein_mcp.images.paths import expanded
 
 if TYPE_CHECKING:
     import c2pa
@@ -189,7 +190,7 @@ def from_setting(setting: str, home: Path) -> CredentialSigner | None:
         return None
     if setting == "local":
         return CredentialSigner.local(home / "credentials")
-    return CredentialSigner.read(Path(setting).expanduser())
+    return CredentialSigner.read(expanded(setting))
 
 
 def verify(data: bytes, media_type: str, anchors: str = "") -> Claim | None:

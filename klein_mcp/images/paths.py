@@ -28,6 +28,17 @@ def unwrap(text: str) -> str:
     return text
 
 
+def expanded(path: str | PurePath) -> Path:
+    """Return a path with ~ as the home folder it means.
+
+    It stays as it is if it names a user there is not.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        return Path(path)
+
+
 _NO_PATH = re.compile(r"(?:klein|https?|data|file):.*|last(?:[~.]\w+)?", re.IGNORECASE | re.DOTALL)
 _ADDRESS = re.compile(r"(?:([a-z][a-z0-9+.-]+)://|(data|klein|sandbox|blob|attachment):)", re.IGNORECASE)
 _OF_WINDOWS = re.compile(r"[A-Za-z]:[\\/]|\\\\[\w.$-]+\\")

@@ -10,7 +10,7 @@ import stat
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 from urllib.parse import unquote_to_bytes
 
@@ -67,7 +67,7 @@ def is_path(reference: str) -> bool:
     if len(reference) > paths.MAX_REFERENCE or re.match(r"data:|https?:|klein:", reference, re.IGNORECASE):
         return False
     candidates = paths.candidates(paths.unwrap(reference))
-    return any(path.is_absolute() for path in map(_expanded, candidates))
+    return any(path.is_absolute() for path in map(paths.expanded, candidates))
 
 
 class ImageResolver:
@@ -110,7 +110,7 @@ class ImageResolver:
             return ResolvedImage(self._store.get(handle))
         if why := paths.why_foreign(reference):
             raise UnknownImage(why, hint="Give an absolute path of this machine, a handle, or a data: URL.")
-        written = [_expanded(path) for path in paths.candidates(reference)]
+        written = [paths.expanded(path) for path in paths.candidates(reference)]
         absolute = [path for path in written if path.is_absolute()]
         if absolute:
             path, real = self._find(absolute)
@@ -302,13 +302,6 @@ def _decode(data: bytes, name: str, reading: Reading) -> "Decoded":
     decoded = codec.decode(data, name, BLACK)
     image = mask.to_brightness(decoded, name, alpha_only=reading == "alpha mask")
     return replace(decoded, image=image, warnings=(), flattened=False, alpha=None)
-
-
-def _expanded(path: PurePath) -> Path:
-    try:
-        return Path(path).expanduser()
-    except RuntimeError:  # a user there is not
-        return Path(path)
 
 
 def _read(path: Path) -> bytes:

@@ -1,6 +1,7 @@
 """The library commands, and replay of an image's history."""
 
 import argparse
+import io
 import itertools
 import json
 import re
@@ -19,6 +20,7 @@ from engine.contract import Rgb8
 from klein_mcp.cli.arguments import age, byte_size
 from klein_mcp.cli.info import format_facts, info
 from klein_mcp.cli.list import list_images
+from klein_mcp.cli.main import main
 from klein_mcp.cli.prune import prune, select_for_deletion
 from klein_mcp.cli.records import expect_handle, for_terminal
 from klein_mcp.errors import RequestError
@@ -151,6 +153,34 @@ async def test_argument_that_is_no_handle_says_what_it_is(
         info(settings, "nofile.png")
 
 
+@pytest.mark.parametrize("words", [["info"], ["replay"], ["replay", "k7f3q2", "--onto"]])
+def test_home_of_an_unknown_user_is_one_line(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setenv("KLEIN_HOME", str(tmp_path))
+    assert main([*words, "~nouser/x.png"]) == 1
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+async def test_deleted_image_is_not_named_as_in_the_library(
+    settings: Settings,
+    service: Service,
+    client: Client,
+    history: list[dict[str, Any]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):
+    service.settings = replace(settings, write_roots=(tmp_path,))
+    await call(client, "save_image", image=history[1]["image"], path=str(tmp_path / "out.jpg"))
+    service.store.delete([history[1]["image"]])
+    monkeypatch.setenv("HOME", str(tmp_path))
+    info(settings, "~/out.jpg", as_json=True)
+    facts = printed_json(capsys)
+    assert facts["in_library"] is None
+    assert facts["ancestors"] == [history[0]["image"], history[0]["parents"][0]]
+
+
 async def test_list_shows_images_with_their_parents(
     settings: Settings, history: list[dict[str, Any]], capsys: pytest.CaptureFixture[str]
 ):
@@ -224,6 +254,21 @@ async def test_prune_asks_before_it_deletes(
 async def test_prune_without_a_terminal_needs_yes(settings: Settings, history: list[dict[str, Any]], service: Service):
     with pytest.raises(RequestError, match="Say --yes to delete them"):
         prune(settings, older_than=0.0)
+    assert len(service.store.everything()) == 5
+
+
+async def test_prune_takes_ctrl_d_for_no(
+    settings: Settings,
+    service: Service,
+    history: list[dict[str, Any]],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):
+    ended = io.StringIO("")
+    ended.isatty = lambda: True  # type: ignore[method-assign]
+    monkeypatch.setattr("sys.stdin", ended)
+    assert prune(settings, max_size=0, as_json=True) == 1
+    assert "[y/N]" in capsys.readouterr().err
     assert len(service.store.everything()) == 5
 
 

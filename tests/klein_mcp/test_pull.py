@@ -18,9 +18,8 @@ from pathlib import Path
 
 import pytest
 
-from klein_mcp.cli import pull, pull_sources
+from klein_mcp.cli import pull
 from klein_mcp.errors import RequestError
-from klein_mcp.settings import Settings
 from tests.klein_mcp.hub import COMMIT, Hub
 
 FOUR = "black-forest-labs/FLUX.2-klein-4B"
@@ -339,13 +338,6 @@ def test_unknown_name_lists_the_valid_ones(hub: Hub, home: Path) -> None:
     assert code == 1
     assert "Did you mean klein-4b-" in err
     assert "klein-9b-kv-fp8" in err
-
-
-def test_everything_that_can_be_pulled_has_a_source() -> None:
-    for name in pull_sources.names():
-        _, wanted = pull_sources.selections(name)
-        assert all(selection.repo.startswith("black-forest-labs/FLUX.2-") for selection in wanted)
-    assert Settings(home=Path("/x")).hub.name == "hub"
 
 
 def gguf_repos(hub: Hub) -> None:
