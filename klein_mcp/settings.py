@@ -124,12 +124,12 @@ def default_home() -> Path:
 
 def default_hub(environ: Mapping[str, str] = MappingProxyType({})) -> Path:
     """Return the cache folder that huggingface_hub uses, by its own variables."""
-    if cache := environ.get("HF_HUB_CACHE") or environ.get("HUGGINGFACE_HUB_CACHE"):
-        return Path(cache).expanduser()
     caches = environ.get("XDG_CACHE_HOME") or "~/.cache"
     try:
+        if cache := environ.get("HF_HUB_CACHE") or environ.get("HUGGINGFACE_HUB_CACHE"):
+            return Path(cache).expanduser()
         return Path(environ.get("HF_HOME") or f"{caches}/huggingface").expanduser() / "hub"
-    except RuntimeError:  # no home folder: there is no cache to share
+    except RuntimeError:  # no home folder, or one of an unknown user: there is no cache to share
         return default_home() / "hub"
 
 

@@ -76,7 +76,8 @@ def test_an_image_is_decoded_in_bands_where_memory_is_short_now(monkeypatch: pyt
     shapes = (klein.variant, klein.transformer, klein.autoencoder, FP32.dtype)
     image = activation_memory(*shapes, pixels=SIDE**2, references=0)
     assert 0 < image.banded < image.bytes
-    for free, expected in ((image.bytes, 0), (image.bytes - 1, 1), (image.banded, 1)):
+    whole = image.on(MemoryInfo("GPU", GB, GB, GB))
+    for free, expected in ((whole, 0), (whole - 1, 1), (image.banded, 1)):
         counted.clear()
         monkeypatch.setattr(
             "engine.families.klein.pipeline.memory_info", lambda device, free=free: MemoryInfo("GPU", free, GB, GB)

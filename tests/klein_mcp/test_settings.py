@@ -87,6 +87,7 @@ def test_hub_folder_follows_the_hubs_own_variables(tmp_path: Path):
     assert load(tmp_path, HF_HOME="/h", XDG_CACHE_HOME="/c").hub == Path("/h/hub")
     assert load(tmp_path, HF_HUB_CACHE="/d", HF_HOME="/h").hub == Path("/d")
     assert load(tmp_path, KLEIN_HUB="/e", HF_HUB_CACHE="/d").hub == Path("/e")
+    assert load(tmp_path, HF_HUB_CACHE="~nobody-here/d").hub.name == "hub"
 
 
 def test_lora_may_be_a_table_in_the_file(tmp_path: Path):
