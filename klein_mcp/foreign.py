@@ -5,7 +5,8 @@ import re
 from typing import Any
 
 LONGEST_TEXT = 8_000
-"""Characters of one text of a foreign recipe: twice the longest prompt of ours."""
+"""Characters of one text of a foreign recipe that may come into an agent's context. Of a longer prompt, as /v1 takes, a
+file that is read again has the beginning."""
 _MOST_ITEMS = 200
 _DEEPEST = 6
 

@@ -123,7 +123,7 @@ class JobManager:
         """
         record = self._find(job)
         if not record.detached:
-            saved = len(record.saved)
+            before = len(record.saved), record.attempts
             try:
                 # A promise: the job survives the machine going down. Flushing a disk may take seconds.
                 await asyncio.to_thread(self._files.write, record, durable=True)
@@ -133,7 +133,7 @@ class JobManager:
                     hint="Make room (klein-mcp prune), then call again.",
                 ) from None
             record.detached = True
-            if record.over or len(record.saved) > saved:
+            if record.over or (len(record.saved), record.attempts) != before:
                 self._files.update(record)  # it went on meanwhile
         return record.status()
 

@@ -189,6 +189,19 @@ def test_cached_references_are_of_one_mode(compiler: type[InstantCompiler]) -> N
     assert generate(klein, edit).cache["references"] == "hit"
 
 
+class Pool:
+    """A pool that takes no graph after the last one of it was freed, as torch's."""
+
+    def __init__(self) -> None:
+        self.graphs: weakref.WeakSet[FakeGraph] = weakref.WeakSet()
+        self.used = False
+
+    def take(self, graph: "FakeGraph") -> None:
+        assert not self.used or self.graphs, "use_count > 0"
+        self.used = True
+        self.graphs.add(graph)
+
+
 class FakeGraph:
     """Replays by calling the function again, on the buffers alone."""
 
@@ -197,6 +210,8 @@ class FakeGraph:
     def __init__(self, function: Callable[[], Tensor], buffers: Sequence[Tensor], pool: Any) -> None:
         type(self).made += 1
         self.function, self.buffers = function, buffers
+        if isinstance(pool, Pool):
+            pool.take(self)
 
     def __call__(self, inputs: Any) -> Tensor:
         for buffer, given in zip(self.buffers, inputs, strict=True):
@@ -395,7 +410,7 @@ def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let models take this device for one that captures graphs."""
     monkeypatch.setattr(Device, "is_cuda", property(lambda self: True))
     monkeypatch.setattr(runner_module, "DeviceGraph", FakeGraph)
-    monkeypatch.setattr(runner_module, "graph_pool", object)
+    monkeypatch.setattr(runner_module, "graph_pool", Pool)
     monkeypatch.setattr(FakeGraph, "made", 0)
     monkeypatch.setattr(ops, "_chosen", dict(ops.PLAIN))
 

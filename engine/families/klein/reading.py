@@ -13,6 +13,7 @@ from itertools import pairwise
 from engine.families.klein.synonyms import (
     ALTERNATIVES,
     BOTH,
+    COLOUR_NAMES,
     CONSTRAINTS,
     FILLERS,
     GROUNDS,
@@ -35,22 +36,29 @@ _BEGINS = "|".join(re.escape(begin) for begin in CONSTRAINTS) + (
     r"|the (?:light|shadow)(?=\s+(?:and|or|of|in|from|is|should|must|stays?|remains?)\b|\s*[,.;!?]|\s*\Z)"
 )
 """Not "the light blue circle"."""
+_ASKS = "|".join(
+    ("draw", "color", "give", "place", "set", *VERBS, *(word for word in SYNONYMS if SYNONYMS[word] in VERBS))
+)
 _NEXT = (
-    rf"(?=(?:,\s*(?:and\s+|but\s+)?|\b(?:and|but|then)\s+)(?:then\s+|also\s+|just\s+|please\s+)*(?:{'|'.join(VERBS)})"
+    rf"(?=(?:,\s*(?:and\s+|but\s+)?|\b(?:and|but|then)\s+)(?:then\s+|also\s+|just\s+|please\s+){{0,3}}(?:{_ASKS})"
     r"\s+(?:the|an?|it|them|image|another|some|two|three|four)\b)"
 )
 """Where the next instruction begins: "keep the cat and add a star"."""
 _NEGATIONS = "|".join(re.escape(begin) for begin in NEGATIONS)
 _CLAUSE = re.compile(
-    rf"(?:[,\s]|\b(?:and|but|then|please|also)\b)*\b(?:(?:{_NEGATIONS})\b.*|(?:{_BEGINS})\b.*?(?:{_NEXT}|\Z))",
+    # Bounded, or a prompt of 4,000 commas takes a second.
+    rf"(?:[,\s]|\b(?:and|but|then|please|also)\b){{0,8}}\b(?:(?:{_NEGATIONS})\b.*|(?:{_BEGINS})\b.*?(?:{_NEXT}|\Z))",
     re.IGNORECASE | re.DOTALL,
 )
+_GROUND = "|".join(("background", "backdrop", *sorted(GROUNDS), *sorted(COLOUR_NAMES)))
 _ENDS = (
-    r"(?=\s+(?:on|in|at|against|under|over|above|below|beside|next|behind|near|to)\b|\s+(?:and|but)\b|[,.;:!?]|\s*\Z)"
+    rf"(?=(?!\s+in\s+the\s+background)\s+(?:on|in|at|against)\s+(?:an?\s+|the\s+)?(?:\w+\s+){{0,2}}(?:{_GROUND})\b"
+    r"|\s+(?:and|but)\b|[,.;:!?]|\s*\Z)"
 )
-_HERE = r"(?:\s+(?:on|in|at) (?:the |this |an? )?(?:image|picture|photo|frame|scene|it)\b)?"
+"""What does not belong to a thing that shall not be there: the background, and what else is named."""
 _WITHOUT = re.compile(
-    rf"(?:,\s*|\b(?:with|and|but|or)\s+|\A\s*)+no\b[^,.;!?]*?{_ENDS}{_HERE}|,?\s*\bwithout\s+(?:\w+ing\b.*|[^,.;!?]*?{_ENDS})",
+    rf"(?:,\s*(?:and\s+|but\s+|with\s+)?|\A\s*)no\b[^,.;!?]*|\b(?:with|and|but|or)\s+no\b[^,.;!?]*?{_ENDS}"
+    rf"|,?\s*\bwithout\s+(?:\w+ing\b.*|[^,.;!?]*?{_ENDS})",
     re.IGNORECASE | re.DOTALL,
 )
 """What shall not be there: "a logo, no text, white background", "a circle without border on blue"."""
@@ -143,6 +151,7 @@ def _sentences(prompt: str) -> Iterator[str]:
     """
     left = False
     for sentence in _SENTENCE.findall(prompt):
+        sentence = " ".join(sentence.split())
         text = _CLAUSE.sub("", _WITHOUT.sub("", sentence))
         if text != sentence:
             text = re.sub(r"^(?:[\s,;]|\b(?:and|but|then|just)\b)+", "", text)

@@ -224,6 +224,7 @@ class Runner:
                 return self._give_up(exc)
             # The caller makes room. What is compiled already is found in the disk cache.
             self._ran_full, self._units = True, None
+            self.free_graphs()
             raise
         except Exception as exc:  # a compiler may raise anything
             return self._give_up(exc)
@@ -241,6 +242,7 @@ class Runner:
         """Free the memory of captured graphs, which idle time captures again."""
         self._text_graph = None
         self._step_graphs.clear()
+        self._pool = None  # torch refuses captures in a pool that no graph holds any more
 
     def close(self) -> None:
         """Stop tuning and free what it made.
@@ -301,6 +303,8 @@ class Runner:
         traces = SavedTraces(self._traces_folder())
         try:
             return (yield from self._compile_with(traces))
+        except torch.OutOfMemoryError:
+            raise  # no fault of the traces
         except Exception as exc:
             if not traces.enabled:
                 raise

@@ -203,6 +203,10 @@ _GROUNDS = """
 GROUNDS = frozenset(_GROUNDS.split())
 """Grounds that a small model knows in one colour alone, if it knows them."""
 
+_COLOUR_NAMES = "red orange yellow green cyan blue purple pink brown gray grey white black"
+COLOUR_NAMES = frozenset(_COLOUR_NAMES.split())
+"""Colours that a background may be named by alone, as in "on blue"."""
+
 NO_STEMS = frozenset({"rid"})
 """Words that are no stems of others: riding is not from rid."""
 

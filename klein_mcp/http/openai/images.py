@@ -88,7 +88,7 @@ class OpenAiImageRoute:
         images = [image.record for image in opened]
         sizes = tuple((image.width, image.height) for image in images)
         wanted = self._request(call, images, mask and mask.record)
-        warnings = (*wanted.warnings, *(warning for image in opened for warning in image.warnings))
+        warnings = (*wanted.warnings, *(warning for image in (*opened, mask) if image for warning in image.warnings))
         wanted = replace(wanted, partials=call.partial_images, warnings=warnings)
         return PreparedCall(call, wanted, context, sizes)
 
