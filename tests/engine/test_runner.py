@@ -7,7 +7,7 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from engine.memory.device import Device
 from engine.memory.offload import CpuEmbedding, OffloadedModule, OffloadRing, stream
 from engine.nn import ops
 from tests.bench.full_size_models import GIANTS, grown, ours
+from tests.engine.graphs import FakeGraph, as_on_a_gpu
 
 TOY = GIANTS["toy"]
 CPU = Device.choose("cpu", "float32")
@@ -189,36 +190,6 @@ def test_cached_references_are_of_one_mode(compiler: type[InstantCompiler]) -> N
     assert generate(klein, edit).cache["references"] == "hit"
 
 
-class Pool:
-    """A pool that takes no graph after the last one of it was freed, as torch's."""
-
-    def __init__(self) -> None:
-        self.graphs: weakref.WeakSet[FakeGraph] = weakref.WeakSet()
-        self.used = False
-
-    def take(self, graph: "FakeGraph") -> None:
-        assert not self.used or self.graphs, "use_count > 0"
-        self.used = True
-        self.graphs.add(graph)
-
-
-class FakeGraph:
-    """Replays by calling the function again, on the buffers alone."""
-
-    made = 0
-
-    def __init__(self, function: Callable[[], Tensor], buffers: Sequence[Tensor], pool: Any) -> None:
-        type(self).made += 1
-        self.function, self.buffers = function, buffers
-        if isinstance(pool, Pool):
-            pool.take(self)
-
-    def __call__(self, inputs: Any) -> Tensor:
-        for buffer, given in zip(self.buffers, inputs, strict=True):
-            buffer.copy_(given)
-        return self.function().clone()
-
-
 def test_captured_steps_give_the_same_bits(compiler: type[InstantCompiler], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Runner, "_captures", property(lambda self: True))
     monkeypatch.setattr(runner_module, "DeviceGraph", FakeGraph)
@@ -260,7 +231,7 @@ def test_captured_text_encoder_reads_no_table(compiler: type[InstantCompiler], m
     compiler.gate.set()
     klein = make()
     table = klein.text_encoder.model.embed_tokens
-    klein.text_encoder.model.embed_tokens = CpuEmbedding(table, CPU.device, CPU.dtype)  # type: ignore[assignment]
+    klein.text_encoder.model.embed_tokens = CpuEmbedding(table, CPU.device, CPU.dtype)  # type: ignore[assignment] - no nn.Embedding
     before = generate(klein).image
     tune(klein)
     assert klein.runner.mode == "compiled", klein.runner.summary()
@@ -404,15 +375,6 @@ def test_two_pass_norm_is_the_plain_one() -> None:
         assert ops.norm_silu(x, weight, bias, 4, 1e-6) is not plain
     with pytest.raises(KeyError):
         ops.choose(nothing=torch.relu)
-
-
-def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let models take this device for one that captures graphs."""
-    monkeypatch.setattr(Device, "is_cuda", property(lambda self: True))
-    monkeypatch.setattr(runner_module, "DeviceGraph", FakeGraph)
-    monkeypatch.setattr(runner_module, "graph_pool", Pool)
-    monkeypatch.setattr(FakeGraph, "made", 0)
-    monkeypatch.setattr(ops, "_chosen", dict(ops.PLAIN))
 
 
 def streaming(monkeypatch: pytest.MonkeyPatch) -> Klein:

@@ -265,7 +265,7 @@ async def test_prune_takes_ctrl_d_for_no(
     capsys: pytest.CaptureFixture[str],
 ):
     ended = io.StringIO("")
-    ended.isatty = lambda: True  # type: ignore[method-assign]
+    ended.isatty = lambda: True  # type: ignore[method-assign] - of this object alone
     monkeypatch.setattr("sys.stdin", ended)
     assert prune(settings, max_size=0, as_json=True) == 1
     assert "[y/N]" in capsys.readouterr().err

@@ -175,7 +175,7 @@ def test_address_names_the_host_that_the_client_called(urls: SignedUrls):
 def test_text_that_is_no_address_of_ours_is_not_kept_in_memory(urls: SignedUrls, text: str):
     urlsplit.cache_clear()  # type: ignore[attr-defined] - it remembers the latest 128 texts, however long
     assert urls.handle_of(text) is None
-    assert urlsplit.cache_info().currsize == 0  # type: ignore[attr-defined]
+    assert urlsplit.cache_info().currsize == 0  # type: ignore[attr-defined] - of its cache
 
 
 async def test_download_of_the_studio_is_signed_where_links_are(client: Client, context: HttpContext, service: Service):

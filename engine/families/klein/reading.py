@@ -35,7 +35,7 @@ _SENTENCE = re.compile(r"[^.!?;\n]+[.!?;\n]*")
 _BEGINS = "|".join(re.escape(begin) for begin in CONSTRAINTS) + (
     r"|the (?:light|shadow)(?=\s+(?:and|or|of|in|from|is|should|must|stays?|remains?)\b|\s*[,.;!?]|\s*\Z)"
 )
-"""Not "the light blue circle"."""
+"""How a wish begins that something stays: "the light of the sun", not "the light blue circle"."""
 _ASKS = "|".join(
     ("draw", "color", "give", "place", "set", *VERBS, *(word for word in SYNONYMS if SYNONYMS[word] in VERBS))
 )

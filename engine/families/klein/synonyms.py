@@ -236,7 +236,7 @@ CONSTRAINTS = (
 """Beginnings of sentences and clauses that only ask for something to stay as it is."""
 
 NEGATIONS = ("don't", "dont", "do not", "never", "avoid")
-"""Those of them behind which a list of verbs belongs to what is not wanted."""
+"""Beginnings of what is not wanted, to the end of the sentence."""
 
 _BOTH = """
     rose lemon lime salmon mint olive chestnut chocolate cream ruby emerald amber gold silver tangerine lavender violet
