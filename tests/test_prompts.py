@@ -238,6 +238,26 @@ def test_every_call_of_a_prompt_is_accepted_by_its_tool(file: PromptFile, option
         named.add(step.get("as", ""))
 
 
+def test_entries_that_are_sentences_keep_their_commas() -> None:
+    words = "a rainy street at night, neon signs on wet asphalt"
+    backgrounds = PROMPTS["new_background"].arguments["backgrounds"]
+    assert backgrounds.value(words) == [words]
+    assert backgrounds.value(f"{words}; a beach") == backgrounds.value(f"{words}\na beach") == [words, "a beach"]
+    assert PROMPTS["icon_set"].arguments["subjects"].value("house, tree") == ["house", "tree"]
+
+
+@pytest.mark.parametrize("small", [False, True])
+@pytest.mark.parametrize("file", PROMPTS.values(), ids=PROMPTS)
+def test_prompt_that_is_given_last_means_one_image_throughout(file: PromptFile, small: bool) -> None:
+    """Each image that a step makes is the new `last`."""
+    images = {name for name, argument in file.arguments.items() if argument.complete == IMAGES}
+    given = {name: "last" if name in images else text for name, text in chosen(file).items()}
+    made = False
+    for step in steps(file.render(given, small=small)):
+        assert not (made and "last" in _words(step["arguments"])), step
+        made |= step["tool"] in ("generate_image", "edit_image", "compose_references")
+
+
 @pytest.mark.parametrize("file", PROMPTS.values(), ids=PROMPTS)
 def test_prompts_for_nano_say_so_and_keep_their_words_short(file: PromptFile) -> None:
     text = file.render(chosen(file), small=True)

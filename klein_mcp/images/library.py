@@ -201,10 +201,13 @@ class Store:
         """Return the first image whose stored file has this SHA-256."""
         return self._index.first("file = ? AND deleted IS NULL ORDER BY number LIMIT 1", name)
 
-    def latest(self, client: str, back: int) -> Record | None:
-        """Return the last image `client` generated, or the one `back` before it."""
-        mine = "client = ? AND tool != 'open' AND deleted IS NULL ORDER BY number DESC LIMIT 1 OFFSET ?"
-        return self._index.first(mine, client, back)
+    def latest(self, client: str, back: int, *, besides: str = "") -> Record | None:
+        """Return the last image `client` generated, or the one `back` before it.
+
+        besides: the handle of an image that does not count.
+        """
+        mine = "client = ? AND tool != 'open' AND deleted IS NULL AND handle != ? ORDER BY number DESC LIMIT 1 OFFSET ?"
+        return self._index.first(mine, client, besides, back)
 
     def search(
         self, text: str = "", *, limit: int, before: int | None = None, masks: bool = True

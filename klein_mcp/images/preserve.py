@@ -16,6 +16,8 @@ VISIBLE = 24
 Of 46 local edits by nano, those without effect changed no pixel by more. The others changed at least 2.1 % by more."""
 NOTHING = 0.002
 """Share of the pixels. An edit that visibly changed fewer had no effect."""
+NOTHING_AREA = 128 * 128
+"""Pixels: of larger images NOTHING counts as of this many, 33. An eye in a portrait of 1024² is 400 of a million."""
 ALIKE = 0.02
 """Share of the pixels. Drafts that visibly differ by less show the same image.
 
@@ -33,15 +35,21 @@ class VisibleChange:
 
     share: of the pixels the edit was allowed to change. box: the changed area, None if there is none.
     kept: some bytes are the original's, and this was verified on the stored file.
+    had_effect: whether so many pixels changed that somebody would see it.
     """
 
     share: float
     box: Box | None
     kept: bool
+    had_effect: bool = True
 
     def to_json(self) -> dict[str, object]:
-        """Return the fields as they stand in a result."""
-        return {"share": self.share, "box": self.box and list(self.box), "kept": self.kept}
+        """Return the fields as they stand in a result.
+
+        The box is null for an edit without effect.
+        """
+        box = list(self.box) if self.box and self.had_effect else None
+        return {"share": self.share, "box": box, "kept": self.kept}
 
 
 def put_back(painted: Rgb8, original: Rgb8, opacity: Grey8, at: tuple[int, int] = (0, 0)) -> Rgb8:
@@ -72,7 +80,9 @@ def measure(result: Rgb8, original: Rgb8, allowed: npt.NDArray[np.bool_] | None 
     if allowed is not None:
         visible &= allowed
     count = visible.size if allowed is None else int(np.count_nonzero(allowed))
-    return VisibleChange(round(int(np.count_nonzero(visible)) / max(1, count), 4), bounding_box(visible), kept)
+    changed = int(np.count_nonzero(visible))
+    had_effect = changed >= NOTHING * min(count, NOTHING_AREA) and changed > 0
+    return VisibleChange(round(changed / max(1, count), 4), bounding_box(visible), kept, had_effect)
 
 
 def are_alike(drafts: Sequence[Rgb8], changed: float = 1.0) -> bool:

@@ -8,7 +8,7 @@ ALPHABET = "23456789abcdefghjkmnpqrstvwxyz"  # no 0/o, 1/i/l, u: a handle is rea
 HANDLE_LENGTH = 6
 
 
-MEASURED = frozenset({"ms", "cache", "changed", "alpha", "read_as", "painted"})
+MEASURED = frozenset({"ms", "cache", "changed", "alpha", "read_as", "painted", "sheet"})
 """Parts of a recipe that no file holds: they are of one run, or of the very pixels that the library keeps.
 
 A JPEG or a smaller copy has others, so that "kept" would be untrue of it."""
@@ -51,22 +51,41 @@ class Record:
         return {name: value for name, value in self.recipe.items() if name not in MEASURED}
 
 
+def place_on_sheet(record: Record) -> tuple[int, int] | None:
+    """Return the image's place among its call's images, and how many were asked for.
+
+    None for an image whose recipe does not hold it.
+    """
+    match record.recipe:
+        case {"sheet": [str(first), int(count)], "seed": str(seed)} if first.isdecimal() and seed.isdecimal():
+            return int(seed) - int(first), count
+    return None
+
+
+def _call(record: Record) -> tuple[object, ...]:
+    """Return what the images of one call have in common."""
+    made = record.client, record.tool, record.prompt, record.parents, record.width, record.height
+    # The seeds of the next call with the same words may follow on these.
+    return *made, record.recipe.get("model"), tuple(record.recipe.get("sheet", ()))
+
+
 SHEET_SECONDS = 900.0
 """Images of one call lie at most this far apart: four of the slowest model on the slowest machine."""
 
 
 def sheet_of(record: Record, others: Sequence[Record]) -> list[Record]:
-    """Return those of `others` that the same call made."""
-    seeds = {
-        int(other.recipe["seed"]): other
-        for other in others
-        if (other.client, other.tool, other.prompt) == (record.client, record.tool, record.prompt)
-        and (other.parents, other.width, other.height) == (record.parents, record.width, record.height)
-        and str(other.recipe.get("seed", "")).isdecimal()
-    }
+    """Return those of `others` that the same call made, in order."""
     own = str(record.recipe.get("seed", ""))
     if not own.isdecimal():
         return [record]
+    seeds = {
+        int(other.recipe["seed"]): other
+        for other in others
+        if _call(other) == _call(record) and str(other.recipe.get("seed", "")).isdecimal()
+    }
+    if place_on_sheet(record) is not None:
+        return [each for _, each in sorted({int(own): record, **seeds}.items())]
+    # Made before recipes held the sheet, or read back from its file: neighbours in seed.
     first = last = int(own)
     while first - 1 in seeds:
         first -= 1

@@ -75,6 +75,25 @@ class EditRegion:
         opacity = self.opacity(change)
         return part if opacity is None else preserve.put_back(part, image, opacity, (left, top))
 
+    def faint_change(self, change: ChangeMask) -> tuple[float, preserve.Box] | None:
+        """Return share and box of a faint change, of and in the whole image.
+
+        None without one inside the mask: the rest of the crop is never kept.
+        """
+        if change.faint_box is None:
+            return None
+        left, top, right, bottom = self.box
+        rows, columns = change.opacity.shape
+        across, down = (right - left) / columns, (bottom - top) / rows
+        x, y, width, height = change.faint_box
+        x, y, end, low = round(x * across), round(y * down), round((x + width) * across), round((y + height) * down)
+        box = left + x, top + y, max(1, end - x), max(1, low - y)
+        if self.mask is None:
+            return change.faint, box
+        if not self.mask[box[1] : box[1] + box[3], box[0] : box[0] + box[2]].any():
+            return None
+        return change.faint * (right - left) * (bottom - top) / self.mask.size, box
+
     def enlargement_warnings(self, generated: Rgb8) -> tuple[str, ...]:
         """Warn of a crop that was too large for the model."""
         width, height = self.box[2] - self.box[0], self.box[3] - self.box[1]

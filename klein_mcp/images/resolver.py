@@ -18,7 +18,7 @@ from engine.contract import image_hash
 from klein_mcp.errors import BadImage, Refused, RequestError, UnknownImage, did_you_mean, quote
 from klein_mcp.images import paths
 from klein_mcp.images.library import Store
-from klein_mcp.images.record import ALPHABET, HANDLE_LENGTH, Record
+from klein_mcp.images.record import ALPHABET, HANDLE_LENGTH, Record, place_on_sheet
 from klein_mcp.limits import MAX_FILE_BYTES
 from klein_mcp.settings import Settings, user_home
 
@@ -143,12 +143,23 @@ class ImageResolver:
             if record is None:
                 break
             sheet = self._store.lineage.siblings(record)
-            if len(sheet) > 1:
-                if ord(label) - ord("A") < len(sheet):
-                    return sheet[ord(label) - ord("A")]
+            places = {
+                place[0] if (place := place_on_sheet(each)) else index: each for index, each in enumerate(sheet)
+            }
+            own = place_on_sheet(record)
+            count = own[1] if own else len(sheet)
+            if count > 1:
+                wanted = ord(label) - ord("A")
+                if wanted in places:
+                    return places[wanted]
+                if wanted < count:
+                    raise UnknownImage(
+                        f"{label} of the latest sheet was deleted, or was never made.",
+                        hint="list_images shows what there is.",
+                    )
                 raise UnknownImage(
-                    f"The latest sheet has no {label}: it has {len(sheet)} images.",
-                    hint=f"They are A to {chr(ord('A') + len(sheet) - 1)}.",
+                    f"The latest sheet has no {label}: it has {count} images.",
+                    hint=f"They are A to {chr(ord('A') + count - 1)}.",
                 )
         raise UnknownImage(
             f"There is no {label}: this client has made no sheet lately.",
@@ -156,11 +167,14 @@ class ImageResolver:
         )
 
     def _last(self, client: str, back: int) -> Record:
-        if (pick := self._store.picks.of(client)) is not None:
-            if back == 0:
-                return self._store.get(pick.image)
-            back -= 1
-        record = self._store.latest(client, back)
+        pick = self._store.picks.of(client)
+        if pick is None:
+            record = self._store.latest(client, back)
+        elif back == 0:
+            return self._store.get(pick.image)
+        else:
+            # The picked image is `last` already, wherever it stands among the others.
+            record = self._store.latest(client, back - 1, besides=pick.image)
         if record is None:
             which = "last" if back == 0 else f"last~{back}"
             raise UnknownImage(

@@ -14,6 +14,7 @@ from klein_mcp.images.detail import is_detailed
 from klein_mcp.images.library import Store
 from klein_mcp.images.preserve import VisibleChange
 from klein_mcp.images.provenance import Provenance
+from klein_mcp.images.region import EditRegion
 from klein_mcp.jobs.execute import PreparedRequest
 from klein_mcp.jobs.request import ImageRequest
 from klein_mcp.jobs.results import SavedImage
@@ -47,7 +48,7 @@ def finish(prepared: PreparedRequest, result: Result) -> FinishedImage:
     image = region.composite(result.image, original, result.change)
     changed = preserve.measure(image, original, region.mask, kept=False)
     warnings = (
-        *_edit_warnings(changed, result.change),
+        *_edit_warnings(changed, result.change, region),
         *_detail_warnings(prepared, result.model),
         *region.enlargement_warnings(result.image),
     )
@@ -81,10 +82,10 @@ def _with_alpha(finished: FinishedImage, prepared: PreparedRequest) -> FinishedI
     return replace(finished, pixels=image, checks=alpha.measure(image))
 
 
-def _edit_warnings(changed: VisibleChange, change: ChangeMask | None) -> tuple[str, ...]:
+def _edit_warnings(changed: VisibleChange, change: ChangeMask | None, region: EditRegion) -> tuple[str, ...]:
     """Warn of an edit that did nothing, and of what was undone."""
     warnings = []
-    if changed.share < preserve.NOTHING:
+    if not changed.had_effect:
         warnings.append("nothing visible changed")
     if change is not None and not change.whole:
         if change.shift != (0, 0):
@@ -92,8 +93,8 @@ def _edit_warnings(changed: VisibleChange, change: ChangeMask | None) -> tuple[s
             warnings.append(f"the model moved the image by {right} pixels right, {down} down; it was moved back")
         if change.drift > MENTIONED_DRIFT:
             warnings.append(f"colours outside the change drifted by {change.drift:.0f} of 255; they were matched")
-        if change.faint_box is not None:
-            place = f"{change.faint:.1%} of the image at {list(change.faint_box)}"
+        if faint := region.faint_change(change):
+            place = f"{faint[0]:.1%} of the image at {list(faint[1])}"
             warnings.append(f'a faint change of {place} was taken for noise; preserve "off" keeps it')
     return tuple(warnings)
 
@@ -180,7 +181,10 @@ def save(
         encoded = codec.encode(image.pixels, "png", recipe)
         changed = _checked(image, prepared, encoded)
         pixels = hashing.result()
-    made: dict[str, object] = {"read_as": result.read_as} if result.read_as else {}
+    # With the place on its sheet, as the next call's seeds may follow on this one's.
+    made: dict[str, object] = {"sheet": [str(prepared.request.seed), prepared.request.count]}
+    if result.read_as:
+        made["read_as"] = result.read_as
     if painted := painted_edge(image, result):
         made["painted"] = painted
     if changed:

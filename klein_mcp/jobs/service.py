@@ -4,6 +4,7 @@ The work of every front end.
 Heavy imports (numpy, Pillow) wait for the first file that must be opened, so that a front end answers at once.
 """
 
+import copy
 import math
 import threading
 import time
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, TypeVar
 import anyio
 import anyio.to_thread
 
-from engine.contract import EngineFailed
+from engine.contract import EngineError, EngineFailed
 from engine.families.klein.variants import EMBEDDED
 from klein_mcp.errors import Refused, RequestError, quote
 from klein_mcp.images.library import Store
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from klein_mcp.images.resolver import ImageResolver, Reading, ResolvedImage
 
 T = TypeVar("T")
+E = TypeVar("E", bound=EngineError | RequestError)
 
 SILENT = 10.0
 """Seconds without an event after which an engine counts as hanging; it repeats the latest each second."""
@@ -190,6 +192,7 @@ class Service:
         job at once only asks again.
         """
         images: list[SavedImage] = []
+        again = "Make its call again" if job else "Call again"
         taken_by = max(deadline, time.monotonic() + START_PATIENCE)
         async with aclosing(events):
             while True:
@@ -213,9 +216,10 @@ class Service:
                     case Done(warnings, ms, preview):
                         return JobResult(tuple(images), warnings, ms, preview)
                     case Failed(error):
-                        raise error
+                        raise _with_saved(error, images)
                     case Cancelled():
-                        raise RequestError("The job was cancelled.", hint="Call again to start it anew.")
+                        cancelled = RequestError("The job was cancelled.", hint=f"{again} to start it anew.")
+                        raise _with_saved(cancelled, images)
                 # Until the daemon has taken the job there is nothing to detach: it may be unable to start.
                 if job and not isinstance(event, Submitted) and time.monotonic() >= deadline:
                     try:
@@ -234,6 +238,18 @@ class Service:
         self._demo_mentioned.add(call.client)
         engine = (await self.jobs.status()).engine
         return (demo_warning(engine.models if engine else ()),)
+
+
+def _with_saved(error: E, images: Sequence[SavedImage]) -> E:
+    """Return the error with the handles of images that were saved before it.
+
+    Nothing else leads the caller to them.
+    """
+    if not images:
+        return error
+    told = copy.copy(error)
+    told.hint = f"{error.hint} Saved before that: {', '.join(image.handle for image in images)}.".strip()
+    return told
 
 
 async def _answered(waiting: Awaitable[T], seconds: float) -> T:

@@ -43,7 +43,7 @@ class Argument:
     """One argument of a prompt.
 
     default: None for a required one. complete: values to offer, or IMAGES.
-    many: the text is a list, split at semicolons or lines if there are any, else at commas.
+    separators: of a text that is a list, "" for one that is none. Lines separate in any list.
     pattern: regular expression for a value that becomes a number or a list in a tool call.
     """
 
@@ -51,7 +51,7 @@ class Argument:
     description: str
     default: str | None
     complete: tuple[str, ...] | str
-    many: bool
+    separators: str
     pattern: str
 
     @classmethod
@@ -62,7 +62,7 @@ class Argument:
             raw["description"],
             raw.get("default"),
             complete if complete == IMAGES else tuple(complete),
-            raw.get("list", False),
+            raw.get("separators", ""),
             raw.get("pattern", ""),
         )
 
@@ -75,9 +75,11 @@ class Argument:
             raise ValueError(f"{self.name} has {len(text)} characters; at most {MAX_VALUE}.")
         if self.pattern and text != self.default and not re.fullmatch(self.pattern, text):
             raise ValueError(f"{self.name} is {quote(text)}; it must look like {self.complete[0]}.")
-        if not self.many:
+        if not self.separators:
             return one_line(text, MAX_VALUE)
-        items = [one_line(item, MAX_VALUE) for item in re.split("[;\n]" if re.search("[;\n]", text) else ",", text)]
+        # Entries that are sentences have commas of their own, so that only semicolons separate them.
+        between = ";" if re.search("[;\n]", text) else self.separators
+        items = [one_line(item, MAX_VALUE) for item in re.split(f"[{between}\n]", text)]
         items = [item for item in items if item]
         if not 1 <= len(items) <= MAX_ITEMS:
             raise ValueError(f"{self.name} has {len(items)} entries; 1 to {MAX_ITEMS} are possible.")

@@ -1,5 +1,6 @@
 """An edit of a part leaves every byte outside it as it was, and says how much it changed."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mcp import Client
 
-from engine.contract import KeepSource
+from engine.contract import ChangeMask, KeepSource
 from klein_mcp.images.region import SEAM, WORK_AREA, edit_region
 from tests.fakes import FakeExecutor
 from tests.images import file, noise, pixels, scene
@@ -290,6 +291,26 @@ async def test_mask_that_looks_like_image_is_reported(client: Client, photo: str
 async def test_region_and_size_exclude_each_other(client: Client, photo: str):
     message = await refused(client, "edit_image", image=photo, prompt="x", region=[0, 0, 9, 9], width=64, height=64)
     assert "Leave out width and height" in message
+
+
+def test_faint_change_of_a_crop_is_placed_in_the_image():
+    """The crop begins at the region's margin, and may have been scaled down for the model."""
+    part = edit_region(noise(1024, 1024), [700, 700, 100, 100], None)
+    left, top, right, bottom = part.box
+    rows, columns = (bottom - top) // 2, (right - left) // 2
+    found = ChangeMask(np.zeros((rows, columns), np.uint8), faint=0.01, faint_box=(40, 42, 10, 20))
+    place = part.faint_change(found)
+    assert place is not None
+    assert place[1] == (left + 80, top + 84, 20, 40)
+    assert place[0] == pytest.approx(0.01 * (right - left) * (bottom - top) / 1024**2)
+    # In the margin nothing is kept, with preserve "off" neither.
+    assert part.faint_change(replace(found, faint_box=(0, 0, 9, 9))) is None
+    assert part.faint_change(replace(found, faint_box=None)) is None
+    whole = edit_region(noise(64, 64), None, None)
+    assert whole.faint_change(ChangeMask(np.zeros((64, 64), np.uint8), faint=0.1, faint_box=(1, 2, 3, 4))) == (
+        0.1,
+        (1, 2, 3, 4),
+    )
 
 
 async def test_rest_of_image_over_four_megapixels_stays_as_it_was(client: Client, tmp_path: Path):

@@ -12,6 +12,8 @@ from engine.families.klein.variants import EMBEDDED, VARIANTS
 from engine.registry import NANO
 from klein_mcp.errors import UnknownImage
 from klein_mcp.images.library import Record, Store
+from klein_mcp.images.resolver import ImageResolver
+from klein_mcp.settings import Settings
 from klein_mcp.studio import views
 from klein_mcp.studio.engine_view import NANO_EXAMPLES
 
@@ -53,6 +55,36 @@ def test_page_lists_newest_first_and_goes_on_from_its_cursor(library: Store) -> 
 def test_page_treats_a_broken_cursor_as_none(library: Store, cursor: str) -> None:
     put(library)
     assert len(views.library_page(library, cursor=cursor)["images"]) == 1
+
+
+def recorded(store: Store, first: int, count: int) -> list[str]:
+    """Put a sheet whose recipes know their place, as calls make them."""
+    each = [{"seed": str(first + k), "model": "nano", "sheet": [str(first), count]} for k in range(count)]
+    return [put(store, recipe=recipe).handle for recipe in each]
+
+
+def test_next_call_with_the_same_words_is_a_sheet_of_its_own(library: Store) -> None:
+    """Its seeds may follow on those of the call before."""
+    single, first, second = recorded(library, 3, 1), recorded(library, 4, 2), recorded(library, 6, 4)
+    for handles in (first, second):
+        assert views.image_details(library, handles[0])["siblings"] == handles
+    assert views.image_details(library, single[0])["siblings"] == []
+    references = ImageResolver(Settings(), library)
+    assert [references.open(label, "agent").record.handle for label in "ABCD"] == second
+    library.delete([second[1]])
+    assert references.open("C", "agent").record.handle == second[2]
+    with pytest.raises(UnknownImage, match="B of the latest sheet was deleted"):
+        references.open("B", "agent")
+
+
+@pytest.mark.parametrize("picked", [0, 1, 2])
+def test_images_before_the_picked_one_leave_it_out(library: Store, picked: int) -> None:
+    handles = [put(library, prompt=f"image {k}").handle for k in range(3)]
+    library.picks.choose("agent", handles[picked])
+    others = [handle for handle in reversed(handles) if handle != handles[picked]]
+    references = ImageResolver(Settings(), library)
+    seen = [references.open(f"last~{back}" if back else "last", "agent").record.handle for back in range(3)]
+    assert seen == [handles[picked], *others]
 
 
 def test_images_of_one_call_share_a_sheet_and_others_do_not(library: Store) -> None:

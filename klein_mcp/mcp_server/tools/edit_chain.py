@@ -1,14 +1,16 @@
 """Several edits in one call, each of the result before it."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import anyio.to_thread
 from mcp_types import CallToolResult, ContentBlock
 
-from klein_mcp.errors import one_line, quote
+from engine.contract import EngineError
+from klein_mcp.errors import RequestError, explain, one_line, quote
+from klein_mcp.images.library import Record
 from klein_mcp.jobs import replay
 from klein_mcp.jobs.context import CallContext
 from klein_mcp.jobs.request import ImageRequest
@@ -29,10 +31,12 @@ class Chain:
     """The images of a chain so far.
 
     base: handle of the image it starts from. steps: how many were asked for. warnings: at first of opened files.
+    recorded: of a replay, what each step asks for; the caller of a list of prompts knows them.
     """
 
     base: str
     steps: int
+    recorded: Sequence[Mapping[str, Any]] = ()
     made: list[SavedImage] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     pending: PendingJob | None = None
@@ -53,10 +57,8 @@ class Chain:
 
     def changed_nothing(self) -> bool:
         """Return whether the latest step had no visible effect."""
-        from klein_mcp.images.preserve import NOTHING
-
         changed = self.made[-1].changed
-        return changed is not None and changed["share"] < NOTHING
+        return changed is not None and changed["box"] is None
 
 
 async def run_chain(
@@ -105,7 +107,7 @@ async def run_replay(
         return request
 
     base = await service.open(image, call)
-    chain = Chain(base.record.handle, len(plan.steps), warnings=[*base.warnings])
+    chain = Chain(base.record.handle, len(plan.steps), list(map(_recorded, plan.steps)), warnings=[*base.warnings])
     await _run(service, call, chain, [step(index) for index in range(len(plan.steps))], lambda: False)
     return await _rendered(service, call, chain, show)
 
@@ -117,14 +119,29 @@ def _edit(request: ImageRequest, prompt: str) -> Step:
 async def _run(
     service: Service, call: CallContext, chain: Chain, steps: Sequence[Step], stop: Callable[[], bool]
 ) -> None:
-    """Run the steps as far as the wait budget allows."""
+    """Run the steps as far as the wait budget allows, and up to one that fails."""
     deadline = time.monotonic() + service.settings.wait_budget
     for index, step in enumerate(steps):
         left = max(0.0, deadline - time.monotonic())
-        result = await service.run_within(left, step(chain.handles), _part_of(call, index, len(steps)))
+        try:
+            result = await service.run_within(left, step(chain.handles), _part_of(call, index, len(steps)))
+        except (RequestError, EngineError) as error:
+            if not chain.made:
+                raise
+            # The images before it are made: an error alone would not name them.
+            words = explain(error) if isinstance(error, EngineError) else str(error)
+            chain.warnings.insert(0, f"stopped before step {index + 1} of {len(steps)}: {words}")
+            return
         chain.add(result)
         if chain.pending or stop():
             return
+
+
+def _recorded(record: Record) -> dict[str, Any]:
+    """Return what a step of a history asked for, as its tool takes it."""
+    recipe = replay.recorded_request(record)
+    given = {"prompt": recipe.prompt, "region": recipe.region, "mask": recipe.mask}
+    return {"tool": recipe.tool, **{name: value for name, value in given.items() if value}}
 
 
 def _part_of(call: CallContext, index: int, steps: int) -> CallContext:
@@ -160,8 +177,11 @@ def _render(service: Service, call: CallContext, chain: Chain, mode: str) -> Cal
         line |= {name: value for name, value in where.items() if name != "image"}
     if chain.pending:
         job, missing = chain.pending.job, chain.steps - len(chain.made) - 1
-        then = f", then go on with the last {missing} steps" if missing else ""
+        steps = "the steps in `remaining`, each on the image before" if chain.recorded else f"the last {missing} steps"
+        then = f", then go on with {steps}" if missing else ""
         line |= {"job": job, "next": f'wait_for_job with job "{job}"{then}'}
+        if chain.recorded and missing:
+            line["remaining"] = chain.recorded[-missing:]
     blocks: list[ContentBlock] = [results.text(line)]
     if mode == "inline" and chain.made:
         blocks.append(_filmstrip(service, chain.handles))

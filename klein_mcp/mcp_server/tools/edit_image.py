@@ -47,13 +47,14 @@ async def run(service: Service, call: CallContext, arguments: EditImage) -> Call
         raise RequestError("prompt is missing; it must be text, not empty.", hint="Or again: an image's handle.")
     prompts = [asked] if isinstance(asked, str) else asked
     _check_prompts(prompts, arguments.count)
+    width, height = await _other_size(service, call, arguments)
     wanted = request.edit(
         arguments.image,
         prompts[0],
         mask=arguments.mask,
         region=arguments.region,
-        width=arguments.width,
-        height=arguments.height,
+        width=width,
+        height=height,
         preserve=arguments.preserve,
         count=arguments.count,
         seed=arguments.seed,
@@ -65,6 +66,20 @@ async def run(service: Service, call: CallContext, arguments: EditImage) -> Call
     if len(prompts) > 1:
         return await run_chain(service, call, wanted, prompts, arguments.show)
     return await run_request(service, call, wanted, arguments.show)
+
+
+async def _other_size(
+    service: Service, call: CallContext, arguments: EditImage
+) -> tuple[int | None, int | None]:
+    """Return the size that was asked for, none if it is the image's own.
+
+    Models that fill in every argument give that one, and a size repaints every pixel.
+    """
+    asked = arguments.width, arguments.height
+    if None in asked:
+        return asked
+    record = (await service.open(arguments.image, call)).record
+    return (None, None) if asked == (record.width, record.height) else asked
 
 
 def _check_replay(arguments: EditImage) -> None:

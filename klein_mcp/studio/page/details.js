@@ -20,7 +20,7 @@ const TOOLS = {
 function changeWords(changed, partly) {
   if (!changed) return null;
   const percent = 100 * changed.share;
-  if (percent < 0.2) return ["Nothing visible changed", "Try other words, or name the thing to change."];
+  if (!changed.box && percent < 0.2) return ["Nothing visible changed", "Try other words, or name the thing to change."];
   const share = percent < 1 ? "under 1 %" : `${Math.round(percent)} %`;
   const rest = changed.kept ? "Every other pixel is as it was." : "The rest may differ a little.";
   return [partly ? `${share} of the marked part changed` : `${share} changed`, rest];

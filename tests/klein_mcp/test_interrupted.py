@@ -1,0 +1,90 @@
+"""Calls that fail partway name the images they had made, and an edit at its own size keeps what it may."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from mcp import Client
+
+from engine.contract import InvalidJob, Job, KeepSource, Rgb8
+from klein_mcp.jobs.service import Service
+from tests.fakes import FakeExecutor, painted
+from tests.tool_calls import call, refused
+
+pytestmark = pytest.mark.anyio
+
+
+def fails_from(seed: int) -> "object":
+    """Paint images below a seed, and refuse the others."""
+
+    def paint(job: Job) -> Rgb8:
+        if job.seed >= seed:
+            raise InvalidJob("This seed is cursed.", hint="Take another.")
+        return painted(job)
+
+    return paint
+
+
+async def test_batch_that_fails_names_what_it_saved(client: Client, painter: FakeExecutor) -> None:
+    painter.paint = fails_from(12)  # type: ignore[assignment] - a closure
+    message = await refused(client, "generate_image", prompt="a dot", count=4, seed=10)
+    listed = [each["image"] for each in (await call(client, "list_images"))["images"]]
+    assert len(listed) == 2
+    assert message == f"This seed is cursed. Take another. Saved before that: {', '.join(reversed(listed))}."
+    # The first alone failed: there is nothing to name.
+    assert "Saved" not in await refused(client, "generate_image", prompt="a dot", count=2, seed=20)
+
+
+async def test_chain_that_fails_returns_the_steps_before(client: Client, painter: FakeExecutor) -> None:
+    start = await call(client, "generate_image", prompt="a dot")
+    painter.paint = lambda job: painted(job) if job.prompt == "one" else fails_from(0)(job)  # type: ignore[operator]
+    facts = await call(client, "edit_image", image=start["image"], prompt=["one", "two", "three"], preserve="off")
+    assert [step["image"] for step in facts["steps"]] == [facts["image"]]
+    assert facts["warnings"][0] == "stopped before step 2 of 3: This seed is cursed. Take another."
+    assert "cursed" in await refused(client, "edit_image", image=start["image"], prompt=["two", "one"])
+
+
+async def test_replay_that_waits_says_which_steps_remain(
+    client: Client, painter: FakeExecutor, service: Service
+) -> None:
+    start = await call(client, "generate_image", prompt="a dot")
+    edited = await call(client, "edit_image", image=start["image"], prompt="make it red", preserve="off")
+    edited = await call(client, "edit_image", image=edited["image"], prompt="add a hat", region=[0, 0, 64, 64])
+    other = await call(client, "generate_image", prompt="a line")
+    service.settings = replace(service.settings, wait_budget=0)
+    painter.seconds_per_step = 30.0
+    facts = await call(client, "edit_image", image=other["image"], again=edited["image"])
+    assert facts["remaining"] == [{"tool": "edit_image", "prompt": "add a hat", "region": [0, 0, 64, 64]}]
+    assert facts["next"] == (
+        f'wait_for_job with job "{facts["job"]}", then go on with the steps in `remaining`, each on the image before'
+    )
+    painter.hurry()
+    assert (await call(client, "wait_for_job", job=facts["job"]))["image"]
+
+
+async def test_own_size_of_an_image_is_no_new_size(client: Client, painter: FakeExecutor) -> None:
+    start = await call(client, "generate_image", prompt="a dot", width=160, height=96)
+    for more in ({}, {"region": [0, 0, 64, 64]}):
+        facts = await call(client, "edit_image", image=start["image"], prompt="red", width=160, height=96, **more)
+        assert isinstance(painter.jobs[-1].size, KeepSource)
+        assert "changed" in facts
+    assert "changed" not in await call(client, "edit_image", image="last", prompt="red", width=96, height=96)
+
+
+async def test_small_change_of_a_large_image_is_a_change(client: Client, painter: FakeExecutor) -> None:
+    """Of 1024² pixels 400 are 0.04 %: an eye, which nobody would call nothing."""
+    start = await call(client, "generate_image", prompt="a face", width=1024, height=1024)
+
+    def eye(job: Job) -> Rgb8:
+        image = job.references[0].copy()
+        image[500:520, 300:320] = 255 - image[500:520, 300:320]
+        return image
+
+    painter.paint = eye
+    facts = await call(client, "edit_image", image=start["image"], prompt=["one", "two"], preserve="off")
+    assert len(facts["steps"]) == 2
+    assert not any("nothing visible" in warning for warning in facts.get("warnings", ()))
+    assert [step["changed"]["box"] for step in facts["steps"]] == [[300, 500, 20, 20]] * 2
+    painter.paint = lambda job: np.where(np.indices(job.references[0].shape)[0] == 3, 0, job.references[0]).astype("u1")
+    facts = await call(client, "edit_image", image=start["image"], prompt="a line of one pixel", preserve="off")
+    assert (facts["warnings"][0], facts["changed"]["box"]) == ("nothing visible changed", None)
