@@ -52,7 +52,7 @@ class Record:
 
 
 def place_on_sheet(record: Record) -> tuple[int, int] | None:
-    """Return the image's place among its call's images, and how many were asked for.
+    """Return the image's place in its call, and the call's count.
 
     None for an image whose recipe does not hold it.
     """

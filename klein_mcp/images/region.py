@@ -76,7 +76,7 @@ class EditRegion:
         return part if opacity is None else preserve.put_back(part, image, opacity, (left, top))
 
     def faint_change(self, change: ChangeMask) -> tuple[float, preserve.Box] | None:
-        """Return share and box of a faint change, of and in the whole image.
+        """Return share and box of a faint change, of the whole image.
 
         None without one inside the mask: the rest of the crop is never kept.
         """

@@ -143,9 +143,7 @@ class ImageResolver:
             if record is None:
                 break
             sheet = self._store.lineage.siblings(record)
-            places = {
-                place[0] if (place := place_on_sheet(each)) else index: each for index, each in enumerate(sheet)
-            }
+            places = {place[0] if (place := place_on_sheet(each)) else index: each for index, each in enumerate(sheet)}
             own = place_on_sheet(record)
             count = own[1] if own else len(sheet)
             if count > 1:

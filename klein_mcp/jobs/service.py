@@ -241,15 +241,15 @@ class Service:
 
 
 def _with_saved(error: E, images: Sequence[SavedImage]) -> E:
-    """Return the error with the handles of images that were saved before it.
+    """Return the error with the handles of images saved before it.
 
     Nothing else leads the caller to them.
     """
     if not images:
         return error
-    told = copy.copy(error)
-    told.hint = f"{error.hint} Saved before that: {', '.join(image.handle for image in images)}.".strip()
-    return told
+    named = copy.copy(error)
+    named.hint = f"{error.hint} Saved before that: {', '.join(image.handle for image in images)}.".strip()
+    return named
 
 
 async def _answered(waiting: Awaitable[T], seconds: float) -> T:

@@ -59,6 +59,7 @@ async def test_replay_that_waits_says_which_steps_remain(
         f'wait_for_job with job "{facts["job"]}", then go on with the steps in `remaining`, each on the image before'
     )
     painter.hurry()
+    service.settings = replace(service.settings, wait_budget=60)
     assert (await call(client, "wait_for_job", job=facts["job"]))["image"]
 
 
@@ -72,7 +73,7 @@ async def test_own_size_of_an_image_is_no_new_size(client: Client, painter: Fake
 
 
 async def test_small_change_of_a_large_image_is_a_change(client: Client, painter: FakeExecutor) -> None:
-    """Of 1024² pixels 400 are 0.04 %: an eye, which nobody would call nothing."""
+    """400 of 1024² pixels are an eye, which nobody would call nothing."""
     start = await call(client, "generate_image", prompt="a face", width=1024, height=1024)
 
     def eye(job: Job) -> Rgb8:

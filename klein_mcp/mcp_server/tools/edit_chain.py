@@ -119,7 +119,7 @@ def _edit(request: ImageRequest, prompt: str) -> Step:
 async def _run(
     service: Service, call: CallContext, chain: Chain, steps: Sequence[Step], stop: Callable[[], bool]
 ) -> None:
-    """Run the steps as far as the wait budget allows, and up to one that fails."""
+    """Run the steps until the wait budget is over or one fails."""
     deadline = time.monotonic() + service.settings.wait_budget
     for index, step in enumerate(steps):
         left = max(0.0, deadline - time.monotonic())
@@ -138,7 +138,7 @@ async def _run(
 
 
 def _recorded(record: Record) -> dict[str, Any]:
-    """Return what a step of a history asked for, as its tool takes it."""
+    """Return what a step of a history asked for."""
     recipe = replay.recorded_request(record)
     given = {"prompt": recipe.prompt, "region": recipe.region, "mask": recipe.mask}
     return {"tool": recipe.tool, **{name: value for name, value in given.items() if value}}

@@ -68,10 +68,8 @@ async def run(service: Service, call: CallContext, arguments: EditImage) -> Call
     return await run_request(service, call, wanted, arguments.show)
 
 
-async def _other_size(
-    service: Service, call: CallContext, arguments: EditImage
-) -> tuple[int | None, int | None]:
-    """Return the size that was asked for, none if it is the image's own.
+async def _other_size(service: Service, call: CallContext, arguments: EditImage) -> tuple[int | None, int | None]:
+    """Return the size asked for, none if it is the image's own.
 
     Models that fill in every argument give that one, and a size repaints every pixel.
     """
