@@ -36,7 +36,7 @@ class EngineReplica:
         """build: fingerprint of the code that deployed it. Raises RuntimeError for another."""
         ours = BuildInfo.read()
         if ours.fingerprint != build:
-            raise RuntimeError(f"This machine has another build of klein-mcp ({ours.version}) than the cluster.")
+            raise RuntimeError(f"This machine has another build of klein-mcp, {ours.name}, than the cluster ({build}).")
         settings = Settings.load()
         if settings.engine_token_file is None:
             raise RuntimeError("KLEIN_ENGINE_TOKEN_FILE is not set on this machine.")

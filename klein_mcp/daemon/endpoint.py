@@ -5,6 +5,7 @@ import hmac
 import json
 import os
 import secrets
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -19,6 +20,14 @@ INSTALLED = str(Path(klein_mcp.__file__).parents[1])
 
 ENGINE_LOCK = "engine.lock"
 """In the data folder; held by the daemon for life."""
+
+NOT_IN_THE_WHEEL = (
+    "engine/nano/training",
+    "engine/nano/evaluate.py",
+    "klein_mcp/studio/page",
+    "klein_mcp/studio/build.py",
+)
+"""As in pyproject.toml: a checkout that has them runs the same code as an installation that lacks them."""
 
 LAST_STEP = 30.0
 """Seconds a job may take to its next pause once the daemon has been asked to end; then it ends all the same."""
@@ -67,13 +76,12 @@ class BuildInfo:
     @classmethod
     def read(cls) -> "BuildInfo":
         """Read the build on disk."""
-        package = Path(klein_mcp.__file__).parent
-        digest, changed = hashlib.sha256(), 0
-        for path in sorted((*package.rglob("*.py"), *(package.parent / "engine").rglob("*.py"))):
-            digest.update(path.relative_to(package.parent).as_posix().encode())
-            digest.update(path.read_bytes())
-            changed = max(changed, path.stat().st_mtime_ns)
-        return cls(klein_mcp.__version__, digest.hexdigest()[:16], changed)
+        return cls(klein_mcp.__version__, *_fingerprint(Path(INSTALLED)))
+
+    @property
+    def name(self) -> str:
+        """Name of the build for people, such as 0.2.0 (1f0c6b2e9d3a4c58)."""
+        return f"{self.version} ({self.fingerprint[:16]})"
 
     def newer_than(self, other: "BuildInfo") -> bool:
         return self._rank() > other._rank()
@@ -85,6 +93,27 @@ class BuildInfo:
         """
         numbers = [(int(part), "") if part.isdigit() else (-1, part) for part in self.version.split(".")]
         return numbers, self.changed, self.fingerprint
+
+
+def _fingerprint(root: Path) -> tuple[str, int]:
+    """Hash the code in `root`, and return when it was changed last.
+
+    The same commit has the same hash as a checkout of any system and as an installed wheel.
+    """
+    digest, changed = hashlib.sha256(), 0
+    for name, path in sorted(_sources(root)):
+        digest.update(name.encode())
+        digest.update(path.read_bytes().replace(b"\r\n", b"\n"))
+        changed = max(changed, path.stat().st_mtime_ns)
+    return digest.hexdigest()[:16], changed
+
+
+def _sources(root: Path) -> Iterator[tuple[str, Path]]:
+    for package in ("engine", "klein_mcp"):
+        for path in (root / package).rglob("*.py"):
+            place = path.relative_to(root)
+            if not any(place.is_relative_to(left_out) for left_out in NOT_IN_THE_WHEEL):
+                yield place.as_posix(), path
 
 
 def new_token() -> str:

@@ -116,8 +116,8 @@ class Launcher:
             return True
         if hello.build.newer_than(self._build):
             raise EngineFailed(
-                f"The engine that runs, {hello.build.version} in {hello.folder or 'another folder'}, is newer than this"
-                f" server, {self._build.version} in {INSTALLED}.",
+                f"The engine that runs, {hello.build.name} in {hello.folder or 'another folder'}, is newer than this"
+                f" server, {self._build.name} in {INSTALLED}.",
                 hint="Update this server's folder, or restart it if that was done; or run `klein-mcp stop`.",
             )
         return False

@@ -5,6 +5,8 @@ import json
 import os
 import socket
 import stat
+import tomllib
+from pathlib import Path
 
 import httpx2
 import pytest
@@ -102,3 +104,28 @@ async def test_endpoint_file_that_others_can_read_is_ignored(tmp_path):
         endpoints.write(tmp_path, endpoints.Endpoint(listener.getsockname()[1], 1, "planted"))
         (tmp_path / "daemon.json").chmod(0o644)
         assert endpoints.read(tmp_path) is None
+
+
+def tree(root: Path, *, ending: str = "\n", makers: bool = False) -> Path:
+    """Write the code of a commit, as a checkout or a wheel has it."""
+    files = ["engine/__init__.py", "engine/nano/words.py", "klein_mcp/cli/main.py", "klein_mcp/cli_notes.py"]
+    files += ["engine/nano/training/train.py", "engine/nano/evaluate.py", "klein_mcp/studio/build.py"] if makers else []
+    for name in files:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(f"name = {name!r}{ending}".encode())
+    return root
+
+
+def test_same_commit_is_the_same_build_wherever_it_came_from(tmp_path):
+    print_of = endpoints._fingerprint
+    wheel, _ = print_of(tree(tmp_path / "wheel"))
+    assert print_of(tree(tmp_path / "checkout", makers=True))[0] == wheel
+    assert print_of(tree(tmp_path / "windows", ending="\r\n", makers=True))[0] == wheel
+    changed = tree(tmp_path / "changed")
+    (changed / "engine/nano/words.py").write_text("name = 'another'\n")
+    assert print_of(changed)[0] != wheel
+
+
+def test_build_leaves_out_what_the_wheel_leaves_out():
+    configuration = tomllib.loads((Path(endpoints.INSTALLED) / "pyproject.toml").read_text())
+    assert list(endpoints.NOT_IN_THE_WHEEL) == configuration["tool"]["hatch"]["build"]["targets"]["wheel"]["exclude"]

@@ -229,7 +229,7 @@ class RemoteExecutor:
             raise NodeFailed("it holds another token than KLEIN_ENGINE_TOKEN_FILE")
         build = BuildInfo(**answer["build"])
         if build.fingerprint != self._build.fingerprint:
-            raise NodeFailed(f"it runs another build ({build.version}) than this machine ({self._build.version})")
+            raise NodeFailed(f"it runs another build, {build.name}, than this machine, {self._build.name}")
         node.engines = min(int(answer.get("engines", 0)), MOST_ENGINES)
         node.greeted = time.monotonic()
 
