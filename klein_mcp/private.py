@@ -81,6 +81,23 @@ def foreign_access(status: os.stat_result) -> str:
     return ""
 
 
+def is_open_to_others(status: os.stat_result) -> bool:
+    """Return whether other users may read or write a file."""
+    return os.name == "posix" and bool(status.st_mode & 0o077)
+
+
+def keeps_private(folder: Path) -> bool:
+    """Return whether a new file in `folder` is this user's alone.
+
+    Raises OSError. exFAT and network drives give every file the owner and the mode of their mount.
+    """
+    import tempfile  # every command imports this module
+
+    with tempfile.TemporaryFile(dir=folder) as file:
+        status = os.fstat(file.fileno())
+    return not is_open_to_others(status) and not foreign_access(status)
+
+
 def check_folder(path: Path) -> None:
     """Raise OSError if another user may write into a folder."""
     try:

@@ -145,6 +145,9 @@ def _daemon(settings: Settings) -> Check:
         status: DaemonStatus = ask_daemon(settings, "status")
     except Exception as error:
         return Check("daemon", f"does not answer ({error})", f"Run: {shlex.join([*program(), 'stop'])}")
+    if status.silent:
+        todo = f"Run: {shlex.join([*program(), 'stop'])}; it says which process to end, or on which machine."
+        return Check("daemon", "its process runs and does not answer", todo)
     if not status.pid:
         return Check("daemon", "not running; the first call starts it")
     if status.version not in ("", __version__):

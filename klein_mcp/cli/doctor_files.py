@@ -1,5 +1,6 @@
 """The doctor's checks of disks, folders, and the key that signs."""
 
+import contextlib
 import os
 import shutil
 import stat
@@ -9,12 +10,13 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from klein_mcp.errors import RequestError
+from klein_mcp.private import keeps_private
 from klein_mcp.settings import Settings
 
 LEAST_DISK = 5 * 10**9
 """Bytes of free disk below which images or a download may fail."""
 
-DAEMON_FILES = ("daemon.log", "daemon.err", "daemon.json")
+DAEMON_FILES = ("daemon.log", "daemon.err", "daemon.json", "daemon.host")
 
 _OTHER = "Change its owner, or set KLEIN_HOME and KLEIN_HUB."
 
@@ -55,6 +57,11 @@ def check_daemon_files(settings: Settings) -> Iterator[Check]:
         path = settings.home / name
         if os.path.lexists(path) and not stat.S_ISREG(path.lstat().st_mode):
             yield Check("data folder", f"{path} is not a regular file, so no engine can start", "Remove it.")
+    place, obstacle = _place_of(settings.home)
+    with contextlib.suppress(OSError):  # a full disk has a finding of its own
+        if not obstacle and not keeps_private(place):
+            found = f"{place} is on a disk that sets owner and mode of its files itself, so no engine can start"
+            yield Check("data folder", found, "Set KLEIN_HOME to a folder on another disk.")
 
 
 def check_library(settings: Settings) -> Check:

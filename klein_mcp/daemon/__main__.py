@@ -54,6 +54,7 @@ def main(make: MakeExecutor = make_from_settings) -> int:
     try:
         settings = Settings.load()
         with _only_one(settings):
+            endpoints.claim(settings.home)
             _configure_log(settings)
             asyncio.run(_serve(settings, make))
     except (SettingsError, OSError, Timeout) as exc:

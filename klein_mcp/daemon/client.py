@@ -188,10 +188,12 @@ class DaemonClient:
         """
         import httpx2
 
-        launcher, deadline = self._launcher(), time.monotonic() + PATIENCE
+        launcher, began = self._launcher(), time.monotonic()
+        deadline = began + PATIENCE
         while not (hello := await launcher.find()):
             if not launcher.lock_is_held():
                 return False
+            launcher.check_host(time.monotonic() - began)
             if time.monotonic() > deadline:
                 raise launcher.timeout_error(PATIENCE)
             await anyio.sleep(0.1)  # it is starting, and answers in a moment, or ending, and is gone in a moment

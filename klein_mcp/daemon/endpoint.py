@@ -3,15 +3,15 @@
 import hashlib
 import hmac
 import json
-import os
 import secrets
+import socket
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import klein_mcp
 from klein_mcp import atomic
-from klein_mcp.private import read_private_text
+from klein_mcp.private import is_open_to_others, read_private_text
 
 HOST = "127.0.0.1"
 
@@ -20,6 +20,10 @@ INSTALLED = str(Path(klein_mcp.__file__).parents[1])
 
 ENGINE_LOCK = "engine.lock"
 """In the data folder; held by the daemon for life."""
+
+HOST_FILE = "daemon.host"
+"""In the data folder; the name of the machine whose loopback the endpoint is of. Not in the endpoint's own file: older
+front ends refuse a field that they do not know."""
 
 NOT_IN_THE_WHEEL = (
     "engine/nano/training",
@@ -128,7 +132,7 @@ def read(home: Path) -> Endpoint | None:
     path = home / "daemon.json"
     try:
         # In a folder that others may write to, a planted endpoint would bring them our prompts and images.
-        if os.name == "posix" and path.stat(follow_symlinks=False).st_mode & 0o077:
+        if is_open_to_others(path.stat(follow_symlinks=False)):
             return None
         return Endpoint(**json.loads(read_private_text(path)))
     except (OSError, ValueError, TypeError, RecursionError):
@@ -136,11 +140,41 @@ def read(home: Path) -> Endpoint | None:
 
 
 def write(home: Path, endpoint: Endpoint) -> None:
-    """Write the endpoint file. Raises OSError."""
+    """Write the endpoint file.
+
+    Raises OSError, also if no front end would take it.
+    """
     atomic.atomic_write(home / "daemon.json", json.dumps(asdict(endpoint)))
+    if read(home) != endpoint:
+        # exFAT and network drives do so: every front end would look past the file, and start another engine.
+        raise OSError(
+            f"{home} is on a disk that sets owner and mode of its files itself, so others could read the engine's "
+            "address. Set KLEIN_HOME to a folder on another disk."
+        )
 
 
 def remove(home: Path, endpoint: Endpoint) -> None:
     """Delete the endpoint file if it is still this one."""
     if read(home) == endpoint:
         (home / "daemon.json").unlink(missing_ok=True)
+        (home / HOST_FILE).unlink(missing_ok=True)
+
+
+def claim(home: Path) -> None:
+    """Note that the engine of `home` is on this machine. Raises OSError.
+
+    For the holder of its lock, at once: the last one may have been on another machine.
+    """
+    atomic.atomic_write(home / HOST_FILE, socket.gethostname())
+
+
+def other_host(home: Path) -> str:
+    """Return the machine that the engine of `home` is on.
+
+    "" if it is this one, or not known. It may be gone: the lock says whether it runs.
+    """
+    try:
+        name = read_private_text(home / HOST_FILE).strip()
+    except (OSError, ValueError):
+        return ""
+    return name if name != socket.gethostname() and name.isprintable() else ""

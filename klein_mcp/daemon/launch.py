@@ -40,6 +40,9 @@ GREETING = 5.0
 ROOM = 2**16
 """Bytes of disk below which an engine does not start: its endpoint, its log, and SQLite's shared memory of 32 KiB."""
 
+ELSEWHERE = 1.0
+"""Seconds for which a locked data folder may still name another machine: its new engine notes its own at once."""
+
 DAEMON = (sys.executable, "-m", "klein_mcp.daemon")
 
 
@@ -88,7 +91,7 @@ class Launcher:
         """Yield None while the daemon is started or replaced.
 
         At least every second, at last its endpoint.
-        Raises EngineFailed if it does not start, or is newer than this front end.
+        Raises EngineFailed if it does not start, is on another machine, or is newer than this front end.
         """
         heard = time.monotonic()
         while True:
@@ -102,9 +105,9 @@ class Launcher:
                     await self._ask_to_leave(hello)
             elif time.monotonic() - heard > START_TIMEOUT:
                 raise self.timeout_error(START_TIMEOUT)
-            elif (
-                not self.lock_is_held()
-            ):  # else too busy to answer, or on its way out: a second one would only wait for it
+            elif self.lock_is_held():  # too busy to answer, or on its way out: a second one would only wait for it
+                self.check_host(time.monotonic() - heard)
+            else:
                 async with aclosing(self._start_if_nobody_does()) as starting:
                     async for _ in starting:
                         yield None
@@ -147,6 +150,19 @@ class Launcher:
         Another may run by now.
         """
         return not self.lock_is_held() or endpoints.read(self._settings.home) not in (None, endpoint)
+
+    def check_host(self, silent: float) -> None:
+        """Raise EngineFailed if the engine is on another machine.
+
+        That one shares the data folder.
+        silent: seconds for which it has held its lock and not answered.
+        """
+        home = self._settings.home
+        if silent > ELSEWHERE and (host := endpoints.other_host(home)):
+            raise EngineFailed(
+                f"The engine of the data folder {home} runs on {host}, and only programs there can reach it.",
+                hint="Set KLEIN_HOME to a folder of this machine alone.",
+            )
 
     def timeout_error(self, seconds: float) -> EngineFailed:
         """Make the error for an engine that does not answer."""

@@ -7,14 +7,18 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 from collections import namedtuple
 from dataclasses import replace
 from pathlib import Path
+from typing import IO, Any
 
 import pytest
+from filelock import FileLock
 
 from klein_mcp.cli import doctor, doctor_files, models
-from klein_mcp.cli.doctor_files import check_disk, check_library, check_roots, check_signer
+from klein_mcp.cli.doctor_files import check_daemon_files, check_disk, check_library, check_roots, check_signer
+from klein_mcp.daemon.endpoint import ENGINE_LOCK
 from klein_mcp.settings import Settings
 from tests.embedded import SIDE
 from tests.real_server import PATIENCE, engine_process
@@ -220,6 +224,30 @@ def test_data_folder_that_cannot_be_made_is_no_empty_library(tmp_path: Path) -> 
     for check in (check_library(settings), check_disk(settings)):
         assert f"{tmp_path / 'file'} is not a folder" in check.found
         assert "KLEIN_HOME" in check.todo
+
+
+def test_disk_that_gives_every_file_the_same_mode_is_named(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def on_exfat(**options: Any) -> IO[bytes]:
+        file = make(**options)
+        os.fchmod(file.fileno(), 0o755)
+        return file
+
+    make = tempfile.TemporaryFile
+    assert not list(check_daemon_files(settings))
+    monkeypatch.setattr(tempfile, "TemporaryFile", on_exfat)
+    (check,) = check_daemon_files(settings)
+    assert check.found.startswith(f"{tmp_path} is on a disk that sets owner and mode")
+    assert "KLEIN_HOME" in check.todo
+
+
+def test_daemon_that_does_not_answer_is_named(settings: Settings) -> None:
+    settings.home.mkdir()
+    with FileLock(settings.home / ENGINE_LOCK):
+        check = doctor._daemon(settings)
+    assert check.found == "its process runs and does not answer"
+    assert "stop" in check.todo
 
 
 def test_roots_that_do_not_exist_are_named(settings: Settings, tmp_path: Path) -> None:

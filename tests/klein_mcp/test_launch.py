@@ -4,6 +4,7 @@ import asyncio
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from contextlib import aclosing
@@ -168,6 +169,48 @@ async def test_daemon_that_never_answers_is_an_error(tmp_path, monkeypatch):
         async with connection(tmp_path) as front_end:
             with pytest.raises(EngineFailed, match="has not answered"):
                 await run(front_end)
+
+
+async def test_engine_on_another_machine_is_named_at_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(launch, "ELSEWHERE", 0.1)
+    (tmp_path / endpoints.HOST_FILE).write_text("gpu-box")
+    with FileLock(tmp_path / endpoints.ENGINE_LOCK):
+        async with connection(tmp_path) as front_end:
+            for ask in (run(front_end), front_end.stop()):
+                with pytest.raises(EngineFailed, match=f"{tmp_path} runs on gpu-box.*KLEIN_HOME"):
+                    await ask
+
+
+async def test_data_folder_that_an_engine_elsewhere_left_is_taken_over(front_end, tmp_path):
+    (tmp_path / endpoints.HOST_FILE).write_text("gpu-box")
+    assert endpoints.other_host(tmp_path) == "gpu-box"
+    await run(front_end)
+    assert not endpoints.other_host(tmp_path)
+    assert (tmp_path / endpoints.HOST_FILE).read_text() == socket.gethostname()
+    await front_end.stop()
+    assert not (tmp_path / endpoints.HOST_FILE).exists()
+
+
+ON_EXFAT = """
+import os
+from klein_mcp import atomic
+from klein_mcp.daemon.__main__ import main
+from tests.klein_mcp.fake_daemon import make
+
+def write(path, text, **more):
+    keep_to_ourselves(path, text, **more)
+    os.chmod(path, 0o755)
+
+keep_to_ourselves, atomic.atomic_write = atomic.atomic_write, write
+os._exit(main(make))
+"""
+
+
+async def test_disk_that_cannot_keep_the_address_secret_is_named(tmp_path):
+    async with aclosing(DaemonClient(Settings(home=tmp_path), (sys.executable, "-c", ON_EXFAT))) as front_end:
+        with pytest.raises(EngineFailed, match="Set KLEIN_HOME to a folder on another disk") as error:
+            await run(front_end)
+    assert "\n" not in str(error.value)
 
 
 async def test_stop_and_status_see_a_daemon_that_hangs(front_end, tmp_path, monkeypatch):
