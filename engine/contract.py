@@ -467,3 +467,10 @@ class Busy(EngineError):
 
 class EngineFailed(EngineError):
     """The engine failed through a bug or a crash of its own."""
+
+
+class DeviceLost(EngineFailed):
+    """The device fails whatever this process asks of it.
+
+    A new process may reach it.
+    """

@@ -10,6 +10,7 @@ import torch
 
 from engine.contract import (
     BadWeights,
+    DeviceLost,
     EngineConfig,
     EngineError,
     EngineStatus,
@@ -72,6 +73,14 @@ class Engine:
 
         Raises EngineError. If the device runs out of memory, the cache is cleared and the job started once more.
         """
+        try:
+            yield from self._run_twice_if_full(job)
+        except RuntimeError as exc:
+            if self.device.is_lost():
+                raise self._device_lost(exc) from None
+            raise
+
+    def _run_twice_if_full(self, job: Job) -> Iterator[Event]:
         # In bands a GPU computes the same bits in less memory, more slowly. On a CPU bf16 is rounded otherwise.
         for in_bands in (False, self.device.is_cuda):
             try:
@@ -104,6 +113,8 @@ class Engine:
             return True
         except (RuntimeError, MemoryError) as exc:
             if not _is_out_of_memory(exc):
+                if self.device.is_lost():
+                    raise self._device_lost(exc) from None
                 raise
         # Prefetching is optional: the next job does this work itself.
         self._clear_cache()
@@ -121,6 +132,13 @@ class Engine:
     def _clear_cache(self) -> None:
         self.cache.clear()
         self.device.empty_cache()
+
+    def _device_lost(self, exc: Exception) -> DeviceLost:
+        reason = (str(exc).splitlines() or [""])[0].removesuffix(".")
+        return DeviceLost(
+            f"The {self.device.label} no longer answers this process: {reason}.",
+            hint="Try again: a new process may reach it.",
+        )
 
     def _out_of_memory(self) -> OutOfMemory:
         memory = memory_info(self.device)
@@ -254,7 +272,7 @@ class Engine:
             device=str(self.device.device),
             dtype=self.device.dtype_name,
             threads=torch.get_num_threads(),
-            free_bytes=self.device.free_bytes(),
+            free_bytes=self._free_bytes(),
             loaded=self._name or None,
             placement=klein.placement_summary if klein else None,
             weights_bytes=self._weight_bytes(),
@@ -268,6 +286,12 @@ class Engine:
                 for name, row in VARIANTS.items()
             ),
         )
+
+    def _free_bytes(self) -> int:
+        try:
+            return self.device.free_bytes()
+        except RuntimeError:
+            return 0  # a lost GPU does not answer, and a status that fails could not say what else there is
 
     def models(self) -> tuple[ModelInfo, ...]:
         """Return every installed model and its fit into the memory now free."""

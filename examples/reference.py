@@ -30,6 +30,7 @@ ERRORS = {
     "OutOfMemory": "Memory does not suffice",
     "Busy": "The queue is full",
     "EngineFailed": "The engine broke off",
+    "DeviceLost": "The GPU is lost",
     "SettingsError": "A setting has a wrong value",
 }
 """Error classes by their meaning for a reader, in the order of the page."""

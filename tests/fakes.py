@@ -8,7 +8,6 @@ import numpy as np
 
 from engine.contract import (
     Aspect,
-    EngineError,
     EngineStatus,
     Event,
     Exact,
@@ -73,7 +72,7 @@ class FakeExecutor:
         self.cancelled = 0
         self.seconds_per_step = 0.0
         self.events_before: list[Event] = []
-        self.error: EngineError | None = None
+        self.error: Exception | None = None
         self.paint: Callable[[Job], Rgb8] = painted
         self.prefetched: list[Rgb8] = []
         self.released = 0

@@ -103,6 +103,23 @@ class Device:
         elif self.device.type == "mps":
             torch.mps.synchronize()
 
+    def is_lost(self) -> bool:
+        """Whether a GPU fails every call of this process.
+
+        It does after an illegal access, a reset of its driver or a suspend, until the process ends.
+        """
+        if not self.is_cuda:
+            return False
+        # An error that was only waiting to be asked for is gone with the first answer; that of a lost GPU never goes.
+        return all(self._fails_to_sync() for _ in range(2))
+
+    def _fails_to_sync(self) -> bool:
+        try:
+            self.sync()
+        except RuntimeError as exc:
+            return "out of memory" not in str(exc)
+        return False
+
     def empty_cache(self) -> None:
         """Release the unused memory in torch's caching allocators."""
         if self.device.type == "cuda":

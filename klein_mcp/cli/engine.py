@@ -69,7 +69,10 @@ def _tls_error(certificate: Path | None, key: Path | None) -> str:
 
 
 def serve(settings: Settings, host: str, port: int, arguments: argparse.Namespace) -> int:
-    """Serve this machine's engine. Raises OSError."""
+    """Serve this machine's engine until a signal, or until it is broken.
+
+    Returns 1 then, so that whatever watches over it starts it again. Raises OSError.
+    """
     from klein_mcp.daemon.endpoint import BuildInfo
     from klein_mcp.daemon.engine_server import EngineServer, read_token
     from klein_mcp.daemon.executors.local import make_local
@@ -82,12 +85,23 @@ def serve(settings: Settings, host: str, port: int, arguments: argparse.Namespac
         reason = getattr(error, "strerror", None) or error
         print(f"klein-mcp engine: --token-file {arguments.token_file}: {reason}", file=sys.stderr)
         return 1
-    queue = Queue(lambda: make_local(settings), size=settings.queue_size, keep_alive=settings.keep_alive)
+
+    def leave() -> None:
+        queue.close()  # the daemons whose jobs wait ask another engine
+        server.end()
+
+    queue = Queue(
+        lambda: make_local(settings), size=settings.queue_size, keep_alive=settings.keep_alive, on_broken=leave
+    )
     app = EngineServer(queue, token, BuildInfo.read()).app()
     tls = {"ssl_certfile": arguments.certificate, "ssl_keyfile": arguments.key} if arguments.certificate else {}
     listener = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     where = f"[{host}]" if ":" in host else host
     print(f"klein-mcp engine listens on {where}:{listener.getsockname()[1]}", file=sys.stderr, flush=True)
-    WebServer(app, log_level="warning", timeout_graceful_shutdown=2, **tls).run([listener])
+    server = WebServer(app, log_level="warning", timeout_graceful_shutdown=2, **tls)
+    server.run([listener])
     queue.close(5)
+    if queue.is_broken:
+        print("klein-mcp engine: the engine is broken, so this process ends; start it again", file=sys.stderr)
+        return 1
     return 0

@@ -48,12 +48,12 @@ class EngineReplica:
         return self._server.app()
 
     def check_health(self) -> None:
-        """Raise RuntimeError once jobs keep breaking off.
+        """Raise RuntimeError once the engine is broken.
 
         Serve then starts the replica anew: a process whose CUDA context is gone fails every job.
         """
-        if self._server.is_broken:
-            raise RuntimeError("The last jobs all broke off.")
+        if self._queue.is_broken:
+            raise RuntimeError("The engine is broken: its GPU is lost, or its last jobs all broke off.")
 
     def describe(self) -> NodeStatus:
         """Describe this replica."""

@@ -92,6 +92,11 @@ async def _serve(settings: Settings, make: MakeExecutor) -> None:
         # Waiting listeners get an error, and a front end that comes later starts another daemon.
         loop.call_soon_threadsafe(daemon.stop)
 
+    def start_anew() -> None:
+        # As after a crash: who listens submits again, and so starts the process that takes over.
+        loop.call_soon_threadsafe(jobs.hand_over)
+        stop()
+
     history = TimingHistory(settings.home / HISTORY)
     queue = Queue(
         make_executor,
@@ -99,6 +104,7 @@ async def _serve(settings: Settings, make: MakeExecutor) -> None:
         keep_alive=settings.keep_alive,
         history=history,
         on_death=stop,
+        on_broken=start_anew,
     )
     jobs = JobManager(settings.home / "jobs", settings.library, queue)
     about = DaemonStatus(

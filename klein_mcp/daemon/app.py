@@ -172,11 +172,12 @@ async def _streamed(stream: AsyncGenerator[JobEvent]) -> Response:
 
     A client that disconnects closes the stream, and so leaves the job.
     """
-    first = await anext(stream)  # an error that comes before any event is the answer itself
+    first = await anext(stream, None)  # an error that comes before any event is the answer itself
 
     async def lines() -> AsyncIterator[bytes]:
         async with aclosing(stream):
-            yield _line(first)
+            if first:
+                yield _line(first)
             async for event in stream:
                 yield _line(event)
 

@@ -15,7 +15,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from engine.contract import EngineError, EngineFailed, Event, Job, NodeStatus, Result, Rgb8, image_hash
+from engine.contract import EngineError, Event, Job, NodeStatus, Result, Rgb8, image_hash
 from klein_mcp.daemon import wire
 from klein_mcp.daemon.endpoint import BuildInfo, proof
 from klein_mcp.jobs.queue import Queue
@@ -78,10 +78,6 @@ class Peers(Protocol):
         ...
 
 
-BROKEN = 3
-"""Jobs that break off one after another until the engine counts as broken."""
-
-
 class EngineServer:
     """One engine's HTTP interface: hello, status and run."""
 
@@ -91,7 +87,6 @@ class EngineServer:
         self._build = build
         self._peers = peers
         self._held = HeldImages()
-        self._broken_off = 0
 
     def app(self) -> Starlette:
         """Build the ASGI application."""
@@ -102,14 +97,6 @@ class EngineServer:
                 Route("/run", self._authorized(self._run), methods=["POST"]),
             ]
         )
-
-    @property
-    def is_broken(self) -> bool:
-        """Tell whether the last jobs all broke off.
-
-        A new process may mend it.
-        """
-        return self._broken_off >= BROKEN
 
     def describe(self, name: str) -> NodeStatus:
         """Describe this engine under `name`. Waits for no job."""
@@ -187,10 +174,7 @@ class EngineServer:
                 except TimeoutError:
                     if latest is None:
                         continue
-                if isinstance(latest, EngineFailed):
-                    self._broken_off += 1
                 if isinstance(latest, Result):
-                    self._broken_off = 0
                     self._held.add(latest.image)  # the next edit is of this one
                     self._queue.prefetch(latest.image)
                 yield wire.encode(latest)

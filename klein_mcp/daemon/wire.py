@@ -17,6 +17,7 @@ from engine.contract import (
     BadWeights,
     Busy,
     ChangeMask,
+    DeviceLost,
     EngineError,
     EngineFailed,
     Event,
@@ -43,7 +44,7 @@ _KINDS: dict[str, type] = {kind.__name__: kind for kind in (Job, Queued, Loading
 _SIZES: dict[str, type[Size]] = {kind.__name__: kind for kind in (Native, Exact, Aspect, KeepSource)}
 _ERRORS: dict[str, type[EngineError]] = {
     kind.__name__: kind
-    for kind in (EngineError, InvalidJob, ModelNotFound, BadWeights, OutOfMemory, Busy, EngineFailed)
+    for kind in (EngineError, InvalidJob, ModelNotFound, BadWeights, OutOfMemory, Busy, EngineFailed, DeviceLost)
 }
 
 MAX_FRAME = 512 * 2**20

@@ -12,7 +12,7 @@ import time
 from collections.abc import AsyncGenerator, Sequence
 from pathlib import Path
 
-from engine.contract import EngineError, EngineFailed
+from engine.contract import DeviceLost, EngineError, EngineFailed
 from klein_mcp.errors import RequestError, quote
 from klein_mcp.jobs.api import UnknownJob
 from klein_mcp.jobs.events import (
@@ -69,6 +69,7 @@ class JobManager:
         self._jobs: dict[str, JobRecord] = {}
         self._watchers = Watchers()
         self._closing = False
+        self._handing_over = False
 
     # -- the job API ---------------------------------------------------------------------------------------------------
 
@@ -178,6 +179,13 @@ class JobManager:
             job.task = asyncio.create_task(self._work(job))
         self._forget()
 
+    def hand_over(self) -> None:
+        """Leave every job to the next daemon, as a crash does.
+
+        This one is to be closed now. Listeners hear no ending, and submit their job again.
+        """
+        self._handing_over = True
+
     async def aclose(self) -> None:
         """Stop every job.
 
@@ -221,6 +229,8 @@ class JobManager:
                     if job.latest is None:
                         continue
                     event = job.latest
+                if event is None:
+                    return  # handed over
                 yield await self._maker.previews.add_to(event, job.saved, options)
                 if isinstance(event, LAST):
                     return
@@ -268,6 +278,9 @@ class JobManager:
             else:
                 ending = Cancelled()
         except (EngineError, RequestError) as exc:
+            if isinstance(exc, DeviceLost) and self._handing_over:
+                self._put_back(job)
+                return
             ending = Failed(exc)
         except (OSError, sqlite3.Error) as exc:
             log.exception("a job met an error of the disk")
@@ -292,12 +305,13 @@ class JobManager:
     def _put_back(self, job: JobRecord) -> None:
         """Leave a detached job to the next daemon.
 
-        End any other.
+        End any other, unless its listeners bring it there.
         """
         for listener in job.listeners:
-            listener.inbox.put_nowait(Failed(engine_stopped()))
+            listener.inbox.put_nowait(None if self._handing_over else Failed(engine_stopped()))
         if job.detached:
-            job.attempts -= job.begun  # stopped, not crashed
+            if not self._handing_over:
+                job.attempts -= job.begun  # stopped, not crashed
             self._files.update(job)
 
     def _forget(self) -> None:

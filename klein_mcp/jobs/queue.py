@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 from engine.contract import (
     Busy,
+    DeviceLost,
     EngineError,
     EngineFailed,
     EngineStatus,
@@ -33,6 +34,9 @@ IDLE_BEFORE_PREFETCH = 0.3
 """Seconds without a job before the engine works ahead. The next image of the same call comes sooner and would have to
 wait for it; nobody has looked at an image and asked for a change in less."""
 
+BROKEN = 3
+"""Jobs that break off one after another until the engine counts as broken."""
+
 
 class Queue:
     """Takes jobs from any thread and runs them in its own."""
@@ -45,14 +49,18 @@ class Queue:
         keep_alive: float,
         history: TimingHistory | None = None,
         on_death: Callable[[], None] | None = None,
+        on_broken: Callable[[], None] | None = None,
     ) -> None:
         """make_executor: called by the first job's thread, as it may take seconds.
 
         size: jobs that may wait.
         keep_alive: seconds without a job until the executor releases its weights.
         on_death: called from a thread that ends by an error of ours; no job is run any more.
+        on_broken: called from a job's thread, before its error is passed on, once the engine is broken. Then no job is
+        run any more: those that wait hear nothing, and are the caller's to end. Without it jobs go on.
         """
         self._on_death = on_death
+        self._on_broken = on_broken
         self._make_executor = make_executor
         self._executor: Executor | None = None
         self._size = size
@@ -68,6 +76,7 @@ class Queue:
         self._idle_since = time.monotonic()
         self._history = history or TimingHistory()
         self._done = self._failed = 0
+        self._broken_off = 0  # jobs in a row
 
     def put(self, job: Job, client: str, tell: Tell, *, watched: bool = False, bypass_limit: bool = False) -> Ticket:
         """Queue `job`. bypass_limit: it belongs to a request that was accepted before.
@@ -141,6 +150,14 @@ class Queue:
             thread.join(max(0.0, deadline - time.monotonic()))
 
     @property
+    def is_broken(self) -> bool:
+        """Whether the device is lost, or the last jobs all broke off.
+
+        A new process may mend it.
+        """
+        return self._broken_off >= BROKEN
+
+    @property
     def idle_seconds(self) -> float:
         """Seconds since the last job ended.
 
@@ -204,13 +221,30 @@ class Queue:
                 self._idle_since = time.monotonic()
                 if isinstance(outcome, Result):
                     self._done += 1
+                    self._broken_off = 0
                     self._note(ticket, outcome)
                 elif isinstance(outcome, EngineError):
                     self._failed += 1
+                    self._count_failure(outcome, ticket.broke_off)
                 if outcome is not None and not ticket.cancelled:
                     ticket.tell(outcome)
             # An idle thread that kept these would keep a job's references and an error's half-loaded weights.
             del ticket, outcome
+
+    def _count_failure(self, error: EngineError, broke_off: bool) -> None:
+        was_broken = self.is_broken
+        if isinstance(error, DeviceLost):
+            self._broken_off = BROKEN  # every later job would meet it, too
+        elif broke_off:
+            self._broken_off += 1
+        if self.is_broken and not was_broken:
+            log.error("the engine is broken: %s", error)
+            if self._on_broken:
+                self._on_broken()
+
+    @property
+    def _has_ended(self) -> bool:
+        return self._closed or (self.is_broken and self._on_broken is not None)
 
     def _note(self, ticket: Ticket, outcome: Result) -> None:
         seconds = self._idle_since - ticket.began
@@ -238,7 +272,7 @@ class Queue:
         """
         while True:
             with self._change:
-                if self._closed:
+                if self._has_ended:
                     return None
                 if self._waiting:
                     return self._take()
@@ -279,6 +313,10 @@ class Queue:
         try:
             while executor and not self._waiting and not self._closed and executor.prefetch(image):
                 pass
+        except DeviceLost as exc:
+            log.exception("the engine failed while it prepared for the next job")
+            with self._change:
+                self._count_failure(exc, broke_off=False)
         except Exception:
             # Nobody asked for it; the job that needs it will meet the error itself.
             log.exception("the engine failed while it prepared for the next job")

@@ -35,10 +35,13 @@ def _one_line(error: EngineError | RequestError) -> str:
 
 @dataclass(eq=False, slots=True)
 class Listener:
-    """Somebody who hears the events of a job."""
+    """Somebody who hears the events of a job.
+
+    inbox: None in it ends what they hear, though the job is not over.
+    """
 
     options: Listen
-    inbox: "asyncio.Queue[JobEvent]" = field(default_factory=asyncio.Queue)
+    inbox: "asyncio.Queue[JobEvent | None]" = field(default_factory=asyncio.Queue)
 
 
 JobNews = tuple[JobStatus, JobEvent | None]

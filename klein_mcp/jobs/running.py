@@ -28,6 +28,7 @@ def run(ticket: Ticket, ready: Callable[[Ticket], Executor], began: Callable[[],
         return exc.with_traceback(None)
     except Exception as exc:
         log.exception("the engine broke off")
+        ticket.broke_off = True
         reason = f"{type(exc).__name__}: {(str(exc).splitlines() or [''])[0]}".rstrip(": ")
         return EngineFailed(
             f"The engine broke off: {reason}.",
@@ -63,5 +64,6 @@ def _pass_events(executor: Executor, ticket: Ticket, began: Callable[[], None]) 
                 stage, stage_at = event.name, now
             ticket.tell(event)
     if not result:
+        ticket.broke_off = True
         raise EngineFailed("The engine ended without an image.", hint="Try again; `klein-mcp doctor` looks for causes.")
     return result

@@ -23,6 +23,7 @@ class Ticket:
     """One job that waits or runs.
 
     watched: whether its steps should carry previews; may change at any time.
+    broke_off: whether the engine failed it unexpectedly, by an error that says nothing of the job.
     """
 
     job: Job
@@ -32,6 +33,7 @@ class Ticket:
     cancelled: bool = False
     position: int | None = None
     began: float = field(default=0.0)
+    broke_off: bool = False
 
 
 class Turns:

@@ -2,6 +2,7 @@
 
 The prompt says what the executor does: `steps=8 pause=0.05 load=2 crash=3 fail texture`; with crash=3 the process dies
 after step 3, with load=2 it loads for two seconds, with texture the image is a photograph's noise, not random bytes.
+The file LOST in the data folder makes the process that finds it lose its device; the prompt `lose` makes any.
 """
 
 import os
@@ -10,21 +11,38 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from functools import lru_cache
+from pathlib import Path
 
 import numpy as np
 
-from engine.contract import EngineStatus, Event, Exact, InvalidJob, Job, KeepSource, Loading, Result, Rgb8, Stage, Step
+from engine.contract import (
+    DeviceLost,
+    EngineStatus,
+    Event,
+    Exact,
+    InvalidJob,
+    Job,
+    KeepSource,
+    Loading,
+    Result,
+    Rgb8,
+    Stage,
+    Step,
+)
 from klein_mcp.jobs.executor import nobody_watches
 from klein_mcp.settings import Settings
 
 COMMAND = (sys.executable, "-m", "tests.klein_mcp.fake_daemon")
 
+LOST = "device-lost"
+
 
 class ScriptedExecutor:
     slots = 1
 
-    def __init__(self) -> None:
+    def __init__(self, home: Path) -> None:
         self.loaded = False
+        self._lost, self._loses = False, home / LOST
 
     def run(self, job: Job, watched: Callable[[], bool] = nobody_watches) -> Iterator[Event]:
         options = dict(word.split("=", 1) for word in job.prompt.split() if "=" in word)
@@ -42,6 +60,11 @@ class ScriptedExecutor:
         yield Stage("denoise")
         for step in range(1, steps + 1):
             time.sleep(pause)
+            if self._loses.exists():
+                self._loses.unlink()
+                self._lost = True
+            if self._lost or "lose" in job.prompt.split():
+                raise DeviceLost("The GPU no longer answers.")
             yield Step(step, steps, np.zeros((8, 8, 3), np.uint8) if watched() else None)
             if step == int(options.get("crash", 0)):
                 os.kill(os.getpid(), signal.SIGKILL)
@@ -78,7 +101,7 @@ def texture(width: int, height: int) -> Rgb8:
 def make(settings: Settings) -> ScriptedExecutor:
     if settings.device == "broken":
         raise InvalidJob("There is no such device.", hint="Set KLEIN_DEVICE.")
-    return ScriptedExecutor()
+    return ScriptedExecutor(settings.home)
 
 
 if __name__ == "__main__":

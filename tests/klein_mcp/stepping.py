@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import numpy as np
 
 from engine.contract import (
+    DeviceLost,
     EngineError,
     EngineStatus,
     Event,
@@ -44,6 +45,8 @@ class StepExecutor:
             raise InvalidJob("No.")
         if job.prompt == "break":
             raise ZeroDivisionError("by nothing")
+        if job.prompt == "lose":
+            raise DeviceLost("The GPU no longer answers.")
         try:
             yield Stage("denoise")
             for done in range(1, 4):

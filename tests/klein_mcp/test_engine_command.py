@@ -1,12 +1,18 @@
-"""`klein-mcp engine` up to the point where it would listen."""
+"""`klein-mcp engine`: what it refuses before it listens, and how it ends."""
 
 import shutil
 import subprocess
+import threading
 from pathlib import Path
 
 import pytest
 
+from engine.contract import DeviceLost, EngineFailed, Job
 from klein_mcp.cli.main import main
+from klein_mcp.daemon.endpoint import BuildInfo
+from klein_mcp.daemon.executors import local
+from klein_mcp.daemon.executors.remote import RemoteExecutor
+from tests.fakes import FakeExecutor
 
 
 @pytest.fixture
@@ -68,3 +74,24 @@ def test_certificate_that_tls_cannot_use_is_refused(
         assert f"--certificate {first} and --key {second} cannot be used" in capsys.readouterr().err
     assert main(["engine", "--listen", "127.0.0.1:0", "--token-file", str(token), "--key", str(key)]) == 2
     assert "--key needs --certificate" in capsys.readouterr().err
+
+
+def test_engine_that_lost_its_device_ends_with_an_error(
+    token: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    executor, codes, printed = FakeExecutor(), [], ""
+    executor.error = DeviceLost("The GPU no longer answers.")
+    monkeypatch.setattr(local, "make_local", lambda settings: executor)
+    command = ["engine", "--listen", "127.0.0.1:0", "--token-file", str(token)]
+    serving = threading.Thread(target=lambda: codes.append(main(command)), daemon=True)
+    serving.start()
+    while not printed.endswith("\n"):
+        assert serving.is_alive(), printed
+        serving.join(0.01)
+        printed += capsys.readouterr().err
+    remote = RemoteExecutor([f"http://{printed.split()[-1]}"], token.read_text().strip(), BuildInfo.read())
+    with pytest.raises(EngineFailed, match="The GPU no longer answers"):
+        list(remote.run(Job("a cat")))
+    serving.join(60)
+    assert codes == [1]
+    assert "start it again" in capsys.readouterr().err

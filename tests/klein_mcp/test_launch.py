@@ -22,7 +22,7 @@ from klein_mcp.jobs.request import generate
 from klein_mcp.jobs.status import DaemonStatus
 from klein_mcp.settings import Settings
 from tests.klein_mcp.daemons import connection, daemons, gone, inner, run, until
-from tests.klein_mcp.fake_daemon import COMMAND
+from tests.klein_mcp.fake_daemon import COMMAND, LOST
 
 pytestmark = pytest.mark.anyio
 
@@ -46,6 +46,31 @@ async def test_daemon_killed_mid_job_is_started_again_and_the_job_retried(front_
 async def test_second_crash_is_an_error_and_the_next_job_runs(front_end):
     with pytest.raises(EngineFailed, match="crashed twice on this image"):
         await run(front_end, "crash=2")
+    assert isinstance((await run(front_end))[-1], Done)
+
+
+async def test_lost_device_costs_a_process_and_no_job(front_end, tmp_path):
+    await run(front_end)
+    (old,) = daemons(tmp_path)
+    waiting, events = None, []
+    async with aclosing(front_end.run(generate("pause=0.1 steps=15", seed=5), client="me")) as stream:
+        async for event in stream:
+            events.append(event)
+            if isinstance(inner(event), Step) and not waiting:
+                waiting = asyncio.create_task(run(front_end, seed=6, client="other"))
+                while not (waiting.done() or (await front_end.status()).queue.waiting):
+                    await asyncio.sleep(0.01)
+                (tmp_path / LOST).touch()
+    assert waiting
+    for ended, seed in ((events, 5), (await waiting, 6)):
+        assert isinstance(ended[-1], Done)
+        assert [event.saved.seed for event in ended if isinstance(event, ImageSaved)] == [seed]
+    assert daemons(tmp_path) != [old]
+
+
+async def test_job_that_loses_each_device_is_an_error_and_the_next_runs(front_end):
+    with pytest.raises(EngineFailed, match="crashed twice on this image"):
+        await run(front_end, "lose")
     assert isinstance((await run(front_end))[-1], Done)
 
 

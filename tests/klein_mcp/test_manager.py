@@ -28,7 +28,7 @@ from klein_mcp.jobs.service import Service
 from klein_mcp.jobs.status import OVER
 from klein_mcp.settings import Settings
 from tests.klein_mcp.daemons import daemons, gone
-from tests.klein_mcp.fake_daemon import COMMAND
+from tests.klein_mcp.fake_daemon import COMMAND, LOST
 
 pytestmark = pytest.mark.anyio
 
@@ -123,6 +123,15 @@ async def test_killed_daemon_leaves_detached_jobs_to_the_next(home, count):
         result = await wait(later, pending.job)
         assert len(result.images) == count
         assert len(later.store.everything()) == 1 + count, "what was saved before is not made again"
+    assert daemons(home) != [pid]
+
+
+async def test_daemon_that_lost_its_device_leaves_detached_jobs_to_the_next(home):
+    pending = await detached(home, "pause=0.2 steps=15")
+    (pid,) = daemons(home)
+    (home / LOST).touch()
+    async with front_end(home) as later:
+        assert len((await wait(later, pending.job)).images) == 1
     assert daemons(home) != [pid]
 
 

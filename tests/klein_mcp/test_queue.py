@@ -10,8 +10,10 @@ import pytest
 
 from engine.contract import (
     Busy,
+    DeviceLost,
     EngineFailed,
     Event,
+    InvalidJob,
     Job,
     Result,
 )
@@ -20,7 +22,7 @@ from klein_mcp.jobs.executor import nobody_watches
 from klein_mcp.jobs.queue import Queue
 from klein_mcp.jobs.timing import TimingHistory
 from tests.fakes import FakeExecutor
-from tests.klein_mcp.stepping import StepExecutor, Waiter, until, working
+from tests.klein_mcp.stepping import IMAGE, StepExecutor, Waiter, until, working
 
 
 def test_clients_take_turns_however_much_one_asks_for():
@@ -251,6 +253,63 @@ def test_death_of_the_thread_tells_everybody_and_closes_the_queue(monkeypatch: p
     assert isinstance(second.end, EngineFailed)
     with pytest.raises(EngineFailed):
         Waiter(queue, "late", "a")
+
+
+@contextlib.contextmanager
+def replaceable() -> Iterator[tuple[Queue, StepExecutor, list[bool]]]:
+    """Yield a queue, its executor, and a list that grows each time the engine is found to be broken."""
+    executor, broken = StepExecutor(free=True), []
+    queue = Queue(lambda: executor, size=32, keep_alive=600, on_broken=lambda: broken.append(True))
+    try:
+        yield queue, executor, broken
+    finally:
+        queue.close(10)
+
+
+def has_ended() -> bool:
+    return not [thread for thread in threading.enumerate() if thread.name.startswith("executor-")]
+
+
+def test_three_jobs_that_break_off_in_a_row_end_the_queue():
+    with replaceable() as (queue, executor, broken):
+        for prompt in ("break", "break", "fine", "break", "refuse", "break", "refuse"):
+            assert isinstance(Waiter(queue, prompt, "a").end, Result | EngineFailed | InvalidJob)
+        assert not broken
+        assert not queue.is_broken
+        assert "ZeroDivisionError" in str(Waiter(queue, "break", "a").end)
+        assert broken == [True]
+        assert queue.is_broken
+        late = Waiter(queue, "late", "b")
+        until(has_ended, "the thread went on")
+        assert "late" not in executor.began
+        assert not late.over.is_set(), "whoever takes over is asked for it"
+
+
+def test_lost_device_ends_the_queue_at_once():
+    with replaceable() as (queue, _, broken):
+        assert isinstance(Waiter(queue, "lose", "a").end, DeviceLost)
+        assert broken == [True]
+        until(has_ended, "the thread went on")
+
+
+def test_device_that_is_lost_while_the_engine_is_idle_ends_the_queue():
+    def lose(image: object) -> bool:
+        raise DeviceLost("The GPU no longer answers.")
+
+    with replaceable() as (queue, executor, broken):
+        executor.prefetch = lose  # type: ignore[method-assign]
+        assert isinstance(Waiter(queue, "fine", "a").end, Result)
+        queue.prefetch(IMAGE)
+        until(has_ended, "the thread went on")
+        assert broken == [True]
+
+
+def test_broken_engine_that_nobody_replaces_runs_on():
+    with working(StepExecutor(free=True)) as queue:
+        assert isinstance(Waiter(queue, "lose", "a").end, DeviceLost)
+        assert queue.is_broken
+        assert isinstance(Waiter(queue, "fine", "a").end, Result)
+        assert not queue.is_broken
 
 
 def test_full_queue_says_how_many_wait_and_when_to_retry():

@@ -454,16 +454,16 @@ def test_proxy_that_queues_no_more_is_busy():
 
 def test_engine_is_broken_once_jobs_keep_breaking_off():
     machine = Machine()
-    machine.executor.error = EngineFailed("the device is gone")
+    machine.executor.error = RuntimeError("the device is gone")
     with machines(machine) as remote:
         for _ in range(3):
-            assert not machine.server.is_broken
+            assert not machine.queue.is_broken
             with pytest.raises(EngineFailed):
                 run(remote, known(EDIT))
-        assert machine.server.is_broken
+        assert machine.queue.is_broken
         machine.executor.error = None
         run(remote, known(EDIT))
-        assert not machine.server.is_broken
+        assert not machine.queue.is_broken
 
 
 def test_result_with_a_change_mask_of_its_size_is_read():
