@@ -113,11 +113,13 @@ def _fingerprint(root: Path) -> tuple[str, int]:
 
 
 def _sources(root: Path) -> Iterator[tuple[str, Path]]:
+    left_out = tuple(f"{place}/" for place in NOT_IN_THE_WHEEL)
     for package in ("engine", "klein_mcp"):
         for path in (root / package).rglob("*.py"):
-            place = path.relative_to(root)
-            if not any(place.is_relative_to(left_out) for left_out in NOT_IN_THE_WHEEL):
-                yield place.as_posix(), path
+            name = path.relative_to(root).as_posix()
+            # Not by is_relative_to: every front end starts with this, and that took half of its time.
+            if not f"{name}/".startswith(left_out):
+                yield name, path
 
 
 def new_token() -> str:
