@@ -44,8 +44,14 @@ class Tensors:
                     raise BadWeights(f"{header.file.name} has {ours} twice: as {entries[ours].name} and as {name}.")
                 if ours:
                     entries[ours] = entry
-        metadata = {key: value for header in headers for key, value in header.metadata.items()}
-        quantised, used = quant.quantised_weights(entries, metadata, _read_marker)
+        # Layers are named as the tensors of their file are, or without the prefix of those.
+        markers = {
+            ours: marker
+            for header in headers
+            for layer, marker in quant.declared_markers(header.metadata).items()
+            if (ours := rename(f"{layer}.weight").removesuffix(".weight"))
+        }
+        quantised, used = quant.quantised_weights(entries, markers, _read_marker)
         shapes = {name: entry.shape for name, entry in entries.items() if name not in used}
         shapes |= {name: stored.shape for name, stored in quantised.items()}
         return cls(tuple(header.file for header in headers), entries, shapes, quantised, dict(absent or {}))

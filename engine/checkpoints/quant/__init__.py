@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from engine.checkpoints.files.header import Entry
 from engine.checkpoints.quant import fp8, gguf_blocks, int8, mxfp8, nvfp4
-from engine.checkpoints.quant.scheme import MemoryScheme, QuantLinear, Scheme, StoredWeight
+from engine.checkpoints.quant.scheme import Marker, MemoryScheme, QuantLinear, Scheme, StoredWeight
 from engine.contract import BadWeights, InvalidJob
 from engine.memory.device import stores_fp8
 
@@ -32,14 +32,15 @@ _OLD_MARKER = "scaled_fp8"
 
 
 def quantised_weights(
-    entries: Mapping[str, Entry], metadata: Mapping[str, str], read: Callable[[Entry], bytes]
+    entries: Mapping[str, Entry], declared: Mapping[str, Marker], read: Callable[[Entry], bytes]
 ) -> tuple[dict[str, StoredWeight], set[str]]:
     """Return the quantised weights, and all names that belong to them.
 
     Decided layer by layer from what the file holds: the published files differ in which layers they left in bf16.
-    read: returns the bytes of a small marker. Raises BadWeights for a scheme that is not read.
+    declared: the markers of headers, by layer. read: returns the bytes of a small marker. Raises BadWeights for a
+    scheme that is not read.
     """
-    markers = _read_markers(entries, metadata, read)
+    markers = {**declared, **_stored_markers(entries, read)}
     weights: dict[str, StoredWeight] = {}
     used = {name for name in entries if name.endswith((_MARKER, "." + _OLD_MARKER)) or name == _OLD_MARKER}
     for name, entry in entries.items():
@@ -56,7 +57,7 @@ def quantised_weights(
     return weights, used
 
 
-def _scheme(weight: Entry, siblings: Mapping[str, Entry], marker: Mapping[str, Any]) -> Scheme | None:
+def _scheme(weight: Entry, siblings: Mapping[str, Entry], marker: Marker) -> Scheme | None:
     """Return the scheme of a weight, None for a plain one."""
     named = marker.get("format")
     if named is not None and named not in _MARKERS:
@@ -69,16 +70,21 @@ def _scheme(weight: Entry, siblings: Mapping[str, Entry], marker: Mapping[str, A
     return found
 
 
-def _read_markers(
-    entries: Mapping[str, Entry], metadata: Mapping[str, str], read: Callable[[Entry], bytes]
-) -> dict[str, Mapping[str, Any]]:
-    """Return the markers of layers, from metadata or ComfyUI's tensors."""
+def declared_markers(metadata: Mapping[str, str]) -> dict[str, Marker]:
+    """Return the markers in a header's metadata, by layer. Raises BadWeights."""
+    return _checked(lambda: dict(json.loads(metadata.get("_quantization_metadata", "{}")).get("layers", {})))
+
+
+def _stored_markers(entries: Mapping[str, Entry], read: Callable[[Entry], bytes]) -> dict[str, Marker]:
+    """Return the markers that are tensors of ComfyUI's, by layer."""
+    found = {name.removesuffix(_MARKER): entry for name, entry in entries.items() if name.endswith(_MARKER)}
+    return _checked(lambda: {layer: json.loads(read(entry)) for layer, entry in found.items()})
+
+
+def _checked(parse: Callable[[], dict[str, Any]]) -> dict[str, Marker]:
+    """Return the markers that `parse` finds. Raises BadWeights."""
     try:
-        layers = json.loads(metadata.get("_quantization_metadata", "{}")).get("layers", {})
-        markers: dict[str, Any] = dict(layers)
-        for name, entry in entries.items():
-            if name.endswith(_MARKER):
-                markers[name.removesuffix(_MARKER)] = json.loads(read(entry))
+        markers = parse()
         if any(not isinstance(marker, dict) for marker in markers.values()):
             raise ValueError("a layer's entry is no object")
     except (ValueError, AttributeError, TypeError, RecursionError) as error:
@@ -150,6 +156,7 @@ __all__ = [
     "Scheme",
     "StoredWeight",
     "check",
+    "declared_markers",
     "decode",
     "decode_layer",
     "memory_scheme",

@@ -32,11 +32,19 @@ _ROWS = 1024
 """Rows that are widened at once; a multiple of the 128 rows of a block of scales."""
 
 
-def unpack(codes: Tensor, dtype: torch.dtype) -> Tensor:
-    """Unpack [rows, in/2] bytes into [rows, in] values."""
-    table = torch.tensor([*VALUES, *(-value for value in VALUES)], dtype=dtype, device=codes.device)
-    # One look-up gives both values of a byte: 256 pairs, high nibble first.
-    pairs = torch.stack([table.repeat_interleave(16), table.repeat(16)], dim=-1)
+def value_pairs(device: torch.device) -> Tensor:
+    """Return both values of every byte, the high nibble's first: [256, 2]."""
+    table = torch.tensor([*VALUES, *(-value for value in VALUES)], device=device)
+    return torch.stack([table.repeat_interleave(16), table.repeat(16)], dim=-1)
+
+
+def middles_of_values(device: torch.device) -> Tensor:
+    """Return the numbers half-way between two values."""
+    return torch.tensor([(a + b) / 2 for a, b in itertools.pairwise(VALUES)], device=device)
+
+
+def unpack(codes: Tensor, pairs: Tensor) -> Tensor:
+    """Unpack [rows, in/2] bytes into [rows, in] values of `pairs`."""
     return F.embedding(codes.int(), pairs).flatten(-2)
 
 
@@ -53,19 +61,20 @@ def blocked_order(scales: Tensor) -> Tensor:
     return blocks.reshape(scales.shape)
 
 
-def encode(weight: Tensor, tensor_scale: Tensor | None = None) -> dict[str, Tensor]:
+def encode(weight: Tensor, tensor_scale: Tensor | None = None, middles: Tensor | None = None) -> dict[str, Tensor]:
     """Quantise [out, in] into the layout of the published files.
 
-    tensor_scale: None for the one that maps the largest weight to the largest value. Some rows at a time: the
-    intermediates are many times as large as the result.
+    tensor_scale: None for the one that maps the largest weight to the largest value. middles: `middles_of_values`,
+    made here by default. Some rows at a time: the intermediates are many times as large as the result.
     """
     rows, columns = weight.shape
+    middles = middles_of_values(weight.device) if middles is None else middles
     scale = _tensor_scale(weight) if tensor_scale is None else tensor_scale
     codes = torch.empty(rows, columns // 2, dtype=torch.uint8, device=weight.device)
     scales = torch.empty(rows, columns // GROUP, dtype=torch.float8_e4m3fn, device=weight.device)
     for some, packed, blocks in zip(weight.split(_ROWS), codes.split(_ROWS), scales.split(_ROWS), strict=True):
         steps = _group_scales(some.float(), scale)
-        packed.copy_(_pack(some.float(), steps.float() * scale))
+        packed.copy_(_pack(some.float(), steps.float() * scale, middles))
         blocks.copy_(_reorder(steps, blocked_order))
     return {"weight": codes, "weight_scale": scales, "weight_scale_2": scale}
 
@@ -81,28 +90,31 @@ def _group_scales(weight: Tensor, tensor_scale: Tensor) -> Tensor:
     return (largest / VALUES[-1] / tensor_scale).clamp(max=448.0).to(torch.float8_e4m3fn)
 
 
-def _pack(weight: Tensor, steps: Tensor) -> Tensor:
+def _pack(weight: Tensor, steps: Tensor, middles: Tensor) -> Tensor:
     """Pack [rows, in] with the step of each group into bytes."""
     groups = weight.unflatten(-1, (-1, GROUP)) / steps.clamp_min(torch.finfo(torch.float32).tiny)[..., None]
-    middles = torch.tensor([(a + b) / 2 for a, b in itertools.pairwise(VALUES)], device=weight.device)
     nibbles = torch.bucketize(groups.abs(), middles, out_int32=True).to(torch.uint8) | (groups < 0).to(torch.uint8) << 3
     high, low = nibbles.flatten(-2).unflatten(-1, (-1, 2)).unbind(-1)
     return high << 4 | low
 
 
 def decode(stored: dict[str, Tensor], dtype: torch.dtype) -> Tensor:
-    """Return [out, in] in `dtype`."""
+    """Return [out, in] in `dtype`.
+
+    stored: of a file or of a layer, which also holds `pairs`.
+    """
     codes, scales, columns = stored["weight"], stored["weight_scale"], stored.get("pre_quant_scale")
+    pairs = stored["pairs"] if "pairs" in stored else value_pairs(codes.device)
     out = torch.empty(codes.shape[0], 2 * codes.shape[1], dtype=dtype, device=codes.device)
     for into, rows, blocks in zip(out.split(_ROWS), codes.split(_ROWS), scales.split(_ROWS), strict=True):
-        values = _widen(rows, blocks, stored["weight_scale_2"])
+        values = _widen(rows, blocks, stored["weight_scale_2"], pairs)
         into.copy_(values if columns is None else values * columns.float().reshape(1, -1))
     return out
 
 
-def _widen(codes: Tensor, scales: Tensor, tensor_scale: Tensor) -> Tensor:
+def _widen(codes: Tensor, scales: Tensor, tensor_scale: Tensor, pairs: Tensor) -> Tensor:
     steps = _reorder(scales, linear_order).float() * tensor_scale.float()
-    return (unpack(codes, torch.float32).unflatten(-1, (-1, GROUP)) * steps[..., None]).flatten(-2)
+    return (unpack(codes, pairs).unflatten(-1, (-1, GROUP)) * steps[..., None]).flatten(-2)
 
 
 def _reorder(scales: Tensor, order: Callable[[Tensor], Tensor]) -> Tensor:
@@ -129,13 +141,18 @@ def multiplies(device: torch.device) -> bool:
 
 
 class Nvfp4Linear(QuantLinear):
-    """A linear layer whose weights stay in nvfp4."""
+    """A linear layer whose weights stay in nvfp4.
+
+    pairs, middles: constants, made as it is loaded. No CUDA graph can capture their copy from host memory.
+    """
 
     scheme = "nvfp4"
     weight: Tensor
     weight_scale: Tensor
     weight_scale_2: Tensor
     input_scale: Tensor | None
+    pairs: Tensor
+    middles: Tensor
 
     def __init__(self, in_features: int, out_features: int, *, native: bool = False) -> None:
         super().__init__()
@@ -145,6 +162,8 @@ class Nvfp4Linear(QuantLinear):
         self.register_buffer("weight_scale", scales)
         self.register_buffer("weight_scale_2", torch.empty((), dtype=torch.float32))
         self.register_buffer("input_scale", None)
+        self.register_buffer("pairs", None, persistent=False)
+        self.register_buffer("middles", None, persistent=False)
 
     def load_tensors(self, tensors: dict[str, Tensor]) -> None:
         """Hold what `encode` returned or a file stores."""
@@ -152,17 +171,22 @@ class Nvfp4Linear(QuantLinear):
         self.weight_scale_2 = tensors["weight_scale_2"].float().reshape(())
         scale = tensors.get("input_scale")
         self.input_scale = None if scale is None else scale.float().reshape(())
+        self.pairs, self.middles = value_pairs(self.weight.device), middles_of_values(self.weight.device)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.native:
+        # The product of codes rounds its inputs, too: a model in fp32 asks for more.
+        if self.native and x.dtype == torch.bfloat16:
             return self._multiply(x)
-        stored = {"weight": self.weight, "weight_scale": self.weight_scale, "weight_scale_2": self.weight_scale_2}
+        stored = {
+            "weight": self.weight, "weight_scale": self.weight_scale, "weight_scale_2": self.weight_scale_2,
+            "pairs": self.pairs,
+        }  # fmt: skip
         return F.linear(x, decode(stored, x.dtype))
 
     def _multiply(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, self.in_features)
         # Pad to whole blocks of scales. Both sides keep even elements in the high nibbles, so the sum is the same.
-        packed = encode(F.pad(rows, (0, 0, 0, -len(rows) % 128)), self.input_scale)
+        packed = encode(F.pad(rows, (0, 0, 0, -len(rows) % 128)), self.input_scale, self.middles)
         out = torch._scaled_mm(
             packed["weight"].view(_PAIR),
             self.weight.view(_PAIR).t(),

@@ -121,7 +121,8 @@ def stored_format(header: Header) -> tuple[str, float]:
 
 
 def _format(header: Header) -> tuple[str, float]:
-    quantised, _ = quant.quantised_weights(header.entries, header.metadata, lambda entry: b"{}")
+    markers = quant.declared_markers(header.metadata)
+    quantised, _ = quant.quantised_weights(header.entries, markers, lambda entry: b"{}")
     return quant.storage(quantised)
 
 
