@@ -16,12 +16,13 @@ _KLEIN = "klein"
 def reason(file: Path) -> BadWeights | None:
     """Return why a klein in a single file is unusable, else None."""
     try:
-        header = read_header(file)
+        found = signatures.read_components(file)
     except BadWeights as error:
         return error if _KLEIN in file.name.lower() else None
+    if signatures.TRANSFORMER not in found:
+        return None
     try:
-        if signatures.component(header) != signatures.TRANSFORMER:
-            return None
+        header = read_header(file)
         foreign.refuse(header)
         if file.suffix not in SUFFIXES:
             return BadWeights(f"{file.name} is not searched.", hint="Rename it to end in .safetensors.")

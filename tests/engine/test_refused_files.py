@@ -115,6 +115,29 @@ def test_file_that_is_no_klein_gives_a_one_line_error(
     assert len(str(error.value)) < 300
 
 
+def test_second_scan_of_a_large_library_opens_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Most files of a library are other programs' models, which every scan passes by in the same order."""
+    for number in range(300):
+        file = tmp_path / f"{number}.safetensors"
+        save_file({f"block.{number}.lora_A.weight": torch.zeros(1)}, file) if number % 10 else file.touch()
+    opened: list[Path] = []
+    open_file = Path.open
+
+    def noted(self: Path, *arguments: Any, **options: Any) -> Any:
+        opened.append(self)
+        return open_file(self, *arguments, **options)
+
+    monkeypatch.setattr(Path, "open", noted)
+    registry = ModelRegistry((tmp_path,))
+    counts = []
+    for _ in range(2):
+        opened.clear()
+        assert [*registry.installed()] == ["nano"]
+        assert not registry.unusable_models()
+        counts.append(sum(file.is_relative_to(tmp_path) for file in opened))
+    assert counts == [300, 0]
+
+
 def test_file_named_as_a_pickle_is_refused_unopened(tmp_path: Path) -> None:
     file = tmp_path / "flux-2-klein-4b.ckpt"
     file.write_bytes(b"\x80\x02anything")

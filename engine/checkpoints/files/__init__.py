@@ -1,8 +1,10 @@
 """Container formats: a reader per file and a row here."""
 
 import stat
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
+from typing import TypeVar
 
 from engine.checkpoints.files import gguf, safetensors
 from engine.checkpoints.files.foreign import foreign_format
@@ -15,16 +17,38 @@ SUFFIXES = tuple(suffix for container in CONTAINERS for suffix in container.SUFF
 """Of files that may hold weights that are read."""
 
 
+Found = TypeVar("Found")
+
+
 def read_header(file: Path) -> Header:
     """Read the header of a weights file, cached until the file changes.
 
     Raises BadWeights, with the reason, for anything but a complete file in one of the containers.
     """
+    return _of_unchanged(file, _read)
+
+
+def cached_by_file(judge: Callable[[Header], Found]) -> Callable[[Path], Found]:
+    """Return `judge` for files, cached for many until they change.
+
+    The headers of a large library take too much memory to keep, a verdict on each does not. Raises as `read_header`.
+    """
+
+    @lru_cache(maxsize=1 << 14)
+    def judge_once(file: Path, size: int, modified: int, changed: int) -> Found | BadWeights:
+        found = _read(file, size, modified, changed)
+        return found if isinstance(found, BadWeights) else judge(found)
+
+    return lambda file: _of_unchanged(file, judge_once)
+
+
+def _of_unchanged(file: Path, find: Callable[[Path, int, int, int], Found | BadWeights]) -> Found:
+    """Return what a cached function finds, by the file's size and times."""
     try:
         status = file.stat()
         if not stat.S_ISREG(status.st_mode):
             raise BadWeights(f"{file} is no regular file.")
-        found = _read(file, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+        found = find(file, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
     except PermissionError:
         raise BadWeights(
             f"{file} may not be read by this user.", hint="Change its permissions (chmod u+r) or its owner."
@@ -32,7 +56,7 @@ def read_header(file: Path) -> Header:
     except OSError as error:
         raise BadWeights(f"{file} cannot be read: {error.strerror}.", hint="Download it again.") from None
     if isinstance(found, BadWeights):
-        raise BadWeights(found.message, hint=found.hint, fix=found.fix)
+        raise _copied(found)
     return found
 
 
@@ -45,7 +69,12 @@ def _read(file: Path, size: int, modified: int, changed: int) -> Header | BadWei
     try:
         return _read_anew(file, size)
     except BadWeights as error:
-        return error
+        return _copied(error)
+
+
+def _copied(error: BadWeights) -> BadWeights:
+    """Return it without its traceback, which holds all that was read."""
+    return BadWeights(error.message, hint=error.hint, fix=error.fix)
 
 
 def _read_anew(file: Path, size: int) -> Header:
@@ -62,4 +91,4 @@ def _read_anew(file: Path, size: int) -> Header:
         return safetensors.read(file, size, stream)
 
 
-__all__ = ["CONTAINERS", "SUFFIXES", "Container", "Entry", "Header", "Shape", "read_header"]
+__all__ = ["CONTAINERS", "SUFFIXES", "Container", "Entry", "Header", "Shape", "cached_by_file", "read_header"]

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from engine.checkpoints.files import Header, read_header
+from engine.checkpoints.files import Header, cached_by_file
 from engine.contract import BadWeights, Fix
 
 TRANSFORMER, AUTOENCODER, TEXT_ENCODER = "transformer", "autoencoder", "text encoder"
@@ -65,6 +65,10 @@ def _with_article(kind: str) -> str:
 def components_of(file: Path) -> frozenset[str]:
     """Return `components` of a file, none for one that cannot be read."""
     try:
-        return components(read_header(file))
+        return read_components(file)
     except BadWeights:
         return frozenset()
+
+
+read_components = cached_by_file(components)
+"""Return `components` of a file. Raises BadWeights for one that cannot be read."""
