@@ -3,7 +3,6 @@
 No other module names devices.
 """
 
-import os
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from typing import Any
 import torch
 
 from engine.contract import Fix, InvalidJob
+from engine.memory import host
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 """Number formats to compute in. fp16 is missing: the autoencoder overflows in it, and the transformer may."""
@@ -32,9 +32,9 @@ class Device:
         """
         where = torch.device(_device(device))
         if where.type == "cuda":
-            # Some of torch's functions refuse a GPU without its number; streams and graphs belong to the current GPU.
+            # Some of torch's functions refuse a GPU without its number.
             where = torch.device("cuda", where.index or 0)
-            torch.cuda.set_device(where)
+        make_current(where)
         if dtype is not None and dtype not in DTYPES:
             raise InvalidJob(f"dtype is {dtype!r}; allowed: {', '.join(DTYPES)}.")
         return cls(where, DTYPES[dtype] if dtype else _native(where))
@@ -84,7 +84,7 @@ class Device:
         """Return the memory that is free on the device now."""
         if self.device.type == "cuda":
             return torch.cuda.mem_get_info(self.device)[0]
-        return _free_host_bytes()
+        return host.free_bytes()
 
     def cap(self, limit: int | None) -> None:
         """Limit this process to `limit` bytes of a GPU.
@@ -154,13 +154,22 @@ class Device:
 
         None where the device computes in host memory.
         """
-        return _free_host_bytes() if has_own_memory(self.device) else None
+        return host.free_bytes() if has_own_memory(self.device) else None
 
     def total_bytes(self) -> int:
         """Return the total memory of the device."""
         if self.device.type == "cuda":
             return torch.cuda.mem_get_info(self.device)[1]
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 1 << 62
+        return host.total_bytes()
+
+
+def make_current(device: torch.device) -> None:
+    """Make a GPU the current one of this thread.
+
+    Streams and graphs belong to the current GPU, and a new thread begins with the first.
+    """
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
 
 
 def has_own_memory(device: torch.device) -> bool:
@@ -273,7 +282,7 @@ def graph_pool() -> Any:
 class DeviceGraph:
     """A function of fixed shapes, captured as a CUDA graph.
 
-    A call copies the inputs in and the result out.
+    A call copies the inputs in and the result out. pool_bytes: by which the pool grew, and which nothing else can use.
     """
 
     def __init__(self, function: Callable[[], torch.Tensor], buffers: Sequence[torch.Tensor], pool: Any) -> None:
@@ -290,8 +299,17 @@ class DeviceGraph:
         self._buffers = tuple(buffers)
         self._function = function
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"):
-            self._result = function()
+        before = torch.cuda.current_stream()
+        try:
+            with torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"):
+                unused = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+                self._result = function()
+        except Exception:
+            # torch leaves the capture's stream current, and older versions its pool in use.
+            torch.cuda.set_stream(before)
+            _leave_capture(before.device.index, pool)
+            raise
+        self.pool_bytes = torch.cuda.memory_reserved() - torch.cuda.memory_allocated() - unused
 
     def __call__(self, inputs: Iterable[torch.Tensor]) -> torch.Tensor:
         for buffer, given in zip(self._buffers, inputs, strict=True):
@@ -299,6 +317,18 @@ class DeviceGraph:
         self._graph.replay()
         # The graphs share a pool: the replay of another may overwrite the result.
         return self._result.clone()
+
+
+def _leave_capture(device: int, pool: Any) -> None:
+    """End a failed capture's use of its pool, where torch has not.
+
+    Until then every later `empty_cache` raises. Mended in torch by its pull request 180395 (2026).
+    """
+    end, release = (getattr(torch._C, name, None) for name in ("_cuda_endAllocateToPool", "_cuda_releasePool"))
+    if end is not None and release is not None:
+        with suppress(RuntimeError):  # it has: `end` raises, and the pool is not to be released twice
+            end(device, pool)
+            release(device, pool)
 
 
 def _device(asked: str | None) -> str:
@@ -335,14 +365,3 @@ def _native(device: torch.device) -> torch.dtype:
     amx = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
     bf16 = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
     return torch.bfloat16 if amx or bf16 else torch.float32
-
-
-def _free_host_bytes() -> int:
-    try:
-        with open("/proc/meminfo", encoding="ascii") as lines:
-            for line in lines:
-                if line.startswith("MemAvailable:"):
-                    return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 1 << 62

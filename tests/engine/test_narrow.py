@@ -19,8 +19,7 @@ from engine.families.klein.loader import LoadOptions, prepare
 from engine.families.klein.lora import Lora, LoraLinear
 from engine.families.klein.pipeline import Klein
 from engine.families.klein.variants import VARIANTS
-from engine.memory import device as device_module
-from engine.memory import layout
+from engine.memory import host, layout
 from engine.memory.device import Device
 from engine.registry import ModelRegistry
 from tests.engine import published
@@ -131,7 +130,7 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
 
 
 def _machine(monkeypatch: pytest.MonkeyPatch, gigabytes: float) -> None:
-    monkeypatch.setattr(device_module, "_free_host_bytes", lambda: round(gigabytes * 1e9))
+    monkeypatch.setattr(host, "free_bytes", lambda: round(gigabytes * 1e9))
     monkeypatch.setattr(Device, "total_bytes", lambda self: round((gigabytes + 1) * 1e9))
 
 

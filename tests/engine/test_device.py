@@ -1,0 +1,111 @@
+"""Tests of the memory that a machine or its container has, and of captures that fail."""
+
+from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+
+import psutil
+import pytest
+import torch
+from torch import Tensor
+
+from engine.memory import host
+from engine.memory.device import Device, DeviceGraph
+
+GB = 1 << 30
+
+
+def group(folder: Path, limit: str, used: int, cached: int, *, version: int) -> None:
+    """Write what Linux says of a control group."""
+    names = ("memory.max", "memory.current") if version == 2 else ("memory.limit_in_bytes", "memory.usage_in_bytes")
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in zip(names, (limit, str(used)), strict=True):
+        (folder / name).write_text(f"{text}\n")
+    entry = "inactive_file" if version == 2 else "total_inactive_file"
+    (folder / "memory.stat").write_text(f"anon 17\n{entry} {cached}\nactive_file 5\n")
+
+
+@pytest.fixture
+def groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of control groups beside a machine with 64 GB, of which 32 are free."""
+    monkeypatch.setattr(host, "GROUPS", tmp_path)
+    monkeypatch.setattr(host, "MEMBERSHIP", tmp_path / "cgroup")
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(total=64 * GB, available=32 * GB))
+    return tmp_path
+
+
+def test_machine_without_control_groups_has_its_own_memory(groups: Path) -> None:
+    assert (host.total_bytes(), host.free_bytes()) == (64 * GB, 32 * GB)
+
+
+@pytest.mark.parametrize(
+    ("version", "line", "folder"),
+    [
+        (2, "0::/", "."),
+        (2, "0::/docker/1f/init", "docker/1f"),
+        (1, "4:cpu,cpuacct:/\n3:memory:/docker/1f", "memory/docker/1f"),
+        (1, "3:memory:/outside/of/this/container\n0::/", "memory"),
+    ],
+    ids=["version 2", "version 2, a group below", "version 1", "version 1 in its container"],
+)
+def test_memory_is_that_of_the_container(version: int, line: str, folder: str, groups: Path) -> None:
+    (groups / "cgroup").write_text(f"{line}\n")
+    group(groups / folder, str(8 * GB), 6 * GB, 1 * GB, version=version)
+    assert (host.total_bytes(), host.free_bytes()) == (8 * GB, 3 * GB), "files that were read go where memory is wanted"
+    group(groups / folder, str(8 * GB), 9 * GB, 0, version=version)
+    assert host.free_bytes() == 0
+
+
+def test_container_without_a_limit_has_the_memory_of_the_machine(groups: Path) -> None:
+    (groups / "cgroup").write_text("4:memory:/\n0::/user.slice\n")
+    group(groups / "user.slice", "max", 6 * GB, 0, version=2)
+    group(groups / "memory", "9223372036854771712", 6 * GB, 0, version=1)
+    assert (host.total_bytes(), host.free_bytes()) == (64 * GB, 32 * GB)
+
+
+def test_tightest_group_counts(groups: Path) -> None:
+    (groups / "cgroup").write_text("0::/pod/container\n")
+    group(groups / "pod", str(10 * GB), 9 * GB, 0, version=2)
+    group(groups / "pod/container", str(8 * GB), 1 * GB, 0, version=2)
+    assert (host.total_bytes(), host.free_bytes()) == (8 * GB, 1 * GB)
+
+
+def test_this_machine_has_memory() -> None:
+    device = Device.choose("cpu")
+    assert 0 < device.free_bytes() <= device.total_bytes() <= psutil.virtual_memory().total
+    assert device.host_bytes() is None
+
+
+@pytest.mark.parametrize("ended", [False, True], ids=["older torch", "newer torch"])
+def test_failed_capture_gives_stream_and_pool_back(ended: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's part is a stand-in, since no CPU captures."""
+    calls: list[object] = []
+
+    def end(device: int, pool: object) -> None:
+        if ended:
+            raise RuntimeError("endAllocatePool: not currently recording to mempool_id")
+        calls.append(("end", device, pool))
+
+    stream = SimpleNamespace(device=torch.device("cuda", 1), wait_stream=lambda other: None)
+    for name, stand_in in {
+        "Stream": lambda: stream, "current_stream": lambda: stream, "stream": nullcontext, "CUDAGraph": object,
+        "graph": lambda *_, **__: nullcontext(), "memory_reserved": int, "memory_allocated": int,
+        "set_stream": calls.append,
+    }.items():  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", end, raising=False)
+    monkeypatch.setattr(
+        torch._C, "_cuda_releasePool", lambda device, pool: calls.append(("release", device, pool)), raising=False
+    )
+    ran: list[int] = []
+    pool = (0, 7)
+
+    def function() -> Tensor:
+        ran.append(1)
+        if len(ran) == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return torch.zeros(1)
+
+    with pytest.raises(torch.OutOfMemoryError):
+        DeviceGraph(function, (), pool)
+    assert calls == [stream, *([] if ended else [("end", 1, pool), ("release", 1, pool)])]
