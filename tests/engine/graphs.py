@@ -29,6 +29,7 @@ class FakeGraph:
     """Replays by calling the function again, on the buffers alone."""
 
     made = 0
+    pool_bytes = 1000
 
     def __init__(self, function: Callable[[], Tensor], buffers: Sequence[Tensor], pool: Any) -> None:
         type(self).made += 1

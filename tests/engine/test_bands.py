@@ -91,6 +91,25 @@ def test_an_image_is_decoded_in_bands_where_memory_is_short_now(monkeypatch: pyt
         last(klein.run(job))
 
 
+def test_graphs_are_freed_where_an_image_needs_their_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    klein: Klein = last(Klein.load(ModelRegistry().resolve(str(NANO)), FP32))
+    counted: list[int] = []
+    monkeypatch.setattr(bands, "decode", lambda autoencoder, latent: counted.append(1) or autoencoder.decode(latent))
+    shapes = (klein.variant, klein.transformer, klein.autoencoder, FP32.dtype)
+    image, pool = activation_memory(*shapes, pixels=SIDE**2, references=0), 1000
+    whole = image.on(MemoryInfo("GPU", GB, GB, GB))
+    # Free bytes with those of the graphs -> whether the graphs stay, and decodings in bands.
+    for free, stay, in_bands in ((whole + pool, True, 0), (whole, False, 0), (whole - 1, True, 1),
+                                 (image.banded + pool, True, 1), (image.banded, False, 1)):  # fmt: skip
+        counted.clear()
+        klein.runner.pool_bytes = pool
+        monkeypatch.setattr(
+            "engine.families.klein.pipeline.memory_info", lambda device, free=free: MemoryInfo("GPU", free, GB, GB)
+        )
+        last(klein.run(Job("a red ball on a blue table", seed=3)))
+        assert (klein.runner.pool_bytes > 0, len(counted)) == (stay, in_bands), free
+
+
 @pytest.mark.parametrize("shape", [AutoencoderShape(), SMALL], ids=["full", "small"])
 @pytest.mark.parametrize("side", [512, 1024, 2048])
 def test_bands_hold_no_more_than_planned(shape: AutoencoderShape, side: int, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,7 +20,7 @@ from torch import Tensor
 from engine.contract import Exact, Job, Result
 from engine.families.klein import compiler as compiler_module
 from engine.families.klein import runner as runner_module
-from engine.families.klein.compile_thread import NEVER
+from engine.families.klein.compile_thread import NEVER, CompileThread
 from engine.families.klein.compiler import CompiledDiffers, CompileOptions, obstacle
 from engine.families.klein.pipeline import Klein
 from engine.families.klein.runner import MAX_GRAPHS, Runner
@@ -32,7 +32,8 @@ from engine.nn import ops
 from tests.bench.full_size_models import GIANTS, grown, ours
 from tests.engine.graphs import FakeGraph, as_on_a_gpu
 
-TOY = GIANTS["toy"]
+TOY = replace(GIANTS["toy"], variant=replace(GIANTS["toy"].variant, native_size=256))
+"""Native images are small, since a GPU's warm-up makes some: at 1024² it took 16 s of each test."""
 CPU = Device.choose("cpu", "float32")
 EVERYWHERE = CompileOptions(enabled=True, backend="eager", everywhere=True)
 JOB = Job("a lighthouse", size=Exact(64, 80), seed=3)
@@ -248,6 +249,74 @@ def test_tuning_that_runs_out_of_memory_is_tried_once_more(compiler: type[Instan
         tune(klein)
     tune(klein)
     assert klein.runner.summary().startswith("eager: compiling failed (OutOfMemoryError")
+
+
+class FullGraph(FakeGraph):
+    """Runs out of memory while it is captured."""
+
+    def __init__(self, *_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+
+def test_capture_that_runs_out_of_memory_keeps_the_compiled_mode(
+    compiler: type[InstantCompiler], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    as_on_a_gpu(monkeypatch)
+    compiler.gate.set()
+    klein = make()
+    tune(klein)
+    image = generate(klein).image
+    monkeypatch.setattr(runner_module, "DeviceGraph", FullGraph)
+    tune(klein)
+    monkeypatch.setattr(runner_module, "DeviceGraph", FakeGraph)
+    made = FakeGraph.made
+    after = generate(klein)
+    tune(klein)
+    assert after.mode == klein.runner.mode == "compiled"
+    assert np.array_equal(after.image, image)
+    assert FakeGraph.made == made, "nothing is captured any more"
+
+
+def test_second_attempt_to_compile_captures_nothing(
+    compiler: type[InstantCompiler], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    as_on_a_gpu(monkeypatch)
+    compiler.error = torch.OutOfMemoryError("CUDA out of memory.")
+    compiler.gate.set()
+    klein = make()
+    with pytest.raises(torch.OutOfMemoryError):
+        tune(klein)
+    compiler.error, made = None, FakeGraph.made
+    tune(klein)
+    assert generate(klein).mode == "compiled"
+    tune(klein)
+    assert FakeGraph.made == made
+
+
+def test_pool_of_graphs_is_counted_until_they_are_freed(
+    compiler: type[InstantCompiler], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    as_on_a_gpu(monkeypatch)
+    compiler.gate.set()
+    klein = make()
+    tune(klein)
+    generate(klein)
+    tune(klein)
+    assert klein.runner.pool_bytes == FakeGraph.made * FakeGraph.pool_bytes == 2 * FakeGraph.pool_bytes
+    klein.runner.stop_capturing()
+    generate(klein)
+    tune(klein)
+    assert (klein.runner.pool_bytes, FakeGraph.made) == (0, 2)
+
+
+def test_compiling_thread_uses_the_gpu_of_its_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen: list[tuple[str, torch.device]] = []
+    monkeypatch.setattr(
+        torch.cuda, "set_device", lambda device: chosen.append((threading.current_thread().name, device))
+    )
+    second = torch.device("cuda", 1)
+    list(CompileThread(second).run(lambda: None))
+    assert chosen == [("klein-compile", second)]
 
 
 def test_graphs_are_captured_again_after_they_were_freed(

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from engine.memory.device import make_current
 from engine.memory.offload import in_turn
 
 POLL = 0.05
@@ -69,9 +70,10 @@ class PauseGate:
 
 
 class CompileThread:
-    """Runs compiling in a thread, one piece at a time."""
+    """Runs compiling for a device, one piece at a time."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
         self._gate = PauseGate()
         self._thread: threading.Thread | None = None
 
@@ -93,6 +95,7 @@ class CompileThread:
         def body() -> None:
             sys.settrace(self._gate.trace)
             try:
+                make_current(self._device)
                 with torch.no_grad():
                     work()
             except BaseException as exc:

@@ -359,7 +359,13 @@ class Klein:
         memory, needed = memory_info(self.device), work(pixels)
         # The cache can be cleared to make room.
         free = self.free(memory.free + self.cache.stats().bytes)
-        if needed.on(memory) <= free - (memory.context if self.limit else 0) and not self.runner.banded:
+        whole = needed.on(memory) + (memory.context if self.limit else 0)
+        in_bands = self.runner.banded or whole > free
+        wanted = needed.least if in_bands else whole
+        # The graphs' memory counts as free, and only they can use it.
+        if free - self.runner.pool_bytes < wanted <= free:
+            self.runner.stop_capturing()
+        if not in_bands:
             return False
         if needed.least <= free:
             return needed.banded > 0

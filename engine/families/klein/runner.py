@@ -88,7 +88,10 @@ class Runner:
         self._units: Iterator[bool] | None = None
         self._ran_full = False
         """Whether tuning ran out of memory once."""
-        self._thread = CompileThread()
+        self._may_capture = True
+        self.pool_bytes = 0
+        """Bytes of the graphs' pool, which nothing else can use though torch counts them as free."""
+        self._thread = CompileThread(device.device)
         self._attention = Choice("", ops.PLAIN["attention"], {})
         if device.is_cuda:
             self._attention = self._quickest_attention()
@@ -218,16 +221,20 @@ class Runner:
             if self._units is None:
                 self._units = self._tuning()
             with torch.no_grad():
-                return next(self._units)
-        except torch.OutOfMemoryError as exc:
-            if self._ran_full:
+                return next(self._units, False)
+        except Exception as exc:  # a compiler may raise anything
+            if self._compiled is not None:
+                # Only graphs and plans were left, and the compiled parts work without them.
+                log.warning("nothing more is captured: %s", exc)
+                self.stop_capturing()
+                self._units = iter(())
+                return False
+            if self._ran_full or not isinstance(exc, torch.OutOfMemoryError):
                 return self._give_up(exc)
             # The caller makes room. What is compiled already is found in the disk cache.
             self._ran_full, self._units = True, None
-            self.free_graphs()
+            self.stop_capturing()
             raise
-        except Exception as exc:  # a compiler may raise anything
-            return self._give_up(exc)
 
     def _give_up(self, exc: Exception) -> bool:
         """Stay eager, which still works."""
@@ -239,10 +246,19 @@ class Runner:
         return False
 
     def free_graphs(self) -> None:
-        """Free the memory of captured graphs, which idle time captures again."""
+        """Free the memory of captured graphs."""
         self._text_graph = None
         self._step_graphs.clear()
         self._pool = None  # torch refuses captures in a pool that no graph holds any more
+        self.pool_bytes = 0
+
+    def stop_capturing(self) -> None:
+        """Free the graphs and capture no more: images need their memory.
+
+        They save less time than an image that is computed twice, or decoded in bands, costs.
+        """
+        self._may_capture = False
+        self.free_graphs()
 
     def close(self) -> None:
         """Stop tuning and free what it made.
@@ -260,7 +276,7 @@ class Runner:
 
         Offloaded layers wait for copies, which a graph cannot.
         """
-        return self.device.is_cuda and not self._offloads
+        return self.device.is_cuda and self._may_capture and not self._offloads
 
     @property
     def _offloads(self) -> bool:
@@ -294,7 +310,7 @@ class Runner:
     def _text_graphs(self) -> Iterator[bool]:
         """Capture the text encoder if it can be and is not."""
         streams = any(isinstance(module, OffloadedModule) for module in self.text_encoder.modules())
-        if self.device.is_cuda and not streams and self._text_graph is None:
+        if self.device.is_cuda and self._may_capture and not streams and self._text_graph is None:
             self._text_graph = self._timed("text graph", self._capture_text)
             yield True
 
@@ -422,7 +438,9 @@ class Runner:
 
     def _capture(self, function: Callable[..., Tensor], *arguments: Any) -> DeviceGraph:
         self._pool = self._pool or graph_pool()
-        return DeviceGraph(lambda: function(*arguments), list(_tensors(arguments)), self._pool)
+        graph = DeviceGraph(lambda: function(*arguments), list(_tensors(arguments)), self._pool)
+        self.pool_bytes += graph.pool_bytes
+        return graph
 
 
 def _tensors(arguments: Iterable[Any]) -> Iterator[Tensor]:
