@@ -3,7 +3,7 @@
 import gc
 import time
 from collections.abc import Generator, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -26,7 +26,7 @@ from engine.contract import (
 )
 from engine.families.klein import lora
 from engine.families.klein.answers import Answers
-from engine.families.klein.checkpoint import Checkpoint
+from engine.families.klein.checkpoint import Checkpoint, FileState
 from engine.families.klein.compiler import CompileOptions, cache_folder, obstacle
 from engine.families.klein.footprint import memory_info
 from engine.families.klein.loader import LoadOptions, prepare
@@ -63,7 +63,8 @@ class Engine:
         self._modes: LruCache[Mode] = LruCache(SEEDS)  # of every model since the start: one may be loaded again
         self._name = self._chosen = ""
         self._auto: tuple[dict[str, Path], str] | None = None  # installed models, and the best of them
-        self._unusable: dict[str, str] = {}  # models that auto chose and could not load, and why
+        self._unusable: dict[str, _Failure] = {}  # models that auto chose and could not load
+        self._tried = FileState.of(())  # the files that were loaded last, or failed to
         self._obstacles: dict[str, str] = {}  # why auto passed over a model when it last chose
         if config.threads:
             torch.set_num_threads(config.threads)
@@ -91,7 +92,7 @@ class Engine:
                     raise
             # Only after the exception is released: its traceback holds the tensors of the job that failed.
             if self._klein is not None:
-                self._klein.runner.free_graphs()
+                self._klein.runner.stop_capturing()
             self._clear_cache()
         raise self._out_of_memory()
 
@@ -149,23 +150,34 @@ class Engine:
         )
 
     def _load(self, model: str) -> Generator[Loading, None, tuple[Klein, float]]:
-        while model == "auto":
-            name = self._choice()
-            try:
-                return (yield from self._load_named(name))
-            except (BadWeights, OutOfMemory) as exc:
-                # Some faults appear only while loading, such as values that are not finite. The next best is used.
-                if name == EMBEDDED:
-                    raise
-                self._unusable[name] = _does_not_load(exc)
-                self._auto, self._chosen = None, ""
-        return (yield from self._load_named(model))
+        if model != "auto":
+            return (yield from self._load_named(model))
+        passing: list[str] = []  # models whose failure may be over the next time, such as memory that is short now
+        try:
+            while True:
+                name = self._choice()
+                try:
+                    return (yield from self._load_named(name))
+                except (BadWeights, OutOfMemory) as exc:
+                    # Some faults appear only while loading, such as values that are not finite. The next best is used.
+                    if name == EMBEDDED:
+                        raise
+                    path = self.registry.installed().get(name)
+                    self._unusable[name] = _Failure(_does_not_load(exc), path, self._tried)
+                    if isinstance(exc, OutOfMemory) or not self._tried.paths:
+                        passing.append(name)
+                    self._auto, self._chosen = None, ""
+        finally:
+            for name in passing:
+                self._unusable.pop(name, None)
 
     def _load_named(self, name: str) -> Generator[Loading, None, tuple[Klein, float]]:
         if self._klein is not None and self._name == name:
             return self._klein, 0.0
+        self._tried = FileState.of(())
         checkpoint = self.registry.resolve(name, self.config.variant, self.config.quant, self._is_resident)
         options = self._options(loras=True)
+        self._tried = FileState.of((*checkpoint.parts, *(one.path for one in options.loras)))
         self.release()
         limit = self.config.memory_limit
         self.device.cap(None if limit is None else max(0, limit - CONTEXT))
@@ -181,6 +193,7 @@ class Engine:
             spill if config.spill_bytes is None else config.spill_bytes,
         )
         self._name = name
+        self._unusable.pop(name, None)
         return self._klein, round(1000 * (time.perf_counter() - start), 1)
 
     def _compile_options(self) -> CompileOptions:
@@ -213,8 +226,12 @@ class Engine:
         """
         installed = self.registry.installed()
         if self._klein is None or self._auto is None or self._auto[0] != installed:
+            # Other files of a model, or the same ones replaced, are tried again.
+            for name, failure in list(self._unusable.items()):
+                if failure.path != installed.get(name) or not failure.files.are_unchanged():
+                    del self._unusable[name]
             usable = [name for name in installed if name not in self._unusable]
-            self._obstacles = dict(self._unusable)
+            self._obstacles = {name: failure.reason for name, failure in self._unusable.items()}
             self._auto = installed, best(usable, self._holds) or EMBEDDED
         return self._auto[1]
 
@@ -310,6 +327,18 @@ class Engine:
 
 _OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 """Messages of Metal, Linux and Windows, for which torch has no exception class."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Failure:
+    """A model's failure to load.
+
+    path: where it was installed. files: as they were then.
+    """
+
+    reason: str
+    path: Path | None
+    files: FileState
 
 
 def _does_not_load(exc: EngineError) -> str:

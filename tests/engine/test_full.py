@@ -104,6 +104,17 @@ def test_second_attempt_on_a_gpu_decodes_in_bands(engine: Engine, monkeypatch: p
     assert attempts == [False, True]
 
 
+def test_image_that_ran_out_of_memory_ends_capturing(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or idle time captures the graphs again, and the next image is computed twice, too."""
+    assert engine._klein is not None
+    full(engine, monkeypatch, 1)
+    stopped: list[int] = []
+    monkeypatch.setattr(engine._klein.runner, "stop_capturing", lambda: stopped.append(1))
+    paint(engine, DOG)
+    paint(engine, DOG)
+    assert stopped == [1]
+
+
 def test_failed_attempt_holds_no_tensors_when_memory_is_released(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:

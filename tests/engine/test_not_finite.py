@@ -2,14 +2,18 @@
 
 import re
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from engine.contract import BadWeights, EngineConfig, Exact, Job, Stage
+from engine.contract import BadWeights, EngineConfig, Exact, Job, Loading, OutOfMemory, Stage
 from engine.engine import Engine
+from engine.families.klein.checkpoint import Checkpoint
+from engine.families.klein.pipeline import Klein
 from tests.engine import published
 
 JOB = Job("x", model="nano", size=Exact(64, 64), steps=2)
@@ -58,3 +62,40 @@ def test_auto_takes_the_next_model_where_the_best_does_not_load(
     obstacles = {model.name: model.obstacle for model in engine.status().models if model.obstacle}
     assert obstacles.keys() == {"klein-4b"}
     assert re.match("does not load: .*img_in.weight has numbers that are not finite", obstacles["klein-4b"])
+
+
+def test_auto_tries_a_model_again_whose_file_was_replaced(bfl: dict[str, Tensor], folder: Path, tmp_path: Path) -> None:
+    home, job = tmp_path / "models", Job("x", size=Exact(64, 64), steps=1)
+    for part in ("vae", "text_encoder", "tokenizer"):
+        shutil.copytree(folder / part, home / part)
+    file = home / "flux-2-klein-4b.safetensors"
+    published.write(bfl | {"img_in.weight": torch.full_like(bfl["img_in.weight"], float("nan"))}, file)
+    engine = Engine(EngineConfig(models=(home,), device="cpu", dtype="float32"))
+    models = []
+    for change in (lambda: None, lambda: None, lambda: published.write(bfl, file)):
+        change()
+        *_, result = engine.run(job)
+        models.append(result.model)  # type: ignore
+        engine.release()
+    assert models == ["nano", "nano", "klein-4b"]
+    assert not [model.name for model in engine.status().models if model.obstacle]
+
+
+def test_auto_tries_a_model_again_that_found_too_little_memory(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(folder, tmp_path / "klein-4b")
+    load, tried = Klein.load.__func__, []  # type: ignore[attr-defined]
+
+    def load_or_fail(cls: type[Klein], checkpoint: Checkpoint, *arguments: Any) -> Iterator[Loading]:
+        tried.append(checkpoint.variant.name)
+        if tried == ["klein-4b"]:
+            raise OutOfMemory("Another program holds the memory.")
+        return (yield from load(cls, checkpoint, *arguments))
+
+    monkeypatch.setattr(Klein, "load", classmethod(load_or_fail))
+    engine = Engine(EngineConfig(models=(tmp_path,), device="cpu", dtype="float32"))
+    for _ in range(2):
+        list(engine.run(Job("x", size=Exact(64, 64), steps=1)))
+        engine.release()
+    assert tried == ["klein-4b", "nano", "klein-4b"]
