@@ -1,10 +1,10 @@
-"""The transformer's velocity for training, in bf16 and four compiled pieces.
+"""The transformer's velocity for training, in four compiled pieces, in bf16 where that is fast.
 
 Attention between the pieces is plain.
 
-The weights are the model's own, in fp32; only products run in bf16. The pieces are the same for every block, number of
-references, canvas and text length, so that each compiles once, with batch and length left open. `Transformer.forward`
-is the reference that a test holds this to. Where compiling fails, the pieces run as they are written.
+The weights are the model's own, in fp32; only products run in PRODUCTS. The pieces are the same for every block, number
+of references, canvas and text length, so that each compiles once, with batch and length left open.
+`Transformer.forward` is the reference that a test holds this to. Where compiling fails, the pieces run as written.
 """
 
 import warnings
@@ -21,7 +21,8 @@ from engine.nano.training.model import Nano
 from engine.nn.layers import SelfAttention
 from engine.nn.ops import EPS, Rope
 
-BF16 = torch.bfloat16
+PRODUCTS = torch.bfloat16 if torch.cuda.is_available() or torch.cpu._is_amx_tile_supported() else torch.float32
+"""Of all products. Two cores of a Xeon with AVX-512 and no AMX multiply fp32 at 300 GFLOP/s and bf16 at 160."""
 
 Heads = tuple[Tensor, Tensor, Tensor]
 """q, k, v: each [b, tokens, heads, head_dim]; q and k normed and rotated."""
@@ -50,13 +51,13 @@ def _normed(x: Tensor, norm: Tensor) -> Tensor:
 
 
 def _turns(rope: Rope) -> Rope:
-    """Return bf16 tables for `x · cos + swapped(x) · sin`.
+    """Return tables for `x · cos + swapped(x) · sin`.
 
     rope: angles of adjacent pairs.
     """
     cos, sin = rope
     cos, sin = torch.stack((cos, cos), -1).flatten(-2), torch.stack((-sin, sin), -1).flatten(-2)
-    return cos[:, None].to(BF16), sin[:, None].to(BF16)
+    return cos[:, None].to(PRODUCTS), sin[:, None].to(PRODUCTS)
 
 
 def _heads(rows: Tensor, q_norm: Tensor, k_norm: Tensor, cos: Tensor, sin: Tensor) -> Heads:
@@ -68,23 +69,23 @@ def _heads(rows: Tensor, q_norm: Tensor, k_norm: Tensor, cos: Tensor, sin: Tenso
 def _double_in(
     x: Tensor, shift: Tensor, scale: Tensor, qkv: Tensor, q_norm: Tensor, k_norm: Tensor, cos: Tensor, sin: Tensor
 ) -> Heads:
-    return _heads(F.linear(_modulate(x, shift, scale), qkv.to(BF16)), q_norm, k_norm, cos, sin)
+    return _heads(F.linear(_modulate(x, shift, scale), qkv.to(PRODUCTS)), q_norm, k_norm, cos, sin)
 
 
 def _double_out(
     x: Tensor, mixed: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, gate_mlp: Tensor, proj: Tensor, up: Tensor,
     down: Tensor
 ) -> Tensor:  # fmt: skip
-    x = torch.addcmul(x, gate, F.linear(mixed, proj.to(BF16)))
-    opening, value = F.linear(_modulate(x, shift, scale), up.to(BF16)).chunk(2, dim=-1)
-    return torch.addcmul(x, gate_mlp, F.linear(F.silu(opening) * value, down.to(BF16)))
+    x = torch.addcmul(x, gate, F.linear(mixed, proj.to(PRODUCTS)))
+    opening, value = F.linear(_modulate(x, shift, scale), up.to(PRODUCTS)).chunk(2, dim=-1)
+    return torch.addcmul(x, gate_mlp, F.linear(F.silu(opening) * value, down.to(PRODUCTS)))
 
 
 def _single_in(
     x: Tensor, shift: Tensor, scale: Tensor, linear1: Tensor, q_norm: Tensor, k_norm: Tensor, cos: Tensor, sin: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     hidden = x.shape[-1]
-    rows = F.linear(_modulate(x, shift, scale), linear1.to(BF16))
+    rows = F.linear(_modulate(x, shift, scale), linear1.to(PRODUCTS))
     qkv, opening, value = rows.split((3 * hidden, *[(rows.shape[-1] - 3 * hidden) // 2] * 2), dim=-1)
     q, k, v = _heads(qkv, q_norm, k_norm, cos, sin)
     return q, k, v, F.silu(opening) * value
@@ -93,7 +94,7 @@ def _single_in(
 def _single_out(x: Tensor, mixed: Tensor, mlp: Tensor, gate: Tensor, linear2: Tensor) -> Tensor:
     # One product of the joined inputs. Two products with parts of the matrix copy less, but their compiled gradient
     # had uninitialised numbers in it (torch 2.13, CPU).
-    return torch.addcmul(x, gate, F.linear(torch.cat((mixed, mlp), dim=-1), linear2.to(BF16)))
+    return torch.addcmul(x, gate, F.linear(torch.cat((mixed, mlp), dim=-1), linear2.to(PRODUCTS)))
 
 
 class _CpuAttention(torch.autograd.Function):
@@ -195,7 +196,7 @@ class TrainingVelocity:
             kept = self._prefill(transformer, tokens, reference_rope, levels)
         text = _linear(states, transformer.txt_in).repeat_interleave(levels, 0)
         image = _linear(noisy, transformer.img_in)
-        mods = _in_bf16(transformer.modulations(sigma))
+        mods = _as_products(transformer.modulations(sigma))
         for block, kv in zip(transformer.double_blocks, kept, strict=False):
             text, image = self._double(block, text, image, mods, rope, kv)  # type: ignore[arg-type] - a ModuleList
         x = torch.cat((text, image), dim=1)
@@ -206,7 +207,7 @@ class TrainingVelocity:
         return _linear(x, transformer.final_layer.linear).float()
 
     def _prefill(self, transformer: Transformer, x: Tensor, rope: Rope, levels: int) -> list[tuple[Tensor, Tensor]]:
-        mods = _in_bf16(transformer.modulations(torch.zeros(x.shape[0], device=x.device)))
+        mods = _as_products(transformer.modulations(torch.zeros(x.shape[0], device=x.device)))
         kept = []
         for block in transformer.double_blocks:
             assert isinstance(block, DoubleBlock)
@@ -258,12 +259,12 @@ class TrainingVelocity:
 
 
 def _linear(x: Tensor, layer: nn.Linear) -> Tensor:
-    return F.linear(x.to(BF16), layer.weight.to(BF16))
+    return F.linear(x.to(PRODUCTS), layer.weight.to(PRODUCTS))
 
 
-def _in_bf16(mods: Modulations) -> Modulations:
+def _as_products(mods: Modulations) -> Modulations:
     parts = (mods.image, mods.text, mods.single, mods.final)
-    return Modulations(*(tuple(part.to(BF16) for part in group) for group in parts))
+    return Modulations(*(tuple(part.to(PRODUCTS) for part in group) for group in parts))
 
 
 def multiplies_bf16(device: torch.device) -> bool:

@@ -145,13 +145,22 @@ def token_weights(boxes: Tensor, frame: Frame) -> Tensor:
     return weights / weights.mean(dim=1, keepdim=True)
 
 
-def draw_batch(samplers: dict[Frame, PromptSampler], kind: BatchKind, tokenize: Tokenize) -> RawBatch:
-    """Draw a batch of one kind."""
+Wanted = Callable[[BatchKind, Example], bool]
+"""Whether an example belongs into a training."""
+
+
+def draw_batch(
+    samplers: dict[Frame, PromptSampler], kind: BatchKind, tokenize: Tokenize, wanted: Wanted | None = None
+) -> RawBatch:
+    """Draw a batch of one kind.
+
+    wanted: draws others until it is content.
+    """
     sampler = samplers[kind.frame]
     examples: list[Example] = []
     while len(examples) < kind.count:
         example = training_prompts(sampler, kind.task, kind.references or None)
-        if tokenize.length(example.prompt) < kind.text_length:
+        if tokenize.length(example.prompt) < kind.text_length and (wanted is None or wanted(kind, example)):
             examples.append(example)
     ids, mask = tokenize([example.prompt for example in examples], kind.text_length)
     scenes = [scene for example in examples for scene in (example.target, *example.references)]
@@ -167,11 +176,13 @@ def _samplers(seed: int, frames: tuple[Frame, ...], nouns: int) -> dict[Frame, P
     return {frame: PromptSampler(f"{seed} {frame}", frame, nouns) for frame in frames}
 
 
-def _work(queue, plan: Plan, tokenize: Tokenize, samplers: dict[Frame, PromptSampler], seed: int, done) -> None:
+def _work(
+    queue, plan: Plan, tokenize: Tokenize, samplers: dict[Frame, PromptSampler], seed: int, done, wanted: Wanted | None
+) -> None:
     torch.set_num_threads(1)
     draws = random.Random(seed)
     while True:
-        queue.put(draw_batch(samplers, plan(done.value, draws), tokenize))
+        queue.put(draw_batch(samplers, plan(done.value, draws), tokenize, wanted))
 
 
 class DataLoader:
@@ -182,9 +193,9 @@ class DataLoader:
 
     def __init__(
         self, plan: Plan, tokenize: Tokenize, frames: tuple[Frame, ...], workers: int, seed: int,
-        nouns: int = len(NOUNS),
+        nouns: int = len(NOUNS), wanted: Wanted | None = None,
     ) -> None:  # fmt: skip
-        self._plan, self._tokenize = plan, tokenize
+        self._plan, self._tokenize, self._wanted = plan, tokenize, wanted
         self._draws = random.Random(seed)
         self._samplers = _samplers(seed, frames, nouns)
         context = multiprocessing.get_context("fork")
@@ -193,10 +204,10 @@ class DataLoader:
         self._workers = [
             context.Process(
                 target=_work,
-                args=(self._queue, plan, tokenize, _samplers(seed + 1 + i, frames, nouns), seed + 1 + i, self._done),
+                args=(self._queue, plan, tokenize, _samplers(of, frames, nouns), of, self._done, wanted),
                 daemon=True,
             )
-            for i in range(workers)
+            for of in range(seed + 1, seed + 1 + workers)
         ]
         for worker in self._workers:
             worker.start()
@@ -209,7 +220,7 @@ class DataLoader:
         self._done.value = done  # type: ignore[attr-defined] - typed as its lock's wrapper
         if self._queue is not None:
             return self._queue.get(timeout=30)
-        return draw_batch(self._samplers, self._plan(done, self._draws), self._tokenize)
+        return draw_batch(self._samplers, self._plan(done, self._draws), self._tokenize, self._wanted)
 
     def waiting(self) -> int:
         """Return the number of queued batches.

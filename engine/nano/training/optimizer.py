@@ -5,6 +5,8 @@ from collections import defaultdict
 import torch
 from torch import Tensor, nn
 
+from engine.nano.training.compiled_training import PRODUCTS
+
 MOMENTUM = 0.95
 BETAS = (0.9, 0.99)
 ADAM_SHARE = 0.7
@@ -17,7 +19,7 @@ def orthogonalise(matrices: Tensor, steps: int = 5) -> Tensor:
     """Return roughly orthogonal matrices near [n, rows, columns], by Newton-Schulz."""
     a, b, c = _NEWTON_SCHULZ
     tall = matrices.shape[1] > matrices.shape[2]
-    x = matrices.bfloat16()
+    x = matrices.to(PRODUCTS)
     x = x.mT if tall else x
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
     for _ in range(steps):

@@ -30,9 +30,10 @@ from engine.diffusion.tokens import unpack
 from engine.nano.training import compiled_training
 from engine.nano.training.compiled_training import TrainingVelocity, multiplies_bf16, quiet
 from engine.nano.training.curriculum import LEVELS, Curriculum, draw_levels
-from engine.nano.training.data_loader import Batch, BatchEncoder, BatchKind, DataLoader, to_device
+from engine.nano.training.data_loader import Batch, BatchEncoder, BatchKind, DataLoader, RawBatch, to_device
 from engine.nano.training.folder import load_extras
 from engine.nano.training.frames import Frame
+from engine.nano.training.hold import PULL, Teacher, loaders
 from engine.nano.training.model import Nano, Tokenize
 from engine.nano.training.optimizer import Optimizer
 from engine.nano.training.shards import DECODER, learned_parts, save_decoder, save_shards
@@ -64,12 +65,16 @@ class Trainer:
         self.generator = torch.Generator().manual_seed(time.time_ns() % 2**31)
         self.device = nano.device
         self.decoder_ready = False
+        self.teacher: Teacher | None = None
         self.steps = self.samples = 0
         self._good: list[Tensor] = []
         self.keep_good()
 
-    def loss(self, batch: Batch) -> Tensor:
-        """Return the mean weighted squared error of the velocity."""
+    def loss(self, batch: Batch, held: bool = False) -> Tensor:
+        """Return the mean weighted squared error of the velocity.
+
+        held: what is learned is mostly what the teacher would do.
+        """
         target = batch.target.repeat_interleave(LEVELS, 0)
         weights = batch.weights.repeat_interleave(LEVELS, 0)
         sigma = to_device(draw_levels(len(batch.target), target.shape[1], self.generator), self.device)
@@ -78,8 +83,11 @@ class Trainer:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=multiplies_bf16(self.device)):
             states = self.nano.read(batch.ids, batch.mask)
         references = self.worn(batch) if batch.kind.references else None
-        velocity = self.velocity(noisy, sigma, states, batch.kind.frame.tokens, references)
-        return ((velocity - (noise - target)).pow(2).mean(-1) * weights).mean()
+        grid, wanted = batch.kind.frame.tokens, noise - target
+        if held and self.teacher:
+            wanted = self.teacher.blended(wanted, batch, noisy, sigma, references)
+        velocity = self.velocity(noisy, sigma, states, grid, references)
+        return ((velocity - wanted).pow(2).mean(-1) * weights).mean()
 
     @torch.no_grad()
     def worn(self, batch: Batch) -> Tensor:
@@ -99,10 +107,16 @@ class Trainer:
         images = (torch.cat(parts).float().clamp(-1, 1) * 127.5).round() / 127.5
         return self.encoder.latents(images).unflatten(0, references.shape[:2])
 
-    def step(self, batch: Batch, done: float) -> Tensor:
-        """Learn from one batch and return its loss, still on the device."""
+    def step(self, batch: Batch, done: float, held: Batch | None = None) -> Tensor:
+        """Learn from one batch and return its loss, still on the device.
+
+        held: a batch of known skills, learned beside it.
+        """
         loss = self.loss(batch)
         loss.backward()
+        if held is not None:
+            (PULL * self.loss(held, held=True)).backward()
+            self.samples += LEVELS * len(held.target)
         rise = min(1.0, (self.steps + 1) / WARM_UP)
         fall = min(1.0, max(0.0, 1.0 - done) / COOLING)
         self.optimizer.step(self.rate * rise * fall)
@@ -228,8 +242,11 @@ class Options:
     """Steps that may fail before training ends with what it has."""
 
 
-def train(trainer: Trainer, loader: DataLoader, clock: Clock, options: Options) -> None:
-    """Train until the time is over, then save, even after an error."""
+def train(trainer: Trainer, loader: DataLoader, clock: Clock, options: Options, held: DataLoader | None = None) -> None:
+    """Train until the time is over, then save, even after an error.
+
+    held: draws the batches of known skills of a trainer with a teacher.
+    """
     log = Log(trainer.out, clock)
     schedule = _schedule(clock, options)
     reported = saved = kept = time.monotonic()
@@ -238,7 +255,7 @@ def train(trainer: Trainer, loader: DataLoader, clock: Clock, options: Options) 
         while schedule.done() < 1.0 and failures < options.failures:
             done = options.first + (1 - options.first) * schedule.done()
             try:
-                _one_step(trainer, loader, log, done)
+                _one_step(trainer, loader, log, done, held)
             except Exception as error:
                 failures += 1
                 if _device_is_gone(error):
@@ -266,7 +283,8 @@ def train(trainer: Trainer, loader: DataLoader, clock: Clock, options: Options) 
                 save_shards(trainer.average, trainer.out)
                 saved = now
     finally:
-        loader.close()
+        for each in filter(None, (loader, held)):
+            each.close()
         _finish(trainer, log, clock, options)
 
 
@@ -279,13 +297,10 @@ def _schedule(clock: Clock, options: Options) -> Clock:
     return Clock(max(1e-3, clock.seconds - options.reserve - (now - clock.start)), now)
 
 
-def _one_step(trainer: Trainer, loader: DataLoader, log: Log, done: float) -> None:
-    try:
-        raw = loader.next(done)
-    except Exception:
-        loader.stop_workers()
-        raw = loader.next(done)
-    loss = trainer.step(trainer.encoder(raw), done)
+def _one_step(trainer: Trainer, loader: DataLoader, log: Log, done: float, held: DataLoader | None) -> None:
+    raw = _next(loader, done)
+    known = trainer.encoder(_next(held, done)) if held else None
+    loss = trainer.step(trainer.encoder(raw), done, known)
     log.add(raw.kind, loss)
     if trainer.steps % CHECK_EVERY == 0:
         if log.finite():
@@ -296,6 +311,14 @@ def _one_step(trainer: Trainer, loader: DataLoader, log: Log, done: float) -> No
             trainer.velocity.compiled = False
             log.losses.clear()
             log.write(not_finite=True, rate=trainer.rate)
+
+
+def _next(loader: DataLoader, done: float) -> RawBatch:
+    try:
+        return loader.next(done)
+    except Exception:
+        loader.stop_workers()
+        return loader.next(done)
 
 
 def _device_is_gone(error: Exception) -> bool:
@@ -365,6 +388,7 @@ def main() -> None:
     parser.add_argument("--probed", type=Path, help="compile once `probe` has written this file")
     parser.add_argument("--attention", type=int, default=0, help="of CUDA's: 0 flash first, 1 efficient, 2 plain")
     parser.add_argument("--state", type=Path, help="where to keep what a later run goes on from")
+    parser.add_argument("--hold", type=Path, help="the nano, with old words, whose skills FOLDER shall not forget")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     on_gpu = args.device.startswith("cuda")
@@ -377,11 +401,17 @@ def main() -> None:
     own = load_extras(args.folder)
     curriculum = Curriculum(args.examples or (256 if on_gpu else 4), own["native_size"], own["text_length"])
     seed, nouns = time.time_ns() % 2**31, len(own["nouns"])
-    loader = DataLoader(curriculum, Tokenize(args.folder), curriculum.frames, args.workers, seed, nouns)
+    if args.hold:
+        loader, held = loaders(args.hold, curriculum, Tokenize(args.folder), args.workers, seed, nouns)
+    else:
+        loader = DataLoader(curriculum, Tokenize(args.folder), curriculum.frames, args.workers, seed, nouns)
+        held = None
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     del compiled_training.BACKENDS[: args.attention]
     nano = Nano(args.folder).to(args.device)
     trainer = Trainer(nano, args.compile, args.rate, args.out, curriculum.frames)
+    if held:
+        trainer.teacher = Teacher(Nano(args.folder).to(args.device), args.compile)
     before = 0.0
     if args.state and args.state.exists():
         state = torch.load(args.state, map_location=args.device)
@@ -391,9 +421,8 @@ def main() -> None:
         trainer.decoder_ready = True
         save_decoder(trainer.nano.autoencoder.decoder, args.out)
     seconds = args.seconds if args.deadline is None else before + args.deadline - time.time() + time.monotonic() - start
-    train(
-        trainer, loader, Clock(seconds, start, before), Options(state=args.state, first=args.first, probed=args.probed)
-    )
+    options = Options(state=args.state, first=args.first, probed=args.probed)
+    train(trainer, loader, Clock(seconds, start, before), options, held)
     if decoder is not None:
         try:
             decoder.wait(timeout=5)
