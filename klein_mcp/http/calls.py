@@ -18,7 +18,7 @@ from klein_mcp.mcp_server.results import uri
 from klein_mcp.mcp_server.sender import http_client
 
 if TYPE_CHECKING:
-    from klein_mcp.images.resolver import ResolvedImage
+    from klein_mcp.images.resolver import Reading, ResolvedImage
 
 REFERENCE = re.compile(r"data:|https?://|klein://|[a-z0-9]{6}$", re.IGNORECASE)
 """References that a body may name: never a path of this machine, which only MCP clients may read."""
@@ -44,9 +44,10 @@ async def import_image(
         image = http.urls.handle_of(image) or image.strip()
         if not REFERENCE.match(image):
             raise RequestError(f"{name} is not a URL.", hint="Send a file, a data: URL, an https: URL or a handle.")
-    resolver, reading = http.service.sources, "alpha mask" if mask else "image"
+    reading: Reading = "alpha mask" if mask else "image"
 
     def resolve() -> "ResolvedImage":
+        resolver = http.service.sources  # in this thread: opening the library may take seconds
         if isinstance(image, str) and image[:5].lower() != "data:":
             return resolver.open(image, call.client, reading=reading)
         return resolver.add(to_bytes(image, name), name, call.client, reading=reading)

@@ -11,6 +11,7 @@ import re
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import replace
 from functools import lru_cache
+from pathlib import Path
 from urllib.parse import urlsplit
 
 import anyio.to_thread
@@ -241,9 +242,13 @@ class _Studio:
     async def image(self, request: Request) -> Response:
         """The exact image."""
         handle = request.path_params["handle"]
-        store = self._service.store
+
+        def find() -> Path:
+            store = self._service.store  # in this thread: opening the library may take seconds
+            return store.path(store.get(handle))
+
         try:
-            path = await anyio.to_thread.run_sync(lambda: store.path(store.get(handle)))
+            path = await anyio.to_thread.run_sync(find)
         except RequestError as exc:
             return _refusal(404, str(exc))
         return FileResponse(path, media_type="image/png", headers=CACHED)
@@ -316,7 +321,7 @@ class _Studio:
         handles = asked.get("images")
         if not isinstance(handles, list) or not all(isinstance(handle, str) for handle in handles):
             return _refusal(400, "images is a list of handles.")
-        await anyio.to_thread.run_sync(self._service.store.delete, handles)
+        await anyio.to_thread.run_sync(lambda: self._service.store.delete(handles))
         self._server.feed.library_changed()
         return JSONResponse({"deleted": handles}, headers=HEADERS)
 
@@ -327,9 +332,8 @@ class _Studio:
             body += chunk
             if len(body) > MAX_FILE_BYTES:
                 return _refusal(413, f"More than {MAX_FILE_BYTES // 2**20} MiB; use a smaller copy.")
-        keep = self._service.sources.add
         try:
-            kept = await anyio.to_thread.run_sync(lambda: keep(bytes(body), "The image", STUDIO))
+            kept = await anyio.to_thread.run_sync(lambda: self._service.sources.add(bytes(body), "The image", STUDIO))
         except RequestError as exc:
             return _refusal(400, str(exc))
         if kept.new:

@@ -175,7 +175,7 @@ class KleinServer(MCPServer):
             return result
         client, pick = self._call_context(context).client, None
         with suppress(RequestError, OSError, sqlite3.Error):  # it stays unreported, and the result is worth more
-            pick = await anyio.to_thread.run_sync(self.service.store.picks.report, client)
+            pick = await anyio.to_thread.run_sync(lambda: self.service.store.picks.report(client))
         if pick is None:
             return result
         line = results.text(picks.reported(json.loads(first.text), pick))

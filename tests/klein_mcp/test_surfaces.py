@@ -1,5 +1,7 @@
 """Surfaces of the HTTP front end: each kind of authorisation, and the extension points of the MCP server."""
 
+import base64
+import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -17,9 +19,12 @@ from klein_mcp.errors import RequestError
 from klein_mcp.http import app, sessions
 from klein_mcp.http.sessions import CSRF_HEADER
 from klein_mcp.http.surface import Auth, HttpContext, Surface, SurfaceFactory
+from klein_mcp.images.library import Store
 from klein_mcp.jobs.service import Service
 from klein_mcp.mcp_server.server import create_server
 from klein_mcp.mcp_server.tools import TOOLS
+from tests.images import file, scene
+from tests.tool_calls import call
 
 pytestmark = pytest.mark.anyio
 
@@ -174,6 +179,21 @@ async def test_aborted_upload_ends_quietly(
 
 
 @pytest.fixture
+def opened_by(monkeypatch: pytest.MonkeyPatch) -> list[threading.Thread]:
+    """The threads that ask for the library, which may take seconds to open."""
+    threads: list[threading.Thread] = []
+    opened = Service.store.fget
+    assert opened
+
+    def noted(service: Service) -> Store:
+        threads.append(threading.current_thread())
+        return opened(service)
+
+    monkeypatch.setattr(Service, "store", property(noted))
+    return threads
+
+
+@pytest.fixture
 async def http(context: HttpContext) -> AsyncIterator[httpx2.AsyncClient]:
     """A client with the token, of every surface."""
     transport = httpx2.ASGITransport(app=app.application(context, token=TOKEN))
@@ -204,6 +224,38 @@ async def test_unusable_library_is_explained(
     answer = await http.request(method, path, json={"images": ["abcdef"]})
     assert 400 <= answer.status_code < 600
     assert answer.json() == {"error": "The library is of a newer version."}
+
+
+DATA_URL = "data:image/png;base64," + base64.b64encode(file(scene(32, 32))).decode()
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/studio/images/abcdef", None),
+        ("/studio/delete", {"images": []}),
+        ("/studio/upload", file(scene(32, 32))),
+        ("/upload", file(scene(32, 32))),
+        ("/v1/images/edits", {"prompt": "x", "image": DATA_URL}),
+        ("/sdapi/v1/img2img", {"prompt": "x", "init_images": [DATA_URL]}),
+    ],
+)
+async def test_library_is_opened_beside_the_event_loop(
+    http: httpx2.AsyncClient, opened_by: list[threading.Thread], path: str, body: Any
+):
+    content: dict[str, Any] = {"content": body} if isinstance(body, bytes) else {"json": body}
+    await (http.get(path) if body is None else http.post(path, **content))
+    assert opened_by
+    assert threading.current_thread() not in opened_by
+
+
+async def test_agents_open_the_library_beside_the_event_loop(client: Client, opened_by: list[threading.Thread]):
+    made = await call(client, "generate_image", prompt="a dot")
+    await call(client, "edit_image", image=made["image"], prompt=["make it red", "make it blue"])
+    await call(client, "view_image", image=made["image"], compare_with="last")
+    await call(client, "list_images")
+    assert opened_by
+    assert threading.current_thread() not in opened_by
 
 
 async def test_half_an_emoji_from_the_page_is_repaired(http: httpx2.AsyncClient):
