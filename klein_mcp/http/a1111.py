@@ -13,7 +13,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from engine.contract import Step
+from engine.contract import Queued, Step
 from klein_mcp.errors import RequestError, quote
 from klein_mcp.http import calls, render
 from klein_mcp.http.disconnect import cancelled_on_disconnect
@@ -30,6 +30,7 @@ from klein_mcp.jobs.installed import installed_models
 from klein_mcp.jobs.request import ImageRequest
 from klein_mcp.jobs.results import Preview, SavedImage
 from klein_mcp.limits import MAX_SIDE, MIN_SIDE
+from klein_mcp.mcp_server.sender import http_client
 
 SAMPLERS = [{"name": "Euler", "aliases": ["euler"], "options": {}}]
 SCHEDULERS = [
@@ -42,10 +43,15 @@ EMPTY_LISTS = ("upscalers", "latent-upscale-modes", "sd-vae", "sd-modules", "lor
 
 @dataclass(eq=False, slots=True)
 class Running:
-    """A job of this surface, for `progress` and `interrupt`."""
+    """A job of this surface, for `progress` and `interrupt`.
+
+    waiting: it is in the queue, and no engine has begun it.
+    """
 
     cancel: anyio.CancelScope
+    client: str
     count: int
+    waiting: bool = True
     image: int = 0
     step: int = 0
     steps: int = 0
@@ -64,6 +70,10 @@ class State:
 
     model: str = "auto"
     running: list[Running] = field(default_factory=list)
+
+    def jobs_of(self, client: str) -> list[Running]:
+        """Return one client's jobs, those that were begun first."""
+        return sorted((each for each in self.running if each.client == client), key=lambda each: each.waiting)
 
 
 def surface(context: HttpContext) -> Surface:
@@ -135,14 +145,15 @@ class Queries:
         return JSONResponse({"sd_model_checkpoint": self._state.model, "samples_format": "png"})
 
     async def progress(self, request: Request) -> Response:
-        running = self._state.running[0] if self._state.running else None
+        jobs = self._state.jobs_of(http_client(request))
+        running = jobs[0] if jobs else None
         hide = request.query_params.get("skip_current_image", "false").lower() in ("true", "1")
         preview = None if running is None or hide or running.preview is None else running.preview.base64
         state = {
             "skipped": False,
             "interrupted": bool(running and running.interrupted),
             "job": "txt2img" if running else "",
-            "job_count": len(self._state.running),
+            "job_count": len(jobs),
             "job_no": running.image if running else 0,
             "sampling_step": running.step if running else 0,
             "sampling_steps": running.steps if running else 0,
@@ -153,10 +164,14 @@ class Queries:
         )
 
     async def interrupt(self, request: Request) -> Response:
-        """Stop every job of this surface within a step."""
-        for running in self._state.running:
-            running.interrupted = True
-            running.cancel.cancel()
+        """Stop what is being made for this client, within a step.
+
+        What waits in the queue stays there, and so do all jobs of other clients.
+        """
+        for running in self._state.jobs_of(http_client(request)):
+            if not running.waiting:
+                running.interrupted = True
+                running.cancel.cancel()
         return JSONResponse({})
 
 
@@ -253,11 +268,15 @@ class ImageRoute:
         call = calls.call_context(self._http, request, "a1111")
         saved: list[SavedImage] = []
         with anyio.CancelScope() as scope:
-            running = Running(scope, wanted.count)
+            running = Running(scope, http_client(request), wanted.count)
             self._state.running.append(running)
             try:
                 async with aclosing(calls.follow(self._http.service, wanted, call, Listen(steps=True))) as events:
                     async for event in events:
+                        if isinstance(event, Progressed):
+                            # Between two images, or two parts of one, a job is in the queue again.
+                            first = (event.image, event.part) == (0, 0)
+                            running.waiting = first and isinstance(event.event, Queued)
                         match event:
                             case Progressed(image, Step(done, total), preview):
                                 running.image, running.step, running.steps = image, done, total

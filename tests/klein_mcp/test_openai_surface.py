@@ -6,6 +6,7 @@ from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import Any
 
+import anyio
 import httpx2
 import openai
 import pytest
@@ -70,6 +71,42 @@ async def test_a1111_takes_the_token_as_basic_password(connect_http):
             answer = await http.get("/sdapi/v1/options", headers={"authorization": f"Basic {basic}"})
             assert answer.status_code == status
         assert (await http.get("/sdapi/v1/options", headers={"authorization": "Basic %%%"})).status_code == 401
+
+
+async def test_interrupt_stops_only_what_is_made_for_its_client(connect_http, painter: FakeExecutor):
+    painter.events_before = [Step(1, 4)]
+    painter.seconds_per_step = 60.0
+    images: dict[str, int] = {}
+    async with connect_http() as http, anyio.create_task_group() as tasks:
+
+        async def paint(prompt: str, client: str) -> None:
+            answer = await http.post("/sdapi/v1/txt2img", params={"client": client}, json={"prompt": prompt})
+            images[prompt] = len(answer.json()["images"])
+
+        async def until(client: str, **state: int) -> None:
+            with anyio.fail_after(60):
+                while not state.items() <= (await progress(client)).items():
+                    await anyio.sleep(0.01)
+
+        async def progress(client: str) -> dict[str, Any]:
+            return (await http.get("/sdapi/v1/progress", params={"client": client})).json()["state"]
+
+        async def interrupt(client: str) -> None:
+            await http.post("/sdapi/v1/interrupt", params={"client": client})
+
+        tasks.start_soon(paint, "first", "one")
+        await until("one", job_count=1, sampling_step=1)
+        tasks.start_soon(paint, "second", "one")
+        tasks.start_soon(paint, "other", "two")
+        await until("one", job_count=2)
+        await until("two", job_count=1)
+        await interrupt("two")
+        assert not (await progress("one"))["interrupted"]
+        await interrupt("one")
+        await until("one", job_count=1)
+        assert images == {"first": 0}
+        painter.hurry()
+    assert images == {"first": 0, "second": 1, "other": 1}
 
 
 async def test_full_queue_is_429_with_a_time_to_retry(connect_http, painter: FakeExecutor):
