@@ -19,7 +19,7 @@ from klein_mcp.http import calls, render
 from klein_mcp.http.disconnect import cancelled_on_disconnect
 from klein_mcp.http.openai.body import read_json
 from klein_mcp.http.openai.errors import ApiError
-from klein_mcp.http.openai.fields import MAX_IMAGES, integer, parse_model, parse_seed
+from klein_mcp.http.openai.fields import MAX_IMAGES, MAX_PROMPT, integer, parse_model, parse_seed
 from klein_mcp.http.openai.models import naming_installed
 from klein_mcp.http.surface import HttpContext, Surface
 from klein_mcp.images.library import Record
@@ -37,8 +37,11 @@ SCHEDULERS = [
     {"name": "automatic", "label": "Automatic", "aliases": None, "default_rho": -1, "need_inner_model": False}
 ]
 
-EMPTY_LISTS = ("upscalers", "latent-upscale-modes", "sd-vae", "sd-modules", "loras", "embeddings", "prompt-styles")
+EMPTY_LISTS = ("upscalers", "latent-upscale-modes", "sd-vae", "sd-modules", "loras", "prompt-styles")
 """Menus that clients fill at their start and that have no entries here."""
+
+FILES = ("init_images", "mask", "alwayson_scripts")
+"""Fields that hold images, of up to 96 MiB: they leave the memory before the job waits, and no answer repeats them."""
 
 
 @dataclass(eq=False, slots=True)
@@ -89,6 +92,7 @@ def surface(context: HttpContext) -> Surface:
         Route(f"{prefix}/interrupt", queries.interrupt, methods=["POST"]),
         Route(f"{prefix}/samplers", _listing(SAMPLERS), methods=["GET"]),
         Route(f"{prefix}/schedulers", _listing(SCHEDULERS), methods=["GET"]),
+        Route(f"{prefix}/embeddings", _listing({"loaded": {}, "skipped": {}}), methods=["GET"]),
         *(Route(f"{prefix}/{name}", _listing([]), methods=["GET"]) for name in EMPTY_LISTS),
         Route(f"{prefix}/{{path:path}}", _unknown, methods=["GET", "POST"]),
     ]
@@ -99,9 +103,9 @@ def _error(status: int, message: str) -> Response:
     return JSONResponse({"error": message, "detail": message, "errors": message}, status)
 
 
-def _listing(rows: list[dict[str, Any]]) -> Any:
+def _listing(content: list[dict[str, Any]] | dict[str, Any]) -> Any:
     async def answer(request: Request) -> Response:
-        return JSONResponse(rows)
+        return JSONResponse(content)
 
     return answer
 
@@ -186,8 +190,7 @@ class ImageRoute:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         request = Request(scope, receive)
         try:
-            fields = await read_json(request)
-            wanted = await self._request(fields, request)
+            parameters, wanted = await self._read(request)
         except ClientDisconnect:
             raise
         except Exception as exc:
@@ -196,7 +199,7 @@ class ImageRoute:
             return
         async with cancelled_on_disconnect(receive):
             try:
-                response = JSONResponse(await self._run(fields, wanted, request))
+                response = JSONResponse({**await self._run(wanted, request), "parameters": parameters})
             except Exception as exc:
                 response = await self._failure(exc)
             await response(scope, receive, send)
@@ -207,6 +210,15 @@ class ImageRoute:
         response.headers.update(error.headers)
         return response
 
+    async def _read(self, request: Request) -> tuple[dict[str, Any], ImageRequest]:
+        """Return the fields that an answer repeats, and the request.
+
+        Raises RequestError or ApiError.
+        """
+        fields = await read_json(request)
+        wanted = await self._request(fields, request)
+        return {name: None if name in FILES else value for name, value in fields.items()}, wanted
+
     async def _request(self, fields: Mapping[str, Any], request: Request) -> ImageRequest:
         """Build the request. Raises RequestError or ApiError.
 
@@ -216,6 +228,8 @@ class ImageRoute:
         prompt = given.get("prompt", "")
         if not isinstance(prompt, str) or not (prompt := prompt.strip()):
             raise ApiError(422, "prompt is missing or empty; it must be text.", "prompt")
+        if len(prompt) > MAX_PROMPT:
+            raise ApiError(422, f"prompt has {len(prompt)} characters; at most {MAX_PROMPT}.", "prompt")
         count = _count("batch_size", given.get("batch_size", 1)) * _count("n_iter", given.get("n_iter", 1))
         if count > MAX_IMAGES:
             raise ApiError(422, f"{count} images; at most {MAX_IMAGES}.", "batch_size")
@@ -242,6 +256,8 @@ class ImageRoute:
         files = files if isinstance(files, list) else [files]
         if not files:
             raise ApiError(422, "init_images is empty: the image to edit.", "init_images")
+        if len(files) > 1 and "mask" in given:
+            raise ApiError(422, f"mask is of one image, and init_images has {len(files)}.", "mask")
         opened = [await calls.import_image(self._http, _data_url(file), "init_images", call) for file in files]
         images = [image.record for image in opened]
         if len(images) > 1:
@@ -260,10 +276,10 @@ class ImageRoute:
         mask = await anyio.to_thread.run_sync(_mask_file, file, inverted, (image.width, image.height))
         return (await calls.import_image(self._http, mask, "The mask", call, mask=True)).record.handle
 
-    async def _run(self, fields: Mapping[str, Any], wanted: ImageRequest, request: Request) -> dict[str, Any]:
-        """Run the job and return the body of the response.
+    async def _run(self, wanted: ImageRequest, request: Request) -> dict[str, Any]:
+        """Run the job and return its images and their description.
 
-        The body of an interrupted job has the images made so far.
+        Those of an interrupted job are the images made so far.
         """
         call = calls.call_context(self._http, request, "a1111")
         saved: list[SavedImage] = []
@@ -291,7 +307,7 @@ class ImageRoute:
             return [base64.b64encode(data).decode() for data in files]
 
         images = await anyio.to_thread.run_sync(encode)
-        return {"images": images, "parameters": dict(fields), "info": json.dumps(_info(wanted, saved))}
+        return {"images": images, "info": json.dumps(_info(wanted, saved))}
 
 
 def _info(wanted: ImageRequest, saved: list[SavedImage]) -> dict[str, Any]:

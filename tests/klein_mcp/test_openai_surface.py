@@ -1,6 +1,7 @@
 """The OpenAI surface around a fake executor: keys, CORS, statuses, the library."""
 
 import base64
+import weakref
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -13,11 +14,14 @@ import pytest
 from mcp import Client
 from openai import AsyncOpenAI
 from PIL import Image
+from starlette.requests import Request
 
-from engine.contract import BadWeights, Busy, OutOfMemory, Step
-from klein_mcp.http import app
+from engine.contract import BadWeights, Busy, Job, OutOfMemory, Rgb8, Step
+from klein_mcp.http import a1111, app
+from klein_mcp.http.openai import images
+from klein_mcp.http.openai.body import Body, read_edit, read_json
 from klein_mcp.jobs.service import Service
-from tests.fakes import FakeExecutor
+from tests.fakes import FakeExecutor, painted
 from tests.images import file, pixels, scene
 from tests.tool_calls import call
 
@@ -103,10 +107,81 @@ async def test_interrupt_stops_only_what_is_made_for_its_client(connect_http, pa
         await interrupt("two")
         assert not (await progress("one"))["interrupted"]
         await interrupt("one")
-        await until("one", job_count=1)
-        assert images == {"first": 0}
+        with anyio.fail_after(60):
+            while not images:
+                await anyio.sleep(0.01)
         painter.hurry()
     assert images == {"first": 0, "second": 1, "other": 1}
+
+
+def encoded(image: Any) -> str:
+    return base64.b64encode(file(image)).decode()
+
+
+async def test_a1111_repeats_no_image_of_the_request(connect_http):
+    body = {"prompt": "x", "init_images": [encoded(scene(32, 32))], "mask": encoded(scene(32, 32)), "seed": 3}
+    async with connect_http() as http:
+        answer = (await http.post("/sdapi/v1/img2img", json=body)).json()
+    assert len(answer["images"]) == 1
+    assert answer["parameters"] == {"prompt": "x", "init_images": None, "mask": None, "seed": 3}
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "message"),
+    [
+        ("img2img", {"prompt": "x", "init_images": ["AAAA", "AAAA"], "mask": "AAAA"}, "mask is of one image"),
+        ("txt2img", {"prompt": "x" * 32_001}, "at most 32000"),
+    ],
+)
+async def test_a1111_refuses_what_it_cannot_honour(connect_http, path: str, body: Any, message: str):
+    async with connect_http() as http:
+        answer = await http.post(f"/sdapi/v1/{path}", json=body)
+    assert answer.status_code == 422
+    assert message in answer.json()["detail"]
+
+
+async def test_a1111_lists_embeddings_as_an_object(connect_http):
+    async with connect_http() as http:
+        assert (await http.get("/sdapi/v1/embeddings")).json() == {"loaded": {}, "skipped": {}}
+
+
+class ReadFields(dict[str, Any]):
+    """Fields of a body that a test can watch being dropped."""
+
+
+class ReadBody(Body):
+    """The same of an edit."""
+
+
+@pytest.mark.parametrize("path", ["/sdapi/v1/img2img", "/v1/images/edits"])
+async def test_sent_images_leave_the_memory_before_their_job(
+    connect_http, painter: FakeExecutor, monkeypatch: pytest.MonkeyPatch, path: str
+):
+    bodies: list[weakref.ref[Any]] = []
+    left: list[bool] = []
+
+    async def read_fields(request: Request) -> ReadFields:
+        fields = ReadFields(await read_json(request))
+        bodies.append(weakref.ref(fields))
+        return fields
+
+    async def read_body(request: Request) -> ReadBody:
+        read = await read_edit(request)
+        body = ReadBody(read.fields, read.images, read.mask)
+        bodies.append(weakref.ref(body))
+        return body
+
+    def paint(job: Job) -> Rgb8:
+        left.append(bodies[0]() is None)
+        return painted(job)
+
+    monkeypatch.setattr(a1111, "read_json", read_fields)
+    monkeypatch.setattr(images, "read_edit", read_body)
+    monkeypatch.setattr(painter, "paint", paint)
+    image = f"data:image/png;base64,{encoded(scene(32, 32))}"
+    async with connect_http() as http:
+        await http.post(path, json={"prompt": "make it red", "image": image, "init_images": [image]})
+    assert left == [True]
 
 
 async def test_full_queue_is_429_with_a_time_to_retry(connect_http, painter: FakeExecutor):

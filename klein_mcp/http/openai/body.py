@@ -22,7 +22,8 @@ MAX_IMAGES = 16
 """Images of one call, OpenAI's own limit; the model's is lower, and its error says so."""
 
 MAX_FORM = 256 * 2**20
-"""Bytes: four images of the largest size a library takes. Files beyond 1 MB wait on disk, not in memory."""
+"""Bytes: four images of the largest size a library takes. Files beyond 1 MB lie on disk while the form arrives; then
+all are in memory until the library has them."""
 
 MAX_JSON = 96 * 2**20
 """Bytes: one image of the largest size as base64, which has to be parsed in memory."""

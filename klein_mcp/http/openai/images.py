@@ -59,8 +59,7 @@ class OpenAiImageRoute:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         request = Request(scope, receive)
         try:
-            call, body = await self._read(request)
-            prepared = await self._prepare(request, call, body)
+            prepared = await self._prepare(request)
         except ClientDisconnect:
             raise
         except Exception as exc:
@@ -68,7 +67,7 @@ class OpenAiImageRoute:
             await error.response()(scope, receive, send)
             return
         async with cancelled_on_disconnect(receive):
-            respond = self._stream if call.stream else self._respond
+            respond = self._stream if prepared.call.stream else self._respond
             await respond(prepared, request, send)
 
     async def _read(self, request: Request) -> tuple[ImageCall, Body]:
@@ -79,8 +78,12 @@ class OpenAiImageRoute:
 
     # -- from a call to a request --------------------------------------------------------------------------------------
 
-    async def _prepare(self, request: Request, call: ImageCall, body: Body) -> PreparedCall:
-        """Import the images of a body. Raises RequestError or ApiError."""
+    async def _prepare(self, request: Request) -> PreparedCall:
+        """Read a body and import its images, which no caller keeps.
+
+        They may have 256 MB, and the job may wait. Raises RequestError or ApiError.
+        """
+        call, body = await self._read(request)
         context = calls.call_context(self._http, request, "openai")
         files = enumerate(body.images, 1)
         opened = [await self._import(file, "image", f"image {number}", context) for number, file in files]
