@@ -20,6 +20,8 @@ ERRORS = {
     "RequestError": "The call can be mended",
     "Refused": "This server's settings do not allow it",
     "UnknownImage": "The reference leads to no image",
+    "ServerFault": "The server is set up wrongly",
+    "NotEnoughMemory": "Memory does not suffice at the moment",
     "LibraryUnwritable": "The library cannot be written",
     "LibraryBusy": "Another program holds the library",
     "LibraryDamaged": "The library is damaged",

@@ -31,6 +31,10 @@ class NotEnoughMemory(RequestError):
     """This machine's memory does not suffice for an image at the moment."""
 
 
+class ServerFault(RequestError):
+    """An error that no other call avoids, only the server's owner."""
+
+
 class UnknownImage(RequestError):
     """A reference that leads to no image."""
 

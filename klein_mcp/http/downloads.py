@@ -10,9 +10,9 @@ from starlette.requests import Request
 from starlette.responses import FileResponse, Response
 from starlette.routing import Route
 
-from klein_mcp.errors import RequestError
+from klein_mcp.errors import RequestError, UnknownImage
 from klein_mcp.http import render
-from klein_mcp.http.surface import HttpContext, Surface, json_error
+from klein_mcp.http.surface import HttpContext, Surface, json_error, status_of
 from klein_mcp.jobs.service import Service
 
 FORMATS = ("png", "jpeg", "webp")
@@ -34,8 +34,10 @@ def download_handler(service: Service, kind: str) -> Callable[[Request], Awaitab
                 path = await anyio.to_thread.run_sync(lambda: service.store.path(service.store.get(handle)))
                 return FileResponse(path, media_type="image/png", headers=HEADERS)
             data = await anyio.to_thread.run_sync(render.outgoing, service, handle, kind)
-        except RequestError as exc:
+        except UnknownImage as exc:
             return json_error(404, str(exc))
+        except RequestError as exc:  # the link is good, and the library or a setting is not
+            return json_error(status_of(exc), str(exc))
         return Response(data, media_type=f"image/{kind}", headers=HEADERS)
 
     return download

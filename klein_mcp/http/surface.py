@@ -7,14 +7,28 @@ from typing import Literal
 from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute
 
+from klein_mcp.errors import Refused, RequestError, ServerFault
 from klein_mcp.http.sessions import Sessions
 from klein_mcp.http.signed_urls import SignedUrls
+from klein_mcp.images.schema import LibraryBusy
 from klein_mcp.jobs.service import Service
 from klein_mcp.mcp_server.server import KleinServer
 
 Auth = Literal["token", "signed", "session", "none"]
 """token: the server's bearer token, where it has one. signed: a URL that SignedUrls made.
 session: the cookie of a browser that followed a one-time link, or the token. none: nothing."""
+
+
+def status_of(error: RequestError) -> int:
+    """Return the status of an error, which says whose fault it is."""
+    match error:
+        case LibraryBusy():
+            return 503  # the same call may succeed later
+        case ServerFault():
+            return 500
+        case Refused():
+            return 403
+    return 400
 
 
 def json_error(status: int, message: str) -> Response:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from klein_mcp import __version__
-from klein_mcp.errors import RequestError, UnknownImage
+from klein_mcp.errors import ServerFault, UnknownImage
 from klein_mcp.images.library import Record, Store
 from klein_mcp.images.paths import expanded
 
@@ -80,7 +80,7 @@ class CredentialSigner:
     def __init__(self, key: bytes, chain: bytes) -> None:
         """Load a key and its chain.
 
-        key: PEM, unencrypted. chain: PEM certificates, the signer's own first. Raises RequestError.
+        key: PEM, unencrypted. chain: PEM certificates, the signer's own first. Raises ServerFault.
         """
         self._key, self._chain = key, chain
         self._algorithm = _algorithm(key)
@@ -100,20 +100,20 @@ class CredentialSigner:
     def read(cls, path: Path) -> "CredentialSigner":
         """Read a signer from a folder or one PEM file.
 
-        A folder holds key.pem and chain.pem; one PEM file holds both. Raises RequestError.
+        A folder holds key.pem and chain.pem; one PEM file holds both. Raises ServerFault.
         """
         files = (path / "key.pem", path / "chain.pem") if path.is_dir() else (path,)
         try:
             blocks = _pem_blocks(b"\n".join(file.read_bytes() for file in files))
         except OSError as exc:
-            raise RequestError(
+            raise ServerFault(
                 f"The credentials at {path} cannot be read: {exc.strerror}.",
                 hint="KLEIN_CREDENTIALS names a PEM file with key and chain, or a folder with key.pem and chain.pem.",
             ) from None
         keys = [block for block in blocks if b"PRIVATE KEY-----" in block.splitlines()[0]]
         chain = [block for block in blocks if b"BEGIN CERTIFICATE" in block.splitlines()[0]]
         if len(keys) != 1 or not chain:
-            raise RequestError(
+            raise ServerFault(
                 f"{path} holds {len(keys)} private keys and {len(chain)} certificates.",
                 hint="It must hold one unencrypted private key and its chain, the signer's certificate first.",
             )
@@ -122,7 +122,7 @@ class CredentialSigner:
     def sign(self, asset: Asset) -> bytes:
         """Return `asset`'s file with credentials embedded.
 
-        The pixels are not changed. Raises RequestError.
+        The pixels are not changed. Raises ServerFault.
         """
         return self._signed(asset, MAX_DEPTH)
 
@@ -144,7 +144,7 @@ class CredentialSigner:
             with c2pa.Signer.from_info(info) as signer:
                 builder.sign(signer, asset.media_type, BytesIO(asset.data), signed)
         except c2pa.C2paError as exc:
-            raise RequestError(
+            raise ServerFault(
                 f"The image could not be signed: {exc}.", hint="Set KLEIN_CREDENTIALS=off, or check key and chain."
             ) from None
         finally:
@@ -155,7 +155,7 @@ class CredentialSigner:
 def sign_record(store: Store, record: Record, data: bytes, media_type: str, signer: CredentialSigner) -> bytes:
     """Sign a file of a library image, with its ancestors as ingredients.
 
-    An opened image stays unsigned: a signature would claim that it was made here. Raises RequestError. Blocking.
+    An opened image stays unsigned: a signature would claim that it was made here. Raises ServerFault. Blocking.
     """
     if record.tool == "open":
         return data
@@ -184,7 +184,7 @@ def _parent(store: Store, handle: str, depth: int) -> Asset | None:
 def from_setting(setting: str, home: Path) -> CredentialSigner | None:
     """Return the signer that KLEIN_CREDENTIALS names, None for off.
 
-    Raises RequestError.
+    Raises ServerFault.
     """
     if setting in ("", "off"):
         return None
@@ -196,7 +196,7 @@ def from_setting(setting: str, home: Path) -> CredentialSigner | None:
 def verify(data: bytes, media_type: str, anchors: str = "") -> Claim | None:
     """Verify the credentials of a file, None if it carries none.
 
-    Raises RequestError without the extra.
+    Raises ServerFault without the extra.
     """
     c2pa = _library()
     try:
@@ -228,7 +228,7 @@ def describe(data: bytes, home: Path) -> str | None:
         return None
     try:
         claim = verify(data, media_type, local_anchors(home))
-    except RequestError as exc:
+    except ServerFault as exc:
         return f"present, not checked. {exc.hint}"
     return None if claim is None else str(claim)
 
@@ -249,7 +249,7 @@ def _library() -> Any:
     try:
         import c2pa
     except ImportError:
-        raise RequestError(
+        raise ServerFault(
             "Content credentials need an optional library.", hint="Install it: pip install 'klein-mcp[c2pa]'."
         ) from None
     return c2pa
@@ -322,7 +322,7 @@ def _pem_blocks(text: bytes) -> list[bytes]:
 def _algorithm(key: bytes) -> bytes:
     """Return C2PA's name for the signature algorithm of `key`.
 
-    Raises RequestError.
+    Raises ServerFault.
     """
     _library()
     from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
@@ -331,14 +331,14 @@ def _algorithm(key: bytes) -> bytes:
     try:
         private = load_pem_private_key(key, None)
     except (ValueError, TypeError) as exc:
-        raise RequestError(f"The signing key cannot be used: {exc}.", hint="Give an unencrypted PEM key.") from None
+        raise ServerFault(f"The signing key cannot be used: {exc}.", hint="Give an unencrypted PEM key.") from None
     if isinstance(private, ec.EllipticCurvePrivateKey) and private.curve.name in _CURVES:
         return _CURVES[private.curve.name]
     if isinstance(private, rsa.RSAPrivateKey):
         return b"ps256"
     if isinstance(private, ed25519.Ed25519PrivateKey):
         return b"ed25519"
-    raise RequestError("C2PA knows no signature for this key.", hint="Use P-256, P-384, P-521, RSA or Ed25519.")
+    raise ServerFault("C2PA knows no signature for this key.", hint="Use P-256, P-384, P-521, RSA or Ed25519.")
 
 
 _CURVES = {"secp256r1": b"es256", "secp384r1": b"es384", "secp521r1": b"es512"}

@@ -15,8 +15,8 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from klein_mcp.atomic import next_step
-from klein_mcp.errors import RequestError
 from klein_mcp.images.record import Record
+from klein_mcp.images.schema import LibraryUnwritable
 
 
 class ImageFiles:
@@ -64,7 +64,7 @@ class ImageFiles:
                 with contextlib.suppress(OSError):  # a half file would take the room that is short
                     path.unlink()
             seed = f" It was made with seed {record.recipe['seed']}." if "seed" in record.recipe else ""
-            raise RequestError(
+            raise LibraryUnwritable(
                 f"The image cannot be saved in {self.folder}: {error.strerror}.{seed}",
                 hint=next_step(error, "it"),
             ) from error

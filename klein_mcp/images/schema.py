@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from klein_mcp.atomic import next_step
-from klein_mcp.errors import RequestError
+from klein_mcp.errors import RequestError, ServerFault
 
 BUSY_TIMEOUT = 10
 """Seconds to wait for another program's lock: less than a call may take."""
@@ -16,8 +16,8 @@ class LibraryBusy(RequestError):
     """Another program holds the library's lock."""
 
 
-class LibraryUnwritable(RequestError):
-    """The library's index cannot be written, as on a full disk."""
+class LibraryUnwritable(ServerFault):
+    """The library cannot be written, as on a full disk."""
 
 
 def unwritable(path: Path, failure: Exception) -> LibraryUnwritable:
@@ -26,7 +26,7 @@ def unwritable(path: Path, failure: Exception) -> LibraryUnwritable:
     return LibraryUnwritable(f"The image library {path} cannot be written: {reason}.", hint=next_step(failure))
 
 
-class LibraryDamaged(RequestError):
+class LibraryDamaged(ServerFault):
     """The library's index cannot be read."""
 
 
@@ -86,7 +86,7 @@ MIGRATIONS = (
 def open_database(path: Path) -> sqlite3.Connection:
     """Open the database, created or migrated as needed.
 
-    One process at a time. Raises RequestError for a newer library.
+    One process at a time. Raises ServerFault for a newer library.
     """
     with explained(path):
         return _opened(path)
@@ -105,10 +105,10 @@ def _opened(path: Path) -> sqlite3.Connection:
 
 
 def migrate(database: sqlite3.Connection, path: Path) -> None:
-    """Bring the schema up to date. Raises RequestError for a newer library."""
+    """Bring the schema up to date. Raises ServerFault for a newer library."""
     (version,) = database.execute("PRAGMA user_version").fetchone()
     if version > len(MIGRATIONS):
-        raise RequestError(
+        raise ServerFault(
             f"The library at {path.parent} was written by a newer klein-mcp (its version {version};"
             f" this one knows {len(MIGRATIONS)}).",
             hint="Update klein-mcp, or set KLEIN_HOME to another folder.",

@@ -7,6 +7,7 @@ from typing import Any
 from engine.contract import EngineError, Fix, Loading, Queued, Stage, Step
 from klein_mcp import errors
 from klein_mcp.errors import RequestError
+from klein_mcp.images.schema import LibraryBusy, LibraryDamaged, LibraryUnwritable
 from klein_mcp.jobs.results import Preview, SavedImage
 
 
@@ -180,5 +181,9 @@ def _subclasses(kind: type) -> dict[str, type]:
 
 
 _ERRORS = _subclasses(EngineError) | {
-    kind.__name__: kind for kind in (RequestError, errors.BadImage, errors.UnknownImage, errors.Refused)
+    kind.__name__: kind
+    for kind in (
+        *(RequestError, errors.BadImage, errors.NotEnoughMemory, errors.UnknownImage, errors.Refused),
+        *(errors.ServerFault, LibraryBusy, LibraryUnwritable, LibraryDamaged),
+    )
 }

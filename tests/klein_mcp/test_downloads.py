@@ -1,20 +1,23 @@
 """Images over plain HTTP: links that are signed and expire, and uploads with the caps of every other input."""
 
+import errno
 import time
 from collections.abc import AsyncIterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import httpx2
 import pytest
+from filelock import FileLock
 from mcp import Client
 from starlette.requests import Request
 
 from klein_mcp.http import app, downloads, uploads
 from klein_mcp.http.signed_urls import LIFETIME, SignedUrls
 from klein_mcp.http.surface import HttpContext
-from klein_mcp.images import credentials
+from klein_mcp.images import credentials, files, library
 from klein_mcp.jobs.service import Service
 from tests.images import file, pixels, scene
 from tests.tool_calls import call, refused
@@ -86,6 +89,38 @@ async def test_link_to_a_deleted_image_is_not_found(
     service.store.delete([payload["image"]])
     answer = await http.get(urls.image(payload["image"]))
     assert (answer.status_code, "was deleted on" in answer.json()["error"]) == (404, True)
+
+
+async def test_link_into_a_library_that_is_held_may_be_tried_again(
+    http: httpx2.AsyncClient, urls: SignedUrls, service: Service, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(library, "BUSY_TIMEOUT", 0)
+    service.settings.library.mkdir(parents=True)
+    with FileLock(service.settings.library / "open.lock"):
+        answer = await http.get(urls.image("abcdef"))
+        assert (answer.status_code, "Another program" in answer.json()["error"]) == (503, True)
+        assert (await http.post("/upload", content=file(scene(64, 48)))).status_code == 503
+    assert (await http.get(urls.image("abcdef"))).status_code == 404
+
+
+async def test_link_that_cannot_be_signed_is_a_fault_of_the_server(
+    client: Client, http: httpx2.AsyncClient, urls: SignedUrls, service: Service, tmp_path: Path
+):
+    handle = (await call(client, "generate_image", prompt="a dot"))["image"]
+    service.settings = replace(service.settings, credentials=str(tmp_path / "missing.pem"))
+    answer = await http.get(urls.image(handle))
+    assert (answer.status_code, "cannot be read" in answer.json()["error"]) == (500, True)
+
+
+async def test_upload_to_a_full_disk_is_a_fault_of_the_server(
+    http: httpx2.AsyncClient, monkeypatch: pytest.MonkeyPatch
+):
+    def full(folder: Path) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(files, "_sync_folder", full)
+    answer = await http.post("/upload", content=file(scene(64, 48)))
+    assert (answer.status_code, "klein-mcp prune" in answer.json()["error"]) == (500, True)
 
 
 async def test_upload_returns_a_handle_that_tools_accept(client: Client, http: httpx2.AsyncClient):

@@ -8,11 +8,12 @@ from starlette.requests import Request
 
 from engine.contract import BadWeights, Busy, EngineFailed, InvalidJob, ModelNotFound, OutOfMemory
 from engine.families.klein.variants import VARIANTS
-from klein_mcp.errors import BadImage, Refused, RequestError
+from klein_mcp.errors import BadImage, NotEnoughMemory, Refused, RequestError, ServerFault
 from klein_mcp.http.openai import body, payloads
 from klein_mcp.http.openai.body import Body, body_from_json, read_edit, read_json
 from klein_mcp.http.openai.errors import ApiError, to_api_error
 from klein_mcp.http.openai.fields import ImageCall, parse
+from klein_mcp.images.schema import LibraryBusy, LibraryDamaged, LibraryUnwritable
 
 pytestmark = pytest.mark.anyio
 
@@ -286,7 +287,12 @@ def test_error_event_has_the_name_that_sdks_look_for():
         (InvalidJob("3 references"), 400, "invalid_request_error", None),
         (RequestError("no such image"), 400, "invalid_request_error", None),
         (BadImage("damaged"), 400, "invalid_request_error", None),
+        (NotEnoughMemory("many megapixels"), 400, "invalid_request_error", None),
         (Refused("URLs are off"), 403, "permission_error", None),
+        (LibraryBusy("held"), 503, "server_error", None),
+        (LibraryUnwritable("full"), 500, "server_error", None),
+        (LibraryDamaged("no index"), 500, "server_error", None),
+        (ServerFault("no key to sign with"), 500, "server_error", None),
         (BadWeights("cut short"), 500, "server_error", None),
         (EngineFailed("crashed"), 500, "server_error", None),
         (ZeroDivisionError("secret"), 500, "server_error", None),

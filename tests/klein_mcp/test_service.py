@@ -11,9 +11,11 @@ import pytest
 from mcp import Client
 
 from engine.contract import Aspect, Exact, Job, KeepSource, Loading, OutOfMemory, Queued
+from klein_mcp.errors import RequestError
 from klein_mcp.images.library import Store
+from klein_mcp.jobs import events
 from klein_mcp.jobs import progress as progress_module
-from klein_mcp.jobs.events import Progressed, Starting, Submitted
+from klein_mcp.jobs.events import Failed, Progressed, Starting, Submitted
 from klein_mcp.jobs.manager import JobManager
 from klein_mcp.jobs.service import Service
 from klein_mcp.jobs.status import JobStatus
@@ -28,6 +30,18 @@ async def until(condition: Callable[[], Any]) -> None:
     with anyio.fail_after(120):
         while not condition():
             await anyio.sleep(0.01)
+
+
+def every(kind: type[RequestError]) -> list[type[RequestError]]:
+    return [kind, *(found for child in kind.__subclasses__() for found in every(child))]
+
+
+@pytest.mark.parametrize("kind", every(RequestError))
+def test_error_of_the_daemon_keeps_its_kind(kind: type[RequestError]):
+    failed = events.from_json(events.to_json(Failed(kind("The reason.", hint="The way out."))))
+    assert isinstance(failed, Failed)
+    assert type(failed.error) is kind
+    assert (failed.error.message, failed.error.hint) == ("The reason.", "The way out.")
 
 
 async def test_size_off_the_grid_is_rounded_with_a_warning(client: Client, painter: FakeExecutor):

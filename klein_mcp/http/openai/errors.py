@@ -8,6 +8,7 @@ from starlette.responses import JSONResponse, Response
 
 from engine.contract import Busy, EngineError, InvalidJob, ModelNotFound, OutOfMemory
 from klein_mcp.errors import Refused, RequestError, explain, one_line
+from klein_mcp.http.surface import status_of
 
 log = logging.getLogger(__name__)
 
@@ -59,7 +60,10 @@ def to_api_error(exc: Exception) -> ApiError:
         case Refused():
             return ApiError(403, message, type="permission_error")
         case RequestError():
-            return ApiError(400, message)
+            status = status_of(exc)
+            if status < 500:
+                return ApiError(status, message)
+            return ApiError(status, message, type="server_error", headers=dict(NEVER_RETRY) if status == 500 else {})
         case EngineError():
             return ApiError(500, message, type="server_error", headers=dict(NEVER_RETRY))
     log.error("an unexpected error reached the API", exc_info=exc)
