@@ -16,6 +16,9 @@ from klein_mcp.http.surface import HttpContext, Surface, json_error, status_of
 from klein_mcp.jobs.service import Service
 
 FORMATS = ("png", "jpeg", "webp")
+OPAQUE_LINK = "&background=opaque"
+"""Added to a link that leads to the image on white. Not signed: whoever has the link may see the image as it is."""
+
 HEADERS = {"X-Content-Type-Options": "nosniff", "Cache-Control": "private, max-age=3600"}
 
 
@@ -28,12 +31,12 @@ def download_handler(service: Service, kind: str) -> Callable[[Request], Awaitab
     """Return the handler of one format. It signs where settings say so."""
 
     async def download(request: Request) -> Response:
-        handle = request.path_params["handle"]
+        handle, opaque = request.path_params["handle"], request.query_params.get("background") == "opaque"
         try:
-            if kind == "png" and service.settings.credentials == "off":
+            if kind == "png" and service.settings.credentials == "off" and not opaque:
                 path = await anyio.to_thread.run_sync(lambda: service.store.path(service.store.get(handle)))
                 return FileResponse(path, media_type="image/png", headers=HEADERS)
-            data = await anyio.to_thread.run_sync(render.outgoing, service, handle, kind)
+            data = await anyio.to_thread.run_sync(lambda: render.outgoing(service, handle, kind, opaque=opaque))
         except UnknownImage as exc:
             return json_error(404, str(exc))
         except RequestError as exc:  # the link is good, and the library or a setting is not

@@ -12,40 +12,52 @@ BEST_QUALITY = 95
 """Above it JPEG and WebP files grow fast and look no better; output_compression 100 means it."""
 
 
-def outgoing(service: Service, handle: str, kind: str = "png", compression: int = 100) -> bytes:
+def outgoing(
+    service: Service, handle: str, kind: str = "png", compression: int = 100, *, opaque: bool = False
+) -> bytes:
     """Return an image of the library as a file that leaves it.
 
-    It is signed where the settings say so. Raises RequestError.
+    opaque: on white, if it has alpha. It is signed where the settings say so. Raises RequestError.
     """
     record = service.store.get(handle)
-    data = encode(service.store.read(record), kind, compression, record.provenance)
+    data = encode(
+        service.store.read(record), kind, compression, record.provenance, opaque=opaque and record.transparent
+    )
     signer = credentials.from_setting(service.settings.credentials, service.settings.home)
     return data if signer is None else credentials.sign_record(service.store, record, data, f"image/{kind}", signer)
 
 
-def encode(png: bytes, kind: str, compression: int = 100, recipe: Mapping[str, Any] | None = None) -> bytes:
+def encode(
+    png: bytes,
+    kind: str,
+    compression: int = 100,
+    recipe: Mapping[str, Any] | None = None,
+    *,
+    opaque: bool = False,
+) -> bytes:
     """Convert a PNG, with its alpha. JPEG gets it on white.
 
-    recipe: written into the file as provenance, which the PNG has already.
+    recipe: written into the file as provenance, which the PNG has already. opaque: on white in every format.
     """
-    if kind == "png":
+    if kind == "png" and not opaque:
         return png
     import numpy as np
     from PIL import Image
 
-    from klein_mcp.images import provenance
+    from klein_mcp.images import codec, provenance
     from klein_mcp.images.alpha import flat
 
     options: dict[str, Any] = {"xmp": provenance.xmp(recipe).encode()} if recipe else {}
     quality = min(BEST_QUALITY, max(1, compression))
     out = io.BytesIO()
     with Image.open(io.BytesIO(png), formats=("PNG",)) as image:
+        shown = Image.fromarray(flat(np.asarray(image))) if opaque or kind == "jpeg" else image
+        if kind == "png":
+            return codec.encode(np.asarray(shown), "png", recipe)
         if kind == "jpeg":
-            Image.fromarray(flat(np.asarray(image))).save(
-                out, "JPEG", quality=quality, subsampling=0 if quality >= 90 else 2, **options
-            )
+            shown.save(out, "JPEG", quality=quality, subsampling=0 if quality >= 90 else 2, **options)
         else:
-            image.save(out, "WEBP", quality=quality, method=4, **options)
+            shown.save(out, "WEBP", quality=quality, method=4, **options)
     return out.getvalue()
 
 

@@ -259,7 +259,7 @@ def test_usage_counts_blocks_of_sixteen_pixels():
 
 
 def test_server_sent_event_is_one_line_of_json():
-    call = ImageCall("x", quality="high", output_format="webp", transparent=True)
+    call = ImageCall("x", quality="high", output_format="webp", background="transparent")
     data = payloads.server_sent(payloads.partial_event("image_edit", call, "AAAA", 1, (128, 64)))
     name, line, *rest = data.decode().split("\n")
     assert (name, rest) == ("event: image_edit.partial_image", ["", ""])

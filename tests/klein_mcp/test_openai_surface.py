@@ -1,6 +1,8 @@
 """The OpenAI surface around a fake executor: keys, CORS, statuses, the library."""
 
 import base64
+import io
+import json
 import weakref
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -9,6 +11,7 @@ from typing import Any
 
 import anyio
 import httpx2
+import numpy as np
 import openai
 import pytest
 from mcp import Client
@@ -240,6 +243,37 @@ async def test_warnings_about_sent_files_are_in_the_answer(connect_http):
             answer = await http.post("/v1/images/edits", data=fields, files={"image": ("x.gif", moving, "image/gif")})
             assert answer.status_code == 200
             assert "image 1 has several frames; only the first one is used." in answer.text
+
+
+@pytest.mark.parametrize(("background", "expected"), [("opaque", ("opaque", "RGB")), ("auto", ("transparent", "RGBA"))])
+@pytest.mark.parametrize("kind", ["png", "webp"])
+async def test_opaque_background_is_honoured_and_reported(
+    connect_http, painter: FakeExecutor, kind: str, background: str, expected: tuple[str, str]
+):
+    painter.paint = lambda job: job.references[0]  # nothing that would cover the background
+    disc = np.dstack([scene(64, 64), np.zeros((64, 64), np.uint8)])
+    disc[16:48, 16:48, 3] = 255
+    fields = {"prompt": "make it red", "background": background, "output_format": kind}
+
+    async def edited(http: httpx2.AsyncClient, **more: str) -> Any:
+        sent = {"image": ("disc.png", file(disc), "image/png")}
+        answer = await http.post("/v1/images/edits", data={**fields, **more}, files=sent)
+        assert answer.status_code == 200, answer.text
+        return answer
+
+    async with connect_http() as http:
+        whole = (await edited(http)).json()
+        linked = (await edited(http, response_format="url")).json()
+        streamed = await edited(http, stream="true")
+        event = json.loads(streamed.text.split("data: ")[1].split("\n")[0])
+        download = await http.get(linked["data"][0]["url"])
+    for answer, content in (
+        (whole, base64.b64decode(whole["data"][0]["b64_json"])),
+        (linked, download.content),
+        (event, base64.b64decode(event["b64_json"])),
+    ):
+        with Image.open(io.BytesIO(content)) as image:
+            assert (answer["background"], image.mode) == expected
 
 
 async def test_address_that_is_none_is_an_error_of_the_caller(connect_http):

@@ -40,7 +40,8 @@ An edit's images and mask are no fields by the time its fields are parsed."""
 class ImageCall:
     """A validated call.
 
-    size: None for auto. as_url: signed links instead of base64. ignored: fields without effect here.
+    size: None for auto. background: as it was asked for. as_url: signed links instead of base64. ignored: fields
+    without effect here.
     """
 
     prompt: str
@@ -48,7 +49,7 @@ class ImageCall:
     n: int = 1
     size: tuple[int, int] | None = None
     quality: str = "medium"
-    transparent: bool = False
+    background: Literal["auto", "opaque", "transparent"] = "auto"
     output_format: ImageFormat = "png"
     compression: int = 100
     as_url: bool = False
@@ -60,8 +61,8 @@ class ImageCall:
     ignored: tuple[str, ...] = ()
 
     @property
-    def background(self) -> str:
-        return "transparent" if self.transparent else "opaque"
+    def transparent(self) -> bool:
+        return self.background == "transparent"
 
 
 def parse(fields: Mapping[str, Any]) -> ImageCall:
@@ -199,7 +200,7 @@ PARSERS: Mapping[str, tuple[str, Callable[[str, Any], Any]]] = {
             hd="high",
         ),
     ),
-    "background": ("transparent", _choice(auto=False, opaque=False, transparent=True)),
+    "background": ("background", _choice(auto="auto", opaque="opaque", transparent="transparent")),
     "output_format": ("output_format", _choice(png="png", jpeg="jpeg", webp="webp", jpg="jpeg")),
     "output_compression": ("compression", integer(0, 100)),
     "response_format": ("as_url", _choice(b64_json=False, url=True)),

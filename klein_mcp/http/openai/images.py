@@ -16,6 +16,7 @@ from engine.contract import KeepSource, Step
 from klein_mcp.errors import RequestError
 from klein_mcp.http import calls, render
 from klein_mcp.http.disconnect import cancelled_on_disconnect
+from klein_mcp.http.downloads import OPAQUE_LINK
 from klein_mcp.http.openai import payloads
 from klein_mcp.http.openai.body import Body, read_edit, read_json
 from klein_mcp.http.openai.errors import ApiError, to_api_error
@@ -198,11 +199,13 @@ class OpenAiImageRoute:
         handle, seed and model are extensions: both SDKs keep unknown keys.
         """
         own = {"handle": saved.handle, "seed": str(saved.seed), "model": saved.model}
+        opaque = call.background == "opaque" and saved.alpha is not None  # the library keeps its alpha
         if call.as_url:
-            return {"url": self._http.urls.absolute(request)(saved.handle, call.output_format), **own}
+            link = self._http.urls.absolute(request)(saved.handle, call.output_format)
+            return {"url": link + OPAQUE_LINK if opaque else link, **own}
 
         def encode() -> str:
-            data = render.outgoing(self._service, saved.handle, call.output_format, call.compression)
+            data = render.outgoing(self._service, saved.handle, call.output_format, call.compression, opaque=opaque)
             return base64.b64encode(data).decode()
 
         return {"b64_json": await anyio.to_thread.run_sync(encode), **own}
@@ -211,9 +214,11 @@ class OpenAiImageRoute:
 def _as_made(call: ImageCall, saved: list[SavedImage]) -> ImageCall:
     """Return the call with the background that the images have.
 
-    One that was asked for may have failed its checks, and an edit of a transparent image stays transparent.
+    One that was asked for may have failed its checks, and an edit of a transparent image stays transparent unless
+    it is to be opaque.
     """
-    return replace(call, transparent=call.output_format != "jpeg" and all(image.alpha for image in saved))
+    flat = call.output_format == "jpeg" or call.background == "opaque"
+    return replace(call, background="transparent" if not flat and all(image.alpha for image in saved) else "opaque")
 
 
 def _headers(call: ImageCall, saved: list[SavedImage] | tuple[()]) -> dict[str, str]:

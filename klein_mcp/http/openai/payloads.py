@@ -82,6 +82,6 @@ def _shared(call: ImageCall, size: tuple[int, int]) -> dict[str, Any]:
     return {
         "size": f"{size[0]}x{size[1]}",
         "quality": call.quality,
-        "background": call.background,
+        "background": "transparent" if call.transparent else "opaque",
         "output_format": call.output_format,
     }
