@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import threading
 import weakref
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -19,10 +20,14 @@ from openai import AsyncOpenAI
 from PIL import Image
 from starlette.requests import Request
 
-from engine.contract import BadWeights, Busy, Job, OutOfMemory, Rgb8, Step
+from engine.contract import BadWeights, Busy, Job, OutOfMemory, Rgb8, Stage, Step
 from klein_mcp.http import a1111, app
 from klein_mcp.http.openai import images
 from klein_mcp.http.openai.body import Body, read_edit, read_json
+from klein_mcp.jobs import save
+from klein_mcp.jobs.events import JobEvent, Progressed
+from klein_mcp.jobs.maker import ALIKE_DRAFTS
+from klein_mcp.jobs.record import JobRecord
 from klein_mcp.jobs.service import Service
 from tests.fakes import FakeExecutor, painted
 from tests.images import file, pixels, scene
@@ -215,6 +220,38 @@ async def test_stream_repeats_no_partial_image_after_a_crash(connect_http, paint
         *partials, completed = [event async for event in stream]
     assert [event.partial_image_index for event in partials] == [0, 1, 2]  # type: ignore[union-attr]
     assert completed.type == "image_generation.completed"
+
+
+async def test_stream_shows_partials_of_an_image_behind_the_one_before(
+    connect_http, painter: FakeExecutor, monkeypatch: pytest.MonkeyPatch
+):
+    painter.events_before = [Step(step, 4, partial=scene(16, 16)) for step in (1, 2)]
+    shown, publish, store = threading.Event(), JobRecord.publish, save.save
+
+    def noted(job: JobRecord, event: JobEvent) -> None:
+        publish(job, event)
+        if isinstance(event, Progressed) and event.image == 1 and isinstance(event.event, Stage):
+            shown.set()
+
+    def late(*arguments: Any) -> Any:
+        assert shown.wait(60), "the second image is computed while the first one is saved"
+        return store(*arguments)
+
+    monkeypatch.setattr(JobRecord, "publish", noted)
+    monkeypatch.setattr(save, "save", late)
+    async with connect_http() as http, sdk(http) as client:
+        stream = await client.images.generate(prompt="x", n=2, stream=True, partial_images=2)
+        events = [(event.type.split(".")[1], getattr(event, "partial_image_index", None)) async for event in stream]
+    assert events == 2 * [("partial_image", 0), ("partial_image", 1), ("completed", None)]
+
+
+async def test_last_event_of_a_stream_has_the_warnings_of_the_job(connect_http, painter: FakeExecutor):
+    painter.paint = lambda job: scene(128, 128)
+    async with connect_http() as http, sdk(http) as client:
+        stream = await client.images.generate(prompt="x", n=2, stream=True)
+        first, last = [event async for event in stream]
+    assert not hasattr(first, "warnings")
+    assert last.warnings == [ALIKE_DRAFTS]  # type: ignore[union-attr]
 
 
 async def test_last_of_an_agent_is_not_moved(connect_http, client: Client):

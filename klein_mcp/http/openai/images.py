@@ -2,7 +2,8 @@
 
 import base64
 import re
-from collections.abc import AsyncGenerator
+from collections import deque
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -162,28 +163,44 @@ class OpenAiImageRoute:
         """Answer with events: partial images, then each image when it is there."""
         call = prepared.call
         stream = EventStream(request.scope, request.receive, send, _headers(call, ()))
-        partials = latest_step = 0
+        steps: dict[int, int] = {}
+        partials: deque[tuple[int, Preview]] = deque()
+        sent = 0
+        made: list[SavedImage] = []
+        completed: dict[str, Any] = {}
         try:
             async with aclosing(self._events(prepared)) as events:
                 async for event in events:
                     match event:
                         # After a crash of the engine the image is made again, from its first step on.
-                        case Progressed(event=Step(step), partial=Preview() as partial) if step > latest_step:
-                            await stream.event(await self._partial(call, partial, partials))
-                            partials, latest_step = partials + 1, step
+                        case Progressed(image, Step(step), partial=Preview() as new) if step > steps.get(image, 0):
+                            steps[image] = step
+                            partials.append((image, new))
                         case ImageSaved(saved=saved):
-                            item, size = await self._item(call, saved, request), (saved.width, saved.height)
-                            if warnings := [*saved.warnings, *prepared.request.warnings]:
-                                item["warnings"] = warnings
-                            usage = payloads.usage(call.prompt, prepared.references, [size])
-                            made = _as_made(call, [saved])
-                            await stream.event(payloads.completed_event(self._operation, made, item, size, usage))
-                            partials = latest_step = 0
+                            made.append(saved)
+                            completed, sent = await self._completed(prepared, saved, request), 0
+                            if len(made) < call.n:  # the last waits for the warnings of the whole job
+                                await stream.event(completed)
+                        case Done(warnings):
+                            await stream.event(_with_warnings(completed, warnings, made))
                         case _:
                             await stream.idle()
+                    while partials and partials[0][0] == len(made):  # else the image before it is still being saved
+                        _, partial = partials.popleft()
+                        await stream.event(await self._partial(call, partial, sent))
+                        sent += 1
             await stream.finish()
         except Exception as exc:
             await stream.fail(to_api_error(exc))
+
+    async def _completed(self, prepared: PreparedCall, saved: SavedImage, request: Request) -> dict[str, Any]:
+        """Return the event of a finished image."""
+        call, size = prepared.call, (saved.width, saved.height)
+        item = await self._item(call, saved, request)
+        if warnings := [*saved.warnings, *prepared.request.warnings]:
+            item["warnings"] = warnings
+        usage = payloads.usage(call.prompt, prepared.references, [size])
+        return payloads.completed_event(self._operation, _as_made(call, [saved]), item, size, usage)
 
     async def _partial(self, call: ImageCall, partial: Preview, index: int) -> dict[str, Any]:
         png = partial.data
@@ -219,6 +236,17 @@ def _as_made(call: ImageCall, saved: list[SavedImage]) -> ImageCall:
     """
     flat = call.output_format == "jpeg" or call.background == "opaque"
     return replace(call, background="transparent" if not flat and all(image.alpha for image in saved) else "opaque")
+
+
+def _with_warnings(completed: dict[str, Any], warnings: Sequence[str], made: Sequence[SavedImage]) -> dict[str, Any]:
+    """Add a job's warnings to the event of its last image.
+
+    Those that begin with handles came with these images.
+    """
+    handles = tuple(image.handle for image in made)
+    of_all = [warning for warning in warnings if not warning.startswith(handles)]
+    found = list(dict.fromkeys([*completed.get("warnings", ()), *of_all]))
+    return {**completed, "warnings": found} if found else completed
 
 
 def _headers(call: ImageCall, saved: list[SavedImage] | tuple[()]) -> dict[str, str]:
