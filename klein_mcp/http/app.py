@@ -127,7 +127,9 @@ def run(
     context = make_context(service)
     app = application(context, token=token, hosts=options.allowed_hosts)
     port = listener.getsockname()[1]
-    server = _QuietServer(app, timeout_graceful_shutdown=GRACE, server_header=False)
+    # A proxy may be anywhere. What a sender claims about itself changes the scheme of the links in its own answers, and
+    # never makes it local: see signed_urls.is_local, which alone reads a client's address.
+    server = _QuietServer(app, timeout_graceful_shutdown=GRACE, server_header=False, forwarded_allow_ips="*")
     # uvicorn raises the signal once more when it is done; by default that would end us before the library is closed.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     code: int = 0

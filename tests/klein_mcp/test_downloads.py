@@ -183,6 +183,9 @@ def test_local_clients_get_paths(urls: SignedUrls, host: str):
     assert urls.for_client(request(("::1", 1), host)) is None
 
 
+PROXY_HEADERS = ("forwarded", "via", "x_forwarded_for", "x_forwarded_host", "x_forwarded_port", "x_real_ip")
+
+
 @pytest.mark.parametrize(
     "remote",
     [
@@ -193,7 +196,7 @@ def test_local_clients_get_paths(urls: SignedUrls, host: str):
         {"host": "localhost.klein.example:443"},
         {"host": ""},
         {"host": "[x"},
-        *({name: "10.0.0.7"} for name in ("forwarded", "via", "x_forwarded_for", "x_forwarded_host", "x_real_ip")),
+        *({name: "10.0.0.7"} for name in PROXY_HEADERS),
     ],
 )
 def test_remote_clients_get_addresses(urls: SignedUrls, remote: dict[str, Any]):

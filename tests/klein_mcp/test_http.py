@@ -1,11 +1,13 @@
 """Who is let in over HTTP, what unauthorised clients hear, and what becomes of malformed requests."""
 
 import asyncio
+import http.client
 import json
 import re
 import signal
 import socket
 import stat
+import sys
 from argparse import Namespace
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -13,6 +15,7 @@ from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import anyio
 import httpx2
@@ -302,6 +305,19 @@ async def test_signal_ends_the_server_despite_open_streams(server: RealServer, n
                 while process.poll() is None:
                     await anyio.sleep(0.05)
     assert process.returncode == 128 + number
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have one loopback address")
+def test_scheme_of_a_proxy_on_another_address_is_believed(server: RealServer):
+    """127.0.0.2 is none of the addresses that uvicorn itself takes for a proxy's."""
+    with serving_process(server) as (url, _):
+        address = urlsplit(url)
+        assert address.hostname
+        connection = http.client.HTTPConnection(address.hostname, address.port, source_address=("127.0.0.2", 0))
+        connection.request("GET", "/mcp/server-card", headers={"X-Forwarded-Proto": "https"})
+        card = json.loads(connection.getresponse().read())
+        connection.close()
+    assert card["remotes"][0]["url"] == f"https://{address.netloc}/mcp"
 
 
 def test_generated_token_is_kept_and_readable_by_its_owner_alone(settings, capsys):
