@@ -198,6 +198,12 @@ def test_json_image_may_be_bare_base64():
     assert body_from_json({"image": {"b64_json": "AAAA"}}).images == ("data:;base64,AAAA",)
 
 
+@pytest.mark.parametrize("data", [b'\n {"image": "data:,one", "prompt": "x"}', b"image=data%3A%2Cone&prompt=x"])
+async def test_body_of_plain_curl_is_read_as_what_it_is(data: bytes):
+    read = await read_edit(request(data, "application/x-www-form-urlencoded", chunk=7))
+    assert read == Body({"prompt": "x"}, ("data:,one",))
+
+
 @pytest.mark.parametrize("image", [None, "", [], {}, {"file_id": "f"}, 7, [7], [None], [{"url": 7}]])
 def test_json_without_a_usable_image_is_refused(image: Any):
     with pytest.raises(ApiError) as caught:

@@ -51,7 +51,10 @@ class Body:
 
 async def read_json(request: Request) -> dict[str, Any]:
     """Return the body, whatever its content type. Raises ApiError."""
-    data = await _limited(request, MAX_JSON).body()
+    return await _json_object(await _limited(request, MAX_JSON).body())
+
+
+async def _json_object(data: bytes) -> dict[str, Any]:
     try:
         value = await anyio.to_thread.run_sync(_parsed, data)
     except (ValueError, RecursionError):
@@ -79,9 +82,14 @@ def _finite(number: str) -> float:
 async def read_edit(request: Request) -> Body:
     """Return the body of an edit. Raises ApiError."""
     kind = request.headers.get("content-type", "").lower()
-    if kind.startswith(("multipart/form-data", "application/x-www-form-urlencoded")):
-        return await _read_form(request)
-    return body_from_json(await read_json(request))
+    if kind.startswith("multipart/form-data"):
+        return await _read_form(_limited(request, MAX_FORM))
+    text = _limited(request, MAX_JSON)
+    data = await text.body()
+    # curl -d declares whatever it sends as such a form.
+    if kind.startswith("application/x-www-form-urlencoded") and not re.match(rb"\s*\{", data):
+        return await _read_form(text)
+    return body_from_json(await _json_object(data))
 
 
 def body_from_json(data: Mapping[str, Any]) -> Body:
@@ -113,8 +121,7 @@ async def _read_form(request: Request) -> Body:
     images: list[bytes | str] = []
     mask: bytes | str | None = None
     try:
-        limited = _limited(request, MAX_FORM)
-        async with limited.form(max_files=MAX_IMAGES + 2, max_fields=MAX_FIELDS, max_part_size=MAX_FIELD_BYTES) as form:
+        async with request.form(max_files=MAX_IMAGES + 2, max_fields=MAX_FIELDS, max_part_size=MAX_FIELD_BYTES) as form:
             for name, value in form.multi_items():
                 if _is_blank(value):
                     continue
