@@ -6,6 +6,7 @@
 import difflib
 import logging
 import os
+import re
 import tomllib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
@@ -91,6 +92,17 @@ def _paths(value: str) -> tuple[Path, ...]:
 
 def _words(value: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in value.split(",") if part.strip())
+
+
+_ORIGIN = re.compile(r"null|[a-z][a-z0-9+.-]*://[^\s/?#*]+")
+
+
+def _origins(value: str) -> tuple[str, ...]:
+    """Return origins as browsers write them, in lower case without a slash."""
+    origins = tuple(origin.lower().removesuffix("/") for origin in _words(value))
+    if not all(map(_ORIGIN.fullmatch, origins)):
+        raise ValueError("origins such as http://localhost:3000, comma-separated, each named: * is none")
+    return origins
 
 
 def _setting(default: Any, parse: Callable[[str], Any], doc: str) -> Any:
@@ -232,7 +244,9 @@ class Settings:
     )
     allow_urls: bool = _setting(False, _flag, "1 allows image references by https URL (public hosts only).")
     cors: tuple[str, ...] = _setting(
-        (), _words, "Origins whose pages may call /v1 and /sdapi of `serve`, such as http://localhost:3000."
+        (),
+        _origins,
+        "Origins whose pages may call /v1 and /sdapi of `serve` and load its links, such as http://localhost:3000.",
     )
     log_level: str = _setting(
         "warning", _choice("debug", "info", "warning", "error"), "Log level: debug, info, warning, error."
@@ -390,7 +404,7 @@ def _from_file(path: Path) -> dict[str, Any]:
 def _from_toml(source: str, value: Any, parse: Callable[[str], Any]) -> Any:
     if parse is _paths and isinstance(value, list):
         return tuple(_parse(source, item, _path) if isinstance(item, str) else _refuse(source, item) for item in value)
-    if isinstance(value, dict) or (isinstance(value, list) and parse is not _words):
+    if isinstance(value, dict) or (isinstance(value, list) and parse not in (_words, _origins)):
         _refuse(source, value)
     return _parse(source, _as_text(value, parse), parse)
 

@@ -12,7 +12,11 @@ MAX_AGE = 600
 
 
 def is_allowed(request: Request, origins: Sequence[str]) -> bool:
-    return request.headers.get("origin", "") in origins
+    """Return whether a page may call.
+
+    origins: in lower case, as the settings have them.
+    """
+    return request.headers.get("origin", "").lower() in origins
 
 
 def preflight(request: Request) -> Response | None:

@@ -19,12 +19,13 @@ FORMATS = ("png", "jpeg", "webp")
 OPAQUE_LINK = "&background=opaque"
 """Added to a link that leads to the image on white. Not signed: whoever has the link may see the image as it is."""
 
-HEADERS = {"X-Content-Type-Options": "nosniff", "Cache-Control": "private, max-age=3600"}
+HEADERS = {"X-Content-Type-Options": "nosniff", "Cache-Control": "private, max-age=3600", "Vary": "Origin"}
+"""Vary: what a page shows may be fetched by its script next, and a cached answer would lack the headers for that."""
 
 
 def surface(context: HttpContext) -> Surface:
     routes = [Route(f"/images/{{handle:str}}.{kind}", download_handler(context.service, kind)) for kind in FORMATS]
-    return Surface("downloads", routes, "signed")
+    return Surface("downloads", routes, "signed", cross_origin=True)
 
 
 def download_handler(service: Service, kind: str) -> Callable[[Request], Awaitable[Response]]:

@@ -331,16 +331,19 @@ async def test_pages_of_named_origins_may_call_and_no_others(connect_http, servi
         preflight = await http.options("/v1/images/generations", headers={**page, **asks})
         answer = await http.get("/v1/models", headers={**page, "authorization": f"Bearer {TOKEN}"})
         refused = await http.get("/v1/models", headers=page)
+        body = {"prompt": "x", "response_format": "url"}
+        made = await http.post("/v1/images/generations", json=body, headers={"authorization": f"Bearer {TOKEN}"})
+        link = await http.get(made.json()["data"][0]["url"], headers=page)
         other = await http.post("/mcp", headers={**page, "authorization": f"Bearer {TOKEN}"})
     assert other.status_code == 403
     if not allowed:
-        assert (preflight.status_code, answer.status_code) == (403, 403)
+        assert (preflight.status_code, answer.status_code, link.status_code) == (403, 403, 403)
         assert "KLEIN_CORS" in answer.json()["error"]["message"]
         assert "access-control-allow-origin" not in {**preflight.headers, **answer.headers}
         return
     assert preflight.status_code == 204
     assert preflight.headers["access-control-allow-headers"] == "authorization,content-type"
-    assert (answer.status_code, refused.status_code) == (200, 401)
-    for response in (preflight, answer, refused):
+    assert (answer.status_code, refused.status_code, link.status_code) == (200, 401, 200)
+    for response in (preflight, answer, refused, link):
         assert response.headers["access-control-allow-origin"] == page["origin"]
         assert "access-control-allow-credentials" not in response.headers

@@ -30,6 +30,13 @@ def test_file_may_contain_lists(tmp_path: Path):
     assert settings.loras == ("/x.safetensors:0.5",)
 
 
+def test_origins_are_read_as_browsers_write_them(tmp_path: Path):
+    settings = load(tmp_path, KLEIN_CORS="http://App.example/, https://b.example:8443,null")
+    assert settings.cors == ("http://app.example", "https://b.example:8443", "null")
+    (tmp_path / "config.toml").write_text('cors = ["http://App.example/"]')
+    assert load(tmp_path).cors == ("http://app.example",)
+
+
 def test_path_lists_use_the_platforms_separator(tmp_path: Path):
     assert load(tmp_path, KLEIN_WRITE_ROOTS="/a:/b").write_roots == (Path("/a"), Path("/b"))
 
@@ -43,6 +50,7 @@ def test_path_lists_use_the_platforms_separator(tmp_path: Path):
         ("KLEIN_SHOW", "big", "one of inline, link, none"),
         ("KLEIN_ALLOW_URLS", "maybe", "1 or 0"),
         ("KLEIN_READ_ROOTS", "pictures", "an absolute path"),
+        *(("KLEIN_CORS", value, "each named") for value in ("*", "http://*", "app.example", "http://app.example/page")),
     ],
 )
 def test_bad_value_is_named_with_the_allowed_ones(tmp_path: Path, name: str, value: str, allowed: str):
