@@ -8,6 +8,7 @@ import os
 import re
 import stat
 import tempfile
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -76,7 +77,7 @@ class ImageResolver:
     def __init__(self, settings: Settings, store: Store) -> None:
         self.settings = settings
         self._store = store
-        self._seen: dict[tuple[str, Reading], tuple[str, tuple[str, ...]]] = {}
+        self._seen: OrderedDict[tuple[str, Reading], tuple[str, tuple[str, ...]]] = OrderedDict()
         """Files opened lately: (SHA-256, reading) -> handle and warnings, so that none is decoded twice."""
 
     def open(
@@ -199,10 +200,14 @@ class ImageResolver:
 
         with DECODING.reserve(codec.declared_pixels(data)):  # until it is stored: encoding needs memory, too
             resolved = self._import_decoded(_decode(data, name, reading), source, client, reading)
-        if len(self._seen) >= MOST_SEEN:
-            del self._seen[next(iter(self._seen))]
-        self._seen[file, reading] = resolved.record.handle, resolved.warnings
+        self._remember(file, reading, resolved)
         return resolved
+
+    def _remember(self, file: str, reading: Reading, resolved: ResolvedImage) -> None:
+        """Remember a file's image, from any thread."""
+        self._seen[file, reading] = resolved.record.handle, resolved.warnings
+        if len(self._seen) > MOST_SEEN:
+            self._seen.popitem(last=False)  # in one step: another thread may do the same
 
     def _import_decoded(self, decoded: "Decoded", source: str | None, client: str, reading: Reading) -> ResolvedImage:
         from klein_mcp.images import codec

@@ -2,6 +2,9 @@
 
 import base64
 import os
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +13,7 @@ from urllib.parse import quote
 import pytest
 from mcp import Client
 
+from klein_mcp.images import resolver
 from klein_mcp.jobs.service import Service
 from tests.fakes import FakeExecutor
 from tests.images import file, noise, scene
@@ -44,6 +48,25 @@ async def test_same_file_is_same_image_whatever_its_name_and_format(client: Clie
     assert (await call(client, "list_images"))["images"][0]["source"] == str(other)
     photo.write_bytes(file(noise(64, 48)))
     assert (await call(client, "view_image", image=str(photo)))["image"] != first["image"]
+
+
+def test_many_threads_remember_what_they_opened(service: Service, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(resolver, "MOST_SEEN", 16)
+    sources = service.sources
+    opened, together = sources.add(file(scene(64, 48)), "photo", "me"), threading.Barrier(4)
+
+    def remember(thread: int) -> None:
+        together.wait(60)
+        for number in range(20_000):
+            sources._remember(f"{thread} {number}", "image", opened)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            assert list(pool.map(remember, range(4))) == [None] * 4
+    finally:
+        sys.setswitchinterval(interval)
 
 
 async def test_data_url_is_taken_though_never_asked_for(client: Client, painter: FakeExecutor):
