@@ -238,7 +238,9 @@ def _detached() -> dict[str, Any]:
     """Return Popen options for a daemon that outlives its terminal."""
     if os.name == "posix":
         return {"start_new_session": True}
-    return {"creationflags": subprocess.DETACHED_PROCESS | subprocess.CREATE_NEW_PROCESS_GROUP}  # type: ignore[attr-defined]
+    # A console without a window, not none: the python.exe of an environment starts the real one, which without a
+    # console to inherit would open its own, and end when somebody closes that window.
+    return {"creationflags": subprocess.CREATE_NO_WINDOW | subprocess.CREATE_NEW_PROCESS_GROUP}  # type: ignore[attr-defined]
 
 
 def _why_it_ended(home: Path, code: int) -> EngineFailed:

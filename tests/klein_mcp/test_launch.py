@@ -310,3 +310,12 @@ async def test_daemon_that_cannot_start_says_why_in_one_line(tmp_path):
         with pytest.raises(EngineFailed, match="queue_size") as error:
             await run(front_end)
     assert "\n" not in str(error.value)
+
+
+def test_daemon_on_windows_gets_a_console_without_a_window(monkeypatch):
+    flags = {"CREATE_NO_WINDOW": 0x08000000, "CREATE_NEW_PROCESS_GROUP": 0x200, "DETACHED_PROCESS": 0x8}
+    for name, value in flags.items():
+        monkeypatch.setattr(subprocess, name, value, raising=False)
+    with monkeypatch.context() as windows:
+        windows.setattr(os, "name", "nt")
+        assert launch._detached() == {"creationflags": 0x08000200}, "detached, python.exe's child opens its own window"
