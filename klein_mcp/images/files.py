@@ -42,8 +42,7 @@ class ImageFiles:
     def close(self) -> None:
         if self._claim is not None and self._landing is not None:
             shutil.rmtree(self._landing, ignore_errors=True)
-            Path(self._claim.lock_file).unlink(missing_ok=True)
-            self._claim.release()
+            _end_claim(self._claim)
             self._claim = self._landing = None
 
     # -- writing -------------------------------------------------------------------------------------------------
@@ -102,9 +101,10 @@ class ImageFiles:
             yield from folder.glob("*")
             with contextlib.suppress(OSError):
                 folder.rmdir()
-            if not folder.exists():  # else something in it has to wait for the next start
-                lock.unlink(missing_ok=True)
-            claim.release()
+            if folder.exists():  # something in it has to wait for the next start
+                claim.release()
+            else:
+                _end_claim(claim)
 
     # -- finding -------------------------------------------------------------------------------------------------
 
@@ -149,6 +149,19 @@ class ImageFiles:
         """Delete the change mask and the readable name of an image."""
         for path in (self.changes_path(handle), self.short_path(handle)):
             path.unlink(missing_ok=True)
+
+
+def _end_claim(claim: FileLock) -> None:
+    """Release a lock that this process holds, and delete its file."""
+    file = Path(claim.lock_file)
+    try:
+        file.unlink(missing_ok=True)
+    except PermissionError:  # Windows deletes no open file
+        claim.release()
+        with contextlib.suppress(OSError):  # another process looks at it, and deletes it then
+            file.unlink(missing_ok=True)
+    else:
+        claim.release()
 
 
 def read_regular_file(path: Path) -> bytes:

@@ -319,3 +319,25 @@ async def test_repair_orders_images_by_their_recipes(client: Client, service: Se
     store.close()
     assert (first.prompt, second.prompt) == ("old", "new")
     assert first.created == 1580702706  # 2020-02-03T04:05:06Z
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="asks Linux which files are open")
+async def test_open_lock_that_cannot_be_deleted_is_released_first(
+    client: Client, service: Service, settings: Settings, monkeypatch: pytest.MonkeyPatch
+):
+    """Windows deletes no open file."""
+    delete = Path.unlink
+
+    def unlink(path: Path, missing_ok: bool = False) -> None:
+        if str(path) in (os.path.realpath(descriptor) for descriptor in Path("/proc/self/fd").iterdir()):
+            raise PermissionError(13, "The process cannot access the file")
+        delete(path, missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", unlink)
+    crash(service, settings, (await call(client, "generate_image", prompt="a cat", seed=7))["image"])
+    service.store.recovery.run()
+    assert list((settings.library / "incoming").glob("0123456789abcdef*")) == []
+    own = service.store.files._own_folder()
+    assert own.with_suffix(".lock").exists()
+    service.close()
+    assert list((settings.library / "incoming").glob(f"{own.name}*")) == []
