@@ -32,7 +32,8 @@ def installed(extra: str) -> None:
     if not any((BIN / name).exists() for name in ("pip", "pip.exe")):  # none yet, or an interrupted one
         print(f"making {HOME}", file=sys.stderr)
         try:
-            venv.create(HOME, with_pip=True)
+            # As `python -m venv` does: the copy of a uv-managed Python does not find its library.
+            venv.create(HOME, with_pip=True, symlinks=os.name != "nt")
         except subprocess.CalledProcessError:
             # Debian and Ubuntu ship ensurepip as a separate package.
             sys.exit(

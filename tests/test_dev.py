@@ -33,8 +33,27 @@ def test_environment_that_was_left_half_made_is_made_again(home: Path, monkeypat
     (home / "bin").mkdir(parents=True)
     (home / "bin" / "python").touch()
     made: list[Path] = []
-    monkeypatch.setattr(venv, "create", lambda where, with_pip: made.append(where))
+    monkeypatch.setattr(venv, "create", lambda where, **options: made.append(where))
     monkeypatch.setattr(subprocess, "call", lambda *args, **kwargs: 0)
     dev.installed("")
     dev.installed("")
     assert made == [home], "once; then its stamp says that it is whole"
+
+
+@pytest.mark.parametrize(("system", "links"), [("posix", True), ("nt", False)])
+def test_environment_links_to_its_python_except_on_windows(
+    home: Path, system: str, links: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The copy of a uv-managed Python does not find its library."""
+    made: list[dict[str, Any]] = []
+
+    def create(where: Path, **options: Any) -> None:
+        made.append(options)
+        raise subprocess.CalledProcessError(1, "ensurepip")
+
+    monkeypatch.setattr(venv, "create", create)
+    with monkeypatch.context() as patched:
+        patched.setattr(dev.os, "name", system)
+        with pytest.raises(SystemExit):
+            dev.installed("")
+    assert made == [{"with_pip": True, "symlinks": links}]
