@@ -1,6 +1,7 @@
 """Argument types of the command line: text -> value."""
 
 import argparse
+import contextlib
 import re
 from pathlib import Path
 
@@ -32,6 +33,15 @@ def count(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not 1 or more")
     return int(text)
+
+
+def gpus(text: str) -> float:
+    """Parse GPUs of one engine, in amounts that Ray can reserve."""
+    with contextlib.suppress(ValueError):
+        number = float(text)
+        if 0 <= number <= 1 or (number > 0 and number.is_integer()):
+            return number
+    raise argparse.ArgumentTypeError(f"{text!r} is not 0, a part of a GPU such as 0.5, or whole ones")
 
 
 def port(text: str) -> int:

@@ -25,7 +25,6 @@ def configure(parser: argparse.ArgumentParser) -> None:
     up.add_argument("--certificate", type=types.local_path, metavar="F", help="TLS certificate with its chain")
     up.add_argument("--key", type=types.local_path, metavar="F", help="TLS private key")
     up.add_argument("--port", type=types.port, default=6379, help="Ray's port, which other machines join")
-    up.add_argument("--gpus", type=float, metavar="N", help="GPUs per engine, such as 1 or 0.5; default: 1, or 0")
     up.add_argument("--least", type=types.count, default=1, metavar="N", help="engines while there is nothing to do")
     up.add_argument("--most", type=types.count, default=64, metavar="N", help="engines while all is to be done")
     join = commands.add_parser("join", help="add this machine to a cluster")
@@ -35,7 +34,15 @@ def configure(parser: argparse.ArgumentParser) -> None:
             "--token-file", type=types.local_path, required=True, metavar="F", help="file with the daemons' token"
         )
         command.add_argument("--host", default="", help="this machine's address for the others; default: Ray's choice")
-        command.add_argument("--engines", type=types.count, metavar="N", help="engines here; default: one per GPU")
+        command.add_argument(
+            "--gpus",
+            type=types.gpus,
+            metavar="N",
+            help="GPUs per engine, such as 1 or 0.5, the same everywhere; default: 1, or 0 on a machine without",
+        )
+        command.add_argument(
+            "--engines", type=types.count, metavar="N", help="engines here; default: what its GPUs have room for, or 1"
+        )
     status = commands.add_parser("status", help="machines of the cluster and what their engines do")
     down = commands.add_parser("down", help="take this machine out of its cluster; the first machine ends it")
     for command in (status, down):
@@ -56,18 +63,22 @@ def _up(settings: Settings, arguments: argparse.Namespace) -> int:
     listen = listening_address("cluster up", arguments)
     if listen is None:
         return 2
-    gpus = min(1.0, machine.gpus_here()) if arguments.gpus is None else arguments.gpus
+    gpus, room = machine.gpus_per_engine(arguments), machine.places(arguments)
     wanted = Deployment(
         *listen, arguments.certificate, arguments.key, gpus, arguments.least, arguments.most, settings.queue_size
     )
     ray_arguments = machine.head_arguments(arguments.port, arguments.host)
-    with machine.member_of(
-        settings.home, arguments, f"{arguments.host or '127.0.0.1'}:{arguments.port}", ray_arguments
-    ):
+    address = f"{arguments.host or '127.0.0.1'}:{arguments.port}"
+    ports = (("--listen", *listen), ("--port", "", arguments.port))
+    with machine.member_of(settings.home, arguments, address, ray_arguments, ports):
         # With more engines than have room here, some of them wait for machines that join.
-        deploy(wanted, wait=wanted.least <= machine.places(arguments))
+        deploy(wanted, wait=wanted.least <= room)
     scheme = "https" if wanted.certificate else "http"
     print(f"serving {scheme}://{listen[0]}:{listen[1]}; other machines join port {arguments.port} of this one")
+    if not gpus and arguments.gpus is None:
+        print("no NVIDIA GPU here, so engines take none, also on machines that join; --gpus 1 gives each of them one")
+    elif wanted.least > room:
+        print(f"there is room for {room} of {wanted.least} engines here; the others start on machines that join")
     return 0
 
 

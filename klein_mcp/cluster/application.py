@@ -1,12 +1,14 @@
 """The Ray Serve application: as many engines as there is work for."""
 
+import contextlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from klein_mcp.cluster.extra import import_ray
+from klein_mcp.cluster.extra import import_ray, last_line, ray_folder
 from klein_mcp.cluster.replica import APPLICATION, DEPLOYMENT, EngineReplica
 from klein_mcp.daemon.endpoint import BuildInfo
+from klein_mcp.errors import RequestError
 
 RESOURCE = "klein"
 """Ray's name for a place for one engine; a machine declares how many it has."""
@@ -43,12 +45,25 @@ class Deployment:
 def deploy(wanted: Deployment, *, wait: bool = True) -> None:
     """Run the application and its proxies on the connected cluster.
 
-    wait: until the least number of engines runs.
+    wait: until the least number of engines runs. Raises RequestError.
     """
     serve = import_ray().serve
-    serve.start(proxy_location=_proxies(wanted.host), http_options=_http(wanted))
-    target = serve.RunTarget(target=application(wanted), name=APPLICATION, route_prefix="/")
-    serve.run_many([target], wait_for_applications_running=wait)
+    try:
+        serve.start(proxy_location=_proxies(wanted.host), http_options=_http(wanted))
+        target = serve.RunTarget(target=application(wanted), name=APPLICATION, route_prefix="/")
+        serve.run_many([target], wait_for_applications_running=wait)
+    except Exception as exc:  # Ray's own kinds, and what fails in its other processes
+        reason = last_line(_fault_of_engines(serve) or exc)
+        raise RequestError(
+            f"The cluster's engines do not start: {reason}", hint=f"Ray's logs are in {ray_folder()}."
+        ) from None
+
+
+def _fault_of_engines(serve: Any) -> str:
+    """Return why engines failed, which Ray's own error leaves out."""
+    with contextlib.suppress(Exception):
+        return serve.status().applications[APPLICATION].deployments[DEPLOYMENT].message
+    return ""
 
 
 def application(wanted: Deployment) -> Any:

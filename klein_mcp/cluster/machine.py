@@ -10,19 +10,21 @@ import hmac
 import json
 import logging
 import os
+import re
 import secrets
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from klein_mcp import atomic
 from klein_mcp.cluster.application import RESOURCE
-from klein_mcp.cluster.extra import import_ray
+from klein_mcp.cluster.extra import first_line, import_ray, ray_folder
 from klein_mcp.daemon.engine_server import read_token
 from klein_mcp.errors import RequestError
 from klein_mcp.private import check_folder, open_log, read_private_text
@@ -75,6 +77,7 @@ def environment_of(token_file: Path) -> dict[str, str]:
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": hmac.new(token.encode(), b"ray", hashlib.sha256).hexdigest(),
         "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1",  # else engines that take no GPU would all use the first
         "RAY_SERVE_LOG_TO_STDERR": "0",  # Serve's logs stay in Ray's folder
     }
 
@@ -83,13 +86,21 @@ def gpus_here() -> int:
     """Count the GPUs that a process of this user sees, without torch."""
     if (visible := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
         return len([name for name in visible.split(",") if name.strip() not in ("", "-1")])
+    return len(nvidia_gpus())
+
+
+def nvidia_gpus() -> list[str]:
+    """Return the names of the NVIDIA GPUs that the driver knows."""
     if not (program := shutil.which("nvidia-smi")):
-        return 0
+        return []
     try:
         listed = subprocess.run([program, "--list-gpus"], capture_output=True, text=True, timeout=20)
-    except subprocess.TimeoutExpired:
-        return 0
-    return len(listed.stdout.splitlines()) if listed.returncode == 0 else 0
+    except (OSError, subprocess.TimeoutExpired):
+        return []
+    if listed.returncode:
+        return []
+    # "GPU 0: NVIDIA H200 (UUID: GPU-5f…)"; its parts (MIG) have lines of their own below.
+    return re.findall(r"^GPU \d+: (.*?)(?: \(UUID: .*)?$", listed.stdout, re.MULTILINE)
 
 
 def start_ray(
@@ -103,15 +114,22 @@ def start_ray(
     command += ["--min-worker-port", "0", "--max-worker-port", "0"]
     if "--head" in arguments:  # the cluster ends with it, so there is nobody to hand work over to
         more = {**more, "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0"}
+    # Ray would set 1, as its engines reserve no processors; they share those of the machine.
+    threads = {"OMP_NUM_THREADS": str(max(1, _processors() // max(1, int(resources.get(RESOURCE, 1)))))}
     with open_log(home / LOG) as log:
         return subprocess.Popen(
             command,
-            env={**os.environ, **more},
+            env={**threads, **os.environ, **more},
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
             start_new_session=True,
         )
+
+
+def _processors() -> int:
+    """Count the processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 
 def head_arguments(port: int, host: str) -> list[str]:
@@ -135,7 +153,7 @@ def _private_folder() -> Path:
 
     Ray lets every user write to its own.
     """
-    folder = Path("/tmp") / f"klein-mcp-{os.getuid()}"  # sockets lie in it, whose paths have at most 107 bytes
+    folder = ray_folder()
     try:
         folder.mkdir(mode=0o700, exist_ok=True)
         check_folder(folder)
@@ -198,18 +216,35 @@ def _is_ray(pid: int) -> bool:
     """
     with contextlib.suppress(ChildProcessError):
         os.waitpid(pid, os.WNOHANG)  # as a zombie of ours it would count as running
-    listed = subprocess.run(["ps", "-ww", "-o", "command=", "-p", str(pid)], capture_output=True, text=True)
-    return "ray.scripts.scripts" in listed.stdout
+    return "ray.scripts.scripts" in _command_line(pid)
+
+
+def _command_line(pid: int) -> str:
+    """Return how a process was started, "" if it is gone."""
+    if sys.platform == "linux":  # where a small container has no ps
+        try:
+            return Path(f"/proc/{pid}/cmdline").read_text(errors="replace").replace("\0", " ")
+        except OSError:
+            return ""
+    return subprocess.run(["ps", "-ww", "-o", "command=", "-p", str(pid)], capture_output=True, text=True).stdout
 
 
 @contextlib.contextmanager
-def member_of(home: Path, arguments: argparse.Namespace, address: str, ray_arguments: list[str]) -> Iterator[None]:
+def member_of(
+    home: Path,
+    arguments: argparse.Namespace,
+    address: str,
+    ray_arguments: list[str],
+    ports: Iterable[tuple[str, str, int]] = (),
+) -> Iterator[None]:
     """Start this machine's Ray and connect to its cluster.
 
-    It stays, unless the block fails. Raises RequestError.
+    It stays, unless the block fails. ports: option, host and number of those that must be free. Raises RequestError.
     """
     if read_member(home):
         raise RequestError("This machine is in a cluster already.", hint="klein-mcp cluster down leaves it.")
+    for port in ports:
+        _check_port(*port)
     home.mkdir(parents=True, exist_ok=True)
     more = environment_of(arguments.token_file)
     os.environ.update(more)  # before ray is imported, which reads them once
@@ -229,9 +264,32 @@ def member_of(home: Path, arguments: argparse.Namespace, address: str, ray_argum
         raise
 
 
+def gpus_per_engine(arguments: argparse.Namespace) -> float:
+    """Return how many GPUs an engine takes, by default 1 or none."""
+    return min(1.0, gpus_here()) if arguments.gpus is None else arguments.gpus
+
+
 def places(arguments: argparse.Namespace) -> int:
     """Return for how many engines this machine has room."""
-    return arguments.engines or max(1, gpus_here())
+    gpus = gpus_per_engine(arguments)
+    if not gpus:
+        return arguments.engines or 1
+    # An engine's part lies on one GPU: each of four has room for two of 0.4.
+    room = gpus_here() * int(1 / gpus) if gpus < 1 else int(gpus_here() / gpus)
+    return min(room, arguments.engines or room)
+
+
+def _check_port(option: str, host: str, port: int) -> None:
+    """Raise RequestError if a port cannot be listened on.
+
+    Ray would say so late, and in a traceback.
+    """
+    try:
+        socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
+    except OSError as exc:
+        raise RequestError(
+            f"{option} cannot be used: {exc.strerror or exc}.", hint="Name another, or end what listens there."
+        ) from None
 
 
 def _wait_for_start(log: Path, process: "subprocess.Popen[bytes]") -> None:
@@ -275,7 +333,7 @@ def connected(address: str, more: Mapping[str, str]) -> Iterator[None]:
         ray.init(address=address, namespace="klein", log_to_driver=False, logging_level="ERROR")
     except (ConnectionError, RuntimeError, ValueError, OSError) as exc:
         raise RequestError(
-            f"Ray cannot be reached at {address}: {str(exc).splitlines()[0]}",
+            f"Ray cannot be reached at {address}: {first_line(exc)}",
             hint="Check the address, that `cluster up` runs there, and that no firewall lies between.",
         ) from None
     try:
