@@ -139,6 +139,14 @@ def test_command_in_a_temporary_cache_is_replaced_by_uvx(
     assert terminal.stable_command() == command
 
 
+def test_commands_are_quoted_for_the_shell_of_the_system(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert terminal.shell_line(["/home/a b/klein-mcp", "stop"]) == "'/home/a b/klein-mcp' stop"
+    monkeypatch.setattr(os, "name", "nt")
+    line = terminal.shell_line([r"C:\Program Files\klein-mcp.exe", "stop"])
+    monkeypatch.undo()
+    assert line == r'"C:\Program Files\klein-mcp.exe" stop', "' is no quotation mark to Windows"
+
+
 def test_server_started_by_a_client_prints_nothing(server: RealServer) -> None:
     ran = server.run("-m", "klein_mcp")
     assert (ran.returncode, ran.stdout, ran.stderr) == (0, "", "")

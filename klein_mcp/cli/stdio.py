@@ -1,7 +1,6 @@
 """The MCP server over stdio, with an introduction on a terminal."""
 
 import json
-import shlex
 import sys
 
 from klein_mcp import __version__
@@ -30,9 +29,9 @@ def run(settings: Settings) -> int:
 
 def introduction() -> str:
     """Return how to add this server to the common clients."""
-    from klein_mcp.cli.terminal import stable_command
+    from klein_mcp.cli.terminal import shell_line, stable_command
 
     command = stable_command()
     launch = {"command": command[0], "args": command[1:]}
     configuration = json.dumps({"mcpServers": {"klein": launch}})
-    return INTRODUCTION.format(version=__version__, command=shlex.join(command), configuration=configuration)
+    return INTRODUCTION.format(version=__version__, command=shell_line(command), configuration=configuration)

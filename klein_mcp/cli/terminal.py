@@ -1,8 +1,12 @@
 """Terminal output: a progress bar, this program's command, harmless text."""
 
+import os
+import shlex
 import shutil
+import subprocess
 import sys
 import unicodedata
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
@@ -22,6 +26,11 @@ def stable_command() -> list[str]:
     command = program()
     uvx = shutil.which("uvx")
     return [uvx, "klein-mcp"] if uvx and "archive-v0" in Path(command[0]).parts else command
+
+
+def shell_line(command: Sequence[str]) -> str:
+    """Return a command as this system's shell reads it."""
+    return subprocess.list2cmdline(command) if os.name == "nt" else shlex.join(command)
 
 
 def ask(question: str) -> str:
