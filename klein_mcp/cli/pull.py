@@ -16,7 +16,7 @@ from typing import Any
 
 from engine.families.klein.variants import APACHE, VARIANTS, Variant
 from klein_mcp.cli.pull_sources import FileSelection, selections
-from klein_mcp.cli.terminal import ProgressBar, ask
+from klein_mcp.cli.terminal import ProgressBar, ask, shell_line
 from klein_mcp.errors import RequestError, quote
 from klein_mcp.settings import Settings
 
@@ -211,7 +211,12 @@ def _partial(hub: Path, item: RemoteFile) -> Path:
 def _is_there(hub: Path, item: RemoteFile) -> bool:
     """Whole, and under its own name."""
     blob = _repo_folder(hub, item.repo) / "blobs" / str(item.sha256)
-    return (_snapshot(hub, item) / item.name).exists() or blob.exists()
+    return _is_whole(_snapshot(hub, item) / item.name, item) or blob.exists()
+
+
+def _is_whole(pointer: Path, item: RemoteFile) -> bool:
+    """Return whether the file has the size that the hub names."""
+    return pointer.exists() and pointer.stat().st_size == item.size
 
 
 def _have(hub: Path, item: RemoteFile) -> int:
@@ -242,7 +247,7 @@ def _fetch(hub: Path, item: RemoteFile) -> None:
     the server calls its ETag, which may be any path, and another one each time it is asked.
     """
     pointer = _snapshot(hub, item) / item.name
-    if pointer.exists():
+    if _is_whole(pointer, item):
         return
     if item.sha256 is None:
         blob = _fetch_small(hub, item)
@@ -251,12 +256,22 @@ def _fetch(hub: Path, item: RemoteFile) -> None:
         if not blob.exists():
             _fetch_large(hub, item)
     pointer.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        pointer.symlink_to(os.path.relpath(blob, pointer.parent))
-    except FileExistsError:  # by another pull, at the same time
-        pass
-    except OSError:  # Windows without the right to make links
-        shutil.copyfile(blob, pointer)
+    if not _is_whole(pointer, item):  # a copy that was interrupted, or a link to a blob that is gone
+        pointer.unlink(missing_ok=True)
+    _link(blob, pointer)
+
+
+def _link(blob: Path, pointer: Path) -> None:
+    """Give a blob its file name, in one step."""
+    for link, target in ((os.symlink, os.path.relpath(blob, pointer.parent)), (os.link, blob)):
+        try:
+            link(target, pointer)
+        except FileExistsError:  # by another pull, at the same time
+            pass
+        except OSError:  # Windows without the right to make symbolic links, exFAT without any links
+            continue
+        return
+    os.replace(blob, pointer)  # a copy would need the room twice
 
 
 def _fetch_small(hub: Path, item: RemoteFile) -> Path:
@@ -386,8 +401,8 @@ def _page(repo: str) -> str:
 
 def _hf() -> str:
     """Return the hub's command, which may not be on the PATH."""
-    beside = Path(sys.executable).with_name("hf")
-    return str(beside) if shutil.which("hf") is None and beside.exists() else "hf"
+    beside = shutil.which("hf", path=str(Path(sys.executable).parent))  # hf.exe on Windows
+    return shell_line([beside]) if shutil.which("hf") is None and beside else "hf"
 
 
 def _gb(size: int) -> str:

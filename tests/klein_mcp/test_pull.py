@@ -422,3 +422,32 @@ def test_hash_that_escapes_the_cache_is_refused(hash: str, hub: Hub, home: Path)
     assert code == 1
     assert "a hash of full_encoder_small_decoder.safetensors that is none" in err
     assert not list(home.rglob("*owned*"))
+
+
+@pytest.mark.parametrize("refused", [(), ("symlink",), ("symlink", "link")])
+@pytest.mark.parametrize("leftover", ["half a file", "link to nothing"])
+def test_leftover_in_place_of_a_file_is_replaced(
+    refused: tuple[str, ...], leftover: str, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Windows without the right to make symbolic links, and a disk without any links, included."""
+    content = noise(5000, 1)
+    item = pull.RemoteFile(FOUR, COMMIT, "vae/a.safetensors", len(content), hashlib.sha256(content).hexdigest(), 0)
+    pointer = pull._snapshot(home, item) / item.name
+    pointer.parent.mkdir(parents=True)
+    if leftover == "half a file":
+        pointer.write_bytes(content[:100])
+    else:
+        pointer.symlink_to(home / "nothing")
+    assert pull._have(home, item) == 0
+    blob = pull._partial(home, item).with_name(str(item.sha256))
+    blob.parent.mkdir(parents=True)
+    blob.write_bytes(content)
+
+    def refuse(*_: object) -> None:
+        raise OSError(1314, "A required privilege is not held by the client")
+
+    for name in refused:
+        monkeypatch.setattr(os, name, refuse)
+    pull._fetch(home, item)
+    assert pointer.read_bytes() == content
+    assert pull._have(home, item) == item.size
