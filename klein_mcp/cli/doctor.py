@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -16,7 +15,7 @@ from engine.families.klein.variants import EMBEDDED, VARIANTS
 from klein_mcp.cli.daemon import ask_daemon
 from klein_mcp.cli.doctor_files import Check, check_daemon_files, check_disk, check_library, check_roots, check_signer
 from klein_mcp.cli.status import format_node
-from klein_mcp.cli.terminal import ProgressBar, program, strip_control_chars
+from klein_mcp.cli.terminal import ProgressBar, program, shell_line, strip_control_chars
 from klein_mcp.errors import explain, fix_words
 from klein_mcp.jobs.status import DaemonStatus
 from klein_mcp.settings import Settings, misspelled, user_home
@@ -74,7 +73,8 @@ def _engine_here(settings: Settings) -> Iterator[Check]:
 
         with ProgressBar("starting the engine"):
             made = make_engine(settings)
-            findings = [_device(made), _compiling(made), *_models(settings, made), *_default_model(settings, made)]
+            findings = [_device(settings, made), _compiling(made)]
+            findings += [*_models(settings, made), *_default_model(settings, made)]
     except (EngineError, ImportError, OSError) as error:
         yield Check("engine", "cannot be created", explain(error) if isinstance(error, EngineError) else str(error))
         return
@@ -106,29 +106,32 @@ def _repair(settings: Settings) -> str:
     return f"library: {result.added} of {result.found} files were taken in{moved}{unreadable}"
 
 
+PROGRAM_DATA = (".config", "Library/Application Support", "AppData/Roaming")
+"""Where desktop programs keep their settings on Linux, macOS and Windows."""
+
 CONFIGURATIONS = {
-    "Claude Code": ".claude.json",
-    "Claude Desktop": "Library/Application Support/Claude/claude_desktop_config.json",
-    "Claude Desktop (Windows)": "AppData/Roaming/Claude/claude_desktop_config.json",
-    "Codex": ".codex/config.toml",
-    "Cursor": ".cursor/mcp.json",
-    "Gemini CLI": ".gemini/settings.json",
-    "Zed": ".config/zed/settings.json",
-    "VS Code": ".config/Code/User/mcp.json",
-    "LM Studio": ".lmstudio/mcp.json",
+    "Claude Code": (".claude.json",),
+    "Claude Desktop": tuple(f"{folder}/Claude/claude_desktop_config.json" for folder in PROGRAM_DATA),
+    "Codex": (".codex/config.toml",),
+    "Cursor": (".cursor/mcp.json",),
+    "Gemini CLI": (".gemini/settings.json",),
+    "Zed": (".config/zed/settings.json", "AppData/Roaming/Zed/settings.json"),
+    "VS Code": tuple(f"{folder}/Code/User/mcp.json" for folder in PROGRAM_DATA),
+    "LM Studio": (".lmstudio/mcp.json",),
 }
 """Clients' configuration files under the home folder; configurations per project are not searched."""
 
 
 def _clients(home: Path) -> Check:
-    installed = {name: home / path for name, path in CONFIGURATIONS.items() if (home / path).is_file()}
+    installed = {
+        name: home / path for name, paths in CONFIGURATIONS.items() for path in paths if (home / path).is_file()
+    }
     configured = [name for name, path in installed.items() if "klein" in _text(path)]
     if configured:
         return Check("clients", f"configured in {', '.join(configured)}")
     found = f"not configured in {', '.join(installed)}" if installed else "no client's configuration found"
-    return Check(
-        "clients", found, f"Add it, for example: claude mcp add klein -- {shlex.join(program())}", optional=True
-    )
+    todo = f"Add it, for example: claude mcp add klein -- {shell_line(program())}"
+    return Check("clients", found, todo, optional=True)
 
 
 def _text(path: Path) -> str:
@@ -144,14 +147,14 @@ def _daemon(settings: Settings) -> Check:
     try:
         status: DaemonStatus = ask_daemon(settings, "status")
     except Exception as error:
-        return Check("daemon", f"does not answer ({error})", f"Run: {shlex.join([*program(), 'stop'])}")
+        return Check("daemon", f"does not answer ({error})", f"Run: {shell_line([*program(), 'stop'])}")
     if status.silent:
-        todo = f"Run: {shlex.join([*program(), 'stop'])}; it says which process to end, or on which machine."
+        todo = f"Run: {shell_line([*program(), 'stop'])}; it says which process to end, or on which machine."
         return Check("daemon", "its process runs and does not answer", todo)
     if not status.pid:
         return Check("daemon", "not running; the first call starts it")
     if status.version not in ("", __version__):
-        todo = f"Run: {shlex.join([*program(), 'stop'])}; the next call starts the new one."
+        todo = f"Run: {shell_line([*program(), 'stop'])}; the next call starts the new one."
         return Check("daemon", f"runs version {status.version}, this is {__version__}", todo)
     return Check("daemon", f"runs, pid {status.pid}")
 
@@ -183,9 +186,24 @@ def _engine_at(settings: Settings, url: str) -> list[Check]:
     ]
 
 
-def _device(made: Any) -> Check:
+def _device(settings: Settings, made: Any) -> Check:
     state = made.status()
-    return Check("device", f"{state.device}, {state.dtype}, {state.free_bytes / 1e9:.1f} GB free")
+    found = f"{state.device}, {state.dtype}, {state.free_bytes / 1e9:.1f} GB free"
+    if not (made.device.is_cpu and settings.device == "auto" and (gpu := _first_gpu())):
+        return Check("device", found)
+    todo = (
+        f"This torch ({version('torch')}) cannot use the {gpu}. Install klein-mcp again with one that can, in its "
+        "checkout: uv tool install --reinstall --torch-backend auto . "
+        "Where a client starts it by uvx, its env needs UV_TORCH_BACKEND=auto."
+    )
+    return Check("device", found, todo, optional=True)
+
+
+def _first_gpu() -> str:
+    """Return the first NVIDIA GPU that may be used, "" without one."""
+    from klein_mcp.cluster.machine import gpus_here, nvidia_gpus
+
+    return next(iter(nvidia_gpus()), "") if gpus_here() else ""
 
 
 def _compiling(made: Any) -> Check:

@@ -10,6 +10,7 @@ import sys
 import tempfile
 from collections import namedtuple
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import IO, Any
 
@@ -19,6 +20,7 @@ from filelock import FileLock
 from klein_mcp.cli import doctor, doctor_files, models
 from klein_mcp.cli.doctor_files import check_daemon_files, check_disk, check_library, check_roots, check_signer
 from klein_mcp.daemon.endpoint import ENGINE_LOCK
+from klein_mcp.daemon.executors.local import make_engine
 from klein_mcp.settings import Settings
 from tests.embedded import SIDE
 from tests.real_server import PATIENCE, engine_process
@@ -270,3 +272,34 @@ def test_credentials_that_cannot_sign_are_named(
     (found,) = check_signer(replace(settings, credentials="local"))
     assert "pip install 'klein-mcp[c2pa]'" in found.todo
     assert not (settings.home / "credentials").exists()
+
+
+@pytest.mark.parametrize("system", [".config", "Library/Application Support", "AppData/Roaming"])
+def test_configuration_of_vs_code_is_found_on_every_system(system: str, tmp_path: Path) -> None:
+    file = tmp_path / system / "Code" / "User" / "mcp.json"
+    file.parent.mkdir(parents=True)
+    file.write_text("{}")
+    assert doctor._clients(tmp_path).found == "not configured in VS Code"
+    file.write_text('{"servers": {"klein": {"command": "klein-mcp"}}}')
+    assert doctor._clients(tmp_path).found == "configured in VS Code"
+
+
+def test_gpu_that_this_torch_cannot_use_is_named(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = make_engine(settings)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    automatic = replace(settings, device="auto")
+    assert not doctor._device(automatic, made).todo, "no nvidia-smi here"
+    driver = tmp_path / "nvidia-smi"
+    driver.write_text("#!/bin/sh\necho 'GPU 0: NVIDIA H200 (UUID: GPU-5f)'\n")
+    driver.chmod(0o755)
+    finding = doctor._device(automatic, made)
+    assert f"This torch ({version('torch')}) cannot use the NVIDIA H200." in finding.todo
+    assert "--torch-backend auto" in finding.todo
+    assert "UV_TORCH_BACKEND=auto" in finding.todo
+    assert finding.optional
+    assert not doctor._device(settings, made).todo, "KLEIN_DEVICE=cpu is a choice"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert not doctor._device(automatic, made).todo, "so is this"
