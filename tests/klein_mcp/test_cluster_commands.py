@@ -195,8 +195,10 @@ def test_engines_share_the_processors_of_their_machine(tmp_path: Path, monkeypat
 def test_ray_is_found_where_no_ps_is_installed(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     home.mkdir()
-    command = [sys.executable, "-c", "input()", "ray.scripts.scripts"]
-    with subprocess.Popen(command, stdin=subprocess.PIPE) as process:
+    command = [sys.executable, "-c", "print(flush=True); input()", "ray.scripts.scripts"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout
+        assert process.stdout.readline(), "only now its command line is sure to be there"
         machine.write_member(home, machine.Member(process.pid, "127.0.0.1:6379", "/token"))
         assert machine.read_member(home)
         os.kill(process.pid, 9)
