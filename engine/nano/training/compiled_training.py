@@ -1,4 +1,4 @@
-"""The transformer's velocity for training, in four compiled pieces, in bf16 where that is fast.
+"""The transformer's velocity for training, in four compiled pieces.
 
 Attention between the pieces is plain.
 

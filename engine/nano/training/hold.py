@@ -1,4 +1,4 @@
-"""Holds a training to what its start knew, so that learning more forgets nothing.
+"""Holds a training to what its start knew.
 
 Each step learns from two batches: one of skills that the start lacks, from their images, and one of skills it has, from
 the start's own velocities. Those are means over all noise, so that they pull no more than needed. Of two trainings from
@@ -82,7 +82,7 @@ class FirstWorld:
         return all(map(self._is_plain, scenes)) and {*re.findall("[a-z]+", example.prompt.lower())} <= self._words
 
     def new(self, kind: BatchKind, example: Example) -> bool:
-        """Return whether it did not; a few that it did stay among them."""
+        """Return whether it did not, now and then one it did."""
         return not self.known(kind, example) or random.random() < _STILL_KNOWN
 
     def _is_plain(self, scene: Scene) -> bool:
@@ -92,7 +92,7 @@ class FirstWorld:
 
 
 class Teacher:
-    """What the training began with, which stays as it was."""
+    """The nano that the training began with, which never changes."""
 
     def __init__(self, nano: Nano, compiled: bool) -> None:
         self.nano = nano.requires_grad_(False)
@@ -100,7 +100,10 @@ class Teacher:
 
     @torch.no_grad()
     def blended(self, true: Tensor, batch: Batch, noisy: Tensor, sigma: Tensor, references: Tensor | None) -> Tensor:
-        """Return its velocities with a share of the true ones, [b · n, tokens, channels]."""
+        """Return its velocities with a share of the true ones.
+
+        [b · n, tokens, channels], n noise levels an example.
+        """
         device = noisy.device
         with torch.autocast(device.type, torch.bfloat16, enabled=multiplies_bf16(device)):
             states = self.nano.read(batch.ids, batch.mask)
@@ -110,7 +113,7 @@ class Teacher:
 def loaders(
     folder: Path, curriculum: Curriculum, tokenize: Tokenize, workers: int, seed: int, nouns: int
 ) -> tuple[DataLoader, DataLoader]:
-    """Return what draws the batches of new skills, and of those that `folder` has."""
+    """Return the loaders of new skills and of those `folder` has."""
     first = FirstWorld(folder)
 
     def loader(shares: Shares, wanted: Wanted, seed: int) -> DataLoader:
