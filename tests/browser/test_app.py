@@ -200,16 +200,29 @@ async def test_image_and_its_size_arrive_under_every_policy(
         assert sizes[-1]["height"] > 300
 
 
+NOTE_PREVIEWS = (
+    "() => { window.seen = []; new MutationObserver(() => {"
+    " const src = document.querySelector('.working .preview')?.getAttribute('src');"
+    " if (src && seen.at(-1) !== src) seen.push(src); })"
+    ".observe(document.body, { subtree: true, childList: true, attributes: true }); }"
+)
+
+
 async def test_previews_grow_clear_while_the_agent_waits(mount: Mount) -> None:
     async with mount() as host:
-        await host.frame.locator("body").evaluate(
-            "() => { window.seen = []; new MutationObserver(() => {"
-            " const src = document.querySelector('.working .preview')?.getAttribute('src');"
-            " if (src && seen.at(-1) !== src) seen.push(src); })"
-            ".observe(document.body, { subtree: true, childList: true, attributes: true }); }"
-        )
+        await host.frame.locator("body").evaluate(NOTE_PREVIEWS)
         await host.agent_calls("generate_image", prompt="a yellow star on a red background", count=2, seed=4)
         await host.image()
+        assert len(await host.frame.locator("body").evaluate("() => seen")) >= 2
+
+
+async def test_calls_of_the_view_show_previews_too(mount: Mount) -> None:
+    async with mount() as host:
+        await host.agent_calls("generate_image", prompt="a yellow star on a red background", seed=4)
+        await anyio.sleep(1.5)  # the last question for news of the agent's call waits up to a second
+        await host.frame.locator("body").evaluate(NOTE_PREVIEWS)
+        await host.frame.get_by_role("button", name="Variations").click()
+        await host.frame.locator(".sheet button").nth(3).wait_for()
         assert len(await host.frame.locator("body").evaluate("() => seen")) >= 2
 
 
