@@ -62,6 +62,15 @@ async def test_no_view_scrolls_sideways_at_any_width(open_page: Open) -> None:
     await fits(page, "engine")
 
 
+async def test_options_are_open_once_a_narrow_page_gets_wide(open_page: Open) -> None:
+    page = await open_page(width=700)
+    shape = page.get_by_label("Shape", exact=True)
+    assert await shape.is_hidden()
+    await page.set_viewport_size({"width": 1000, "height": 800})
+    await shape.wait_for()
+    assert await page.locator("summary").is_hidden()
+
+
 async def test_every_part_of_the_details_can_be_seen_at_any_width(open_page: Open) -> None:
     page = await open_page()
     await generate(page, "a red apple on a blue background", seed=3)

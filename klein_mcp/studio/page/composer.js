@@ -38,6 +38,19 @@ export function createComposer(root) {
   nodes.size.append(nodes.width, h("span", { class: "soft" }, "×"), nodes.height);
   const row = (label, id, ...controls) => h("div", { class: "option" }, h("label", { for: id }, label), ...controls);
   const counts = ["1", "2", "3", "4"].map((count) => [count, count]);
+  const narrow = matchMedia("(max-width: 760px)");
+  const options = h(
+    "details",
+    { class: "options", open: !narrow.matches },
+    h("summary", {}, "Options"),
+    row("Shape", "shape", nodes.shape),
+    nodes.size,
+    segments("count", "Images", counts, "1", (count) => (chosen.count = count)),
+    row("Seed", "seed", nodes.seed),
+    row("Model", "model", nodes.model),
+  );
+  // A wide page has no word to press that would open them.
+  narrow.addEventListener("change", () => narrow.matches || (options.open = true));
   const form = h(
     "form",
     { novalidate: true },
@@ -45,16 +58,7 @@ export function createComposer(root) {
     prompt,
     nodes.references,
     nodes.go,
-    h(
-      "details",
-      { class: "options", open: !matchMedia("(max-width: 760px)").matches },
-      h("summary", {}, "Options"),
-      row("Shape", "shape", nodes.shape),
-      nodes.size,
-      segments("count", "Images", counts, "1", (count) => (chosen.count = count)),
-      row("Seed", "seed", nodes.seed),
-      row("Model", "model", nodes.model),
-    ),
+    options,
   );
   form.addEventListener("submit", (event) => (event.preventDefault(), generate()));
   root.append(form, nodes.jobs);
