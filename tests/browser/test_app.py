@@ -243,6 +243,36 @@ async def test_sheet_is_shown_whole_where_resources_are_refused(mount: Mount) ->
         assert image.shape[1] > image.shape[0]
 
 
+@pytest.mark.parametrize("count", [1, 2])
+async def test_mask_has_the_size_of_one_image_where_resources_are_refused(mount: Mount, count: int) -> None:
+    async with mount(resources=False) as host:
+        made = await host.agent_calls("generate_image", prompt="a red apple", width=128, height=96, count=count)
+        width, height = made.get("images", [made])[0]["size"]
+        await host.image()
+        await host.frame.get_by_role("button", name="Mask", exact=True).click()
+        canvas = host.frame.locator("canvas.mask")
+        assert [await canvas.get_attribute(each) for each in ("width", "height")] == [str(width), str(height)]
+        image = await host.image()
+        assert abs(image.shape[1] / image.shape[0] - width / height) < 0.05, "one image, not the sheet"
+        await host.frame.get_by_role("radio", name="Box").check()
+        box = await canvas.bounding_box()
+        await host.page.mouse.move(box["x"] + 0.5 * box["width"], box["y"] + 0.5 * box["height"])
+        await host.page.mouse.down()
+        await host.page.mouse.move(box["x"] + box["width"] - 2, box["y"] + box["height"] - 2, steps=4)
+        await host.page.mouse.up()
+        await host.frame.get_by_label("What should change").fill("make the background green")
+        await host.frame.get_by_role("button", name="Edit inside the mask").click()
+        with anyio.fail_after(WAIT / 1000):
+            while not (edited := [call for call in host.calls if call["name"] == "edit_image"]):
+                await anyio.sleep(0.05)
+        x, y, across, down = edited[0]["arguments"]["region"]
+        assert abs(x - width / 2) <= 2
+        assert abs(y - height / 2) <= 2
+        assert across > width / 3
+        assert down > height / 3
+        await host.frame.locator(".working").wait_for(state="detached")
+
+
 async def test_view_edits_with_a_drawn_mask(mount: Mount, server: RealServer) -> None:
     async with mount() as host:
         made = await host.agent_calls("generate_image", prompt="a red apple on a blue background", seed=3)

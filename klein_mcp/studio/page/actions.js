@@ -88,10 +88,12 @@ export async function showResult({ handles, src, line }) {
   await load(handles[0], handles);
 }
 
+/** Read what a result's line tells of the image to show, of a sheet the first. */
 function pickFacts(line) {
-  const [width, height] = /^\d+x\d+$/.test(line.size ?? "") ? line.size.split("x").map(Number) : [line.width, line.height];
+  const facts = line.images?.[0] ?? line;
+  const [width, height] = facts.size ?? [facts.width, facts.height];
   // "transparent; …" of a result is a remark; what was asked for stands in the details.
-  return { prompt: "", parents: [], family: [], ...line, background: null, width, height };
+  return { prompt: "", parents: [], family: [], ...facts, background: null, width, height };
 }
 
 /** Put an image on the stage, also while another is being made. */

@@ -116,13 +116,16 @@ async function renderStage() {
   if (nodes.stage.shown === `${image.image}/${state.tool}` && !nodes.stage.working) return;
   nodes.stage.shown = `${image.image}/${state.tool}`;
   nodes.stage.working = null;
-  const src = image.sheetSrc && !state.bridge.can.read ? image.sheetSrc : image.src;
+  const { can } = state.bridge;
+  // Where images cannot be read the result shows a sheet whole. A mask is drawn on one image.
+  const whole = !can.read && state.sheet.length > 1 && state.tool === "look" && !mask && image.sheetSrc;
+  const src = whole || image.src;
   const picture = h("img", { class: "picture", alt: image.prompt || image.source || `Image ${image.image}`, draggable: "false" });
   const frame = h("div", { class: image.alpha ? "frame checker" : "frame" }, picture);
   fill(nodes.stage, frame);
   picture.onload = () => {
     // A preview has the image's shape; without details its own size is the best that is known.
-    if (!image.width) fitStage(frame, picture.naturalWidth, picture.naturalHeight);
+    if (whole || !image.width) fitStage(frame, picture.naturalWidth, picture.naturalHeight);
   };
   if (src) picture.src = src;
   const [width, height] = [image.width || 1, image.height || 1];
@@ -131,7 +134,7 @@ async function renderStage() {
   if (state.tool === "mask" || (state.tool === "look" && mask)) showMask(frame, width, height);
   if (state.tool === "compare") await showCompare(frame);
   if (state.tool === "changes") await showChanges(frame);
-  if (!state.bridge.can.read) return;
+  if (!can.read && (src || !can.call)) return;
   try {
     const full = await state.bridge.image(image.image);
     await preload(full);
