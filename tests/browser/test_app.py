@@ -297,6 +297,42 @@ async def test_view_edits_with_a_drawn_mask(mount: Mount, server: RealServer) ->
         assert not np.array_equal(before[inside], after[inside])
 
 
+CONFIRM = (
+    "(node, more) => node.dispatchEvent(new KeyboardEvent('keydown',"
+    " { key: 'Enter', bubbles: true, cancelable: true, isComposing: true, ...more }))"
+)
+"""Enter as an input method sends it, which takes its words for confirmed."""
+
+
+async def test_forms_work_where_the_frame_allows_none(mount: Mount, tmp_path: Path) -> None:
+    open_folder = {"KLEIN_WRITE_ROOTS": str(tmp_path)}
+    async with mount(policy="claude", opaque=True, width=1000, environment=open_folder) as host:
+        await host.agent_calls("generate_image", prompt="a red apple on a blue background", seed=3)
+        await host.image()
+        await host.frame.get_by_role("button", name="Full screen").click()
+        prompt, change = host.frame.locator("#prompt"), host.frame.locator("#change")
+        await prompt.fill("a yellow star on a red background")
+        await prompt.evaluate(CONFIRM, {"ctrlKey": True})
+        await host.frame.get_by_role("button", name="Generate").click()
+        await host.frame.locator("blockquote").get_by_text("a yellow star").wait_for()
+        await change.fill("make the background green")
+        await change.evaluate(CONFIRM, {})
+        assert await host.frame.locator(".working").count() == 0
+        await change.press("Enter")
+        await host.frame.locator("blockquote").get_by_text("make the background green").wait_for()
+        path, save = host.frame.get_by_label("File name"), host.frame.get_by_role("button", name="Save", exact=True)
+        for name, send in (("one", lambda: path.press("Enter")), ("two", save.click)):
+            await host.frame.get_by_role("button", name="Save to folder").click()
+            file = tmp_path / f"{name}.png"
+            await path.fill(str(file))
+            await send()
+            with anyio.fail_after(WAIT / 1000):
+                while not file.exists():
+                    await anyio.sleep(0.05)
+        called = [call["name"] for call in host.calls]
+        assert called == ["generate_image", "edit_image", "save_image", "save_image"]
+
+
 async def test_pick_in_the_view_is_what_the_agent_gets(mount: Mount) -> None:
     async with mount() as host:
         made = await host.agent_calls("generate_image", prompt="a blue cat on a white background", count=3)

@@ -1,7 +1,7 @@
 // The left of the page: the prompt, its references and its options.
 
 import { addFiles, addReference, fail, run } from "./actions.js";
-import { button, fill, h, note, segments } from "./dom.js";
+import { button, fill, h, note, onSubmit, segments } from "./dom.js";
 import { createJobs } from "./jobs.js";
 import { emit, modelOf, on, state } from "./state.js";
 
@@ -11,12 +11,15 @@ const chosen = { shape: "", count: "1" };
 const DRAGGED = "application/x-klein-handle";
 let nodes;
 
+/** Tell whether a key belongs to an input method, which confirms its words with Enter, too. Safari tells it by the code. */
+const composes = (event) => event.isComposing || event.keyCode === 229;
+
 export function createComposer(root) {
   const prompt = h("textarea", {
     id: "prompt",
     rows: 4,
     dir: "auto",
-    onkeydown: (event) => event.key === "Enter" && (event.ctrlKey || event.metaKey) && generate(),
+    onkeydown: (event) => event.key === "Enter" && (event.ctrlKey || event.metaKey) && !composes(event) && generate(),
   });
   nodes = {
     prompt,
@@ -60,7 +63,7 @@ export function createComposer(root) {
     nodes.go,
     options,
   );
-  form.addEventListener("submit", (event) => (event.preventDefault(), generate()));
+  onSubmit(form, generate);
   root.append(form, nodes.jobs);
   createJobs(nodes.jobs);
   acceptDrops(document.body);

@@ -124,6 +124,16 @@ export function placeNotes() {
   list.style.maxWidth = inSight ? `${Math.min(box.width - 16, 560)}px` : "";
 }
 
+/** Do `act` when a form's button is pressed, or Enter in a field. */
+export function onSubmit(form, act) {
+  form.addEventListener("submit", (event) => (event.preventDefault(), act()));
+  // Frames without allow-forms never fire submit. Enter in a field clicks the button there, too.
+  form.querySelector("button:not([type])").addEventListener("click", (event) => {
+    event.preventDefault();
+    if (form.noValidate || form.reportValidity()) act();
+  });
+}
+
 /** Ask in a dialog; resolves to the form's values, or null if it was closed. `fields` are labelled controls. */
 export function ask({ title, words, fields = [], yes, danger = false }) {
   return new Promise((resolve) => {
@@ -151,8 +161,7 @@ export function ask({ title, words, fields = [], yes, danger = false }) {
       resolve(dialog.returnValue === "yes" ? Object.fromEntries(new FormData(form)) : null);
     };
     dialog.addEventListener("close", finish);
-    // Frames without allow-forms block the form's own submission.
-    form.addEventListener("submit", (event) => (event.preventDefault(), dialog.close("yes")));
+    onSubmit(form, () => dialog.close("yes"));
     document.body.append(dialog);
     dialog.showModal();
   });

@@ -1,7 +1,7 @@
 // The middle of the page: the image, what can be done with it, the next edit, and its family.
 
 import { addReference, again, copy, download, fail, open, pick, recipeOf, run, save, stop } from "./actions.js";
-import { button, clip, fill, h, icon, placeNotes } from "./dom.js";
+import { button, clip, fill, h, icon, onSubmit, placeNotes } from "./dom.js";
 import { named, nameOf } from "./focus.js";
 import { fractionOf, jobOf, shownCall, statusWords } from "./jobs.js";
 import { lineage } from "./lineage.js";
@@ -337,17 +337,7 @@ function renderEdit() {
     placeholder: "What should change? make the background pink",
   });
   const form = h("form", {}, words, h("button", { class: "primary" }, icon("brush"), h("span", { id: "edit-words" }, "Edit")));
-  form.addEventListener("submit", (event) => {
-    event.preventDefault();
-    edit(words.value.trim());
-  });
-  // Frames without allow-forms never fire submit.
-  words.addEventListener("keydown", (event) => {
-    if (event.key === "Enter" && state.bridge.kind === "app") (event.preventDefault(), edit(words.value.trim()));
-  });
-  form.querySelector("button").addEventListener("click", (event) => {
-    if (state.bridge.kind === "app") (event.preventDefault(), edit(words.value.trim()));
-  });
+  onSubmit(form, () => edit(words.value.trim()));
   fill(nodes.edit, form);
   renderEditWords();
 }
