@@ -355,6 +355,24 @@ async def test_view_is_saved_by_the_host(mount: Mount, server: RealServer) -> No
         assert np.array_equal(np.asarray(Image.open(io.BytesIO(data)).convert("RGB")), stored(server, made["image"]))
 
 
+async def test_download_that_had_to_be_smaller_says_so(mount: Mount, server: RealServer) -> None:
+    noise, file = np.random.default_rng(1).integers(0, 256, (512, 512, 3), np.uint8), io.BytesIO()
+    Image.fromarray(noise).save(file, "PNG")
+    store = Store(server.home / "library")
+    handle = store.new_handle()
+    made = {"client": "filler", "tool": "generate_image", "recipe": {"seed": "1"}, "prompt": "noise"}
+    store.put(file.getvalue(), handle=handle, pixels=handle, size=(512, 512), **made)
+    store.close()
+    async with mount(tool="view_image") as host:
+        await host.agent_calls("view_image", image=handle)
+        await host.frame.get_by_role("button", name="Download").click()
+        await host.frame.get_by_text("A smaller rendition: the exact image has").wait_for()
+        (download,) = await host.page.evaluate("downloads")
+        resource = download["contents"][0]["resource"]
+        assert resource["uri"].endswith(f"{handle}.jpg")
+        assert base64.b64decode(resource["blob"])[:2] == b"\xff\xd8"
+
+
 async def test_cancelled_call_and_error_are_explained(mount: Mount) -> None:
     async with mount() as host:
         await host.page.evaluate("bridge.sendToolInput({ arguments: { prompt: 'a red apple' } })")

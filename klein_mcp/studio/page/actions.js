@@ -163,7 +163,8 @@ export async function save(image) {
 
 export async function download(image) {
   try {
-    await state.bridge.download(image);
+    const remark = await state.bridge.download(image);
+    if (remark) note(`${remark} Save writes it as it is.`);
   } catch (error) {
     fail(error);
   }

@@ -112,11 +112,14 @@ export class AppBridge {
     }
   }
 
+  /** Let the client save an image. Return what the server says of one that it had to make smaller. */
   async download(handle) {
-    const [content] = await this.read(`klein://images/${handle}`);
-    const resource = { uri: `file:///${handle}.png`, mimeType: content.mimeType, blob: content.blob };
+    const [content, remark] = await this.read(`klein://images/${handle}`);
+    const ending = content.mimeType === "image/jpeg" ? "jpg" : "png";
+    const resource = { uri: `file:///${handle}.${ending}`, mimeType: content.mimeType, blob: content.blob };
     const answer = await this.request("ui/download-file", { contents: [{ type: "resource", resource }] });
     if (answer.isError) throw new Error("The client did not save the file.");
+    return remark && JSON.parse(remark.text).note;
   }
 
   async fullscreen() {
