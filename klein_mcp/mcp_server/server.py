@@ -72,6 +72,9 @@ ROOTS_WAIT = 3.0
 SEARCH_WAIT = 1.0
 """Seconds to search for models before a client is answered; folders of hundreds of files on a slow disk take longer."""
 
+STOP_WAIT = 2.0
+"""Seconds for the engine to hear that a job is cancelled."""
+
 Link = Callable[[Any], Callable[[str], str] | None]
 """Maps an HTTP request to a maker of download addresses for its sender, None for a sender that shares our disk."""
 
@@ -132,9 +135,19 @@ class KleinServer(MCPServer):
         if self._tool_manager.get_tool(name) is not None:
             return await super().call_tool(name, arguments, context)
         page = {studio_app.PICK.name: studio_app.PICK} if studio_app.supported() else {}
-        result = await self.run_tool(name, arguments, self._call_context(context), {**TOOLS, **page})
-        meta = (context.request_context.meta if context else None) or {}
+        meta: Mapping[str, Any] = (context.request_context.meta if context else None) or {}
+        try:
+            result = await self.run_tool(name, arguments, self._call_context(context), {**TOOLS, **page})
+        except anyio.get_cancelled_exc_class():
+            if name == "wait_for_job" and meta.get(studio_app.FROM_VIEW) is True:
+                await self._stop(str(arguments.get("job")))
+            raise
         return result if studio_app.FROM_VIEW in meta else await self._with_pick(name, result, context)
+
+    async def _stop(self, job: str) -> None:
+        """Cancel a detached job, which the person waits for no longer."""
+        with anyio.move_on_after(STOP_WAIT, shield=True), suppress(LookupError, EngineError):
+            await self.service.jobs.cancel(job)
 
     async def run_tool(
         self, name: str, arguments: dict[str, Any], call: CallContext, tools: Mapping[str, Tool] = TOOLS

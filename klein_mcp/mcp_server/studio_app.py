@@ -29,7 +29,10 @@ SHOWN_BY = frozenset(
 """Tools whose result the page shows."""
 
 FROM_VIEW = "klein-mcp/view"
-"""Key in the `_meta` of the page's own calls: the person knows their choice, the agent has yet to hear of it."""
+"""Key in the `_meta` of the page's own calls: the person knows their choice, the agent has yet to hear of it.
+
+Its value is true where the person asked, "agent" where the page goes on with a call of the agent's.
+"""
 
 # No domains: the page loads nothing. The field is written out, as a host may treat a missing one in its own way.
 _UI: dict[str, Any] = {"csp": {}, "prefersBorder": False}

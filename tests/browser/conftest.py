@@ -1,9 +1,13 @@
 """A real browser, and the studio it looks at: the real program on the embedded model."""
 
+import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -110,6 +114,27 @@ def running_studio(server: RealServer) -> Iterator[Studio]:
             process.terminate()
             process.wait(30)
             process.stdout.close()
+
+
+@contextmanager
+def slow_engine(server: RealServer) -> Iterator[None]:
+    """Let the engine's process run for a tenth of the time only: nano takes 0.2 s for an image."""
+    pid = json.loads((server.home / "daemon.json").read_text())["pid"]
+    over = threading.Event()
+
+    def work() -> None:
+        while not over.wait(0.02):
+            os.kill(pid, signal.SIGSTOP)
+            over.wait(0.2)
+            os.kill(pid, signal.SIGCONT)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
 
 
 @pytest.fixture(scope="session")

@@ -18,7 +18,7 @@ from PIL import Image
 
 from klein_mcp.images.library import Store
 from tests.browser import node_packages
-from tests.browser.conftest import WAIT, Watched
+from tests.browser.conftest import WAIT, Watched, slow_engine
 from tests.browser.static_server import serve_files
 from tests.real_server import RealServer
 
@@ -114,11 +114,12 @@ async def mount(browser: Any, origins: tuple[str, str], server: RealServer) -> A
         resources: bool = True,
         tools: bool = True,
         width: int = 720,
+        environment: dict[str, str] | None = None,
         allowed: tuple[str, ...] = (),
         **context: Any,
     ) -> AsyncIterator[Host]:
         host_origin, sandbox = origins
-        async with Client(server.stdio(), extensions=[APPS]) as client:
+        async with Client(server.stdio(**(environment or {})), extensions=[APPS]) as client:
             window = await browser.new_context(viewport={"width": width + 32, "height": 1000})
             page = await window.new_page()
             seen = Watched(page, host_origin, allowed=allowed, also=sandbox)
@@ -383,6 +384,68 @@ async def test_cancelled_call_and_error_are_explained(mount: Mount) -> None:
         failed = {"content": [{"type": "text", "text": "width is 32; it must lie in 64 … 2048."}], "isError": True}
         await host.page.evaluate("(result) => bridge.sendToolResult(result)", failed)
         await host.frame.get_by_text("it must lie in").wait_for()
+
+
+SHORT = {"KLEIN_WAIT_BUDGET": "0.5"}
+"""A call is over before the image of a slow engine is there, and gives its job."""
+
+
+async def start_engine(host: Host) -> None:
+    await host.client.call_tool("generate_image", {"prompt": "a red apple on a white background"})
+
+
+async def test_card_goes_on_where_the_call_gave_a_job(mount: Mount, server: RealServer) -> None:
+    async with mount(environment=SHORT) as host:
+        await start_engine(host)
+        with slow_engine(server):
+            given = await host.agent_calls("generate_image", prompt="a red apple on a blue background", count=4)
+            assert given["job"]
+            await host.frame.locator(".working .preview[src]").wait_for()
+            assert await host.frame.get_by_role("button", name="Cancel").count() == 0
+        await host.frame.locator(".sheet button").nth(3).wait_for()
+        waits = [call for call in host.calls if call["name"] == "wait_for_job"]
+        assert {call["arguments"]["job"] for call in waits} == {given["job"]}
+        assert {call["_meta"]["klein-mcp/view"] for call in waits} == {"agent"}
+
+
+async def test_card_that_cannot_wait_says_that_the_image_is_being_made(mount: Mount, server: RealServer) -> None:
+    async with mount(environment=SHORT, resources=False, tools=False) as host:
+        await start_engine(host)
+        with slow_engine(server):
+            await host.agent_calls("generate_image", prompt="a red apple on a blue background", count=4)
+            await host.frame.get_by_text("The image is still being made.").wait_for()
+
+
+async def test_card_of_a_wait_shows_previews(mount: Mount, server: RealServer) -> None:
+    async with mount(tool="wait_for_job", environment=SHORT) as host:
+        await start_engine(host)
+        with slow_engine(server):
+            asked = {"prompt": "a red apple on a blue background", "count": 4}
+            job = json.loads((await host.client.call_tool("generate_image", asked)).content[0].text)["job"]  # type: ignore[union-attr]
+            await host.page.evaluate("(params) => bridge.sendToolInput(params)", {"arguments": {"job": job}})
+            await host.frame.locator(".working .preview[src]").wait_for()
+
+
+async def test_cancel_stops_a_job_that_the_view_waits_for(mount: Mount, server: RealServer) -> None:
+    prompt = "a purple dog on a grey background"
+    async with mount(environment=SHORT) as host:
+        await host.agent_calls("generate_image", prompt=prompt, seed=3)
+        await host.image()
+        host.calls.clear()
+        with slow_engine(server):
+            await host.frame.get_by_role("button", name="Variations").click()
+            with anyio.fail_after(WAIT / 1000):
+                while not any(call["name"] == "wait_for_job" for call in host.calls):
+                    await anyio.sleep(0.05)
+            await host.frame.get_by_role("button", name="Cancel").click()
+            await host.frame.get_by_text("Cancelled.").wait_for()
+        with anyio.fail_after(WAIT / 1000):
+            while json.loads((await host.client.read_resource("klein://now?after=0")).contents[0].text)["jobs"]:  # type: ignore[union-attr]
+                await anyio.sleep(0.2)
+    store = Store(server.home / "library")
+    records, _ = store.search(prompt, limit=50)
+    store.close()
+    assert len(records) < 5
 
 
 async def test_view_cancels_its_own_call(mount: Mount, server: RealServer) -> None:

@@ -1,41 +1,14 @@
 """A person queues several calls, stops one, looks at another image, and loads the page anew meanwhile."""
 
-import json
-import os
-import signal
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import pytest
 
-from tests.browser.conftest import Open, Studio
+from tests.browser.conftest import Open, Studio, slow_engine
 from tests.browser.person import generate, shown
 from tests.real_server import RealServer
 
 pytestmark = [pytest.mark.browser, pytest.mark.anyio]
-
-
-@contextmanager
-def slow_engine(server: RealServer) -> Iterator[None]:
-    """Let the engine's process run for a tenth of the time only: nano takes 0.2 s for an image."""
-    pid = json.loads((server.home / "daemon.json").read_text())["pid"]
-    over = threading.Event()
-
-    def work() -> None:
-        while not over.wait(0.02):
-            os.kill(pid, signal.SIGSTOP)
-            over.wait(0.2)
-            os.kill(pid, signal.SIGCONT)
-
-    thread = threading.Thread(target=work)
-    thread.start()
-    try:
-        yield
-    finally:
-        over.set()
-        thread.join()
 
 
 async def begin(page: Any, prompt: str, count: int = 4) -> None:

@@ -7,6 +7,8 @@ import json
 import re
 import secrets
 from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import anyio
@@ -384,6 +386,33 @@ async def test_stopped_call_stops_the_job_that_it_no_longer_waits_for(
     with anyio.fail_after(120):
         while (await jobs.list())[0].state != "cancelled":
             await anyio.sleep(0.01)
+
+
+@pytest.mark.parametrize(("mark", "state"), [(True, "cancelled"), ("agent", "done"), (None, "done")])
+async def test_only_the_persons_wait_stops_the_job_when_it_is_stopped(
+    service: Service, jobs: JobManager, painter: FakeExecutor, mark: bool | str | None, state: str
+) -> None:
+    service.settings = replace(service.settings, wait_budget=0.1)
+    painter.seconds_per_step = 60.0
+    meta: Any = {"klein-mcp/view": mark} if mark else None
+    heard = anyio.Event()
+
+    async def hear(progress: float, total: float | None, message: str | None) -> None:
+        heard.set()
+
+    async with Client(create_server(service), extensions=[APPS]) as app:
+        job = line(await app.call_tool("generate_image", {"prompt": "slow"}, meta=meta))["job"]
+        service.settings = replace(service.settings, wait_budget=60)
+        async with anyio.create_task_group() as tasks:
+            wait = partial(app.call_tool, "wait_for_job", {"job": job}, progress_callback=hear, meta=meta)
+            tasks.start_soon(wait)
+            await heard.wait()
+            tasks.cancel_scope.cancel()
+        if state == "done":
+            painter.hurry()
+        with anyio.fail_after(120):
+            while (await jobs.job(job)).state != state:
+                await anyio.sleep(0.01)
 
 
 async def test_page_knows_its_calls_among_all_jobs(service: Service, painter: FakeExecutor) -> None:

@@ -33,7 +33,8 @@ export function resume(call) {
   return follow(call, state.bridge.result(call));
 }
 
-async function follow(call, answer) {
+/** Wait for the images of a call, by its answer or by the job in it, and show them. */
+export async function follow(call, answer) {
   state.calls.add(call);
   state.error = "";
   emit("jobs");
@@ -41,7 +42,8 @@ async function follow(call, answer) {
   try {
     let result = readResult(await answer);
     while (!result.failed && result.line.job && !result.handles.length) {
-      result = readResult(await state.bridge.call("wait_for_job", { job: result.line.job }, call));
+      call.job = result.line.job;
+      result = readResult(await state.bridge.call("wait_for_job", { job: call.job }, call));
     }
     if (result.failed) throw new Error(result.text);
     announce(`Ready: ${clip(call.prompt)}`);

@@ -67,8 +67,9 @@ export class AppBridge {
     if (!this.can.call) throw new Error("This client does not let the studio call tools. Ask the agent instead.");
     // Later: the caller has yet to note this call, and without one the news would end at once.
     queueMicrotask(() => this.poll());
-    // The mark tells the server that a person asked, so that what is meant for the agent waits for the agent.
-    const _meta = { "klein-mcp/view": true };
+    // The mark tells the server that a person asked, so that what is meant for the agent waits for the agent. A job of
+    // the agent's goes on when its card is gone.
+    const _meta = { "klein-mcp/view": call?.agent ? "agent" : true };
     return await this.request("tools/call", { name: tool, arguments: input, _meta }, call);
   }
 

@@ -28,7 +28,7 @@ export function jobOf(call) {
   if (state.bridge.kind === "app") {
     // The server does not know by name what a view or its agent calls.
     const mine = state.now.jobs.filter((each) => each.mine);
-    job = mine.findLast((each) => each.prompt === call.prompt) ?? mine.at(-1);
+    job = mine.find((each) => each.job === call.job) ?? mine.findLast((each) => each.prompt === call.prompt) ?? mine.at(-1);
   }
   if (job) call.latest = job;
   return call.latest ?? { state: "starting", prompt: call.prompt, fraction: null };

@@ -1,6 +1,6 @@
 // Starts the page: as an app inside a client's frame, or as a page of its own in a browser.
 
-import { fail, readResult, showResult } from "./actions.js";
+import { fail, follow, readResult, showResult } from "./actions.js";
 import { AppBridge } from "./app_bridge.js";
 import { createComposer } from "./composer.js";
 import { createDetails } from "./details.js";
@@ -45,12 +45,17 @@ const agentCall = { prompt: "", agent: true };
 const fromHost = {
   input(input) {
     agentCall.prompt = [input.prompt ?? ""].flat().join(" ");
-    if (!LISTS.includes(state.bridge.context.toolInfo?.tool?.name) && input.prompt) state.calls.add(agentCall);
+    agentCall.job = input.job;
+    if (!LISTS.includes(state.bridge.context.toolInfo?.tool?.name) && (input.prompt || input.job)) state.calls.add(agentCall);
     emit("jobs");
   },
   async result(result) {
-    state.calls.delete(agentCall);
     const read = readResult(result);
+    // The agent's call may be over before its image is there.
+    const pending = !read.failed && Boolean(read.line.job) && !read.handles.length;
+    if (pending && state.bridge.can.call) return follow(agentCall, result);
+    state.pending = pending;
+    state.calls.delete(agentCall);
     if (read.failed) return fail(new Error(read.text || "The call failed."));
     if (read.line.images && !read.src && LISTS.includes(state.bridge.context.toolInfo?.tool?.name)) {
       state.view = "library";

@@ -15,8 +15,10 @@ export const state = {
   references: [],
   /** The latest Now of the server. */
   now: { seq: 0, jobs: [], library: 0 },
-  /** Calls of this page that have not returned: {name, prompt, agent, stopped, latest}. */
+  /** Calls of this page that have not returned: {name, prompt, job, agent, stopped, latest}. */
   calls: new Set(),
+  /** Whether the agent's call returned before its image was there, and this page cannot wait for it. */
+  pending: false,
   /** Whether the person looks at an image while a call of this page runs. */
   aside: false,
   engine: null,

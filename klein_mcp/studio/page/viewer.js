@@ -186,7 +186,7 @@ function fitStage(frame, width, height) {
 
 function renderEmpty() {
   const words = modelOf()?.examples ?? [];
-  const key = `empty/${words}`;
+  const key = `empty/${state.pending}/${words}`;
   if (nodes.stage.shown === key && !nodes.stage.working) return;
   nodes.stage.shown = key;
   nodes.stage.working = null;
@@ -197,7 +197,8 @@ function renderEmpty() {
       prompt.focus();
     }),
   );
-  const greeting = state.card ? "The image appears here." : "Describe an image and press Generate, or drop an image to change it.";
+  const card = state.pending ? "The image is still being made. The agent can wait for it." : "The image appears here.";
+  const greeting = state.card ? card : "Describe an image and press Generate, or drop an image to change it.";
   fill(nodes.stage, h("div", { class: "welcome" }, h("p", {}, greeting), !state.card && examples));
 }
 
