@@ -64,6 +64,42 @@ async def test_server_that_is_gone_is_explained_and_marked(browser: Any, server:
         await page.context.close()
 
 
+async def test_error_shows_in_every_view_until_the_next_call(open_page: Open) -> None:
+    page = await open_page(allowed=("503",))
+    error = page.get_by_role("alert")
+
+    async def refuse(route: Any) -> None:
+        await route.fulfill(status=503, json={"error": "Out of order."})
+
+    async def keep_waiting(route: Any) -> None:
+        """Answer nothing."""
+
+    await page.route("**/studio/read?uri=klein%3A%2F%2Fengine", refuse)
+    await page.get_by_role("button", name="Engine", exact=True).click()
+    await error.get_by_text("Out of order.").wait_for()
+    await page.get_by_role("button", name="Library", exact=True).click()
+    assert await error.is_visible()
+    await page.get_by_role("button", name="Create", exact=True).click()
+    assert await error.is_visible()
+    await page.route("**/studio/call", keep_waiting)
+    await page.get_by_role("textbox").first.fill("a red apple")
+    await page.get_by_role("button", name="Generate").click()
+    await error.wait_for(state="hidden")
+
+
+async def test_error_is_in_sight_on_a_phone_that_scrolled(open_page: Open) -> None:
+    page = await open_page(width=360, height=740)
+    generate = page.get_by_role("button", name="Generate")
+    await page.get_by_role("textbox").first.fill("a red apple on a blue background")
+    await new_image(page, generate.click)
+    await page.get_by_role("textbox").first.fill("a red apple " * 400)
+    await generate.click()
+    await page.get_by_role("alert").get_by_text("4000").wait_for()
+    await page.evaluate("scrollTo(0, 1e6)")
+    box = await page.get_by_role("alert").bounding_box()
+    assert 0 <= box["y"] < 740
+
+
 async def test_reload_keeps_image_prompt_and_references(open_page: Open) -> None:
     page = await open_page()
     handle = await generate(page, "a red apple on a blue background", seed=3)

@@ -37,6 +37,7 @@ export function resume(call) {
 export async function follow(call, answer) {
   state.calls.add(call);
   state.error = "";
+  emit("error");
   emit("jobs");
   emit("shown");
   try {

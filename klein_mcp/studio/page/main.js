@@ -4,6 +4,7 @@ import { fail, follow, readResult, showResult } from "./actions.js";
 import { AppBridge } from "./app_bridge.js";
 import { createComposer } from "./composer.js";
 import { createDetails } from "./details.js";
+import { button, fill, h } from "./dom.js";
 import { leaveHidden } from "./focus.js";
 import { createEngine, loadEngine } from "./engine.js";
 import { createLibrary, createRecent } from "./library.js";
@@ -75,6 +76,14 @@ const fromHost = {
   },
 };
 
+/** Show the error above whichever view is open. */
+function renderError() {
+  const box = $("error");
+  box.hidden = !state.error;
+  const dismiss = button("Dismiss", "close", () => ((state.error = ""), renderError()), { class: "quiet" });
+  fill(box, state.error && [h("p", {}, state.error), dismiss]);
+}
+
 /** The mark in the header: the model, or that nobody answers. */
 function renderMark() {
   const chip = $("model-chip");
@@ -101,6 +110,7 @@ async function start() {
   state.card = app;
   on("view image jobs", renderView);
   on("engine", renderMark);
+  on("error", renderError);
   for (const tab of document.querySelectorAll("nav button")) {
     tab.addEventListener("click", () => ((state.view = tab.dataset.view), emit("view")));
   }

@@ -22,7 +22,6 @@ export function createViewer(root) {
     tools: h("div", { class: "tools" }),
     edit: h("div", { class: "edit" }),
     family: h("div", { class: "family" }),
-    error: h("div", { class: "error", role: "alert", hidden: true }),
   };
   nodes.zoom = h(
     "div",
@@ -33,7 +32,7 @@ export function createViewer(root) {
     button("Fit", "fit", () => zoom.fit(), { class: "only-icon" }),
   );
   const around = h("div", { class: "around" }, nodes.stage);
-  root.append(nodes.error, nodes.sheet, around, nodes.tools, h("div", { class: "foot" }, nodes.edit, nodes.zoom), nodes.family);
+  root.append(nodes.sheet, around, nodes.tools, h("div", { class: "foot" }, nodes.edit, nodes.zoom), nodes.family);
   new ResizeObserver(placeNotes).observe(around);
   zoom = new Zoom(nodes.stage, {
     wheel: state.bridge.kind === "web",
@@ -44,7 +43,6 @@ export function createViewer(root) {
   on("shown", () => {
     if (matchMedia("(max-width: 760px)").matches) nodes.stage.parentElement.scrollIntoView({ block: "start" });
   });
-  on("error", renderError);
   // Until another image is there, its actions would still mean the one before.
   on("opening", () => ((opening = true), renderInert()));
   on("opened image", () => ((opening = false), renderInert()));
@@ -54,7 +52,6 @@ export function createViewer(root) {
 
 function render() {
   if (shown !== state.image?.image) [shown, mask, before] = [state.image?.image, null, null];
-  renderError();
   renderSheet();
   renderStage();
   renderTools();
@@ -79,12 +76,6 @@ function renderInert() {
   const next = [nodes.tools, nodes.edit].map((node) => named(node, resume)).find(Boolean);
   resume = null;
   if (waiting && next && !matchMedia("(pointer: coarse)").matches) next.focus({ preventScroll: true });
-}
-
-function renderError() {
-  nodes.error.hidden = !state.error;
-  const dismiss = button("Dismiss", "close", () => ((state.error = ""), renderError()), { class: "quiet" });
-  fill(nodes.error, state.error && [h("p", {}, state.error), dismiss]);
 }
 
 /** The images of a sheet as a row of thumbnails with their letters; one of them is the pick. */
