@@ -95,6 +95,20 @@ async def test_result_does_not_replace_the_image_looked_at(open_page: Open, serv
     assert await shown(page) == first
 
 
+async def test_result_leaves_a_person_in_the_library(open_page: Open, server: RealServer) -> None:
+    page = await open_page()
+    await generate(page, "a red apple on a blue background", seed=3)
+    with slow_engine(server):
+        await begin(page, "a white dog on a grey background", 1)
+        await page.locator(".jobs li").first.wait_for()
+        await page.get_by_role("button", name="Library", exact=True).click()
+    ready = page.locator("#notes p").filter(has_text="Ready: a white dog")
+    await ready.wait_for()
+    assert await page.locator("#library").is_visible()
+    await ready.get_by_role("button", name="Open").click()
+    await page.locator("blockquote").get_by_text("a white dog").wait_for()
+
+
 async def test_reload_in_the_middle_loses_no_image(open_page: Open, server: RealServer) -> None:
     page = await open_page()
     await generate(page, "a red apple on a blue background", seed=3)

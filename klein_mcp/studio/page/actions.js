@@ -50,8 +50,7 @@ export async function follow(call, answer) {
     announce(`Ready: ${clip(call.prompt)}`);
     for (const warning of result.line.warnings ?? []) note(warning);
     const newest = [...state.calls].at(-1) === call;
-    if (newest && !state.aside) await showResult(result);
-    else note(`Ready: ${call.prompt}`, { words: "Open", run: () => open(result.handles[0], result.handles) });
+    await present(result, call.prompt, newest);
     return result.handles;
   } catch (error) {
     if (call.stopped) note("Cancelled.");
@@ -79,14 +78,19 @@ export function fail(error) {
   emit("error");
 }
 
-/** Show the images of a tool result, at once from its preview and then in full. */
-export async function showResult({ handles, src, line }) {
+/** Show a result, or offer it to a person who looks at something else. */
+export async function present(result, prompt, newest = true) {
+  const { handles } = result;
   if (!handles.length) return;
+  if (newest && !state.aside && state.view === "create") return showResult(result);
+  note(`Ready: ${prompt}`, { words: "Open", run: () => open(handles[0], handles) });
+}
+
+/** Show the images of a tool result, at once from its preview and then in full. */
+async function showResult({ handles, src, line }) {
   state.image = { image: handles[0], src: handles.length === 1 ? src : null, sheetSrc: src, ...pickFacts(line) };
   state.sheet = handles.length > 1 ? handles : [];
   state.tool = "look";
-  state.view = "create";
-  emit("view");
   emit("image");
   await load(handles[0], handles);
 }

@@ -1,6 +1,6 @@
 // Starts the page: as an app inside a client's frame, or as a page of its own in a browser.
 
-import { fail, follow, readResult, showResult } from "./actions.js";
+import { fail, follow, present, readResult } from "./actions.js";
 import { AppBridge } from "./app_bridge.js";
 import { createComposer } from "./composer.js";
 import { createDetails } from "./details.js";
@@ -63,7 +63,7 @@ const fromHost = {
       return emit("view");
     }
     emit("jobs");
-    await showResult(read);
+    await present(read, agentCall.prompt);
   },
   cancelled() {
     state.calls.delete(agentCall);
