@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.browser.conftest import Open, Studio, running_studio
+from tests.browser.conftest import WAIT, Open, Studio, running_studio
 from tests.browser.person import generate, new_image, pixels, visit
+from tests.klein_mcp.front_ends import serving_process
 from tests.real_server import RealServer
 
 pytestmark = [pytest.mark.browser, pytest.mark.anyio]
@@ -104,6 +105,20 @@ async def test_ended_session_is_explained(browser: Any, server: RealServer, sign
         await page.get_by_role("button", name="Generate").click()
         await page.get_by_role("alert").get_by_text(re.compile("session has ended")).wait_for()
         await page.context.close()
+
+
+async def test_second_link_leaves_the_first_tab_working(browser: Any, server: RealServer) -> None:
+    with serving_process(server):
+        links = [server.run("-m", "klein_mcp", "studio", "--no-browser").stdout.strip() for _ in range(2)]
+        context = await browser.new_context()
+        tabs = [await context.new_page() for _ in links]
+        for tab, link in zip(tabs, links, strict=True):
+            tab.set_default_timeout(WAIT)
+            await tab.goto(link)
+            await tab.wait_for_url("**/studio")
+            await tab.wait_for_selector("#prompt")
+        assert await generate(tabs[0], "a red apple on a blue background")
+        await context.close()
 
 
 async def test_examples_follow_the_chosen_model(open_page: Open) -> None:

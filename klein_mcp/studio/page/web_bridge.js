@@ -25,9 +25,13 @@ export class WebBridge {
     this.news = new EventTarget();
   }
 
+  /** Learn the token of the session that the cookie belongs to. */
+  async enter() {
+    this.csrf = (await this.fetchJson("/studio/session")).csrf;
+  }
+
   async start() {
-    const session = await this.fetchJson("/studio/session");
-    this.csrf = session.csrf;
+    await this.enter();
     const events = new EventSource("/studio/events");
     events.addEventListener("now", (event) => this.receive(JSON.parse(event.data)));
     events.addEventListener("open", () => this.listeners.reached(true));
@@ -68,11 +72,21 @@ export class WebBridge {
     }
   }
 
-  post(path, body) {
-    const headers = { "X-CSRF-Token": this.csrf };
-    if (body instanceof Blob) headers["Content-Type"] = body.type || "application/octet-stream";
-    else headers["Content-Type"] = "application/json";
-    return this.fetchJson(path, { method: "POST", headers, body: body instanceof Blob ? body : JSON.stringify(body) });
+  async post(path, body) {
+    const file = body instanceof Blob;
+    const type = file ? body.type || "application/octet-stream" : "application/json";
+    const send = () => {
+      const headers = { "X-CSRF-Token": this.csrf, "Content-Type": type };
+      return this.fetchJson(path, { method: "POST", headers, body: file ? body : JSON.stringify(body) });
+    };
+    try {
+      return await send();
+    } catch (error) {
+      if (error.message !== ENDED) throw error;
+    }
+    // Another tab may have come by a newer link: the cookie is of its session since, which has a token of its own.
+    await this.enter();
+    return send();
   }
 
   async read(uri) {
