@@ -42,6 +42,17 @@ async def test_finger_draws_a_mask_and_the_page_stays(open_page: Open) -> None:
     assert await page.evaluate("scrollY") == scrolled
 
 
+async def test_two_fingers_enlarge_the_image_and_draw_nothing(open_page: Open) -> None:
+    page = await phone_with_image(open_page)
+    await page.get_by_role("button", name="Mask", exact=True).tap()
+    before = await page.locator(".zoom output").inner_text()
+    await touch(page, "canvas.mask", *([(0.4 - 0.03 * step, 0.5), (0.6 + 0.03 * step, 0.5)] for step in range(8)))
+    await page.wait_for_function("before => document.querySelector('.zoom output').innerText !== before", arg=before)
+    assert await page.locator("#edit-words").inner_text() == "Edit"
+    await page.get_by_role("button", name="Done").tap()
+    assert await page.locator("canvas.mask").count() == 0
+
+
 async def test_two_fingers_enlarge_the_image_and_not_the_page(open_page: Open) -> None:
     page = await phone_with_image(open_page)
     before = await page.locator(".zoom output").inner_text()

@@ -67,7 +67,8 @@ export class Mask {
   }
 
   pointerdown(event) {
-    if (event.button !== 0 || !event.isPrimary) return;
+    if (!event.isPrimary) return this.drop();
+    if (event.button !== 0) return;
     event.preventDefault();
     this.canvas.focus({ preventScroll: true });
     this.canvas.setPointerCapture(event.pointerId);
@@ -87,6 +88,13 @@ export class Mask {
   pointerup() {
     this.drawing = null;
     this.changed();
+  }
+
+  /** Take back the stroke that was begun: a second finger enlarges the image. */
+  drop() {
+    if (!this.drawing) return;
+    this.drawing = null;
+    this.undo();
   }
 
   pointercancel() {
