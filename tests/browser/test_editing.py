@@ -55,6 +55,25 @@ async def test_mask_counts_until_it_is_cleared_and_reaches_every_corner(open_pag
     assert await page.locator(".frame .mask").count() == 0
 
 
+async def test_begun_edit_is_there_again_after_a_look_at_another_image(open_page: Open) -> None:
+    page = await open_page()
+    first = await generate(page, "a red apple on a blue background", seed=3)
+    second = await generate(page, "a red apple on a blue background", seed=4)
+    words, change = page.locator("#edit-words"), page.locator("#change")
+    await page.get_by_role("button", name="Mask", exact=True).click()
+    await drag(page, "canvas.mask", (0.2, 0.2), (0.4, 0.2))
+    await change.fill("make the background green")
+    await page.locator(f"#recent [data-key={first}]").click()
+    await page.locator("#details dd").first.get_by_text(first).wait_for()
+    assert (await words.inner_text(), await change.input_value()) == ("Edit", "")
+    await page.locator(f"#recent [data-key={second}]").click()
+    await words.get_by_text("Edit inside the mask").wait_for()
+    assert await change.input_value() == "make the background green"
+    assert await page.locator(".frame .mask").count() == 1
+    await new_image(page, page.locator(".edit button").click)
+    assert (await words.inner_text(), await change.input_value()) == ("Edit", "")
+
+
 async def test_drawn_box_becomes_a_region(open_page: Open, studio: Studio) -> None:
     page = await open_page()
     original = await generate(page, "a red apple on a blue background", seed=3)

@@ -11,6 +11,9 @@ import { Zoom } from "./zoom.js";
 
 let nodes, zoom, mask, before, shown;
 let opening = false;
+/** What was begun on images that were left: {mask, words} by handle, the latest last. */
+const begun = new Map();
+const MOST_BEGUN = 10;
 /** The name of the control that had the focus before the actions were off. */
 let resume = null;
 
@@ -51,7 +54,12 @@ export function createViewer(root) {
 }
 
 function render() {
-  if (shown !== state.image?.image) [shown, mask, before] = [state.image?.image, null, null];
+  if (shown !== state.image?.image) {
+    keepBegun();
+    shown = state.image?.image;
+    mask = begun.get(shown)?.mask;
+    before = null;
+  }
   renderSheet();
   renderStage();
   renderTools();
@@ -59,6 +67,15 @@ function render() {
   const tree = state.image && !state.card ? lineage(state.image) : null;
   fill(nodes.family, tree);
   tree?.querySelector("[aria-current]")?.scrollIntoView({ block: "nearest", inline: "nearest" });
+}
+
+/** Keep the mask and the words of the image that leaves the stage, for when it is back. */
+function keepBegun() {
+  const words = document.getElementById("change")?.value;
+  begun.delete(shown);
+  const drawn = mask?.empty ? null : mask;
+  if (words || drawn) begun.set(shown, { mask: drawn, words });
+  if (begun.size > MOST_BEGUN) begun.delete(begun.keys().next().value);
 }
 
 /** The actions are those of the image on the stage: off while another is made or opened. */
@@ -316,12 +333,12 @@ function cutOut() {
 function renderEdit() {
   const { image, bridge } = state;
   if (!image || !bridge.can.call) return fill(nodes.edit);
-  const begun = nodes.edit.image === image.image ? document.getElementById("change")?.value : "";
+  const typed = nodes.edit.image === image.image ? document.getElementById("change")?.value : null;
   nodes.edit.image = image.image;
   const words = h("input", {
     id: "change",
     type: "text",
-    value: begun ?? "",
+    value: typed ?? begun.get(image.image)?.words ?? "",
     required: true,
     dir: "auto",
     autocomplete: "off",
