@@ -382,8 +382,11 @@ async def test_cancelled_call_and_error_are_explained(mount: Mount) -> None:
         assert await host.frame.locator(".working").count() == 0
     async with mount() as host:
         failed = {"content": [{"type": "text", "text": "width is 32; it must lie in 64 … 2048."}], "isError": True}
+        await host.page.evaluate("bridge.sendToolInput({ arguments: { prompt: 'a red apple' } })")
+        await host.frame.locator(".working").wait_for()
         await host.page.evaluate("(result) => bridge.sendToolResult(result)", failed)
         await host.frame.get_by_text("it must lie in").wait_for()
+        assert await host.frame.locator(".working").count() == 0
 
 
 SHORT = {"KLEIN_WAIT_BUDGET": "0.5"}

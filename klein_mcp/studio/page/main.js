@@ -57,12 +57,12 @@ const fromHost = {
     if (pending && state.bridge.can.call) return follow(agentCall, result);
     state.pending = pending;
     state.calls.delete(agentCall);
+    emit("jobs");
     if (read.failed) return fail(new Error(read.text || "The call failed."));
     if (read.line.images && !read.src && LISTS.includes(state.bridge.context.toolInfo?.tool?.name)) {
       state.view = "library";
       return emit("view");
     }
-    emit("jobs");
     await present(read, agentCall.prompt);
   },
   cancelled() {
