@@ -7,7 +7,7 @@ import anyio
 import pytest
 
 from tests.browser.conftest import Open
-from tests.browser.person import generate, shown
+from tests.browser.person import edit, generate, new_image, shown
 
 pytestmark = [pytest.mark.browser, pytest.mark.anyio]
 
@@ -78,6 +78,21 @@ async def test_image_that_opens_slowly_takes_nobody_back(open_page: Open) -> Non
     )
     assert await page.locator("#engine").is_visible()
     assert page.url.endswith("/studio#engine")
+
+
+async def test_tree_scrolls_to_its_image_and_the_page_stays(open_page: Open) -> None:
+    page = await open_page(width=360, height=740)
+    await page.get_by_role("textbox").first.fill("a red apple on a blue background")
+    await new_image(page, page.get_by_role("button", name="Generate").click)
+    for words in ("make the background yellow", "make the background green", "make the background white"):
+        await edit(page, words)
+    await page.get_by_role("button", name="Library", exact=True).click()
+    await page.evaluate("scrollTo(0, 0)")
+    await page.get_by_role("button", name="Create", exact=True).click()
+    assert await page.evaluate("scrollY") == 0
+    tree, leaf = [await page.locator(each).bounding_box() for each in (".lineage", ".tree li:has([aria-current])")]
+    assert tree["x"] <= leaf["x"]
+    assert leaf["x"] + leaf["width"] <= tree["x"] + tree["width"]
 
 
 async def test_address_of_an_image_opens_it_in_a_new_tab(open_page: Open) -> None:

@@ -66,7 +66,9 @@ function render() {
   renderEdit();
   const tree = state.image && !state.card ? lineage(state.image) : null;
   fill(nodes.family, tree);
-  tree?.querySelector("[aria-current]")?.scrollIntoView({ block: "nearest", inline: "nearest" });
+  const leaf = tree?.querySelector("li:has([aria-current])");
+  // The tree alone: scrollIntoView would also move a phone's page down to it.
+  if (leaf) tree.scrollTo(leaf.offsetLeft - (tree.clientWidth - leaf.offsetWidth) / 2, leaf.offsetTop - (tree.clientHeight - leaf.offsetHeight) / 2);
 }
 
 /** Keep the mask and the words of the image that leaves the stage, for when it is back. */
