@@ -38,18 +38,20 @@ async def test_prompts_file_names_and_metadata_never_become_html(open_page: Open
 async def test_images_come_by_drop_and_paste(open_page: Open) -> None:
     page = await open_page()
     put = (
-        "async ([type, selector]) => { const canvas = new OffscreenCanvas(96, 96);"
+        "async ([type, selector, words]) => { const canvas = new OffscreenCanvas(96, 96);"
         " canvas.getContext('2d').fillRect(0, 0, 40 + 40 * (type === 'drop'), 40);"
         " const file = new File([await canvas.convertToBlob()], 'one.png', { type: 'image/png' });"
         " const data = new DataTransfer(); data.items.add(file);"
+        " if (words) data.setData('text/plain', words);"
         " const event = type === 'paste' ? new ClipboardEvent('paste', { clipboardData: data, bubbles: true })"
         " : new DragEvent(type, { dataTransfer: data, bubbles: true, cancelable: true });"
         " document.querySelector(selector).dispatchEvent(event); }"
     )
     await page.evaluate(put, ["drop", ".stage"])
     await page.wait_for_function("() => document.querySelectorAll('.references img').length === 1")
+    await page.evaluate(put, ["paste", "#prompt", "cells of a spreadsheet"])
     await page.get_by_role("button", name="Library", exact=True).click()
-    await page.evaluate(put, ["paste", "body"])
+    await page.evaluate(put, ["paste", "body", "words that nothing here takes"])
     assert await page.locator("#create").is_visible(), "where the reference is"
     await page.wait_for_function("() => document.querySelectorAll('.references img').length === 2")
     await page.get_by_label("Remove reference 1").click()

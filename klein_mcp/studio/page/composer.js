@@ -67,7 +67,12 @@ export function createComposer(root) {
   root.append(form, nodes.jobs);
   createJobs(nodes.jobs);
   acceptDrops(document.body);
-  document.addEventListener("paste", (event) => event.clipboardData.files.length && takeFiles(event, event.clipboardData.files));
+  document.addEventListener("paste", (event) => {
+    const { files, types } = event.clipboardData;
+    // Spreadsheets copy an image of their cells beside the words.
+    const words = types.includes("text/plain") && event.target.closest?.("textarea, input");
+    if (files.length && !words) takeFiles(event, files);
+  });
   on("references", renderReferences);
   on("engine model", renderModels);
   renderReferences();
