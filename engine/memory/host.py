@@ -11,9 +11,11 @@ GROUPS = Path("/sys/fs/cgroup")
 MEMBERSHIP = Path("/proc/self/cgroup")
 """The groups of this process, a line each."""
 
-_UNIFIED = ("", "memory.max", "memory.current", "inactive_file")
-_LEGACY = ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
-"""Versions 2 and 1: a folder below the groups' own, files of the limit and the use, and an entry of memory.stat."""
+_UNIFIED = ("", "memory.max", "memory.current", "")
+_LEGACY = ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_")
+"""Versions 2 and 1: a folder below the groups' own, files of limit and use, how entries of memory.stat begin."""
+_CACHED = ("inactive_file", "active_file")
+"""What was read of files. It goes as soon as memory is wanted; weights that were hashed and then loaded are active."""
 
 
 def total_bytes() -> int:
@@ -36,14 +38,13 @@ def _limits(groups: Path, membership: Path) -> Iterator[tuple[int, int]]:
         _, controllers, path = line.split(":", 2)
         if controllers not in ("", "memory"):
             continue
-        folder, limit_file, use_file, cached = _LEGACY if controllers else _UNIFIED
+        folder, limit_file, use_file, prefix = _LEGACY if controllers else _UNIFIED
         # A group above limits, too. One that is outside of the container is not seen, and its path leads nowhere.
         own = PurePosixPath(path.lstrip("/"))
         for group in (groups / folder / each for each in (own, *own.parents)):
             limit, used = _number(group / limit_file), _number(group / use_file)
             if limit is not None and used is not None:
-                # What was read of files goes as soon as memory is wanted.
-                used -= _statistic(group / "memory.stat", cached)
+                used -= sum(_statistic(group / "memory.stat", prefix + name) for name in _CACHED)
                 yield limit, max(0, limit - used)
 
 

@@ -149,8 +149,10 @@ def _daemon(settings: Settings) -> Check:
     except Exception as error:
         return Check("daemon", f"does not answer ({error})", f"Run: {shell_line([*program(), 'stop'])}")
     if status.silent:
-        todo = f"Run: {shell_line([*program(), 'stop'])}; it says which process to end, or on which machine."
-        return Check("daemon", "its process runs and does not answer", todo)
+        # Where it starts or ends this moment, nothing is to be done.
+        stop = shell_line([*program(), "stop"])
+        todo = f"If that stays so, run: {stop}; it says which process to end, or on which machine."
+        return Check("daemon", "starting, ending or hanging: its process runs and does not answer", todo, optional=True)
     if not status.pid:
         return Check("daemon", "not running; the first call starts it")
     if status.version not in ("", __version__):

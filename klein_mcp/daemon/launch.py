@@ -93,21 +93,23 @@ class Launcher:
         At least every second, at last its endpoint.
         Raises EngineFailed if it does not start, is on another machine, or is newer than this front end.
         """
-        heard = time.monotonic()
+        heard, held = time.monotonic(), None  # held: since when its lock is, while nobody answers
         while True:
             hello = await self.find()
             if hello and not hello.draining and self._same(hello):
                 yield hello.endpoint
                 return
             if hello:
-                heard = time.monotonic()
+                heard, held = time.monotonic(), None
                 if not hello.draining:
                     await self._ask_to_leave(hello)
             elif time.monotonic() - heard > START_TIMEOUT:
                 raise self.timeout_error(START_TIMEOUT)
             elif self.lock_is_held():  # too busy to answer, or on its way out: a second one would only wait for it
-                self.check_host(time.monotonic() - heard)
+                held = held or time.monotonic()
+                self.check_host(time.monotonic() - held)
             else:
+                held = None
                 async with aclosing(self._start_if_nobody_does()) as starting:
                     async for _ in starting:
                         yield None

@@ -67,8 +67,11 @@ class ImageMaker:
             if len(job.saved) > 1:
                 job.warnings = (*job.warnings, *await asyncio.to_thread(self._drafts_warnings, job))
         finally:
-            if saving and not saving.done():  # cancelled: its thread goes on, and stores the image
-                await asyncio.wait([saving])
+            # After an error or a cancel its thread goes on, and stores the image. Whoever ends the daemon cancels once
+            # more, and would close the library under it.
+            while saving and not saving.done():
+                with contextlib.suppress(asyncio.CancelledError):
+                    await asyncio.wait([saving])
 
     async def _make(self, job: JobRecord, image: int, prepared: "PreparedRequest") -> "Made":
         """Run the engine's jobs of one image, nearly always one."""

@@ -43,6 +43,7 @@ async def test_images_come_by_drop_and_paste(open_page: Open) -> None:
         " const file = new File([await canvas.convertToBlob()], 'one.png', { type: 'image/png' });"
         " const data = new DataTransfer(); data.items.add(file);"
         " if (words) data.setData('text/plain', words);"
+        " if (words?.includes(' ')) data.setData('text/html', words);"
         " const event = type === 'paste' ? new ClipboardEvent('paste', { clipboardData: data, bubbles: true })"
         " : new DragEvent(type, { dataTransfer: data, bubbles: true, cancelable: true });"
         " document.querySelector(selector).dispatchEvent(event); }"
@@ -50,6 +51,10 @@ async def test_images_come_by_drop_and_paste(open_page: Open) -> None:
     await page.evaluate(put, ["drop", ".stage"])
     await page.wait_for_function("() => document.querySelectorAll('.references img').length === 1")
     await page.evaluate(put, ["paste", "#prompt", "cells of a spreadsheet"])
+    await page.evaluate(put, ["paste", "#prompt", "name-of-a-copied-file.png"])
+    await page.wait_for_function("() => document.querySelectorAll('.references img').length === 2")
+    await page.get_by_label("Remove reference 2").click()
+    await page.wait_for_function("() => document.querySelectorAll('.references img').length === 1")
     await page.get_by_role("button", name="Library", exact=True).click()
     await page.evaluate(put, ["paste", "body", "words that nothing here takes"])
     assert await page.locator("#create").is_visible(), "where the reference is"

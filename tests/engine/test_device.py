@@ -21,8 +21,10 @@ def group(folder: Path, limit: str, used: int, cached: int, *, version: int) -> 
     folder.mkdir(parents=True, exist_ok=True)
     for name, text in zip(names, (limit, str(used)), strict=True):
         (folder / name).write_text(f"{text}\n")
-    entry = "inactive_file" if version == 2 else "total_inactive_file"
-    (folder / "memory.stat").write_text(f"anon 17\n{entry} {cached}\nactive_file 5\n")
+    total = "" if version == 2 else "total_"
+    # What was read twice is active, and as free to go.
+    half = cached // 2
+    (folder / "memory.stat").write_text(f"anon 17\n{total}inactive_file {half}\n{total}active_file {cached - half}\n")
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """A daemon that is up for weeks: detached jobs are finished, old ones leave memory and disk."""
 
 import asyncio
+import contextlib
 import errno
 import json
 import os
@@ -23,7 +24,7 @@ from klein_mcp.jobs.events import Cancelled, Done, Failed, JobEvent
 from klein_mcp.jobs.manager import JobManager
 from klein_mcp.jobs.queue import Queue
 from klein_mcp.jobs.request import generate
-from tests.fakes import FakeExecutor
+from tests.fakes import FakeExecutor, painted
 
 pytestmark = pytest.mark.anyio
 
@@ -188,6 +189,36 @@ async def test_job_whose_last_image_is_being_saved_is_done(manager, painter, tmp
     assert isinstance(await ending(following if stopped else manager, name), Done)
     assert len(painter.jobs) == 1, "it is not made again"
     await following.aclose()
+
+
+async def test_image_that_is_being_saved_outlives_the_next_ones_failure(manager, painter, tmp_path, monkeypatch):
+    """And the daemon's end: it cancels the job once more, and closes the library."""
+    put, began, go_on = Store.put, threading.Event(), threading.Event()
+
+    def slowly(*arguments: Any, **more: Any) -> Any:
+        began.set()
+        assert go_on.wait(60)
+        return put(*arguments, **more)
+
+    def fails(job: Any) -> Any:
+        if job.seed == 2:
+            raise EngineFailed("The GPU is gone.")
+        return painted(job)
+
+    monkeypatch.setattr(Store, "put", slowly)
+    painter.paint = fails
+    await manager.submit(generate("a cat", count=2, seed=1), client="me")
+    await anyio.to_thread.run_sync(began.wait)
+    with anyio.fail_after(60):
+        while not manager._queue.status().failed:
+            await anyio.sleep(0.01)
+    closing = asyncio.create_task(manager.aclose())
+    await anyio.sleep(0.05)
+    assert not closing.done()
+    go_on.set()
+    await closing
+    with contextlib.closing(Store(tmp_path / "library")) as library:
+        assert [record.recipe["seed"] for record in library.everything()] == ["1"]
 
 
 async def test_job_that_is_cancelled_before_it_begins_is_over(manager):

@@ -53,7 +53,7 @@ async def test_lost_device_costs_a_process_and_no_job(front_end, tmp_path):
     await run(front_end)
     (old,) = daemons(tmp_path)
     waiting, events = None, []
-    async with aclosing(front_end.run(generate("pause=0.1 steps=15", seed=5), client="me")) as stream:
+    async with aclosing(front_end.run(generate("pause=0.1 steps=40", seed=5), client="me")) as stream:
         async for event in stream:
             events.append(event)
             if isinstance(inner(event), Step) and not waiting:

@@ -96,7 +96,7 @@ class Teacher:
 
     def __init__(self, nano: Nano, compiled: bool) -> None:
         self.nano = nano.requires_grad_(False)
-        self._velocity = TrainingVelocity(nano, compiled)
+        self.velocity = TrainingVelocity(nano, compiled)
 
     @torch.no_grad()
     def blended(self, true: Tensor, batch: Batch, noisy: Tensor, sigma: Tensor, references: Tensor | None) -> Tensor:
@@ -107,7 +107,7 @@ class Teacher:
         device = noisy.device
         with torch.autocast(device.type, torch.bfloat16, enabled=multiplies_bf16(device)):
             states = self.nano.read(batch.ids, batch.mask)
-        return torch.lerp(self._velocity(noisy, sigma, states, batch.kind.frame.tokens, references), true, TRUTH)
+        return torch.lerp(self.velocity(noisy, sigma, states, batch.kind.frame.tokens, references), true, TRUTH)
 
 
 def loaders(

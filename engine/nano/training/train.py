@@ -89,6 +89,12 @@ class Trainer:
         velocity = self.velocity(noisy, sigma, states, grid, references)
         return ((velocity - wanted).pow(2).mean(-1) * weights).mean()
 
+    def set_compiled(self, compiled: bool) -> None:
+        """Run the compiled pieces from now on, or no more."""
+        self.velocity.compiled = compiled
+        if self.teacher:
+            self.teacher.velocity.compiled = compiled
+
     @torch.no_grad()
     def worn(self, batch: Batch) -> Tensor:
         """Return references as nano itself would make them.
@@ -274,7 +280,8 @@ def train(trainer: Trainer, loader: DataLoader, clock: Clock, options: Options, 
                 reported = now
                 _look_for_decoder(trainer, log)
                 if options.probed and options.probed.exists() and not compiled_once:
-                    compiled_once = trainer.velocity.compiled = True
+                    compiled_once = True
+                    trainer.set_compiled(True)
                     log.write(compiled=options.probed.read_text())
             if options.state and now - kept > options.keep and trainer.steps % CHECK_EVERY == 0:
                 _save_state(trainer, clock, options.state)
@@ -308,7 +315,7 @@ def _one_step(trainer: Trainer, loader: DataLoader, log: Log, done: float, held:
         else:
             trainer.restore_good()
             trainer.rate *= 0.5
-            trainer.velocity.compiled = False
+            trainer.set_compiled(False)
             log.losses.clear()
             log.write(not_finite=True, rate=trainer.rate)
 
@@ -336,7 +343,7 @@ def _recover(trainer: Trainer, error: Exception) -> None:
     if isinstance(error, torch.cuda.OutOfMemoryError):
         torch.cuda.empty_cache()
     else:
-        trainer.velocity.compiled = False
+        trainer.set_compiled(False)
         for compositor in trainer.encoder.compositors.values():
             compositor.compiled = False
     trainer.restore_good()

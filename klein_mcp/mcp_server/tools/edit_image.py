@@ -47,14 +47,14 @@ async def run(service: Service, call: CallContext, arguments: EditImage) -> Call
         raise RequestError("prompt is missing; it must be text, not empty.", hint="Or again: an image's handle.")
     prompts = [asked] if isinstance(asked, str) else asked
     _check_prompts(prompts, arguments.count)
-    width, height = await _other_size(service, call, arguments)
+    arguments = await _without_own_size(service, call, arguments)
     wanted = request.edit(
         arguments.image,
         prompts[0],
         mask=arguments.mask,
         region=arguments.region,
-        width=width,
-        height=height,
+        width=arguments.width,
+        height=arguments.height,
         preserve=arguments.preserve,
         count=arguments.count,
         seed=arguments.seed,
@@ -68,16 +68,21 @@ async def run(service: Service, call: CallContext, arguments: EditImage) -> Call
     return await run_request(service, call, wanted, arguments.show)
 
 
-async def _other_size(service: Service, call: CallContext, arguments: EditImage) -> tuple[int | None, int | None]:
-    """Return the size asked for, none if it is the image's own.
+async def _without_own_size(service: Service, call: CallContext, arguments: EditImage) -> EditImage:
+    """Leave out a size that is the image's own.
 
     Models that fill in every argument give that one, and a size repaints every pixel.
     """
-    asked = arguments.width, arguments.height
-    if None in asked:
-        return asked
+    from klein_mcp.images.resolver import is_counted_back
+
+    if arguments.width is None or arguments.height is None:
+        return arguments
     record = (await service.open(arguments.image, call)).record
-    return (None, None) if asked == (record.width, record.height) else asked
+    own = (arguments.width, arguments.height) == (record.width, record.height)
+    known: dict[str, object] = {"width": None, "height": None} if own else {}
+    if is_counted_back(arguments.image):
+        known["image"] = record.handle  # by the time the edit runs `last` may be another image
+    return arguments.model_copy(update=known)
 
 
 def _check_replay(arguments: EditImage) -> None:

@@ -33,6 +33,9 @@ export function resume(call) {
   return follow(call, state.bridge.result(call));
 }
 
+/** Milliseconds between two questions whether a job is done. */
+const AGAIN = 1000;
+
 /** Wait for the images of a call, by its answer or by the job in it, and show them. */
 export async function follow(call, answer) {
   state.calls.add(call);
@@ -43,8 +46,12 @@ export async function follow(call, answer) {
   try {
     let result = readResult(await answer);
     while (!result.failed && result.line.job && !result.handles.length) {
+      if (call.stopped) throw new Error("Cancelled.");
       call.job = result.line.job;
+      const asked = performance.now();
       result = readResult(await state.bridge.call("wait_for_job", { job: call.job }, call));
+      // With a wait budget of 0 the answer comes at once, whether the image is there or not.
+      if (!result.handles.length) await new Promise((done) => setTimeout(done, AGAIN - (performance.now() - asked)));
     }
     if (result.failed) throw new Error(result.text);
     announce(`Ready: ${clip(call.prompt)}`);
@@ -54,6 +61,8 @@ export async function follow(call, answer) {
     return result.handles;
   } catch (error) {
     if (call.stopped) note("Cancelled.");
+    // The agent hears of it by itself. The job on a card of an old chat is forgotten, and that is no alert.
+    else if (call.agent) note(error.message);
     else fail(error);
     return [];
   } finally {

@@ -69,8 +69,8 @@ export function createComposer(root) {
   acceptDrops(document.body);
   document.addEventListener("paste", (event) => {
     const { files, types } = event.clipboardData;
-    // Spreadsheets copy an image of their cells beside the words.
-    const words = types.includes("text/plain") && event.target.closest?.("textarea, input");
+    // Spreadsheets copy an image of their cells beside the words, and HTML; file managers a file beside its name alone.
+    const words = types.includes("text/plain") && types.includes("text/html") && event.target.closest?.("textarea, input");
     if (files.length && !words) takeFiles(event, files);
   });
   on("references", renderReferences);
