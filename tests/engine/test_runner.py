@@ -7,79 +7,25 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
-from engine.contract import Exact, Job, Result
+from engine.contract import Exact
 from engine.families.klein import compiler as compiler_module
-from engine.families.klein import runner as runner_module
 from engine.families.klein.compile_thread import NEVER, CompileThread
 from engine.families.klein.compiler import CompiledDiffers, CompileOptions, obstacle
 from engine.families.klein.pipeline import Klein
-from engine.families.klein.runner import MAX_GRAPHS, Runner
 from engine.families.klein.sample_inputs import SampleInputs
-from engine.families.klein.transformer import PLAIN_BLOCKS
 from engine.memory.device import Device
-from engine.memory.offload import CpuEmbedding, OffloadedModule, OffloadRing, stream
+from engine.memory.offload import OffloadedModule, OffloadRing, stream
 from engine.nn import ops
-from tests.bench.full_size_models import GIANTS, grown, ours
+from tests.bench.full_size_models import grown, ours
 from tests.engine.graphs import FakeGraph, as_on_a_gpu
-
-TOY = replace(GIANTS["toy"], variant=replace(GIANTS["toy"].variant, native_size=256))
-"""Native images are small, since a GPU's warm-up makes some: at 1024² it took 16 s of each test."""
-CPU = Device.choose("cpu", "float32")
-EVERYWHERE = CompileOptions(enabled=True, backend="eager", everywhere=True)
-JOB = Job("a lighthouse", size=Exact(64, 80), seed=3)
-
-
-def make(options: CompileOptions = EVERYWHERE) -> Klein:
-    return ours(grown(TOY, CPU), TOY, CPU, options=options)
-
-
-def generate(klein: Klein, job: Job = JOB) -> Result:
-    *_, result = klein.run(job)
-    assert isinstance(result, Result)
-    return result
-
-
-class InstantCompiler:
-    """Stands for the compiler: the plain functions under another name, at once or when `gate` opens."""
-
-    gate = threading.Event()
-    error: Exception | None = None
-
-    def __init__(self, variant: Any, transformer: Any, autoencoder: Any, device: Device, options: Any) -> None:
-        self.blocks = PLAIN_BLOCKS
-        self.compiled = compiler_module.Compiled(PLAIN_BLOCKS, autoencoder.decode, autoencoder.encode)
-
-    def parts(self) -> Iterator[tuple[str, Callable[[], Any]]]:
-        yield "blocks", self._compile
-
-    def _compile(self) -> None:
-        assert self.gate.wait(60)
-        if self.error is not None:
-            raise self.error
-
-
-@pytest.fixture
-def compiler(monkeypatch: pytest.MonkeyPatch) -> type[InstantCompiler]:
-    class Compiler(InstantCompiler):
-        gate = threading.Event()
-
-    monkeypatch.setattr(runner_module, "Compiler", Compiler)
-    return Compiler
-
-
-def tune(klein: Klein) -> None:
-    while klein.runner.tune():
-        pass
+from tests.engine.runners import CPU, EVERYWHERE, JOB, TOY, InstantCompiler, generate, make, tune
 
 
 def test_without_a_reason_to_compile_it_stays_eager() -> None:
@@ -191,56 +137,6 @@ def test_cached_references_are_of_one_mode(compiler: type[InstantCompiler]) -> N
     assert generate(klein, edit).cache["references"] == "hit"
 
 
-def test_captured_steps_give_the_same_bits(compiler: type[InstantCompiler], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Runner, "_captures", property(lambda self: True))
-    monkeypatch.setattr(runner_module, "DeviceGraph", FakeGraph)
-    monkeypatch.setattr(runner_module, "graph_pool", object)
-    compiler.gate.set()
-    klein = make()
-    references = tuple(np.random.default_rng(i).integers(0, 256, (64, 80, 3), dtype=np.uint8) for i in range(2))
-    jobs = [JOB, replace(JOB, references=references[:1]), replace(JOB, references=references, size=Exact(96, 80))]
-    tune(klein)
-    plain = [generate(klein, job).image for job in jobs]
-    assert FakeGraph.made == 0, "nothing is captured before a shape was used and idle time came"
-    tune(klein)
-    assert FakeGraph.made == len(jobs)
-    for job, image in zip(jobs, plain, strict=True):
-        assert np.array_equal(generate(klein, job).image, image)
-    for side in range(64, 64 + 16 * (MAX_GRAPHS + 1), 16):
-        generate(klein, replace(JOB, size=Exact(side, 64)))
-        tune(klein)
-    assert len(klein.runner._step_graphs) == MAX_GRAPHS
-
-
-def test_captured_text_encoder_reads_no_table(compiler: type[InstantCompiler], monkeypatch: pytest.MonkeyPatch) -> None:
-    """The table of a loaded model is in host memory, which no CUDA graph can read: all stayed eager."""
-    replaying = [0]
-
-    class Graph(FakeGraph):
-        def __call__(self, inputs: Any) -> Tensor:
-            given = list(inputs)
-            replaying[0] += 1
-            monkeypatch.setattr(CpuEmbedding, "forward", None)
-            try:
-                return super().__call__(given)
-            finally:
-                monkeypatch.setattr(CpuEmbedding, "forward", look_up)
-
-    look_up = CpuEmbedding.forward
-    as_on_a_gpu(monkeypatch)
-    monkeypatch.setattr(runner_module, "DeviceGraph", Graph)
-    compiler.gate.set()
-    klein = make()
-    table = klein.text_encoder.model.embed_tokens
-    klein.text_encoder.model.embed_tokens = CpuEmbedding(table, CPU.device, CPU.dtype)  # type: ignore[assignment] - no nn.Embedding
-    before = generate(klein).image
-    tune(klein)
-    assert klein.runner.mode == "compiled", klein.runner.summary()
-    klein.cache.clear()
-    assert np.array_equal(generate(klein).image, before)
-    assert replaying[0]
-
-
 def test_tuning_that_runs_out_of_memory_is_tried_once_more(compiler: type[InstantCompiler]) -> None:
     compiler.error = torch.OutOfMemoryError("CUDA out of memory.")
     compiler.gate.set()
@@ -251,64 +147,6 @@ def test_tuning_that_runs_out_of_memory_is_tried_once_more(compiler: type[Instan
     assert klein.runner.summary().startswith("eager: compiling failed (OutOfMemoryError")
 
 
-class FullGraph(FakeGraph):
-    """Runs out of memory while it is captured."""
-
-    def __init__(self, *_: Any) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory.")
-
-
-def test_capture_that_runs_out_of_memory_keeps_the_compiled_mode(
-    compiler: type[InstantCompiler], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    as_on_a_gpu(monkeypatch)
-    compiler.gate.set()
-    klein = make()
-    tune(klein)
-    image = generate(klein).image
-    monkeypatch.setattr(runner_module, "DeviceGraph", FullGraph)
-    tune(klein)
-    monkeypatch.setattr(runner_module, "DeviceGraph", FakeGraph)
-    made = FakeGraph.made
-    after = generate(klein)
-    tune(klein)
-    assert after.mode == klein.runner.mode == "compiled"
-    assert np.array_equal(after.image, image)
-    assert FakeGraph.made == made, "nothing is captured any more"
-
-
-def test_second_attempt_to_compile_captures_nothing(
-    compiler: type[InstantCompiler], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    as_on_a_gpu(monkeypatch)
-    compiler.error = torch.OutOfMemoryError("CUDA out of memory.")
-    compiler.gate.set()
-    klein = make()
-    with pytest.raises(torch.OutOfMemoryError):
-        tune(klein)
-    compiler.error, made = None, FakeGraph.made
-    tune(klein)
-    assert generate(klein).mode == "compiled"
-    tune(klein)
-    assert FakeGraph.made == made
-
-
-def test_pool_of_graphs_is_counted_until_they_are_freed(
-    compiler: type[InstantCompiler], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    as_on_a_gpu(monkeypatch)
-    compiler.gate.set()
-    klein = make()
-    tune(klein)
-    generate(klein)
-    tune(klein)
-    assert klein.runner.pool_bytes == FakeGraph.made * FakeGraph.pool_bytes == 2 * FakeGraph.pool_bytes
-    klein.runner.stop_capturing()
-    generate(klein)
-    tune(klein)
-    assert (klein.runner.pool_bytes, FakeGraph.made) == (0, 2)
-
-
 def test_compiling_thread_uses_the_gpu_of_its_model(monkeypatch: pytest.MonkeyPatch) -> None:
     chosen: list[tuple[str, torch.device]] = []
     monkeypatch.setattr(
@@ -317,22 +155,6 @@ def test_compiling_thread_uses_the_gpu_of_its_model(monkeypatch: pytest.MonkeyPa
     second = torch.device("cuda", 1)
     list(CompileThread(second).run(lambda: None))
     assert chosen == [("klein-compile", second)]
-
-
-def test_graphs_are_captured_again_after_they_were_freed(
-    compiler: type[InstantCompiler], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    as_on_a_gpu(monkeypatch)
-    compiler.gate.set()
-    klein = make()
-    tune(klein)
-    generate(klein)
-    tune(klein)
-    made = FakeGraph.made
-    klein.runner.free_graphs()
-    generate(klein)
-    tune(klein)
-    assert FakeGraph.made == 2 * made == 4, "the text encoder's and a step's"
 
 
 def test_a_closed_runner_keeps_nothing(compiler: type[InstantCompiler]) -> None:
