@@ -8,6 +8,7 @@ from PIL import Image
 
 from tests.browser.conftest import WAIT, Open, Studio, running_studio
 from tests.browser.person import generate, new_image, visit
+from tests.embedded import MAX_REFERENCES
 from tests.real_server import RealServer
 
 pytestmark = [pytest.mark.browser, pytest.mark.anyio]
@@ -146,13 +147,13 @@ async def test_files_beyond_what_the_model_takes_are_not_uploaded(open_page: Ope
     uploads: list[str] = []
     page.on("request", lambda request: uploads.append(request.url) if request.url.endswith("/upload") else None)
     files = []
-    for number in range(6):
+    for number in range(MAX_REFERENCES + 3):
         data = io.BytesIO()
         Image.new("RGB", (64, 64), (40 * number, 90, 200)).save(data, "PNG")
         files.append({"name": f"{number}.png", "mimeType": "image/png", "buffer": data.getvalue()})
     await page.locator("#files").set_input_files(files)
-    await page.get_by_text("The model takes 3 references.").wait_for()
-    assert await page.locator(".references img").count() == len(uploads) == 3
+    await page.get_by_text(f"The model takes {MAX_REFERENCES} references.").wait_for()
+    assert await page.locator(".references img").count() == len(uploads) == MAX_REFERENCES
 
 
 async def test_every_example_is_painted_as_it_says(open_page: Open, studio: Studio) -> None:
