@@ -78,9 +78,9 @@ def test_first_step_that_takes_all_the_time_is_the_last(tmp_path, monkeypatch):
     trainer = _trainer(tmp_path / "out")
     real = trainer.step
 
-    def step(batch, done):
+    def step(batch, done, held):
         time.sleep(1.0)
-        return real(batch, done)
+        return real(batch, done, held)
 
     monkeypatch.setattr(trainer, "step", step)
     train(trainer, Drawn(), Clock(0.9, time.monotonic()), QUICK)  # type: ignore[arg-type] - draws in this process
