@@ -242,7 +242,7 @@ def _detached() -> dict[str, Any]:
         return {"start_new_session": True}
     # A console without a window, not none: the python.exe of an environment starts the real one, which without a
     # console to inherit would open its own, and end when somebody closes that window.
-    return {"creationflags": subprocess.CREATE_NO_WINDOW | subprocess.CREATE_NEW_PROCESS_GROUP}  # type: ignore[attr-defined]
+    return {"creationflags": subprocess.CREATE_NO_WINDOW | subprocess.CREATE_NEW_PROCESS_GROUP}  # type: ignore[attr-defined] - Windows'
 
 
 def _why_it_ended(home: Path, code: int) -> EngineFailed:

@@ -9,20 +9,30 @@ import sys
 import tempfile
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
+from mcp import Client
+from mcp.client.extension import advertise
+from mcp.server.apps import APP_MIME_TYPE, EXTENSION_ID
 
 from klein_mcp.images.library import Store
 from tests.browser import node_packages
+from tests.browser.host import Host, Mount
+from tests.browser.static_server import serve_files
 from tests.real_server import RealServer
 
 # The driver is a node process of its own; nothing is downloaded, the browser is the distribution's.
 playwright = pytest.importorskip("playwright.async_api", reason="needs playwright")
+
+HERE = Path(__file__).parent
+APP_URI = "ui://klein/studio.html"
+APPS = advertise(EXTENSION_ID, {"mimeTypes": [APP_MIME_TYPE]})
+HOST_PAGE = '<!doctype html><meta charset="utf-8"><link rel="icon" href="data:,"><script src="/host.js"></script>'
 
 HARMLESS = ("can escape its sandboxing", "ResizeObserver loop")
 """Console messages about the sandbox that the test host makes, not about the page."""
@@ -207,3 +217,66 @@ def npm(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def axe(npm: Path) -> str:
     return (npm / "node_modules" / "axe-core" / "axe.min.js").read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def origins(npm: Path) -> Iterator[tuple[str, str]]:
+    """The host's page and its sandbox, on two origins."""
+    script = node_packages.bundle_host(npm)
+    sandbox = (HERE / "sandbox.html").read_text(encoding="utf-8")
+    with (
+        serve_files({"/host.html": HOST_PAGE, "/host.js": script}, "127.0.0.1") as host,
+        serve_files({"/sandbox.html": sandbox}, "localhost") as inner,
+    ):
+        yield host, inner
+
+
+@pytest.fixture
+async def mount(browser: Any, origins: tuple[str, str], server: RealServer) -> AsyncIterator[Mount]:
+    """mount(tool=…, policy=…, …): a host with the page mounted for a call of that tool. Checked afterwards."""
+    watched: list[Watched] = []
+
+    @asynccontextmanager
+    async def mount(
+        tool: str = "generate_image",
+        policy: str = "claude",
+        opaque: bool = False,
+        resources: bool = True,
+        tools: bool = True,
+        width: int = 720,
+        environment: dict[str, str] | None = None,
+        allowed: tuple[str, ...] = (),
+        **context: Any,
+    ) -> AsyncIterator[Host]:
+        host_origin, sandbox = origins
+        async with Client(server.stdio(**(environment or {})), extensions=[APPS]) as client:
+            window = await browser.new_context(viewport={"width": width + 32, "height": 1000})
+            page = await window.new_page()
+            seen = Watched(page, host_origin, allowed=allowed, also=sandbox)
+            watched.append(seen)
+            host = Host(page, client)
+            await page.expose_function("serverRequest", host.request)
+            await page.expose_function("serverCancel", host.cancel)
+            await page.goto(f"{host_origin}/host.html")
+            (html,) = (await client.read_resource(APP_URI)).contents
+            (listed,) = [each for each in (await client.list_tools()).tools if each.name == tool]
+            info = {"tool": listed.model_dump(mode="json", by_alias=True, exclude_none=True)}
+            inline = {"displayMode": "inline", "availableDisplayModes": ["inline", "fullscreen"]}
+            able = {"serverResources": {}} if resources else {}
+            able |= {"serverTools": {}} if tools else {}
+            options = {
+                "sandbox": sandbox,
+                "html": html.text,  # type: ignore[union-attr] - a page is text
+                "policy": policy,
+                "opaque": opaque,
+                "width": width,
+                "capabilities": {**able, "downloadFile": {}},
+                "context": {"theme": "light", "toolInfo": info, **inline, **context},
+            }
+            await page.evaluate("(options) => mount(options)", options)
+            yield host
+            await window.close()
+
+    yield mount
+    for each in watched:
+        each.check()

@@ -3,153 +3,25 @@
 import base64
 import io
 import json
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
 
 import anyio
 import numpy as np
 import pytest
 from mcp import Client
-from mcp.client.extension import advertise
-from mcp.server.apps import APP_MIME_TYPE, EXTENSION_ID
+from mcp.server.apps import APP_MIME_TYPE
 from PIL import Image
 
 from klein_mcp.images.library import Store
-from tests.browser import node_packages
-from tests.browser.conftest import WAIT, Watched, slow_engine
-from tests.browser.static_server import serve_files
+from tests.browser.conftest import APP_URI, APPS, WAIT
+from tests.browser.host import Mount
 from tests.real_server import RealServer
+from tests.tool_calls import call
 
 pytestmark = [pytest.mark.browser, pytest.mark.anyio]
 
-HERE = Path(__file__).parent
-URI = "ui://klein/studio.html"
-APPS = advertise(EXTENSION_ID, {"mimeTypes": [APP_MIME_TYPE]})
-HOST_PAGE = '<!doctype html><meta charset="utf-8"><link rel="icon" href="data:,"><script src="/host.js"></script>'
-
 FRAMES = [("spec", False), ("claude", False), ("claude", True)]
 """Policies of the frame, and whether its origin is opaque."""
-
-
-@pytest.fixture(scope="module")
-def origins(npm: Path) -> Iterator[tuple[str, str]]:
-    """The host's page and its sandbox, on two origins."""
-    script = node_packages.bundle_host(npm)
-    sandbox = (HERE / "sandbox.html").read_text(encoding="utf-8")
-    with (
-        serve_files({"/host.html": HOST_PAGE, "/host.js": script}, "127.0.0.1") as host,
-        serve_files({"/sandbox.html": sandbox}, "localhost") as inner,
-    ):
-        yield host, inner
-
-
-class Host:
-    """A chat client that shows MCP Apps: the real bridge in a real browser, over a real client session."""
-
-    def __init__(self, page: Any, client: Client) -> None:
-        self.page = page
-        self.client = client
-        self.reads: list[str] = []
-        self.calls: list[dict[str, Any]] = []
-        self._running: dict[int, anyio.CancelScope] = {}
-
-    @property
-    def frame(self) -> Any:
-        return self.page.frame_locator("iframe")
-
-    async def request(self, number: int, method: str, params: dict[str, Any]) -> dict[str, Any]:
-        """Answer what the view asks of the server."""
-        with anyio.CancelScope() as self._running[number]:
-            try:
-                if method == "resources/read":
-                    self.reads.append(params["uri"])
-                    result = await self.client.read_resource(params["uri"])
-                else:
-                    self.calls.append(params)
-                    result = await self.client.call_tool(params["name"], params["arguments"], meta=params.get("_meta"))
-            except Exception as exc:
-                return {"error": str(exc)}
-            return {"result": result.model_dump(mode="json", by_alias=True, exclude_none=True)}
-        return {"error": "cancelled"}
-
-    def cancel(self, number: int) -> None:
-        self._running[number].cancel()
-
-    async def agent_calls(self, tool: str, **arguments: Any) -> dict[str, Any]:
-        """Call a tool as the agent does, and tell the view before and after."""
-        await self.page.evaluate("(params) => bridge.sendToolInput(params)", {"arguments": arguments})
-        result = await self.client.call_tool(tool, arguments)
-        content = result.model_dump(mode="json", by_alias=True, exclude_none=True)
-        await self.page.evaluate("(result) => bridge.sendToolResult(result)", content)
-        return json.loads(result.content[0].text)  # type: ignore[union-attr]
-
-    async def image(self) -> np.ndarray:
-        """Wait for the image on the stage and return its pixels as the frame has them."""
-        picture = self.frame.locator(".frame:not(.working) .picture").first
-        await picture.wait_for()
-        data = await picture.evaluate(
-            "async (node) => { while (!node.naturalWidth) await new Promise((done) => setTimeout(done, 50));"
-            " const canvas = document.createElement('canvas');"
-            " [canvas.width, canvas.height] = [node.naturalWidth, node.naturalHeight];"
-            " canvas.getContext('2d').drawImage(node, 0, 0); return canvas.toDataURL('image/png'); }"
-        )
-        return np.asarray(Image.open(io.BytesIO(base64.b64decode(data.split(",")[1]))).convert("RGB"))
-
-
-Mount = Callable[..., Any]
-
-
-@pytest.fixture
-async def mount(browser: Any, origins: tuple[str, str], server: RealServer) -> AsyncIterator[Mount]:
-    """mount(tool=…, policy=…, …): a host with the page mounted for a call of that tool. Checked afterwards."""
-    watched: list[Watched] = []
-
-    @asynccontextmanager
-    async def mount(
-        tool: str = "generate_image",
-        policy: str = "claude",
-        opaque: bool = False,
-        resources: bool = True,
-        tools: bool = True,
-        width: int = 720,
-        environment: dict[str, str] | None = None,
-        allowed: tuple[str, ...] = (),
-        **context: Any,
-    ) -> AsyncIterator[Host]:
-        host_origin, sandbox = origins
-        async with Client(server.stdio(**(environment or {})), extensions=[APPS]) as client:
-            window = await browser.new_context(viewport={"width": width + 32, "height": 1000})
-            page = await window.new_page()
-            seen = Watched(page, host_origin, allowed=allowed, also=sandbox)
-            watched.append(seen)
-            host = Host(page, client)
-            await page.expose_function("serverRequest", host.request)
-            await page.expose_function("serverCancel", host.cancel)
-            await page.goto(f"{host_origin}/host.html")
-            (html,) = (await client.read_resource(URI)).contents
-            (listed,) = [each for each in (await client.list_tools()).tools if each.name == tool]
-            info = {"tool": listed.model_dump(mode="json", by_alias=True, exclude_none=True)}
-            inline = {"displayMode": "inline", "availableDisplayModes": ["inline", "fullscreen"]}
-            able = {"serverResources": {}} if resources else {}
-            able |= {"serverTools": {}} if tools else {}
-            options = {
-                "sandbox": sandbox,
-                "html": html.text,  # type: ignore[union-attr]
-                "policy": policy,
-                "opaque": opaque,
-                "width": width,
-                "capabilities": {**able, "downloadFile": {}},
-                "context": {"theme": "light", "toolInfo": info, **inline, **context},
-            }
-            await page.evaluate("(options) => mount(options)", options)
-            yield host
-            await window.close()
-
-    yield mount
-    for each in watched:
-        each.check()
 
 
 def stored(server: RealServer, handle: str) -> np.ndarray:
@@ -168,15 +40,15 @@ async def test_only_clients_with_apps_are_shown_the_page_and_its_tool(server: Re
         before, after = await plain.list_tools(), await apps.list_tools()
         assert "pick" not in {tool.name for tool in before.tools}
         assert all(not (tool.meta or {}).get("ui") for tool in before.tools)
-        assert URI not in {str(each.uri) for each in (await plain.list_resources()).resources}
-        assert not (await plain.call_tool("pick", {"image": "last"})).content[0].text.startswith("{")  # type: ignore[union-attr]
+        assert APP_URI not in {str(each.uri) for each in (await plain.list_resources()).resources}
+        assert not (await plain.call_tool("pick", {"image": "last"})).content[0].text.startswith("{")  # type: ignore[union-attr] - text
         shown = {tool.name: tool.meta or {} for tool in after.tools}
         for name in ("generate_image", "edit_image", "compose_references", "list_images"):
-            assert shown[name]["ui"]["resourceUri"] == shown[name]["ui/resourceUri"] == URI
+            assert shown[name]["ui"]["resourceUri"] == shown[name]["ui/resourceUri"] == APP_URI
         assert shown["pick"]["ui"]["visibility"] == ["app"]
         listed = {str(each.uri): each for each in (await apps.list_resources()).resources}
-        assert listed[URI].mime_type == APP_MIME_TYPE
-        (content,) = (await apps.read_resource(URI)).contents
+        assert listed[APP_URI].mime_type == APP_MIME_TYPE
+        (content,) = (await apps.read_resource(APP_URI)).contents
         assert content.mime_type == APP_MIME_TYPE
         assert content.meta is not None
         assert content.meta["ui"]["prefersBorder"] is False
@@ -292,7 +164,7 @@ async def test_view_edits_with_a_drawn_mask(mount: Mount, server: RealServer) ->
         assert mask.startswith("data:image/png;base64,")
         inside = np.asarray(Image.open(io.BytesIO(base64.b64decode(mask.split(",")[1]))).convert("L")) > 127
         before = stored(server, made["image"])
-        last = json.loads((await host.client.call_tool("view_image", {"image": "last"})).content[0].text)  # type: ignore[union-attr]
+        last = await call(host.client, "view_image", image="last")
         after = stored(server, last["image"])
         assert np.array_equal(before[~inside], after[~inside])
         assert not np.array_equal(before[inside], after[inside])
@@ -341,7 +213,7 @@ async def test_pick_in_the_view_is_what_the_agent_gets(mount: Mount) -> None:
         await host.frame.locator(".sheet button").nth(2).click()
         await host.frame.get_by_role("button", name="Pick", exact=True).click()
         await host.frame.get_by_text("Picked:").first.wait_for()
-        line = json.loads((await host.client.call_tool("view_image", {"image": "last"})).content[0].text)  # type: ignore[union-attr]
+        line = await call(host.client, "view_image", image="last")
         assert line["image"] == drafts[2]
         assert line["picked"] == {"image": drafts[2]}
 
@@ -387,79 +259,6 @@ async def test_cancelled_call_and_error_are_explained(mount: Mount) -> None:
         await host.page.evaluate("(result) => bridge.sendToolResult(result)", failed)
         await host.frame.get_by_text("it must lie in").wait_for()
         assert await host.frame.locator(".working").count() == 0
-
-
-SHORT = {"KLEIN_WAIT_BUDGET": "0.5"}
-"""A call is over before the image of a slow engine is there, and gives its job."""
-
-
-async def start_engine(host: Host) -> None:
-    await host.client.call_tool("generate_image", {"prompt": "a red apple on a white background"})
-
-
-async def test_card_goes_on_where_the_call_gave_a_job(mount: Mount, server: RealServer) -> None:
-    async with mount(environment=SHORT) as host:
-        await start_engine(host)
-        with slow_engine(server):
-            given = await host.agent_calls("generate_image", prompt="a red apple on a blue background", count=4)
-            assert given["job"]
-            await host.frame.locator(".working .preview[src]").wait_for()
-            assert await host.frame.get_by_role("button", name="Cancel").count() == 0
-        await host.frame.locator(".sheet button").nth(3).wait_for()
-        waits = [call for call in host.calls if call["name"] == "wait_for_job"]
-        assert {call["arguments"]["job"] for call in waits} == {given["job"]}
-        assert {call["_meta"]["klein-mcp/view"] for call in waits} == {"agent"}
-
-
-async def test_card_that_cannot_wait_says_that_the_image_is_being_made(mount: Mount, server: RealServer) -> None:
-    async with mount(environment=SHORT, resources=False, tools=False) as host:
-        await start_engine(host)
-        with slow_engine(server):
-            await host.agent_calls("generate_image", prompt="a red apple on a blue background", count=4)
-            await host.frame.get_by_text("The image is still being made.").wait_for()
-
-
-async def test_card_of_a_wait_shows_previews(mount: Mount, server: RealServer) -> None:
-    async with mount(tool="wait_for_job", environment=SHORT) as host:
-        await start_engine(host)
-        with slow_engine(server):
-            asked = {"prompt": "a red apple on a blue background", "count": 4}
-            job = json.loads((await host.client.call_tool("generate_image", asked)).content[0].text)["job"]  # type: ignore[union-attr]
-            await host.page.evaluate("(params) => bridge.sendToolInput(params)", {"arguments": {"job": job}})
-            await host.frame.locator(".working .preview[src]").wait_for()
-
-
-async def test_cancel_stops_a_job_that_the_view_waits_for(mount: Mount, server: RealServer) -> None:
-    prompt = "a purple dog on a grey background"
-    async with mount(environment=SHORT) as host:
-        await host.agent_calls("generate_image", prompt=prompt, seed=3)
-        await host.image()
-        host.calls.clear()
-        with slow_engine(server):
-            await host.frame.get_by_role("button", name="Variations").click()
-            with anyio.fail_after(WAIT / 1000):
-                while not any(call["name"] == "wait_for_job" for call in host.calls):
-                    await anyio.sleep(0.05)
-            await host.frame.get_by_role("button", name="Cancel").click()
-            await host.frame.get_by_text("Cancelled.").wait_for()
-        with anyio.fail_after(WAIT / 1000):
-            while json.loads((await host.client.read_resource("klein://now?after=0")).contents[0].text)["jobs"]:  # type: ignore[union-attr]
-                await anyio.sleep(0.2)
-    store = Store(server.home / "library")
-    records, _ = store.search(prompt, limit=50)
-    store.close()
-    assert len(records) < 5
-
-
-async def test_view_cancels_its_own_call(mount: Mount, server: RealServer) -> None:
-    async with mount() as host:
-        await host.agent_calls("generate_image", prompt="a red apple on a blue background", seed=3)
-        await host.frame.get_by_role("button", name="Variations").click()
-        await host.frame.get_by_role("button", name="Cancel").click()
-        await host.frame.get_by_text("Cancelled.").wait_for()
-        with anyio.fail_after(120):
-            while json.loads((await host.client.read_resource("klein://now?after=0")).contents[0].text)["jobs"]:  # type: ignore[union-attr]
-                await anyio.sleep(0.2)
 
 
 async def test_list_opens_the_library_with_fifty_images(mount: Mount, server: RealServer) -> None:
@@ -512,7 +311,7 @@ async def test_agent_pays_no_more_for_the_page(server: RealServer) -> None:
     async with Client(server.stdio()) as plain, Client(server.stdio(), extensions=[APPS]) as apps:
         results = [await client.call_tool("generate_image", arguments) for client in (plain, apps)]
         kinds = [[block.type for block in result.content] for result in results]
-        lines = [set(json.loads(result.content[0].text)) for result in results]  # type: ignore[union-attr]
+        lines = [set(json.loads(result.content[0].text)) for result in results]  # type: ignore[union-attr] - text
         assert kinds[0] == kinds[1]
         assert lines[0] == lines[1]
         assert all(result.structured_content is None for result in results)

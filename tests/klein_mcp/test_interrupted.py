@@ -1,5 +1,6 @@
 """Calls that fail partway name the images they had made, and an edit at its own size keeps what it may."""
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -14,7 +15,7 @@ from tests.tool_calls import call, refused
 pytestmark = pytest.mark.anyio
 
 
-def fails_from(seed: int) -> "object":
+def fails_from(seed: int) -> Callable[[Job], Rgb8]:
     """Paint images below a seed, and refuse the others."""
 
     def paint(job: Job) -> Rgb8:
@@ -26,7 +27,7 @@ def fails_from(seed: int) -> "object":
 
 
 async def test_batch_that_fails_names_what_it_saved(client: Client, painter: FakeExecutor) -> None:
-    painter.paint = fails_from(12)  # type: ignore[assignment] - a closure
+    painter.paint = fails_from(12)
     message = await refused(client, "generate_image", prompt="a dot", count=4, seed=10)
     listed = [each["image"] for each in (await call(client, "list_images"))["images"]]
     assert len(listed) == 2
@@ -37,7 +38,7 @@ async def test_batch_that_fails_names_what_it_saved(client: Client, painter: Fak
 
 async def test_chain_that_fails_returns_the_steps_before(client: Client, painter: FakeExecutor) -> None:
     start = await call(client, "generate_image", prompt="a dot")
-    painter.paint = lambda job: painted(job) if job.prompt == "one" else fails_from(0)(job)  # type: ignore[operator]
+    painter.paint = lambda job: painted(job) if job.prompt == "one" else fails_from(0)(job)
     facts = await call(client, "edit_image", image=start["image"], prompt=["one", "two", "three"], preserve="off")
     assert [step["image"] for step in facts["steps"]] == [facts["image"]]
     assert facts["warnings"][0] == "stopped before step 2 of 3: This seed is cursed. Take another."
