@@ -78,7 +78,7 @@ class Native:
 
 @dataclass(frozen=True, slots=True)
 class Exact:
-    """A size in pixels, both sides multiples of 16."""
+    """The size of the result in pixels."""
 
     width: int
     height: int

@@ -194,13 +194,11 @@ class ModelRegistry(ModelSearch):
         for part in ("transformer", "vae", "text_encoder", "tokenizer"):
             if not (folder / part).is_dir():
                 raise BadWeights(f"{folder} has no {part} folder.", hint="Download it again.")
-        vae = folder / "vae"
-        if self.small_decoder:
-            vae = self._small_autoencoder(folder)
+        variant = read_variant(folder, variant)
         return Checkpoint(
-            variant=read_variant(folder, variant),
+            variant=variant,
             transformer=folder / "transformer",
-            vae=vae,
+            vae=self._small_autoencoder(folder, variant) if self.small_decoder else folder / "vae",
             text_encoder=folder / "text_encoder",
             tokenizer=folder / "tokenizer",
         )
@@ -274,10 +272,15 @@ class ModelRegistry(ModelSearch):
         pull = "small-decoder" if self.small_decoder and found else _companions_of(needs.variant)
         return _first(found, suits, "vae", pull)
 
-    def _small_autoencoder(self, folder: Path) -> Path:
+    def _small_autoencoder(self, folder: Path, variant: Variant) -> Path:
         homes = (folder, *self.places())
         found = [c for home in homes for c in companions.candidates(home, signatures.AUTOENCODER)]
-        return _first(found, companions.has_small_decoder, "vae", "small-decoder")
+
+        def suits(path: Path) -> bool:
+            pixels = companions.pixels_per_token(companions.autoencoder_shapes(path))
+            return companions.has_small_decoder(path) and pixels == variant.pixels_per_token
+
+        return _first(found, suits, "vae", "small-decoder")
 
     def _tokenizer(self, file: Path, text_encoder: Path) -> Path:
         # The one beside an encoder is the encoder's own, whatever pipeline their folder's index names.

@@ -2,7 +2,7 @@
 
 MIN_SIDE, MAX_SIDE = 64, 2048
 GRID = 16
-"""Pixels: sizes are multiples of it, as one token of the model is 16 × 16."""
+"""Pixels: requested sizes are multiples of it, as one token of a published model is 16 × 16."""
 MAX_AREA = 2048 * 2048
 MAX_SEED = 2**63 - 1
 EXACT = 2**53 - 1

@@ -6,7 +6,7 @@ from engine.nano.training.frames import SQUARE, Frame
 from engine.nano.training.score import in_units as average
 
 SIDE = VARIANTS[EMBEDDED].native_size
-TOKENS = (SIDE // 16) ** 2
+TOKENS = (SIDE // VARIANTS[EMBEDDED].pixels_per_token) ** 2
 MAX_REFERENCES = VARIANTS[EMBEDDED].max_references
 SCALE = SIDE // SQUARE
 

@@ -52,6 +52,15 @@ AUTOENCODER: dict[str, Any] = {
 }
 
 
+def autoencoder(levels: int) -> dict[str, Any]:
+    """The config of an autoencoder of so many levels: a fifth one makes a token of 32 × 32 pixels."""
+    return AUTOENCODER | {
+        "block_out_channels": (32, 32, *(64,) * (levels - 2)),
+        "down_block_types": ("DownEncoderBlock2D",) * levels,
+        "up_block_types": ("UpDecoderBlock2D",) * levels,
+    }
+
+
 def tokenizer() -> PreTrainedTokenizerFast:
     """Every byte a token, and Qwen's special ones."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -70,13 +79,13 @@ def tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def pipeline(*, kv: bool = False, distilled: bool = True, seed: int = 0, **changes: Any) -> Any:
-    """A toy diffusers pipeline, fp32 on the CPU. changes: of the transformer's config."""
+def pipeline(*, kv: bool = False, distilled: bool = True, seed: int = 0, levels: int = 4, **changes: Any) -> Any:
+    """A toy diffusers pipeline, fp32 on the CPU. levels: of the autoencoder. changes: of the transformer's config."""
     torch.manual_seed(seed)
     tokens = tokenizer()
     text_encoder = Qwen3ForCausalLM(Qwen3Config(vocab_size=len(tokens), **QWEN3))
     transformer = Flux2Transformer2DModel(**(TRANSFORMER | changes))
-    vae = AutoencoderKLFlux2(**AUTOENCODER)
+    vae = AutoencoderKLFlux2(**autoencoder(levels))
     _enliven(text_encoder, transformer, vae)
     kind = Flux2KleinKVPipeline if kv else Flux2KleinPipeline
     return kind(

@@ -1,6 +1,6 @@
 """Conversion between RGB8 and tensors, and sizes of images and canvases.
 
-Sizes are fitted to an area and to multiples of 16.
+Sizes are fitted to an area and to whole tokens.
 """
 
 import math
@@ -15,9 +15,10 @@ from torch import Tensor
 from engine.contract import Grey8, InvalidJob, Rgb8
 
 GRID = 16
-"""Image pixels per token on each side. Every size the model sees is a multiple of it."""
+"""Image pixels per token on each side, in every published model. Every size a model sees is a multiple of its own."""
 
 MIN_SIDE = 64
+"""Pixels of the shortest side of a reference and, rounded up to whole tokens, of a canvas."""
 MOST_ENLARGED = 4
 """Largest factor per side by which a crop is enlarged. Beyond it the model sees more blur than content."""
 MAX_ASPECT = 8
@@ -43,20 +44,21 @@ def to_rgb8(pixels: Tensor) -> Rgb8:
     return rearrange(levels, "c h w -> h w c").contiguous().cpu().numpy()
 
 
-def floor_grid(side: int) -> int:
-    """Return `side` rounded down to a multiple of 16."""
-    return side // GRID * GRID
+def floor_grid(side: int, grid: int = GRID) -> int:
+    """Return `side` rounded down to a multiple of `grid`."""
+    return side // grid * grid
 
 
-def ceil_grid(side: int) -> int:
-    """Return `side` rounded up to a multiple of 16."""
-    return -(-side // GRID) * GRID
+def ceil_grid(side: int, grid: int = GRID) -> int:
+    """Return `side` rounded up to a multiple of `grid`."""
+    return -(-side // grid) * grid
 
 
-def size_for_aspect(aspect: tuple[int, int], area: int) -> tuple[int, int]:
+def size_for_aspect(aspect: tuple[int, int], area: int, grid: int = GRID) -> tuple[int, int]:
     """Return the size nearest to an aspect ratio and an area.
 
-    Both sides are multiples of 16, and the area is never exceeded. Raises InvalidJob beyond 8:1.
+    Both sides are multiples of `grid`, and the area is never exceeded, unless a token does.
+    Raises InvalidJob beyond 8:1.
     """
     ratio = aspect[0] / aspect[1]
     if not 1 / MAX_ASPECT <= ratio <= MAX_ASPECT:
@@ -66,13 +68,16 @@ def size_for_aspect(aspect: tuple[int, int], area: int) -> tuple[int, int]:
         width, height = size
         return abs(math.log(width / height / ratio)) + abs(math.log(width * height / area)) / 2
 
-    heights = range(GRID, int(math.sqrt(area / ratio)) + 2 * GRID, GRID)
+    heights = range(grid, int(math.sqrt(area / ratio)) + 2 * grid, grid)
     sizes = (
         (width, height)
         for height in heights
-        for width in (floor_grid(int(height * ratio)), ceil_grid(int(height * ratio)))
+        for width in (floor_grid(int(height * ratio), grid), ceil_grid(int(height * ratio), grid))
     )
-    return min((size for size in sizes if 0 < size[0] * size[1] <= area), key=miss)
+    # An area of few tokens may hold no long shape: then as many as it holds lie in one row.
+    row = max(grid, floor_grid(area // grid, grid))
+    few = (row, grid) if ratio >= 1 else (grid, row)
+    return min((size for size in sizes if 0 < size[0] * size[1] <= area), key=miss, default=few)
 
 
 def resize(image: Rgb8, width: int, height: int) -> Rgb8:
@@ -82,10 +87,10 @@ def resize(image: Rgb8, width: int, height: int) -> Rgb8:
     return np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.LANCZOS))
 
 
-def fit_reference(image: Rgb8, area: int) -> Rgb8:
+def fit_reference(image: Rgb8, area: int, grid: int = GRID) -> Rgb8:
     """Return the reference as the model sees it.
 
-    It has at most `area` pixels and is cropped at the centre to multiples of 16.
+    It has at most `area` pixels and is cropped at the centre to multiples of `grid`.
     It is never enlarged. Raises InvalidJob if a side is under 64 or the aspect ratio beyond 8. Source: diffusers.
     """
     height, width = image.shape[:2]
@@ -95,10 +100,12 @@ def fit_reference(image: Rgb8, area: int) -> Rgb8:
         raise InvalidJob(f"A reference of {width}×{height} is too long; at most {MAX_ASPECT}:1.", hint="Crop it first.")
     if width * height > area:
         scale = math.sqrt(area / (width * height))
-        image = resize(image, int(width * scale), int(height * scale))
+        # At least a token, which a long image in a small area would lack.
+        image = resize(image, max(grid, int(width * scale)), max(grid, int(height * scale)))
         height, width = image.shape[:2]
-    top, left = (height - floor_grid(height)) // 2, (width - floor_grid(width)) // 2
-    return image[top : top + floor_grid(height), left : left + floor_grid(width)]
+    rows, columns = floor_grid(height, grid), floor_grid(width, grid)
+    top, left = (height - rows) // 2, (width - columns) // 2
+    return image[top : top + rows, left : left + columns]
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +115,7 @@ class Canvas:
     The content is scaled evenly, and the rest is padding.
 
     width, height: of the requested image. content_width, content_height: of its content on the canvas, in the
-    top left corner. canvas_width, canvas_height: multiples of 16.
+    top left corner. canvas_width, canvas_height: multiples of grid, the pixels per token.
     """
 
     width: int
@@ -117,9 +124,10 @@ class Canvas:
     content_height: int
     canvas_width: int
     canvas_height: int
+    grid: int = GRID
 
     @classmethod
-    def of(cls, width: int, height: int, area: int, least: int = 0) -> "Canvas":
+    def of(cls, width: int, height: int, area: int, least: int = 0, grid: int = GRID) -> "Canvas":
         """Return the canvas of at most `area` pixels for width × height.
 
         least: area to which a smaller image is enlarged, by at most MOST_ENLARGED a side.
@@ -129,13 +137,21 @@ class Canvas:
         if max(width, height) < MIN_SIDE:
             # An icon is enlarged to fill the smallest canvas.
             scale = max(scale, MIN_SIDE / max(width, height))
+        smallest = ceil_grid(MIN_SIDE, grid)
         # Rounding up to whole tokens may exceed the area. Each iteration reduces the scale.
         while True:
             content_width, content_height = max(1, round(width * scale)), max(1, round(height * scale))
-            canvas_width, canvas_height = (max(MIN_SIDE, ceil_grid(side)) for side in (content_width, content_height))
-            if canvas_width * canvas_height <= area or (canvas_width, canvas_height) == (MIN_SIDE, MIN_SIDE):
-                return cls(width, height, content_width, content_height, canvas_width, canvas_height)
+            canvas_width, canvas_height = (
+                max(smallest, ceil_grid(side, grid)) for side in (content_width, content_height)
+            )
+            if canvas_width * canvas_height <= area or (canvas_width, canvas_height) == (smallest, smallest):
+                return cls(width, height, content_width, content_height, canvas_width, canvas_height, grid)
             scale *= 0.99
+
+    @property
+    def tokens(self) -> tuple[int, int]:
+        """Return the rows and columns of its tokens."""
+        return self.canvas_height // self.grid, self.canvas_width // self.grid
 
     @property
     def exact(self) -> bool:

@@ -5,7 +5,7 @@ from einops import rearrange
 from torch import Tensor
 
 PATCH = 2
-"""Latent pixels per token on each side, which are 16 image pixels, as the autoencoder downsamples by 8."""
+"""Latent pixels per token on each side. An autoencoder that downsamples by 8 makes them 16 image pixels."""
 
 
 def patchify(latent: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from engine.diffusion.tokens import patchify, unpatchify
+from engine.diffusion.tokens import PATCH, patchify, unpatchify
 from engine.nn import ops
 
 NORM_EPS = 1e-6
@@ -35,6 +35,19 @@ class AutoencoderShape:
     latent: int = 32
     groups: int = 32
     attention: bool = True
+
+    @property
+    def pixels_per_latent(self) -> int:
+        """Return the image pixels of a latent pixel on each side.
+
+        Every level but the last halves the size: 8 for klein's four.
+        """
+        return 2 ** (len(self.encoder) - 1)
+
+    @property
+    def pixels_per_token(self) -> int:
+        """Return the image pixels of a token on each side."""
+        return PATCH * self.pixels_per_latent
 
 
 def _norm_silu(norm: nn.GroupNorm, x: Tensor) -> Tensor:
@@ -123,7 +136,7 @@ def _through(parts: nn.ModuleDict, x: Tensor) -> Tensor:
 class Encoder(nn.Module):
     """Encodes images to the mean of their latent distribution.
 
-    [b, 3, 8h, 8w] -> [b, latent, h, w].
+    [b, 3, p·h, p·w] -> [b, latent, h, w], p being `pixels_per_latent`.
     """
 
     def __init__(self, shape: AutoencoderShape) -> None:
@@ -149,7 +162,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """[b, latent, h, w] -> [b, 3, 8h, 8w]."""
+    """[b, latent, h, w] -> [b, 3, p·h, p·w], p being `pixels_per_latent`."""
 
     def __init__(self, shape: AutoencoderShape) -> None:
         super().__init__()
@@ -213,13 +226,13 @@ class Autoencoder(nn.Module):
     def encode(self, images: Tensor) -> Tensor:
         """Encode images to normalised latents.
 
-        [b, 3, 16h, 16w] in [-1, 1] -> [b, 4·latent, h, w].
+        [b, 3, p·h, p·w] in [-1, 1] -> [b, 4·latent, h, w], p being `pixels_per_token`.
         """
         return self.bn.normalise(patchify(self.encoder(images)))
 
     def decode(self, latent: Tensor) -> Tensor:
         """Decode normalised latents to images.
 
-        [b, 4·latent, h, w] -> [b, 3, 16h, 16w], about [-1, 1].
+        [b, 4·latent, h, w] -> [b, 3, p·h, p·w], about [-1, 1], p being `pixels_per_token`.
         """
         return self.decoder(unpatchify(self.bn.restore(latent)))

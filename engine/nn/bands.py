@@ -21,7 +21,7 @@ BANDS = 8
 def decode(autoencoder: Autoencoder, latent: Tensor, bands: int = BANDS) -> Tensor:
     """Decode like Autoencoder.decode.
 
-    [1, channels, h, w] -> [1, 3, 16h, 16w].
+    [1, channels, h, w] -> [1, 3, p·h, p·w].
     """
     decoder = autoencoder.decoder
     x = decoder.conv_in(decoder.post_quant_conv(unpatchify(autoencoder.bn.restore(latent))))

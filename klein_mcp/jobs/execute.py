@@ -4,13 +4,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from engine.contract import Aspect, Job, KeepSource, Result, Rgb8
+from engine.families.klein.variants import VARIANTS
 from klein_mcp.images import alpha, mask, region
 from klein_mcp.images.alpha import Rgba8
 from klein_mcp.images.library import Record, Store
 from klein_mcp.images.pixels import PixelCache
 from klein_mcp.images.region import EditRegion
 from klein_mcp.jobs.request import ImageRequest
-from klein_mcp.limits import GRID
 
 ASPECT_TOLERANCE = 0.03
 """Share by which a result's shape may miss the requested one without a warning: what a small model's few sizes miss."""
@@ -74,7 +74,9 @@ class PreparedRequest:
         if abs(width / height * size.height / size.width - 1) <= ASPECT_TOLERANCE:
             return ()
         missed = f"{width}×{height}, not quite {size.width}:{size.height}"
-        return (f"the image is {missed}: {result.model} paints in steps of {GRID} pixels",)
+        row = VARIANTS.get(result.model)  # a model of one's own has none
+        steps = f"steps of {row.pixels_per_token} pixels" if row else "coarser steps"
+        return (f"the image is {missed}: {result.model} paints in {steps}",)
 
 
 def prepare(request: ImageRequest, store: Store, pixels: PixelCache) -> PreparedRequest:

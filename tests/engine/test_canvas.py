@@ -88,6 +88,45 @@ def test_aspect_ratio_never_exceeds_the_native_area(across: int, along: int, sid
     assert 0.4 * side**2 < width * height <= side**2
 
 
+@given(width=sides, height=sides, side=st.sampled_from([64, 128, 256, 1024]), grid=st.sampled_from([32, 64]))
+@settings(max_examples=200, deadline=None)
+def test_canvas_has_whole_tokens_of_any_size(width: int, height: int, side: int, grid: int) -> None:
+    frame = Canvas.of(width, height, side**2, grid=grid)
+    rows, columns = frame.tokens
+    assert (rows * grid, columns * grid) == (frame.canvas_height, frame.canvas_width)
+    assert 0 < frame.content_width <= frame.canvas_width
+    assert 0 < frame.content_height <= frame.canvas_height
+    assert frame.canvas_width * frame.canvas_height <= side**2
+
+
+@pytest.mark.parametrize("size", [(80, 112), (48, 64), (144, 256), (67, 129)])
+def test_size_between_two_tokens_is_padded_and_cropped_exactly(size: tuple[int, int]) -> None:
+    image = np.random.default_rng(1).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    frame = Canvas.of(*size, 1024**2, grid=32)
+    padded = frame.pad(image)
+    assert padded.shape == (-(-size[1] // 32) * 32, -(-size[0] // 32) * 32, 3)
+    assert np.array_equal(frame.crop(padded), image)
+
+
+@given(st.integers(1, 8), st.integers(1, 8), st.sampled_from([64, 128, 256, 1024]))
+def test_aspect_ratio_is_one_of_whole_larger_tokens(across: int, along: int, side: int) -> None:
+    width, height = size_for_aspect((across, along), side**2, 32)
+    assert width % 32 == height % 32 == 0
+    assert 0.2 * side**2 < width * height <= side**2
+    assert (width > height) <= (across > along)
+
+
+@given(width=st.integers(64, 520), height=st.integers(64, 520), side=st.sampled_from([64, 256, 1024]))
+@settings(max_examples=100, deadline=None)
+def test_reference_is_cropped_to_whole_larger_tokens(width: int, height: int, side: int) -> None:
+    if max(width, height) > 8 * min(width, height):
+        return
+    rows, columns, _ = fit_reference(np.zeros((height, width, 3), np.uint8), side**2, 32).shape
+    assert rows % 32 == columns % 32 == 0
+    assert 0 < rows <= height
+    assert 0 < columns <= width
+
+
 def test_aspect_ratio_beyond_8_to_1_is_refused() -> None:
     with pytest.raises(InvalidJob, match="at most 8:1"):
         size_for_aspect((9, 1), 1024**2)

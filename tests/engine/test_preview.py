@@ -12,9 +12,12 @@ from torch import Tensor
 from engine.contract import EngineConfig, Job, KeepSource, Result, Rgb8, Step
 from engine.diffusion.canvas import to_tensor
 from engine.diffusion.preview import MAX_SIDE, PreviewMap, predict_clean, spread_steps
+from engine.diffusion.tokens import PATCH
 from engine.engine import Engine
+from engine.families.klein.variants import VARIANTS
 from klein_mcp.daemon import wire
 
+SCALE = VARIANTS["nano"].pixels_per_token // PATCH
 APPLE = Job("a red apple on a blue background", model="nano", seed=5)
 
 
@@ -32,7 +35,7 @@ def run(engine: Engine, job: Job, *, previews: bool) -> tuple[list[Step], Result
 
 def decibels(preview: Rgb8, image: Rgb8) -> float:
     """PSNR against the image at the preview's size."""
-    shrunk = F.avg_pool2d(to_tensor(image), 8)
+    shrunk = F.avg_pool2d(to_tensor(image), SCALE)
     return 10 * math.log10(4 / float(((to_tensor(preview) - shrunk) ** 2).mean()))
 
 
@@ -76,7 +79,7 @@ def test_preview_leaves_out_the_padding_of_an_odd_size(engine: Engine) -> None:
     steps, _ = run(engine, replace(APPLE, references=(image,), size=KeepSource()), previews=True)
     preview = steps[-1].preview
     assert preview is not None
-    assert preview.shape == (9, 13, 3)
+    assert preview.shape == (round(72 / SCALE), round(104 / SCALE), 3)
 
 
 def test_large_preview_is_shrunk_to_fit_the_wire() -> None:
@@ -101,17 +104,18 @@ def test_clean_prediction_is_exact_on_a_straight_path() -> None:
     assert torch.allclose(predict_clean(at(0.9), at(0.6), 0.9, 0.6), clean, atol=1e-5)
 
 
-def test_map_recovers_a_linear_encoder() -> None:
+@pytest.mark.parametrize("scale", [8, 16])
+def test_map_recovers_a_linear_encoder(scale: int) -> None:
     mixing = torch.randn(5, 3, generator=torch.Generator().manual_seed(1))
 
     def encode(images: Tensor) -> Tensor:
-        return torch.einsum("oc,bchw->bohw", mixing, F.avg_pool2d(images, 8)) + 0.5
+        return torch.einsum("oc,bchw->bohw", mixing, F.avg_pool2d(images, scale)) + 0.5
 
-    preview_map = PreviewMap.fit(encode)
+    preview_map = PreviewMap.fit(encode, scale)
     image = torch.rand(1, 3, 64, 96) * 2 - 1
     preview = to_tensor(preview_map(encode(image), 96, 64))
     # One level of 255 is 0.0078; the ridge moves it by about as much.
-    assert float((preview - F.avg_pool2d(image, 8)).abs().max()) < 0.03
+    assert float((preview - F.avg_pool2d(image, scale)).abs().max()) < 0.03
 
 
 @pytest.mark.parametrize(

@@ -57,14 +57,20 @@ CASES = {
     "base, guidance 4 with a reference": Case("base", ((70, 90),), steps=3, guidance=4.0),
     "kv, text to image": Case("kv"),
     "kv, two references": Case("kv", ((83, 101), (96, 64))),
+    "five levels, text to image": Case("five levels", size=(96, 64)),
+    "five levels, one reference of odd size": Case("five levels", ((83, 101),), size=None),
+    "five levels, kv, two references": Case("five levels, kv", ((83, 101), (96, 64)), size=(64, 96)),
 }
 
 
 @pytest.fixture(scope="session")
 def toy(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """The folder of a toy: "distilled", "base" or "kv"."""
+    """The folder of a toy: "distilled", "base", "kv" or, of 32 pixels a token, "five levels"."""
     home, made = tmp_path_factory.mktemp("toys"), {}
-    kinds = {"distilled": {}, "base": {"distilled": False}, "kv": {"kv": True}}
+    kinds = {
+        "distilled": {}, "base": {"distilled": False}, "kv": {"kv": True},
+        "five levels": {"levels": 5}, "five levels, kv": {"levels": 5, "kv": True},
+    }  # fmt: skip
 
     def get(kind: str) -> Path:
         if kind not in made:
@@ -95,7 +101,7 @@ def _diffusers(pipes: dict[str, Any], toy: Callable[[str], Path], case: Case) ->
         pipes[case.toy] = DiffusionPipeline.from_pretrained(toy(case.toy))
         pipes[case.toy].set_progress_bar_config(disable=True)
     size = {} if case.size is None else {"width": case.size[0], "height": case.size[1]}
-    guidance = {} if case.toy == "kv" else {"guidance_scale": case.guidance}
+    guidance = {} if case.toy.endswith("kv") else {"guidance_scale": case.guidance}
     picture = pipes[case.toy](
         prompt=PROMPT,
         image=[Image.fromarray(p) for p in case.pictures()] or None,

@@ -80,8 +80,13 @@ class Needs:
         return len(layers) * width == self.context and depth >= max(layers)
 
     def suits_autoencoder(self, path: Path) -> bool:
-        """Return whether an autoencoder's latents have this transformer's channels."""
-        return 4 * autoencoder_shapes(path).get("decoder.post_quant_conv.weight", (0,))[0] == self.channels
+        """Return whether an autoencoder's tokens are this transformer's.
+
+        They have as many channels, and stand for as many pixels.
+        """
+        found = autoencoder_shapes(path)
+        channels = 4 * found.get("decoder.post_quant_conv.weight", (0,))[0]
+        return channels == self.channels and pixels_per_token(found) == self.variant.pixels_per_token
 
     def rank(self, companion: Companion) -> tuple[bool, int, bool, bool, float, str]:
         """Return a sort key, the best first."""
@@ -166,6 +171,15 @@ def encoder_size(path: Path) -> tuple[int, int]:
 def autoencoder_shapes(path: Path) -> dict[str, Shape]:
     """Return the shapes in an autoencoder."""
     return shapes(path, autoencoder_name)
+
+
+_LEVEL = re.compile(r"encoder\.down(?:_blocks)?\.(\d{1,2})\.")
+
+
+def pixels_per_token(autoencoder: dict[str, Shape]) -> int:
+    """Return the pixels of a token on each side, by `autoencoder_shapes`."""
+    numbers = (_LEVEL.match(name) for name in autoencoder)
+    return 2 ** (1 + max((int(found[1]) for found in numbers if found), default=-1))
 
 
 def has_small_decoder(path: Path) -> bool:

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine.diffusion.canvas import GRID
 from engine.diffusion.tokens import patchify, unpatchify
 from engine.families.klein.sample_inputs import SampleInputs
 from engine.families.klein.transformer import PLAIN_BLOCKS, BlockFunctions, DoubleBlock, SingleBlock, Transformer
@@ -97,10 +96,11 @@ class Compiler:
             compile_(DoubleBlock.forward), compile_(SingleBlock.forward), compile_(SingleBlock.forward_rows)
         )
         self._decoder, self._encoder = compile_(Decoder.forward), compile_(Encoder.forward)
-        side = max(8, variant.native_size // GRID)
+        token = variant.pixels_per_token
+        side = max(8, variant.native_size // token)
         # No two dimensions are equal, and none is 1: torch would require such a coincidence of every later shape.
-        self._example = SampleInputs(transformer, device, variant.text_length, side - 1, side + 1)
-        self._small = SampleInputs(transformer, device, variant.text_length, side // 2 - 1, side // 2 + 1)
+        self._example = SampleInputs(transformer, device, variant.text_length, side - 1, side + 1, token)
+        self._small = SampleInputs(transformer, device, variant.text_length, side // 2 - 1, side // 2 + 1, token)
 
     @staticmethod
     def _compile(options: CompileOptions, *, fullgraph: bool) -> Callable[[Any], Callable[..., Any]]:

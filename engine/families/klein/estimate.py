@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from engine.diffusion.canvas import GRID
 from engine.families.klein.text_encoder import TextEncoder
 from engine.families.klein.transformer import SingleBlock, Transformer, TransformerShape
 from engine.families.klein.variants import Variant
@@ -108,14 +107,14 @@ class Estimator:
         return blocks * (2.0 * tokens * _block_weights(shape) + 4.0 * tokens**2 * shape.hidden)
 
     def _decode(self, tokens: int) -> float:
-        pixels = GRID**2 * tokens
+        pixels = self._variant.pixels_per_token**2 * tokens
         # An upsampler's convolution runs on the level above.
         levels = zip(self._up, self._upsamplers, strict=True)
         work = sum((level + 3 * sampler) * pixels / 4**i for i, (level, sampler) in enumerate(levels))
         return 2.0 * (work + self._up_rest * pixels / 4 ** (len(self._up) - 1))
 
     def _encode(self, tokens: int) -> float:
-        pixels = GRID**2 * tokens
+        pixels = self._variant.pixels_per_token**2 * tokens
         levels = sum(level * pixels / 4**i for i, level in enumerate(self._down))
         return 2.0 * (levels + self._down_rest * pixels / 4 ** (len(self._down) - 1))
 

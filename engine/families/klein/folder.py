@@ -50,7 +50,7 @@ _EXTRA_KEYS: dict[str, tuple[str, Callable[[Any], bool]]] = {
 def read_variant(folder: Path, variant: Variant | None = None) -> Variant:
     """Return what a diffusers folder was made for. Raises BadWeights.
 
-    Its index and klein.json overrule the row it starts from.
+    Its index, its autoencoder's config and klein.json overrule the row it starts from.
     """
     index = read_json(folder / INDEX)
     kind = index.get("_class_name", "")
@@ -68,7 +68,25 @@ def read_variant(folder: Path, variant: Variant | None = None) -> Variant:
         variant = replace(
             like, name=folder.name, title=folder.name, repo="", licence="unknown", kv=kv, memory_gb=0.0, files=()
         )
+    variant = replace(variant, pixels_per_token=_pixels_per_token(folder) or variant.pixels_per_token)
     return _with_extras(variant, folder)
+
+
+_MOST_LEVELS = 8
+"""More levels than any autoencoder of tokens has: one of its tokens would be 256 pixels wide."""
+
+
+def _pixels_per_token(folder: Path) -> int:
+    """Return what the autoencoder's config says, 0 where it says nothing.
+
+    A broken one is no error here: loading the autoencoder names what is wrong.
+    """
+    try:
+        levels = read_json(folder / "vae" / "config.json").get("block_out_channels")
+    except BadWeights:
+        return 0
+    # Every level but the last halves the size, and a token is 2 × 2 latent pixels.
+    return 2 ** len(levels) if isinstance(levels, list) and 0 < len(levels) <= _MOST_LEVELS else 0
 
 
 def _with_extras(variant: Variant, folder: Path) -> Variant:

@@ -12,7 +12,6 @@ from engine.checkpoints.loading import param_shapes
 from engine.checkpoints.narrow import NarrowLinear, held_dtype
 from engine.checkpoints.quant import QuantLinear
 from engine.contract import Fix
-from engine.diffusion.canvas import GRID
 from engine.families.klein.components import ComponentSpec
 from engine.families.klein.lora import WeightDelta
 from engine.families.klein.text_encoder import TextEncoder
@@ -52,13 +51,14 @@ def activation_memory(
     pixels: of the canvas, by default the native size. references: their pixels, by default one of the canvas's size.
     """
     pixels = pixels or variant.native_size**2
-    reference_tokens = (pixels if references is None else references) // GRID**2
+    token = variant.pixels_per_token**2
+    reference_tokens = (pixels if references is None else references) // token
     shape = transformer.shape
     decoder = autoencoder.shape.decoder[min(1, len(autoencoder.shape.decoder) - 1)]
     whole, banded = (
         plan.working(
             hidden=shape.hidden,
-            tokens=variant.text_length + pixels // GRID**2 + reference_tokens,
+            tokens=variant.text_length + pixels // token + reference_tokens,
             pixels=pixels,
             decoder=decoder,
             itemsize=dtype.itemsize,

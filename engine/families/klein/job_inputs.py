@@ -14,6 +14,8 @@ NEARLY_SQUARE = 1.25
 """Longer to shorter side up to which a model of squares still puts things where they belong. In nano's 144 × 112 a car
 at the bottom was cut off, in 144 × 96 it was a smear, in 96 × 160 a second house began below the first."""
 MAX_SEED = 2**63 - 1
+LEAST_SIDE = 16
+"""Pixels of the shortest side of a size that is asked for. A canvas of larger tokens is cropped to it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,19 +23,21 @@ class Reference:
     """A reference as the model sees it.
 
     original: before it was fitted. way: how it was fitted. known_hash: `image_hash` of the original, if known.
+    grid: image pixels per token.
     """
 
     image: Rgb8
     original: Rgb8
     way: str
     known_hash: str = ""
+    grid: int = GRID
 
     @classmethod
     def padded(cls, image: Rgb8, canvas: Canvas, known_hash: str = "") -> "Reference":
         """Put an image on a canvas."""
         # Contents of several sizes fill one canvas: padded ones, and those enlarged for a close-up.
         way = f"pad {canvas.content_width}x{canvas.content_height}"
-        return cls(canvas.pad(image), image, way, known_hash)
+        return cls(canvas.pad(image), image, way, known_hash, canvas.grid)
 
     @cached_property
     def key(self) -> str:
@@ -48,7 +52,7 @@ class Reference:
     @property
     def tokens(self) -> tuple[int, int]:
         """Return the rows and columns of its tokens."""
-        return self.image.shape[0] // GRID, self.image.shape[1] // GRID
+        return self.image.shape[0] // self.grid, self.image.shape[1] // self.grid
 
 
 def read_settings(job: Job, variant: Variant, warnings: list[str]) -> tuple[int, float]:
@@ -76,24 +80,24 @@ def read_settings(job: Job, variant: Variant, warnings: list[str]) -> tuple[int,
 
 def fit_images(job: Job, variant: Variant, warnings: list[str]) -> tuple[Canvas, list[Reference]]:
     """Return the canvas, and the references as the model sees them."""
-    area = variant.max_size**2
+    area, grid = variant.max_size**2, variant.pixels_per_token
     references = list(job.references)
     hashes = job.hashes or ("",) * len(references)
     if isinstance(job.size, KeepSource):
         if not references:
             raise InvalidJob("KeepSource needs a reference, whose size the result keeps.")
         height, width = references[0].shape[:2]
-        canvas = Canvas.of(width, height, area, variant.native_size**2 if job.size.close_up else 0)
+        canvas = Canvas.of(width, height, area, variant.native_size**2 if job.size.close_up else 0, grid)
         fitted = [Reference.padded(references[0], canvas, hashes[0])]
     else:
         fitted, canvas = [], None
     for image, known in list(zip(references, hashes, strict=True))[len(fitted) :]:
-        fitted.append(Reference(fit_reference(image, variant.reference_size**2), image, "fit", known))
+        fitted.append(Reference(fit_reference(image, variant.reference_size**2, grid), image, "fit", known, grid))
     if canvas is None:
         width, height = _size(job, fitted, variant)
-        if min(width, height) < GRID:
-            raise InvalidJob(f"The size is {width}×{height}; each side needs at least {GRID} pixels.")
-        canvas = Canvas.of(width, height, area)
+        if min(width, height) < LEAST_SIDE:
+            raise InvalidJob(f"The size is {width}×{height}; each side needs at least {LEAST_SIDE} pixels.")
+        canvas = Canvas.of(width, height, area, grid=grid)
     if canvas.enlarges:
         warnings.append(
             f"painted at {canvas.content_width}×{canvas.content_height}, about the area {variant.name} was made for, "
@@ -117,6 +121,6 @@ def _size(job: Job, references: list[Reference], variant: Variant) -> tuple[int,
         case Exact(width, height):
             return width, height
         case Aspect(width, height):
-            return size_for_aspect((width, height), variant.native_size**2)
+            return size_for_aspect((width, height), variant.native_size**2, variant.pixels_per_token)
     height, width = references[0].image.shape[:2] if references else (variant.native_size, variant.native_size)
     return width, height

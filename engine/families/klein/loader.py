@@ -19,6 +19,7 @@ from engine.families.klein.footprint import EMBEDDING
 from engine.families.klein.lora import Lora, WeightDelta
 from engine.families.klein.text_encoder import TextEncoder
 from engine.families.klein.transformer import Transformer
+from engine.families.klein.variants import Variant
 from engine.memory import plan
 from engine.memory.arena import ALIGN, HostArena, aligned
 from engine.memory.device import DTYPES, Device
@@ -131,7 +132,7 @@ def _prepare(
         checkpoint.text_encoder, variant.text_layers, device.device, compact=compact, narrow=narrow
     )
     autoencoder = components.autoencoder(checkpoint.vae)
-    _check_match(transformer.module, text_encoder.module, autoencoder.module)
+    _check_match(variant, transformer.module, text_encoder.module, autoencoder.module)
     for part in (transformer, text_encoder, autoencoder):
         part.verify()
     loras = [lora.read(one, transformer.module) for one in options.loras]
@@ -243,7 +244,9 @@ def _fingerprint(read: tuple[ComponentSpec[Any], ...], options: LoadOptions) -> 
     return "-".join(prints)
 
 
-def _check_match(transformer: Transformer, text_encoder: TextEncoder, autoencoder: Autoencoder) -> None:
+def _check_match(
+    variant: Variant, transformer: Transformer, text_encoder: TextEncoder, autoencoder: Autoencoder
+) -> None:
     """Raise BadWeights for components of different models."""
     if text_encoder.width != transformer.shape.context:
         raise BadWeights(
@@ -255,4 +258,10 @@ def _check_match(transformer: Transformer, text_encoder: TextEncoder, autoencode
         raise BadWeights(
             f"The autoencoder has {4 * autoencoder.shape.latent} channels, the transformer "
             f"{transformer.shape.channels}: they belong to different models."
+        )
+    # Its latents may have as many channels, and would be decoded to an image of another size.
+    if (own := autoencoder.shape.pixels_per_token) != (wanted := variant.pixels_per_token):
+        raise BadWeights(
+            f"A token of the autoencoder is {own}×{own} pixels, one of {variant.name} {wanted}×{wanted}: they belong "
+            "to different models."
         )

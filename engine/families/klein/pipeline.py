@@ -22,7 +22,7 @@ from engine.contract import (
     StageName,
     Step,
 )
-from engine.diffusion.canvas import GRID, Canvas, to_rgb8, to_tensor
+from engine.diffusion.canvas import Canvas, to_rgb8, to_tensor
 from engine.diffusion.change_mask import find_change
 from engine.diffusion.parts import Parts, beside, within
 from engine.diffusion.preview import PreviewMap, predict_clean, spread_steps
@@ -142,7 +142,7 @@ class Klein:
         )
         klein.runner.banded = networks.banded
         with torch.no_grad():
-            rows = checkpoint.variant.native_size**2 // GRID**2
+            rows = (checkpoint.variant.native_size // checkpoint.variant.pixels_per_token) ** 2
             klein.estimator.trial = trial_speed(networks.transformer, device, rows)
         return klein
 
@@ -174,7 +174,7 @@ class Klein:
         mode = self._mode(job, warnings)
 
         estimate = self.estimator.image(
-            tokens_of(canvas), tuple(math.prod(each.tokens) for each in references), steps,
+            math.prod(canvas.tokens), tuple(math.prod(each.tokens) for each in references), steps,
             guided=guidance > 1, changed=job.find_change,
         )  # fmt: skip
 
@@ -185,7 +185,7 @@ class Klein:
         yield progress("prompt", 0.0)
         reading = read_prompt(job.prompt, variant)
         warnings += reading.warnings
-        rows, columns = canvas.canvas_height // GRID, canvas.canvas_width // GRID
+        rows, columns = canvas.tokens
         drawn: list[Tensor] = []
 
         def draw_and_hash() -> None:
@@ -273,7 +273,7 @@ class Klein:
     @torch.no_grad()
     def prefetch(self, image: Rgb8) -> None:
         """Compute in advance what an edit of `image` needs."""
-        canvas = Canvas.of(image.shape[1], image.shape[0], self.variant.max_size**2)
+        canvas = Canvas.of(image.shape[1], image.shape[0], self.variant.max_size**2, grid=self.variant.pixels_per_token)
         reference = Reference.padded(image, canvas)
         try:
             in_bands = self._decodes_in_bands(canvas, [reference])
@@ -333,14 +333,14 @@ class Klein:
         """Return the small image that a normalised latent stands for."""
         if self._preview_map is None:
             # The preview is fitted when first used: a model without previews pays nothing.
-            self._preview_map = PreviewMap.fit(self._encode_plain)
+            self._preview_map = PreviewMap.fit(self._encode_plain, self.autoencoder.shape.pixels_per_latent)
         plain = unpatchify(self.autoencoder.bn.restore(latent))
         return self._preview_map(plain, canvas.content_width, canvas.content_height)
 
     def _encode_plain(self, images: Tensor) -> Tensor:
         """Encode images to latents before patchify and normalisation.
 
-        [b, 3, 8h, 8w] -> [b, c, h, w].
+        [b, 3, p·h, p·w] -> [b, c, h, w], p being `pixels_per_latent`.
         """
         return self.autoencoder.encoder(images.to(self.device.device, self.device.dtype))
 
@@ -349,7 +349,9 @@ class Klein:
 
         Raises OutOfMemory if it does not hold the job at all.
         """
-        reference_pixels = GRID**2 * sum(math.prod(reference.tokens) for reference in references)
+        reference_pixels = self.variant.pixels_per_token**2 * sum(
+            math.prod(reference.tokens) for reference in references
+        )
 
         def work(pixels: int) -> ActivationMemory:
             shapes = (self.variant, self.transformer, self.autoencoder, self.device.dtype)
@@ -470,11 +472,6 @@ class Klein:
 
     def _reference_rope(self, references: tuple[tuple[int, int], ...]) -> Rope:
         return self.transformer.rope(torch.cat(_reference_positions(references)))
-
-
-def tokens_of(canvas: Canvas) -> int:
-    """Return the tokens of a canvas."""
-    return canvas.canvas_width * canvas.canvas_height // GRID**2
 
 
 def _refuse_not_finite(latent: Tensor, model: str) -> None:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from engine.contract import Mode
-from engine.diffusion.canvas import GRID, size_for_aspect
+from engine.diffusion.canvas import size_for_aspect
 from engine.diffusion.parts import Parts
 from engine.families.klein.compile_thread import CompileThread, full_collections_deferred
 from engine.families.klein.compiler import (
@@ -134,7 +134,7 @@ class Runner:
     def encode(self, images: Tensor, mode: Mode) -> Tensor:
         """Encode images to latents.
 
-        [b, 3, 16h, 16w] in [-1, 1] -> [b, channels, h, w].
+        [b, 3, p·h, p·w] in [-1, 1] -> [b, channels, h, w], p being the variant's `pixels_per_token`.
         """
         compiled = self._compiled if mode == "compiled" else None
         if compiled is None:
@@ -145,7 +145,7 @@ class Runner:
     def decode(self, latent: Tensor, mode: Mode, *, in_bands: bool = False) -> Tensor:
         """Decode a latent to an image.
 
-        [1, channels, h, w] -> [1, 3, 16h, 16w], about [-1, 1]. in_bands: in less memory, more slowly.
+        [1, channels, h, w] -> [1, 3, p·h, p·w], about [-1, 1]. in_bands: in less memory, more slowly.
         """
         if in_bands or self.banded:
             return bands.decode(self.autoencoder, latent)
@@ -368,7 +368,7 @@ class Runner:
 
     def _warm_up(self) -> Iterator[bool]:
         """Load the kernels and plans that the first images need."""
-        side, tokens = self.variant.native_size // GRID, self.variant.text_length
+        side, tokens = self.variant.native_size // self.variant.pixels_per_token, self.variant.text_length
         ids = torch.zeros(1, tokens, dtype=torch.long)
         self._timed("warm-up", lambda: self._text(ids, torch.ones_like(ids)))
         yield True
@@ -385,7 +385,7 @@ class Runner:
 
     def _quickest_attention(self) -> Choice:
         """Try the attention back ends on an image of the native size."""
-        tokens = self.variant.text_length + (self.variant.native_size // GRID) ** 2
+        tokens = self.variant.text_length + (self.variant.native_size // self.variant.pixels_per_token) ** 2
         q, k, v = (self._heads(tokens) for _ in range(3))
         # Tried once a process: a second trial might choose another, and the same seed give other bits.
         key = (str(self.device.device), q.dtype, q.shape, quickest)
@@ -395,10 +395,10 @@ class Runner:
 
     def _plan_attention(self) -> Iterator[bool]:
         """Build cuDNN's plans for likely shapes: 41 to 50 ms each, H200."""
-        area = self.variant.native_size**2
+        area, token = self.variant.native_size**2, self.variant.pixels_per_token
         for aspect in ASPECTS:
-            width, height = size_for_aspect(aspect, area)
-            canvas = width * height // GRID**2
+            width, height = size_for_aspect(aspect, area, token)
+            canvas = width * height // token**2
             for references in (0, canvas):
                 keys = self.variant.text_length + canvas + references
                 # The last block has queries of the canvas alone.

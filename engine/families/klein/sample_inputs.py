@@ -16,8 +16,10 @@ class SampleInputs:
     They serve to compile, to capture or to warm up.
     """
 
-    def __init__(self, transformer: Transformer, device: Device, text: int, rows: int, columns: int) -> None:
-        self._transformer, self._device = transformer, device
+    def __init__(
+        self, transformer: Transformer, device: Device, text: int, rows: int, columns: int, pixels_per_token: int = GRID
+    ) -> None:
+        self._transformer, self._device, self._token = transformer, device, pixels_per_token
         self._text, self._rows, self._columns = text, rows, columns
 
     def _randn(self, *shape: int) -> Tensor:
@@ -29,7 +31,7 @@ class SampleInputs:
 
     def image(self) -> Tensor:
         """Return pixels of the canvas."""
-        return self._randn(1, 3, GRID * self._rows, GRID * self._columns).clamp(-1, 1)
+        return self._randn(1, 3, self._token * self._rows, self._token * self._columns).clamp(-1, 1)
 
     def step(self, references: int, kv: bool = False) -> tuple[Any, ...]:
         """Return the arguments of Transformer.forward.

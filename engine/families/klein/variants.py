@@ -34,6 +34,7 @@ class Variant:
     max_size: the square side whose area is the most it paints by itself; larger images are resampled from it.
     reference_size: the square side whose area a reference is shrunk to if it is larger.
     squares: whether squares are all that it practised.
+    pixels_per_token: image pixels on each side that a token stands for, as its autoencoder has it.
     words: all that its prompts may hold; empty for a model that knows more than could be listed.
     nouns: those of the words that name a thing, each with the colours it is always painted in.
     shapes, colours: those of the words that name a thing of any colour, and the colours.
@@ -56,6 +57,7 @@ class Variant:
     reference_size: int = 1024
     max_references: int = 4
     squares: bool = False
+    pixels_per_token: int = 16
     text_length: int = 512
     text_layers: tuple[int, ...] = (9, 18, 27)
     words: frozenset[str] = frozenset()
