@@ -1,6 +1,6 @@
 """GPU benchmark against diffusers and the machine's limits, at full size.
 
-    python -m tests.bench.gpu [--variant 4B | 9B] [--seconds 330] [--json PATH] [--only STEP,…]
+    python -m tests.bench.gpu [--variant 4B | 9B] [--seconds 420] [--json PATH] [--only STEP,…]
     python -m tests.bench.gpu --smoke
 
 Random weights of the true shape, made on the device; no network. All work is done in child processes, each with a time
@@ -12,11 +12,11 @@ Steps, with the seconds expected on an H200 with 16 cores (M: measured, else est
     compile    0 – 70   at most 110; ten processes of few blocks fill the compilers' disk cache at once (our decoder
                         alone: 41 M); beside them the timed process makes the models (1 M), compares images (3 M),
                         counts the floors, and writes 16 GB to the RAM disk (25)
-    timed     70 – 190  alone on the card: ceilings 1 M, tuning from the disk cache 12, compiled diffusers from it 26,
-                        five scenarios in turns 44, fp8 of both sides 33, decoding in bands 2
-    jobs     190 – 235  48 kept; three windows of 11 s: jobs during the compiling of blocks, decoder and encoder
-    memory   235 – 305  72 kept; five limits, 13 s each
-    rest     305 –      parts, techniques, eager, drift: if 30 s are left
+    timed     85 – 245  alone on the card: ceilings 1 M, tuning from the disk cache 30, compiled diffusers from it and
+                        five scenarios in turns 76 M, fp8 of both sides 50, decoding in bands 2
+    jobs     245 – 290  48 kept; three windows of 11 s: jobs during the compiling of blocks, decoder and encoder
+    memory   290 – 415  125 kept; without a limit 50, with tuning; four limits, 16 s each M
+    rest     415 –      parts, techniques, eager, drift: if 30 s are left
 
 `timed` leaves out its last sections before it takes the seconds of `jobs` and `memory`.
 """
@@ -60,12 +60,12 @@ class Settings:
 
     variant: str = "4B"
     backend: str = "inductor"
-    seconds: float = 330.0
+    seconds: float = 420.0
     json: Path | None = None
     only: tuple[str, ...] = ()
     fill: float = 110.0
     jobs: float = 48.0
-    memory: float = 72.0
+    memory: float = 125.0
     window: float = 11.0
     parts: tuple[str, ...] = PARTS
     filled: tuple[str, ...] = FILL
@@ -224,7 +224,7 @@ class Run:
                 self._take(child.name, {"skipped": f"{self.left:.0f} s were left"})
                 continue
             child.go(self.left)
-            self.children.finish([child], min(60 if self.settings.variant == "toy" else 28, self.left))
+            self.children.finish([child], min(60, self.left))
 
     def measure_rest(self) -> None:
         """Measure what was measured before, if time is left."""
@@ -272,7 +272,7 @@ def arguments() -> argparse.Namespace:
         prog="python -m tests.bench.gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--variant", choices=("4B", "9B"), default="4B")
-    parser.add_argument("--seconds", type=float, default=330.0, help="for all of it; the last sections are left out")
+    parser.add_argument("--seconds", type=float, default=420.0, help="for all of it; the last sections are left out")
     parser.add_argument("--json", type=Path, help="write everything that was measured to this file, as it comes")
     parser.add_argument("--only", default="", help=f"steps, separated by commas: {', '.join(STEPS)}")
     parser.add_argument("--smoke", action="store_true", help="toys on the CPU")

@@ -1,7 +1,8 @@
 """The attention back end is chosen by a trial: the fastest of those that give the plain result."""
 
-import time
 from collections.abc import Callable
+from itertools import count
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,12 +20,29 @@ def inputs() -> tuple[Tensor, Tensor, Tensor]:
     return q, k, v
 
 
-def slowed(backend: Attention, seconds: float) -> Attention:
+def slowed(backend: Attention, seconds: float, disturbed: Callable[[int], float] = lambda call: 0.0) -> Attention:
+    """Return the back end as one that takes so long.
+
+    disturbed: seconds more of each call, by its number.
+    """
+    calls = count()
+
     def slow(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        time.sleep(seconds)
+        Clock.now += seconds + disturbed(next(calls))
         return backend(q, k, v)
 
     return slow
+
+
+class Clock:
+    """The clock of the trials, which only slowed back ends move."""
+
+    now = 0.0
+
+
+@pytest.fixture(autouse=True)
+def clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "time", SimpleNamespace(perf_counter=lambda: Clock.now))
 
 
 def failing(exc: Exception) -> Attention:
@@ -63,6 +81,16 @@ def test_a_back_end_with_other_numbers_is_passed_over() -> None:
     wrong: list[Callable[..., Tensor]] = [lambda q, k, v: PLAIN(k, q, v), lambda q, k, v: PLAIN(q, k, v) * torch.nan]
     for backend in wrong:
         assert quickest(*inputs(), no_sync, {"wrong": backend}).name == ""
+
+
+@pytest.mark.usefixtures("slow_plain")
+def test_work_beside_the_trial_does_not_mislead_it() -> None:
+    """Another process that uses the GPU makes most calls of the best one slow."""
+    backends = {
+        "best": slowed(PLAIN, 0.01, lambda call: 0.5 if call % 8 else 0.0),
+        "other": slowed(PLAIN, 0.02),
+    }
+    assert quickest(*inputs(), no_sync, backends).name == "best"
 
 
 def test_torch_keeps_its_choice_where_it_is_faster() -> None:
