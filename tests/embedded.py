@@ -4,9 +4,11 @@ from engine.contract import Rgb8
 from engine.families.klein.variants import EMBEDDED, VARIANTS
 from engine.nano.training.frames import SQUARE, Frame
 from engine.nano.training.score import in_units as average
+from klein_mcp.limits import GRID
 
 SIDE = VARIANTS[EMBEDDED].native_size
-TOKENS = (SIDE // VARIANTS[EMBEDDED].pixels_per_token) ** 2
+TOKENS = (SIDE // GRID) ** 2
+"""Of an image, as the OpenAI API counts them."""
 MAX_REFERENCES = VARIANTS[EMBEDDED].max_references
 SCALE = SIDE // SQUARE
 

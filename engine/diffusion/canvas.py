@@ -21,6 +21,8 @@ MIN_SIDE = 64
 """Pixels of the shortest side of a reference and, rounded up to whole tokens, of a canvas."""
 MOST_ENLARGED = 4
 """Largest factor per side by which a crop is enlarged. Beyond it the model sees more blur than content."""
+ENOUGH = 0.75
+"""Share of a model's least area from which on an image is not enlarged: some shapes of whole tokens fill less."""
 MAX_ASPECT = 8
 """Largest aspect ratio of a reference. Source: diffusers Flux2ImageProcessor.check_image_input."""
 
@@ -87,21 +89,25 @@ def resize(image: Rgb8, width: int, height: int) -> Rgb8:
     return np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.LANCZOS))
 
 
-def fit_reference(image: Rgb8, area: int, grid: int = GRID) -> Rgb8:
+def fit_reference(image: Rgb8, area: int, grid: int = GRID, least: int = 0) -> Rgb8:
     """Return the reference as the model sees it.
 
-    It has at most `area` pixels and is cropped at the centre to multiples of `grid`.
-    It is never enlarged. Raises InvalidJob if a side is under 64 or the aspect ratio beyond 8. Source: diffusers.
+    It has at most `area` pixels and is cropped at the centre to multiples of `grid`. A smaller one is enlarged to
+    the area `least` (see ENOUGH), which is 0 for klein: it is never enlarged there.
+    Raises InvalidJob if a side is under 64 or the aspect ratio beyond 8. Source: diffusers.
     """
     height, width = image.shape[:2]
     if min(width, height) < MIN_SIDE:
         raise InvalidJob(f"A reference of {width}×{height} is too small; each side needs {MIN_SIDE} pixels.")
     if max(width, height) > MAX_ASPECT * min(width, height):
         raise InvalidJob(f"A reference of {width}×{height} is too long; at most {MAX_ASPECT}:1.", hint="Crop it first.")
-    if width * height > area:
-        scale = math.sqrt(area / (width * height))
+    small = floor_grid(width, grid) * floor_grid(height, grid) < ENOUGH * min(least, area)
+    if width * height > area or small:
+        scale = math.sqrt((min(least, area) if small else area) / (width * height))
+        # Of few tokens none is lost to rounding: 260 × 260 is 256 × 256, not 255. Klein's own are as in diffusers.
+        across, along = (round(side * scale) if least else int(side * scale) for side in (width, height))
         # At least a token, which a long image in a small area would lack.
-        image = resize(image, max(grid, int(width * scale)), max(grid, int(height * scale)))
+        image = resize(image, max(grid, across), max(grid, along))
         height, width = image.shape[:2]
     rows, columns = floor_grid(height, grid), floor_grid(width, grid)
     top, left = (height - rows) // 2, (width - columns) // 2

@@ -24,13 +24,14 @@ from engine.diffusion.change_mask import find_change
 from engine.nano.training.compositor import as_tensor, as_uint8
 from engine.nano.training.edits import EDITS
 from engine.nano.training.folder import WEIGHTS
-from engine.nano.training.frames import SQUARE, TOKEN, Frame
+from engine.nano.training.frames import SQUARE, Frame
 from engine.nano.training.model import Nano
 from engine.nano.training.prompts import Example
 from engine.nano.training.questions import (
     CHAIN_LENGTH,
     LISTS,
     Question,
+    as_scored,
     at_scale,
     known_list,
     questions,
@@ -107,7 +108,7 @@ def preserved(nano: Nano, edited: list[Rgb8], originals: list[Rgb8]) -> list[Pre
     kept = []
     for image, original in zip(edited, originals, strict=True):
         tensor = as_tensor([original]).to(nano.device)
-        grid = original.shape[1] // TOKEN, original.shape[0] // TOKEN
+        grid = original.shape[1] // nano.token, original.shape[0] // nano.token
         round_trip = nano.decode(nano.encode(tensor), grid)
         started = time.perf_counter()
         change = find_change(as_tensor([image]).to(nano.device), round_trip)
@@ -202,6 +203,7 @@ def _generated(table: Table, parts: dict[str, Answers]) -> list[Answer]:
     grounds: list[bool] = []
     colours: list[bool] = []
     sharp: list[float] = []
+    sharp_in_units: list[float] = []
     found: dict[str, list[bool]] = {"one": [], "two": []}
     for q, image, small in (*parts["one"], *parts["two"]):
         scene = q[2].target
@@ -214,6 +216,7 @@ def _generated(table: Table, parts: dict[str, Answers]) -> list[Answer]:
             whole &= right
             if right:
                 sharp.append(sharpness(image, q[2], i))
+                sharp_in_units.append(sharpness(small, as_scored(q[2]), i))
             if thing.colour is not None:
                 colours.append(finding.colour == thing.colour)
         shown.append(Answer(q, image, small, whole))
@@ -225,6 +228,7 @@ def _generated(table: Table, parts: dict[str, Answers]) -> list[Answer]:
     table.add("position right", places)
     table.add("colour of a shape right", colours)
     table.add("outline of what is there (1 is as sharp)", sharp)
+    table.add("outline at 128 × 128 (1 is as sharp)", sharp_in_units)
     return shown
 
 
@@ -235,6 +239,7 @@ def _edited(table: Table, edits: Answers) -> list[Answer]:
     for kind in EDITS:
         table.add(f"edit done: {kind}", [d for d, (q, _, _) in zip(done, edits, strict=True) if q[2].task == kind])
     table.add("edit keeps the rest (of 255)", [rest_kept(image, q[2]) for q, image, _ in edits])
+    table.add("edit keeps the rest at 128 × 128 (of 255)", [rest_kept(small, as_scored(q[2])) for q, _, small in edits])
     return [Answer(*answer, right) for answer, right in zip(edits, done, strict=True)]
 
 
@@ -341,7 +346,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--weights", type=Path, default=WEIGHTS)
     parser.add_argument("--list", choices=tuple(LISTS), help="old: the first nano's (default: what the weights know)")
-    parser.add_argument("--size", type=int, choices=(128, 256), help="side of a square canvas (the model's own)")
     parser.add_argument("--montage", type=Path, default=Path("nano.png"))
     parser.add_argument("--parts", default="", help="of the list, separated by commas: one, two, edit, chain …")
     parser.add_argument("--every", type=int, default=1, help="of the list, every n-th question; chains stay whole")
@@ -356,7 +360,7 @@ def main() -> None:
     if not args.device.startswith("cuda"):
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     nano = Nano(args.weights).to(args.device).eval()
-    scale = (args.size or nano.native_size) // SQUARE
+    scale = nano.native_size // SQUARE
     path = LISTS[args.list or known_list(args.weights)]
     parts = tuple(filter(None, args.parts.split(",")))
     asked = [q for q in questions(path) if q[1] % args.every == 0 and (not parts or q[0] in parts)]

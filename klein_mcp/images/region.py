@@ -27,6 +27,8 @@ FINE_AREA = 2**20
 # A region smaller than this share of the image is cropped for the model, with a margin of the same size.
 _SMALL = 0.25
 _LEAST_MARGIN = 128
+_WHOLE = 256**2
+"""Pixels of an image that is sent whole: of a part of so few a model sees little, and nano knows whole scenes alone."""
 
 Mask = npt.NDArray[np.bool_]
 Box = tuple[int, int, int, int]
@@ -171,7 +173,8 @@ def _white(mask: Rgb8, width: int, height: int) -> Mask:
 def _with_margin(box: Box, width: int, height: int) -> Box:
     """Return the whole image, or a small region with its margin."""
     left, top, right, bottom = box
-    if (right - left) * (bottom - top) >= _SMALL * width * height and width * height <= WORK_AREA:
+    large = (right - left) * (bottom - top) >= _SMALL * width * height
+    if width * height <= _WHOLE or (large and width * height <= WORK_AREA):
         return 0, 0, width, height
     across = max(right - left, _LEAST_MARGIN) // 2
     along = max(bottom - top, _LEAST_MARGIN) // 2

@@ -53,7 +53,7 @@ class TimingHistory:
             if isinstance(job.size, Native) and not job.references:
                 self._native[model] = width * height
             seen = self._seconds.setdefault(model, [])
-            seen.append((width * height + _reference_pixels(job), seconds))
+            seen.append((_pixels(job, result.model, width * height), seconds))
             del seen[:-MEASUREMENTS]
         if self._path:
             with contextlib.suppress(OSError):  # a full disk costs an estimate, not the image
@@ -72,7 +72,7 @@ class TimingHistory:
             canvas = job.references[0].shape[0] * job.references[0].shape[1]
         else:
             canvas = self._native.get(job.model, _MEGAPIXEL)
-        estimate = self._estimate(job.model, canvas + _reference_pixels(job))
+        estimate = self._estimate(job.model, _pixels(job, self._auto if job.model == "auto" else job.model, canvas))
         return (
             None
             if estimate is None
@@ -84,10 +84,8 @@ class TimingHistory:
         return {model: self._table(model) for model, seen in self._seconds.items() if seen and model != "auto"}
 
     def _table(self, model: str) -> dict[str, float]:
-        row = VARIANTS.get(model)
-        if row and row.native_size < _SIZES[0]:
-            # It computes at its own size whatever is asked for, and resamples: the seconds are those of any image.
-            side = row.native_size
+        if side := _only_side(model):
+            # The seconds are those of any image.
             return {f"{side}x{side}": _rounded(self._nearest(model, side * side)[1])}
         return {f"{side}x{side}": _rounded(self._estimate(model, side * side) or 0.0) for side in _SIZES}
 
@@ -124,12 +122,23 @@ def _measurements(seen: Any) -> list[tuple[float, float]]:
     return [pair for pair in pairs if all(math.isfinite(value) and value > 0 for value in pair)]
 
 
-def _reference_pixels(job: Job) -> int:
-    """Pixels of references that the model reads.
+def _only_side(model: str) -> int:
+    """Return the only side at which a small model computes.
 
-    No more than a megapixel of each.
+    0 for a model that computes at the size that is asked for.
     """
-    return sum(min(image.shape[0] * image.shape[1], _MEGAPIXEL) for image in job.references)
+    row = VARIANTS.get(model)
+    return row.native_size if row and row.native_size < _SIZES[0] else 0
+
+
+def _pixels(job: Job, model: str, canvas: int) -> int:
+    """Return the pixels that the model computes and reads.
+
+    No more than a megapixel of each reference.
+    """
+    if side := _only_side(model):
+        return side**2 * (1 + len(job.references))
+    return canvas + sum(min(image.shape[0] * image.shape[1], _MEGAPIXEL) for image in job.references)
 
 
 def latest_auto(home: Path) -> str:

@@ -30,11 +30,12 @@ from PIL import Image
 
 from engine.contract import EngineConfig, Exact, Job, Result, Rgb8
 from engine.engine import Engine
+from engine.families.klein.variants import EMBEDDED, VARIANTS
 from engine.registry import NANO
 from tests.bench.comparisons import HEAD, Row, compare
 from tests.real_server import RealServer, real_server
 
-SIDE = 128
+SIDE = VARIANTS[EMBEDDED].native_size
 THREADS = 1
 
 

@@ -134,11 +134,13 @@ def test_edit_of_the_image_just_generated_hits_the_cache(kv_toy: str) -> None:
     assert np.array_equal(warm.image, paint(Engine(EngineConfig(device="cpu", cache_bytes=0)), edit).image)
 
 
-def test_close_up_of_the_same_image_misses_the_cache() -> None:
+def test_close_up_of_the_same_image_misses_the_cache(tmp_path: Path) -> None:
     """Both fill one canvas, with padding and with an enlarged content."""
-    engine, image = Engine(EngineConfig(device="cpu")), picture(124, 124)
+    engine, image, small = Engine(EngineConfig(device="cpu")), picture(124, 124), toys.save(tmp_path / "kv", kv=True)
+    toys.extras(small, native_size=128)
     kept, close_up = (
-        Job("a dog", model="nano", references=(image,), size=KeepSource(close_up=way), steps=1) for way in (False, True)
+        Job("a dog", model=str(small), references=(image,), size=KeepSource(close_up=way), steps=1)
+        for way in (False, True)
     )
     assert paint(engine, kept).cache["references"] == "miss"
     second = paint(engine, close_up)

@@ -135,3 +135,13 @@ def test_aspect_ratio_beyond_8_to_1_is_refused() -> None:
 def test_reference_is_never_enlarged() -> None:
     image = np.zeros((100, 80, 3), np.uint8)
     assert fit_reference(image, 1024**2).shape == (96, 80, 3)
+
+
+@pytest.mark.parametrize(
+    ("size", "seen"),
+    [((64, 64), (256, 256)), ((130, 130), (256, 256)), ((222, 222), (256, 256)), ((230, 230), (224, 224)),
+     ((260, 260), (256, 256)), ((900, 900), (256, 256)), ((128, 96), (288, 192)), ((288, 224), (288, 224))],
+)  # fmt: skip
+def test_reference_of_a_model_of_one_area_has_about_that_area(size: tuple[int, int], seen: tuple[int, int]) -> None:
+    height, width, _ = fit_reference(np.zeros((size[1], size[0], 3), np.uint8), 256**2, 32, 256**2).shape
+    assert (width, height) == seen

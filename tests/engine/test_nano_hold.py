@@ -12,7 +12,7 @@ from engine.nano.training.compositor import BACKGROUNDS
 from engine.nano.training.curriculum import LEVELS, Curriculum
 from engine.nano.training.data_loader import BatchKind, draw_batch
 from engine.nano.training.folder import WEIGHTS, load_extras
-from engine.nano.training.frames import SMALL_SHAPES, SMALL_SQUARE
+from engine.nano.training.frames import NATIVE, NATIVE_SHAPES
 from engine.nano.training.hold import FirstWorld, Teacher, loaders
 from engine.nano.training.model import Nano, Tokenize
 from engine.nano.training.prompts import Example, PromptSampler
@@ -20,13 +20,13 @@ from engine.nano.training.scenes import Scene
 from engine.nano.training.train import Clock, Options, Trainer, train
 
 NOUNS = 48
-KIND = BatchKind(SMALL_SQUARE, "generate", 0, 64, 1)
+KIND = BatchKind(NATIVE, "generate", 0, 64, 1)
 FIRST = FirstWorld(WEIGHTS)
 
 
 def _example(draw: str, background: str = "red") -> Example:
     """Draw a scene of a kind on a background, in words that the first nano knows."""
-    world = PromptSampler(1, SMALL_SQUARE, NOUNS).world
+    world = PromptSampler(1, NATIVE, NOUNS).world
     scene: Scene = replace(getattr(world, draw)(), background=BACKGROUNDS.index(background))
     return Example("generate", "a cat on the left", scene)
 
@@ -47,7 +47,7 @@ def test_new_words_grounds_shapes_and_references_are_new() -> None:
     assert not FIRST.known(KIND, replace(known, prompt="a cat within a circle"))
     assert not FIRST.known(KIND, _example("pair", "room"))
     assert not FIRST.known(KIND, replace(known, references=(_example("four").target,)))
-    assert not FIRST.known(replace(KIND, frame=SMALL_SHAPES[0]), known)
+    assert not FIRST.known(replace(KIND, frame=NATIVE_SHAPES[0]), known)
     assert not FIRST.known(replace(KIND, task="compose", references=3), known)
 
 
@@ -56,7 +56,7 @@ def test_each_half_of_a_step_draws_its_own_examples() -> None:
     curriculum = Curriculum(2, extras["native_size"], extras["text_length"])
     new, known = loaders(WEIGHTS, curriculum, Tokenize(WEIGHTS), 0, 1, NOUNS)
     kinds = [known.next(0.5).kind for _ in range(12)]
-    assert {(kind.frame, kind.references > 2) for kind in kinds} == {(SMALL_SQUARE, False)}
+    assert {(kind.frame, kind.references > 2) for kind in kinds} == {(NATIVE, False)}
     drawn = [new.next(0.5) for _ in range(12)]
     # Groups, one thing inside another and four things are most of what the other half generates.
     assert max((raw.scenes.kind >= 0).sum(axis=1).max() for raw in drawn) == 4
@@ -68,14 +68,14 @@ def _trainer(tmp_path, truth: float, monkeypatch) -> tuple[Trainer, PromptSample
     trainer = Trainer(Nano(WEIGHTS), False, 1e-3, tmp_path / "out")
     trainer.teacher = Teacher(Nano(WEIGHTS), False)
     trainer.decoder_ready = True
-    return trainer, PromptSampler(3, SMALL_SQUARE, NOUNS)
+    return trainer, PromptSampler(3, NATIVE, NOUNS)
 
 
 @pytest.mark.parametrize(("task", "references"), [("generate", 0), ("edit", 1)])
 def test_held_batch_asks_nothing_of_its_own_teacher(tmp_path, monkeypatch, task: str, references: int) -> None:
     trainer, sampler = _trainer(tmp_path, 0.0, monkeypatch)
-    kind = BatchKind(SMALL_SQUARE, task, references, 64, 2)
-    batch = trainer.encoder(draw_batch({SMALL_SQUARE: sampler}, kind, Tokenize(WEIGHTS)))
+    kind = BatchKind(NATIVE, task, references, 64, 2)
+    batch = trainer.encoder(draw_batch({NATIVE: sampler}, kind, Tokenize(WEIGHTS)))
     assert trainer.loss(batch, held=True) < 1e-9
     assert trainer.loss(batch) > 1e-3
     with torch.no_grad():
@@ -88,7 +88,7 @@ def test_held_training_learns_from_both_halves_and_ends(tmp_path, monkeypatch) -
 
     class Drawn:
         def next(self, done: float):
-            return draw_batch({SMALL_SQUARE: sampler}, KIND, Tokenize(WEIGHTS))
+            return draw_batch({NATIVE: sampler}, KIND, Tokenize(WEIGHTS))
 
         def waiting(self) -> int:
             return 0

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from engine.diffusion.schedule import sigmas
 from engine.nano.evaluate import CHAINED
@@ -19,13 +20,15 @@ from engine.nano.training.compiled_training import TrainingVelocity
 from engine.nano.training.curriculum import OWN_SHARE, Curriculum, draw_levels
 from engine.nano.training.data_loader import BatchKind, DataLoader, draw_batch, token_weights
 from engine.nano.training.folder import WEIGHTS, load_extras, transformer_shape
-from engine.nano.training.frames import NATIVE, OTHER_SHAPES, SMALL_SHAPES, SMALL_SQUARE
+from engine.nano.training.frames import NATIVE, NATIVE_SHAPES, UNIT_SHAPES, UNITS
 from engine.nano.training.model import Nano, Tokenize
 from engine.nano.training.optimizer import orthogonalise
+from engine.nano.training.pca_encoder import fit_encoder
 from engine.nano.training.prompts import PromptSampler
-from engine.nano.training.shards import assemble, save_shards
+from engine.nano.training.shards import assemble, save_decoder, save_shards
 from engine.nano.training.tokenizer import extend
-from engine.nano.training.train import Clock, Options, Trainer, _recover, train
+from engine.nano.training.train import Clock, Log, Options, Trainer, _look_for_decoder, _recover, train
+from engine.nn.autoencoder import Autoencoder, AutoencoderShape
 
 QUICK = Options(report=1.0, save=1.0, reserve=0.5)
 
@@ -35,10 +38,10 @@ class Drawn:
 
     def __init__(self) -> None:
         self.tokenize = Tokenize(WEIGHTS)
-        self.samplers = {SMALL_SQUARE: PromptSampler(1)}
+        self.samplers = {NATIVE: PromptSampler(1, NATIVE)}
 
     def next(self, done: float):
-        return draw_batch(self.samplers, BatchKind(SMALL_SQUARE, "edit", 1, 48, 1), self.tokenize)
+        return draw_batch(self.samplers, BatchKind(NATIVE, "edit", 1, 48, 1), self.tokenize)
 
     def waiting(self) -> int:
         return 0
@@ -71,6 +74,21 @@ def test_run_ends_in_time_and_its_shards_fill_a_folder(tmp_path):
     for mine, theirs in zip(trainer.average["transformer"].parameters(), loaded.transformer.parameters(), strict=True):
         # 16 bit keeps eleven binary digits.
         assert torch.allclose(mine, theirs, rtol=2**-10, atol=1e-6)
+
+
+@pytest.mark.parametrize(("decibels", "used"), [(14.0, False), (29.0, True)])
+def test_only_a_decoder_of_use_wears_references(tmp_path, decibels: float, used: bool):
+    trainer = _trainer(tmp_path / "out")
+    trainer.decoder_ready = False
+    save_decoder(trainer.nano.autoencoder.decoder, trainer.out)
+    lines = trainer.out / "decoder.jsonl"
+    log = Log(trainer.out, Clock(1.0, time.monotonic()))
+    lines.write_text(json.dumps({"decoder": 1, "decibels": 30.0}) + "\n")
+    _look_for_decoder(trainer, log)
+    assert not trainer.decoder_ready
+    lines.write_text(json.dumps({"decoder": 2, "final": True, "decibels": decibels}) + "\n")
+    _look_for_decoder(trainer, log)
+    assert trainer.decoder_ready == used
 
 
 @pytest.mark.slow
@@ -164,6 +182,18 @@ def test_larger_nano_begins_with_nearly_the_same_velocity(tmp_path):
     assert ((before - after).norm() / before.norm()).item() < 0.15
 
 
+def test_a_fifth_level_encodes_averages_of_two_by_two_pixels():
+    shape = AutoencoderShape((8, 16, 32, 64), (8, 16, 32, 64), layers=1, latent=20, groups=1, attention=False)
+    old = Autoencoder(shape)
+    images = torch.rand(2, 3, 128, 128, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    fit_encoder(old, images)
+    new = growing.deepen(old, (8, 8, 16, 32, 64))
+    assert new.shape.pixels_per_token == 2 * old.shape.pixels_per_token
+    with torch.no_grad():
+        torch.testing.assert_close(new.encode(images), old.encode(F.avg_pool2d(images, 2)))
+        assert new.decode(new.encode(images)).shape == images.shape
+
+
 def test_newton_schulz_brings_singular_values_near_one():
     """Observed: between 0.7 and 1.2, as Muon intends."""
     for shape in ((2, 24, 64), (2, 64, 24)):
@@ -182,27 +212,19 @@ def test_every_look_at_an_example_is_at_another_noise_level():
     assert drawn.max() == 1
 
 
-def test_curriculum_goes_from_small_squares_to_every_canvas():
-    curriculum, draws = Curriculum(8), random.Random(0)
-    early = [curriculum(0.1, draws) for _ in range(100)]
-    late = [curriculum(0.8, draws) for _ in range(600)]
-    assert {kind.frame for kind in early} == {SMALL_SQUARE}
-    assert {kind.frame for kind in late} == {*curriculum.frames}
-    assert sum(kind.frame == NATIVE for kind in late) > 300
-    assert {kind.references for kind in late} == {0, 1, 2, 3, 4}
-    assert all(kind.text_length == 96 for kind in late)
-
-
-def test_curriculum_of_a_small_nano_stays_at_its_size():
-    curriculum, draws = Curriculum(8, native_size=128, text_length=64), random.Random(0)
-    kinds = [curriculum(done / 600, draws) for done in range(600)]
-    assert {kind.frame for kind in kinds} == {*curriculum.frames} == {SMALL_SQUARE, *SMALL_SHAPES}
-    assert {kind.text_length for kind in kinds} == {64}
-    assert {kind.count for kind in kinds} == {16, 8}
+def test_curriculum_draws_every_canvas_of_its_size():
+    for size, canvases in ((256, {NATIVE, *NATIVE_SHAPES}), (128, {UNITS, *UNIT_SHAPES})):
+        curriculum, draws = Curriculum(16, native_size=size, text_length=64), random.Random(0)
+        kinds = [curriculum(done / 600, draws) for done in range(600)]
+        assert {kind.frame for kind in kinds} == {*curriculum.frames} == canvases
+        assert sum(kind.frame.width == kind.frame.height for kind in kinds) > 400
+        assert {kind.references for kind in kinds} == {0, 1, 2, 3, 4}
+        assert {kind.text_length for kind in kinds} == {64}
+        assert {kind.count for kind in kinds} == {16, 8}
 
 
 def test_worker_processes_draw_batches_of_the_plan():
-    kind = BatchKind(OTHER_SHAPES[0], "compose", 3, 96, 2)
+    kind = BatchKind(NATIVE_SHAPES[0], "compose", 3, 96, 2)
     loader = DataLoader(lambda done, draws: kind, Tokenize(WEIGHTS), (kind.frame,), workers=1, seed=1)
     try:
         raw = loader.next(0.0)
@@ -214,10 +236,10 @@ def test_worker_processes_draw_batches_of_the_plan():
 
 
 def test_loss_looks_hardest_at_objects():
-    boxes = torch.tensor([[[4, 0, 8, 3], [0, 0, 0, 0]]])
-    weights = token_weights(boxes, NATIVE).reshape(16, 16)
+    boxes = torch.tensor([[[2, 0, 4, 3], [0, 0, 0, 0]]])
+    weights = token_weights(boxes, NATIVE).reshape(8, 8)
     assert weights.mean().item() == pytest.approx(1.0)
-    assert weights[0, 4] == weights[2, 7] == 4 * weights[3, 4] == 4 * weights[0, 8]
+    assert weights[0, 2] == weights[2, 3] == 4 * weights[3, 2] == 4 * weights[0, 4]
 
 
 def test_new_words_are_added_and_old_prompts_mean_the_same(tmp_path: Path):
@@ -231,7 +253,7 @@ def test_new_words_are_added_and_old_prompts_mean_the_same(tmp_path: Path):
     assert torch.equal(nano.states([prompt]), before)
     assert nano.tokenize.length("Three small stars inside a room") == 6
     extras = load_extras(folder)
-    assert (len(extras["nouns"]), extras["max_references"], extras["native_size"]) == (48, 4, 128)
+    assert (len(extras["nouns"]), extras["max_references"], extras["native_size"]) == (48, 4, 256)
     assert {"three", "cats", "inside"} <= {*extras["words"]}
     assert "zebra" not in extras["words"]
     assert extend(folder, nouns=48) == 0

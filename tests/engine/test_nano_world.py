@@ -14,12 +14,13 @@ import pytest
 import torch
 
 from engine.diffusion.canvas import size_for_aspect
+from engine.families.klein.variants import EMBEDDED, VARIANTS
 from engine.nano.training import questions
 from engine.nano.training.compositor import BACKGROUNDS, Compositor
 from engine.nano.training.data_loader import render, scene_arrays
 from engine.nano.training.edits import EDITS
 from engine.nano.training.folder import WEIGHTS, load_autoencoder
-from engine.nano.training.frames import NATIVE, OTHER_SHAPES, SIZES, SMALL_SHAPES, SMALL_SQUARE, SQUARE, TOKEN
+from engine.nano.training.frames import NATIVE, NATIVE_SHAPES, SIZES, SQUARE, TOKEN, UNIT_SHAPES, UNITS
 from engine.nano.training.held_out import combination_held_out, wording_held_out
 from engine.nano.training.pca_encoder import fit_encoder
 from engine.nano.training.prompts import PromptSampler, training_prompts
@@ -30,7 +31,7 @@ from engine.nano.words import COLOURS, COUNTS, KNOWN, NOUNS, SHAPES, UNCOUNTED, 
 
 ENGINE = Path(questions.__file__).parents[2]
 TASKS = ("generate", "edit", "compose")
-FRAMES = (SMALL_SQUARE, *SMALL_SHAPES[:6], *OTHER_SHAPES)
+FRAMES = (UNITS, NATIVE, *NATIVE_SHAPES)
 
 
 def test_world_is_as_large_as_it_says():
@@ -65,7 +66,7 @@ def test_every_object_of_a_scene_is_whole_and_visible(frame):
                 assert all(overlap(box, other.box(frame)) <= TOLERATED_OVERLAP for other in scene.things[:i])
 
 
-@pytest.mark.parametrize("frame", [SMALL_SQUARE, NATIVE, OTHER_SHAPES[1]])
+@pytest.mark.parametrize("frame", [UNITS, NATIVE, NATIVE_SHAPES[1]])
 def test_scene_is_rendered_where_its_boxes_are(frame):
     world = World(2, frame)
     for scene in (world.scene() for _ in range(8)):
@@ -90,14 +91,13 @@ def test_scenes_at_128_and_256_pixels_are_the_same_scenes():
 
 def test_other_shapes_are_the_sizes_the_engine_picks():
     aspects = ((16, 9), (3, 2), (4, 3), (3, 4), (2, 3), (9, 16))
-    for frame, aspect in zip(OTHER_SHAPES, aspects, strict=True):
-        assert frame.pixels == size_for_aspect(aspect, 256 * 256)
-        assert all(side % TOKEN == 0 for side in frame.pixels)
-    small = {frame.pixels for frame in SMALL_SHAPES}
-    assert {size_for_aspect(aspect, 128 * 128) for aspect in aspects} <= small
+    grid = VARIANTS[EMBEDDED].pixels_per_token
+    assert NATIVE.pixels == size_for_aspect((1, 1), 256 * 256, grid)
+    assert {size_for_aspect(aspect, 256 * 256, grid) for aspect in aspects} <= {frame.pixels for frame in NATIVE_SHAPES}
+    assert {2 * TOKEN} == {frame.pixels[0] // frame.tokens[0] for frame in NATIVE_SHAPES} == {grid}
 
 
-@pytest.mark.parametrize("frame", [SMALL_SQUARE, *SMALL_SHAPES])
+@pytest.mark.parametrize("frame", [UNITS, *UNIT_SHAPES])
 def test_things_of_a_size_begin_equally_far_into_a_token(frame):
     """Else each would have to be learnt once more: the middle of 144 pixels is half a token off."""
     for size, side in enumerate(SIZES):
@@ -240,13 +240,13 @@ def test_computed_encoder_is_linear_and_local():
     autoencoder = load_autoencoder(WEIGHTS)
     world = World(7)
     scenes = [world.scene() for _ in range(64)]
-    images = render(Compositor(), scene_arrays(scenes, SMALL_SQUARE), SMALL_SQUARE)
+    images = render(Compositor(NATIVE.scale), scene_arrays(scenes, NATIVE), NATIVE)
     if 2 * autoencoder.shape.latent >= autoencoder.shape.encoder[-1]:
         pytest.skip("this set's encoder was learned")
     fit_encoder(autoencoder, images)
     with torch.no_grad():
         left, right = images[:8].clone(), images[:8].clone()
-        left[..., 64:], right[..., :64] = 0, 0
+        left[..., 128:], right[..., :128] = 0, 0
         both, nothing = autoencoder.encode(images[:8]), autoencoder.encode(torch.zeros_like(left))
         summed = autoencoder.encode(left) + autoencoder.encode(right) - nothing
     assert ((both - summed).abs().mean() / both.abs().mean()).item() < 0.01

@@ -28,9 +28,10 @@ from engine.contract import (
     Stage,
     Step,
 )
-from engine.diffusion.canvas import size_for_aspect
+from engine.diffusion.canvas import resize, size_for_aspect
 from engine.engine import Engine
 from engine.families.klein import stage_clock
+from engine.families.klein.variants import EMBEDDED, VARIANTS
 from tests import toys
 from tests.embedded import SIDE
 
@@ -135,12 +136,26 @@ def test_an_aligned_edit_has_exactly_the_size_of_its_input(engine: Engine, size:
     assert painting.image.shape == (size[1], size[0], 3)
 
 
-def test_close_up_runs_at_native_size_and_returns_at_input_size(engine: Engine) -> None:
-    part = replace(DOG, prompt="red background", references=(picture(40, 30),), size=KeepSource())
+def test_close_up_runs_at_native_size_and_returns_at_input_size(engine: Engine, tmp_path: Path) -> None:
+    small = toys.save(tmp_path / "small")
+    toys.extras(small, native_size=128)
+    part = replace(DOG, model=str(small), references=(picture(40, 30),), size=KeepSource())
     close, plain = paint(engine, replace(part, size=KeepSource(close_up=True))), paint(engine, part)
     assert close.image.shape == plain.image.shape == (30, 40, 3)
     assert not np.array_equal(close.image, plain.image)
     assert close.warnings == plain.warnings == ()
+
+
+def test_nano_enlarges_what_is_smaller_than_its_images(engine: Engine) -> None:
+    """It practised 64 tokens alone: 64 pixels would be four of them."""
+    whole = paint(engine, DOG).image
+    half = paint(engine, replace(DOG, size=Exact(SIDE // 2, SIDE // 2)))
+    assert half.warnings == ()
+    assert np.array_equal(half.image, resize(whole, SIDE // 2, SIDE // 2))
+    edit = Job("make the background green", references=(whole,), size=KeepSource(), seed=7, model="nano")
+    small, large = paint(engine, replace(edit, references=(half.image,))), paint(engine, edit)
+    assert small.image.shape == half.image.shape
+    assert np.abs(small.image.astype(int) - resize(large.image, SIDE // 2, SIDE // 2)).mean() < 4
 
 
 def test_size_above_native_is_resampled_with_a_warning(engine: Engine) -> None:
@@ -158,13 +173,15 @@ def test_model_of_squares_warns_in_other_shapes(engine: Engine) -> None:
 
 
 def test_aspect_ratio_is_generated_at_the_native_area(engine: Engine) -> None:
-    width, height = size_for_aspect((16, 9), SIDE**2)
+    width, height = size_for_aspect((16, 9), SIDE**2, VARIANTS[EMBEDDED].pixels_per_token)
     assert paint(engine, replace(DOG, size=Aspect(16, 9))).image.shape == (height, width, 3)
 
 
 def test_without_a_size_the_first_reference_decides(engine: Engine) -> None:
-    references = (picture(100, 70), picture(64, 128, 1))
-    assert paint(engine, replace(DOG, references=references)).image.shape == (64, 96, 3)
+    """Small ones are enlarged to the area that nano was made for, by whole tokens of 32 pixels."""
+    for side, shape in ((64, (192, 288, 3)), (1000, (192, 288, 3))):
+        references = (picture(round(side * 1.45), side), picture(64, 128, 1))
+        assert paint(engine, replace(DOG, references=references)).image.shape == shape
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,8 @@ from engine.diffusion.canvas import to_tensor
 from engine.diffusion.preview import MAX_SIDE, PreviewMap, predict_clean, spread_steps
 from engine.diffusion.tokens import PATCH
 from engine.engine import Engine
-from engine.families.klein.variants import VARIANTS
+from engine.families.klein.job_inputs import canvas_of
+from engine.families.klein.variants import EMBEDDED, VARIANTS
 from klein_mcp.daemon import wire
 
 SCALE = VARIANTS["nano"].pixels_per_token // PATCH
@@ -79,7 +80,9 @@ def test_preview_leaves_out_the_padding_of_an_odd_size(engine: Engine) -> None:
     steps, _ = run(engine, replace(APPLE, references=(image,), size=KeepSource()), previews=True)
     preview = steps[-1].preview
     assert preview is not None
-    assert preview.shape == (round(72 / SCALE), round(104 / SCALE), 3)
+    canvas = canvas_of(VARIANTS[EMBEDDED], 104, 72)
+    assert canvas.canvas_height > canvas.content_height
+    assert preview.shape == (round(canvas.content_height / SCALE), round(canvas.content_width / SCALE), 3)
 
 
 def test_large_preview_is_shrunk_to_fit_the_wire() -> None:

@@ -18,6 +18,7 @@ from engine.nano.training.prompts import Example
 from engine.nano.training.scenes import MIDDLE, NORMAL, Scene, Thing
 from engine.nano.training.score import draw, edit_done, look
 from engine.nano.training.sprites import KINDS
+from tests.embedded import in_units
 
 NOUNS = {"cat": ("orange",), "dog": (), "apple": ("red",), "rocket": (), "house": (), "octopus": ("pink",)}
 SHAPES = frozenset({"circle", "star"})
@@ -277,7 +278,7 @@ def test_three_listed_references_are_all_composed(engine: Engine) -> None:
     kinds = zip(("apple", "house", "car"), (LEFT, MIDDLE, RIGHT), strict=True)
     result = Scene(BACKGROUNDS.index("blue"), tuple(Thing(KINDS.index(kind), SMALL_SIZE, slot) for kind, slot in kinds))
     for index, thing in enumerate(result.things):
-        assert look(listed.image, result, index).nearest == thing.kind
+        assert look(in_units(listed.image), result, index).nearest == thing.kind
 
 
 @pytest.mark.parametrize(("kind", "prompt", "before", "after"), EDITS, ids=[edit[1] for edit in EDITS])

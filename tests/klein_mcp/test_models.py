@@ -74,7 +74,7 @@ def test_models_without_a_usable_name_are_listed_with_reasons(
     there = Settings(home=tmp_path, hub=tmp_path / "hub", models=(home, tmp_path / "typo"), device="cpu")
     assert run(there) == 0
     output = capsys.readouterr().out
-    assert "nano: Apache-2.0, 12 MB read\n" in output
+    assert "nano: Apache-2.0, 15 MB read\n" in output
     assert "\nNot usable as they are:\n" in output
     assert f"  {home / 'mine'}\n    It is a klein, under a name of its own: give its path as the model." in output
     assert "flux-2-klein-4b-Q8_0.gguf (24 bytes) is not a whole GGUF file: its version is 0" in output

@@ -21,6 +21,7 @@ from klein_mcp.jobs import running
 from klein_mcp.jobs.executor import nobody_watches
 from klein_mcp.jobs.queue import Queue
 from klein_mcp.jobs.timing import TimingHistory
+from tests.embedded import SIDE
 from tests.fakes import FakeExecutor
 from tests.klein_mcp.stepping import IMAGE, StepExecutor, Waiter, until, working
 
@@ -175,7 +176,7 @@ def test_seconds_of_an_image_leave_out_what_loading_took():
     queue = Queue(ColdExecutor, size=4, keep_alive=600, history=history)
     try:
         assert isinstance(Waiter(queue, "first", "a").end, Result)
-        assert history.tables()["nano"] == {"128x128": 0.04}
+        assert history.tables()["nano"] == {f"{SIDE}x{SIDE}": 0.04}
     finally:
         queue.close(10)
 

@@ -212,6 +212,17 @@ async def test_small_region_is_painted_close_up_and_all_else_as_it_is(
     assert [job.references[0].shape[:2] for job in painter.jobs] == [(188, 228), (600, 800), (600, 800)]
 
 
+async def test_small_image_is_painted_whole_for_any_region(client: Client, painter: FakeExecutor, tmp_path: Path):
+    """nano knows whole scenes: in a quarter of one, enlarged, it would see parts of things."""
+    path = tmp_path / "small.png"
+    path.write_bytes(file(scene(256, 256)))
+    facts = await call(client, "edit_image", image=str(path), prompt="x", region=[0, 0, 64, 64])
+    assert painter.jobs[0].size == KeepSource()
+    assert painter.jobs[0].references[0].shape == (256, 256, 3)
+    x, y, width, height = facts["changed"]["box"]
+    assert max(x + width, y + height) <= 64
+
+
 async def test_mask_changes_only_what_is_white(client: Client, photo: str, mask: str):
     facts = await call(client, "edit_image", image=photo, prompt="a dot", mask=mask)
     different = np.any(result_of(facts) != scene(320, 200), axis=2)

@@ -54,13 +54,17 @@ def test_table_of_a_large_model_scales_to_each_size():
 
 
 def test_table_of_a_small_model_has_its_own_size():
-    """nano generates at its own size and resamples."""
+    """nano generates at its own size, whatever is asked for: the latest of all images tells what the next takes."""
     history = TimingHistory()
-    for side, seconds in ((512, 0.3), (1024, 0.4)):
+    for side, seconds in ((1024, 0.3), (64, 0.4)):
         history.note(
             Job("a", size=Exact(side, side), model="nano"), replace(painting(side, side), model="nano"), seconds
         )
-    assert history.tables() == {"nano": {f"{SIDE}x{SIDE}": 0.3}}
+    assert history.tables() == {"nano": {f"{SIDE}x{SIDE}": 0.4}}
+    for side in (64, SIDE, 1024):
+        assert history.seconds(Job("b", size=Exact(side, side), model="nano")) == pytest.approx(0.4)
+    photo = np.zeros((900, 900, 3), np.uint8)
+    assert history.seconds(Job("b", references=(photo,), model="nano")) == pytest.approx(0.8)
 
 
 def test_of_equally_near_measurements_the_latest_counts():

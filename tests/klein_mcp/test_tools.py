@@ -11,6 +11,7 @@ from engine.contract import Aspect, Busy, Exact, InvalidJob, KeepSource, ModelNo
 from engine.families.klein.variants import EMBEDDED, VARIANTS
 from klein_mcp.errors import RequestError
 from klein_mcp.mcp_server.tools import TOOLS
+from tests.embedded import SIDE
 from tests.fakes import FakeExecutor
 from tests.tool_calls import call, refused
 
@@ -227,7 +228,7 @@ async def test_seconds_per_image_is_one_of_the_seconds_by_model(client: Client, 
     await call(client, "generate_image", prompt="x", model="nano")
     async with connect() as another:  # it has made no image itself
         payload = await call(another, "engine_status")
-    assert payload["seconds_per_image"] == payload["seconds"]["nano"]["128x128"] > 0
+    assert payload["seconds_per_image"] == payload["seconds"]["nano"][f"{SIDE}x{SIDE}"] > 0
 
 
 PLACEHOLDERS = {"aspect_ratio": "", "width": 0, "height": "0", "seed": -1, "model": "null", "show": "None"}

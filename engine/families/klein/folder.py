@@ -38,6 +38,7 @@ _EXTRA_KEYS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "text_length": ("a positive integer", _is_positive),
     "text_layers": ("a list of positive integers", _list_of(_is_positive)),
     "native_size": ("a positive integer", _is_positive),
+    "least_size": ("a positive integer", _is_positive),
     "max_references": ("a positive integer", _is_positive),
     "words": ("a list of strings", _are_words),
     "nouns": ("words with a list of words each", _are_words_of_words),

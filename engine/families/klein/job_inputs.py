@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from engine.contract import Aspect, Exact, InvalidJob, Job, KeepSource, Rgb8, image_hash
-from engine.diffusion.canvas import GRID, Canvas, fit_reference, size_for_aspect
+from engine.diffusion.canvas import ENOUGH, GRID, Canvas, fit_reference, size_for_aspect
 from engine.families.klein.variants import Variant
 
 MAX_STEPS = 200
@@ -78,32 +78,41 @@ def read_settings(job: Job, variant: Variant, warnings: list[str]) -> tuple[int,
     return steps, guidance
 
 
+def canvas_of(variant: Variant, width: int, height: int, *, close_up: bool = False) -> Canvas:
+    """Return the canvas for an image of this size."""
+    least = variant.native_size**2 if close_up else variant.least_size**2
+    if not close_up and width * height >= ENOUGH * least:
+        least = 0
+    return Canvas.of(width, height, variant.max_size**2, least, variant.pixels_per_token)
+
+
 def fit_images(job: Job, variant: Variant, warnings: list[str]) -> tuple[Canvas, list[Reference]]:
     """Return the canvas, and the references as the model sees them."""
-    area, grid = variant.max_size**2, variant.pixels_per_token
+    grid = variant.pixels_per_token
     references = list(job.references)
     hashes = job.hashes or ("",) * len(references)
     if isinstance(job.size, KeepSource):
         if not references:
             raise InvalidJob("KeepSource needs a reference, whose size the result keeps.")
         height, width = references[0].shape[:2]
-        canvas = Canvas.of(width, height, area, variant.native_size**2 if job.size.close_up else 0, grid)
+        canvas = canvas_of(variant, width, height, close_up=job.size.close_up)
         fitted = [Reference.padded(references[0], canvas, hashes[0])]
     else:
         fitted, canvas = [], None
     for image, known in list(zip(references, hashes, strict=True))[len(fitted) :]:
-        fitted.append(Reference(fit_reference(image, variant.reference_size**2, grid), image, "fit", known, grid))
+        seen = fit_reference(image, variant.reference_size**2, grid, variant.least_size**2)
+        fitted.append(Reference(seen, image, "fit", known, grid))
     if canvas is None:
         width, height = _size(job, fitted, variant)
         if min(width, height) < LEAST_SIDE:
             raise InvalidJob(f"The size is {width}×{height}; each side needs at least {LEAST_SIDE} pixels.")
-        canvas = Canvas.of(width, height, area, grid=grid)
+        canvas = canvas_of(variant, width, height)
     if canvas.enlarges:
         warnings.append(
             f"painted at {canvas.content_width}×{canvas.content_height}, about the area {variant.name} was made for, "
             f"and resampled to {canvas.width}×{canvas.height}"
         )
-    longer, shorter = max(canvas.content_width, canvas.content_height), min(canvas.content_width, canvas.content_height)
+    longer, shorter = max(canvas.width, canvas.height), min(canvas.width, canvas.height)
     if variant.squares and not references and longer > NEARLY_SQUARE * shorter:
         warnings.append(
             f"{variant.name} practised on squares alone: in {canvas.width}×{canvas.height} things may be cut off or "

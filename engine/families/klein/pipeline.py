@@ -33,7 +33,7 @@ from engine.families.klein.checkpoint import Checkpoint
 from engine.families.klein.compiler import CompileOptions
 from engine.families.klein.estimate import Estimator, trial_speed
 from engine.families.klein.footprint import activation_memory, device_bytes, memory_info
-from engine.families.klein.job_inputs import Reference, fit_images, read_settings
+from engine.families.klein.job_inputs import Reference, canvas_of, fit_images, read_settings
 from engine.families.klein.loader import LoadOptions, load
 from engine.families.klein.reading import read_prompt
 from engine.families.klein.runner import Runner
@@ -273,7 +273,7 @@ class Klein:
     @torch.no_grad()
     def prefetch(self, image: Rgb8) -> None:
         """Compute in advance what an edit of `image` needs."""
-        canvas = Canvas.of(image.shape[1], image.shape[0], self.variant.max_size**2, grid=self.variant.pixels_per_token)
+        canvas = canvas_of(self.variant, image.shape[1], image.shape[0])
         reference = Reference.padded(image, canvas)
         try:
             in_bands = self._decodes_in_bands(canvas, [reference])

@@ -32,6 +32,7 @@ class Variant:
     guidance: 1.0 means one pass a step; above 1.0 a second, unconditional pass steers the first.
     native_size: the square side, in pixels, that is painted when no size is asked for.
     max_size: the square side whose area is the most it paints by itself; larger images are resampled from it.
+    least_size: the square side whose area smaller images and references are enlarged to; 0 for a model of all sizes.
     reference_size: the square side whose area a reference is shrunk to if it is larger.
     squares: whether squares are all that it practised.
     pixels_per_token: image pixels on each side that a token stands for, as its autoencoder has it.
@@ -54,6 +55,7 @@ class Variant:
     kv: bool = False
     native_size: int = 1024
     max_size: int = 2048
+    least_size: int = 0
     reference_size: int = 1024
     max_references: int = 4
     squares: bool = False
@@ -86,11 +88,13 @@ VARIANTS: dict[str, Variant] = {
             name="nano",
             title="the embedded demo model",
             licence=APACHE,
-            native_size=128,
-            max_size=128,
-            reference_size=128,
+            native_size=256,
+            max_size=256,
+            least_size=256,
+            reference_size=256,
             max_references=3,
             squares=True,
+            pixels_per_token=32,
             text_length=64,
             kv=True,
             text_layers=(1, 2, 3),

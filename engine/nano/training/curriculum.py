@@ -8,7 +8,7 @@ from torch import Tensor
 
 from engine.diffusion.schedule import sigmas
 from engine.nano.training.data_loader import BatchKind
-from engine.nano.training.frames import NATIVE, SMALL_SQUARE, SQUARE, Frame, canvases
+from engine.nano.training.frames import SQUARE, Frame, canvases
 from engine.nano.training.model import STEPS
 
 LEVELS = 2
@@ -17,17 +17,16 @@ OWN_WEIGHTS = (1.0, 1.0, 1.5, 2.5)
 """How often each of nano's own four levels is trained: the last step decides what is seen."""
 OWN_SHARE = 0.85
 """Of training, on exactly those levels; the rest spreads over all, for other step counts."""
-SMALL_SHARE = 0.2
-"""Of the time, at its start, on 128 × 128 alone: nouns and places are learned there four times as fast."""
-SHORT_TEXT = 48
+OTHER_SHAPES = 0.26
+"""Of the batches."""
 
 
 @dataclass(frozen=True)
 class Curriculum:
     """The kind of batch drawn at each point of the training.
 
-    examples: in a batch at 256 × 256. At 128 × 128 there are twice as many.
-    native_size: of the nano, whose square and other shapes are practised. text_length: its own, in tokens.
+    examples: in a batch. native_size: of the nano, whose square and other shapes are practised. text_length: its own,
+    in tokens.
     """
 
     examples: int
@@ -38,30 +37,20 @@ class Curriculum:
     def frames(self) -> tuple[Frame, ...]:
         """Return every canvas that is drawn."""
         square, shapes = canvases(self.native_size)
-        return tuple(dict.fromkeys((SMALL_SQUARE, square, *shapes)))
+        return (square, *shapes)
 
     def __call__(self, done: float, draws: random.Random) -> BatchKind:
         square, shapes = canvases(self.native_size)
-        early = square != SMALL_SQUARE and done < SMALL_SHARE
-        if early:
-            shares = {("generate", 0): 0.52, ("edit", 1): 0.34, ("compose", 2): 0.14}
-        elif done < 0.6:
-            shares = {("generate", 0): 0.40, ("edit", 1): 0.42, ("compose", 2): 0.14, ("compose", 3): 0.03,
-                      ("compose", 4): 0.01}  # fmt: skip
+        if done < 0.6:
+            shares = {("generate", 0): 0.40, ("edit", 1): 0.40, ("compose", 2): 0.12, ("compose", 3): 0.05,
+                      ("compose", 4): 0.03}  # fmt: skip
         else:
-            shares = {("generate", 0): 0.36, ("edit", 1): 0.45, ("compose", 2): 0.14, ("compose", 3): 0.03,
-                      ("compose", 4): 0.02}  # fmt: skip
+            shares = {("generate", 0): 0.34, ("edit", 1): 0.46, ("compose", 2): 0.12, ("compose", 3): 0.05,
+                      ("compose", 4): 0.03}  # fmt: skip
         (task, references), *_ = draws.choices(tuple(shares), tuple(shares.values()))
-        frame, chance = square, draws.random()
-        # At 128 × 128 things have other tokens: practice there teaches nothing at the native size.
-        if early or chance < 0.04:
-            frame = SMALL_SQUARE
-        elif chance < 0.30 and (task != "generate" or square != SMALL_SQUARE):
-            # Where references show the canvas. From words alone the small nano did not learn where a shape's middle is:
-            # 60 k samples, a third of them in other shapes, brought 8 % right to 10 %.
-            frame = draws.choice(shapes)
-        count = self.examples * (1 if frame.scale == NATIVE.scale else 2) // (2 if references > 2 else 1)
-        return BatchKind(frame, task, references, SHORT_TEXT if early else self.text_length, max(1, count))
+        frame = draws.choice(shapes) if draws.random() < OTHER_SHAPES else square
+        count = self.examples // (2 if references > 2 else 1)
+        return BatchKind(frame, task, references, self.text_length, max(1, count))
 
 
 def draw_levels(count: int, canvas_tokens: int, generator: torch.Generator) -> Tensor:

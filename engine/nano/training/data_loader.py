@@ -124,8 +124,7 @@ def _token_boxes(example: Example) -> list[list[int]]:
     frame = example.frame
     boxes = (*(thing.box(frame) for thing in example.target.things), *example.touched)
     rows = [
-        [left * frame.scale // TOKEN, top * frame.scale // TOKEN, -(-right * frame.scale // TOKEN),
-         -(-bottom * frame.scale // TOKEN)]
+        [left // TOKEN, top // TOKEN, -(-right // TOKEN), -(-bottom // TOKEN)]
         for left, top, right, bottom in boxes[:_BOXES]
     ]  # fmt: skip
     return rows + [[0, 0, 0, 0]] * (_BOXES - len(rows))

@@ -12,9 +12,12 @@ from engine.diffusion.tokens import unpack, unpatchify
 from engine.nano.training.compiled_training import TrainingVelocity, multiplies_bf16
 from engine.nano.training.data_loader import BatchEncoder, BatchKind, DataLoader, render
 from engine.nano.training.folder import load_extras
-from engine.nano.training.frames import SMALL_SQUARE, Frame, canvases
+from engine.nano.training.frames import canvases
 from engine.nano.training.model import STEPS, Nano, Tokenize
 from engine.nano.training.shards import load_shards
+
+OTHER_SHAPES = 0.2
+"""Of the batches."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +30,7 @@ class _Plan:
 
     def __call__(self, done: float, draws: random.Random) -> BatchKind:
         square, shapes = canvases(self.native_size)
-        frame = draws.choices((square, SMALL_SQUARE, draws.choice(shapes)), (0.7, 0.1, 0.2))[0]
+        frame = draws.choice(shapes) if draws.random() < OTHER_SHAPES else square
         task, references = draws.choice((("generate", 0), ("edit", 1)))
         return BatchKind(frame, task, references, self.text_length, self.examples)
 
@@ -41,7 +44,7 @@ class Denoised:
     def __init__(self, folder: Path, files: Path, device: str, examples: int, workers: int) -> None:
         own = load_extras(folder)
         square, shapes = canvases(own["native_size"])
-        frames: tuple[Frame, ...] = tuple(dict.fromkeys((square, SMALL_SQUARE, *shapes)))
+        frames = (square, *shapes)
         plan = _Plan(examples, own["text_length"], own["native_size"])
         seed, nouns = random.randrange(2**31), len(own["nouns"])
         self._loader = DataLoader(plan, Tokenize(folder), frames, workers, seed, nouns)

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from engine.nano.training.compositor import BACKGROUNDS
-from engine.nano.training.frames import SMALL_SQUARE, Frame, Slot
+from engine.nano.training.frames import UNITS, Frame, Slot
 from engine.nano.training.phrases import PLACES, Phrases
 from engine.nano.training.scenes import (
     BIG,
@@ -66,7 +66,7 @@ Edit = tuple[str, Scene]
 """The sentence that asks for an edit, and the scene after it."""
 
 
-def touched(before: Scene, after: Scene, frame: Frame = SMALL_SQUARE) -> tuple[Box, ...]:
+def touched(before: Scene, after: Scene, frame: Frame = UNITS) -> tuple[Box, ...]:
     """Return the boxes of the things that differ between two scenes.
 
     A new background changes everything else.

@@ -29,6 +29,11 @@ def load_extras(folder: Path) -> dict:
     return json.loads((folder / "klein.json").read_text())
 
 
+def token_side(folder: Path) -> int:
+    """Return the pixels that a token of the folder's nano spans."""
+    return 2 ** len(_config(folder, "vae")["block_out_channels"])
+
+
 def transformer_shape(config: dict) -> TransformerShape:
     """From diffusers' config."""
     hidden = config["num_attention_heads"] * config["attention_head_dim"]

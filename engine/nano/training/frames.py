@@ -1,14 +1,14 @@
 """The canvases nano is trained on, and their nine places.
 
 Scenes are laid out in units. The square canvas is 128 × 128 units at every resolution, so one scene can be rendered at
-128 × 128 (scale 1) and at 256 × 256 pixels (scale 2).
+128 × 128 (scale 1, as it is scored) and at 256 × 256 pixels (scale 2, as nano paints it).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 TOKEN = 16
-"""Pixels a token spans on each side."""
+"""Units a token spans on each side: 32 pixels where there are two to a unit."""
 
 SIZES = (32, 56, 88)
 """Sides of the three object sizes in units: small, normal, big."""
@@ -16,8 +16,8 @@ SIZES = (32, 56, 88)
 REACH = (48, 32, 16)
 """Units from the middle of a square canvas to the centre of an object at its side, for each size.
 
-Multiples of 16: an object then has the same tokens in every place at scale 1, so what is learned of it in one place
-holds in all. At scale 2 every 16 units are two tokens.
+Multiples of a token: an object then has the same tokens in every place, so what is learned of it in one place holds in
+all.
 """
 
 SQUARE = 128
@@ -43,13 +43,11 @@ class Frame:
     @property
     def tokens(self) -> tuple[int, int]:
         """Tokens across and down."""
-        width, height = self.pixels
-        return width // TOKEN, height // TOKEN
+        return self.width // TOKEN, self.height // TOKEN
 
     def centre(self, size: int, slot: Slot) -> tuple[int, int]:
         """Return (x, y) in units of an object in that place."""
-        grid = TOKEN // self.scale
-        return _centre(self.width, size, slot[0], grid), _centre(self.height, size, slot[1], grid)
+        return _centre(self.width, size, slot[0]), _centre(self.height, size, slot[1])
 
     def box(self, size: int, slot: Slot) -> tuple[int, int, int, int]:
         """Return left, top, right, bottom in units of an object there."""
@@ -58,29 +56,27 @@ class Frame:
 
 
 @lru_cache(maxsize=256)
-def _centre(length: int, size: int, place: int, grid: int) -> int:
+def _centre(length: int, size: int, place: int) -> int:
     # The middle is rounded to whole tokens: half a token off would give every sprite other tokens.
-    middle = length // 2 // grid * grid
+    middle = length // 2 // TOKEN * TOKEN
     reach = max(0, REACH[size] + middle - SQUARE // 2)
     return middle + place * reach
 
 
-SMALL_SQUARE = Frame()
-"""128 × 128 pixels."""
-NATIVE = Frame(scale=2)
-"""256 × 256 pixels."""
-OTHER_SHAPES = tuple(
-    Frame(*sides, scale=2) for sides in ((168, 96), (152, 104), (144, 112), (112, 144), (104, 152), (96, 168))
-)
-"""The native area as 16:9, 3:2, 4:3, 3:4, 2:3 and 9:16: the sizes the engine picks for them, at most 3.6 % off."""
-SMALL_SHAPES = tuple(
+UNITS = Frame()
+"""The square at one pixel per unit."""
+UNIT_SHAPES = tuple(
     Frame(*sides)
     for wide, narrow in ((160, 96), (144, 96), (144, 112), (128, 112), (128, 96))
     for sides in ((wide, narrow), (narrow, wide))
 )
-"""The area of 128 × 128 in the sizes the engine picks for 16:9, 3:2, 4:3, their upright forms, and photographs."""
+"""Its area in the sizes the engine picks for 16:9, 3:2, 4:3, their upright forms, and photographs."""
+NATIVE = replace(UNITS, scale=2)
+"""256 × 256 pixels."""
+NATIVE_SHAPES = tuple(replace(shape, scale=2) for shape in UNIT_SHAPES)
+"""The native area in other shapes."""
 
 
 def canvases(native_size: int) -> tuple[Frame, tuple[Frame, ...]]:
     """Return the square of a size and its other shapes."""
-    return {128: (SMALL_SQUARE, SMALL_SHAPES), 256: (NATIVE, OTHER_SHAPES)}[native_size]
+    return {SQUARE: (UNITS, UNIT_SHAPES), 2 * SQUARE: (NATIVE, NATIVE_SHAPES)}[native_size]

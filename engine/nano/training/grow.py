@@ -3,8 +3,8 @@
 `python -m engine.nano.training.grow FROM TO`; FROM may be -, for the shipped weights.
 
 Wider: new channels read everything, and what was there does not read them yet. Deeper: new single blocks add nothing
-yet. The text encoder gets a row for each new word. The encoder stays, so latents mean the same; the decoder starts
-anew.
+yet. The text encoder gets a row for each new word. An autoencoder of four levels gets a fifth: its encoder averages
+2 × 2 pixels first, so that latents of an image of twice the side mean the same; the decoder starts anew.
 """
 
 import json
@@ -13,6 +13,7 @@ import shutil
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -38,9 +39,10 @@ BLOCK_STD = 0.02
 class Growth:
     """Shape and limits of the larger nano."""
 
-    heads: int = 10
-    single_blocks: int = 6
-    decoder: tuple[int, ...] = (16, 32, 64, 96)
+    heads: int = 8
+    single_blocks: int = 4
+    decoder: tuple[int, ...] = (8, 16, 32, 96, 128)
+    """Of an autoencoder that gets a fifth level; one of five stays as it is."""
     text_length: int = 96
     native_size: int = 256
     max_references: int = 4
@@ -147,6 +149,33 @@ def widen(old: Transformer, shape: TransformerShape) -> Transformer:
     return new
 
 
+@torch.no_grad()
+def deepen(old: Autoencoder, decoder: tuple[int, ...]) -> Autoencoder:
+    """Return an autoencoder with one level more, whose decoder is untrained.
+
+    It encodes an image of twice the side as `old` encodes its 2 × 2 averages.
+    """
+    widths = old.shape.encoder
+    new = Autoencoder(replace(old.shape, encoder=(widths[0], *widths), decoder=decoder))
+    encoder: Any = new.encoder
+    for name, part in old.encoder.named_children():
+        if name != "down":
+            getattr(encoder, name).load_state_dict(part.state_dict())
+    for level, part in zip(encoder.down[1:], old.encoder.down, strict=True):
+        level.load_state_dict(part.state_dict())
+    for block in encoder.down[0]["block"]:
+        nn.init.zeros_(block.conv2.weight)
+        nn.init.zeros_(block.conv2.bias)
+    halve = encoder.down[0]["downsample"].conv
+    nn.init.zeros_(halve.weight)
+    nn.init.zeros_(halve.bias)
+    for channel in range(3):
+        # Padded at the right and bottom: the kernel's first two rows and columns are the cell itself.
+        halve.weight[channel, channel, :2, :2] = 0.25
+    new.bn.load_state_dict(old.bn.state_dict())
+    return new
+
+
 def _edit_json(path: Path, **fields: object) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | fields, indent=2) + "\n")
 
@@ -162,15 +191,21 @@ def grow(start: Path, to: Path, growth: Growth = Growth()) -> None:
     save_transformer(widen(old, transformer_shape(config)), to)
     extend(to)
     old_autoencoder = load_autoencoder(start)
-    _edit_json(to / "vae" / "config.json", decoder_block_out_channels=growth.decoder, sample_size=growth.native_size)
-    autoencoder = Autoencoder(replace(old_autoencoder.shape, decoder=growth.decoder))
-    autoencoder.encoder.load_state_dict(old_autoencoder.encoder.state_dict())
-    autoencoder.bn.load_state_dict(old_autoencoder.bn.state_dict())
+    autoencoder = old_autoencoder
+    if len(autoencoder.shape.encoder) < len(growth.decoder):
+        autoencoder = deepen(autoencoder, growth.decoder)
+    levels = len(autoencoder.shape.encoder)
+    _edit_json(
+        to / "vae" / "config.json", block_out_channels=autoencoder.shape.encoder,
+        decoder_block_out_channels=autoencoder.shape.decoder, down_block_types=["DownEncoderBlock2D"] * levels,
+        up_block_types=["UpDecoderBlock2D"] * levels, sample_size=growth.native_size,
+    )  # fmt: skip
     save_autoencoder(autoencoder, to)
     klein = json.loads((to / "klein.json").read_text())
     klein |= {
         "text_length": growth.text_length,
         "native_size": growth.native_size,
+        "least_size": growth.native_size,
         "max_references": growth.max_references,
         **vocabulary(),
     }

@@ -18,7 +18,7 @@ from engine.nano.training.compositor import BACKGROUNDS
 from engine.nano.training.curriculum import Curriculum
 from engine.nano.training.data_loader import Batch, BatchKind, DataLoader, Wanted
 from engine.nano.training.folder import load_extras
-from engine.nano.training.frames import SMALL_SQUARE, Frame, canvases
+from engine.nano.training.frames import NATIVE, UNITS, Frame, canvases
 from engine.nano.training.model import Nano, Tokenize
 from engine.nano.training.prompts import Example
 from engine.nano.training.scenes import Scene, nested
@@ -76,7 +76,7 @@ class FirstWorld:
 
     def known(self, kind: BatchKind, example: Example) -> bool:
         """Return whether the first nano practised such an example."""
-        if kind.frame != SMALL_SQUARE or kind.references > 2:
+        if kind.frame not in (UNITS, NATIVE) or kind.references > 2:
             return False
         scenes = example.target, *example.references
         return all(map(self._is_plain, scenes)) and {*re.findall("[a-z]+", example.prompt.lower())} <= self._words
@@ -117,7 +117,7 @@ def loaders(
     first = FirstWorld(folder)
 
     def loader(shares: Shares, wanted: Wanted, seed: int) -> DataLoader:
-        kinds = HeldKinds(shares, 2 * curriculum.examples, curriculum.native_size, curriculum.text_length)
+        kinds = HeldKinds(shares, curriculum.examples, curriculum.native_size, curriculum.text_length)
         return DataLoader(kinds, tokenize, curriculum.frames, workers, seed, nouns, wanted)
 
     return loader(NEW, first.new, seed), loader(KNOWN, first.known, seed + 1000)

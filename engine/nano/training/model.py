@@ -11,8 +11,13 @@ from torch import Tensor, nn
 from engine.diffusion.sampler import denoise
 from engine.diffusion.schedule import sigmas
 from engine.diffusion.tokens import grid_positions, pack, reference_time, text_positions, unpack
-from engine.nano.training.folder import load_autoencoder, load_extras, load_text_encoder, load_transformer
-from engine.nano.training.frames import TOKEN
+from engine.nano.training.folder import (
+    load_autoencoder,
+    load_extras,
+    load_text_encoder,
+    load_transformer,
+    token_side,
+)
 from engine.nn.ops import Rope
 
 LAYERS = (1, 2, 3)
@@ -69,6 +74,8 @@ class Nano(nn.Module):
         self.text_length: int = extras["text_length"]
         """Tokens a prompt is padded to. Pads are attended: the model is only itself at a length it was trained with."""
         self.native_size: int = extras["native_size"]
+        self.token = token_side(folder)
+        """Pixels a token spans on each side."""
         self._ropes = lru_cache(maxsize=None)(self._rope)
 
     @property
@@ -161,7 +168,7 @@ class Nano(nn.Module):
             size = self.native_size, self.native_size
             if references is not None:
                 size = references.shape[-1], references.shape[-2]
-        grid = size[0] // TOKEN, size[1] // TOKEN
+        grid = size[0] // self.token, size[1] // self.token
         states = self.states(prompts)
         tokens = None
         if references is not None:

@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 
 from engine.nano.training.data_loader import Batch, BatchKind, draw_batch
-from engine.nano.training.frames import NATIVE, SMALL_SQUARE
+from engine.nano.training.folder import load_extras
+from engine.nano.training.frames import canvases
 from engine.nano.training.model import Nano, Tokenize
 from engine.nano.training.prompts import PromptSampler
 from engine.nano.training.train import Trainer
@@ -45,10 +46,13 @@ def _seconds(trainer: Trainer, batch: Batch, compiled: bool) -> float:
 
 def probe(folder: Path, file: Path, examples: int = 64, device: str = "cuda") -> str:
     """Return why compiling cannot be used, or "" with the file written."""
-    trainer = Trainer(Nano(folder).to(device), True, 0.0, Path("/tmp"))
+    own = load_extras(folder)
+    square, shapes = canvases(own["native_size"])
+    trainer = Trainer(Nano(folder).to(device), True, 0.0, Path("/tmp"), (square, *shapes))
     tokenize = Tokenize(folder)
-    for frame, task, references in ((NATIVE, "generate", 0), (SMALL_SQUARE, "edit", 1), (NATIVE, "compose", 2)):
-        raw = draw_batch({frame: PromptSampler(1, frame)}, BatchKind(frame, task, references, 96, examples), tokenize)
+    for frame, task, references in ((square, "generate", 0), (shapes[0], "edit", 1), (square, "compose", 2)):
+        kind = BatchKind(frame, task, references, own["text_length"], examples)
+        raw = draw_batch({frame: PromptSampler(1, frame)}, kind, tokenize)
         batch = trainer.encoder(raw)
         compiled, plain = (_gradient(trainer, batch, way) for way in (True, False))
         off = ((compiled - plain).norm() / plain.norm()).item()

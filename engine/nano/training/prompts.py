@@ -7,7 +7,7 @@ from functools import partial
 
 from engine.nano.training.compositions import Compositions
 from engine.nano.training.edits import EDITS, Edits, touched
-from engine.nano.training.frames import SMALL_SQUARE, Frame
+from engine.nano.training.frames import UNITS, Frame
 from engine.nano.training.held_out import combination_held_out, wording_held_out
 from engine.nano.training.phrases import Phrases
 from engine.nano.training.scenes import COLUMN, SMALL, Box, Scene, World
@@ -34,7 +34,7 @@ class Example:
     target: Scene
     references: tuple[Scene, ...] = ()
     touched: tuple[Box, ...] = ()
-    frame: Frame = SMALL_SQUARE
+    frame: Frame = UNITS
 
 
 class PromptSampler:
@@ -43,7 +43,7 @@ class PromptSampler:
     nouns: how many of NOUNS the world has, the first ones.
     """
 
-    def __init__(self, seed: int | str, frame: Frame = SMALL_SQUARE, nouns: int = len(NOUNS)) -> None:
+    def __init__(self, seed: int | str, frame: Frame = UNITS, nouns: int = len(NOUNS)) -> None:
         self.world = World(seed, frame, nouns)
         self.random: random.Random = self.world.random
         self.pick = self.random.choice
@@ -120,11 +120,8 @@ class PromptSampler:
         return Example("compose", prompt, made.target, made.references, frame=self.frame)
 
 
-BIG_SHARE = {1: 0.08, 2: 0.6}
-"""Of the images to generate, for one big thing, by pixels a unit. At 256 × 256 a big thing is 121 tokens to learn by
-heart. With 12 % of examples showing one (750 k samples on an H200) each noun was met 160 times big and over 1,000 times
-normal: the velocity's error was 0.55 to 0.69 and 0.07 to 0.13 where things are, and half of the big ones came out as
-smears."""
+BIG_SHARE = 0.08
+"""Of the images to generate, for one big thing: most of its tokens are to be learned by heart."""
 RESIZE_SHARE = 0.1
 """Of edits, to resize one thing alone: there is room for a big one. 68 % of such edits were done."""
 
@@ -140,7 +137,7 @@ def training_prompts(sampler: PromptSampler, task: str, references: int | None =
     big = partial(sampler.generate, partial(world.single, (0.0, 0.0, 1.0)))
     while True:
         make = draw
-        if task == "generate" and world.chance(BIG_SHARE[sampler.frame.scale]):
+        if task == "generate" and world.chance(BIG_SHARE):
             make = big
         elif task == "edit" and world.chance(RESIZE_SHARE):
             make = partial(sampler.edit, "resize", world.fitting(partial(world.single, (0.15, 0.55, 0.3))))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from engine.nano.training.edits import EDITS, touched
 from engine.nano.training.folder import load_extras
-from engine.nano.training.frames import OTHER_SHAPES, SMALL_SHAPES, SMALL_SQUARE, SQUARE, TOKEN, Frame
+from engine.nano.training.frames import SQUARE, UNIT_SHAPES, UNITS, Frame
 from engine.nano.training.held_out import OLD_LIST
 from engine.nano.training.prompts import Example, PromptSampler, unseen
 from engine.nano.training.scenes import Scene
@@ -35,7 +35,7 @@ def questions(path: Path = LIST) -> Iterator[Question]:
     for line in path.read_text().splitlines():
         part, seed, task, prompt, target, *references = json.loads(line)
         part, _, sides = part.partition("@")
-        frame = Frame(*map(int, sides.split("x"))) if sides else SMALL_SQUARE
+        frame = Frame(*map(int, sides.split("x"))) if sides else UNITS
         scenes = tuple(map(Scene.unpack, references))
         scene = Scene.unpack(target)
         boxes = touched(scenes[0], scene, frame) if task in EDITS else ()
@@ -51,13 +51,13 @@ def at_scale(asked: list[Question], scale: int) -> list[Question]:
     """Return the questions for images of `scale` pixels a unit.
 
     Scale 1 is 128 × 128 and 2 is 256 × 256.
-    Other shapes are not whole tokens at 128 × 128; their questions are left out there.
     """
-    return [
-        (part, seed, _framed(example, replace(example.frame, scale=scale)))
-        for part, seed, example in asked
-        if all(scale * side % TOKEN == 0 for side in (example.frame.width, example.frame.height))
-    ]
+    return [(part, seed, _framed(example, replace(example.frame, scale=scale))) for part, seed, example in asked]
+
+
+def as_scored(example: Example) -> Example:
+    """Return the example at one pixel a unit."""
+    return _framed(example, replace(example.frame, scale=1))
 
 
 def _framed(example: Example, frame: Frame) -> Example:
@@ -80,7 +80,7 @@ def draw_wide_questions() -> Iterator[Question]:
     for part, make in makes.items():
         for seed in range(FEWER_ROWS):
             yield part, seed, unseen(sampler, make)
-    yield from _shaped_questions("held out wide", SMALL_SHAPES, OLD_NOUNS)
+    yield from _shaped_questions("held out wide", UNIT_SHAPES, OLD_NOUNS)
 
 
 def draw_questions() -> Iterator[Question]:
@@ -101,7 +101,7 @@ def draw_questions() -> Iterator[Question]:
     for seed in range(ROWS):
         # This kind is chosen first, because kinds with many held-out wordings would crowd out the others.
         yield "edit", seed, unseen(sampler, partial(_edit, kind=sampler.kind_of_edit()))
-    yield from _shaped_questions("held out", OTHER_SHAPES, len(NOUNS))
+    yield from _shaped_questions("held out", UNIT_SHAPES, len(NOUNS))
     for seed in range(CHAINS):
         yield from (("chain", seed, example) for example in _chain(sampler))
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from engine.nano.training.compositor import BACKGROUNDS, visibility
-from engine.nano.training.frames import SIZES, SMALL_SQUARE, Frame, Slot
+from engine.nano.training.frames import SIZES, UNITS, Frame, Slot
 from engine.nano.training.sprites import KINDS
 from engine.nano.words import COLOURS, NOUNS, SHAPES
 
@@ -50,7 +50,7 @@ class Thing:
         """The index of a shape's colour, or None for a noun."""
         return None if self.kind < len(NOUNS) else (self.kind - len(NOUNS)) % len(COLOURS)
 
-    def box(self, frame: Frame = SMALL_SQUARE) -> Box:
+    def box(self, frame: Frame = UNITS) -> Box:
         """Left, top, right, bottom in units."""
         return frame.box(self.size, self.slot)
 
@@ -106,7 +106,7 @@ def _whole(frame: Frame, size: int, slot: Slot) -> bool:
     return inside and (slot == MIDDLE or frame.centre(size, slot) != frame.centre(size, MIDDLE))
 
 
-def fits(thing: Thing, others: tuple[Thing, ...], frame: Frame = SMALL_SQUARE) -> bool:
+def fits(thing: Thing, others: tuple[Thing, ...], frame: Frame = UNITS) -> bool:
     """Return whether the thing is whole and its place free."""
     return _whole(frame, thing.size, thing.slot) and not any(
         collide(frame, thing.size, thing.slot, other.size, other.slot) for other in others
@@ -141,7 +141,7 @@ class World:
     nouns: how many of NOUNS there are, the first ones.
     """
 
-    def __init__(self, seed: int | str, frame: Frame = SMALL_SQUARE, nouns: int = len(NOUNS)) -> None:
+    def __init__(self, seed: int | str, frame: Frame = UNITS, nouns: int = len(NOUNS)) -> None:
         self.random = random.Random(seed)
         self.frame = frame
         self.nouns = nouns

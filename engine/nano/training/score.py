@@ -14,7 +14,7 @@ import torch
 
 from engine.nano.training.compositor import Compositor, as_uint8, backgrounds
 from engine.nano.training.data_loader import render, scene_arrays
-from engine.nano.training.frames import SIZES, SMALL_SQUARE, Frame
+from engine.nano.training.frames import SIZES, UNITS, Frame
 from engine.nano.training.prompts import Example
 from engine.nano.training.scenes import SLOTS, Box, Scene, Thing, nested, without
 from engine.nano.training.sprites import KINDS, atlas
@@ -43,7 +43,7 @@ def _compositor(scale: int) -> Compositor:
     return Compositor(scale)
 
 
-def draw(*scenes: Scene, frame: Frame = SMALL_SQUARE) -> list[Rgb8]:
+def draw(*scenes: Scene, frame: Frame = UNITS) -> list[Rgb8]:
     """Return the scenes as they ought to look on the canvas."""
     return as_uint8(render(_compositor(frame.scale), scene_arrays(scenes, frame), frame))
 
