@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -25,9 +26,9 @@ from engine.nano.training.model import Nano, Tokenize
 from engine.nano.training.optimizer import orthogonalise
 from engine.nano.training.pca_encoder import fit_encoder
 from engine.nano.training.prompts import PromptSampler
-from engine.nano.training.shards import assemble, save_decoder, save_shards
+from engine.nano.training.shards import DECODER, assemble, save_decoder, save_shards
 from engine.nano.training.tokenizer import extend
-from engine.nano.training.train import Clock, Log, Options, Trainer, _look_for_decoder, _recover, train
+from engine.nano.training.train import Clock, Log, Options, Trainer, _look_for_decoder, _recover, take_decoder, train
 from engine.nn.autoencoder import Autoencoder, AutoencoderShape
 
 QUICK = Options(report=1.0, save=1.0, reserve=0.5)
@@ -89,6 +90,26 @@ def test_only_a_decoder_of_use_wears_references(tmp_path, decibels: float, used:
     lines.write_text(json.dumps({"decoder": 2, "final": True, "decibels": decibels}) + "\n")
     _look_for_decoder(trainer, log)
     assert trainer.decoder_ready == used
+
+
+def test_decoder_in_the_output_is_used_if_it_fits_and_is_of_use(tmp_path):
+    trainer = _trainer(tmp_path / "out")
+    trainer.nouns = len(load_extras(WEIGHTS)["nouns"])
+    own = {name: tensor.clone() for name, tensor in trainer.nano.autoencoder.decoder.state_dict().items()}
+    place = trainer.out / DECODER
+
+    def taken(decoder: torch.nn.Module | None) -> bool:
+        if decoder is not None:
+            save_decoder(decoder, trainer.out)
+        trainer.nano.autoencoder.decoder.load_state_dict(own)
+        take_decoder(trainer)
+        assert place.exists()
+        return trainer.decoder_ready
+
+    shape = trainer.nano.autoencoder.shape
+    assert taken(None), "the shipped one is of use"
+    assert taken(Autoencoder(replace(shape, decoder=(8, 8, 8, 8, 8))).decoder), "one of another nano is passed over"
+    assert not taken(Autoencoder(shape).decoder), "an untrained one makes references noise"
 
 
 @pytest.mark.slow

@@ -12,7 +12,6 @@ stopped: the time that is over counts.
 """
 
 import argparse
-import contextlib
 import copy
 import json
 import os
@@ -372,11 +371,14 @@ def _look_for_decoder(trainer: Trainer, log: Log) -> None:
 
 def take_decoder(trainer: Trainer) -> None:
     """Use OUT's decoder or the folder's, if it is of use."""
-    if (trainer.out / DECODER).exists():
-        # One of another nano stays unused.
-        with contextlib.suppress(RuntimeError):
-            trainer.load_decoder(trainer.out / DECODER)
     autoencoder, (square, _) = trainer.nano.autoencoder, canvases(trainer.nano.native_size)
+    if (trainer.out / DECODER).exists():
+        own = copy.deepcopy(autoencoder.decoder.state_dict())
+        try:
+            trainer.load_decoder(trainer.out / DECODER)
+        except RuntimeError:
+            # It is another nano's. What fits of it was copied.
+            autoencoder.decoder.load_state_dict(own)
     with torch.no_grad():
         compositor = Compositor(square.scale).to(trainer.device)
         images = crowded(compositor, square, 8, 2, torch.Generator().manual_seed(1), trainer.nouns)
