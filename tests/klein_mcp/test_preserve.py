@@ -70,8 +70,8 @@ def test_share_within_a_region_counts_the_region_alone():
 
 
 def test_region_and_change_meet():
-    image = scene(200, 160)
-    part = region.edit_region(image, (100, 80, 90, 70), None)
+    image = scene(400, 320)
+    part = region.edit_region(image, (200, 160, 180, 140), None)
     seen = part.crop(image)
     found = np.zeros(seen.shape[:2], np.uint8)
     found[: seen.shape[0] // 2] = 255
@@ -84,8 +84,8 @@ def test_region_and_change_meet():
 
 
 def test_global_change_fills_all_of_its_region():
-    image = scene(200, 160)
-    part = region.edit_region(image, (100, 80, 90, 70), None)
+    image = scene(400, 320)
+    part = region.edit_region(image, (200, 160, 180, 140), None)
     seen = part.crop(image)
     whole = ChangeMask(np.full(seen.shape[:2], 255, np.uint8), whole=True)
     assert np.array_equal(part.composite(255 - seen, image, whole), part.composite(255 - seen, image))
