@@ -92,7 +92,7 @@ def test_only_a_decoder_of_use_wears_references(tmp_path, decibels: float, used:
     assert trainer.decoder_ready == used
 
 
-def test_decoder_in_the_output_is_used_if_it_fits_and_is_of_use(tmp_path):
+def test_decoder_in_the_output_is_used_if_it_fits(tmp_path):
     trainer = _trainer(tmp_path / "out")
     trainer.nouns = len(load_extras(WEIGHTS)["nouns"])
     own = {name: tensor.clone() for name, tensor in trainer.nano.autoencoder.decoder.state_dict().items()}
