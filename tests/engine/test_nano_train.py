@@ -28,7 +28,8 @@ from engine.nano.training.pca_encoder import fit_encoder
 from engine.nano.training.prompts import PromptSampler
 from engine.nano.training.shards import DECODER, assemble, save_decoder, save_shards
 from engine.nano.training.tokenizer import extend
-from engine.nano.training.train import Clock, Log, Options, Trainer, _look_for_decoder, _recover, take_decoder, train
+from engine.nano.training.train import Clock, Log, Options, Trainer, _look_for_decoder, _recover, train
+from engine.nano.training.train_decoder import take_decoder
 from engine.nn.autoencoder import Autoencoder, AutoencoderShape
 
 QUICK = Options(report=1.0, save=1.0, reserve=0.5)
@@ -93,20 +94,18 @@ def test_only_a_decoder_of_use_wears_references(tmp_path, decibels: float, used:
 
 
 def test_decoder_in_the_output_is_used_if_it_fits(tmp_path):
-    trainer = _trainer(tmp_path / "out")
-    trainer.nouns = len(load_extras(WEIGHTS)["nouns"])
-    own = {name: tensor.clone() for name, tensor in trainer.nano.autoencoder.decoder.state_dict().items()}
-    place = trainer.out / DECODER
+    nano, nouns = Nano(WEIGHTS), len(load_extras(WEIGHTS)["nouns"])
+    own = {name: tensor.clone() for name, tensor in nano.autoencoder.decoder.state_dict().items()}
 
     def taken(decoder: torch.nn.Module | None) -> bool:
         if decoder is not None:
-            save_decoder(decoder, trainer.out)
-        trainer.nano.autoencoder.decoder.load_state_dict(own)
-        take_decoder(trainer)
-        assert place.exists()
-        return trainer.decoder_ready
+            save_decoder(decoder, tmp_path)
+        nano.autoencoder.decoder.load_state_dict(own)
+        of_use = take_decoder(nano, tmp_path, nouns)
+        assert (tmp_path / DECODER).exists()
+        return of_use
 
-    shape = trainer.nano.autoencoder.shape
+    shape = nano.autoencoder.shape
     assert taken(None), "the shipped one is of use"
     assert taken(Autoencoder(replace(shape, decoder=(8, 8, 8, 8, 8))).decoder), "one of another nano is passed over"
     assert not taken(Autoencoder(shape).decoder), "an untrained one makes references noise"

@@ -11,8 +11,8 @@ MAX_STEPS = 200
 """Limit of steps. No published klein needs more than 50, so a larger number is probably a typing error."""
 MAX_GUIDANCE = 100
 NEARLY_SQUARE = 1.25
-"""Longer to shorter side up to which a model of squares still puts things where they belong. In nano's 144 × 112 a car
-at the bottom was cut off, in 144 × 96 it was a smear, in 96 × 160 a second house began below the first."""
+"""Longer to shorter side up to which a model of squares still puts things where they belong. On nano's 9 × 7 tokens a
+car at the bottom was cut off, on 9 × 6 it was a smear, on 6 × 10 a second house began below the first."""
 MAX_SEED = 2**63 - 1
 LEAST_SIDE = 16
 """Pixels of the shortest side of a size that is asked for. A canvas of larger tokens is cropped to it."""

@@ -18,7 +18,7 @@ OWN_WEIGHTS = (1.0, 1.0, 1.5, 2.5)
 OWN_SHARE = 0.85
 """Of training, on exactly those levels; the rest spreads over all, for other step counts."""
 OTHER_SHAPES = 0.26
-"""Of the batches."""
+"""Of the batches: a chance tried once, in two million samples on a GPU (engine/nano/README.md)."""
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from engine.nano.training.model import STEPS, Nano, Tokenize
 from engine.nano.training.shards import load_shards
 
 OTHER_SHAPES = 0.2
-"""Of the batches."""
+"""Of a decoder's batches. Squares are what is asked for most, and its convolutions learn from any shape."""
 
 
 @dataclass(frozen=True)

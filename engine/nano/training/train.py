@@ -29,17 +29,15 @@ from torch import Tensor
 from engine.diffusion.tokens import unpack
 from engine.nano.training import compiled_training
 from engine.nano.training.compiled_training import TrainingVelocity, multiplies_bf16, quiet
-from engine.nano.training.compositor import Compositor
 from engine.nano.training.curriculum import LEVELS, Curriculum, draw_levels
 from engine.nano.training.data_loader import Batch, BatchEncoder, BatchKind, DataLoader, RawBatch, to_device
 from engine.nano.training.folder import load_extras
-from engine.nano.training.frames import Frame, canvases
+from engine.nano.training.frames import Frame
 from engine.nano.training.hold import PULL, Teacher, loaders
 from engine.nano.training.model import Nano, Tokenize
 from engine.nano.training.optimizer import Optimizer
-from engine.nano.training.shards import DECODER, learned_parts, save_decoder, save_shards
-from engine.nano.training.train_decoder import crowded, psnr
-from engine.nano.words import NOUNS
+from engine.nano.training.shards import DECODER, learned_parts, save_shards
+from engine.nano.training.train_decoder import is_finished, take_decoder
 
 EMA = 0.995
 WARM_UP = 60
@@ -48,9 +46,6 @@ COOLING = 0.6
 """Share of the time, at its end, in which the learning rate falls to nothing."""
 REFERENCE_NOISE = 0.15
 """At most this much on references: what nano painted itself is a little off, and should be sharpened, not copied."""
-USABLE = 24.0
-"""Decibels of a decoder that may wear references. One of 14, all that 75 s of a GPU left (see `train_decoder`), made
-half of the references noise: 94 % of edits were done after two million samples."""
 CHECK_EVERY = 25
 """Steps between two looks at whether everything is finite; until then nothing waits for the device."""
 
@@ -72,7 +67,6 @@ class Trainer:
         self.device = nano.device
         self.decoder_ready = False
         self.teacher: Teacher | None = None
-        self.nouns = len(NOUNS)
         self.steps = self.samples = 0
         self._good: list[Tensor] = []
         self.keep_good()
@@ -358,32 +352,9 @@ def _recover(trainer: Trainer, error: Exception) -> None:
 
 def _look_for_decoder(trainer: Trainer, log: Log) -> None:
     """Use the decoder that learned beside this training."""
-    lines = trainer.out / "decoder.jsonl"
-    if trainer.decoder_ready or not lines.exists():
-        return
-    # What follows the last line's end is still being written.
-    whole, end, _ = lines.read_text().rpartition("\n")
-    last = json.loads(whole.splitlines()[-1]) if end else {}
-    if last.get("final") and last["decibels"] >= USABLE:
+    if not trainer.decoder_ready and is_finished(trainer.out):
         trainer.load_decoder(trainer.out / DECODER)
         log.write(decoder="in use for references")
-
-
-def take_decoder(trainer: Trainer) -> None:
-    """Use OUT's decoder or the folder's, if it is of use."""
-    autoencoder, (square, _) = trainer.nano.autoencoder, canvases(trainer.nano.native_size)
-    if (trainer.out / DECODER).exists():
-        own = copy.deepcopy(autoencoder.decoder.state_dict())
-        try:
-            trainer.load_decoder(trainer.out / DECODER)
-        except RuntimeError:
-            # It is another nano's. What fits of it was copied.
-            autoencoder.decoder.load_state_dict(own)
-    with torch.no_grad():
-        compositor = Compositor(square.scale).to(trainer.device)
-        images = crowded(compositor, square, 8, 2, torch.Generator().manual_seed(1), trainer.nouns)
-        trainer.decoder_ready = psnr(images, autoencoder.decode(autoencoder.encode(images))) >= USABLE
-    save_decoder(autoencoder.decoder, trainer.out)
 
 
 def _finish(trainer: Trainer, log: Log, clock: Clock, options: Options) -> None:
@@ -455,8 +426,7 @@ def main() -> None:
         trainer.load_state(state)
         before = state["seconds"]
     if not args.decoder_seconds:
-        trainer.nouns = nouns
-        take_decoder(trainer)
+        trainer.decoder_ready = take_decoder(nano, args.out, nouns)
     seconds = args.seconds if args.deadline is None else before + args.deadline - time.time() + time.monotonic() - start
     options = Options(state=args.state, first=args.first, probed=args.probed)
     train(trainer, loader, Clock(seconds, start, before), options, held)
