@@ -218,7 +218,7 @@ def _report(training: DecoderTraining, out: Path, facts: dict) -> None:
 
 
 def is_finished(out: Path) -> bool:
-    """Return whether a training in `out` has ended with a decoder of use."""
+    """Return whether a training in `out` ended with a usable decoder."""
     lines = out / REPORTS
     # What follows the last line's end is still being written.
     whole, end, _ = lines.read_text().rpartition("\n") if lines.exists() else ("", "", "")
