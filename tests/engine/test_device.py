@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from engine.memory import device as device_module
 from engine.memory import host
-from engine.memory.device import Device, DeviceGraph
+from engine.memory.device import BF16_GAIN, Device, DeviceGraph
 
 GB = 1 << 30
 
@@ -76,6 +77,36 @@ def test_this_machine_has_memory() -> None:
     device = Device.choose("cpu")
     assert 0 < device.free_bytes() <= device.total_bytes() <= psutil.virtual_memory().total
     assert device.host_bytes() is None
+
+
+@pytest.mark.parametrize(
+    ("instructions", "fp32", "bf16", "chosen"),
+    [
+        ((), 1.0, 0.1, "float32"),
+        (("avx512_bf16",), 1.0, 1.8, "float32"),
+        (("avx512_bf16",), 1.0, 0.99 / BF16_GAIN, "bfloat16"),
+        (("avx512_bf16",), 1.0, 1.01 / BF16_GAIN, "float32"),
+        (("avx512_bf16", "amx_tile"), 1.0, 1.8, "bfloat16"),
+    ],
+    ids=["no instructions", "slow ones", "fast ones", "hardly faster ones", "matrix instructions"],
+)
+def test_cpu_computes_in_the_format_it_multiplies_faster(
+    instructions: tuple[str, ...], fp32: float, bf16: float, chosen: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("avx512_bf16", "amx_tile"):
+        monkeypatch.setattr(torch.cpu, f"_is_{name}_supported", lambda name=name: name in instructions, raising=False)
+    seconds = {torch.float32: fp32, torch.bfloat16: bf16}
+    monkeypatch.setattr(device_module, "_product_seconds", seconds.__getitem__)
+    device_module._bf16_pays.cache_clear()
+    try:
+        assert Device.choose("cpu").dtype_name == chosen
+        assert Device.choose("cpu", "bfloat16").dtype_name == "bfloat16", "what was asked for is never tried"
+    finally:
+        device_module._bf16_pays.cache_clear()
+
+
+def test_trial_product_takes_time() -> None:
+    assert 0 < device_module._product_seconds(torch.bfloat16, 64, 2) < 10
 
 
 @pytest.mark.parametrize("ended", [False, True], ids=["older torch", "newer torch"])
