@@ -61,7 +61,7 @@ def age(text: str) -> float:
 
 def byte_size(text: str) -> int:
     """Parse "5GB" to bytes."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(kb|mb|gb|tb|k|m|g|t|b|)", text.strip().lower())
+    match = re.fullmatch(r"(\d{1,15}(?:\.\d+)?)\s*(kb|mb|gb|tb|k|m|g|t|b|)", text.strip().lower())
     if not match:
         raise argparse.ArgumentTypeError(f"{text!r} is no size like 500MB or 5GB")
     return int(float(match[1]) * _BYTES[match[2][:1].replace("b", "")])

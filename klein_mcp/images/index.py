@@ -6,6 +6,7 @@ import secrets
 import sqlite3
 import threading
 import time
+import unicodedata
 from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
@@ -46,12 +47,12 @@ class Index:
             copied = read_only_copy(self.path)
             if copied is None:
                 raise
-            self._database, self._obstacle = copied, error
+            self._database, self._obstacle = _with_functions(copied), error
 
     def _open(self) -> sqlite3.Connection:
         try:
             with self._opening:
-                return open_database(self.path)
+                return _with_functions(open_database(self.path))
         except Timeout:
             raise LibraryBusy(
                 f"Another program is opening the image library {self.path}.", hint="End it, then try again."
@@ -144,3 +145,19 @@ class Index:
                 "INSERT INTO parents (child, position, parent) VALUES (?, ?, ?)",
                 [(record.handle, position, parent) for position, parent in enumerate(record.parents)],
             )
+
+
+def _has_words(text: str, words: str) -> bool:
+    """Return whether a text has all words, whatever their letter case."""
+    text = _folded(text)
+    return all(word in text for word in _folded(words).split())
+
+
+def _folded(text: str) -> str:
+    return text.lower() if text.isascii() else unicodedata.normalize("NFC", text.casefold())
+
+
+def _with_functions(database: sqlite3.Connection) -> sqlite3.Connection:
+    """Give a connection the functions that queries call."""
+    database.create_function("has_words", 2, _has_words, deterministic=True)
+    return database

@@ -31,6 +31,9 @@ from klein_mcp.images.schema import BUSY_TIMEOUT, LibraryBusy, LibraryUnwritable
 MAX_PROMPT = 70_000
 """Characters of a prompt in the index: more than any front end accepts."""
 
+_MOST = 2**62
+"""More images than there are; SQLite takes no number of 2**63."""
+
 NO_MASKS = """ AND NOT (tool = 'open' AND recipe LIKE '%"mask":true%')"""
 """Leaves out what was opened as a mask; the recipe is compact JSON."""
 
@@ -216,15 +219,14 @@ class Store:
 
         A match has every word of `text` in its prompt or source, or is its handle. masks: whether masks count.
         """
-        words = [word.replace("\\", "\\\\").replace("%", "\\%").replace("_", "\\_") for word in text.split()]
-        has_word = "coalesce(prompt, '') || ' ' || coalesce(source, '') LIKE ? ESCAPE '\\'"
-        matches = f"(handle = ? OR {' AND '.join([has_word] * len(words)) or 'TRUE'})"
+        text, limit = clean_text(text), min(limit, _MOST)
+        matches = "(handle = ? OR has_words(coalesce(prompt, '') || ' ' || coalesce(source, ''), ?))"
         rows = self._index.rows(
             f"SELECT {COLUMNS}, number FROM pictures WHERE deleted IS NULL AND number < ? AND {matches}"
             f"{'' if masks else NO_MASKS} ORDER BY number DESC LIMIT ?",
-            before if before is not None else 2**62,
+            _MOST if before is None else min(before, _MOST),
             text,
-            *(f"%{word}%" for word in words),
+            text,
             limit + 1,
         )
         page = rows[:limit]

@@ -24,15 +24,18 @@ class Picks:
     def choose(self, client: str, image: str, mask: str | None = None) -> None:
         """Record a person's choice of an image for `client`'s next call."""
         self._index.write(
-            "INSERT OR REPLACE INTO picks (client, image, mask, created) VALUES (?, ?, ?, ?)",
+            "INSERT OR REPLACE INTO picks (client, image, mask, created, newest)"
+            " VALUES (?, ?, ?, ?, (SELECT coalesce(max(number), 0) FROM pictures))",
             *(client, image, mask, time.time()),
         )
 
     def of(self, client: str) -> Pick | None:
         """Return the person's choice, unless `client` has made an image since."""
+        # By number, as a clock may be set back. Older picks have a time alone.
         row = self._index.row(
-            "SELECT image, mask, reported FROM picks WHERE client = ? AND created >= coalesce((SELECT max(created)"
-            " FROM pictures WHERE client = picks.client AND tool != 'open' AND deleted IS NULL), 0)"
+            "SELECT image, mask, reported FROM picks WHERE client = ? AND NOT EXISTS (SELECT 1 FROM pictures"
+            " WHERE client = picks.client AND tool != 'open' AND deleted IS NULL"
+            " AND number > coalesce(newest, 0) AND (newest IS NOT NULL OR pictures.created > picks.created))"
             " AND image IN (SELECT handle FROM pictures WHERE deleted IS NULL)",
             client,
         )

@@ -79,6 +79,10 @@ MIGRATIONS = (
         PRIMARY KEY (image, path)
     ) WITHOUT ROWID;
     """,
+    # 4: the newest image when a person chose one, as clocks are set back
+    """
+    ALTER TABLE picks ADD COLUMN newest INTEGER;
+    """,
 )
 """Each runs once, in order, in its own transaction; a library's version is the number applied."""
 

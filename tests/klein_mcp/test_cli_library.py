@@ -251,6 +251,15 @@ async def test_prune_asks_before_it_deletes(
     assert service.store.everything() == []
 
 
+@pytest.mark.parametrize("limit", [2**63 - 1, 10**30])
+async def test_list_takes_any_limit_and_any_words(
+    settings: Settings, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, limit: int
+):
+    monkeypatch.setenv("KLEIN_HOME", str(settings.home))
+    assert main(["list", "--limit", str(limit), "--search", "\udcff"]) == 0
+    assert "no images" in capsys.readouterr().out
+
+
 async def test_prune_without_a_terminal_needs_yes(settings: Settings, history: list[dict[str, Any]], service: Service):
     with pytest.raises(RequestError, match="Say --yes to delete them"):
         prune(settings, older_than=0.0)
@@ -322,7 +331,7 @@ def test_wrong_age_is_refused(text: str):
         age(text)
 
 
-@pytest.mark.parametrize("text", ["", "big", "-1", "5 hours"])
+@pytest.mark.parametrize("text", ["", "big", "-1", "5 hours", f"{10**400}GB"])
 def test_wrong_size_is_refused(text: str):
     with pytest.raises(argparse.ArgumentTypeError, match="no size like"):
         byte_size(text)

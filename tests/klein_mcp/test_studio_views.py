@@ -1,5 +1,7 @@
 """Lineage, sheets and picks: what the studio reads from the library and keeps in it."""
 
+import contextlib
+import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ from engine.families.klein.reading import read_prompt
 from engine.families.klein.variants import EMBEDDED, VARIANTS
 from engine.registry import NANO
 from klein_mcp.errors import UnknownImage
+from klein_mcp.images import picks, schema
 from klein_mcp.images.library import Record, Store
 from klein_mcp.images.resolver import ImageResolver
 from klein_mcp.settings import Settings
@@ -49,6 +52,13 @@ def test_page_lists_newest_first_and_goes_on_from_its_cursor(library: Store) -> 
     assert [card["image"] for card in first["images"] + rest["images"]] == made[::-1]
     assert rest["next"] is None
     assert [card["image"] for card in views.library_page(library, search="image 2")["images"]] == [made[2]]
+
+
+@pytest.mark.parametrize("search", ["äpfel TISCH", "ЁЛКА", unicodedata.normalize("NFD", "Äpfel"), "STRASSE", "100%_"])
+def test_search_knows_no_letter_case_or_unicode_form(library: Store, search: str) -> None:
+    made = put(library, prompt="ÄPFEL auf dem Tisch, ёлка, Straße, 100%_")
+    put(library, prompt="Apfel auf dem Stuhl, 100 ml", seed=50)
+    assert [card["image"] for card in views.library_page(library, search=search)["images"]] == [made.handle]
 
 
 @pytest.mark.parametrize("cursor", ["", "x", "-1", "9" * 40, "1; DROP TABLE pictures"])
@@ -138,6 +148,32 @@ def test_pick_is_what_its_client_gets_until_it_makes_another_image(library: Stor
     put(library, "the next image", seed=77)
     assert library.picks.of("agent") is None
     assert library.picks.images() == set()
+
+
+def test_pick_counts_though_the_clock_was_set_back(library: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    handles = sheet(library, 1, 2)
+    with monkeypatch.context() as patched:
+        patched.setattr(picks.time, "time", lambda: 1e9)
+        library.picks.choose("agent", handles[0])
+    pick = library.picks.of("agent")
+    assert pick is not None
+    assert pick.image == handles[0]
+    put(library, "the next image")
+    assert library.picks.of("agent") is None
+
+
+def test_pick_of_an_older_library_counts_until_the_next_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patched:
+        patched.setattr(schema, "MIGRATIONS", schema.MIGRATIONS[:3])
+        with contextlib.closing(Store(tmp_path)) as old:
+            handle = put(old).handle
+            old._index.write("INSERT INTO picks (client, image, created) VALUES ('agent', ?, 2e9)", handle)
+    with contextlib.closing(Store(tmp_path)) as library:
+        pick = library.picks.of("agent")
+        assert pick is not None
+        assert pick.image == handle
+        library._index.write("UPDATE picks SET created = 1")
+        assert library.picks.of("agent") is None
 
 
 def test_pick_is_reported_once(library: Store) -> None:
