@@ -18,6 +18,7 @@ LEAST_DISK = 5 * 10**9
 
 DAEMON_FILES = ("daemon.log", "daemon.err", "daemon.json", "daemon.host")
 
+_REPAIR = "Run: klein-mcp doctor --repair; it takes them in, or names those that are damaged."
 _OTHER = "Change its owner, or set KLEIN_HOME and KLEIN_HUB."
 
 
@@ -65,21 +66,29 @@ def check_daemon_files(settings: Settings) -> Iterator[Check]:
 
 
 def check_library(settings: Settings) -> Check:
-    """Check the index and that every image has its file.
+    """Check the index, and that images and files belong together.
 
     This does not create a library.
     """
+    from klein_mcp.images import recovery
     from klein_mcp.images.index import DATABASE
     from klein_mcp.images.library import Store
 
+    # Before the index is read: a process that saves an image records it first.
+    files = list(recovery.image_files(settings.library / "files"))
     if not os.path.exists(settings.library / DATABASE):
         _, obstacle = _place_of(settings.library)
-        return Check("library", f"cannot be made: {obstacle}", _OTHER) if obstacle else Check("library", "empty")
+        if obstacle:
+            return Check("library", f"cannot be made: {obstacle}", _OTHER)
+        if files:
+            return Check("library", f"{len(files)} files in {settings.library}, no index", _REPAIR, optional=True)
+        return Check("library", "empty")
     try:
         store = Store(settings.library)
     except (RequestError, OSError) as error:
         return Check("library", "cannot be opened", str(error))
     try:
+        store.check(quick=True)
         records = store.everything()
         missing = [record.handle for record in records if not store.has_file(record)]
     except (RequestError, OSError) as error:
@@ -87,6 +96,9 @@ def check_library(settings: Settings) -> Check:
     finally:
         store.close()
     found = f"{len(records)} images in {settings.library}"
+    known = {record.file for record in records}
+    if unknown := [path for path in files if path.stem not in known and path.exists()]:
+        return Check("library", f"{found}, {len(unknown)} files that are not in its index", _REPAIR, optional=True)
     if missing:
         todo = (
             f"Restore the files of {', '.join(missing[:5])}{' …' if len(missing) > 5 else ''}, or generate them again."

@@ -15,7 +15,15 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from klein_mcp.images.record import ALPHABET, HANDLE_LENGTH, Record
-from klein_mcp.images.schema import LibraryBusy, LibraryUnwritable, exclusively, explained, open_database, unwritable
+from klein_mcp.images.schema import (
+    LibraryBusy,
+    LibraryUnwritable,
+    damaged,
+    exclusively,
+    explained,
+    open_database,
+    unwritable,
+)
 from klein_mcp.images.snapshot import read_only_copy
 
 DATABASE = "library.sqlite3"
@@ -33,6 +41,7 @@ class Index:
 
     lock: held for each query, and by a caller whose steps belong together.
     opening: held by the process that opens a folder. Where the index cannot be written, a copy in memory is read.
+    An index that a repair put in place of this one is followed.
     """
 
     def __init__(self, folder: Path, opening: FileLock) -> None:
@@ -41,6 +50,7 @@ class Index:
         self._opening = opening
         self._tried = time.monotonic()
         self._obstacle: LibraryUnwritable | None = None
+        self._file: tuple[int, int] | None = None
         try:
             self._database = self._open()
         except LibraryUnwritable as error:
@@ -52,7 +62,9 @@ class Index:
     def _open(self) -> sqlite3.Connection:
         try:
             with self._opening:
-                return _with_functions(open_database(self.path))
+                database = open_database(self.path)
+                self._file = _identity(self.path)
+                return _with_functions(database)
         except Timeout:
             raise LibraryBusy(
                 f"Another program is opening the image library {self.path}.", hint="End it, then try again."
@@ -60,9 +72,17 @@ class Index:
         except OSError as error:
             raise unwritable(self.path, error) from None
 
-    def _try_again(self, patience: float) -> None:
-        """Leave the copy once the index can be written."""
-        if self._obstacle is None or time.monotonic() - self._tried < patience:
+    def _refresh(self, patience: float) -> None:
+        """Leave a copy that is needed no more, and a replaced index.
+
+        patience: seconds since the last look at whether the index can be written.
+        """
+        if self._obstacle is None:
+            if not self._database.in_transaction and _identity(self.path) != self._file:
+                replaced, self._database = self._database, self._open()
+                replaced.close()
+            return
+        if time.monotonic() - self._tried < patience:
             return
         self._tried = time.monotonic()
         try:
@@ -80,13 +100,13 @@ class Index:
     def row(self, query: str, *values: Any) -> tuple[Any, ...] | None:
         """Return the first row of a query, or None."""
         with self.lock, explained(self.path):
-            self._try_again(RETRY)
+            self._refresh(RETRY)
             return self._database.execute(query, values).fetchone()
 
     def rows(self, query: str, *values: Any) -> list[tuple[Any, ...]]:
         """Return all rows of a query."""
         with self.lock, explained(self.path):
-            self._try_again(RETRY)
+            self._refresh(RETRY)
             return self._database.execute(query, values).fetchall()
 
     def first(self, condition: str, *values: Any) -> Record | None:
@@ -101,9 +121,20 @@ class Index:
     def record(self, row: tuple[Any, ...]) -> Record:
         """Return the record of a row of COLUMNS, with its parents."""
         values = dict(zip(COLUMNS.split(", "), row, strict=True))
-        values["recipe"] = json.loads(values["recipe"])
+        try:
+            values["recipe"] = json.loads(values["recipe"])
+        except ValueError:
+            raise damaged(self.path) from None
         parents = self.rows("SELECT parent FROM parents WHERE child = ? ORDER BY position", values["handle"])
         return Record(**values, parents=tuple(parent for (parent,) in parents))
+
+    def check(self, *, quick: bool = False) -> None:
+        """Raise LibraryDamaged if SQLite finds a fault.
+
+        quick: without comparing tables with their indexes.
+        """
+        if self.rows(f"PRAGMA {'quick_check' if quick else 'integrity_check'}(1)") != [("ok",)]:
+            raise damaged(self.path)
 
     def new_handle(self) -> str:
         """Return a handle never used before, not even by a deleted image."""
@@ -119,7 +150,7 @@ class Index:
         exclusive: whether other programs are kept from writing from the start on, not from the first change on.
         """
         with self.lock, explained(self.path):
-            self._try_again(0)
+            self._refresh(0)
             if self._obstacle is not None:  # the copy would only say that it is one
                 raise LibraryUnwritable(self._obstacle.message, hint=self._obstacle.hint)
             with exclusively(self._database) if exclusive else self._database:
@@ -145,6 +176,15 @@ class Index:
                 "INSERT INTO parents (child, position, parent) VALUES (?, ?, ?)",
                 [(record.handle, position, parent) for position, parent in enumerate(record.parents)],
             )
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    """Return what tells a file from a later one, or None."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
 
 
 def _has_words(text: str, words: str) -> bool:

@@ -59,7 +59,11 @@ class Store:
         self.picks = Picks(self._index)
         self.lineage = Lineage(self._index)
         self.recovery = Recovery(self._index, self.files, lock)
-        self._recover()
+        try:
+            self._recover()
+        except BaseException:
+            self.close()
+            raise
 
     def _recover(self) -> None:
         """Finish what is unfinished, unless the disk lets nothing be written."""
@@ -231,6 +235,13 @@ class Store:
         )
         page = rows[:limit]
         return [self._index.record(row[:-1]) for row in page], page[-1][-1] if len(rows) > limit else None
+
+    def check(self, *, quick: bool = False) -> None:
+        """Raise LibraryDamaged if the index is damaged.
+
+        quick: without comparing its tables with their indexes.
+        """
+        self._index.check(quick=quick)
 
     def revision(self) -> tuple[int, int]:
         """Return another value whenever an image was added or deleted."""

@@ -13,7 +13,7 @@ from klein_mcp.errors import NotEnoughMemory
 from klein_mcp.images import recovery
 from klein_mcp.images.index import DATABASE
 from klein_mcp.images.library import Record, Store
-from klein_mcp.images.schema import BUSY_TIMEOUT, LibraryDamaged
+from klein_mcp.images.schema import BUSY_TIMEOUT, LibraryDamaged, LibraryUnwritable
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,32 +31,46 @@ def repair(folder: Path) -> Repair:
 
     Lineage, prompts and recipes come from the files. Which client made an image is not in them.
     """
-    moved = None
     try:
-        store = Store(folder)
+        return _repaired(folder)
     except LibraryDamaged:
-        moved = _move_away(folder)
-        store = Store(folder)
-    try:
-        return _take_in_files(store, moved)
-    finally:
-        store.close()
+        pass
+    moved = _move_away(folder)
+    return replace(_repaired(folder), moved=moved)
+
+
+def _repaired(folder: Path) -> Repair:
+    """Take in unknown files. Raises LibraryDamaged."""
+    with contextlib.closing(Store(folder)) as store:
+        store.check()
+        store.everything()
+        return _take_in_files(store)
 
 
 def _move_away(folder: Path) -> Path:
+    """Move a damaged index away. Raises LibraryUnwritable.
+
+    Processes that have it open follow to the one that is made in its place.
+    """
     target = folder / f"{DATABASE}.damaged-{time.strftime('%Y%m%d-%H%M%S')}"
-    with FileLock(folder / "open.lock", timeout=BUSY_TIMEOUT):
-        (folder / DATABASE).rename(target)
-        for suffix in ("-wal", "-shm"):
-            (folder / f"{DATABASE}{suffix}").unlink(missing_ok=True)
+    try:
+        with FileLock(folder / "open.lock", timeout=BUSY_TIMEOUT):
+            (folder / DATABASE).rename(target)
+            for suffix in ("-wal", "-shm"):
+                (folder / f"{DATABASE}{suffix}").unlink(missing_ok=True)
+    except OSError as error:
+        raise LibraryUnwritable(
+            f"The damaged index {folder / DATABASE} cannot be moved away: {error.strerror or error}.",
+            hint="Close the clients, run klein-mcp stop, make its folder writable, then try again.",
+        ) from None
     return target
 
 
-def _take_in_files(store: Store, moved: Path | None) -> Repair:
+def _take_in_files(store: Store) -> Repair:
     found = 0
     unreadable: list[Path] = []
     records: dict[Path, Record] = {}
-    for path in recovery.orphans(store.files.root):
+    for path in recovery.image_files(store.files.root):
         found += 1
         if store.recovery.knows_file(path.stem):
             continue
@@ -68,7 +82,7 @@ def _take_in_files(store: Store, moved: Path | None) -> Repair:
     settled = list(_settled(store, records))
     for record in sorted(settled, key=lambda record: record.created):  # lists go by the order of rows
         store.recovery.take_in(record)
-    return Repair(found, len(records), moved, tuple(unreadable))
+    return Repair(found, len(records), None, tuple(unreadable))
 
 
 def _record_in(path: Path) -> Record | None:

@@ -191,6 +191,6 @@ def _made_at(recipe: Mapping[str, Any]) -> float | None:
     return made if 0 < made <= time.time() else None
 
 
-def orphans(files: Path) -> Iterator[Path]:
+def image_files(files: Path) -> Iterator[Path]:
     """Yield the files of a library."""
     yield from (path for path in files.glob("*/*.png") if re.fullmatch("[0-9a-f]{64}", path.stem))

@@ -30,6 +30,14 @@ class LibraryDamaged(ServerFault):
     """The library's index cannot be read."""
 
 
+def damaged(path: Path) -> LibraryDamaged:
+    """Make the error for an index that cannot be read."""
+    return LibraryDamaged(
+        f"The index of the image library {path} is damaged; the images are in {path.parent / 'files'}.",
+        hint="Run: klein-mcp doctor --repair",
+    )
+
+
 MIGRATIONS = (
     # 1: the first library; its table of images is called pictures
     """
@@ -82,6 +90,7 @@ MIGRATIONS = (
     # 4: the newest image when a person chose one, as clocks are set back
     """
     ALTER TABLE picks ADD COLUMN newest INTEGER;
+    DELETE FROM parents WHERE child = parent;
     """,
 )
 """Each runs once, in order, in its own transaction; a library's version is the number applied."""
@@ -136,11 +145,9 @@ def explained(path: Path) -> Iterator[None]:
                 f"Another program holds the image library {path} for more than {BUSY_TIMEOUT} s.",
                 hint="End it, then try again.",
             ) from None
-        if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
-            raise LibraryDamaged(
-                f"The index of the image library {path} is damaged; the images are in {path.parent / 'files'}.",
-                hint="Run: klein-mcp doctor --repair",
-            ) from None
+        # Python's own error for bytes that are no text has no code.
+        if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB) or str(error).startswith("Could not decode"):
+            raise damaged(path) from None
         if code in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN):
             raise unwritable(path, error) from None
         raise

@@ -1,5 +1,6 @@
 """Nothing generated is lost: locked or damaged index, missing or changed files."""
 
+import contextlib
 import hashlib
 import os
 import shutil
@@ -161,6 +162,71 @@ async def test_damaged_index_is_named_and_rebuilt_with_lineage(client: Client, s
     assert store.get(first["image"]).prompt == "one"
     assert repair(settings.library).added == 0
     store.close()
+
+
+def whole_index(service: Service) -> bytes:
+    """Return the index in one file, beside which no change waits."""
+    service.store._index.rows("PRAGMA wal_checkpoint(TRUNCATE)")
+    return service.store._index.path.read_bytes()
+
+
+async def test_index_with_any_page_damaged_is_found_and_rebuilt(client: Client, service: Service, settings: Settings):
+    made = [(await call(client, "generate_image", prompt="a cat", seed=seed))["image"] for seed in (1, 2)]
+    service.store.picks.choose("an agent", made[0])
+    service.store.note_saved(made[0], "/tmp/a.png")
+    whole, size = whole_index(service), 4096
+    service.close()
+    for start in range(0, len(whole), size):
+        broken = whole[:start] + os.urandom(size) + whole[start + size :]
+        (settings.library / DATABASE).write_bytes(broken)
+        assert "doctor --repair" in check_library(settings).todo, f"page {start // size + 1}"
+        result = repair(settings.library)
+        assert (result.added, result.moved is not None) == (2, True), f"page {start // size + 1}"
+        assert check_library(settings).todo == ""
+        store = Store(settings.library)
+        store.check()
+        assert {record.handle for record in store.everything()} == set(made)
+        store.close()
+
+
+@pytest.mark.parametrize("damage", [b"\xff", b"{"])
+async def test_damaged_text_of_a_row_is_found_and_rebuilt(
+    client: Client, service: Service, settings: Settings, damage: bytes
+):
+    handle = (await call(client, "generate_image", prompt="a cat"))["image"]
+    service.store._index.write("UPDATE pictures SET recipe = CAST(? AS TEXT)", damage)
+    with pytest.raises(LibraryDamaged):
+        service.store.get(handle)
+    service.close()
+    assert repair(settings.library).moved
+    with contextlib.closing(Store(settings.library)) as store:
+        assert store.get(handle).prompt == "a cat"
+
+
+async def test_doctor_names_files_that_are_not_in_the_index(client: Client, service: Service, settings: Settings):
+    await call(client, "generate_image", prompt="a cat")
+    service.close()
+    for path in settings.library.glob(f"{DATABASE}*"):
+        path.unlink()
+    for found in ("1 files in {}, no index", "0 images in {}, 1 files that are not in its index"):
+        check = check_library(settings)
+        assert check.found == found.format(settings.library)
+        assert "doctor --repair" in check.todo
+        Store(settings.library).close()  # as any other command makes it
+    repair(settings.library)
+    assert check_library(settings).todo == ""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="Windows moves no open file")
+async def test_running_process_follows_to_the_rebuilt_index(client: Client, service: Service, settings: Settings):
+    first = await call(client, "generate_image", prompt="a cat", seed=1)
+    whole_index(service)
+    (settings.library / DATABASE).write_bytes(b"garbage " * 1000)
+    assert repair(settings.library).moved
+    second = await call(client, "generate_image", prompt="a dog", seed=2)
+    assert (await call(client, "view_image", image=first["image"]))["image"] == first["image"]
+    with contextlib.closing(Store(settings.library)) as other:
+        assert {record.handle for record in other.everything()} == {first["image"], second["image"]}
 
 
 async def test_missing_file_is_put_back_when_its_image_is_opened(client: Client, service: Service, tmp_path: Path):
