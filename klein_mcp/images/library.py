@@ -70,6 +70,12 @@ class Store:
         with contextlib.suppress(LibraryUnwritable, OSError):
             self.recovery.run()
 
+    def _take_in_waiting(self) -> None:
+        """Insert what could not be saved while the index was locked."""
+        if self.recovery.has_waiting():
+            with contextlib.suppress(RequestError, sqlite3.Error, OSError):
+                self.recovery.take_in_waiting()
+
     def close(self) -> None:
         with self._index.lock:
             self._index.close()
@@ -97,7 +103,7 @@ class Store:
     ) -> Record:
         """Store the PNG `data` under `handle`, durable when this returns.
 
-        Raises LibraryBusy if another program holds the index too long; then the next start takes the image in.
+        Raises LibraryBusy if another program holds the index too long; then the image is taken in later.
         """
         record = Record(
             handle,
@@ -130,6 +136,7 @@ class Store:
                     hint=error.hint,
                 ) from None
             self.files.move(temporary)
+            self._take_in_waiting()
 
     def restore(self, record: Record, data: bytes) -> Record:
         """Put a missing or damaged file back."""
@@ -195,7 +202,11 @@ class Store:
 
     def find(self, handle: str) -> Record | None:
         """Return the record of any handle ever used, or None."""
-        return self._index.first("handle = ?", handle)
+        found = self._index.first("handle = ?", handle)
+        if found is None and self.recovery.has_waiting():
+            self._take_in_waiting()
+            found = self._index.first("handle = ?", handle)
+        return found
 
     def by_pixels(self, pixels: str) -> Record | None:
         """Return the first image of exactly these pixels.

@@ -39,7 +39,7 @@ class Recovery:
         with self._index.lock, self._lock:
             for incoming in self._files.abandoned():
                 self._finish_save(incoming)
-            self._take_in_waiting()
+            self.take_in_waiting()
             self.finish_deletions()
 
     def _finish_save(self, incoming: Path) -> None:
@@ -58,13 +58,18 @@ class Recovery:
         else:
             incoming.unlink()
 
-    def _take_in_waiting(self) -> None:
+    def has_waiting(self) -> bool:
+        """Return whether there are images that could not be saved."""
+        return any((self._files.folder / _FOLDER).glob("*.png"))
+
+    def take_in_waiting(self) -> None:
         """Insert what could not be saved while the index was locked."""
-        for record, file in waiting(self._files.folder):
-            if not self.knows_file(record.file):
-                self.take_in(record)
-            self._files.move(file)
-            forget(file)
+        with self._index.lock, self._lock:
+            for record, file in waiting(self._files.folder):
+                if not self.knows_file(record.file):
+                    self.take_in(record)
+                self._files.move(file)
+                forget(file)
 
     def finish_deletions(self) -> None:
         """Unlink files of deleted images and empty their `file` column.

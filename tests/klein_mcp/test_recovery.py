@@ -50,6 +50,24 @@ async def test_locked_index_keeps_the_image_for_the_next_start(impatient: None, 
     store.close()
 
 
+@pytest.mark.parametrize("sign", ["another image", "the kept one is asked for"])
+async def test_image_kept_while_the_index_was_locked_appears(
+    impatient: None, client: Client, service: Service, settings: Settings, sign: str
+):
+    await call(client, "generate_image", prompt="before", seed=1)
+    other = sqlite3.connect(settings.library / DATABASE)
+    other.execute("BEGIN IMMEDIATE")
+    message = await refused(client, "generate_image", prompt="a cat", seed=7)
+    other.rollback()
+    other.close()
+    kept = message.split("The image ")[1][:6]
+    if sign == "another image":
+        await call(client, "generate_image", prompt="after", seed=2)
+        assert kept in [record.handle for record in service.store.everything()]
+    assert (await call(client, "view_image", image=kept))["image"] == kept
+    assert not list((settings.library / "unsaved").iterdir())
+
+
 async def test_file_of_a_crashed_process_is_taken_in_by_its_recipe(
     client: Client, service: Service, settings: Settings
 ):
