@@ -3,6 +3,9 @@
 from klein_mcp.images.index import Index
 from klein_mcp.images.record import SHEET_SECONDS, Record, sheet_of
 
+LONGEST_LINE = 10_000
+"""Images that are followed: a library that was tampered with may lead in a circle."""
+
 
 class Lineage:
     """The lineage of images in a library's index."""
@@ -14,10 +17,10 @@ class Lineage:
         """Return the oldest ancestor along first parents, else the image itself."""
         query = (
             "WITH RECURSIVE line (handle, depth) AS (SELECT ?, 0 UNION ALL"
-            " SELECT parent, depth + 1 FROM parents JOIN line ON child = line.handle WHERE position = 0)"
+            " SELECT parent, depth + 1 FROM parents JOIN line ON child = line.handle WHERE position = 0 AND depth < ?)"
             " SELECT handle FROM line ORDER BY depth DESC LIMIT 1"
         )
-        row = self._index.row(query, handle)
+        row = self._index.row(query, handle, LONGEST_LINE)
         return handle if row is None else row[0]
 
     def children(self, handle: str) -> list[Record]:

@@ -9,7 +9,6 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from klein_mcp.errors import NotEnoughMemory
 from klein_mcp.images import recovery
 from klein_mcp.images.index import DATABASE
 from klein_mcp.images.library import Record, Store
@@ -88,25 +87,29 @@ def _take_in_files(store: Store) -> Repair:
 def _record_in(path: Path) -> Record | None:
     try:
         return recovery.record_in(path)
-    except (OSError, NotEnoughMemory):
+    except Exception:  # whatever is in one file, the others are taken in
         return None
 
 
 def _settled(store: Store, records: Mapping[Path, Record]) -> Iterator[Record]:
     """Yield the records, copies of a generated image as opened ones.
 
-    A copy holds the recipe of its original. The original is known by its readable name, else it is the older file.
+    A copy holds the recipe of its original. One that was opened by an older klein-mcp has no mark: the original is
+    known by its readable name then, else it is the older file.
     """
     names = dict(_named_files(store))
     originals: dict[str, Path] = {}
     for path in sorted(records, key=lambda path: (names.get(path.stem) != records[path].handle, path.stat().st_mtime)):
-        originals.setdefault(records[path].handle, path)
+        if records[path].tool != "open":
+            originals.setdefault(records[path].handle, path)
     for path, record in records.items():
-        original = store.original(record.recipe)
-        if original is None and originals[record.handle] != path:
-            original = records[originals[record.handle]]
-        if record.tool != "open" and original is not None:
-            same = recovery.same_recipe(original.provenance, record.recipe)
+        made = record.provenance or {}
+        original = store.original(made)
+        named = originals.get(str(made.get("image", "")), path)
+        if original is None and named != path:
+            original = records[named]
+        if original is not None:
+            same = recovery.same_recipe(original.provenance, made)
             record = recovery.as_opened(record, path, original if same else None)
         yield replace(record, handle=names.get(path.stem, record.handle))
 

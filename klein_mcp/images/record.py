@@ -14,6 +14,18 @@ MEASURED = frozenset({"ms", "cache", "changed", "alpha", "read_as", "painted", "
 A JPEG or a smaller copy has others, so that "kept" would be untrue of it."""
 
 
+OPENED = "opened"
+"""Part of the recipe in the library's file of an image that was opened, not made here."""
+
+
+def of_opened(recipe: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """Return the recipe that the library's file of an opened image holds.
+
+    Any file can claim to be made here; a recovery has to know which ones were.
+    """
+    return {**recipe, OPENED: True} if recipe else None
+
+
 @dataclass(frozen=True, slots=True)
 class Record:
     """One image of the library.

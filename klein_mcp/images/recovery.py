@@ -15,12 +15,14 @@ from typing import Any
 from filelock import FileLock
 
 from engine.contract import image_hash
-from klein_mcp.errors import BadImage, NotEnoughMemory
+from klein_mcp.errors import BadImage
 from klein_mcp.images.files import ImageFiles
 from klein_mcp.images.index import Index
-from klein_mcp.images.record import ALPHABET, HANDLE_LENGTH, Record
+from klein_mcp.images.record import ALPHABET, HANDLE_LENGTH, MEASURED, OPENED, Record
+from klein_mcp.limits import MAX_SEED
 
 _FOLDER = "unsaved"
+_HANDLE = re.compile(rf"[{ALPHABET}]{{{HANDLE_LENGTH}}}")
 
 
 class Recovery:
@@ -49,7 +51,7 @@ class Recovery:
             return
         try:
             record = record_in(incoming)
-        except (OSError, NotEnoughMemory):  # of this moment: the next start tries again
+        except Exception:  # no file may keep a library from opening, and the next start tries again
             return
         # A foreign file is still where it was opened, and so is a copy of an image of ours.
         if record is not None and record.tool != "open" and self.original(record.recipe) is None:
@@ -85,10 +87,20 @@ class Recovery:
                 self._index.execute("UPDATE pictures SET file = '' WHERE file = ? AND deleted IS NOT NULL", name)
 
     def take_in(self, record: Record) -> Record:
-        """Insert a record, under a new handle if its own is taken."""
+        """Insert a record, under a new handle if its own is taken.
+
+        An image that was made from this one is none of its parents, whatever its file claims.
+        """
         taken = self._index.first("handle = ?", record.handle) is not None
-        if taken or not re.fullmatch(rf"[{ALPHABET}]{{{HANDLE_LENGTH}}}", record.handle):
+        if taken or not _HANDLE.fullmatch(record.handle):
             record = replace(record, handle=self._index.new_handle())
+        descendants = self._index.rows(
+            "WITH RECURSIVE line (handle) AS (SELECT ? UNION SELECT child FROM parents JOIN line"
+            " ON parent = line.handle) SELECT handle FROM line",
+            record.handle,
+        )
+        parents = tuple(parent for parent in record.parents if (parent,) not in descendants)
+        record = replace(record, parents=parents)
         self._index.insert(record)
         return record
 
@@ -132,6 +144,7 @@ def forget(file: Path) -> None:
 def record_in(file: Path) -> Record | None:
     """Return the record in a file's recipe, None if not whole.
 
+    A file that was opened is known by its mark, or by a recipe that none of ours is like.
     Raises OSError or NotEnoughMemory, which say nothing about the file.
     """
     from klein_mcp.images import codec
@@ -144,14 +157,13 @@ def record_in(file: Path) -> Record | None:
         decoded = codec.decode(data, file.name, None)
     except BadImage:
         return None
-    recipe = decoded.recipe or {}
+    recipe = {name: value for name, value in (decoded.recipe or {}).items() if name not in MEASURED}
     transparent = {} if decoded.alpha is None else {"alpha": True}
-    request: Any = recipe.get("request") or recipe.get("order") or {}
-    generated = isinstance(request, dict) and "tool" in request
-    parents = [parent for parent in recipe.get("parents") or () if isinstance(parent, str)]
+    generated = not recipe.pop(OPENED, False) and _is_ours(recipe)
+    request = _request(recipe) if generated else {}
     height, width = decoded.image.shape[:2]
     return Record(
-        handle=str(recipe.get("image", "")) if generated else "",
+        handle=recipe["image"] if generated else "",
         file=name,
         pixels=image_hash(decoded.pixels),
         width=width,
@@ -159,11 +171,47 @@ def record_in(file: Path) -> Record | None:
         bytes=len(data),
         created=(_made_at(recipe) if generated else None) or file.stat().st_mtime,
         client="",  # files do not name it
-        tool=str(request["tool"]) if generated else "open",
+        tool=request["tool"] if generated else "open",
         source=None,
-        prompt=str(recipe.get("prompt") or request.get("prompt") or "") or None if generated else None,
+        prompt=(recipe.get("prompt") or request.get("prompt") or None) if generated else None,
         recipe={**(recipe if generated else {"made": recipe} if recipe else {}), **transparent},
-        parents=tuple(parents) if generated else (),
+        parents=tuple(recipe.get("parents", ())) if generated else (),
+    )
+
+
+_TEXTS = ("seed", "model", "fingerprint", "created", "prompt", "dtype", "mode", "mask", "preserve", "background")
+_NUMBERS = ("steps", "guidance", "width", "height", "count", "partials")
+_LISTS = {"parents": str, "images": str, "warnings": str, "region": int}
+"""Parts of a recipe and of its request, by type; any of them may be missing."""
+
+
+def _request(recipe: Mapping[str, Any]) -> Any:
+    return recipe.get("request") or recipe.get("order")  # "order": as 0.1 wrote it
+
+
+def _is_ours(recipe: Mapping[str, Any]) -> bool:
+    """Return whether a recipe is like those of images made here."""
+    match recipe.get("image"), _request(recipe):
+        case str(handle), {"tool": str(tool), **request}:
+            parents = recipe.get("parents", [])
+            return (
+                tool != "open"
+                and _has_our_types(recipe)
+                and _has_our_types(request)
+                and handle not in parents
+                and all(map(_HANDLE.fullmatch, (handle, *parents)))
+            )
+    return False
+
+
+def _has_our_types(values: Mapping[str, Any]) -> bool:
+    lists = [(values.get(name, []), kind) for name, kind in _LISTS.items()]
+    return (
+        all(isinstance(values.get(name, ""), str) for name in _TEXTS)
+        and all(isinstance(values.get(name, 0), int | float) for name in _NUMBERS)
+        and all(isinstance(each, list) and all(isinstance(item, kind) for item in each) for each, kind in lists)
+        and len(values.get("seed", "")) <= len(str(MAX_SEED))
+        and len(values.get("region", "four")) == 4
     )
 
 
@@ -175,14 +223,13 @@ def same_recipe(own: Mapping[str, Any] | None, claimed: Mapping[str, Any]) -> bo
 
 def as_opened(record: Record, file: Path, original: Record | None) -> Record:
     """Return the record of a file that is an opened copy."""
-    made = {name: value for name, value in record.recipe.items() if name != "alpha"}
     return replace(
         record,
         handle="",
         created=file.stat().st_mtime,
         tool="open",
         prompt=None,
-        recipe={"made": made, **({"alpha": True} if record.transparent else {})},
+        recipe={"made": record.provenance, **({"alpha": True} if record.transparent else {})},
         parents=(original.handle,) if original else (),
     )
 

@@ -19,7 +19,7 @@ from engine.contract import image_hash
 from klein_mcp.errors import BadImage, Refused, RequestError, UnknownImage, did_you_mean, quote
 from klein_mcp.images import paths
 from klein_mcp.images.library import Store
-from klein_mcp.images.record import ALPHABET, HANDLE_LENGTH, Record, place_on_sheet
+from klein_mcp.images.record import ALPHABET, HANDLE_LENGTH, Record, of_opened, place_on_sheet
 from klein_mcp.limits import MAX_FILE_BYTES
 from klein_mcp.settings import Settings, user_home
 
@@ -217,7 +217,8 @@ class ImageResolver:
         record = self._store.by_pixels(pixels)
         new = record is None
         if record is not None and not self._store.is_whole(record):
-            record = self._store.restore(record, codec.encode(image, "png", record.provenance))
+            made = of_opened(record.provenance) if record.tool == "open" else record.provenance
+            record = self._store.restore(record, codec.encode(image, "png", made))
         if record is None:
             recipe = decoded.recipe or {}
             ancestor = self._store.original(recipe)
@@ -225,7 +226,7 @@ class ImageResolver:
             transparent = {"alpha": True} if image.shape[2] == 4 else {}
             mask = {"mask": True} if reading != "image" else {}
             record = self._store.put(
-                codec.encode(image, "png", decoded.recipe),
+                codec.encode(image, "png", of_opened(decoded.recipe)),
                 handle=self._store.new_handle(),
                 pixels=pixels,
                 size=(width, height),

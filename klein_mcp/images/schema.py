@@ -87,7 +87,7 @@ MIGRATIONS = (
         PRIMARY KEY (image, path)
     ) WITHOUT ROWID;
     """,
-    # 4: the newest image when a person chose one, as clocks are set back
+    # 4: the newest image when a person chose one, as clocks are set back; no image is its own parent
     """
     ALTER TABLE picks ADD COLUMN newest INTEGER;
     DELETE FROM parents WHERE child = parent;

@@ -60,14 +60,14 @@ def image_details(store: Store, handle: str) -> ImageDetails:
     recipe = record.recipe
     picks = store.picks.images()
     siblings = [other.handle for other in store.lineage.siblings(record)] if record.prompt else []
-    request = recipe.get("request") or recipe.get("order") or {}  # "order": as 0.1 wrote it
-    region = request.get("region")
+    request = recipe.get("request") or recipe.get("order")  # "order": as 0.1 wrote it
+    request = request if isinstance(request, dict) else {}
     return {
         **card(record, picks, siblings[0] if len(siblings) > 1 else None),
         "bytes": record.bytes,
         "dtype": _text(recipe.get("dtype")),
         "steps": recipe.get("steps"),
-        "region": list(region) if region else None,
+        "region": _list(request.get("region")),
         "mask": _text(request.get("mask")),
         "read_as": _text(recipe.get("read_as")),
         "background": _text(request.get("background")),
@@ -103,9 +103,10 @@ def _family(store: Store, record: Record) -> list[Record]:
     while waiting:
         parents = [store.find(handle) for handle in waiting.pop(0).parents]
         waiting += add([parent for parent in parents if parent is not None and parent.deleted is None])
-    root = record
-    while root.parents and (parent := found.get(root.parents[0])) is not None and parent is not root:
+    root, line = record, {record.handle}
+    while root.parents and (parent := found.get(root.parents[0])) is not None and parent.handle not in line:
         root = parent
+        line.add(root.handle)
     # From the image itself first: of a family that is too large, its own descendants matter more than cousins.
     for start in (record, root):
         waiting = [start]
@@ -119,13 +120,16 @@ def _changed(value: Any) -> Changed | None:
         return {"share": float(value), "box": None, "kept": False, "mask": False}
     if not isinstance(value, dict) or not isinstance(value.get("share"), int | float):
         return None
-    box = value.get("box")
     return {
         "share": float(value["share"]),
-        "box": list(box) if box else None,
+        "box": _list(value.get("box")),
         "kept": bool(value.get("kept")),
         "mask": bool(value.get("mask")),
     }
+
+
+def _list(value: Any) -> list[int] | None:
+    return value if value and isinstance(value, list) else None
 
 
 def _text(value: Any) -> str | None:

@@ -21,10 +21,30 @@ from klein_mcp.images.rebuild import repair
 from klein_mcp.images.schema import LibraryBusy, LibraryDamaged
 from klein_mcp.jobs.service import Service
 from klein_mcp.settings import Settings
+from klein_mcp.studio import views
 from tests.images import file, pixels, scene
 from tests.tool_calls import call, refused
 
 pytestmark = pytest.mark.anyio
+
+
+LIKE_OURS = {"image": "k7f3q2", "prompt": "an attack", "request": {"tool": "edit_image"}}
+"""A recipe as any file may hold it."""
+
+
+def abandon(settings: Settings, recipe: dict[str, Any], folder: str = "incoming/0123456789abcdef") -> None:
+    """Leave a file as a process of an older klein-mcp does that dies, or one without a row."""
+    data = foreign_file(**recipe)
+    name = hashlib.sha256(data).hexdigest()
+    path = settings.library / folder / f"{name}.png"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if folder.startswith("incoming"):
+        path.parent.with_suffix(".lock").touch()
+    path.write_bytes(data)
+
+
+def files_folder(recipe: dict[str, Any]) -> str:
+    return f"files/{hashlib.sha256(foreign_file(**recipe)).hexdigest()[:2]}"
 
 
 @pytest.fixture
@@ -131,8 +151,6 @@ async def with_copy(client: Client, service: Service, folder: Path) -> tuple[str
 async def test_repair_takes_a_copy_for_opened_and_not_for_its_original(
     client: Client, service: Service, settings: Settings, tmp_path: Path, older: str, lost: str
 ):
-    if (older, lost) == ("copy", "index and names"):
-        pytest.skip("nothing tells them apart")
     original, copy = await with_copy(client, service, tmp_path)
     files = {handle: service.store.path(service.store.get(handle)) for handle in (original, copy)}
     for handle in (original, copy):
@@ -302,6 +320,80 @@ async def test_claim_of_a_foreign_file_is_no_lineage(client: Client, service: Se
     (tmp_path / "claim.png").write_bytes(foreign_file(image=facts["image"], seed="1", prompt="x"))
     opened = await call(client, "view_image", image=str(tmp_path / "claim.png"))
     assert service.store.get(opened["image"]).parents == ()
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        {"parents": 5},
+        {"parents": ["k7f3q2"]},
+        {"parents": ["../../x"]},
+        {"parents": [5]},
+        {"seed": "9" * 5000},
+        {"sheet": 5, "changed": {"share": 1, "box": 5}, "painted": "x"},
+        {"request": {"tool": "edit_image", "region": 5}},
+        {"request": {"tool": "edit_image", "images": 5}},
+        {"request": {"tool": "open"}},
+        {"request": 5},
+    ],
+    ids=lambda part: str(part)[:60],
+)
+async def test_hostile_recipe_hinders_no_recovery_repair_or_view(
+    client: Client, service: Service, settings: Settings, part: dict[str, Any]
+):
+    recipe = LIKE_OURS | part
+    abandon(settings, recipe)
+    abandon(settings, recipe, files_folder(recipe))
+    service.store.recovery.run()
+    repair(settings.library)
+    for record in service.store.everything():
+        assert record.handle not in record.parents
+        views.image_details(service.store, record.handle)
+        views.library_page(service.store)
+        await call(client, "view_image", image=record.handle)
+        await call(client, "list_images", image=record.handle)
+        await call(client, "edit_image", image=record.handle, prompt="warmer")
+
+
+async def test_files_that_name_each_other_as_parents_make_no_circle(
+    client: Client, service: Service, settings: Settings
+):
+    for image, parent in (("kkkkkk", "mmmmmm"), ("mmmmmm", "kkkkkk")):
+        recipe = LIKE_OURS | {"image": image, "parents": [parent]}
+        abandon(settings, recipe, files_folder(recipe))
+    assert repair(settings.library).added == 2
+    assert sorted(len(record.parents) for record in service.store.everything()) == [0, 1]
+    await call(client, "edit_image", image="mmmmmm", prompt="warmer")
+
+
+async def test_circle_in_a_library_ends_every_walk(client: Client, service: Service):
+    one, two = [(await call(client, "generate_image", prompt=prompt))["image"] for prompt in ("one", "two")]
+    for child, parent in ((one, two), (two, one)):
+        service.store._index.write("INSERT INTO parents VALUES (?, 0, ?)", child, parent)
+    history = (await call(client, "list_images", image=one))["history"]
+    assert [step["image"] for step in history] == [two, one]
+    assert len(views.image_details(service.store, one)["family"]) == 2
+    await call(client, "edit_image", image=one, prompt="warmer")
+
+
+@pytest.mark.parametrize("lost", ["process", "index"])
+async def test_opened_file_is_never_taken_in_as_made_here(
+    client: Client, service: Service, settings: Settings, tmp_path: Path, lost: str
+):
+    (tmp_path / "claim.png").write_bytes(foreign_file(**LIKE_OURS, seed="1"))
+    opened = await call(client, "view_image", image=str(tmp_path / "claim.png"))
+    made = service.store.get(opened["image"]).recipe["made"]
+    if lost == "process":
+        crash(service, settings, opened["image"])
+        service.store.recovery.run()
+        assert service.store.everything() == []
+        return
+    whole_index(service)
+    (settings.library / DATABASE).write_bytes(b"garbage " * 1000)
+    assert repair(settings.library).moved
+    with contextlib.closing(Store(settings.library)) as store:
+        (record,) = store.everything()
+    assert (record.tool, record.prompt, record.recipe) == ("open", None, {"made": made})
 
 
 async def test_recipe_of_a_foreign_file_is_cleaned(client: Client, service: Service, tmp_path: Path):

@@ -46,7 +46,7 @@ def _history(service: Service, record: Record) -> dict[str, object]:
     An image made of several names all of them, each with a history of its own.
     """
     line = [record]
-    while line[0].parents and (parent := service.store.find(line[0].parents[0])) is not None:
+    while line[0].parents and (parent := service.store.find(line[0].parents[0])) is not None and parent not in line:
         line.insert(0, parent)
     on_line = {handle for each in line for handle in (each.handle, *each.parents)}
     steps = []
