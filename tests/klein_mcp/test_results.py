@@ -213,6 +213,10 @@ async def test_comparison_shows_both_images_on_one_colour(client: Client, tmp_pa
     facts = await call(client, "view_image", image=first, compare_with=second)
     assert facts["changed"]["box"] == [16, 16, 32, 32]
     assert facts["background"].startswith("transparent; ")
+    whole = preview(await client.call_tool("view_image", {"image": first, "compare_with": second}))
+    last = whole[:, -whole.shape[1] // 3 :].max(axis=2).astype(int)
+    # Dark where they are equal; twice the difference of 68 where not. JPEG blurs the edge of the square.
+    assert ((last < 12).sum(), (abs(last - 136) < 12).sum()) == pytest.approx((64 * 64 - 32 * 32, 32 * 32), rel=0.15)
     result = await client.call_tool("view_image", {"image": first, "compare_with": second, "region": [8, 8, 16, 16]})
     # A quarter of the region changed, and it is shown enlarged.
     changed = line(result)["changed"]

@@ -218,7 +218,7 @@ Overwrite = Annotated[bool, Field(description="Replace a file that exists.")]
 ViewSize = Annotated[
     int, Field(ge=64, le=1568, description="Long edge of what you see, in pixels."), BeforeValidator(as_number)
 ]
-CompareWith = Annotated[str, Field(min_length=1, description="Another image: shows both and their difference.")]
+CompareWith = Annotated[str, Field(min_length=1, description="Another image: shows both, bright where they differ.")]
 HistoryOf = Annotated[str, Field(min_length=1, description="Its ancestors, oldest first, and their branches.")]
 SaveExact = Annotated[
     int, Field(ge=16, le=8192, description="Long edge to enlarge or shrink to."), BeforeValidator(as_number)

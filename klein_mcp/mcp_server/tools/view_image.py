@@ -82,13 +82,14 @@ def _compared(
     changed = preserve.measure(first, second, region.inside(part, record.width, record.height), kept=False)
     first, second = (image[top:bottom, left:right] for image in (first, second))
     difference = preserve.difference(first, second)
-    # White is equal. Twice the difference, as a change of 24 of 255 is hardly seen.
-    shown = (255 - (difference.clip(0, 127) * 2))[..., None].repeat(3, axis=2)
+    # Twice the difference, as a change of 24 of 255 is hardly seen. Black is equal: with white for equal, a person read
+    # "the apple changed" of a new background.
+    shown = (difference.clip(0, 127) * 2)[..., None].repeat(3, axis=2)
     cells = [second, first, shown]
     if arguments.region:
         # As wide as a cell: a model sees nothing in 40 pixels.
         cells = [codec.fit(cell, preview.LONG_EDGE // 3) for cell in cells]
-    sheet = preview.contact_sheet(cells, [other.handle, record.handle, "difference"], columns=3)
+    sheet = preview.contact_sheet(cells, [other.handle, record.handle, "changed: bright"], columns=3)
     line = {
         "image": record.handle,
         **({"warnings": warnings} if warnings else {}),
@@ -96,7 +97,7 @@ def _compared(
         **({} if backing is None else {"background": results.transparent(alpha.VIEWED_ON[backing])}),
         **({"region": arguments.region} if arguments.region else {}),
         "changed": {"share": changed.share, "box": changed.box and list(changed.box)},
-        "identical_bytes": round(float((difference == 0).mean()), 4),
+        "identical": round(float((difference == 0).mean()), 4),
     }
     return CallToolResult(
         content=[results.text(line), results.image_block(*preview.preview(sheet, longest=arguments.max_size))]
@@ -106,7 +107,7 @@ def _compared(
 TOOL = Tool(
     name="view_image",
     title="View an image",
-    description="Look at an image again, at one region of it enlarged, or at two and their difference.",
+    description="Look at an image again, at one region of it enlarged, or at two and where they differ (bright).",
     arguments=ViewImage,
     run=run,
     read_only=True,
