@@ -30,6 +30,12 @@ _LEAST_MARGIN = 128
 _WHOLE = 256**2
 """Pixels of an image that is sent whole: of a part of so few a model sees little, and nano knows whole scenes alone."""
 
+_PLACES = (
+    ("in the top left corner", "at the top", "in the top right corner"),
+    ("on the left", "in the middle", "on the right"),
+    ("in the bottom left corner", "at the bottom", "in the bottom right corner"),
+)
+
 Mask = npt.NDArray[np.bool_]
 Box = tuple[int, int, int, int]
 """left, top, right, bottom: pixels, right and bottom not included."""
@@ -49,6 +55,18 @@ class EditRegion:
     def is_partial(self) -> bool:
         """Return whether the model sees less than the whole image."""
         return self.mask is not None and (self.box[3] - self.box[1], self.box[2] - self.box[0]) != self.mask.shape
+
+    @property
+    def place(self) -> str:
+        """Name the ninth of the image in which the mask has its middle.
+
+        "" where the model sees no more than the mask and its surroundings, and without a mask.
+        """
+        if self.mask is None or self.is_partial or self.mask.all() or not self.mask.any():
+            return ""
+        middles = [(np.flatnonzero(self.mask.any(axis=axis))[[0, -1]].sum() + 1) / 2 for axis in (1, 0)]
+        row, column = (min(2, int(3 * middle / side)) for middle, side in zip(middles, self.mask.shape, strict=True))
+        return _PLACES[row][column]
 
     def crop(self, image: Rgb8) -> Rgb8:
         """Return the part for the model, scaled down to WORK_AREA."""
