@@ -36,10 +36,14 @@ BORDER = 0.4
 """Or one that changed half as much, and this share of the border: nano's global ones ≥ 0.49, local ones ≤ 0.24."""
 DRIFT = 3.0
 """Colour drift, of 255, above which it is the edit itself if nothing else changed."""
+MOST_DRIFT = 10.0
+"""Colour drift, of 255, above which the edit is a global one whatever else changed. Of 125 local edits by nano none had
+more than 3. Of 72 new backgrounds a desert for yellow or pink and a night for black had 16 to 36, and were taken for
+drift: the old colour was put back behind pieces of the new."""
 MOST_GAIN = 0.1
 """A gain farther from 1 is not colour drift but part of the edit."""
-FAINT = 0.002
-"""Share of the image: less near the threshold is not reported."""
+FAINT = 0.01
+"""Share of the image: less near the threshold is not reported. Of 125 local edits by nano none left more than 0.006."""
 
 # Luma and chroma of BT.601, and the weight of each in the distance.
 _YCC = ((0.299, 0.587, 0.114), (-0.1687, -0.3313, 0.5), (0.5, -0.4187, -0.0813))
@@ -89,7 +93,7 @@ def find_change(painted: Tensor, round_trip: Tensor) -> Change:
     faint = _without_specks(distance > LOW * high) & (mask == 0)
     share = faint.float().mean().item()
     box = bounding_box(faint[0, 0]) if share >= FAINT else None
-    if _is_whole(mask) or (drift > DRIFT and not mask.any()):
+    if _is_whole(mask) or drift > MOST_DRIFT or (drift > DRIFT and not mask.any()):
         return Change(painted, torch.ones_like(mask)[0, 0], True, 0.0, None, shift, drift)
     return Change(matched, _ramp(mask)[0, 0], False, share, box, shift, drift)
 

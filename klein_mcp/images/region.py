@@ -58,7 +58,7 @@ class EditRegion:
 
     @property
     def place(self) -> str:
-        """Name the ninth of the image in which the mask has its middle.
+        """Name the ninth of the image that holds the mask's middle.
 
         "" where the model sees no more than the mask and its surroundings, and without a mask.
         """

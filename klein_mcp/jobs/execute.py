@@ -74,7 +74,7 @@ class PreparedRequest:
 
     @property
     def prompt(self) -> str:
-        """Return the prompt with the region's place, if it adds a thing anywhere.
+        """Return the prompt, with the region's place where it adds something.
 
         A model that sees the whole image would put it elsewhere, where the region keeps the original.
         """

@@ -114,6 +114,17 @@ def test_global_edit_keeps_the_image_as_it_came(global_edit: Callable[[Tensor], 
     assert change.opacity.min() == 1
 
 
+def test_background_of_nearly_the_old_colour_is_a_global_edit() -> None:
+    """The change is below the threshold, and much larger than any drift beside a local edit."""
+    thing = disc(0.5, 0.5, 0.2)
+    original = coloured(texture(6) * 0.1, thing, RED)
+    edited = coloured(coloured(original + 28 * LEVEL, disc(0.2, 0.9, 0.08), (0.1, 0.1, -0.9)), thing, RED)
+    change = find_change(edited, original)
+    assert change.drift > 20
+    assert change.whole
+    assert torch.equal(change.painted, edited.clamp(-1, 1))
+
+
 def test_new_background_behind_a_large_object_is_a_global_edit() -> None:
     # The object covers 45 % of the image: less than the usual share changes.
     thing = disc(0.5, 0.5, 0.38)

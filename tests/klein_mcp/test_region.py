@@ -300,7 +300,7 @@ async def test_mask_that_looks_like_image_is_reported(client: Client, photo: str
 
 
 @pytest.mark.parametrize(
-    ("prompt", "region", "told"),
+    ("prompt", "region", "expected"),
     [
         ("add a red heart", [150, 10, 90, 90], "add a red heart in the top right corner"),
         ("Please put a cat here!", [90, 90, 80, 80], "Please put a cat here in the middle"),
@@ -313,16 +313,16 @@ async def test_mask_that_looks_like_image_is_reported(client: Client, photo: str
     ],
 )
 async def test_region_says_where_a_thing_is_added(
-    client: Client, painter: FakeExecutor, tmp_path: Path, prompt: str, region: list[int], told: str
+    client: Client, painter: FakeExecutor, tmp_path: Path, prompt: str, region: list[int], expected: str
 ):
     """The model sees the whole of a small image, and painted the thing where the region keeps the original."""
     (tmp_path / "small.png").write_bytes(file(scene(256, 256)))
     facts = await call(client, "edit_image", image=str(tmp_path / "small.png"), prompt=prompt, region=region)
-    assert painter.jobs[-1].prompt == told
-    assert facts.get("read_as") == (None if told == prompt else told)
+    assert painter.jobs[-1].prompt == expected
+    assert facts.get("read_as") == (None if expected == prompt else expected)
 
 
-async def test_crop_of_a_large_image_is_told_no_place(client: Client, painter: FakeExecutor, tmp_path: Path):
+async def test_crop_of_a_large_image_is_gets_no_place(client: Client, painter: FakeExecutor, tmp_path: Path):
     (tmp_path / "wide.png").write_bytes(file(scene(800, 600)))
     await call(
         client, "edit_image", image=str(tmp_path / "wide.png"), prompt="add a red heart", region=[700, 10, 90, 90]
