@@ -23,6 +23,7 @@ class Ticket:
     """One job that waits or runs.
 
     watched: whether its steps should carry previews; may change at any time.
+    turn: how many jobs had been taken when it came.
     broke_off: whether the engine failed it unexpectedly, by an error that says nothing of the job.
     """
 
@@ -30,6 +31,7 @@ class Ticket:
     client: str
     tell: Tell
     watched: bool = False
+    turn: int = 0
     cancelled: bool = False
     position: int | None = None
     began: float = field(default=0.0)
@@ -45,7 +47,7 @@ class Turns:
     def __init__(self) -> None:
         self._waiting: dict[str, deque[Ticket]] = {}  # by client
         self._served: dict[str, int] = {}  # when each client was last served, the latest at the end
-        self._turn = itertools.count(1)
+        self._turn = 0  # jobs taken so far
 
     def __len__(self) -> int:
         return sum(map(len, self._waiting.values()))
@@ -68,6 +70,7 @@ class Turns:
         return len(self._waiting.get(client, ()))
 
     def add(self, ticket: Ticket) -> None:
+        ticket.turn = self._turn
         self._waiting.setdefault(ticket.client, deque()).append(ticket)
 
     def remove(self, ticket: Ticket) -> bool:
@@ -93,8 +96,9 @@ class Turns:
         ticket = line.popleft()
         if not line:
             del self._waiting[client]
+        self._turn += 1
         self._served.pop(client, None)
-        self._served[client] = next(self._turn)
+        self._served[client] = self._turn
         if len(self._served) > REMEMBERED_CLIENTS:
             del self._served[next(iter(self._served))]
         return ticket
@@ -112,12 +116,17 @@ class Turns:
                 ticket.tell(Queued(position, seconds))
 
     def _round(self) -> list[str]:
-        """Clients that wait.
+        """Return the clients that wait, the one served longest ago first.
 
-        The one served longest ago first and new ones before all.
-        Not the order of arrival: a client that sends one job at a time is always the last to arrive.
+        A new one counts as served just before the latest: first of all, a client that takes a new name for each job
+        would always be next. Not the order of arrival: a client that sends one job at a time is always the last.
         """
-        return sorted(self._waiting, key=lambda client: self._served.get(client, 0))
+        return sorted(self._waiting, key=self._last_turn)
+
+    def _last_turn(self, client: str) -> tuple[int, bool]:
+        """Return when a client was served, and whether it was."""
+        served = self._served.get(client)
+        return (self._waiting[client][0].turn, False) if served is None else (served, True)
 
 
 def seconds_until_free(running: Sequence[Ticket], slots: int, expected: Expected) -> float | None:

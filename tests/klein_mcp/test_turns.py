@@ -33,14 +33,23 @@ def test_client_served_last_waits_for_all_others():
     assert [turns.take().client for _ in range(3)] == ["b", "new", "a"]
 
 
-@pytest.mark.parametrize(("remembered", "order"), [(1, ["a", "new"]), (256, ["new", "a"])])
+def test_steady_client_is_served_among_ever_new_ones():
+    turns = waiting("steady", "new 0", "new 1", "new 2")
+    served = []
+    for number in range(3, 23):
+        served.append(turns.take().client)
+        turns.add(ticket("steady" if served[-1] == "steady" else f"new {number}"))
+    assert served.count("steady") == 5  # of four that always wait, each has one turn in four
+
+
+@pytest.mark.parametrize(("remembered", "order"), [(1, ["new", "a"]), (256, ["a", "new"])])
 def test_client_that_was_forgotten_counts_as_new(remembered: int, order: list[str], monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(module, "REMEMBERED_CLIENTS", remembered)
     turns = waiting("a", "b")
     for _ in range(2):
         turns.take()
-    turns.add(ticket("a"))
     turns.add(ticket("new"))
+    turns.add(ticket("a"))
     assert [each.client for each in turns] == order
 
 
