@@ -11,7 +11,7 @@ import numpy.typing as npt
 from PIL import ExifTags, Image, ImageCms, ImageFile, UnidentifiedImageError
 
 from engine.contract import Rgb8
-from klein_mcp.errors import BadImage, NotEnoughMemory
+from klein_mcp.errors import BadImage, NotEnoughMemory, RequestError
 from klein_mcp.foreign import clean_json
 from klein_mcp.images import depth, formats, png, provenance
 from klein_mcp.images.alpha import Pixels, flat, over
@@ -196,20 +196,45 @@ class _Srgb:
         return strip.convert("RGB")
 
 
+LONGEST_SIDE: Mapping[Format, int] = {"jpeg": 65_500, "webp": 16_383}
+"""Pixels of the longest side that a format can store; PNG stores any."""
+
+
+def check_sides(kind: Format, width: int, height: int) -> None:
+    """Raise RequestError for a size that the format cannot store."""
+    longest, most = max(width, height), LONGEST_SIDE.get(kind)
+    if most and longest > most:
+        raise _cannot_store(kind, f"a side has {longest} pixels, at most {most} are possible")
+
+
 def encode(image: Pixels, kind: Format = "png", recipe: Mapping[str, Any] | None = None) -> bytes:
-    """Encode an image with `recipe` as its provenance.
+    """Encode an image with `recipe` as its provenance. Raises RequestError.
 
     JPEG gets transparent images on white.
     """
     if kind == "png":
         return png.encode(image, provenance.texts(recipe) if recipe else ())
-    out = io.BytesIO()
+    return encode_lossy(flat(image) if kind == "jpeg" else image, kind, 95, recipe)
+
+
+def encode_lossy(
+    image: Pixels, kind: Literal["jpeg", "webp"], quality: int, recipe: Mapping[str, Any] | None = None
+) -> bytes:
+    """Encode an image as JPEG, which has no alpha, or as WebP. Raises RequestError."""
+    height, width = image.shape[:2]
+    check_sides(kind, width, height)
     options: dict[str, Any] = {"xmp": provenance.xmp(recipe).encode()} if recipe else {}
-    if kind == "jpeg":
-        Image.fromarray(flat(image)).save(out, "JPEG", quality=95, subsampling=0, **options)
-    else:
-        Image.fromarray(image).save(out, "WEBP", quality=95, method=4, **options)
+    options |= {"subsampling": 0 if quality >= 90 else 2} if kind == "jpeg" else {"method": 4}
+    out = io.BytesIO()
+    try:
+        Image.fromarray(image).save(out, kind, quality=quality, **options)
+    except (OSError, ValueError) as error:  # Pillow's, whichever of its libraries refuses
+        raise _cannot_store(kind, str(error)) from None
     return out.getvalue()
+
+
+def _cannot_store(kind: Format, reason: str) -> RequestError:
+    return RequestError(f"{kind} cannot store it: {reason}.", hint="Choose png, or a smaller size.")
 
 
 def resize(image: Pixels, width: int, height: int) -> Pixels:

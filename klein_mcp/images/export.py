@@ -77,14 +77,11 @@ def save(
     signer: signs the file, unless its metadata is stripped.
     """
     root, target, kind = resolve(options, record.handle, tuple(filter(Path.is_dir, roots)))
-    try:
-        file = _rendered(store, record, options, kind)
-        if signer is not None and not options.strip_metadata:
-            file.data = credentials.sign_record(store, record, file.data, f"image/{kind}", signer)
-            if record.tool == "open":
-                file.warnings.append(f"{record.handle} was opened, not made here: it is saved without credentials")
-    except ValueError as error:
-        raise RequestError(f"{kind} cannot store it: {error}.", hint="Choose png, or a max_size.") from None
+    file = _rendered(store, record, options, kind)
+    if signer is not None and not options.strip_metadata:
+        file.data = credentials.sign_record(store, record, file.data, f"image/{kind}", signer)
+        if record.tool == "open":
+            file.warnings.append(f"{record.handle} was opened, not made here: it is saved without credentials")
     if len(file.data) > MAX_FILE_BYTES:  # no tool could open it again
         raise RequestError(
             f"The file would have {len(file.data) / 2**20:.0f} MiB; at most {MAX_FILE_BYTES // 2**20}.",

@@ -103,6 +103,17 @@ async def test_link_into_a_library_that_is_held_may_be_tried_again(
     assert (await http.get(urls.image("abcdef"))).status_code == 404
 
 
+@pytest.mark.parametrize(("kind", "side"), [("webp", 16_384), ("jpeg", 65_501)])
+async def test_link_to_a_format_without_room_names_the_handle(
+    http: httpx2.AsyncClient, urls: SignedUrls, kind: str, side: int
+):
+    handle = (await http.post("/upload", content=file(scene(side, 8)))).json()["image"]
+    answer = await http.get(urls.image(handle, kind))
+    assert answer.status_code == 400
+    assert f"{handle} is in the library: {kind} cannot store it" in answer.json()["error"]
+    assert "Choose png" in answer.json()["error"]
+
+
 async def test_link_that_cannot_be_signed_is_a_fault_of_the_server(
     client: Client, http: httpx2.AsyncClient, urls: SignedUrls, service: Service, tmp_path: Path
 ):

@@ -365,6 +365,17 @@ def test_longest_prompt_fits_into_jpeg(tmp_path: Path):
     assert codec.decode(data, "it").recipe == recipe
 
 
+@pytest.mark.parametrize(("name", "side"), [("wide.webp", 16_384), ("wide.jpg", 65_501)])
+async def test_format_without_room_for_the_image_says_so(
+    client: Client, project: Path, tmp_path: Path, name: str, side: int
+):
+    (tmp_path / "wide.png").write_bytes(file(scene(side, 8)))
+    message = await refused(client, "save_image", image=str(tmp_path / "wide.png"), path=name)
+    assert f"cannot store it: a side has {side} pixels" in message
+    assert "Choose png" in message
+    await call(client, "save_image", image=str(tmp_path / "wide.png"), path=name, max_size=1024)
+
+
 async def test_name_that_is_too_long_is_refused_in_words(client: Client, project: Path):
     await painted(client)
     message = await refused(client, "save_image", image="last", path=str(project / ("a" * 300 + ".png")))

@@ -313,6 +313,22 @@ async def test_opaque_background_is_honoured_and_reported(
             assert (answer["background"], image.mode) == expected
 
 
+@pytest.mark.parametrize(("kind", "side"), [("webp", 16_384), ("jpeg", 65_504)])
+async def test_format_without_room_for_the_image_is_refused_before_the_job(
+    connect_http, painter: FakeExecutor, kind: str, side: int
+):
+    fields = {"prompt": "make it red", "output_format": kind}
+    wide = {"image": ("wide.png", file(scene(side, 8)), "image/png")}
+    async with connect_http() as http:
+        for more in ({}, {"response_format": "url"}, {"stream": "true"}):
+            answer = await http.post("/v1/images/edits", data={**fields, **more}, files=wide)
+            assert (answer.status_code, answer.json()["error"]["param"]) == (400, "output_format")
+            assert f"{kind} cannot store it: a side has {side} pixels" in answer.text
+        answer = await http.post("/v1/images/generations", json={**fields, "size": f"16x{side}"})
+        assert answer.status_code == 400
+    assert not painter.jobs
+
+
 async def test_address_that_is_none_is_an_error_of_the_caller(connect_http):
     async with connect_http() as http:
         answer = await http.post("/v1/images/edits", json={"prompt": "make it red", "image": "http://[x"})

@@ -13,7 +13,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse
 from starlette.types import Receive, Scope, Send
 
-from engine.contract import KeepSource, Step
+from engine.contract import Exact, KeepSource, Step
 from klein_mcp.errors import RequestError
 from klein_mcp.http import calls, render
 from klein_mcp.http.disconnect import cancelled_on_disconnect
@@ -93,6 +93,7 @@ class OpenAiImageRoute:
         images = [image.record for image in opened]
         sizes = tuple((image.width, image.height) for image in images)
         wanted = self._request(call, images, mask and mask.record)
+        _check_format(call, wanted, sizes)
         warnings = (*wanted.warnings, *(warning for image in (*opened, mask) if image for warning in image.warnings))
         wanted = replace(wanted, partials=call.partial_images, warnings=warnings)
         return PreparedCall(call, wanted, context, sizes)
@@ -226,6 +227,23 @@ class OpenAiImageRoute:
             return base64.b64encode(data).decode()
 
         return {"b64_json": await anyio.to_thread.run_sync(encode), **own}
+
+
+def _check_format(call: ImageCall, request: ImageRequest, references: Sequence[tuple[int, int]]) -> None:
+    """Raise ApiError if the format cannot store an image of the requested size."""
+    match request.size:
+        case Exact(width, height):
+            pass
+        case KeepSource():
+            width, height = references[0]
+        case _:
+            return  # the model's own size, which fits
+    from klein_mcp.images import codec
+
+    try:
+        codec.check_sides(call.output_format, width, height)
+    except RequestError as exc:
+        raise replace(to_api_error(exc), param="output_format") from None
 
 
 def _as_made(call: ImageCall, saved: list[SavedImage]) -> ImageCall:
