@@ -6,7 +6,6 @@ other people's verifiers report its signer as unknown.
 """
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -15,7 +14,10 @@ from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from filelock import FileLock
+
 from klein_mcp import __version__
+from klein_mcp.atomic import atomic_write
 from klein_mcp.errors import ServerFault, UnknownImage
 from klein_mcp.images.library import Record, Store
 from klein_mcp.images.paths import expanded
@@ -93,7 +95,10 @@ class CredentialSigner:
         The key is made on first use; only its owner can read it.
         """
         if not (folder / "key.pem").exists():
-            _make_identity(folder)
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            with FileLock(folder / "key.lock"):  # the first images may be fetched together
+                if not (folder / "key.pem").exists():
+                    _make_identity(folder)
         return cls.read(folder)
 
     @classmethod
@@ -356,18 +361,11 @@ def _make_identity(folder: Path) -> None:
     authority_key, key = ec.generate_private_key(ec.SECP256R1()), ec.generate_private_key(ec.SECP256R1())
     authority = _certificate("klein-mcp local authority", authority_key)
     leaf = _certificate("klein-mcp on this machine", key, authority, authority_key)
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     chain = leaf.public_bytes(Encoding.PEM) + authority.public_bytes(Encoding.PEM)
     # The key is written last: after an interrupted run, the next one makes both files again.
-    _write_private(folder / "chain.pem", chain)
-    _write_private(folder / "key.pem", key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
-
-
-def _write_private(path: Path, data: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-        file.write(data)
-    os.replace(temporary, path)
+    private = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+    atomic_write(folder / "chain.pem", chain.decode("ascii"))
+    atomic_write(folder / "key.pem", private.decode("ascii"))
 
 
 def _certificate(name: str, key: Any, issuer: Any = None, issuer_key: Any = None) -> Any:

@@ -3,7 +3,9 @@
 import json
 import stat
 import sys
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
 from pathlib import Path
 
@@ -175,6 +177,20 @@ def test_file_without_credentials_claims_nothing() -> None:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX permissions")
+def test_first_signatures_that_come_together_share_one_key(tmp_path: Path) -> None:
+    start = threading.Barrier(8)
+
+    def signer(_: int) -> CredentialSigner | None:
+        start.wait()
+        return from_setting("local", tmp_path)
+
+    with ThreadPoolExecutor(8) as together:
+        signers = list(together.map(signer, range(8)))
+    assert {each.anchors for each in signers if each} == {local_anchors(tmp_path)}
+    names = {path.name for path in (tmp_path / "credentials").iterdir()}
+    assert names - {"key.lock"} == {"key.pem", "chain.pem"}  # whether the lock's file stays is filelock's affair
+
+
 def test_key_is_readable_by_its_owner_alone_and_made_once(signer: CredentialSigner, home: Path) -> None:
     key = home / "credentials" / "key.pem"
     assert stat.S_IMODE(key.stat().st_mode) == 0o600
