@@ -6,10 +6,12 @@
 import contextlib
 import hmac
 import json
+import re
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -19,8 +21,8 @@ from klein_mcp.atomic import atomic_write
 from klein_mcp.http.surface import HttpContext, Surface, json_error
 from klein_mcp.private import read_private_text
 
-FILE = "studio-server.json"
-"""In the data folder: `url` for this machine, `public` for browsers, and `key`."""
+FILES = "studio-server*.json"
+"""In the data folder, one of each server: `url` for this machine, `public` for browsers, and `key`."""
 
 PATH = "/studio/invite"
 PATIENCE = 5.0
@@ -42,24 +44,38 @@ def surface(context: HttpContext) -> Surface:
 @contextlib.contextmanager
 def announced(home: Path, context: HttpContext, url: str, public: str) -> Iterator[None]:
     """Let `fresh_link` find this server while it runs."""
-    file = home / FILE
+    # By its address: two servers of one data folder have two, and one that was killed leaves a single file.
+    address = re.sub(r"\W+", "-", urlsplit(url).netloc).strip("-")
+    file = home / FILES.replace("*", f"-{address}")
     key = context.sessions.invite_key
     home.mkdir(mode=0o700, parents=True, exist_ok=True)
     atomic_write(file, json.dumps({"url": url, "public": public, "key": key}))
     try:
         yield
     finally:
-        # Another `serve` of the same folder may have taken the place.
-        if _read(home).get("key") == key:
+        # Another `serve` may have taken the place: 127.0.0.1 is the own address of several.
+        if _read(file).get("key") == key:
             file.unlink(missing_ok=True)
 
 
 def fresh_link(home: Path, entry: str) -> str | None:
-    """Return a new link to the running `serve`, None without one.
+    """Return a new link to the `serve` that was started last, None without one.
 
     entry: the path before a link's code.
     """
-    found = _read(home)
+    files = sorted(home.glob(FILES), key=_started, reverse=True)
+    return next(filter(None, (_link(_read(file), entry) for file in files)), None)
+
+
+def _started(file: Path) -> float:
+    try:
+        return file.stat().st_mtime
+    except OSError:  # its server has just ended
+        return 0.0
+
+
+def _link(found: Mapping[str, Any], entry: str) -> str | None:
+    """Return a new link to one server, None if it does not answer."""
     if not all(isinstance(found.get(name), str) for name in ("url", "public", "key")):
         return None
     request = urllib.request.Request(
@@ -75,9 +91,9 @@ def fresh_link(home: Path, entry: str) -> str | None:
     return f"{found['public']}{entry}{code}"
 
 
-def _read(home: Path) -> dict[str, Any]:
+def _read(file: Path) -> dict[str, Any]:
     try:
-        found = json.loads(read_private_text(home / FILE))
+        found = json.loads(read_private_text(file))
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}

@@ -3,6 +3,7 @@
 import json
 import stat
 from pathlib import Path
+from typing import Any
 
 import httpx2
 import pytest
@@ -19,7 +20,6 @@ pytestmark = pytest.mark.anyio
 
 async def test_running_serve_gives_a_new_link_each_time(tmp_path: Path) -> None:
     server = RealServer(tmp_path / "home")
-    file = server.home / invitations.FILE
     with serving_process(server) as (url, process):
         links = []
         for _ in range(2):
@@ -34,6 +34,7 @@ async def test_running_serve_gives_a_new_link_each_time(tmp_path: Path) -> None:
                 assert (await client.get(link)).status_code == 200
                 assert (await client.get(link)).status_code == 403
             assert (await client.get(f"{url}/studio")).status_code == 200
+        (file,) = server.home.glob(invitations.FILES)
         assert stat.S_IMODE(file.stat().st_mode) == 0o600
         process.terminate()
         process.wait(60)
@@ -53,10 +54,20 @@ async def test_only_the_key_gets_a_link(service: Service) -> None:
     assert context.sessions.redeem(code)
 
 
+def test_second_server_takes_nothing_from_the_first(tmp_path: Path, service: Service, monkeypatch: Any) -> None:
+    monkeypatch.setattr(invitations, "_link", lambda found, entry: found["public"])
+    first, second = http_app.make_context(service), http_app.make_context(service)
+    with invitations.announced(tmp_path, first, "http://127.0.0.1:8765", "first"):
+        with invitations.announced(tmp_path, second, "http://127.0.0.1:8766", "second"):
+            assert len([*tmp_path.glob(invitations.FILES)]) == 2
+        assert invitations.fresh_link(tmp_path, ENTRY) == "first"
+    assert invitations.fresh_link(tmp_path, ENTRY) is None
+
+
 @pytest.mark.parametrize(
     "left", ["", "[]", "{}", '{"url": 1}', json.dumps({"url": "http://127.0.0.1:9", "public": "x", "key": "y"})]
 )
 def test_file_of_a_server_that_ended_is_no_server(tmp_path: Path, left: str) -> None:
-    (tmp_path / invitations.FILE).write_text(left)
+    (tmp_path / invitations.FILES.replace("*", "")).write_text(left)
     assert invitations.fresh_link(tmp_path, ENTRY) is None
     assert invitations.fresh_link(tmp_path / "nothing", ENTRY) is None
