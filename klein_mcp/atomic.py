@@ -67,7 +67,7 @@ def write_new_or_replace(root: Path, target: Path, data: bytes, *, overwrite: bo
         return
     # One descriptor per folder, no link followed: whoever exchanges a folder for a link meanwhile changes nothing.
     with _folder_below(root, target.parent.relative_to(root).parts) as folder:
-        temporary = f".{target.name[:100]}.{secrets.token_hex(4)}"
+        temporary = _temporary_name()
         try:
             _write_file(folder, temporary, data, _mode_of(folder, target.name) if overwrite else None)
             if overwrite:
@@ -78,6 +78,11 @@ def write_new_or_replace(root: Path, target: Path, data: bytes, *, overwrite: bo
         finally:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(temporary, dir_fd=folder)
+
+
+def _temporary_name() -> str:
+    """Return a name that is not made of the file's own, which may be as long as a name can be."""
+    return f".klein-{secrets.token_hex(8)}"
 
 
 @contextlib.contextmanager
@@ -140,7 +145,7 @@ def _write_by_path(target: Path, data: bytes, overwrite: bool) -> None:
         raise OSError("the folder was replaced by a link meanwhile")
     if not overwrite and os.path.lexists(target):
         raise FileExistsError
-    temporary = target.parent / f".{target.name[:100]}.{secrets.token_hex(4)}"
+    temporary = target.parent / _temporary_name()
     try:
         with open(temporary, "xb") as file:
             file.write(data)

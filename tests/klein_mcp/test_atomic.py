@@ -29,6 +29,15 @@ def test_existing_file_is_replaced_only_if_allowed(tmp_path: Path):
     assert os.listdir(tmp_path) == ["c.png"]
 
 
+@pytest.mark.parametrize("name", ["a" * 251 + ".png", "絵" * 83 + ".png"])
+def test_longest_name_of_a_file_system_is_written(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch):
+    write_new_or_replace(tmp_path, tmp_path / name, b"1", overwrite=False)
+    monkeypatch.setattr("klein_mcp.atomic._HAS_DIR_FD", False)  # as on Windows
+    write_new_or_replace(tmp_path, tmp_path / name, b"2", overwrite=True)
+    assert (tmp_path / name).read_bytes() == b"2"
+    assert os.listdir(tmp_path) == [name]
+
+
 @posix
 def test_replaced_file_keeps_its_mode(tmp_path: Path):
     target = tmp_path / "private.png"
