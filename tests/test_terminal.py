@@ -72,6 +72,18 @@ def test_paint_prints_what_it_changed_in_a_reference(server: RealServer, tmp_pat
     assert warning in json.loads(ran.stdout)["warnings"]
 
 
+@pytest.mark.parametrize("words", [("--help",), ("list", "--json")])
+def test_command_whose_reader_left_ends_quietly(tmp_path: Path, words: tuple[str, ...]) -> None:
+    server = RealServer(tmp_path / "home")
+    read, write = os.pipe()
+    os.close(read)  # as `head` does once it has its lines
+    command = [sys.executable, "-m", "klein_mcp", *words]
+    ran = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, env=server.environment(), check=False)
+    os.close(write)
+    assert ran.returncode in (0, 141)  # argparse hides that its help was not written
+    assert not ran.stderr
+
+
 def test_painted_file_does_not_tell_where_its_reference_lies(server: RealServer, tmp_path: Path) -> None:
     folder = tmp_path / "of somebody whose name is nobody's business"
     folder.mkdir()

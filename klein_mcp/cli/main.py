@@ -29,6 +29,9 @@ COMMANDS = {
 }
 """Each is a module of this package with `configure(parser)` and `run(settings, arguments) -> exit code`."""
 
+READER_LEFT = 141
+"""Exit code of a program that SIGPIPE ends, in a shell's terms."""
+
 GONE = "The folder this was started in is gone."
 
 WITHOUT_JSON = {"cluster", "engine", "serve", "studio"}
@@ -40,10 +43,26 @@ NEED_ONLY_HOME = {"stop"}
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code.
 
-    0 done, 1 failed with one line on stderr, 2 wrong usage, 130 interrupted, 143 after SIGTERM.
+    0 done, 1 failed with one line on stderr, 2 wrong usage, 130 interrupted, 141 its reader left, 143 after SIGTERM.
     """
     words = sys.argv[1:] if argv is None else list(argv)
     print_anything()
+    try:
+        try:
+            return _run(words)
+        finally:  # argparse prints, too, and raises SystemExit
+            for stream in filter(None, (sys.stdout, sys.stderr)):
+                stream.flush()
+    except BrokenPipeError:  # as in `klein-mcp list | head -1`
+        _discard_output()
+        return READER_LEFT
+    except OSError as error:  # stdout is a file on a full disk
+        _discard_output()
+        return _failed(error)
+
+
+def _run(words: Sequence[str]) -> int:
+    """Run a command, and report its error in one line."""
     try:
         if not words:  # a client waits for the first answer: no parser for the common case
             from klein_mcp.cli import stdio
@@ -55,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
-        return 1
+        raise
     except SettingsError as error:
         if words[:1] == ["doctor"] and "--json" not in words:
             print(f"todo  settings: {error}")
@@ -71,6 +90,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         if _is_for_people(error):
             return _failed(error)
         raise
+
+
+def _discard_output() -> None:
+    """Drop what a stream could not write.
+
+    The interpreter would try once more as it ends, and complain.
+    """
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        try:
+            stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def print_anything() -> None:
