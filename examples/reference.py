@@ -83,7 +83,9 @@ def cli_page() -> str:
         "```",
         "",
         "`paint` writes its image where you say, and not into the library. A file that is there is replaced,",
-        "and the printed line says so.",
+        "and the printed line says so. One reference is edited as the tool `edit_image` does it: at its own size,",
+        "untouched pixels kept, with the same warnings, and the demo model refuses a photograph. Several are composed",
+        "into a new image, whose size is that at which the model sees the first one.",
         "",
     ]
     parts += _commands(cli.build_parser(), "## klein-mcp")

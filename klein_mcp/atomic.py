@@ -81,7 +81,7 @@ def write_new_or_replace(root: Path, target: Path, data: bytes, *, overwrite: bo
 
 
 def _temporary_name() -> str:
-    """Return a name that is not made of the file's own, which may be as long as a name can be."""
+    """Return a short name, unlike that of the file."""
     return f".klein-{secrets.token_hex(8)}"
 
 

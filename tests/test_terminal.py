@@ -62,14 +62,16 @@ def test_paint_shows_a_bar_on_stderr_and_the_result_on_stdout(server: RealServer
     assert json.loads(out)["seed"] == "1"
 
 
-def test_paint_prints_what_it_changed_in_a_reference(server: RealServer, tmp_path: Path) -> None:
-    Image.new("RGBA", (128, 128), (250, 220, 50, 0)).save(tmp_path / "clear.png")
-    words = ("paint", "make the background green", "--ref", "clear.png", "--seed", "1", "-o", "out.png", "--json")
-    ran = server.run("-m", "klein_mcp", *words, cwd=tmp_path)
+def test_paint_prints_how_it_read_prompt_and_reference(server: RealServer, tmp_path: Path) -> None:
+    frames = [Image.new("RGB", (96, 64), colour) for colour in ("yellow", "red")]
+    frames[0].save(tmp_path / "moving.gif", save_all=True, append_images=frames[1:])
+    words = ("paint", "please add a kitten in the centre", "--ref", "moving.gif", "--seed", "1", "-o", "out.png")
+    ran = server.run("-m", "klein_mcp", *words, "--json", cwd=tmp_path)
     assert ran.returncode == 0, ran.stderr
-    warning = "clear.png is partly transparent; transparent pixels count as white."
-    assert f"klein-mcp: {warning}" in ran.stderr.splitlines()
-    assert warning in json.loads(ran.stdout)["warnings"]
+    facts, warning = json.loads(ran.stdout), "moving.gif has several frames; only the first one is used."
+    assert (facts["width"], facts["height"]) == (96, 64)
+    assert warning in facts["warnings"]
+    assert {f"klein-mcp: {warning}", f"klein-mcp: read as: {facts['read_as']}"} <= set(ran.stderr.splitlines())
 
 
 @pytest.mark.parametrize("words", [("--help",), ("list", "--json")])
@@ -78,7 +80,9 @@ def test_command_whose_reader_left_ends_quietly(tmp_path: Path, words: tuple[str
     read, write = os.pipe()
     os.close(read)  # as `head` does once it has its lines
     command = [sys.executable, "-m", "klein_mcp", *words]
-    ran = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, env=server.environment(), check=False)
+    ran = subprocess.run(
+        command, stdout=write, stderr=subprocess.PIPE, env=server.environment(PYTHONUNBUFFERED=""), check=False
+    )
     os.close(write)
     assert ran.returncode in (0, 141)  # argparse hides that its help was not written
     assert not ran.stderr

@@ -14,7 +14,7 @@ COMMANDS = {
     "serve": "the MCP server over HTTP: /mcp, and /sse for older clients",
     "studio": "the studio in your browser: see images, watch them grow, draw masks, compare",
     "demo": "drive the real server through generate, edit and compose, and save the images",
-    "paint": "generate one image in this process, without the daemon",
+    "paint": "generate or edit one image in this process, without the daemon",
     "list": "the images of the library, newest first",
     "info": "how an image was made, and from what",
     "replay": "generate an image again, with all its ancestors",

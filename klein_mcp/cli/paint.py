@@ -6,52 +6,85 @@ import os
 import signal
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from engine.contract import Event, InvalidJob, Result
 from engine.families.klein.variants import EMBEDDED
 from klein_mcp.atomic import write_new_or_replace
 from klein_mcp.cli.arguments import image_size, local_path
+from klein_mcp.cli.records import for_terminal, is_handle
 from klein_mcp.cli.terminal import ProgressBar, strip_control_chars
-from klein_mcp.errors import RequestError, quote
+from klein_mcp.errors import RequestError, one_line, quote
 from klein_mcp.jobs import request
 from klein_mcp.jobs.demo import demo_warning
 from klein_mcp.jobs.progress import describe
 from klein_mcp.settings import Settings
 
-KINDS = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp"}
+if TYPE_CHECKING:
+    from klein_mcp.images.alpha import Pixels
+    from klein_mcp.images.codec import Format
+
+KINDS: "Mapping[str, Format]" = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp"}
 
 
 @dataclass(frozen=True, slots=True)
 class PaintOptions:
     """Arguments of the command.
 
-    seed: None for a random one. out: a file with an ending in KINDS, None for ./klein-<seed>.png.
+    references: files, or handles of the library. seed: None for a random one. preserve: of an edit, which one reference
+    makes it. out: a file with an ending in KINDS, None for ./klein-<seed>.png.
     """
 
     prompt: str
-    references: tuple[Path, ...] = ()
+    references: tuple[str, ...] = ()
     model: str = "auto"
     seed: int | None = None
     size: tuple[int, int] | None = None
     steps: int | None = None
     guidance: float | None = None
+    preserve: request.Preserve = "auto"
     out: Path | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Reference:
+    """One image of the command line.
+
+    name: of its file without folders, or its handle. opened: whether it was not painted here.
+    """
+
+    name: str
+    pixels: "Pixels"
+    warnings: tuple[str, ...] = ()
+    opened: bool = True
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("prompt", metavar="PROMPT", help="what the image shows, or what to change in a reference")
     parser.add_argument(
-        "--ref", type=local_path, action="append", default=[], metavar="IMG", help="a reference; repeatable"
+        "--ref",
+        action="append",
+        default=[],
+        metavar="IMG",
+        help="a file or a handle; one is edited, several are composed; repeatable",
     )
     parser.add_argument("--model", metavar="M", help="a variant, a folder or a file, by path or name; default: auto")
     parser.add_argument("--seed", type=int, metavar="N", help="default: a random one, which is printed")
     parser.add_argument(
-        "--size", type=image_size, metavar="WxH", help="default: the first reference's, else the model's own"
+        "--size",
+        type=image_size,
+        metavar="WxH",
+        help="default: the edited image's; of several, the first one's as the model sees it; else the model's own",
+    )
+    parser.add_argument(
+        "--preserve",
+        choices=("auto", "off"),
+        default="auto",
+        help="off: an edit repaints every pixel; default: auto, untouched ones stay the reference's",
     )
     parser.add_argument("--steps", type=int, metavar="N", help="default: the model's own")
     parser.add_argument("--guidance", type=float, metavar="G", help="default: the model's own")
@@ -82,6 +115,7 @@ def run(settings: Settings, arguments: argparse.Namespace) -> int:
         size=arguments.size,
         steps=arguments.steps,
         guidance=arguments.guidance,
+        preserve=arguments.preserve,
         out=arguments.out,
     )
     changes: dict[str, Any] = {name: getattr(arguments, name) for name in ("device", "dtype", "quant", "variant")}
@@ -107,23 +141,28 @@ def paint(settings: Settings, options: PaintOptions, *, as_json: bool = False) -
     """
     from klein_mcp.daemon.executors import make_executor
     from klein_mcp.images import codec
-    from klein_mcp.jobs.execute import PreparedRequest
-    from klein_mcp.jobs.save import provenance_of
+    from klein_mcp.jobs import save
+    from klein_mcp.jobs.execute import prepare_pixels
 
-    wanted = _request(options)
+    references = [_opened(settings, reference) for reference in options.references]
+    wanted = _request(options, references)
     out = options.out or Path(f"klein-{wanted.seed}.png")
     _check(out)
-    decoded = [codec.decode(_read(reference), str(reference)) for reference in options.references]
-    about_files = [warning for found in decoded for warning in found.warnings]
-    references = tuple(found.image for found in decoded)
-    prepared = PreparedRequest(wanted, references, ("",) * len(references), (), wanted.warnings)
+    kind: codec.Format = KINDS[out.suffix.lower()]
+    prepared = prepare_pixels(wanted, [reference.pixels for reference in references])
+    if prepared.original is not None:
+        height, width = prepared.original.shape[:2]
+        codec.check_sides(kind, width, height)
+    if references and references[0].opened:
+        _check_photograph(settings, wanted, references[0])
     with ProgressBar("starting the engine") as bar:
         with _interruptible():
             executor = make_executor(settings)
         result = _last(_shown(event, bar) for event in executor.run(prepared.job(0)))
+    finished = save.finish(prepared, result)
     # The recipe has names, not paths: a file that is passed on must not reveal where its references were.
-    recipe = provenance_of(wanted, result, wanted.images).to_json()
-    data = codec.encode(result.image, KINDS[out.suffix.lower()], recipe)  # type: ignore[arg-type] - KINDS has no other
+    recipe = save.provenance_of(wanted, replace(result, image=finished.pixels), wanted.images).to_json()
+    data = codec.encode(finished.pixels, kind, recipe)
     folder = out.parent.resolve()
     replaced = os.path.lexists(out)
     try:
@@ -132,36 +171,79 @@ def paint(settings: Settings, options: PaintOptions, *, as_json: bool = False) -
         raise _unwritable(out, exc.strerror or str(exc)) from None
     demo = options.model == "auto" and result.model == EMBEDDED
     warnings = (
-        *about_files,
-        *wanted.warnings,
+        *(warning for reference in references for warning in reference.warnings),
+        *prepared.warnings,
+        *finished.warnings,
         *result.warnings,
+        *(
+            ["JPEG has no transparency: the image is on white"]
+            if kind == "jpeg" and finished.pixels.shape[2] == 4
+            else ()
+        ),
         *([demo_warning(executor.status().models)] if demo else ()),
     )
-    for warning in warnings:
-        print(strip_control_chars(f"klein-mcp: {warning}"), file=sys.stderr)
+    for line in (*([f"read as: {result.read_as}"] if result.read_as else ()), *warnings):
+        print(strip_control_chars(f"klein-mcp: {one_line(line)}"), file=sys.stderr)
     if as_json:
-        print(json.dumps({**_metadata(out, result, warnings), "replaced": replaced}))
+        changed = save.compare_stored(finished, prepared, data) if kind == "png" else finished.changed
+        facts = _metadata(out, finished.pixels, result, warnings)
+        print(json.dumps({**facts, **({"changed": changed.to_json()} if changed else {}), "replaced": replaced}))
     else:
-        print(f"{_summary(out, result)}{'  (replaced the file that was there)' if replaced else ''}")
+        print(f"{_summary(out, finished.pixels, result)}{'  (replaced the file that was there)' if replaced else ''}")
     return 0
 
 
-def _request(options: PaintOptions) -> request.ImageRequest:
+def _opened(settings: Settings, reference: str) -> _Reference:
+    """Read a file, or an image of the library. Raises RequestError."""
+    from klein_mcp.images import codec
+    from klein_mcp.images.library import Store
+
+    path = local_path(reference)
+    if os.path.lexists(path) or not is_handle(reference):
+        decoded = codec.decode(_read(path), str(path), None)
+        return _Reference(path.name, decoded.pixels, decoded.warnings)
+    store = Store(settings.library)
+    try:
+        with for_terminal():
+            record = store.get(reference)
+            pixels = codec.decode(store.read(record), record.handle, None).pixels
+    finally:
+        store.close()
+    return _Reference(record.handle, pixels, opened=record.tool == "open")
+
+
+def _check_photograph(settings: Settings, wanted: request.ImageRequest, reference: _Reference) -> None:
+    """Refuse what `edit_image` refuses. Raises RequestError."""
+    from klein_mcp.jobs.installed import find
+    from klein_mcp.jobs.photographs import check_detail, may_repaint
+
+    if not may_repaint(wanted) or (find(settings).limit(wanted.model) or ("",))[0] != EMBEDDED:
+        return
+    try:
+        check_detail(reference.pixels)
+    except RequestError as error:
+        raise RequestError(error.message, hint="Say --preserve off to do it all the same.") from None
+
+
+def _request(options: PaintOptions, references: Sequence[_Reference]) -> request.ImageRequest:
     """Build the request. Raises RequestError or InvalidJob."""
     if not options.prompt.strip():
         raise InvalidJob("The prompt is empty.", hint="Say what to paint.")
     width, height = options.size or (None, None)
     common: dict[str, Any] = {
-        "width": width,
-        "height": height,
         "seed": options.seed,
         "model": options.model,
         "steps": options.steps,
         "guidance": options.guidance,
     }
-    if options.references:
-        return request.compose([path.name for path in options.references], options.prompt, **common)
-    return request.generate(options.prompt, **common)
+    if not references:
+        return request.generate(options.prompt, width=width, height=height, **common)
+    names = [reference.name for reference in references]
+    if len(references) > 1:
+        return request.compose(names, options.prompt, width=width, height=height, **common)
+    if references[0].pixels.shape[:2] == (height, width):  # its own size, which an edit keeps
+        width = height = None
+    return request.edit(names[0], options.prompt, width=width, height=height, preserve=options.preserve, **common)
 
 
 def _check(out: Path) -> None:
@@ -226,8 +308,8 @@ def _last(events: Iterator[Event]) -> Result:
     return result
 
 
-def _metadata(out: Path, result: Result, warnings: tuple[str, ...]) -> dict[str, Any]:
-    height, width = result.image.shape[:2]
+def _metadata(out: Path, image: "Pixels", result: Result, warnings: tuple[str, ...]) -> dict[str, Any]:
+    height, width = image.shape[:2]
     return {
         "path": str(out.resolve()),
         "width": width,
@@ -236,12 +318,13 @@ def _metadata(out: Path, result: Result, warnings: tuple[str, ...]) -> dict[str,
         "model": result.model,
         "steps": result.steps,
         "guidance": result.guidance,
+        **({"read_as": result.read_as} if result.read_as else {}),
         "ms": {name: round(value) for name, value in result.ms.items()},
         "warnings": list(warnings),
     }
 
 
-def _summary(out: Path, result: Result) -> str:
-    height, width = result.image.shape[:2]
+def _summary(out: Path, image: "Pixels", result: Result) -> str:
+    height, width = image.shape[:2]
     seconds = sum(result.ms.values()) / 1000
     return f"{out}  {width}×{height}  seed {result.seed}  {result.model}  {seconds:.1f} s"

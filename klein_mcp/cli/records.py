@@ -24,9 +24,14 @@ def for_terminal() -> Iterator[None]:
         raise UnknownImage(error.message, hint=error.hint.replace("list_images", "klein-mcp list")) from None
 
 
+def is_handle(name: str) -> bool:
+    """Return whether `name` may be that of an image of the library."""
+    return re.fullmatch(rf"[{ALPHABET}]{{{HANDLE_LENGTH}}}", name) is not None
+
+
 def expect_handle(store: Store, name: str) -> None:
     """Raise UnknownImage with advice if `name` cannot be a handle."""
-    if re.fullmatch(rf"[{ALPHABET}]{{{HANDLE_LENGTH}}}", name):
+    if is_handle(name):
         return
     if re.fullmatch(r"last(~\d+)?", name):
         raise UnknownImage(f"{name} is for MCP clients.", hint="list_images shows handles.")

@@ -25,10 +25,11 @@ def run(settings: Settings, arguments: argparse.Namespace) -> int:
     if onto is not None and os.path.exists(expanded(onto)):
         onto = str(expanded(onto).resolve())  # a terminal has a working directory; a reference has none
     with for_terminal():
-        return anyio.run(_replay, settings, arguments.handle, onto, arguments.seed, arguments.json)
+        return anyio.run(run_replay, settings, arguments.handle, onto, arguments.seed, arguments.json)
 
 
-async def _replay(settings: Settings, handle: str, onto: str | None, seed: int | None, as_json: bool) -> int:
+async def run_replay(settings: Settings, handle: str, onto: str | None, seed: int | None, as_json: bool) -> int:
+    """Replay an image through the daemon, and print what was made."""
     from klein_mcp.daemon.client import DaemonClient
     from klein_mcp.jobs.context import CallContext
     from klein_mcp.jobs.replay import changed_weights, plan, replay
@@ -44,8 +45,13 @@ async def _replay(settings: Settings, handle: str, onto: str | None, seed: int |
             async def show_progress(done: float, total: float, message: str) -> None:
                 bar.update(done / total, message)
 
-            made = await replay(service, handle, CallContext("replay", progress=show_progress), onto=onto, seed=seed)
-        facts = [describe_record(service.store, service.store.get(image.handle)) for image in made]
+            call = CallContext("replay", progress=show_progress)
+            results = await replay(service, handle, call, onto=onto, seed=seed)
+        made = [result.images[0] for result in results]
+        facts = [
+            {**describe_record(service.store, service.store.get(image.handle)), "warnings": result.warnings}
+            for image, result in zip(made, results, strict=True)
+        ]
         path = service.store.readable_path(service.store.get(made[-1].handle))
         different = changed_weights(steps, made)
     finally:
@@ -57,6 +63,9 @@ async def _replay(settings: Settings, handle: str, onto: str | None, seed: int |
         for old, new in zip(steps, facts, strict=True):
             print(f"{old.handle} → {new['image']}  {one_line(strip_control_chars(str(new['prompt'])), 60)}")
         print(path)
+    for number, result in enumerate(results, 1):
+        for warning in result.warnings:
+            print(strip_control_chars(f"klein-mcp: step {number}: {one_line(warning)}"), file=sys.stderr)
     if different:
         print(f"generated with other weights than the first time: {', '.join(different)}", file=sys.stderr)
     return 0

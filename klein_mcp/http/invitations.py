@@ -59,7 +59,7 @@ def announced(home: Path, context: HttpContext, url: str, public: str) -> Iterat
 
 
 def fresh_link(home: Path, entry: str) -> str | None:
-    """Return a new link to the `serve` that was started last, None without one.
+    """Return a new link to the latest `serve`, None without one.
 
     entry: the path before a link's code.
     """
@@ -75,7 +75,7 @@ def _started(file: Path) -> float:
 
 
 def _link(found: Mapping[str, Any], entry: str) -> str | None:
-    """Return a new link to one server, None if it does not answer."""
+    """Return a link to one server, None if it does not answer."""
     if not all(isinstance(found.get(name), str) for name in ("url", "public", "key")):
         return None
     request = urllib.request.Request(

@@ -41,7 +41,7 @@ def encode(
     *,
     opaque: bool = False,
 ) -> bytes:
-    """Convert a PNG, with its alpha. JPEG gets it on white. Raises RequestError.
+    """Convert a PNG. JPEG gets its alpha on white. Raises RequestError.
 
     recipe: written into the file as provenance, which the PNG has already. opaque: on white in every format.
     """

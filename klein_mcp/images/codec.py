@@ -220,7 +220,7 @@ def encode(image: Pixels, kind: Format = "png", recipe: Mapping[str, Any] | None
 def encode_lossy(
     image: Pixels, kind: Literal["jpeg", "webp"], quality: int, recipe: Mapping[str, Any] | None = None
 ) -> bytes:
-    """Encode an image as JPEG, which has no alpha, or as WebP. Raises RequestError."""
+    """Encode as JPEG, which has no alpha, or WebP. Raises RequestError."""
     height, width = image.shape[:2]
     check_sides(kind, width, height)
     options: dict[str, Any] = {"xmp": provenance.xmp(recipe).encode()} if recipe else {}

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from engine.contract import Aspect, Job, KeepSource, Result, Rgb8
 from engine.families.klein.variants import VARIANTS
 from klein_mcp.images import alpha, mask, region
-from klein_mcp.images.alpha import Rgba8
+from klein_mcp.images.alpha import Pixels, Rgba8
 from klein_mcp.images.library import Record, Store
 from klein_mcp.images.pixels import PixelCache
 from klein_mcp.images.region import EditRegion
@@ -110,31 +110,45 @@ def prepare(request: ImageRequest, store: Store, pixels: PixelCache) -> Prepared
     """
     records = [store.get(handle) for handle in request.images]
     stored = [pixels.read(record) for record in records]
+    allowed = mask.of_image(pixels.read(store.get(request.mask)), "The mask") if request.mask else None
+    prepared = prepare_pixels(request, stored, allowed)
+    # What the engine gets of a transparent image, or of one that is cropped, has another hash.
+    hashes = ["" if image.shape[2] == 4 else record.pixels for image, record in zip(stored, records, strict=True)]
+    if prepared.original is not None and prepared.references[0].shape != prepared.original.shape:
+        hashes[0] = ""
+    return replace(
+        prepared,
+        hashes=tuple(hashes),
+        parents=tuple(records),
+        affinity=f"{request.model} {store.lineage.root(records[0].handle)}" if records else "",
+    )
+
+
+def prepare_pixels(request: ImageRequest, stored: Sequence[Pixels], allowed: "Rgb8 | None" = None) -> PreparedRequest:
+    """Prepare a request from the pixels of its references. Raises RequestError.
+
+    allowed: the mask.
+    """
     backings = [alpha.plain_backing(image) if image.shape[2] == 4 else 255 for image in stored]
     images = tuple(alpha.flat(image, backing) for image, backing in zip(stored, backings, strict=True))
-    allowed = mask.of_image(pixels.read(store.get(request.mask)), "The mask") if request.mask else None
     keeps_size = isinstance(request.size, KeepSource)
     prepared = PreparedRequest(
         request,
         images,
-        # The hash of a transparent image is not that of what the engine gets.
-        tuple("" if image.shape[2] == 4 else record.pixels for image, record in zip(stored, records, strict=True)),
-        tuple(records),
+        ("",) * len(images),
+        (),
         (
             *request.warnings,
             *(region.mask_warnings(allowed) if allowed is not None else ()),
-            *_flattened(records[1 if keeps_size else 0 :]),
+            *_flattened([*zip(request.images, stored, strict=True)][1 if keeps_size else 0 :]),
         ),
-        f"{request.model} {store.lineage.root(records[0].handle)}" if records else "",
     )
     if not keeps_size:
         return prepared
     part = region.edit_region(images[0], request.region, allowed)
-    cut = part.crop(images[0])
     return replace(
         prepared,
-        references=(cut, *images[1:]),
-        hashes=prepared.hashes if cut.shape == images[0].shape else ("", *prepared.hashes[1:]),
+        references=(part.crop(images[0]), *images[1:]),
         original=images[0],
         region=part,
         original_rgba=stored[0] if stored[0].shape[2] == 4 else None,
@@ -142,7 +156,7 @@ def prepare(request: ImageRequest, store: Store, pixels: PixelCache) -> Prepared
     )
 
 
-def _flattened(records: Sequence[Record]) -> list[str]:
+def _flattened(references: Sequence[tuple[str, Pixels]]) -> list[str]:
     """Warn of references whose transparency the result cannot keep."""
-    return [f"{record.handle} is transparent, and was shown to the model on one grey" for record in records
-            if record.transparent]  # fmt: skip
+    return [f"{name} is transparent, and was shown to the model on one grey" for name, image in references
+            if image.shape[2] == 4]  # fmt: skip

@@ -10,8 +10,9 @@ from engine.families.klein.variants import VARIANTS
 from klein_mcp.errors import RequestError
 from klein_mcp.images.library import Record, Store
 from klein_mcp.jobs.context import CallContext
+from klein_mcp.jobs.photographs import check_photograph
 from klein_mcp.jobs.request import ImageRequest, Native, generate
-from klein_mcp.jobs.results import SavedImage
+from klein_mcp.jobs.results import JobResult, SavedImage
 from klein_mcp.jobs.service import Service
 
 
@@ -55,23 +56,36 @@ def plan(store: Store, handle: str, *, onto: bool) -> ReplayPlan:
 
 async def replay(
     service: Service, handle: str, call: CallContext, *, onto: str | None = None, seed: int | None = None
-) -> list[SavedImage]:
-    """Make every step again. Raises RequestError or EngineError.
+) -> list[JobResult]:
+    """Make every step again, an image each. Raises RequestError or EngineError.
 
     onto: a reference to use instead of the base. seed: for every step, instead of its own.
     """
     chain = plan(service.store, handle, onto=onto is not None)
     again: dict[str, str] = {}
+    opened: tuple[str, ...] = ()
     if onto is not None:
-        again[chain.base.handle] = (await service.open(onto, call)).record.handle
-    made: list[SavedImage] = []
+        base = await service.open(onto, call)
+        again[chain.base.handle], opened = base.record.handle, base.warnings
+    made: list[JobResult] = []
     for record in chain.steps:
         # With its own seeds a step is the same again on the copy, which may have lost detail or size.
         new = again if onto is None and seed is None else chain.stand_ins(again)
-        result = await service.run(step_request(record, new, seed), call)
-        made.append(result.images[0])
+        request = step_request(record, new, seed)
+        if onto is not None:
+            await check_base(service, call, request)
+        result = await service.run(request, call)
+        made.append(replace(result, warnings=(*(() if made else opened), *result.warnings)))
         again[record.handle] = result.images[0].handle
     return made
+
+
+async def check_base(service: Service, call: CallContext, request: ImageRequest) -> None:
+    """Raise RequestError where `edit_image` would refuse the base."""
+    try:
+        await check_photograph(service, call, request)
+    except RequestError as error:
+        raise RequestError(error.message, hint="Replay it on a flat image, or edit a region of this one.") from None
 
 
 def repeat(

@@ -99,7 +99,7 @@ def _edit_warnings(changed: VisibleChange, change: ChangeMask | None, region: Ed
     return tuple(warnings)
 
 
-def _checked(image: FinishedImage, prepared: PreparedRequest, stored: bytes) -> VisibleChange | None:
+def compare_stored(image: FinishedImage, prepared: PreparedRequest, stored: bytes) -> VisibleChange | None:
     """Compare the stored file with the original.
 
     Byte by byte, wherever it is to be the original's.
@@ -179,7 +179,7 @@ def save(
         # Hashing takes 4 ms at 1024² and holds no lock.
         hashing = beside.submit(image_hash, image.pixels)
         encoded = codec.encode(image.pixels, "png", recipe)
-        changed = _checked(image, prepared, encoded)
+        changed = compare_stored(image, prepared, encoded)
         pixels = hashing.result()
     # With the place on its sheet, as the next call's seeds may follow on this one's.
     made: dict[str, object] = {"sheet": [str(prepared.request.seed), prepared.request.count]}

@@ -157,7 +157,9 @@ async def test_edits_of_a_copy_are_replayed_on_the_other_image(
     await replay(service, edited, me, onto=other["image"])
     assert np.array_equal(painter.jobs[-1].references[0], image(other))
     again, _ = await replay(service, edited, me, seed=9)
-    assert np.array_equal(painter.jobs[-1].references[0], service.sources.pixels(service.store.get(again.handle)))
+    assert np.array_equal(
+        painter.jobs[-1].references[0], service.sources.pixels(service.store.get(again.images[0].handle))
+    )
     await replay(service, edited, me)
     assert painter.jobs[-1].references[0].shape == (80, 80, 3), "with its own seeds it is the same again"
 

@@ -23,6 +23,7 @@ from klein_mcp.cli.list import list_images
 from klein_mcp.cli.main import main
 from klein_mcp.cli.prune import prune, select_for_deletion
 from klein_mcp.cli.records import expect_handle, for_terminal
+from klein_mcp.cli.replay import run_replay
 from klein_mcp.errors import RequestError
 from klein_mcp.images.library import Record
 from klein_mcp.jobs.context import CallContext
@@ -31,7 +32,8 @@ from klein_mcp.jobs.service import Service
 from klein_mcp.settings import Settings
 from tests.fakes import FakeExecutor
 from tests.images import file, pixels, scene
-from tests.tool_calls import call
+from tests.klein_mcp.test_photographs import photograph
+from tests.tool_calls import call, refused
 
 pytestmark = pytest.mark.anyio
 
@@ -61,7 +63,7 @@ async def history(client: Client, service: Service, tmp_path: Path) -> list[dict
 
 async def again(service: Service, handle: str, call: CallContext, **more: Any) -> list[Record]:
     """Replay `handle` and return the new images' records."""
-    return [service.store.get(image.handle) for image in await replay(service, handle, call, **more)]
+    return [service.store.get(each.images[0].handle) for each in await replay(service, handle, call, **more)]
 
 
 def pixels_of(service: Service, record: Record) -> Rgb8:
@@ -123,6 +125,39 @@ async def test_replay_repeats_a_deleted_step_from_its_recipe(service: Service, h
     service.store.delete([history[0]["image"]])
     made = await again(service, history[1]["image"], ME)
     assert (pixels_of(service, made[-1]) == expected).all()
+
+
+async def test_replay_onto_a_photograph_is_refused_before_its_first_step(
+    service: Service, client: Client, painter: FakeExecutor, history: list[dict[str, Any]], tmp_path: Path
+):
+    (tmp_path / "photo.png").write_bytes(file(photograph()))
+    painter.jobs.clear()
+    with pytest.raises(RequestError, match="would repaint all of this photograph"):
+        await replay(service, history[0]["image"], ME, onto=str(tmp_path / "photo.png"))
+    message = await refused(client, "edit_image", image=str(tmp_path / "photo.png"), again=history[0]["image"])
+    assert "would repaint all of this photograph and lose its detail. Replay it on a flat image" in message
+    assert not painter.jobs
+
+
+async def test_replay_prints_the_warnings_of_its_steps(
+    settings: Settings,
+    service: Service,
+    painter: FakeExecutor,
+    history: list[dict[str, Any]],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):
+    async def stay_open() -> None:
+        """The jobs are the test's, not the command's."""
+
+    monkeypatch.setattr(service.jobs, "aclose", stay_open)
+    monkeypatch.setattr("klein_mcp.daemon.client.DaemonClient", lambda settings: service.jobs)
+    painter.paint = lambda job: job.references[0]
+    await run_replay(settings, history[1]["image"], None, None, as_json=True)
+    printed = capsys.readouterr()
+    nothing = [f"klein-mcp: step {number}: nothing visible changed" for number in (1, 2)]
+    assert set(nothing) <= set(printed.err.splitlines())
+    assert ["nothing visible changed" in facts["warnings"] for facts in json.loads(printed.out)] == [True, True]
 
 
 async def test_replay_errors_say_why(service: Service, history: list[dict[str, Any]], client: Client):

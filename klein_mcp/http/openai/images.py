@@ -13,7 +13,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse
 from starlette.types import Receive, Scope, Send
 
-from engine.contract import Exact, KeepSource, Step
+from engine.contract import KeepSource, Step
 from klein_mcp.errors import RequestError
 from klein_mcp.http import calls, render
 from klein_mcp.http.disconnect import cancelled_on_disconnect
@@ -230,18 +230,16 @@ class OpenAiImageRoute:
 
 
 def _check_format(call: ImageCall, request: ImageRequest, references: Sequence[tuple[int, int]]) -> None:
-    """Raise ApiError if the format cannot store an image of the requested size."""
-    match request.size:
-        case Exact(width, height):
-            pass
-        case KeepSource():
-            width, height = references[0]
-        case _:
-            return  # the model's own size, which fits
+    """Raise ApiError if the format cannot store an edit.
+
+    A size that is asked for, and a model's own, fit into every format.
+    """
+    if not isinstance(request.size, KeepSource):
+        return
     from klein_mcp.images import codec
 
     try:
-        codec.check_sides(call.output_format, width, height)
+        codec.check_sides(call.output_format, *references[0])
     except RequestError as exc:
         raise replace(to_api_error(exc), param="output_format") from None
 

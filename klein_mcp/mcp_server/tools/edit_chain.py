@@ -107,6 +107,7 @@ async def run_replay(
         return request
 
     base = await service.open(image, call)
+    await replay.check_base(service, call, step(0)([base.record.handle]))
     chain = Chain(base.record.handle, len(plan.steps), list(map(_recorded, plan.steps)), warnings=[*base.warnings])
     await _run(service, call, chain, [step(index) for index in range(len(plan.steps))], lambda: False)
     return await _rendered(service, call, chain, show)

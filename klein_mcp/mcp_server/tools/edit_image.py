@@ -1,15 +1,11 @@
 """edit_image: changes an image by an instruction, at its own size."""
 
-import anyio.to_thread
 from mcp_types import CallToolResult
 
-from engine.families.klein.variants import EMBEDDED, VARIANTS
 from klein_mcp.errors import RequestError
-from klein_mcp.images.library import Record
 from klein_mcp.jobs import request
 from klein_mcp.jobs.context import CallContext
-from klein_mcp.jobs.installed import models_of
-from klein_mcp.jobs.request import ImageRequest
+from klein_mcp.jobs.photographs import check_photograph
 from klein_mcp.jobs.service import Service
 from klein_mcp.mcp_server.tools import fields
 from klein_mcp.mcp_server.tools.edit_chain import MAX_STEPS, run_chain, run_replay
@@ -61,8 +57,7 @@ async def run(service: Service, call: CallContext, arguments: EditImage) -> Call
         model=service.model(arguments.model),
         background=arguments.background or "auto",
     )
-    if not (arguments.region or arguments.mask or arguments.preserve == "off"):
-        await _check_detail(service, call, wanted)
+    await check_photograph(service, call, wanted)
     if len(prompts) > 1:
         return await run_chain(service, call, wanted, prompts, arguments.show)
     return await run_request(service, call, wanted, arguments.show)
@@ -95,26 +90,6 @@ def _check_replay(arguments: EditImage) -> None:
 def _at_default(arguments: EditImage) -> set[str]:
     fields = type(arguments).model_fields.items()
     return {name for name, field in fields if getattr(arguments, name) == field.default}
-
-
-async def _check_detail(service: Service, call: CallContext, wanted: ImageRequest) -> None:
-    """Refuse to let the embedded model repaint a whole photograph unasked."""
-    record = (await service.open(wanted.images[0], call)).record
-    if record.tool != "open":
-        return
-    name, _ = (await models_of(service)).limit(wanted.model) or ("", 0)
-    if name == EMBEDDED and await anyio.to_thread.run_sync(_is_detailed, service, record):
-        raise RequestError(
-            f"{name}, a demo, paints flat scenes of {VARIANTS[name].native_size} pixels: it would repaint all of this "
-            "photograph and lose its detail.",
-            hint="Give a region around what may change, or preserve: off to do it all the same.",
-        )
-
-
-def _is_detailed(service: Service, record: Record) -> bool:
-    from klein_mcp.images.detail import is_detailed
-
-    return is_detailed(service.sources.pixels(record))
 
 
 def _check_prompts(prompts: list[str], count: int) -> None:
