@@ -35,6 +35,17 @@ def count(text: str) -> int:
     return int(text)
 
 
+def seed(text: str) -> int | None:
+    """Parse a seed; None for -1, which is a random one in other tools, too."""
+    from klein_mcp.limits import MAX_SEED
+
+    if text == "-1":
+        return None
+    if not text.isdecimal() or int(text) > MAX_SEED:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a seed, 0 to {MAX_SEED}")
+    return int(text)
+
+
 def gpus(text: str) -> float:
     """Parse GPUs of one engine, in amounts that Ray can reserve."""
     with contextlib.suppress(ValueError):

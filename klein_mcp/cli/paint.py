@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from engine.contract import Event, InvalidJob, Result
 from engine.families.klein.variants import EMBEDDED
 from klein_mcp.atomic import write_new_or_replace
-from klein_mcp.cli.arguments import image_size, local_path
+from klein_mcp.cli.arguments import image_size, local_path, seed
 from klein_mcp.cli.records import for_terminal, is_handle
 from klein_mcp.cli.terminal import ProgressBar, strip_control_chars
 from klein_mcp.errors import RequestError, one_line, quote
@@ -73,7 +73,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="a file or a handle; one is edited, several are composed; repeatable",
     )
     parser.add_argument("--model", metavar="M", help="a variant, a folder or a file, by path or name; default: auto")
-    parser.add_argument("--seed", type=int, metavar="N", help="default: a random one, which is printed")
+    parser.add_argument("--seed", type=seed, metavar="N", help="default, or -1: a random one, which is printed")
     parser.add_argument(
         "--size",
         type=image_size,

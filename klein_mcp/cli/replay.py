@@ -5,6 +5,7 @@ import json
 import os
 import sys
 
+from klein_mcp.cli.arguments import seed as seed_argument
 from klein_mcp.cli.records import describe_record, expect_handle, for_terminal
 from klein_mcp.cli.terminal import ProgressBar, strip_control_chars
 from klein_mcp.errors import one_line
@@ -15,7 +16,7 @@ from klein_mcp.settings import Settings
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("handle", metavar="HANDLE", help="an image of the library, see klein-mcp list")
     parser.add_argument("--onto", metavar="IMG", help="another image at the root of its history: a file or a handle")
-    parser.add_argument("--seed", type=int, metavar="N", help="another seed; default: each image's own")
+    parser.add_argument("--seed", type=seed_argument, metavar="N", help="another seed; default: each image's own")
 
 
 def run(settings: Settings, arguments: argparse.Namespace) -> int:

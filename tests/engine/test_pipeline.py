@@ -23,6 +23,7 @@ from engine.contract import (
     Job,
     KeepSource,
     Loading,
+    Native,
     Result,
     Rgb8,
     Stage,
@@ -170,6 +171,15 @@ def test_model_of_squares_warns_in_other_shapes(engine: Engine) -> None:
     for size in (Aspect(4, 3), Aspect(9, 16)):
         (warning,) = paint(engine, replace(DOG, size=size)).warnings
         assert warning.startswith("nano practised on squares alone")
+
+
+def test_edit_into_another_shape_warns_and_one_in_its_own_does_not(engine: Engine) -> None:
+    edit = replace(DOG, prompt="make the background green", references=(picture(SIDE, SIDE),))
+    (*_, warning) = paint(engine, replace(edit, size=Exact(SIDE, SIDE // 2))).warnings
+    assert warning.startswith("nano practised on squares alone")
+    wide = replace(edit, references=(picture(SIDE, SIDE // 2),))
+    for size in (Exact(SIDE, SIDE // 2), KeepSource(), Native()):
+        assert not any("squares" in warning for warning in paint(engine, replace(wide, size=size)).warnings)
 
 
 def test_aspect_ratio_is_generated_at_the_native_area(engine: Engine) -> None:

@@ -97,6 +97,15 @@ def test_transparent_reference_stays_transparent(engine: FakeExecutor, capsys: p
     assert "JPEG has no transparency: the image is on white" in facts["warnings"]
 
 
+def test_seed_of_minus_one_is_random_and_another_negative_one_wrong(
+    engine: FakeExecutor, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert int(paint(capsys, "a dot", "--seed", "-1")["seed"]) >= 0
+    with pytest.raises(SystemExit):
+        main(["paint", "a dot", "--seed", "-2"])
+    assert "'-2' is not a seed, 0 to 9223372036854775807" in capsys.readouterr().err
+
+
 async def test_handle_of_the_library_is_a_reference(
     client: Client, engine: FakeExecutor, settings: Any, monkeypatch: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -112,8 +112,10 @@ def fit_images(job: Job, variant: Variant, warnings: list[str]) -> tuple[Canvas,
             f"painted at {canvas.content_width}×{canvas.content_height}, about the area {variant.name} was made for, "
             f"and resampled to {canvas.width}×{canvas.height}"
         )
-    longer, shorter = max(canvas.width, canvas.height), min(canvas.width, canvas.height)
-    if variant.squares and not references and longer > NEARLY_SQUARE * shorter:
+    # What an image shows is in place in its own shape, whichever that is.
+    own = references[0].shape[1] / references[0].shape[0] if references else 1.0
+    change = canvas.width / canvas.height / own
+    if variant.squares and not isinstance(job.size, KeepSource) and max(change, 1 / change) > NEARLY_SQUARE:
         warnings.append(
             f"{variant.name} practised on squares alone: in {canvas.width}×{canvas.height} things may be cut off or "
             "out of place"
