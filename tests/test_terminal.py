@@ -178,7 +178,9 @@ def test_misspelled_variable_is_one_log_line(server: RealServer) -> None:
     ("words", "code", "message"),
     [
         (["paint"], 2, "the following arguments are required: PROMPT"),
-        (["pain"], 2, "invalid choice: 'pain'"),
+        (["piant"], 2, 'There is no command "piant". Did you mean paint?'),
+        (["generate", "a cat"], 2, 'There is no command "generate". Did you mean paint?'),
+        (["xyzzy"], 2, 'There is no command "xyzzy". The commands are serve, studio'),
         (["paint", " "], 1, "The prompt is empty."),
         (["paint", "a cat", "--size", "big"], 2, "'big' is not a size like 1024x768"),
         (["paint", "a cat", "--size", "63x64"], 2, "'63x64' has a side that is not 64 to 2048 pixels"),

@@ -36,7 +36,7 @@ def count(text: str) -> int:
 
 
 def seed(text: str) -> int | None:
-    """Parse a seed; None for -1, which is a random one in other tools, too."""
+    """Parse a seed, None for -1, which means a random one."""
     from klein_mcp.limits import MAX_SEED
 
     if text == "-1":

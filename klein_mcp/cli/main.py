@@ -29,6 +29,19 @@ COMMANDS = {
 }
 """Each is a module of this package with `configure(parser)` and `run(settings, arguments) -> exit code`."""
 
+OTHER_NAMES = {
+    "generate": "paint",
+    "edit": "paint",
+    "create": "paint",
+    "download": "pull",
+    "install": "pull",
+    "show": "info",
+    "delete": "prune",
+    "check": "doctor",
+    "start": "serve",
+}
+"""Words that people try for a command, besides slips of the pen."""
+
 READER_LEFT = 141
 """Exit code of a program that SIGPIPE ends, in a shell's terms."""
 
@@ -146,10 +159,21 @@ def build_parser(words: Sequence[str] | None = None) -> argparse.ArgumentParser:
 
 def _parsed(words: Sequence[str]) -> argparse.Namespace:
     """Parse `words`, reporting unknown options with their own command's usage."""
-    arguments, unknown = build_parser(words).parse_known_args(words)
+    parser = build_parser(words)
+    if words[0] not in COMMANDS and not words[0].startswith("-"):
+        parser.error(f"{_unknown_command(words[0])} The commands are {', '.join(COMMANDS)}.")
+    arguments, unknown = parser.parse_known_args(words)
     if unknown:
         arguments.usage.error(f"unrecognized arguments: {' '.join(unknown)}")
     return arguments
+
+
+def _unknown_command(word: str) -> str:
+    from klein_mcp.errors import did_you_mean, quote
+
+    meant = OTHER_NAMES.get(word.lower())
+    suggestion = f"Did you mean {meant}?" if meant else did_you_mean(word, COMMANDS)
+    return f"There is no command {quote(word)}. {suggestion}".strip()
 
 
 def _is_for_people(error: Exception) -> bool:
