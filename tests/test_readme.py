@@ -66,6 +66,7 @@ def test_install_works_from_a_checkout_and_says_why() -> None:
     installs, *_ = re.findall(r"```sh\n(.*?)```", section, re.DOTALL)
     for line in installs.splitlines():
         assert shlex.split(line, comments=True)[-1] == ".", "installs the checkout, not a registry's package"
+    assert not re.search(r"^pip\b", installs, re.MULTILINE), "Debian's Python refuses: it is managed externally"
     (block,) = re.findall(r"```json\n(.*?)```", section, re.DOTALL)
     (launch,) = json.loads(block)["mcpServers"].values()
     scripts = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["scripts"]

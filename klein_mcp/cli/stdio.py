@@ -14,7 +14,7 @@ over stdin and stdout. There is nothing to type here; add it to such a program:
   codex mcp add klein -- {command}
   {configuration}
 
-Or try it: `klein-mcp demo`, `klein-mcp paint "a red apple"`, `klein-mcp --help`. Ctrl-D ends it.
+Or try it: `klein-mcp demo`, `klein-mcp paint "an apple on a yellow background"`, `klein-mcp --help`. Ctrl-D ends it.
 """
 
 
