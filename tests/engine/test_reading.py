@@ -3,6 +3,7 @@
 Cases without a model use an invented vocabulary; nano's edits are scored.
 """
 
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -10,11 +11,13 @@ import pytest
 
 from engine.contract import EngineConfig, Job, KeepSource, Result, Rgb8
 from engine.engine import Engine
-from engine.families.klein.reading import read_prompt
-from engine.families.klein.variants import VARIANTS
+from engine.families.klein.reading import Reading, read_prompt
+from engine.families.klein.spelling import corrected
+from engine.families.klein.variants import VARIANTS, Variant
+from engine.nano import words
 from engine.nano.training.compositor import BACKGROUNDS
 from engine.nano.training.edits import touched
-from engine.nano.training.prompts import Example
+from engine.nano.training.prompts import Example, PromptSampler, training_prompts
 from engine.nano.training.scenes import MIDDLE, NORMAL, Scene, Thing
 from engine.nano.training.score import draw, edit_done, look
 from engine.nano.training.sprites import KINDS
@@ -64,15 +67,15 @@ SMALL = replace(
         ("a cat and no dog on the left", "a cat"),
         ("A dog. No star on the left.", "a dog"),
         ("a cat without a dog on blue", "a cat on blue"),
-        ("Keep the cat and insert a dog", "add a dog"),
+        ("Keep the cat and insert a dog on the left", "add a dog on the left"),
         ("No people, just a dog at night. A blue background.", "a dog at night. a blue background."),
-        ("Keep the cat and add a star", "add a star"),
+        ("Keep the cat and add a star on the right", "add a star on the right"),
         ("Remove the cat, and do not add or move anything", "Remove the cat"),
         ("keep everything else the same and move the apple left", "move the apple left"),
         ("an apple plus a cat", "an apple and a cat"),
         ("make the star emerald", "make the star green"),
         ("an emerald star", "a green star"),
-        ("a catering dog", "a dog"),
+        ("make the light blue star deep red", "make the blue star red"),
     ],
 )
 def test_prompt_is_rewritten_in_known_words(prompt: str, text: str) -> None:
@@ -93,6 +96,9 @@ def test_prompt_is_rewritten_in_known_words(prompt: str, text: str) -> None:
         ("an astronaut riding a house", "an astronaut riding a house", "does not know astronaut"),
         ("A wizard rides over mountains. A dog on red.", "a dog on red", "does not know wizard"),
         ("an emerald on red", "an emerald on red", "does not know emerald"),
+        ("a catering dog", "a dog", "does not know catering"),
+        ("a striped furry red circle", "a red circle", "does not know striped, furry"),
+        ("make the sofa blue", "make the sofa blue", "does not know sofa"),
         ("remove the star, keep the cat, and add a dog", "remove the star, and add a dog", "one change at a time"),
     ],
 )
@@ -239,6 +245,309 @@ THREE = replace(SMALL, words=SMALL.words | {"1", "2", "3", "middle"})
 @pytest.mark.parametrize(("prompt", "text"), [(LIST, PLACES), (PLACES, PLACES)])
 def test_three_listed_references_are_given_places(prompt: str, text: str) -> None:
     assert read_prompt(prompt, THREE).text == text
+
+
+# Of a new user's first hour. PLAIN has nano's words, LARGER all of its larger world: 208 nouns, numbers, scenes.
+
+_PLAIN_SCENES = {
+    "grass",
+    "meadow",
+    "field",
+    "desert",
+    "sand",
+    "ocean",
+    "sea",
+    "night",
+    "stars",
+    "snow",
+    "sunset",
+    "sky",
+}
+_LATER = {
+    "two",
+    "three",
+    "four",
+    "inside",
+    "forest",
+    "woods",
+    "trees",
+    "beach",
+    "shore",
+    "room",
+    "floor",
+    "space",
+    "city",
+}
+LARGER = replace(
+    VARIANTS["nano"],
+    words=words.KNOWN,
+    nouns={**dict.fromkeys(words.NOUNS, ()), "house": ("white", "orange"), "snowman": ("white", "gray")},
+    shapes=frozenset(words.SHAPES),
+    colours=frozenset(words.COLOURS),
+)
+_NOUNS = tuple(words.NOUNS)[:48]
+PLAIN = replace(
+    LARGER,
+    words=(words.known(48) - _LATER - {words.plural(noun) for noun in _NOUNS}) | _PLAIN_SCENES | {*_NOUNS},
+    nouns={noun: LARGER.nouns[noun] for noun in _NOUNS},
+)
+BOTH_WORLDS = pytest.mark.parametrize("variant", [PLAIN, LARGER], ids=["plain", "larger"])
+
+
+@BOTH_WORLDS
+@pytest.mark.parametrize(
+    ("prompt", "text"),
+    [
+        ("make the backgroud purple", "make the background purple"),
+        ("make the bakground gren", "make the background green"),
+        ("a aple on a yelow backround", "an apple on a yellow background"),
+        ("a pengiun on white", "a penguin on white"),
+        ("an elefant on white", "an elephant on white"),
+        ("a bleu star on white", "a blue star on white"),
+        ("repalce the cat with a dog", "replace the cat with a dog"),
+        ("make the circle smaler", "make the circle smaller"),
+        ("Bananna on the left on red", "Banana on the left on red"),
+    ],
+)
+def test_misspelt_words_are_read_as_the_known_word(variant: Variant, prompt: str, text: str) -> None:
+    assert read_prompt(prompt, variant) == Reading(text)
+
+
+def test_misspelt_plural_is_read_as_the_plural() -> None:
+    assert read_prompt("two aples on white", LARGER).text == "two apples on white"
+    assert read_prompt("two aples on white", PLAIN).text == "an apple on white"
+
+
+_ENGLISH = """
+    fox bear boar lion goat bat hen ant bed sun box cap mat rat pear boat coat goal king wing corn crow clown glass
+    class grease brass mouse moose horse hose hearse rose nose cake cape cage cave lake rake bake bird bard beard
+    bread bead fist dish wish hook cook look boot root roof moon noon spoon stair star stage snake snack shake
+    rocket pocket racket socket locket carrot parrot garrote crown brown frown clock cloak block flock crane frame
+    plate place palace plant pant paint point print white write while black back block green greed queen grain blank
+    plank planet plane pine pink wine whale wheel whip ship shop sheep sheet shirt skirt shell train brain
+    trail tray truck track trick table tablet cable stable chair choir cheese chase chess chest church bench beach
+    peach perch torch porch night knight light flight right fight sight bottle battle button bottom kettle cattle
+    castle candle handle sandal saddle cotton robot robin ribbon rabbit ring rink sink song string strong street
+    stream storm stone store story snow snot desert dessert forest frost ghost guest coast toast roast heart earth
+    hearth heat hear head heard flower flour tower shower floor flood blood field shield yield cactus circus circle
+    cycle camera camel cameo guitar sitar tiger tier turtle turret tractor traitor factor butter butterfly balloon
+    ballot banana bandana burger burglar bus bush dust duck dock deck neck book brook broom groom drum dream cream
+    cross grass crops class cart card yard sword word world wood wolf golf gulf glove globe stove dove cup cub tub
+    tube cube cuff cliff scarf shark spark park bark barn yarn corner change chance charge remote remove room broth
+    winner winter painter printer singer finger hammer hamper ladder lather
+"""
+
+
+@BOTH_WORLDS
+def test_words_of_english_are_never_corrected(variant: Variant) -> None:
+    for word in _ENGLISH.split():
+        assert corrected(word, variant) == word
+
+
+def test_word_that_is_not_surely_misspelt_gets_a_suggestion() -> None:
+    (warning,) = read_prompt("an olephant on white", PLAIN).warnings
+    assert warning == "nano does not know olephant (did you mean elephant?); klein-mcp pull klein-4b"
+    (warning,) = read_prompt("a boxx on white", PLAIN).warnings
+    assert warning == "nano does not know boxx; klein-mcp pull klein-4b"
+
+
+@BOTH_WORLDS
+@pytest.mark.parametrize(
+    ("prompt", "text"),
+    [
+        ("a cat", "a cat on a white background"),
+        ("a cat on the left.", "a cat on the left on a white background"),
+        ("draw a red star", "draw a red star on a white background"),
+        ("a house", "a house on a blue background"),
+        ("a white circle and a dog", "a white circle and a dog on a blue background"),
+        ("a cat on a red star", "a cat on a red star on a white background"),
+        ("a dog in the mountains", "a dog in the mountains on a white background"),
+    ],
+)
+def test_new_image_without_a_background_gets_a_plain_one(variant: Variant, prompt: str, text: str) -> None:
+    assert read_prompt(prompt, variant, new=True).text == text
+    assert read_prompt(prompt, variant).text == prompt
+
+
+@BOTH_WORLDS
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        "a cat in the snow",
+        "a cat at night",
+        "a cat under the stars",
+        "a cat on grass",
+        "a cat on blue",
+        "a cat with a red background",
+        "in a meadow, a cat",
+        "add a cat on the left",
+        "something else entirely",
+    ],
+)
+def test_named_backgrounds_and_edits_get_no_other(variant: Variant, prompt: str) -> None:
+    assert read_prompt(prompt, variant, new=True).text == prompt
+
+
+def test_background_that_only_some_models_know_is_a_background_there() -> None:
+    for prompt in ("a cat on the floor", "a cat among trees", "a rocket in space"):
+        assert read_prompt(prompt, LARGER, new=True) == Reading(prompt)
+
+
+CROWD = "an apple, a banana, a pizza, a dog and a cat on a green background"
+
+
+@pytest.mark.parametrize(("variant", "most"), [(PLAIN, "three"), (LARGER, "four")])
+def test_more_things_than_it_paints_cause_one_warning(variant: Variant, most: str) -> None:
+    assert read_prompt(CROWD, variant, new=True) == Reading(CROWD, (f"nano paints at most {most} things; name fewer",))
+
+
+def test_things_are_counted_by_their_numbers_and_only_if_new() -> None:
+    assert read_prompt("two cats and three dogs on white", LARGER).warnings
+    assert not read_prompt("two cats and two dogs on white", LARGER).warnings
+    assert not read_prompt("a cat, a dog, a star and a heart among trees", LARGER).warnings
+    assert not read_prompt("replace the cat, the dog, the apple and the heart with a star", PLAIN).warnings
+
+
+@BOTH_WORLDS
+@pytest.mark.parametrize(
+    ("prompt", "example"),
+    [
+        ("make it smaller", 'it: "make the circle smaller"'),
+        ("make it red", 'it: "make the circle red"'),
+        ("turn it into a cat", 'it: "turn the circle into a cat"'),
+        ("Remove it.", 'it: "Remove the circle"'),
+    ],
+)
+def test_edit_of_it_asks_for_the_thing(variant: Variant, prompt: str, example: str) -> None:
+    assert read_prompt(prompt, variant).warnings == (f"name the thing instead of {example}",)
+
+
+@pytest.mark.parametrize("prompt", ["put it in the snow", "give it a green background", "put it on a red background"])
+def test_it_may_stand_for_the_scene_before_a_background(prompt: str) -> None:
+    assert read_prompt(prompt, PLAIN) == Reading(prompt)
+
+
+@pytest.mark.parametrize("prompt", ["add a red heart", "add a cat", "put a cat", "please place a star"])
+def test_thing_to_add_without_a_place_asks_for_one(prompt: str) -> None:
+    assert read_prompt(prompt, PLAIN).warnings == ('say where, such as "on the left" or "at the top"',)
+    assert not read_prompt(f"{prompt} at the top", PLAIN).warnings
+
+
+@pytest.mark.parametrize(
+    "prompt", ["add a cat beside the dog", "add a hat on the dog", "put a cat in place of the dog", "draw a cat on red"]
+)
+def test_relations_and_replacements_are_places(prompt: str) -> None:
+    assert not read_prompt(prompt, PLAIN, new=prompt.startswith("draw")).warnings
+
+
+@pytest.mark.parametrize(
+    ("prompt", "plain", "larger"),
+    [
+        ("a dog in the forest", "a dog in the meadow", "a dog in the forest"),
+        ("a dog in the jungle", "a dog in the meadow", "a dog in the forest"),
+        ("a dog in the park", "a dog in the meadow", "a dog in the meadow"),
+        ("a dog in the garden", "a dog in the meadow", "a dog in the meadow"),
+        ("a dog on the beach", "a dog on the sand", "a dog on the beach"),
+        ("a sailboat on the lake", "a sailboat on the sea", "a sailboat on the sea"),
+        ("change the background to a forest", "change the background to a meadow", "change the background to a forest"),
+    ],
+)
+def test_grounds_are_read_as_grounds_not_as_things(prompt: str, plain: str, larger: str) -> None:
+    assert read_prompt(prompt, PLAIN) == Reading(plain)
+    assert read_prompt(prompt, LARGER) == Reading(larger)
+
+
+def test_ground_without_a_known_one_is_named() -> None:
+    (warning,) = read_prompt("a dog in the city", PLAIN).warnings
+    assert "does not know city" in warning
+
+
+@BOTH_WORLDS
+@pytest.mark.parametrize(
+    ("prompt", "text"),
+    [
+        ("I would like a green background instead of the yellow one", "make the background green"),
+        ("I want a dog instead of the cat", "replace the cat with a dog"),
+        ("put a dog instead of the cat", "replace the cat with a dog"),
+        ("make the circle red instead of blue", "make the circle red"),
+        ("Can you please remove the cat?", "remove the cat"),
+        ("I'd like you to make the background green.", "make the background green"),
+        ("please give me a cat on blue", "a cat on blue"),
+        ("I need to see a cat on blue", "a cat on blue"),
+        ("Hello, could you add a cat on the left", "add a cat on the left"),
+    ],
+)
+def test_polite_openings_are_left_out(variant: Variant, prompt: str, text: str) -> None:
+    assert read_prompt(prompt, variant) == Reading(text)
+
+
+def test_rest_of_unknown_words_is_counted_in_right_grammar() -> None:
+    named = "nano does not know qa, qb, qc, qd and"
+    assert read_prompt("a cat with qa qb qc qd qe", PLAIN).warnings == (
+        f"{named} 1 more word; klein-mcp pull klein-4b",
+    )
+    assert read_prompt("a cat with qa qb qc qd qe qf", PLAIN).warnings[0].startswith(f"{named} 2 more words;")
+
+
+@BOTH_WORLDS
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        "ein Hund auf einer Wiese",
+        "Ein Elefant im Schnee",
+        "mach den Hintergrund grün",
+        "une pomme sur un fond bleu",
+        "un gato rojo en la nieve",
+        "собака на траве",
+        "一只猫在草地上",
+    ],
+)
+def test_other_languages_get_one_line(variant: Variant, prompt: str) -> None:
+    line = "nano reads English: translate the prompt, or klein-mcp pull klein-4b"
+    assert read_prompt(prompt, variant, new=True) == Reading(prompt, (line,))
+
+
+@pytest.mark.parametrize(
+    "prompt", ["a piñata in the style of Miró", "vintage steampunk airship", "a dog in Los Angeles"]
+)
+def test_unknown_words_of_english_are_no_other_language(prompt: str) -> None:
+    (warning,) = read_prompt(prompt, PLAIN).warnings
+    assert "does not know" in warning
+
+
+@pytest.mark.parametrize(
+    "prompt", ["x" * 4000, "red " * 1000, "fluffy " * 500 + "cat", "image 1," * 450, "bleo " * 800]
+)
+def test_endless_prompt_is_read_at_once(prompt: str) -> None:
+    start = time.process_time()
+    read_prompt(prompt, LARGER, new=True)
+    assert time.process_time() - start < 1  # 0.1 observed
+
+
+def test_practised_sentences_are_read_as_they_are() -> None:
+    """Except for capitals, full stops and "a orange", which nano practised too."""
+    sampler = PromptSampler("reading")
+    for task in ("generate", "edit"):
+        for _ in range(100):
+            prompt = training_prompts(sampler, task).prompt
+            reading = read_prompt(prompt, LARGER, new=task == "generate")
+            assert reading.warnings == ()
+            assert _typed(reading.text) == _typed(prompt)
+
+
+def _typed(text: str) -> str:
+    return " ".join(text.lower().rstrip(". ").replace("a orange", "an orange").replace("blue sky", "sky").split())
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        "the cat from image 1, the dog from image 2, the car from image 3 and the hat from image 4 on red",
+        "the cat from image 1, the dog from image 2 and the car from image 3 in a row on red",
+    ],
+)
+def test_references_whose_places_are_clear_get_no_others(prompt: str) -> None:
+    assert read_prompt(prompt, LARGER) == Reading(prompt)
 
 
 # On nano

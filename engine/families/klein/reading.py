@@ -5,32 +5,41 @@ A model that knows more words than could be listed gets every prompt unchanged.
 """
 
 import re
-import unicodedata
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import pairwise
 
+from engine.families.klein.counting import unknown_numbers, without_amounts
+from engine.families.klein.reading_warnings import foreign, unknown, warnings_of
+from engine.families.klein.spelling import corrected
 from engine.families.klein.synonyms import (
-    ALTERNATIVES,
-    BOTH,
     COLOUR_NAMES,
     CONSTRAINTS,
     FILLERS,
     GROUNDS,
     NEGATIONS,
-    NO_STEMS,
     NUMBERS,
     RELATED,
     SYNONYMS,
     VERBS,
 )
 from engine.families.klein.variants import Variant
+from engine.families.klein.vocabulary import (
+    ARTICLES,
+    SIZES,
+    WORD,
+    alternatives,
+    is_foreign,
+    is_known,
+    known_form,
+    names_thing,
+    plural,
+    singulars,
+    unknown_words,
+)
 
 _HEX = re.compile(r"#[0-9A-Fa-f]{3,8}\b ?")
 _RELATIVE = re.compile(r"\b(?:that|which|who)(?: is| are|['’]s) ", re.IGNORECASE)
 """What joins a thing to its place or posture, as in "a cat that is sitting on grass"."""
-_WORD = re.compile(r"(?<!\d)[^\W\d_]+(?:['’-][^\W\d_]+)*")
-"""Not the letters behind a number, as in "4k"."""
 _SENTENCE = re.compile(r"[^.!?;\n]+[.!?;\n]*")
 _BEGINS = "|".join(re.escape(begin) for begin in CONSTRAINTS) + (
     r"|the (?:light|shadow)(?=\s+(?:and|or|of|in|from|is|should|must|stays?|remains?)\b|\s*[,.;!?]|\s*\Z)"
@@ -67,28 +76,25 @@ _FROM = r"the [^,.;]+? (?:from|in|of) image \d"
 _PLACED = r"(?:(?:on|to|at|in) the (?:left|right|top|bottom|middle|center)|above|below)"
 _THREE = re.compile(rf"({_FROM}), ({_FROM}),? and ({_FROM})\b(?! {_PLACED})", re.IGNORECASE)
 """Three references in a list without places, of which a small model loses the first."""
-_NUMBERS = "|".join(sorted(NUMBERS))
-_GROUP = r"(?:an? )?(?:pair|couple|dozen|group|bunch|flock|herd|lots)(?: of)?"
-_NUMBER = rf"(?<!image )\b(?:{_NUMBERS}|{_GROUP}|\d{{1,4}})"
-_COUNTED = re.compile(rf"({_NUMBER})\s+(?:(?!(?:{_NUMBERS})\b)[^\W\d_]+\s+){{0,2}}?([^\W\d_]+s)\b(?!:)", re.IGNORECASE)
-"""A number, and what it counts. "three objects: a cat, a dog and a car" names each."""
-_AMOUNT = re.compile(rf"(?<!image )\b({_GROUP}|\d{{1,4}})\s+(?=(?:[^\W\d_]+\s+){{0,3}}?([^\W\d_]+s)\b)", re.IGNORECASE)
-"""A number that is no single word."""
-_ANY_THING = "object"
-"""What small models know as any thing, of those that are in the image already."""
-_BIG = re.compile(r"(?<!\bthe )\b(?:big|large|huge)\b", re.IGNORECASE)
-_NESTED = re.compile(r"\b(?:inside|within|around)\b|\bin (?:an? |the )?(?:big|large|huge)\b", re.IGNORECASE)
-"""What stands for one thing inside another, which is always big."""
-_WORD_OF = {"2": "two", "3": "three", "4": "four", "couple": "two"}
-"""Numbers that a small model may know as a word. nano's sentences count to four."""
-_REPLACES = re.compile(r"\s*(?:please )?(?:replace|swap|turn|change)\b", re.IGNORECASE)
-NEAREST = 3
-"""Number of known nouns that are suggested for an unknown one."""
-MOST_NAMED = 4
-"""Number of unknown words that a warning names."""
-
-LONGEST_NAMED = 32
-"""Letters: of a longer unknown word a warning names the beginning."""
+_ARRANGED = re.compile(r"image \d,[^,]*image \d,[^,]*image \d,? and\b|\b(?:row|corners|left to right)\b", re.IGNORECASE)
+"""A list of four references, or one that says how they stand."""
+_POLITE = re.compile(
+    r"(\A\s*|[.!?]\s+)(?:(?:hi|hello|hey|please)\b,?\s+)*"
+    r"(?:i(?: would|['’]d) (?:like|love)|i (?:want|need|wish)(?: for)?|(?:can|could|would|will) you|give me)\b"
+    r"(?:,?\s+(?:please|kindly|you|to|have|see|get)\b)*,?\s+",
+    re.IGNORECASE,
+)
+"""What a request may begin with: "I would like to see a cat", "could you please remove the cat"."""
+_INSTEAD = re.compile(r" instead(?: of [^.,;!?]+)?(?=[.,;!?]|\s*\Z)", re.IGNORECASE)
+_SWAP = re.compile(
+    r"\s*(?:(?:add|put|paint|draw|use) )?(?P<new>an? [^.,;]+?) instead of (?P<old>the [^.,;]+?)\s*[.!?]?\s*",
+    re.IGNORECASE,
+)
+"""A thing that another shall become: "a dog instead of the cat"."""
+MOST_ADJECTIVES = 6
+"""Adjectives before a thing that are left out."""
+_PLAIN_GROUNDS = ("white", "blue", "green", "yellow", "gray")
+"""Backgrounds for a prompt that names none, the first that stands out from its things."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,46 +108,67 @@ class Reading:
     warnings: tuple[str, ...] = ()
 
 
-def read_prompt(prompt: str, variant: Variant) -> Reading:
-    """Return the prompt in the variant's words, unchanged if it lists none."""
+def read_prompt(prompt: str, variant: Variant, *, new: bool = False) -> Reading:
+    """Return the prompt in the variant's words, unchanged if it lists none.
+
+    new: whether the image is painted from words alone, without a reference.
+    """
     if not variant.words:
         return Reading(prompt)
+    if is_foreign(prompt, variant):
+        return Reading(prompt, (foreign(variant),))
     # A hex code is not a word; its letters must not be read as some.
-    plain = _without_amounts(_PLUS.sub("and ", _RELATIVE.sub("", _HEX.sub("", prompt))), variant)
+    spelt = corrected(_POLITE.sub(r"\1", _HEX.sub("", prompt)), variant)
+    asked = _INSTEAD.sub("", spelt if new else _as_edit(spelt, variant))
+    plain = without_amounts(_PLUS.sub("and ", _RELATIVE.sub("", asked)), variant)
     sentences = [_Sentence.of(text, variant) for text in _sentences(plain)]
     kept = [sentence for sentence in sentences if sentence.is_understood] or sentences[:1]
     text = " ".join(sentence.text for sentence in kept)
     if len(sentences) > len(kept) or len(kept) == 1:
-        text = text.rstrip(" .!;")
-    warnings = (
-        *_unknown(" ".join(sentence.text for sentence in sentences), variant),
-        *_own_colours(text, variant),
-        *_counts(prompt, variant),
-        *_big_beside_another(text, variant),
-        *_several_changes(text, variant),
-    )
-    text = _THREE.sub(r"\1 on the left, \2 in the middle and \3 on the right", _without_distractions(text, variant))
+        text = text.rstrip(" .!?;")
+    named = list(dict.fromkeys(word for sentence in sentences for word in sentence.unknown_words))
+    warnings = (*unknown(named, variant), *unknown_numbers(spelt, variant), *warnings_of(text, variant, new=new))
+    text = _without_distractions(text, variant)
+    if not _ARRANGED.search(text):
+        text = _THREE.sub(r"\1 on the left, \2 in the middle and \3 on the right", text)
+    if new:
+        text = _with_ground(text, variant)
     return Reading(prompt if _plain(text) == _plain(prompt) else text, warnings)
 
 
-def unknown_words(text: str, variant: Variant) -> list[str]:
-    """Return the words the variant does not know, in order, without repeats.
+def _as_edit(prompt: str, variant: Variant) -> str:
+    """Return "a dog instead of the cat" as an edit."""
+    if not (match := _SWAP.fullmatch(prompt)):
+        return prompt
+    if ground := re.fullmatch(rf"an? ({alternatives(variant.colours)}) background", match["new"], re.IGNORECASE):
+        return f"make the background {ground[1]}"
+    return f"replace {match['old']} with {match['new']}"
 
-    The list is empty if the variant lists no words.
+
+def _with_ground(text: str, variant: Variant) -> str:
+    """Add a plain background to things without one.
+
+    Small models practised sentences with one, and paint a murky one without.
     """
-    if not variant.words:
-        return []
-    words = (word.lower() for word in _WORD.findall(text))
-    emoji = (symbol for symbol in text if unicodedata.category(symbol) == "So")
-    return list(dict.fromkeys(word for word in (*words, *emoji) if not _is_known(word, variant)))
+    words = WORD.findall(text.lower().removeprefix("please "))
+    things = [form for word in words for form in (word, *singulars(word)) if names_thing(form, variant)]
+    edits = words[:1] and words[0] in VERBS and words[0] not in ("make", "paint")
+    if not things or edits or "background" not in variant.words or _names_ground(text, variant):
+        return text
+    taken = {*words, *(colour for thing in things for colour in variant.nouns.get(thing, ()))}
+    ground = next((colour for colour in _PLAIN_GROUNDS if colour in variant.colours and colour not in taken), "")
+    return f"{text.rstrip(' .,!;')} on a {ground} background" if ground else text
+
+
+def _names_ground(text: str, variant: Variant) -> bool:
+    """Return whether a text names a background: "in the snow", "on blue"."""
+    on_colour = rf"(?:on|against|in front of) (?:plain )?(?:{alternatives(variant.colours)})\b(?! {_thing(variant)}\b)"
+    grounds = "|".join(("background", r"image \d", "under the stars", "among trees", *sorted(GROUNDS & variant.words)))
+    return re.search(rf"\b(?:{on_colour}|(?:{grounds})\b)", text, re.IGNORECASE) is not None
 
 
 def _plain(text: str) -> str:
     return " ".join(text.split()).rstrip(".")
-
-
-def _is_known(word: str, variant: Variant) -> bool:
-    return all(part in variant.words for part in re.split("['’-]", word))
 
 
 def _sentences(prompt: str) -> Iterator[str]:
@@ -156,7 +183,7 @@ def _sentences(prompt: str) -> Iterator[str]:
         if text != sentence:
             text = re.sub(r"^(?:[\s,;]|\b(?:and|but|then|just)\b)+", "", text)
             text = re.sub(r"(?:[\s,.;!?]|\b(?:and|but|with|in|on))+$", "", text) + "."
-        if _WORD.search(text):
+        if WORD.search(text):
             left = True
             yield " ".join(text.split())
     if not left:
@@ -168,11 +195,13 @@ class _Sentence:
     """A sentence in known words as far as possible.
 
     known, unknown: how many of its meaningful words are known and unknown.
+    unknown_words: those to be named, with the adjectives that are left out.
     """
 
     text: str
     known: int
     unknown: int
+    unknown_words: tuple[str, ...]
 
     @property
     def is_understood(self) -> bool:
@@ -183,45 +212,41 @@ class _Sentence:
         pieces, end, known, unknown = [], 0, 0, 0
         determined = False  # whether the previous word is an article or belongs to the same noun phrase
         counted = False  # whether a number stands before it
-        words = list(_WORD.finditer(text))
+        words = list(WORD.finditer(text))
         for i, match in enumerate(words):
             before = words[i - 1][0].lower() if i else ""
             behind = words[i + 1][0] if i + 1 < len(words) else ""
-            as_thing = _names_thing(before, behind, variant)
-            lower, word = match[0].lower(), _known_form(match[0], variant, as_thing=as_thing)
+            as_thing = _stands_for_thing(before, behind, variant)
+            lower, word = match[0].lower(), known_form(match[0], variant, as_thing=as_thing)
             pieces.append(text[end : match.start()])
             end = match.end()
-            if lower in FILLERS | NUMBERS and not _is_known(lower, variant):
+            shade = lower in _SHADES and behind.lower() in variant.colours
+            if (lower in FILLERS | NUMBERS or shade) and not is_known(lower, variant):
                 continue
             if word is not None and word.lower() != lower and _is_plural(lower, word.lower(), variant):
-                several = _plural(word.lower(), variant) if counted else ""
+                several = plural(word.lower(), variant) if counted else ""
                 word = several or (word if determined else f"a {word}")
             pieces.append(match[0] if word is None else word)
             unknown += word is None
             known += word is not None and _says_something(word, variant)
-            determined = word is not None and word.lower() in (*_ARTICLES, *_SIZES, *variant.colours)
+            determined = word is not None and word.lower() in (*ARTICLES, *SIZES, *variant.colours)
             counted = lower in NUMBERS or (counted and determined)
         plain = re.sub(r"\s+([,.!?;])", r"\1", " ".join("".join([*pieces, text[end:]]).split()))
-        return cls(_without_adjectives(_with_articles(plain), variant), known, unknown)
+        named = tuple(unknown_words(plain, variant))
+        return cls(_without_adjectives(_with_articles(plain), variant), known, unknown, named)
 
 
-def _names_thing(before: str, behind: str, variant: Variant) -> bool:
+def _stands_for_thing(before: str, behind: str, variant: Variant) -> bool:
     """Return whether a word between these names a thing, no colour."""
-    if before and before not in (*_ARTICLES, *_SIZES, *NUMBERS, *variant.colours):
+    if before and before not in (*ARTICLES, *SIZES, *NUMBERS, *variant.colours):
         return False
-    following = _known_form(behind, variant) if behind else None
+    following = known_form(behind, variant) if behind else None
     return (following or "").lower() not in (*variant.nouns, *variant.shapes, "background")
 
 
 def _is_plural(word: str, known: str, variant: Variant) -> bool:
     """Return whether a plural was replaced by a singular."""
-    return word.endswith("s") and not known.endswith("s") and (known in variant.nouns or known in variant.shapes)
-
-
-def _plural(word: str, variant: Variant) -> str:
-    """Return the plural if the model knows it, else ""."""
-    forms = (f"{word}s", f"{word}es", f"{word[:-1]}ies")
-    return next((form for form in forms if form in variant.words), "")
+    return word.endswith("s") and not known.endswith("s") and names_thing(known, variant)
 
 
 def _says_something(word: str, variant: Variant) -> bool:
@@ -232,38 +257,12 @@ def _says_something(word: str, variant: Variant) -> bool:
     return word.lower().removeprefix("a ") not in _ANYWHERE
 
 
-_ARTICLES = ("a", "an", "the")
+_SHADES = ("light", "deep")
+"""Words that are left out before a colour alone, unlike those in FILLERS."""
 _NOT = ("no", "not", "neither", "nor", "without")
 """Words that turn a meaning round, and are no adjectives."""
-_SIZES = ("small", "little", "tiny", "big", "large", "huge")
-_ANYWHERE = {*_ARTICLES, "and", "image", "picture", "photo", "side", "one", "it", "me", "its", "is",
+_ANYWHERE = {*ARTICLES, "and", "image", "picture", "photo", "side", "one", "it", "me", "its", "is",
              "of", "in", "on", "at", "to", "from", "with", "by", "for"}  # fmt: skip
-
-
-def _known_form(word: str, variant: Variant, *, as_thing: bool = True) -> str | None:
-    """Return the word as the model knows it, else None.
-
-    as_thing: what a word means that names a thing and a colour.
-    """
-    lower = word.lower()
-    if _is_known(lower, variant):
-        return word if word[0].isupper() and not word.isupper() else lower
-    for form in (lower, *(stem for stem in _singulars(lower) if stem not in NO_STEMS)):
-        verbal = form != lower and lower.endswith(("ing", "ed"))
-        for candidate in (form, *ALTERNATIVES.get(form, ()), SYNONYMS.get(form, "")):
-            if verbal and (candidate in variant.nouns or candidate in variant.shapes):
-                continue  # a fishing boat is no fish
-            if form in BOTH and as_thing == (candidate in variant.colours):
-                continue
-            if candidate in variant.words:
-                return candidate.capitalize() if word[0].isupper() and not word.isupper() else candidate
-    return None
-
-
-def _singulars(word: str) -> Iterator[str]:
-    for ending, stem in (("ies", "y"), ("ves", "f"), ("es", ""), ("s", ""), ("ing", ""), ("ing", "e"), ("ed", "")):
-        if word.endswith(ending) and len(word) > len(ending) + 2:
-            yield word.removesuffix(ending) + stem
 
 
 def _with_articles(text: str) -> str:
@@ -273,23 +272,27 @@ def _with_articles(text: str) -> str:
 
 
 def _without_adjectives(text: str, variant: Variant) -> str:
-    """Remove adjectives that the model cannot use.
+    """Remove unknown words before a known thing.
 
-    These are unknown words before a known thing, and a colour before a thing that has its own.
+    Between them may be its colour: "a striped red circle". The sofa of "make the sofa red" is no adjective.
     """
-    things = variant.nouns.keys() | variant.shapes | variant.colours
-    while True:
-        words = list(_WORD.finditer(text))
-        for word, following in pairwise(words):
-            between = text[word.end() : following.start()]
-            if between.strip(" ,") or following[0].lower() not in things:
-                continue
-            lower = word[0].lower()
-            if lower not in (*RELATED, *_NOT) and not _is_known(lower, variant):
-                text = _with_articles(text[: word.start()] + text[following.start() :])
-                break
-        else:
-            return text
+    thing, colours = _thing(variant), alternatives(variant.colours)
+    adjective = re.compile(
+        rf"\b({WORD.pattern})[ ,]+(?=(?:{thing})\b|(?:(?:{colours}) ){{1,3}}(?:background|{thing})\b)", re.IGNORECASE
+    )
+
+    def drop(match: re.Match[str]) -> str:
+        lower = match[1].lower()
+        return match[0] if lower in (*RELATED, *_NOT) or is_known(lower, variant) else ""
+
+    for _ in range(MOST_ADJECTIVES):
+        text = adjective.sub(drop, text)
+    return _with_articles(text)
+
+
+def _thing(variant: Variant) -> str:
+    """Return a pattern of a thing or several of it."""
+    return rf"(?:{alternatives((*variant.nouns, *variant.shapes))})(?:e?s)?"
 
 
 def _without_distractions(text: str, variant: Variant) -> str:
@@ -301,18 +304,18 @@ def _without_distractions(text: str, variant: Variant) -> str:
     understood = [
         clause
         for clause in clauses
-        if any(_is_known(word.lower(), variant) and _says_something(word, variant) for word in _WORD.findall(clause))
+        if any(is_known(word.lower(), variant) and _says_something(word, variant) for word in WORD.findall(clause))
     ]
     text = ",".join(understood or clauses).strip()
 
     def posture(match: re.Match[str]) -> str:
-        known = _is_known(match[1].lower(), variant) or match[1].lower() in RELATED
+        known = is_known(match[1].lower(), variant) or match[1].lower() in RELATED
         return match[0] if known else ""
 
     text = re.sub(r"\b(\w+ing) (?=(?:on|in|at|under|beside|near|above|below|with|next)\b)", posture, text)
     if not variant.nouns:
         return text
-    colours, nouns = _alternatives(variant.colours), _alternatives(variant.nouns)
+    colours, nouns = alternatives(variant.colours), alternatives(variant.nouns)
 
     def own(match: re.Match[str]) -> str:
         return match[0] if match[1].lower() in variant.nouns[match[2].lower()] else match[2]
@@ -320,112 +323,3 @@ def _without_distractions(text: str, variant: Variant) -> str:
     text = re.sub(rf"\b({colours}) ({nouns})\b", own, text, flags=re.IGNORECASE)
     text = re.sub(rf"\b(?:the |an? )?(?:{colours}) ({'|'.join(GROUNDS)})\b", r"the \1", text, flags=re.IGNORECASE)
     return _with_articles(text)
-
-
-def _alternatives(words: Iterable[str]) -> str:
-    return "|".join(map(re.escape, sorted(words)))
-
-
-def _unknown(text: str, variant: Variant) -> Iterator[str]:
-    """Yield a warning that names unknown words and related known words.
-
-    It also names a remedy.
-    """
-    words = unknown_words(text, variant)
-    if not words:
-        return
-    named = [
-        f"{word} (nearest: {', '.join(near)})" if (near := _nearest(word, variant)) else _shorten(word)
-        for word in words[:MOST_NAMED]
-    ]
-    more = f" and {len(words) - MOST_NAMED} more words" if len(words) > MOST_NAMED else ""
-    yield f"{variant.name} does not know {', '.join(named)}{more}; klein-mcp pull klein-4b"
-
-
-def _shorten(word: str) -> str:
-    """Return a word as a warning names it."""
-    return word if len(word) <= LONGEST_NAMED else f"{word[:LONGEST_NAMED]}…"
-
-
-def _nearest(word: str, variant: Variant) -> list[str]:
-    singular = next((form for form in (word, *_singulars(word)) if form in RELATED), word)
-    return [noun for noun in RELATED.get(singular, ()) if noun in variant.nouns or noun in variant.shapes][:NEAREST]
-
-
-def _counted(things: str, variant: Variant) -> str:
-    """Return the noun or shape of a plural, or "".
-
-    That of objects, which may be anything, is `object`.
-    """
-    # Its plural may be a word of its own: nano has the stars of the night.
-    forms = (form for form in _singulars(things) if form in variant.nouns or form in variant.shapes)
-    known = next(forms, None) or _known_form(things, variant) or ""
-    return known if known in (*variant.nouns, *variant.shapes, _ANY_THING) else ""
-
-
-def _without_amounts(prompt: str, variant: Variant) -> str:
-    """Remove numbers that are not single words, such as "a pair of".
-
-    Those that the model knows as a word become that word.
-    """
-
-    def amount(match: re.Match[str]) -> str:
-        number = _number(match[1])
-        if number in variant.words:
-            return match[0] if number in match[1].lower() else f"{number} "
-        return "" if _counted(match[2].lower(), variant) else match[0]
-
-    return _AMOUNT.sub(amount, prompt)
-
-
-def _number(text: str) -> str:
-    """Return the word that counts: "pair" of "a pair of"."""
-    word = re.sub(r"^an? | of$", "", text.lower())
-    return _WORD_OF.get(word, word)
-
-
-def _counts(prompt: str, variant: Variant) -> Iterator[str]:
-    """Yield a warning for a number of things without a known word."""
-    for match in _COUNTED.finditer(prompt):
-        number, things = _number(match[1]), match[2].lower()
-        known = "" if number in variant.words else _counted(things, variant)
-        if known == _ANY_THING:
-            yield f"{variant.name} paints things that are named, each by its noun: it knows no {number} {things}"
-        elif known:
-            yield f"{variant.name} paints one {known}: it knows no {number}"
-
-
-def _big_beside_another(text: str, variant: Variant) -> Iterator[str]:
-    """Yield a warning for a big thing beside another.
-
-    A small model practised big things alone, and makes a smear of both. "the big dog" is one that is there already.
-    """
-    if not variant.nouns:
-        return
-    things = re.findall(rf"\b(?:{_alternatives((*variant.nouns, *variant.shapes))})\b", text, re.IGNORECASE)
-    nested = "inside" in variant.words and _NESTED.search(text)
-    if len({thing.lower() for thing in things}) > 1 and _BIG.search(text) and not (nested or _REPLACES.match(text)):
-        yield f"{variant.name} paints a big thing well only when it is alone"
-
-
-def _several_changes(text: str, variant: Variant) -> Iterator[str]:
-    """Yield a warning for an instruction that asks for two changes."""
-    verbs = "|".join(VERBS)
-    if re.match(rf"\s*(?:please )?(?:{verbs})\b.*\b(?:and|then) (?:{verbs})\b", text, re.IGNORECASE | re.DOTALL):
-        yield f"{variant.name} makes one change at a time: give a list of prompts"
-
-
-def _own_colours(text: str, variant: Variant) -> Iterator[str]:
-    """Yield a warning for each colour requested for a fixed-colour thing."""
-    if not variant.nouns:
-        return
-    colours, nouns = _alternatives(variant.colours), _alternatives(variant.nouns)
-    before = re.compile(rf"\b(?P<colour>{colours}) (?P<noun>{nouns})\b", re.IGNORECASE)
-    behind = re.compile(
-        rf"\b(?:make|turn|paint|color|change) (?:the color of )?the (?P<noun>{nouns}) (?:to )?(?P<colour>{colours})\b",
-        re.IGNORECASE,
-    )
-    for match in (*before.finditer(text), *behind.finditer(text)):
-        noun, colour = match["noun"].lower(), match["colour"].lower()
-        if colour not in variant.nouns[noun]:
-            yield f"{variant.name} paints every {noun} in its own colours; {colour} is ignored"

@@ -80,7 +80,8 @@ SYNONYMS: dict[str, str] = {
         "night": "nighttime midnight",
         "snow": "snowy",
         "sunset": "dusk sundown evening",
-        "forest": "woodland jungle",
+        "street": "road",
+        "room": "kitchen bedroom",
         "space": "cosmos galaxy universe",
         # sizes and places
         "big": "enormous giant gigantic massive",
@@ -124,10 +125,14 @@ ALTERNATIVES: dict[str, tuple[str, ...]] = {
     "tulip": ("flower",),
     "lemon": ("yellow",),
     "chocolate": ("brown",),
-    "forest": ("trees", "tree"),
-    "beach": ("sand",),
+    "beach": ("sand", "desert"),
+    "shore": ("beach", "sand", "desert"),
+    "coast": ("beach", "sand", "desert"),
+    "seaside": ("beach", "sand", "desert"),
     "lake": ("sea", "ocean"),
     "lawn": ("grass",),
+    **dict.fromkeys(("forest", "woods", "woodland", "jungle", "rainforest"), ("forest", "meadow", "grass")),
+    **dict.fromkeys(("park", "garden", "yard", "pasture", "prairie", "countryside"), ("meadow", "grass")),
     "water": ("ocean",),
 }
 """Words that can be read in more than one way, nearest first."""
@@ -198,7 +203,8 @@ NUMBERS = frozenset(_NUMBERS.split())
 """Words in place of an article, for which a small model may know no plural."""
 
 _GROUNDS = """
-    grass lawn meadow field desert sand beach ocean sea water night sky snow sunset
+    grass lawn meadow field desert sand beach shore ocean sea water night sky snow winter sunset forest woods room
+    floor space city town street
 """
 GROUNDS = frozenset(_GROUNDS.split())
 """Grounds that a small model knows in one colour alone, if it knows them."""
@@ -243,3 +249,41 @@ _BOTH = """
 """
 BOTH = frozenset(_BOTH.split())
 """Words for a thing and its colour. "a lemon" is a thing, "a lemon star" has a colour."""
+
+_OFTEN_MISSPELT = """
+    background picture drawing painting corner center middle bottom right between bigger smaller larger change delete
+    enlarge remove replace shrink grass desert ocean night sunset forest beach meadow winter
+"""
+OFTEN_MISSPELT = frozenset(_OFTEN_MISSPELT.split())
+"""Words besides things and colours that a misspelt word is compared with."""
+
+_LOOK_ALIKES = """
+    airline airplay align ambiance ambience ample apply back backtrack bandana baseball basset bead beech bench
+    binder bitterly blackjack blank bleach blown boost borne brawn breach break bream bred breed broad brook brow
+    brows bucked burner buttery came cameo canter carb caste cattle cellophane chai chain chance char charge cheery
+    cheesy chock choir clack clever click cloak closer clout clove cloves clown cluck commuter compute computed
+    cornea corned cornet coroner cover crag crass cress crib criss crock crocs crops crowd crude defer deplete deter
+    donor dont dragoon dregs droop ducking duress elegant fibre flamenco flaming flask flowed foothill frock frond
+    gary glass glebe glove grabs graces grades grads grams grape graphs grasp grate grater graves gravy greed greek
+    greet gripe gross hamper hart hear heard hears heat hoarse horde hose hummer lager lander larder lightening
+    lighting locomotion loin manga mange meddle money mono moose moron morse muddle muse nigh panting peace perch
+    phonograph phony piazza poach pointing popper preach primer printer printing prone psalm rabbi rabbis racket
+    remote rocked rocker root roster rouse sail sake sawn scissor seep shack shake shank shard share sheen sheer
+    sheet shied shire shit shock short showman shrank shriek shrine shrunk sitar skill skirt sleep slider smock
+    snare snarl spake spark squad squire stag stair stake stark steep stock subclass subset swain sweep swore sworn
+    tangle telephony telephoto tenet tier toddy track trail trait traitor tress trick truce trumped trunk tuck wale
+    whaler whine whit widow winder winger winner write
+"""
+LOOK_ALIKES = frozenset(_LOOK_ALIKES.split())
+"""Words of English that a known word is one or two letters from. They are never corrected."""
+
+_ENGLISH = "the of with and at from is are my this that"
+ENGLISH = frozenset(_ENGLISH.split())
+"""Words that tell English from its neighbours. "a", "an", "in" and "on" are words of others too."""
+
+_FOREIGN = """
+    ein eine einen einem einer eines der das dem den und auf im mit un une le les des du et sur dans avec el en con
+    sobre una il di het een op em com uma
+"""
+FOREIGN = frozenset(_FOREIGN.split())
+"""Short words of German, French, Spanish, Italian, Dutch and Portuguese that English does not have."""
