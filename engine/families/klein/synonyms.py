@@ -269,7 +269,7 @@ _LOOK_ALIKES = """
     lighting locomotion loin manga mange meddle money mono moose moron morse muddle muse nigh panting peace perch
     phonograph phony piazza poach pointing popper preach primer printer printing prone psalm rabbi rabbis racket
     remote rocked rocker root roster rouse sail sake sawn scissor seep shack shake shank shard share sheen sheer
-    sheet shied shire shit shock short showman shrank shriek shrine shrunk sitar skill skirt sleep slider smock
+    sheet shied shire shock short showman shrank shriek shrine shrunk sitar skill skirt sleep slider smock
     snare snarl spake spark squad squire stag stair stake stark steep stock subclass subset swain sweep swore sworn
     tangle telephony telephoto tenet tier toddy track trail trait traitor tress trick truce trumped trunk tuck wale
     whaler whine whit widow winder winger winner write
