@@ -25,7 +25,7 @@ def test_paints_the_official_picture(
     assert worst <= 1
 
 
-@pytest.mark.parametrize("name", ["edit, one reference of odd size", "base, guidance 4 with a reference"])
+@pytest.mark.parametrize("name", ["compose, three references", "base, guidance 4 with a reference"])
 def test_the_command_line_paints_it_too(
     name: str,
     toy: Callable[[str], Path],
