@@ -23,7 +23,7 @@ from engine.contract import BadWeights
 from engine.families.klein import components
 from engine.families.klein.components import QuantPolicy
 from engine.families.klein.transformer import Transformer
-from engine.memory.device import Device, multiplies_fp4, multiplies_fp8
+from engine.memory.device import Device, multiplies_fp4
 from tests.engine import published
 from tests.engine.peak import Peak
 
@@ -466,18 +466,6 @@ def test_metal_gets_dequantised_weights_because_it_lacks_fp8(kind: str, file: Pa
     assert quant.memory_scheme(None, "fp8", torch.device("mps")) is None
     list(part.load(CPU))
     assert not any(parameter.is_meta for parameter in part.module.parameters())
-
-
-def test_fp8_is_native_from_ada_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    cuda = torch.device("cuda")
-    for capability, native in (((8, 0), False), ((8, 6), False), ((8, 9), True), ((9, 0), True), ((12, 0), True)):
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, c=capability: c)
-        assert multiplies_fp8(cuda) is native
-        linear = nn.Linear(128, 128, bias=False, device="meta")
-        with torch.device("meta"):
-            assert quant.MEMORY_SCHEMES["fp8"].make(linear, cuda, full_precision=False).native is native  # type: ignore[union-attr]
-            assert quant.MEMORY_SCHEMES["fp8"].make(linear, cuda, full_precision=True).native is False  # type: ignore[union-attr]
-    assert not multiplies_fp8(torch.device("cpu"))
 
 
 def test_quantised_layer_uses_the_memory_of_its_codes(bfl: dict[str, Tensor]) -> None:

@@ -5,6 +5,7 @@ Converters also write a scale a row, [out] or [out, 1].
 """
 
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -59,17 +60,41 @@ def _by_rows(codes: Tensor, scale: Tensor) -> tuple[tuple[Tensor, ...], tuple[Te
     return codes.split(_ROWS), scale.expand(codes.shape[0], 1).split(_ROWS)
 
 
+@lru_cache
+def multiplies(device: torch.device, *, by_rows: bool) -> bool:
+    """Return whether the device multiplies natively, by trying one product.
+
+    by_rows: with a scale for each row. torch's wheels for Windows are built without that kernel.
+    """
+    if not multiplies_fp8(device):
+        return False
+    weight, x = (torch.randn(128, 64, dtype=torch.bfloat16, device=device) for _ in range(2))
+    stored = encode(weight) if by_rows else encode(weight) | {"input_scale": _scale(x)}
+    layer = Fp8Linear(64, 128, native=True)
+    layer.load_tensors(stored)
+    codes, scale = quantise_rows(x, layer.input_scale)
+    wanted = F.linear(codes.float() * scale, decode(stored, torch.float32))
+    try:
+        return bool((layer(x).float() - wanted).norm() < 0.02 * wanted.norm())
+    except RuntimeError:
+        return False
+
+
 class Fp8Linear(QuantLinear):
-    """A linear layer whose weights stay in fp8."""
+    """A linear layer whose weights stay in fp8.
+
+    by_rows: a native product may have a scale for each row. Without it a layer that needs one widens its weights.
+    """
 
     scheme = "fp8"
     weight: Tensor
     weight_scale: Tensor
     input_scale: Tensor | None
 
-    def __init__(self, in_features: int, out_features: int, *, native: bool = False) -> None:
+    def __init__(self, in_features: int, out_features: int, *, native: bool = False, by_rows: bool = True) -> None:
         super().__init__()
         self.in_features, self.out_features, self.native = in_features, out_features, native
+        self._by_rows = by_rows
         self.register_buffer("weight", torch.empty(out_features, in_features, dtype=CODE))
         self.register_buffer("weight_scale", torch.empty(out_features if native else (), dtype=torch.float32))
         self.register_buffer("input_scale", None)
@@ -81,6 +106,8 @@ class Fp8Linear(QuantLinear):
         self.weight_scale = scale.reshape(()) if scale.numel() == 1 else scale.reshape(-1)
         input_scale = tensors.get("input_scale")
         self.input_scale = None if input_scale is None else input_scale.float().reshape(())
+        if self.input_scale is None or self.weight_scale.ndim:
+            self.native = self.native and self._by_rows
         if self.native and self.input_scale is None:
             # A product with a scale for each row of its input wants one for each output too. Made once, not each time.
             self.weight_scale = self.weight_scale.expand(self.out_features).contiguous()
@@ -146,8 +173,9 @@ class _Fp8:
         return True
 
     def make(self, layer: nn.Linear, device: torch.device, *, full_precision: bool) -> QuantLinear:
-        native = multiplies_fp8(device) and not full_precision
-        return Fp8Linear(layer.in_features, layer.out_features, native=native)
+        native = not full_precision and multiplies(device, by_rows=False)
+        by_rows = native and multiplies(device, by_rows=True)
+        return Fp8Linear(layer.in_features, layer.out_features, native=native, by_rows=by_rows)
 
     def keeps(self, stored: StoredWeight) -> bool:
         return stored.scheme is self and stored.entries["weight"].storage_dtype == "F8_E4M3"

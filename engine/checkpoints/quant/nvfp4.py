@@ -17,10 +17,11 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from engine.checkpoints.files.header import Entry
+from engine.checkpoints.quant import fp8
 from engine.checkpoints.quant.checks import FLOATS, check_scale, check_weight
 from engine.checkpoints.quant.scheme import Marker, QuantLinear, StoredWeight
 from engine.contract import BadWeights
-from engine.memory.device import multiplies_fp4, multiplies_fp8
+from engine.memory.device import multiplies_fp4
 
 VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 """Of the low three bits of a nibble; the fourth is the sign."""
@@ -234,7 +235,7 @@ class _Nvfp4:
             return None
         # Widening four bits at every step costs more than it saves where fp8 is multiplied natively, and packing the
         # activations, on Blackwell, is not yet one kernel. A user who lacks the memory for fp8 asks for nvfp4.
-        return "fp8" if multiplies_fp8(device) else self.name
+        return fp8.SCHEME.name if fp8.multiplies(device, by_rows=True) else self.name
 
     def encode(self, weight: Tensor) -> dict[str, Tensor]:
         return encode(weight)
