@@ -7,7 +7,7 @@ import functools
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -25,10 +25,14 @@ next, since images differ: of twelve trials beside a training, on two cores of a
 
 @dataclass(frozen=True, slots=True)
 class Device:
-    """A device to compute on and the number format to compute in."""
+    """A device to compute on and the number format to compute in.
+
+    passed_over: why a GPU that is there was not chosen, "" without one.
+    """
 
     device: torch.device
     dtype: torch.dtype
+    passed_over: str = field(default="", compare=False)
 
     @classmethod
     def choose(cls, device: str | None = None, dtype: str | None = None) -> "Device":
@@ -36,14 +40,15 @@ class Device:
 
         Raises InvalidJob for a device or format that this machine lacks.
         """
-        where = torch.device(_device(device))
+        name, passed_over = _device(device)
+        where = torch.device(name)
         if where.type == "cuda":
             # Some of torch's functions refuse a GPU without its number.
             where = torch.device("cuda", where.index or 0)
         make_current(where)
         if dtype is not None and dtype not in DTYPES:
             raise InvalidJob(f"dtype is {dtype!r}; allowed: {', '.join(DTYPES)}.")
-        return cls(where, DTYPES[dtype] if dtype else _native(where))
+        return cls(where, DTYPES[dtype] if dtype else _native(where), passed_over)
 
     @property
     def is_cuda(self) -> bool:
@@ -337,10 +342,17 @@ def _leave_capture(device: int, pool: Any) -> None:
             release(device, pool)
 
 
-def _device(asked: str | None) -> str:
+def _device(asked: str | None) -> tuple[str, str]:
+    """Return a device by name, and why GPUs before it were passed over."""
     there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if asked is None:
-        return next(name for name in ("cuda", "mps", "cpu") if there[name])
+        gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())] if there["cuda"] else []
+        passed_over: list[str] = []
+        for name in (*gpus, *(["mps"] if there["mps"] else [])):
+            if not (fault := _fault(name)):
+                return name, "; ".join(passed_over)
+            passed_over.append(fault)
+        return "cpu", "; ".join(passed_over)
     kind = asked.split(":")[0]
     if not there.get(kind, False):
         raise _not_there(asked, [name for name, is_there in there.items() if is_there])
@@ -351,7 +363,28 @@ def _device(asked: str | None) -> str:
     count = torch.cuda.device_count() if kind == "cuda" else 1
     if index >= count:
         raise _not_there(asked, [f"{kind}:{i}" for i in range(count)])
-    return asked
+    if fault := _fault(asked):
+        raise InvalidJob(f"device is {asked!r}; {fault}.", fix=Fix("set", "device", choices=("cpu",)))
+    return asked, ""
+
+
+_NO_KERNELS = ("no kernel image", "invalid device function")
+"""Messages of CUDA and ROCm for a GPU that a program was not compiled for."""
+
+
+def _fault(device: str) -> str:
+    """Return why this torch cannot compute on a GPU, or "".
+
+    One that is full or does not answer today counts as usable: its jobs say so, and the next process tries again.
+    """
+    if device.startswith("cpu"):
+        return ""
+    try:
+        torch.ones(1, device=device).add_(1).item()
+    except RuntimeError as exc:
+        if any(words in str(exc) for words in _NO_KERNELS):
+            return f"this torch ({torch.__version__}) has no kernels for the {torch.cuda.get_device_name(device)}"
+    return ""
 
 
 def _not_there(asked: str, found: list[str]) -> InvalidJob:

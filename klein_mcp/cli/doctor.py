@@ -191,6 +191,8 @@ def _engine_at(settings: Settings, url: str) -> list[Check]:
 def _device(settings: Settings, made: Any) -> Check:
     state = made.status()
     found = f"{state.device}, {state.dtype}, {state.free_bytes / 1e9:.1f} GB free"
+    if made.device.passed_over:
+        found += f"; {made.device.passed_over}"
     if not (made.device.is_cpu and settings.device == "auto" and (gpu := _first_gpu())):
         return Check("device", found)
     todo = (

@@ -9,6 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from engine.contract import InvalidJob
+from engine.families.klein.compiler import CompileOptions, obstacle
 from engine.memory import device as device_module
 from engine.memory import host
 from engine.memory.device import BF16_GAIN, Device, DeviceGraph
@@ -107,6 +109,49 @@ def test_cpu_computes_in_the_format_it_multiplies_faster(
 
 def test_trial_product_takes_time() -> None:
     assert 0 < device_module._product_seconds(torch.bfloat16, 64, 2) < 10
+
+
+OLD = "CUDA error: no kernel image is available for execution on the device\nCUDA kernel errors might be …"
+
+
+def gpus(monkeypatch: pytest.MonkeyPatch, *errors: str) -> None:
+    """Let this machine have GPUs, each of which answers or raises an error."""
+
+    def ones(count: int, device: str) -> Tensor:
+        if error := errors[torch.device(device).index or 0]:
+            raise RuntimeError(error)
+        return torch.zeros(count)
+
+    for name, answer in {"is_available": True, "device_count": len(errors), "is_bf16_supported": True}.items():
+        monkeypatch.setattr(torch.cuda, name, lambda answer=answer, **_: answer)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA GeForce GTX 1080")
+    monkeypatch.setattr(torch, "ones", ones)
+
+
+@pytest.mark.parametrize(
+    ("errors", "chosen"),
+    [(("",), "cuda:0"), ((OLD,), "cpu"), ((OLD, ""), "cuda:1"), (("CUDA error: out of memory",), "cuda:0")],
+    ids=["works", "too old", "the second works", "full"],
+)
+def test_gpu_without_kernels_is_passed_over(
+    errors: tuple[str, ...], chosen: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpus(monkeypatch, *errors)
+    device = Device.choose(None, "float32")
+    assert str(device.device) == chosen
+    reason = f"this torch ({torch.__version__}) has no kernels for the NVIDIA GeForce GTX 1080"
+    assert device.passed_over == (reason if OLD in errors else "")
+    if chosen == "cpu":
+        assert obstacle(device, CompileOptions(enabled=True)) == reason
+
+
+def test_gpu_without_kernels_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpus(monkeypatch, OLD, "")
+    for name in ("cuda", "cuda:0"):
+        with pytest.raises(InvalidJob, match=rf"device is '{name}'; this torch \(.*\) has no kernels for the NVIDIA"):
+            Device.choose(name)
+    assert str(Device.choose("cuda:1").device) == "cuda:1"
 
 
 @pytest.mark.parametrize("ended", [False, True], ids=["older torch", "newer torch"])

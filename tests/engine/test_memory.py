@@ -16,6 +16,7 @@ from engine.families.klein.footprint import activation_memory, smaller_models
 from engine.families.klein.text_encoder import TextEncoder
 from engine.families.klein.transformer import Transformer, TransformerShape
 from engine.families.klein.variants import VARIANTS, best
+from engine.memory import device as device_module
 from engine.memory.device import Device
 from engine.memory.plan import (
     CONTEXT,
@@ -304,6 +305,7 @@ def test_limit_applies_to_the_chosen_gpu(monkeypatch: pytest.MonkeyPatch, asked:
     for name, answer in {"is_available": True, "device_count": 2, "is_bf16_supported": True}.items():
         monkeypatch.setattr(torch.cuda, name, lambda answer=answer, **_: answer)
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setattr(device_module, "_fault", lambda name: "")
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (60, 80))
     monkeypatch.setattr(torch.cuda.memory, "_lazy_init", lambda: None)
     monkeypatch.setattr(torch._C, "_cuda_setMemoryFraction", lambda *given: limits.append(given), raising=False)

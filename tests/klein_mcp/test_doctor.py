@@ -301,6 +301,8 @@ def test_gpu_that_this_torch_cannot_use_is_named(
     assert "--torch-backend auto" in finding.todo
     assert "UV_TORCH_BACKEND=auto" in finding.todo
     assert finding.optional
+    made.device = replace(made.device, passed_over="this torch has no kernels for the GTX 1080")
+    assert doctor._device(automatic, made).found.endswith("GB free; this torch has no kernels for the GTX 1080")
     assert not doctor._device(settings, made).todo, "KLEIN_DEVICE=cpu is a choice"
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert not doctor._device(automatic, made).todo, "so is this"

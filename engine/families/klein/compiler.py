@@ -177,7 +177,7 @@ def obstacle(device: Device, options: CompileOptions) -> str:
     if options.everywhere:
         return ""
     if not device.is_nvidia:
-        return f"compiling does not pay on {device.device.type}"
+        return device.passed_over or f"compiling does not pay on {device.device.type}"
     if not device.has_tensor_cores:
         return f"compiling does not pay in {device.dtype_name}"
     if importlib.util.find_spec("triton") is None:
