@@ -52,6 +52,11 @@ class OffloadRing:
     def bytes(self) -> int:
         return sum(slot.memory.nbytes for slot in self._slots if slot.memory is not None)
 
+    def close(self) -> None:
+        """Give the memory back. No layer can be fetched any more."""
+        self._slots = [_RingSlot() for _ in range(SLOTS)]
+        self.arena = self._current = None
+
     @contextmanager
     def turn(self) -> Iterator[None]:
         """Let no other thread overwrite a layer's weights.
@@ -158,3 +163,16 @@ def stream(module: nn.Module, layers: tuple[str, ...], ring: OffloadRing) -> Non
         streamed = OffloadedModule(module.get_submodule(name), ring)
         ring.room_for(streamed.bytes)
         module.set_submodule(name, streamed)
+
+
+def drop_weights(*networks: nn.Module) -> None:
+    """Free the memory of weights while something still refers to the networks.
+
+    They cannot compute any more.
+    """
+    for module in (module for network in networks for module in network.modules()):
+        if isinstance(module, OffloadedModule):
+            module.asleep = {}
+            module._ring[0].close()
+        for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+            tensor.data = torch.empty(0, dtype=tensor.dtype, device=tensor.device)

@@ -37,7 +37,7 @@ class InstantCompiler:
     error: Exception | None = None
 
     def __init__(self, variant: Any, transformer: Any, autoencoder: Any, device: Device, options: Any) -> None:
-        self.blocks = PLAIN_BLOCKS
+        self.blocks, self.autoencoder = PLAIN_BLOCKS, autoencoder
         self.compiled = compiler_module.Compiled(PLAIN_BLOCKS, autoencoder.decode, autoencoder.encode)
 
     def parts(self) -> Iterator[tuple[str, Callable[[], Any]]]:

@@ -1,5 +1,6 @@
 """Runner: eager at once, compiled after idle time, never in a job's way, and eager again where compiling fails."""
 
+import copy
 import gc
 import os
 import subprocess
@@ -9,12 +10,14 @@ import time
 import weakref
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from engine.contract import Exact
+from engine.families.klein import compile_thread
 from engine.families.klein import compiler as compiler_module
 from engine.families.klein.compile_thread import NEVER, CompileThread
 from engine.families.klein.compiler import CompiledDiffers, CompileOptions, obstacle
@@ -191,6 +194,36 @@ def test_a_model_released_while_it_compiles_is_freed(
     stopped = calls[0]
     time.sleep(0.05)
     assert calls[0] == stopped
+
+
+def test_a_model_released_while_its_compiler_hangs_gives_its_memory_back(
+    compiler: type[InstantCompiler], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A call of C, such as waiting for Triton's processes, ends by itself alone and holds all networks until then."""
+    monkeypatch.setattr(compile_thread, "STOP", 0.1)
+    copies: list[torch.nn.Module] = []
+
+    def copy_autoencoder(self: InstantCompiler, *given: Any) -> None:
+        InstantCompiler.__init__(self, *given)
+        self.autoencoder = copy.deepcopy(self.autoencoder)
+        copies.append(self.autoencoder)
+
+    monkeypatch.setattr(compiler, "__init__", copy_autoencoder)
+    klein = streaming(monkeypatch)
+    streamed = next(module for module in klein.transformer.modules() if isinstance(module, OffloadedModule))
+    (ring,) = streamed._ring
+    generate(klein)
+    while not copies or klein.runner._thread._thread is None:
+        assert klein.runner.tune()
+    for _ in range(3):
+        assert klein.runner.tune()
+    networks = (klein.transformer, klein.autoencoder, klein.text_encoder, *copies)
+    assert ring.bytes
+    klein.runner.close()
+    assert not any(tensor.nbytes for net in networks for tensor in (*net.parameters(), *net.buffers()))
+    assert not any(module.asleep for module in klein.transformer.modules() if isinstance(module, OffloadedModule))
+    assert ring.bytes == 0
+    compiler.gate.set()
 
 
 def test_saved_traces_that_fail_are_dropped_and_made_anew(

@@ -111,13 +111,17 @@ class CompileThread:
         if failed:
             raise failed[0]
 
-    def close(self) -> None:
-        """End the thread at its next function call."""
+    def close(self) -> bool:
+        """End the thread at its next function call, and return whether it has.
+
+        In a compiler's own C code or beside its processes it cannot be stopped, and ends there by itself.
+        """
         self._gate.stop()
-        if self._thread is not None:
-            # In a compiler's own C code or beside its processes it cannot be stopped, and ends there by itself.
-            self._thread.join(STOP)
-            self._thread = None
+        thread, self._thread = self._thread, None
+        if thread is None:
+            return True
+        thread.join(STOP)
+        return not thread.is_alive()
 
 
 @contextmanager

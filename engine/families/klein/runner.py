@@ -7,6 +7,7 @@ Graphs replay the same kernels on the same shapes: they change the time, not a b
 
 import logging
 import time
+import weakref
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -36,7 +37,7 @@ from engine.families.klein.transformer import BlockFunctions, KVPair, Modulation
 from engine.families.klein.variants import Variant
 from engine.memory.cache import LruCache
 from engine.memory.device import Device, DeviceGraph, graph_pool
-from engine.memory.offload import OffloadedModule
+from engine.memory.offload import OffloadedModule, drop_weights
 from engine.nn import bands, ops
 from engine.nn.attention import Choice, quickest
 from engine.nn.autoencoder import Autoencoder
@@ -80,6 +81,8 @@ class Runner:
         """Whether images are decoded in bands, as a tight memory plan asks for."""
         self.seconds: dict[str, float] = {}
         """Time that each part of tuning took."""
+        self._compiler: Callable[[], Compiler | None] = lambda: None
+        """A weak reference."""
         self._compiled: Compiled | None = None
         self._text_graph: DeviceGraph | None = None
         self._step_graphs: LruCache[DeviceGraph] = LruCache(MAX_GRAPHS)
@@ -265,7 +268,10 @@ class Runner:
 
         The generator of pieces refers back to this object, and the compiling thread to all networks.
         """
-        self._thread.close()
+        if not self._thread.close():
+            # It holds the networks until then, and the next model is placed into the memory that is free now.
+            copies = [compiler.autoencoder] if (compiler := self._compiler()) else []
+            drop_weights(self.transformer, self.autoencoder, self.text_encoder, *copies)
         self._units, self.eager_reason = None, "released"
         self._compiled = None
         self.free_graphs()
@@ -335,6 +341,7 @@ class Runner:
 
         def load() -> None:
             networks.append(Compiler(self.variant, self.transformer, self.autoencoder, self.device, self.options))
+            self._compiler = weakref.ref(networks[0])
 
         yield from self._beside("networks", traces.during, load)
         for name, part in networks[0].parts():
