@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 import weakref
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -93,6 +94,36 @@ def test_the_compiler_stands_still_while_a_job_runs(
     assert klein.runner.mode == "compiled"
 
 
+def test_a_pause_lasts_as_long_as_its_job_makes_progress(
+    compiler: type[InstantCompiler], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compile_thread, "MAX_PAUSE", 0.6)
+    calls = [0]
+
+    def tick() -> None:
+        calls[0] += 1
+
+    def work(self: InstantCompiler) -> None:
+        while not self.gate.is_set():
+            tick()
+
+    monkeypatch.setattr(compiler, "_compile", work)
+    klein = make()
+    while not calls[0]:
+        assert klein.runner.tune()
+    with klein.runner.job():
+        before = calls[0]
+        latent = torch.zeros(1, klein.transformer.shape.channels, 1, 1)
+        for _ in range(10):
+            time.sleep(0.1)
+            klein.runner.encode(klein.runner.decode(latent, "eager"), "eager")
+        assert calls[0] - before <= 1, "it may finish the call it is in"
+        while calls[0] - before <= 1:
+            time.sleep(0.1)  # without progress it goes on, in case both wait for one lock
+    compiler.gate.set()
+    tune(klein)
+
+
 def test_an_error_of_the_compiler_leaves_eager_images_and_its_reason(compiler: type[InstantCompiler]) -> None:
     compiler.error = RuntimeError("no such instruction")
     compiler.gate.set()
@@ -148,6 +179,28 @@ def test_tuning_that_runs_out_of_memory_is_tried_once_more(compiler: type[Instan
         tune(klein)
     tune(klein)
     assert klein.runner.summary().startswith("eager: compiling failed (OutOfMemoryError")
+
+
+def test_tuning_that_runs_out_of_memory_leaves_nothing_on_the_device(
+    compiler: type[InstantCompiler], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A circle through the error's traceback held the example's tensors until some later garbage collection."""
+    held: list[weakref.ref[torch.Tensor]] = []
+
+    def work(self: InstantCompiler) -> None:
+        activations = torch.ones(1000)
+        held.append(weakref.ref(activations))
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(compiler, "_compile", work)
+    klein = make()
+    gc.disable()
+    try:
+        with suppress(torch.OutOfMemoryError):
+            tune(klein)
+        assert [tensor() for tensor in held] == [None]
+    finally:
+        gc.enable()
 
 
 def test_compiling_thread_uses_the_gpu_of_its_model(monkeypatch: pytest.MonkeyPatch) -> None:

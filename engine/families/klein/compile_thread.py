@@ -20,7 +20,7 @@ STOP = 5.0
 """Maximum seconds for which `close` waits for the thread."""
 
 MAX_PAUSE = 20.0
-"""Maximum seconds for which a job pauses the compiling thread, in case both wait for one lock."""
+"""Maximum seconds for which a job without progress pauses the compiling thread, in case both wait for one lock."""
 
 
 NEVER = 2**31 - 1
@@ -49,6 +49,10 @@ class PauseGate:
         self._until = time.monotonic() + MAX_PAUSE
         self._open.clear()
 
+    def extend(self) -> None:
+        """Let a pause, if there is one, last MAX_PAUSE from now."""
+        self._until = time.monotonic() + MAX_PAUSE
+
     def resume(self) -> None:
         """Resume the traced thread."""
         self._open.set()
@@ -63,8 +67,9 @@ class PauseGate:
 
         sys.settrace calls this at every call of a Python function.
         """
-        if not self._open.is_set() and not in_turn():
-            self._open.wait(max(0.0, self._until - time.monotonic()))
+        if not in_turn():
+            while not self._open.is_set() and (left := self._until - time.monotonic()) > 0:
+                self._open.wait(left)
         if self._stopped:
             raise Stopped
 
@@ -80,6 +85,10 @@ class CompileThread:
     def pause(self) -> None:
         """Pause what runs, for a job."""
         self._gate.pause()
+
+    def extend_pause(self) -> None:
+        """Note that the job makes progress."""
+        self._gate.extend()
 
     def resume(self) -> None:
         """Let it go on."""
@@ -109,7 +118,12 @@ class CompileThread:
             thread.join(POLL)
             yield
         if failed:
-            raise failed[0]
+            error = failed.pop()
+            try:
+                raise error
+            finally:
+                # Its traceback refers to this frame: a circle that would keep tensors of its other frames on the GPU.
+                del error
 
     def close(self) -> bool:
         """End the thread at its next function call, and return whether it has.

@@ -139,6 +139,7 @@ class Runner:
 
         [b, 3, p·h, p·w] in [-1, 1] -> [b, channels, h, w], p being the variant's `pixels_per_token`.
         """
+        self._thread.extend_pause()
         compiled = self._compiled if mode == "compiled" else None
         if compiled is None:
             return self.autoencoder.encode(images)
@@ -150,6 +151,7 @@ class Runner:
 
         [1, channels, h, w] -> [1, 3, p·h, p·w], about [-1, 1]. in_bands: in less memory, more slowly.
         """
+        self._thread.extend_pause()
         if in_bands or self.banded:
             return bands.decode(self.autoencoder, latent)
         compiled = self._compiled if mode == "compiled" else None
@@ -198,6 +200,7 @@ class Runner:
 
         Only a CPU computes while it is called; and a mode of compiled code must not stay set during a pause.
         """
+        self._thread.extend_pause()
         if not self.device.is_cpu or mode == "compiled":
             return self.velocity(key, x, text, mods, rope, references, reference_kv, mode)
         return (yield from self.transformer.in_parts(x, text, mods, rope, references, reference_kv))
