@@ -140,3 +140,27 @@ def test_graphs_are_captured_again_after_they_were_freed(
     generate(klein)
     tune(klein)
     assert FakeGraph.made == 2 * made == 4, "the text encoder's and a step's"
+
+
+def test_graph_of_a_shape_in_use_is_not_pushed_out(
+    compiler: type[InstantCompiler], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only shapes without a graph had counted as used: a new one took the favourite's, and captures went round."""
+    as_on_a_gpu(monkeypatch)
+    compiler.gate.set()
+    klein = make()
+    tune(klein)
+
+    def paint(side: int) -> None:
+        generate(klein, replace(JOB, size=Exact(side, 64)))
+        tune(klein)
+
+    for side in range(64, 64 + 16 * MAX_GRAPHS, 16):
+        paint(side)
+    for side in range(256, 256 + 16 * MAX_GRAPHS, 16):
+        paint(64)
+        made = FakeGraph.made
+        paint(side)
+        assert FakeGraph.made == made + 1, "of the new shape alone"
+        paint(64)
+        assert FakeGraph.made == made + 1, "the favourite's is still there"

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from engine.contract import Mode
-from engine.diffusion.canvas import size_for_aspect
 from engine.diffusion.parts import Parts
 from engine.families.klein.compile_thread import CompileThread, full_collections_deferred
 from engine.families.klein.compiler import (
@@ -30,7 +29,7 @@ from engine.families.klein.compiler import (
     no_recompiles,
     obstacle,
 )
-from engine.families.klein.sample_inputs import SampleInputs
+from engine.families.klein.sample_inputs import SampleInputs, attention_inputs, heads
 from engine.families.klein.text_encoder import TextEncoder
 from engine.families.klein.traces import SavedTraces, structure
 from engine.families.klein.transformer import BlockFunctions, KVPair, Modulations, Transformer
@@ -47,9 +46,6 @@ log = logging.getLogger(__name__)
 
 MAX_GRAPHS = 4
 """Number of shapes with a CUDA graph of a step. They share one pool, as large as the largest needs."""
-
-ASPECTS = ((1, 1), (4, 3), (3, 4), (3, 2), (2, 3), (16, 9), (9, 16))
-"""Shapes of images that are likely to be asked for."""
 
 StepKey = tuple[int, int, tuple[tuple[int, int], ...]]
 """Rows and columns of the canvas in tokens, and those of each reference that takes part in the steps."""
@@ -179,9 +175,10 @@ class Runner:
         if compiled is None:
             return self.transformer(x, text, mods, rope, references, reference_kv)
         if reference_kv is None and self._captures:
+            # A shape that is replayed is in use, too: else newer ones would push it out, and captures go round.
+            self._used.get_or_compute(key, lambda: key)
             if graph := self._step_graphs.get(key):
                 return graph(_tensors((x, text, mods, rope, references)))
-            self._used.get_or_compute(key, lambda: key)
         with no_recompiles():
             return self.transformer(x, text, mods, rope, references, reference_kv, compiled.blocks)
 
@@ -396,7 +393,7 @@ class Runner:
     def _quickest_attention(self) -> Choice:
         """Try the attention back ends on an image of the native size."""
         tokens = self.variant.text_length + (self.variant.native_size // self.variant.pixels_per_token) ** 2
-        q, k, v = (self._heads(tokens) for _ in range(3))
+        q, k, v = (heads(self.transformer, self.device, tokens) for _ in range(3))
         # Tried once a process: a second trial might choose another, and the same seed give other bits.
         key = (str(self.device.device), q.dtype, q.shape, quickest)
         if key not in _choices:
@@ -405,22 +402,9 @@ class Runner:
 
     def _plan_attention(self) -> Iterator[bool]:
         """Build cuDNN's plans for likely shapes: 41 to 50 ms each, H200."""
-        area, token = self.variant.native_size**2, self.variant.pixels_per_token
-        for aspect in ASPECTS:
-            width, height = size_for_aspect(aspect, area, token)
-            canvas = width * height // token**2
-            for references in (0, canvas):
-                keys = self.variant.text_length + canvas + references
-                # The last block has queries of the canvas alone.
-                for queries in (keys - (references if self.variant.kv else 0), canvas):
-                    k = self._heads(keys)
-                    self._timed("plans", partial(self._attention.attention, self._heads(queries), k, k))
-                    yield True
-
-    def _heads(self, tokens: int) -> Tensor:
-        shape = self.transformer.shape
-        size = (1, tokens, shape.hidden // shape.head_dim, shape.head_dim)
-        return torch.randn(size, device=self.device.device, dtype=self.device.dtype)
+        for q, k, v in attention_inputs(self.variant, self.transformer, self.device):
+            self._timed("plans", partial(self._attention.attention, q, k, v))
+            yield True
 
     def _embed(self, ids: Tensor) -> Tensor:
         return self.text_encoder.embed(ids.to(self.device.device))
