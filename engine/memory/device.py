@@ -343,7 +343,7 @@ def _leave_capture(device: int, pool: Any) -> None:
 
 
 def _device(asked: str | None) -> tuple[str, str]:
-    """Return a device by name, and why GPUs before it were passed over."""
+    """Return a device, and why GPUs before it were passed over."""
     there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if asked is None:
         gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())] if there["cuda"] else []

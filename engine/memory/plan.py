@@ -22,6 +22,9 @@ SIDES = (1024, 768, 512, 256)
 BANDED_IMAGES = 2.4
 """Decoder-wide images in memory when it decodes in bands. Counted on the meta device (tests/engine/test_bands.py)."""
 
+ENCODED_IMAGES = 5
+"""Encoder-wide images in memory while a reference is encoded. Counted like them."""
+
 SLOTS = 2
 """Slots of the ring of offloaded layers: one computes while the next is copied."""
 
@@ -150,18 +153,24 @@ def working(
     blocks: int = 0,
     references: int = 0,
     images: float = 3,
+    encoder: int = 0,
+    encoded: int = 0,
 ) -> int:
     """Return the bytes besides weights while an image is generated.
 
-    The larger of transformer and decoder counts.
+    The largest of transformer, decoder and encoder counts.
 
     tokens: text, canvas and references together. decoder: its width at full size. blocks, references: keys and
     values of so many reference tokens are cached in so many blocks. The factors were counted on the meta device at the
     real shapes (tests/engine/test_memory.py): 20 hidden-wide rows a token, 3 decoder-wide images. images: of these,
-    fewer when it decodes in bands.
+    fewer when it decodes in bands. encoder: its width at full size. encoded: pixels of the largest reference.
     """
     kept = 2 * blocks * references * hidden * itemsize
-    return kept + max(21 * hidden * itemsize * tokens, round(images * decoder * itemsize * pixels) + 16 * pixels)
+    return kept + max(
+        21 * hidden * itemsize * tokens,
+        round(images * decoder * itemsize * pixels) + 16 * pixels,
+        ENCODED_IMAGES * encoder * itemsize * encoded + 16 * encoded,
+    )
 
 
 def plan(

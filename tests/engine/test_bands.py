@@ -74,7 +74,7 @@ def test_an_image_is_decoded_in_bands_where_memory_is_short_now(monkeypatch: pyt
     monkeypatch.setattr(bands, "decode", lambda autoencoder, latent: counted.append(1) or autoencoder.decode(latent))
     job = Job("a red ball on a blue table", seed=3)
     shapes = (klein.variant, klein.transformer, klein.autoencoder, FP32.dtype)
-    image = activation_memory(*shapes, pixels=SIDE**2, references=0)
+    image = activation_memory(*shapes, pixels=SIDE**2, references=())
     assert 0 < image.banded < image.bytes
     whole = image.on(MemoryInfo("GPU", GB, GB, GB))
     for free, expected in ((whole, 0), (whole - 1, 1), (image.banded, 1)):
@@ -96,7 +96,7 @@ def test_graphs_are_freed_where_an_image_needs_their_memory(monkeypatch: pytest.
     counted: list[int] = []
     monkeypatch.setattr(bands, "decode", lambda autoencoder, latent: counted.append(1) or autoencoder.decode(latent))
     shapes = (klein.variant, klein.transformer, klein.autoencoder, FP32.dtype)
-    image, pool = activation_memory(*shapes, pixels=SIDE**2, references=0), 1000
+    image, pool = activation_memory(*shapes, pixels=SIDE**2, references=()), 1000
     whole = image.on(MemoryInfo("GPU", GB, GB, GB))
     # Free bytes with those of the graphs -> whether the graphs stay, and decodings in bands.
     for free, stay, in_bands in ((whole + pool, True, 0), (whole, False, 0), (whole - 1, True, 1),

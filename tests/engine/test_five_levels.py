@@ -227,10 +227,10 @@ def test_estimate_counts_the_work_of_five_levels() -> None:
 
 
 def test_memory_counts_tokens_of_the_models_own_size(klein: Klein) -> None:
-    def work(references: int) -> int:
+    def work(*references: int) -> int:
         shapes = (klein.variant, klein.transformer, klein.autoencoder, torch.float32)
         return activation_memory(*shapes, pixels=256**2, references=references).bytes
 
     shape = klein.transformer.shape
     kept = 2 * (shape.double_blocks + shape.single_blocks) * shape.hidden * 4
-    assert work(256**2) - work(0) == kept * 8 * 8
+    assert work(256**2, 256**2) - work(256**2) == kept * 8 * 8

@@ -257,6 +257,33 @@ def test_autoencoder_holds_no_more_than_planned(shape: AutoencoderShape, side: i
     assert encoding.bytes <= planned * 512 // (2 * shape.decoder[1])
 
 
+@pytest.mark.parametrize("shape", [AutoencoderShape(), SMALL], ids=["full", "small"])
+@pytest.mark.parametrize("side", [512, 1024, 2048])
+def test_plan_of_an_edit_counts_the_encoder_of_references(shape: AutoencoderShape, side: int, on_meta: None) -> None:
+    """Bands are of decoding alone."""
+    with torch.device("meta"):
+        net = Autoencoder(shape).to(torch.bfloat16)
+    with torch.inference_mode(), Peak() as encoding:
+        net.encode(empty(1, 3, side, side))
+    nets = (VARIANTS["klein-4b"], small_transformer(), net, torch.bfloat16)
+    edit = activation_memory(*nets, pixels=side**2, references=[side**2])
+    assert encoding.bytes <= edit.least <= edit.bytes
+    # One is encoded after the other.
+    several = activation_memory(*nets, pixels=side**2, references=[side**2] * 4)
+    assert (
+        several.least
+        == edit.least
+        <= 1.1 * max(encoding.bytes, activation_memory(*nets, pixels=side**2, references=[]).least)
+    )
+
+
+@lru_cache
+def small_transformer() -> Transformer:
+    """Return one beside which the autoencoder decides what an image takes."""
+    with torch.device("meta"):
+        return Transformer(TransformerShape(64, 32, 64, 1, 1, 64))
+
+
 # (format, limit in GB that gives the placement today) -> (resident block layers, GB allocated at the peak of a 1024²
 # image). Allocated: measured on an H200, 26 November 2026, the first plan's limits being none, 13, 8, 6, none and 8 GB.
 # That plan left out the convolutions' workspace (0.54 GB) and the driver's context (0.82 GB), so it kept more layers:

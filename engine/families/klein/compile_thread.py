@@ -126,7 +126,7 @@ class CompileThread:
                 del error
 
     def close(self) -> bool:
-        """End the thread at its next function call, and return whether it has.
+        """End the thread at its next call, and return whether it has.
 
         In a compiler's own C code or beside its processes it cannot be stopped, and ends there by itself.
         """

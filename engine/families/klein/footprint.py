@@ -44,15 +44,16 @@ def activation_memory(
     dtype: torch.dtype,
     *,
     pixels: int | None = None,
-    references: int | None = None,
+    references: Sequence[int] | None = None,
 ) -> ActivationMemory:
     """Return the memory for one image.
 
-    pixels: of the canvas, by default the native size. references: their pixels, by default one of the canvas's size.
+    pixels: of the canvas, by default the native size. references: pixels of each, by default one of the canvas's size.
     """
     pixels = pixels or variant.native_size**2
+    references = [pixels] if references is None else references
     token = variant.pixels_per_token**2
-    reference_tokens = (pixels if references is None else references) // token
+    reference_tokens = sum(references) // token
     shape = transformer.shape
     decoder = autoencoder.shape.decoder[min(1, len(autoencoder.shape.decoder) - 1)]
     whole, banded = (
@@ -65,12 +66,15 @@ def activation_memory(
             blocks=shape.double_blocks + shape.single_blocks if variant.kv else 0,
             references=reference_tokens,
             images=images,
+            encoder=autoencoder.shape.encoder[0],
+            encoded=max(references, default=0),
         )
         for images in (3, plan.BANDED_IMAGES)
     )
     # Observed: 0.5 GB at 1024² beyond what was counted, H200, bf16: one decoder-wide image.
     workspace = decoder * dtype.itemsize * pixels
-    return ActivationMemory(round(pixels**0.5), whole, workspace, banded if banded < whole else 0)
+    # Bands take less workspace also where the encoder or the transformer decides about the rest.
+    return ActivationMemory(round(pixels**0.5), whole, workspace, banded)
 
 
 def weight_sizes(

@@ -349,9 +349,8 @@ class Klein:
 
         Raises OutOfMemory if it does not hold the job at all.
         """
-        reference_pixels = self.variant.pixels_per_token**2 * sum(
-            math.prod(reference.tokens) for reference in references
-        )
+        token = self.variant.pixels_per_token**2
+        reference_pixels = [token * math.prod(reference.tokens) for reference in references]
 
         def work(pixels: int) -> ActivationMemory:
             shapes = (self.variant, self.transformer, self.autoencoder, self.device.dtype)

@@ -58,7 +58,7 @@ class SampleInputs:
 def attention_inputs(
     variant: Variant, transformer: Transformer, device: Device
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Yield queries, keys and values as the blocks pass them, for likely sizes.
+    """Yield queries, keys and values as blocks pass them, of likely sizes.
 
     Strides count too: only a double block's values are contiguous, others are columns of a wider matrix.
     """
