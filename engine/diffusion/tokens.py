@@ -1,5 +1,7 @@
 """Token positions (t, h, w, l), and conversion of latents to tokens."""
 
+from collections.abc import Sequence
+
 import torch
 from einops import rearrange
 from torch import Tensor
@@ -59,3 +61,8 @@ def reference_time(index: int) -> int:
     10, 20, 30 … for the 1st, 2nd, 3rd reference (index 0, 1, 2). No other coordinate distinguishes references.
     """
     return 10 * (index + 1)
+
+
+def reference_positions(sizes: Sequence[tuple[int, int]]) -> list[Tensor]:
+    """Return the positions of references in their order, by rows and columns."""
+    return [grid_positions(h, w, reference_time(i)) for i, (h, w) in enumerate(sizes)]

@@ -4,7 +4,7 @@ Tensors are cached between jobs by content hash.
 """
 
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Callable, Container, Hashable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -152,9 +152,28 @@ class TensorCache:
         self._origin[key] = tensors[0].device
         self._host.pop(key)
         for spilled, entry in self._device.insert(key, tensors):
-            for evicted, _ in self._host.insert(spilled, tuple(tensor.cpu() for tensor in entry)):
-                del self._origin[evicted]
+            self._spill(spilled, entry)
         return tensors
+
+    def _spill(self, key: Hashable, entry: CacheEntry) -> None:
+        """Move an entry to host memory, evicting the oldest there."""
+        for evicted, _ in self._host.insert(key, tuple(tensor.cpu() for tensor in entry)):
+            del self._origin[evicted]
+
+    def make_room(self, limit: int, needed: Container[Hashable] = ()) -> bool:
+        """Spill the oldest entries until at most `limit` bytes stay on the device.
+
+        needed: entries that stay and do not count. Returns whether any went.
+        """
+        others = [(key, entry) for key, entry in self._device.entries.items() if key not in needed]
+        held, gone = sum(_bytes(entry) for _, entry in others), False
+        for key, entry in others:
+            if held <= limit:
+                break
+            self._device.pop(key)
+            self._spill(key, entry)
+            held, gone = held - _bytes(entry), True
+        return gone
 
     def get_or_compute(self, key: Hashable, compute: Callable[[], Iterable[Tensor]]) -> tuple[CacheEntry, bool]:
         """Return the entry under `key` and whether it was cached.

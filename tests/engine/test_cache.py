@@ -10,7 +10,11 @@ import torch
 
 from engine.contract import CacheStats, EngineConfig, Exact, Job, KeepSource, Result, Rgb8, image_hash
 from engine.engine import Engine
+from engine.families.klein import pipeline
+from engine.families.klein.footprint import activation_memory
 from engine.memory.cache import TensorCache, budgets
+from engine.memory.device import Device
+from engine.memory.plan import MemoryInfo
 from tests import toys
 
 
@@ -185,3 +189,48 @@ def test_smaller_budgets_evict_the_oldest_first() -> None:
     assert "a" not in memory
     assert "b" in memory
     assert "c" in memory
+
+
+def test_cache_makes_room_from_the_oldest_entry_on() -> None:
+    cache = TensorCache(1000, 100)
+    for key in "abcd":
+        cache.insert(key, [torch.zeros(25)])
+    assert not cache.make_room(400)
+    assert cache.make_room(199, {"b"})
+    assert [key for key in "abcd" if key in cache._device.entries] == ["b", "d"], "what is needed does not count"
+    assert ("a" in cache, "c" in cache) == (False, True), "the host's tier holds one"
+    assert cache.stats() == CacheStats(3, 200, 100, 0, 0)
+    assert torch.equal(cache.get("c")[0], torch.zeros(25))  # type: ignore[index]
+    assert cache.make_room(0)
+    assert cache.stats().bytes == 0
+
+
+@pytest.mark.parametrize("kept", [True, False], ids=["its own reference", "another's"])
+def test_cache_makes_room_for_a_job_that_was_admitted_for_it(kept: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The cache counts as free memory, and is what a job of a full device can have."""
+    engine = Engine(EngineConfig(device="cpu", dtype="float32", cache_bytes=10**9))
+    reference = np.random.default_rng(0).integers(0, 256, (256, 256, 3), dtype=np.uint8)
+    edit = Job("a red ball", model="nano", references=(reference,), seed=1)
+    list(engine.run(edit))
+    klein = engine._klein
+    assert klein is not None
+    if not kept:
+        edit = replace(edit, references=(255 - reference,))
+    engine.cache.insert(("ballast",), [torch.zeros(10_000_000)])
+    needed = activation_memory(klein.variant, klein.transformer, klein.autoencoder, torch.float32, pixels=256**2)
+    emptied, cached = [], []
+    memory = MemoryInfo("memory", needed.bytes // 2, 10**10)
+    monkeypatch.setattr(pipeline, "memory_info", lambda device: memory)
+    monkeypatch.setattr(Device, "empty_cache", lambda self: emptied.append(engine.cache.stats().bytes))
+    decode = klein.autoencoder.decode
+    monkeypatch.setattr(klein.autoencoder, "decode", lambda z: cached.append(engine.cache.stats().bytes) or decode(z))
+    *_, result = engine.run(edit)
+    assert isinstance(result, Result)
+    assert result.cache["references"] == ("hit" if kept else "miss")
+    assert emptied, "torch's own cache is given back, too"
+    assert cached
+    assert max(cached) < 40_000_000, "the ballast is gone"
+    monkeypatch.setattr(pipeline, "memory_info", lambda device: replace(memory, free=10**9))
+    engine.cache.insert(("ballast",), [torch.zeros(10_000_000)])
+    list(engine.run(edit))
+    assert ("ballast",) in engine.cache, "with memory for both nothing goes"

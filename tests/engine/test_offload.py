@@ -337,7 +337,7 @@ def test_smaller_size_is_planned_when_native_size_does_not_fit(
 
 def test_memory_limit_is_respected(folder: Path) -> None:
     engine = Engine(EngineConfig(device="cpu", dtype="float32", memory_limit=1_000_000, models=(folder,)))
-    with pytest.raises(OutOfMemory, match=r"needs 0\.\d GB of the memory.* the memory limit is 0\.0 GB\. Set memory"):
+    with pytest.raises(OutOfMemory, match=r"needs 1\.\d GB of the memory.* the memory limit is 0\.0 GB\. Set memory"):
         list(engine.run(Job("x", model=str(folder))))
 
 

@@ -1,7 +1,7 @@
 """Memory needs of a klein: weights, activations, smaller choices."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -11,7 +11,7 @@ from engine.checkpoints import quant
 from engine.checkpoints.loading import param_shapes
 from engine.checkpoints.narrow import NarrowLinear, held_dtype
 from engine.checkpoints.quant import QuantLinear
-from engine.contract import Fix
+from engine.contract import Fix, OutOfMemory
 from engine.families.klein.components import ComponentSpec
 from engine.families.klein.lora import WeightDelta
 from engine.families.klein.text_encoder import TextEncoder
@@ -75,6 +75,29 @@ def activation_memory(
     workspace = decoder * dtype.itemsize * pixels
     # Bands take less workspace also where the encoder or the transformer decides about the rest.
     return ActivationMemory(round(pixels**0.5), whole, workspace, banded)
+
+
+def does_not_fit(
+    size: tuple[int, int],
+    references: int,
+    device: str,
+    free: int,
+    work: Callable[[int], ActivationMemory],
+    *,
+    limited: bool,
+) -> OutOfMemory:
+    """Return the error for an image that does not fit into `free` bytes.
+
+    work: returns the memory for a canvas of so many pixels. limited: the user's limit is what leaves no more.
+    """
+    width, height = size
+    least = work(width * height).least
+    side = next((side for side in plan.SIDES if side**2 < width * height and work(side**2).least <= free), None)
+    return OutOfMemory(
+        f"{width}×{height} with {references} references takes {plan.gb(least)} besides the weights; {plan.gb(free)} of "
+        f"the {device} are {'allowed' if limited else 'free'}.",
+        hint=f"{side}×{side} would fit." if side else "Use fewer references, or end what else uses the device.",
+    )
 
 
 def weight_sizes(

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import get_args
 
 import torch
 from torch import Tensor
@@ -28,11 +29,11 @@ from engine.diffusion.parts import Parts, beside, within
 from engine.diffusion.preview import PreviewMap, predict_clean, spread_steps
 from engine.diffusion.sampler import VelocityParts, guided, step
 from engine.diffusion.schedule import sigmas
-from engine.diffusion.tokens import grid_positions, pack, reference_time, text_positions, unpack, unpatchify
+from engine.diffusion.tokens import grid_positions, pack, reference_positions, text_positions, unpack, unpatchify
 from engine.families.klein.checkpoint import Checkpoint
 from engine.families.klein.compiler import CompileOptions
 from engine.families.klein.estimate import Estimator, trial_speed
-from engine.families.klein.footprint import activation_memory, device_bytes, memory_info
+from engine.families.klein.footprint import activation_memory, device_bytes, does_not_fit, memory_info
 from engine.families.klein.job_inputs import Reference, canvas_of, fit_images, read_settings
 from engine.families.klein.loader import LoadOptions, load
 from engine.families.klein.reading import read_prompt
@@ -43,7 +44,7 @@ from engine.families.klein.transformer import KVPair, Modulations, Transformer
 from engine.families.klein.variants import Variant
 from engine.memory.cache import LruCache, TensorCache
 from engine.memory.device import Device
-from engine.memory.plan import SIDES, ActivationMemory, gb
+from engine.memory.plan import ActivationMemory
 from engine.nn.autoencoder import Autoencoder
 from engine.nn.ops import Rope
 
@@ -358,7 +359,7 @@ class Klein:
 
         pixels = canvas.canvas_width * canvas.canvas_height
         memory, needed = memory_info(self.device), work(pixels)
-        # The cache can be cleared to make room.
+        # The cache makes room.
         free = self.free(memory.free + self.cache.stats().bytes)
         whole = needed.on(memory) + (memory.context if self.limit else 0)
         in_bands = self.runner.banded or whole > free
@@ -366,18 +367,21 @@ class Klein:
         # The graphs' memory counts as free, and only they can use it.
         if free - self.runner.pool_bytes < wanted <= free:
             self.runner.stop_capturing()
-        if not in_bands:
-            return False
-        if needed.least <= free:
-            return needed.banded > 0
-        sides = (side for side in SIDES if side**2 < pixels)
-        side = next((side for side in sides if work(side**2).least <= free), None)
-        status = "free" if self.limit is None else "allowed"
-        raise OutOfMemory(
-            f"{canvas.canvas_width}×{canvas.canvas_height} with {len(references)} references takes {gb(needed.least)} "
-            f"besides the weights; {gb(free)} of the {memory.device} are {status}.",
-            hint=f"{side}×{side} would fit." if side else "Use fewer references, or end what else uses the device.",
-        )
+        if in_bands and needed.least > free:
+            size, limited = (canvas.canvas_width, canvas.canvas_height), self.limit is not None
+            raise does_not_fit(size, len(references), memory.device, free, work, limited=limited)
+        self._make_room(free - wanted - self.runner.pool_bytes, references)
+        return in_bands and needed.banded > 0
+
+    def _make_room(self, limit: int, references: list[Reference]) -> None:
+        """Evict what these references do not use, down to `limit` bytes."""
+        if self.cache.stats().bytes <= limit:
+            return
+        keys = [reference.key for reference in references]
+        parts = [("kv", tuple(keys)), *((part, key) for part in ("latent", "round trip") for key in keys)]
+        modes = get_args(Mode)
+        if self.cache.make_room(limit, {(self.fingerprint, part, mode, key) for part, key in parts for mode in modes}):
+            self.device.empty_cache()
 
     def _prompt_states(self, prompt: str, warnings: list[str]) -> Parts[tuple[Tensor, bool]]:
         """Return the prompt states after the transformer's projection: [1, text_length, hidden].
@@ -467,10 +471,10 @@ class Klein:
 
     def _compute_rope(self, rows: int, columns: int, references: tuple[tuple[int, int], ...]) -> Rope:
         text, canvas = text_positions(self.variant.text_length), grid_positions(rows, columns)
-        return self.transformer.rope(torch.cat([text, canvas, *_reference_positions(references)]))
+        return self.transformer.rope(torch.cat([text, canvas, *reference_positions(references)]))
 
     def _reference_rope(self, references: tuple[tuple[int, int], ...]) -> Rope:
-        return self.transformer.rope(torch.cat(_reference_positions(references)))
+        return self.transformer.rope(torch.cat(reference_positions(references)))
 
 
 def _refuse_not_finite(latent: Tensor, model: str) -> None:
@@ -489,7 +493,3 @@ def _scaled(box: tuple[int, int, int, int], across: float, down: float) -> tuple
     """Scale a box of the canvas to pixels of the image."""
     x, y, width, height = box
     return round(x * across), round(y * down), max(1, round(width * across)), max(1, round(height * down))
-
-
-def _reference_positions(sizes: tuple[tuple[int, int], ...]) -> list[Tensor]:
-    return [grid_positions(h, w, reference_time(i)) for i, (h, w) in enumerate(sizes)]
