@@ -34,6 +34,7 @@ from engine.families.klein.pipeline import SEEDS, Klein
 from engine.families.klein.variants import EMBEDDED, VARIANTS, best
 from engine.memory.cache import LruCache, TensorCache, budgets
 from engine.memory.device import Device
+from engine.memory.offload import ring_bytes
 from engine.memory.plan import CONTEXT, gb
 from engine.registry import InstalledModel, ModelRegistry
 
@@ -256,9 +257,13 @@ class Engine:
     def _fits(self, checkpoint: Checkpoint) -> bool:
         """Return whether all of a transformer would stay on the device.
 
-        The memory of the model that is loaded now counts as free. Raises BadWeights or OutOfMemory.
+        The memory of the model that is loaded now, and of the cache, counts as free: `release` gives it back.
+        Raises BadWeights or OutOfMemory.
         """
-        return prepare(checkpoint, self.device, self._options(loras=False), self._weight_bytes()).is_resident
+        klein = self._klein
+        ring = ring_bytes(klein.transformer, klein.text_encoder) if klein else 0
+        held = self._weight_bytes() + ring + self.cache.stats().bytes
+        return prepare(checkpoint, self.device, self._options(loras=False), held).is_resident
 
     def _weight_bytes(self) -> int:
         klein = self._klein  # another thread may release it while this one asks

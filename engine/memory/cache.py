@@ -161,7 +161,7 @@ class TensorCache:
             del self._origin[evicted]
 
     def make_room(self, limit: int, needed: Container[Hashable] = ()) -> bool:
-        """Spill the oldest entries until at most `limit` bytes stay on the device.
+        """Spill the oldest entries until the device holds at most `limit` bytes.
 
         needed: entries that stay and do not count. Returns whether any went.
         """

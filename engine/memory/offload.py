@@ -165,6 +165,12 @@ def stream(module: nn.Module, layers: tuple[str, ...], ring: OffloadRing) -> Non
         module.set_submodule(name, streamed)
 
 
+def ring_bytes(*networks: nn.Module) -> int:
+    """Return the bytes of the rings that layers stream through."""
+    modules = (module for network in networks for module in network.modules())
+    return sum(ring.bytes for ring in {module._ring[0] for module in modules if isinstance(module, OffloadedModule)})
+
+
 def drop_weights(*networks: nn.Module) -> None:
     """Free the memory of weights while something still refers to the networks.
 

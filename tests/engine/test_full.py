@@ -6,12 +6,14 @@ The engine clears its cache and tries once more. If that fails too, the error gi
 import weakref
 from collections.abc import Callable, Iterator
 from itertools import groupby
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from engine import engine as engine_module
 from engine.contract import EngineConfig, Event, Job, Loading, OutOfMemory, Result, Stage
 from engine.engine import Engine
 from engine.families.klein.pipeline import Klein
@@ -185,3 +187,20 @@ def test_prefetch_fails_silently(engine: Engine, monkeypatch: pytest.MonkeyPatch
     assert engine.prefetch()
     assert len(engine.cache) == 0
     assert not engine.prefetch()
+
+
+def test_all_that_a_release_gives_back_counts_as_free(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For the choice of the next model: the cache had kept a larger one from being chosen."""
+    held: list[int] = []
+
+    def prepare(*given: Any) -> Any:
+        held.append(given[3])
+        return SimpleNamespace(is_resident=True)
+
+    monkeypatch.setattr(engine_module, "prepare", prepare)
+    monkeypatch.setattr(engine_module, "ring_bytes", lambda *networks: 5000)
+    paint(engine, DOG)
+    cached = engine.cache.stats().bytes
+    assert engine._is_resident(engine.registry.resolve("nano"))
+    assert cached > 0
+    assert held == [engine._weight_bytes() + cached + 5000]

@@ -29,7 +29,7 @@ from engine.families.klein.lora.deltas import LowRank
 from engine.families.klein.pipeline import Klein
 from engine.memory.arena import HostArena
 from engine.memory.device import CopyStream, Device
-from engine.memory.offload import CpuEmbedding, OffloadedModule, OffloadRing, stream
+from engine.memory.offload import CpuEmbedding, OffloadedModule, OffloadRing, ring_bytes, stream
 from engine.memory.plan import ActivationMemory, MemoryInfo
 from engine.registry import NANO, ModelRegistry
 from tests.embedded import SIDE
@@ -96,7 +96,9 @@ def test_a_thread_with_a_streamed_layer_is_not_paused() -> None:
 def test_the_ring_holds_two_layers_and_no_more() -> None:
     module = net()
     largest = max(sum(-(-p.nbytes // 256) * 256 for p in layer.parameters()) for layer in module)
-    assert streamed(module).bytes == 2 * largest
+    ring = streamed(module)
+    assert ring.bytes == ring_bytes(module, module) == 2 * largest
+    assert ring_bytes(net()) == 0
 
 
 def test_next_layer_is_copied_while_one_computes(monkeypatch: pytest.MonkeyPatch) -> None:

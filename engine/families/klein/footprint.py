@@ -86,7 +86,7 @@ def does_not_fit(
     *,
     limited: bool,
 ) -> OutOfMemory:
-    """Return the error for an image that does not fit into `free` bytes.
+    """Return the error for an image larger than `free` bytes.
 
     work: returns the memory for a canvas of so many pixels. limited: the user's limit is what leaves no more.
     """
