@@ -145,16 +145,15 @@ def speed() -> str:
 
 def vocabulary() -> str:
     """Return nano's word lists, as far as the shipped weights know them."""
-    taught = set(json.loads((WEIGHTS / "klein.json").read_text(encoding="utf-8"))["words"])
-    return "\n".join(
-        f"- {kind}: {', '.join(word for word in (sorted(known) if kind == 'things' else known) if word in taught)}"
-        for kind, known in (
-            ("things", words.NOUNS),
-            ("shapes, each in every colour", words.SHAPES),
-            ("colours, of shapes and backgrounds", words.COLOURS),
-            ("painted backgrounds", words.SCENES),
-        )
-    )
+    own = json.loads((WEIGHTS / "klein.json").read_text(encoding="utf-8"))
+    scenes = ["sky" if scene == "clouds" else scene for scene in words.SCENES]
+    lists = {
+        "things": sorted(own["nouns"]),
+        "shapes, each in every colour": list(words.SHAPES),
+        "colours, of shapes and backgrounds": own["colours"],
+        "painted backgrounds": [scene for scene in scenes if scene in own["words"]],
+    }
+    return "\n".join(f"- {kind}: {', '.join(known)}" for kind, known in lists.items())
 
 
 def package_graph() -> str:

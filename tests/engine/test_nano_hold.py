@@ -44,7 +44,7 @@ def test_scenes_that_it_never_drew_are_new(draw: str) -> None:
 
 def test_new_words_grounds_shapes_and_references_are_new() -> None:
     known = _example("pair")
-    assert not FIRST.known(KIND, replace(known, prompt="a cat within a circle"))
+    assert not FIRST.known(KIND, replace(known, prompt="a fox on the left"))
     assert not FIRST.known(KIND, _example("pair", "room"))
     assert not FIRST.known(KIND, replace(known, references=(_example("four").target,)))
     assert not FIRST.known(replace(KIND, frame=NATIVE_SHAPES[0]), known)
