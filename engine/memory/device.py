@@ -93,7 +93,7 @@ class Device:
 
     def free_bytes(self) -> int:
         """Return the memory that is free on the device now."""
-        if self.device.type == "cuda":
+        if has_own_memory(self.device):
             return torch.cuda.mem_get_info(self.device)[0]
         return host.free_bytes()
 
@@ -169,7 +169,7 @@ class Device:
 
     def total_bytes(self) -> int:
         """Return the total memory of the device."""
-        if self.device.type == "cuda":
+        if has_own_memory(self.device):
             return torch.cuda.mem_get_info(self.device)[1]
         return host.total_bytes()
 
@@ -188,7 +188,16 @@ def has_own_memory(device: torch.device) -> bool:
 
     Only then can weights be offloaded to the host.
     """
-    return device.type == "cuda"
+    return device.type == "cuda" and not _is_integrated(device)
+
+
+@functools.cache
+def _is_integrated(device: torch.device) -> bool:
+    """Return whether an NVIDIA GPU computes in host memory.
+
+    Jetson and DGX Spark do. Older versions of torch cannot tell. AMD's keep a part of the memory to themselves.
+    """
+    return torch.version.hip is None and bool(getattr(torch.cuda.get_device_properties(device), "is_integrated", False))
 
 
 def multiplies_fp8(device: torch.device) -> bool:

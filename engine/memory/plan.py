@@ -53,7 +53,7 @@ class MemoryInfo:
     """Memory that is free now, in bytes.
 
     total: of the device, used or free. host: free in host memory, None where the device computes in it.
-    limit: set by the user, None without one.
+    limit: set by the user, None without one. integrated: it is a GPU that computes in host memory.
     """
 
     device: str
@@ -61,6 +61,12 @@ class MemoryInfo:
     total: int
     host: int | None = None
     limit: int | None = None
+    integrated: bool = False
+
+    @property
+    def is_gpu(self) -> bool:
+        """Whether the device is a GPU with a driver's context and workspaces of libraries."""
+        return self.integrated or self.host is not None
 
     @property
     def usable(self) -> int:
@@ -73,7 +79,7 @@ class MemoryInfo:
     @property
     def context(self) -> int:
         """Bytes of a limit that the driver's context takes."""
-        return CONTEXT if self.host is not None else 0
+        return CONTEXT if self.is_gpu else 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +100,7 @@ class ActivationMemory:
 
         On a GPU, convolutions also need a workspace.
         """
-        return self.bytes + (self.workspace if room.host is not None else 0)
+        return self.bytes + (self.workspace if room.is_gpu else 0)
 
     @property
     def least(self) -> int:
@@ -216,7 +222,7 @@ def fits(needs: WeightSizes, room: MemoryInfo, work: ActivationMemory) -> Placem
 def _fits(needs: WeightSizes, room: MemoryInfo, work: ActivationMemory) -> PlacementPlan | None:
     fixed = needs.rest + work.on(room) + RESERVE
     if room.host is None:
-        peak = needs.all + work.bytes + RESERVE
+        peak = needs.all + work.on(room) + RESERVE
         return PlacementPlan(len(needs.blocks), len(needs.encoder), False, peak, 0) if peak <= room.usable else None
     blocks, encoder = sum(needs.blocks), sum(needs.encoder)
     # The table is always offloaded: a prompt looks up 512 rows of 150,000.
@@ -258,7 +264,7 @@ def _least(needs: WeightSizes, room: MemoryInfo, work: ActivationMemory) -> int:
     """Return the least device memory any plan needs."""
     work = work.in_bands() or work
     if room.host is None:
-        return needs.all + work.bytes + RESERVE
+        return needs.all + work.on(room) + RESERVE
     return needs.rest + work.on(room) + RESERVE + SLOTS * max((*needs.encoder, *needs.blocks, 0))
 
 

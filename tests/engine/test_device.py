@@ -11,6 +11,7 @@ from torch import Tensor
 
 from engine.contract import InvalidJob
 from engine.families.klein.compiler import CompileOptions, obstacle
+from engine.families.klein.footprint import memory_info
 from engine.memory import device as device_module
 from engine.memory import host
 from engine.memory.device import BF16_GAIN, Device, DeviceGraph
@@ -109,6 +110,30 @@ def test_cpu_computes_in_the_format_it_multiplies_faster(
 
 def test_trial_product_takes_time() -> None:
     assert 0 < device_module._product_seconds(torch.bfloat16, 64, 2) < 10
+
+
+@pytest.mark.parametrize(
+    ("properties", "hip", "integrated"),
+    [({"is_integrated": 1}, None, True), ({"is_integrated": 0}, None, False), ({}, None, False),
+     ({"is_integrated": 1}, "6.4", False)],
+    ids=["DGX Spark", "a card", "older torch", "AMD"],
+)  # fmt: skip
+def test_memory_of_an_integrated_gpu_is_the_hosts(
+    properties: dict[str, int], hip: str | None, integrated: bool, groups: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It had counted twice: as the device's, and as the host's for layers that stream."""
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(**properties))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (5 * GB, 8 * GB))
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(Device, "idle_bytes", lambda self: 0)
+    device_module._is_integrated.cache_clear()
+    try:
+        memory = memory_info(Device(torch.device("cuda", 0), torch.bfloat16))
+    finally:
+        device_module._is_integrated.cache_clear()
+    wanted = (32 * GB, 64 * GB, None) if integrated else (5 * GB, 8 * GB, 32 * GB)
+    assert (memory.free, memory.total, memory.host) == wanted
+    assert memory.is_gpu, "with a context and workspaces"
 
 
 OLD = "CUDA error: no kernel image is available for execution on the device\nCUDA kernel errors might be …"

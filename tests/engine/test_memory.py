@@ -204,6 +204,15 @@ def test_nothing_is_offloaded_if_device_and_host_share_memory() -> None:
     assert "5 of 80" in replace(found, blocks=5).summary(four)
 
 
+def test_integrated_gpu_holds_all_or_nothing() -> None:
+    four, image = needs("4b"), work()
+    spark = MemoryInfo("GPU", 17 * GB, 128 * GB, integrated=True)
+    found = plan(four, spark, image)
+    assert (found.blocks, found.asleep, found.peak) == (80, 0, four.all + image.bytes + image.workspace + RESERVE)
+    with pytest.raises(OutOfMemory, match=r"klein-4b needs 16\.\d GB of the GPU"):
+        plan(four, replace(spark, free=13 * GB), image)
+
+
 def test_auto_takes_the_best_fit_and_never_a_base_model() -> None:
     everything = list(VARIANTS)
     assert best(everything, lambda name: True) == "klein-9b-kv"

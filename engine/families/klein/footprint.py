@@ -28,12 +28,14 @@ EMBEDDING = "model.embed_tokens"
 
 def memory_info(device: Device, limit: int | None = None, held: int = 0) -> MemoryInfo:
     """Return the memory that is free now, with `held` bytes."""
+    host = device.host_bytes()
     return MemoryInfo(
         device=device.label,
         free=device.free_bytes() + device.idle_bytes() + held,
         total=device.total_bytes(),
-        host=device.host_bytes(),
+        host=host,
         limit=limit,
+        integrated=device.is_cuda and host is None,
     )
 
 
