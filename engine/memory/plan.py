@@ -65,7 +65,7 @@ class MemoryInfo:
 
     @property
     def is_gpu(self) -> bool:
-        """Whether the device is a GPU with a driver's context and workspaces of libraries."""
+        """Whether the device is a GPU, with context and workspaces."""
         return self.integrated or self.host is not None
 
     @property

@@ -230,6 +230,9 @@ class Queue:
                     ticket.tell(outcome)
             # An idle thread that kept these would keep a job's references and an error's half-loaded weights.
             del ticket, outcome
+        if self._loaded and not self.is_broken:
+            # An orderly end: else what the engine does in idle time would look as if it had ended the process.
+            self._release()
 
     def _count_failure(self, error: EngineError, broke_off: bool) -> None:
         was_broken = self.is_broken
@@ -322,10 +325,13 @@ class Queue:
             log.exception("the engine failed while it prepared for the next job")
 
     def _unload_idle(self) -> None:
+        log.info("idle for %.0f s: releasing the weights", self._keep_alive)
+        self._release()
+
+    def _release(self) -> None:
         executor = self._executor
         if executor is None:
             return
-        log.info("idle for %.0f s: releasing the weights", self._keep_alive)
         try:
             executor.release()
         except Exception:

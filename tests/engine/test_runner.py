@@ -24,6 +24,7 @@ from engine.families.klein.compile_thread import NEVER, CompileThread
 from engine.families.klein.compiler import CompiledDiffers, CompileOptions, obstacle
 from engine.families.klein.pipeline import Klein
 from engine.families.klein.sample_inputs import SampleInputs, attention_inputs
+from engine.families.klein.traces import ATTEMPTS
 from engine.memory.device import Device
 from engine.memory.offload import OffloadedModule, OffloadRing, stream
 from engine.nn import ops
@@ -297,6 +298,17 @@ def test_saved_traces_that_fail_are_dropped_and_made_anew(
     assert klein.runner.mode == "compiled", klein.runner.summary()
     assert made == [2]
     assert not folder.exists()
+
+
+def test_release_while_it_compiles_does_not_count_against_traces(
+    compiler: type[InstantCompiler], tmp_path: Path
+) -> None:
+    klein = make(replace(EVERYWHERE, backend="inductor", folder=tmp_path))
+    while not (attempts := list(tmp_path.rglob(ATTEMPTS))):
+        assert klein.runner.tune()
+    compiler.gate.set()
+    klein.runner.close()
+    assert not attempts[0].exists()
 
 
 def test_compiling_defers_full_garbage_collections_to_its_end(compiler: type[InstantCompiler]) -> None:

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -10,13 +11,23 @@ import torch
 from torch import nn
 
 from engine.families.klein.compiler import CompiledDiffers, compare
-from engine.families.klein.traces import ATTEMPTS, MAX_ATTEMPTS, SavedTraces, structure
+from engine.families.klein.traces import ATTEMPTS, FORGOTTEN, MAX_ATTEMPTS, SavedTraces, structure
 
 
 def test_traces_that_end_processes_are_left_alone(tmp_path: Path) -> None:
     for _ in range(MAX_ATTEMPTS):
         assert SavedTraces(tmp_path / "new").enabled  # and this process ends
     assert not SavedTraces(tmp_path / "new").enabled
+
+
+def test_ends_of_yesterday_no_longer_count(tmp_path: Path) -> None:
+    for _ in range(MAX_ATTEMPTS):
+        SavedTraces(tmp_path)
+    yesterday = time.time() - FORGOTTEN - 1
+    os.utime(tmp_path / ATTEMPTS, (yesterday, yesterday))
+    for _ in range(MAX_ATTEMPTS):
+        assert SavedTraces(tmp_path).enabled
+    assert not SavedTraces(tmp_path).enabled
 
 
 def test_process_that_goes_on_does_not_count(tmp_path: Path) -> None:

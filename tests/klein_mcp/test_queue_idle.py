@@ -45,6 +45,16 @@ def test_idle_engine_releases_its_weights_and_runs_again():
         assert isinstance(Waiter(queue, "after", "a").end, Result)
 
 
+def test_closed_queue_releases_the_weights_unless_the_device_is_lost():
+    """The engine counts processes that ended while it tuned a model; one that is asked to end is none of them."""
+    for prompt, released in (("image", True), ("lose", False)):
+        executor = StepExecutor(free=True)
+        with working(executor) as queue:
+            assert Waiter(queue, prompt, "a").end
+            assert not executor.released.is_set()
+        assert executor.released.is_set() == released
+
+
 def test_engine_start_is_not_expected_of_the_next_job():
     executor, history = StepExecutor(free=True), TimingHistory()
 

@@ -10,6 +10,7 @@ before use, and a process that dies over them counts against them.
 import hashlib
 import logging
 import shutil
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,6 +27,9 @@ MAX_ATTEMPTS = 3
 
 TESTED = "2.13"
 """The oldest torch with which this was tried. 2.11 has the same functions."""
+
+FORGOTTEN = 86_400.0
+"""Seconds after which such ends no longer count: a computer may have been switched off three times."""
 
 ATTEMPTS = "attempts"
 """File with the number of processes that ended in the middle."""
@@ -50,7 +54,8 @@ class SavedTraces:
         attempts = folder / ATTEMPTS
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            before = int(attempts.read_text()) if attempts.exists() else 0
+            recent = attempts.exists() and time.time() - attempts.stat().st_mtime < FORGOTTEN
+            before = int(attempts.read_text()) if recent else 0
             if before < MAX_ATTEMPTS:
                 attempts.write_text(str(before + 1))
         except (OSError, ValueError) as exc:
