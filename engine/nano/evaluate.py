@@ -3,7 +3,7 @@
 `python -m engine.nano.evaluate` generates the list's images, scores them and prints the table.
 Wordings and combinations of the lists were never trained on. `held_out.jsonl` is the list of the whole world,
 `held_out_48.jsonl` that of the first nano (48 nouns, one canvas). `--list old` asks the latter, so that both can be
-compared. `held_out_48_wide.jsonl` (`--list wide`) has what those 48 nouns can learn beyond that: more backgrounds,
+compared. `held_out_48_wide.jsonl` (`--list wide`) has what that first nano did not know: more backgrounds,
 groups, one thing inside another, four things, three and four references, other shapes. Lists hold their seeds, so that
 two sets of weights answer the same questions. `--write` draws the list anew, which makes older figures incomparable.
 """

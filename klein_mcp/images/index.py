@@ -78,7 +78,9 @@ class Index:
         patience: seconds since the last look at whether the index can be written.
         """
         if self._obstacle is None:
-            if not self._database.in_transaction and _identity(self.path) != self._file:
+            # A missing one is a disk that is not there: a new index would be an empty library.
+            found = _identity(self.path)
+            if found not in (None, self._file) and not self._database.in_transaction:
                 replaced, self._database = self._database, self._open()
                 replaced.close()
             return

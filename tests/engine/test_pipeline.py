@@ -176,10 +176,16 @@ def test_model_of_squares_warns_in_other_shapes(engine: Engine) -> None:
 def test_edit_into_another_shape_warns_and_one_in_its_own_does_not(engine: Engine) -> None:
     edit = replace(DOG, prompt="make the background green", references=(picture(SIDE, SIDE),))
     (*_, warning) = paint(engine, replace(edit, size=Exact(SIDE, SIDE // 2))).warnings
-    assert warning.startswith("nano practised on squares alone")
+    assert warning.startswith("nano practised edits in an image's own shape alone")
     wide = replace(edit, references=(picture(SIDE, SIDE // 2),))
     for size in (Exact(SIDE, SIDE // 2), KeepSource(), Native()):
-        assert not any("squares" in warning for warning in paint(engine, replace(wide, size=size)).warnings)
+        assert not any("practised" in warning for warning in paint(engine, replace(wide, size=size)).warnings)
+
+
+def test_edit_of_an_oblong_into_a_square_is_not_called_oblong(engine: Engine) -> None:
+    edit = replace(DOG, prompt="make the background green", references=(picture(SIDE, SIDE // 4),))
+    (*_, warning) = paint(engine, replace(edit, size=Exact(SIDE, SIDE))).warnings
+    assert warning.startswith("nano practised edits in an image's own shape alone")
 
 
 def test_aspect_ratio_is_generated_at_the_native_area(engine: Engine) -> None:

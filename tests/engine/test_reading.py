@@ -192,6 +192,21 @@ def test_number_beyond_those_that_the_model_knows_is_reported() -> None:
     assert reading.warnings == ("nano paints one cat: it knows no five",)
 
 
+@pytest.mark.parametrize(
+    ("prompt", "text"),
+    [
+        ("five cats on red", "a cat on red"),
+        ("5 cats on red", "a cat on red"),
+        ("a dozen big cats on red", "a big cat on red"),
+        ("add several red stars at the top", "add a red star at the top"),
+        ("two cats on red", "two cats on red"),
+    ],
+)
+def test_known_plural_without_a_known_number_is_one_thing(prompt: str, text: str) -> None:
+    """A bare plural is in no sentence of practice."""
+    assert read_prompt(prompt, COUNTS).text == text
+
+
 def test_number_of_things_without_a_name_is_reported() -> None:
     reads = replace(SMALL, words=SMALL.words | {"object"})
     (warning,) = read_prompt("Four objects on a red background", reads).warnings

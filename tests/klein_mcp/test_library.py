@@ -55,6 +55,13 @@ def test_what_was_put_is_found_after_restart(library: Store):
     again.close()
 
 
+def test_library_whose_disk_went_away_is_not_an_empty_one(library: Store):
+    record = put(library)
+    library.folder.rename(library.folder.with_name("elsewhere"))
+    assert [each.handle for each in library.everything()] == [record.handle]
+    assert not library.folder.exists()
+
+
 def test_equal_files_are_stored_once_until_the_last_image_is_deleted(library: Store):
     one, other = put(library, b"same"), put(library, b"same")
     assert one.handle != other.handle

@@ -46,7 +46,7 @@ def test_idle_engine_releases_its_weights_and_runs_again():
 
 
 def test_closed_queue_releases_the_weights_unless_the_device_is_lost():
-    """The engine counts processes that ended while it tuned a model; one that is asked to end is none of them."""
+    """The engine counts processes that ended while it tuned a model. One that is asked to end is none of them."""
     for prompt, released in (("image", True), ("lose", False)):
         executor = StepExecutor(free=True)
         with working(executor) as queue:

@@ -22,16 +22,16 @@ _VALUES = {"two": 2, "pair": 2, "three": 3, "four": 4}
 
 
 def without_amounts(prompt: str, variant: Variant) -> str:
-    """Remove numbers that are not single words, such as "a pair of".
+    """Replace numbers that are not single words, such as "a pair of".
 
-    Those that the model knows as a word become that word.
+    Those that the model knows as a word become that word, others "several".
     """
 
     def amount(match: re.Match[str]) -> str:
         number = _number(match[1])
         if number in variant.words:
             return match[0] if number in match[1].lower() else f"{number} "
-        return "" if _counted(match[2].lower(), variant) else match[0]
+        return "several " if _counted(match[2].lower(), variant) else match[0]
 
     return _AMOUNT.sub(amount, prompt)
 

@@ -95,9 +95,10 @@ def does_not_fit(
     width, height = size
     least = work(width * height).least
     side = next((side for side in plan.SIDES if side**2 < width * height and work(side**2).least <= free), None)
+    status = "allowed" if limited else "free"
     return OutOfMemory(
         f"{width}×{height} with {references} references takes {plan.gb(least)} besides the weights; {plan.gb(free)} of "
-        f"the {device} are {'allowed' if limited else 'free'}.",
+        f"the {device} are {status}.",
         hint=f"{side}×{side} would fit." if side else "Use fewer references, or end what else uses the device.",
     )
 

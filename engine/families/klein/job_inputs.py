@@ -116,8 +116,9 @@ def fit_images(job: Job, variant: Variant, warnings: list[str]) -> tuple[Canvas,
     own = references[0].shape[1] / references[0].shape[0] if references else 1.0
     change = canvas.width / canvas.height / own
     if variant.squares and not isinstance(job.size, KeepSource) and max(change, 1 / change) > NEARLY_SQUARE:
+        practised = "edits in an image's own shape" if references else "on squares"
         warnings.append(
-            f"{variant.name} practised on squares alone: in {canvas.width}×{canvas.height} things may be cut off or "
+            f"{variant.name} practised {practised} alone: in {canvas.width}×{canvas.height} things may be cut off or "
             "out of place"
         )
     return canvas, fitted

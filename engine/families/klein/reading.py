@@ -5,7 +5,7 @@ A model that knows more words than could be listed gets every prompt unchanged.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from engine.families.klein.counting import unknown_numbers, without_amounts
@@ -85,6 +85,7 @@ _POLITE = re.compile(
     re.IGNORECASE,
 )
 """What a request may begin with: "I would like to see a cat", "could you please remove the cat"."""
+_INSTRUCTS = re.compile(rf"\s*(?:please )?(?:color|{'|'.join(VERBS)})\b", re.IGNORECASE)
 _INSTEAD = re.compile(r" instead(?: of [^.,;!?]+)?(?=[.,;!?]|\s*\Z)", re.IGNORECASE)
 _SWAP = re.compile(
     r"\s*(?:(?:add|put|paint|draw|use) )?(?P<new>an? [^.,;]+?) instead of (?P<old>the [^.,;]+?)\s*[.!?]?\s*",
@@ -119,7 +120,9 @@ def read_prompt(prompt: str, variant: Variant, *, new: bool = False) -> Reading:
         return Reading(prompt, (foreign(variant),))
     # A hex code is not a word; its letters must not be read as some.
     spelt = corrected(_POLITE.sub(r"\1", _HEX.sub("", prompt)), variant)
-    asked = _INSTEAD.sub("", spelt if new else _as_edit(spelt, variant))
+    asked = spelt if new else _as_edit(spelt, variant)
+    if new or _INSTRUCTS.match(asked):
+        asked = _INSTEAD.sub("", asked)
     plain = without_amounts(_PLUS.sub("and ", _RELATIVE.sub("", asked)), variant)
     sentences = [_Sentence.of(text, variant) for text in _sentences(plain)]
     kept = [sentence for sentence in sentences if sentence.is_understood] or sentences[:1]
@@ -155,6 +158,10 @@ def _with_ground(text: str, variant: Variant) -> str:
     edits = words[:1] and words[0] in VERBS and words[0] not in ("make", "paint")
     if not things or edits or "background" not in variant.words or _names_ground(text, variant):
         return text
+    text = re.sub(
+        r"\s+(?:on|in|at|against|with)\s+(?:an?|the)\s+(?:\w+\s+)?background\b", "", text, flags=re.IGNORECASE
+    )
+    text = re.sub(r"[\s,.;!]*\bplease\W*\Z", "", text, flags=re.IGNORECASE)
     taken = {*words, *(colour for thing in things for colour in variant.nouns.get(thing, ()))}
     ground = next((colour for colour in _PLAIN_GROUNDS if colour in variant.colours and colour not in taken), "")
     return f"{text.rstrip(' .,!;')} on a {ground} background" if ground else text
@@ -163,7 +170,8 @@ def _with_ground(text: str, variant: Variant) -> str:
 def _names_ground(text: str, variant: Variant) -> bool:
     """Return whether a text names a background: "in the snow", "on blue"."""
     on_colour = rf"(?:on|against|in front of) (?:plain )?(?:{alternatives(variant.colours)})\b(?! {_thing(variant)}\b)"
-    grounds = "|".join(("background", r"image \d", "under the stars", "among trees", *sorted(GROUNDS & variant.words)))
+    plain = rf"(?:{alternatives(variant.colours)}) background"
+    grounds = "|".join((plain, r"image \d", "under the stars", "among trees", *sorted(GROUNDS & variant.words)))
     return re.search(rf"\b(?:{on_colour}|(?:{grounds})\b)", text, re.IGNORECASE) is not None
 
 
@@ -212,6 +220,7 @@ class _Sentence:
         pieces, end, known, unknown = [], 0, 0, 0
         determined = False  # whether the previous word is an article or belongs to the same noun phrase
         counted = False  # whether a number stands before it
+        uncounted = False  # whether a number was left out before it
         words = list(WORD.finditer(text))
         for i, match in enumerate(words):
             before = words[i - 1][0].lower() if i else ""
@@ -222,8 +231,14 @@ class _Sentence:
             end = match.end()
             shade = lower in _SHADES and behind.lower() in variant.colours
             if (lower in FILLERS | NUMBERS or shade) and not is_known(lower, variant):
+                # Of a plural that is known one is left: it was practised behind a known number alone.
+                if lower in NUMBERS and not uncounted and _counts_known_plural(words[i + 1 :], variant):
+                    uncounted = True
+                    pieces.append("" if before in ARTICLES else "a")
                 continue
-            if word is not None and word.lower() != lower and _is_plural(lower, word.lower(), variant):
+            if uncounted and (one := _one(lower, variant)):
+                word, uncounted = one, False
+            elif word is not None and word.lower() != lower and _is_plural(lower, word.lower(), variant):
                 several = plural(word.lower(), variant) if counted else ""
                 word = several or (word if determined else f"a {word}")
             pieces.append(match[0] if word is None else word)
@@ -242,6 +257,23 @@ def _stands_for_thing(before: str, behind: str, variant: Variant) -> bool:
         return False
     following = known_form(behind, variant) if behind else None
     return (following or "").lower() not in (*variant.nouns, *variant.shapes, "background")
+
+
+def _counts_known_plural(words: Sequence[re.Match[str]], variant: Variant) -> bool:
+    """Return whether what a number counts is a plural that is known."""
+    for word in (match[0].lower() for match in words):
+        if _one(word, variant):
+            return True
+        if word not in (*SIZES, *NUMBERS, *variant.colours) and known_form(word, variant) is not None:
+            return False
+    return False
+
+
+def _one(word: str, variant: Variant) -> str:
+    """Return the thing that a known plural has several of, or ""."""
+    if not is_known(word, variant):
+        return ""
+    return next((form for form in singulars(word) if names_thing(form, variant)), "")
 
 
 def _is_plural(word: str, known: str, variant: Variant) -> bool:
