@@ -266,17 +266,17 @@ def test_new_words_are_added_and_old_prompts_mean_the_same(tmp_path: Path):
     folder = Path(shutil.copytree(WEIGHTS, tmp_path / "nano"))
     prompt = "A red circle to the left of a cat on a blue background"
     before = Nano(WEIGHTS).states([prompt])
-    added = extend(folder, nouns=48)
+    added = extend(folder, nouns=208)
     metadata.write(folder, max_references=4)
     nano = Nano(folder)
     assert added > 100
     assert torch.equal(nano.states([prompt]), before)
-    assert nano.tokenize.length("Three small stars inside a room") == 6
+    assert nano.tokenize.length("Three small zebras inside a room") == 6
     extras = load_extras(folder)
     assert (len(extras["nouns"]), extras["max_references"], extras["native_size"]) == (48, 4, 256)
     assert {"three", "cats", "inside"} <= {*extras["words"]}
     assert "zebra" not in extras["words"]
-    assert extend(folder, nouns=48) == 0
+    assert extend(folder, nouns=208) == 0
 
 
 @pytest.mark.slow

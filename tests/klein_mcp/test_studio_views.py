@@ -206,7 +206,7 @@ def test_revision_changes_with_every_new_and_every_deleted_image(library: Store)
 
 def test_embedded_model_reads_every_example_of_its_own_as_it_is() -> None:
     nano = read_variant(NANO, VARIANTS[EMBEDDED])
-    assert read_prompt("two cats on a green background", nano).warnings
+    assert read_prompt("five cats on a green background", nano).warnings
     for example in NANO_EXAMPLES:
         reading = read_prompt(example, nano)
         assert (reading.text, reading.warnings) == (example, ())
