@@ -17,12 +17,18 @@ from tests.engine.graphs import FakeGraph, as_on_a_gpu
 from tests.engine.runners import CPU, JOB, InstantCompiler, generate, make, tune
 
 
-def captured(compiler: type[InstantCompiler], monkeypatch: pytest.MonkeyPatch) -> Klein:
-    """Return a model that was used and captured: the text encoder and one step."""
+def compiled(compiler: type[InstantCompiler], monkeypatch: pytest.MonkeyPatch) -> Klein:
+    """Return a model that was tuned and not used yet."""
     as_on_a_gpu(monkeypatch)
     compiler.gate.set()
     klein = make()
     tune(klein)
+    return klein
+
+
+def captured(compiler: type[InstantCompiler], monkeypatch: pytest.MonkeyPatch) -> Klein:
+    """Return a model that was used and captured: the text encoder and one step."""
+    klein = compiled(compiler, monkeypatch)
     generate(klein)
     tune(klein)
     return klein
@@ -88,10 +94,7 @@ class FullGraph(FakeGraph):
 def test_capture_that_runs_out_of_memory_keeps_the_compiled_mode(
     compiler: type[InstantCompiler], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    as_on_a_gpu(monkeypatch)
-    compiler.gate.set()
-    klein = make()
-    tune(klein)
+    klein = compiled(compiler, monkeypatch)
     image = generate(klein).image
     monkeypatch.setattr(runner_module, "DeviceGraph", FullGraph)
     tune(klein)
@@ -146,10 +149,7 @@ def test_graph_of_a_shape_in_use_is_not_pushed_out(
     compiler: type[InstantCompiler], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Only shapes without a graph had counted as used: a new one took the favourite's, and captures went round."""
-    as_on_a_gpu(monkeypatch)
-    compiler.gate.set()
-    klein = make()
-    tune(klein)
+    klein = compiled(compiler, monkeypatch)
 
     def paint(side: int) -> None:
         generate(klein, replace(JOB, size=Exact(side, 64)))

@@ -1,27 +1,17 @@
 """Tests of prompt rewriting for small models.
 
-Cases without a model use an invented vocabulary; nano's edits are scored.
+Their vocabulary is an invented one, or one of `worlds`.
 """
 
 import time
 from dataclasses import replace
 
-import numpy as np
 import pytest
 
-from engine.contract import EngineConfig, Job, KeepSource, Result, Rgb8
-from engine.engine import Engine
 from engine.families.klein.reading import Reading, read_prompt
-from engine.families.klein.spelling import corrected
 from engine.families.klein.variants import VARIANTS, Variant
-from engine.nano import words
-from engine.nano.training.compositor import BACKGROUNDS
-from engine.nano.training.edits import touched
-from engine.nano.training.prompts import Example, PromptSampler, training_prompts
-from engine.nano.training.scenes import MIDDLE, NORMAL, Scene, Thing
-from engine.nano.training.score import draw, edit_done, look
-from engine.nano.training.sprites import KINDS
-from tests.embedded import in_units
+from engine.nano.training.prompts import PromptSampler, training_prompts
+from tests.engine.worlds import BOTH_WORLDS, LARGER, PLAIN
 
 NOUNS = {"cat": ("orange",), "dog": (), "apple": ("red",), "rocket": (), "house": (), "octopus": ("pink",)}
 SHAPES = frozenset({"circle", "star"})
@@ -262,110 +252,6 @@ def test_three_listed_references_are_given_places(prompt: str, text: str) -> Non
     assert read_prompt(prompt, THREE).text == text
 
 
-# Of a new user's first hour. PLAIN has nano's words, LARGER all of its larger world: 208 nouns, numbers, scenes.
-
-_PLAIN_SCENES = {
-    "grass",
-    "meadow",
-    "field",
-    "desert",
-    "sand",
-    "ocean",
-    "sea",
-    "night",
-    "stars",
-    "snow",
-    "sunset",
-    "sky",
-}
-_LATER = {
-    "two",
-    "three",
-    "four",
-    "inside",
-    "forest",
-    "woods",
-    "trees",
-    "beach",
-    "shore",
-    "room",
-    "floor",
-    "space",
-    "city",
-}
-LARGER = replace(
-    VARIANTS["nano"],
-    words=words.KNOWN,
-    nouns={**dict.fromkeys(words.NOUNS, ()), "house": ("white", "orange"), "snowman": ("white", "gray")},
-    shapes=frozenset(words.SHAPES),
-    colours=frozenset(words.COLOURS),
-)
-_NOUNS = tuple(words.NOUNS)[:48]
-PLAIN = replace(
-    LARGER,
-    words=(words.known(48) - _LATER - {words.plural(noun) for noun in _NOUNS}) | _PLAIN_SCENES | {*_NOUNS},
-    nouns={noun: LARGER.nouns[noun] for noun in _NOUNS},
-)
-BOTH_WORLDS = pytest.mark.parametrize("variant", [PLAIN, LARGER], ids=["plain", "larger"])
-
-
-@BOTH_WORLDS
-@pytest.mark.parametrize(
-    ("prompt", "text"),
-    [
-        ("make the backgroud purple", "make the background purple"),
-        ("make the bakground gren", "make the background green"),
-        ("a aple on a yelow backround", "an apple on a yellow background"),
-        ("a pengiun on white", "a penguin on white"),
-        ("an elefant on white", "an elephant on white"),
-        ("a bleu star on white", "a blue star on white"),
-        ("repalce the cat with a dog", "replace the cat with a dog"),
-        ("make the circle smaler", "make the circle smaller"),
-        ("Bananna on the left on red", "Banana on the left on red"),
-    ],
-)
-def test_misspelt_words_are_read_as_the_known_word(variant: Variant, prompt: str, text: str) -> None:
-    assert read_prompt(prompt, variant) == Reading(text)
-
-
-def test_misspelt_plural_is_read_as_the_plural() -> None:
-    assert read_prompt("two aples on white", LARGER).text == "two apples on white"
-    assert read_prompt("two aples on white", PLAIN).text == "an apple on white"
-
-
-_ENGLISH = """
-    fox bear boar lion goat bat hen ant bed sun box cap mat rat pear boat coat goal king wing corn crow clown glass
-    class grease brass mouse moose horse hose hearse rose nose cake cape cage cave lake rake bake bird bard beard
-    bread bead fist dish wish hook cook look boot root roof moon noon spoon stair star stage snake snack shake
-    rocket pocket racket socket locket carrot parrot garrote crown brown frown clock cloak block flock crane frame
-    plate place palace plant pant paint point print white write while black back block green greed queen grain blank
-    plank planet plane pine pink wine whale wheel whip ship shop sheep sheet shirt skirt shell train brain
-    trail tray truck track trick table tablet cable stable chair choir cheese chase chess chest church bench beach
-    peach perch torch porch night knight light flight right fight sight bottle battle button bottom kettle cattle
-    castle candle handle sandal saddle cotton robot robin ribbon rabbit ring rink sink song string strong street
-    stream storm stone store story snow snot desert dessert forest frost ghost guest coast toast roast heart earth
-    hearth heat hear head heard flower flour tower shower floor flood blood field shield yield cactus circus circle
-    cycle camera camel cameo guitar sitar tiger tier turtle turret tractor traitor factor butter butterfly balloon
-    ballot banana bandana burger burglar bus bush dust duck dock deck neck book brook broom groom drum dream cream
-    cross grass crops class cart card yard sword word world wood wolf golf gulf glove globe stove dove cup cub tub
-    tube cube cuff cliff scarf shark spark park bark barn yarn corner change chance charge remote remove room broth
-    winner winter painter printer singer finger hammer hamper ladder lather
-"""
-
-
-@BOTH_WORLDS
-def test_words_of_english_are_never_corrected(variant: Variant) -> None:
-    for word in _ENGLISH.split():
-        assert corrected(word, variant) == word
-
-
-def test_word_that_is_not_surely_misspelt_gets_a_suggestion() -> None:
-    (warning,) = read_prompt("an olephant on white", PLAIN).warnings
-    assert warning == "nano does not know olephant (did you mean elephant?); klein-mcp pull klein-4b"
-    (warning,) = read_prompt("a boxx on white", PLAIN).warnings
-    assert warning == "nano does not know boxx; klein-mcp pull klein-4b"
-
-
 @BOTH_WORLDS
 @pytest.mark.parametrize(
     ("prompt", "text"),
@@ -563,62 +449,3 @@ def _typed(text: str) -> str:
 )
 def test_references_whose_places_are_clear_get_no_others(prompt: str) -> None:
     assert read_prompt(prompt, LARGER) == Reading(prompt)
-
-
-# On nano
-
-
-@pytest.fixture(scope="module")
-def engine() -> Engine:
-    return Engine(EngineConfig(device="cpu"))
-
-
-def scene(ground: str, *things: tuple[str, tuple[int, int]]) -> Scene:
-    return Scene(BACKGROUNDS.index(ground), tuple(Thing(KINDS.index(kind), NORMAL, slot) for kind, slot in things))
-
-
-LEFT, RIGHT = (-1, 0), (1, 0)
-SMALL_SIZE = NORMAL - 1
-"""Things beside two others are painted smaller."""
-EDITS = [
-    ("background", "Make the background green", scene("blue", ("apple", MIDDLE)), scene("green", ("apple", MIDDLE))),
-    ("background", "Put it in the snow", scene("green", ("dog", MIDDLE)), scene("snow", ("dog", MIDDLE))),
-    ("remove", "Remove the cat", scene("white", ("cat", LEFT), ("car", RIGHT)), scene("white", ("car", RIGHT))),
-    ("move", "Move the apple to the left", scene("cyan", ("apple", MIDDLE)), scene("cyan", ("apple", LEFT))),
-    ("recolour", "Make the ring red", scene("white", ("blue ring", MIDDLE)), scene("white", ("red ring", MIDDLE))),
-    ("replace", "Replace the fish with a bird", scene("pink", ("fish", MIDDLE)), scene("pink", ("bird", MIDDLE))),
-    ("remove", "Delete the pizza", scene("blue", ("pizza", LEFT), ("duck", RIGHT)), scene("blue", ("duck", RIGHT))),
-    ("replace", "Turn the house into a tree", scene("yellow", ("house", MIDDLE)), scene("yellow", ("tree", MIDDLE))),
-]  # fmt: skip
-
-
-def test_three_listed_references_are_all_composed(engine: Engine) -> None:
-    sources = tuple(draw(scene("white", (kind, MIDDLE)))[0] for kind in ("apple", "house", "car"))
-    listed, placed = (
-        next(event for event in engine.run(Job(prompt, model="nano", references=sources)) if isinstance(event, Result))
-        for prompt in (LIST.replace("rocket", "car"), PLACES.replace("rocket", "car"))
-    )
-    assert np.array_equal(listed.image, placed.image)
-    kinds = zip(("apple", "house", "car"), (LEFT, MIDDLE, RIGHT), strict=True)
-    result = Scene(BACKGROUNDS.index("blue"), tuple(Thing(KINDS.index(kind), SMALL_SIZE, slot) for kind, slot in kinds))
-    for index, thing in enumerate(result.things):
-        assert look(in_units(listed.image), result, index).nearest == thing.kind
-
-
-@pytest.mark.parametrize(("kind", "prompt", "before", "after"), EDITS, ids=[edit[1] for edit in EDITS])
-def test_edit_succeeds_with_and_without_a_preservation_sentence(
-    engine: Engine, kind: str, prompt: str, before: Scene, after: Scene
-) -> None:
-    (source,) = draw(before)
-    example = Example(kind, prompt, after, (before,), touched(before, after))
-    plain = paint(engine, source, prompt)
-    constrained = paint(engine, source, f"{prompt}. Keep everything else exactly as it is.")
-    assert edit_done(plain.image, example)
-    assert np.array_equal(constrained.image, plain.image)
-    assert (plain.read_as, constrained.read_as) == ("", prompt)
-
-
-def paint(engine: Engine, source: Rgb8, prompt: str) -> Result:
-    *_, result = engine.run(Job(prompt, (source,), size=KeepSource(), model="nano", seed=7))
-    assert isinstance(result, Result)
-    return result

@@ -53,13 +53,16 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(schema, "BUSY_TIMEOUT", 0.2)
 
 
-async def test_locked_index_keeps_the_image_for_the_next_start(impatient: None, client: Client, settings: Settings):
+async def refused_while_locked(client: Client, settings: Settings, kind: str) -> str:
+    """Generate one image, and fail to save a second while another program holds the index."""
     await call(client, "generate_image", prompt="before", seed=1)
-    other = sqlite3.connect(settings.library / DATABASE)
-    other.execute("BEGIN EXCLUSIVE")
-    message = await refused(client, "generate_image", prompt="a cat", seed=7)
-    other.rollback()
-    other.close()
+    with contextlib.closing(sqlite3.connect(settings.library / DATABASE)) as other:
+        other.execute(f"BEGIN {kind}")
+        return await refused(client, "generate_image", prompt="a cat", seed=7)
+
+
+async def test_locked_index_keeps_the_image_for_the_next_start(impatient: None, client: Client, settings: Settings):
+    message = await refused_while_locked(client, settings, "EXCLUSIVE")
     assert "Another program holds the image library" in message
     assert "with seed 7 is kept" in message
     store = Store(settings.library)
@@ -74,12 +77,7 @@ async def test_locked_index_keeps_the_image_for_the_next_start(impatient: None, 
 async def test_image_kept_while_the_index_was_locked_appears(
     impatient: None, client: Client, service: Service, settings: Settings, sign: str
 ):
-    await call(client, "generate_image", prompt="before", seed=1)
-    other = sqlite3.connect(settings.library / DATABASE)
-    other.execute("BEGIN IMMEDIATE")
-    message = await refused(client, "generate_image", prompt="a cat", seed=7)
-    other.rollback()
-    other.close()
+    message = await refused_while_locked(client, settings, "IMMEDIATE")
     kept = message.split("The image ")[1][:6]
     if sign == "another image":
         await call(client, "generate_image", prompt="after", seed=2)

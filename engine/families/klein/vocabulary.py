@@ -29,6 +29,7 @@ def unknown_words(text: str, variant: Variant) -> list[str]:
 
 
 def is_known(word: str, variant: Variant) -> bool:
+    """Return whether the model knows a word, or all parts of one."""
     return all(part in variant.words for part in re.split("['’-]", word))
 
 
@@ -53,6 +54,7 @@ def known_form(word: str, variant: Variant, *, as_thing: bool = True) -> str | N
 
 
 def names_thing(word: str, variant: Variant) -> bool:
+    """Return whether a word is one of the model's nouns or shapes."""
     return word in variant.nouns or word in variant.shapes
 
 

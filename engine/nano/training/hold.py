@@ -1,8 +1,8 @@
-"""Holds a training to what its start knew.
+"""Hold a training to what its start knew.
 
 Each step learns from two batches: one of skills that the start lacks, from their images, and one of skills it has, from
 the start's own velocities. Those are means over all noise, so that they pull no more than needed. A held training of
-151 k samples forgot less than one of 246 k that was not (engine/nano/README.md).
+226 k samples forgot less than one of 246 k that was not (engine/nano/README.md).
 """
 
 import random
