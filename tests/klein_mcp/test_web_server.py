@@ -5,6 +5,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from mcp import Client
+from starlette.applications import Starlette
 
 from klein_mcp import web_server
 from tests.real_server import PATIENCE, RealServer
@@ -124,3 +126,18 @@ def _switches(pid: int) -> int:
         line = next(line for line in (task / "status").read_text().splitlines() if line.startswith("voluntary"))
         total += int(line.split()[1])
     return total
+
+
+def test_answers_are_sent_without_delay():
+    """With Nagle's algorithm, each answer on a connection in use waited 40 ms for an acknowledgement."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        server = web_server.WebServer(Starlette(), lifespan="off", log_level="error")
+        thread = threading.Thread(target=server.run, args=([listener],))
+        thread.start()
+        with connected(listener.getsockname()[1], b"GET / HTTP/1.1\r\nhost: x\r\n\r\n") as client:
+            assert client.recv(1)
+            (connection,) = server.server_state.connections
+            undelayed = connection.transport.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)  # type: ignore
+        server.end()
+        thread.join()
+    assert undelayed
