@@ -34,6 +34,12 @@ HELD = 512_000_000
 INCLUDED = "x-klein-included"
 """Header: positions of the references that the frame holds, such as 0,2. The others are named by their hashes."""
 
+BUILD = "x-klein-build"
+"""Header: fingerprint of the daemon's build. Another build would paint other bytes."""
+
+OTHER_BUILD = 412
+"""Status code: the daemon is of another build."""
+
 MISSING = 409
 """Status code: some of the references that were not sent are not held here either."""
 
@@ -126,8 +132,11 @@ class EngineServer:
         return JSONResponse({"queue": asdict(self._queue.status()), "engine": engine and engine.to_json(), **nodes})
 
     async def _run(self, request: Request) -> Response:
+        body = await request.body()
+        if request.headers.get(BUILD) != self._build.fingerprint:
+            return JSONResponse({"error": f"This engine is another build, {self._build.name}."}, OTHER_BUILD)
         try:
-            job = wire.decode(await request.body())
+            job = wire.decode(body)
             if not isinstance(job, Job):
                 raise wire.BadFrame("Only a Job can be run.")
             job, missing = self._complete(job, request.headers.get(INCLUDED))

@@ -6,6 +6,7 @@ import struct
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -14,24 +15,27 @@ from typing import Any
 
 import numpy as np
 import pytest
-import uvicorn
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from engine.contract import (
+    BadWeights,
     Busy,
     CacheStats,
     ChangeMask,
+    EngineError,
     EngineFailed,
     EngineStatus,
     Event,
     Job,
     KeepSource,
     KnownModel,
+    ModelNotFound,
     Native,
     NodeStatus,
+    OutOfMemory,
     Result,
     Rgb8,
     Step,
@@ -47,6 +51,7 @@ from klein_mcp.daemon.executors.node import combined
 from klein_mcp.daemon.executors.remote import RemoteExecutor
 from klein_mcp.jobs.queue import Queue
 from klein_mcp.jobs.status import DaemonStatus
+from klein_mcp.web_server import WebServer
 from tests.fakes import FakeExecutor, painted
 from tests.klein_mcp.test_engine_command import make_certificate
 
@@ -56,19 +61,17 @@ EDIT = Job("edit", (np.full((64, 48, 3), 7, np.uint8),), size=KeepSource(), seed
 
 
 @contextmanager
-def listening(app: Starlette, **options: Any) -> Iterator[str]:
-    """Serve `app` on a free port and yield its address."""
-    listener = socket.create_server(("127.0.0.1", 0))
-    server = uvicorn.Server(
-        uvicorn.Config(app, log_level="error", lifespan="off", timeout_graceful_shutdown=1, **options)
-    )
+def listening(app: Starlette, port: int = 0, **options: Any) -> Iterator[str]:
+    """Serve `app` on a port, 0 for any free one, and yield its address."""
+    listener = socket.create_server(("127.0.0.1", port))
+    server = WebServer(app, log_level="error", lifespan="off", timeout_graceful_shutdown=1, **options)
     thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
     thread.start()
     until(lambda: server.started)
     try:
         yield f"http://127.0.0.1:{listener.getsockname()[1]}"
     finally:
-        server.should_exit = True
+        server.end()
         thread.join(20)
 
 
@@ -89,8 +92,9 @@ class Machine:
 
 @pytest.fixture(autouse=True)
 def patient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Give a busy machine time to connect: a node that is late is passed over, as it should be."""
+    """Give a busy machine time to connect, and let no test wait for an engine to come back."""
     monkeypatch.setattr(remotes, "CONNECT", 60.0)
+    monkeypatch.setattr(remotes, "PAUSES", (0.0, 0.0, 0.0))
 
 
 @contextmanager
@@ -203,6 +207,80 @@ def test_wrong_token_or_build_is_refused_in_words(machine, words):
     assert not machine.jobs
 
 
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"token": "another token of theirs"}, "another token"),
+        ({"build": BuildInfo("1.0", "other", 0)}, r"another build, 1\.0 \(other\), than .*, 1\.0 \(same\)"),
+    ],
+)
+def test_machine_proves_itself_before_each_job(change: dict[str, Any], words: str):
+    """Another build, or another server, may be at an address that proved itself before."""
+    with proxied(engines=0) as (proxy, remote):
+        run(remote, known(EDIT))
+        vars(proxy).update(change)
+        with pytest.raises(EngineFailed, match=words):
+            run(remote, known(EDIT))
+    assert len(proxy.sessions) == 1, "the second job was not sent"
+
+
+def test_engine_runs_no_job_of_another_build():
+    """Between the proof and the job, an engine may be replaced."""
+    with proxied() as (proxy, remote):
+        proxy.engine.server._build = BuildInfo("1.0", "other", 0)
+        with pytest.raises(EngineFailed, match=r"412.*another build, 1\.0 \(other\)"):
+            run(remote, known(EDIT))
+    assert not proxy.engine.jobs
+
+
+def test_jobs_at_once_take_one_engine_each():
+    one, two = Machine(), Machine()
+    both = threading.Barrier(2, timeout=60)
+
+    def paint(job: Job) -> Rgb8:
+        both.wait()
+        return painted(job)
+
+    one.executor.paint = two.executor.paint = paint
+    jobs = [replace(known(EDIT), seed=seed) for seed in (3, 4)]  # of one lineage
+    with machines(one, two) as remote, ThreadPoolExecutor(2) as threads:
+        for _ in range(3):
+            list(threads.map(lambda job: run(remote, job), jobs))
+    assert [len(one.jobs), len(two.jobs)] == [3, 3]
+
+
+@pytest.mark.parametrize("refusal", [ModelNotFound, BadWeights, OutOfMemory])
+def test_refusal_of_one_engine_is_asked_of_the_next(refusal: type[EngineError]):
+    one, two = Machine(), Machine()
+    with machines(one, two) as remote:
+        run(remote, known(EDIT))
+        owner, other = (one, two) if one.jobs else (two, one)
+        owner.executor.error = refusal("not on the first one")
+        for _ in range(2):
+            assert run(remote, known(EDIT)).image.tobytes() == painted(EDIT).tobytes()
+        assert len(owner.jobs) == 3, "it does not rest"
+        other.executor.error = ModelNotFound("nor on the second one")
+        with pytest.raises(refusal, match="not on the first one"):
+            run(remote, known(EDIT))
+
+
+def test_job_waits_for_an_engine_that_is_started_again(monkeypatch: pytest.MonkeyPatch):
+    machine, pauses = Machine(), []
+    with listening(machine.app) as url:
+        pass  # nobody listens there any more
+    with ExitStack() as stack, closing(machine.queue):
+
+        def pause(seconds: float) -> None:
+            pauses.append(seconds)
+            if seconds == 3:
+                stack.enter_context(listening(machine.app, int(url.rpartition(":")[2])))
+
+        monkeypatch.setattr(remotes, "PAUSES", (0, 1, 3))
+        monkeypatch.setattr(remotes, "time", SimpleNamespace(monotonic=time.monotonic, sleep=pause))
+        assert run(RemoteExecutor([url], TOKEN, BUILD), known(EDIT)).image.tobytes() == painted(EDIT).tobytes()
+    assert pauses == [0, 1, 3]
+
+
 @pytest.mark.parametrize("url", ["http://10.0.0.7:8000", "http://example.com", "ftp://127.0.0.1", "host:8000"])
 def test_address_in_the_clear_over_a_network_is_refused(url):
     with pytest.raises(EngineFailed, match=r"in the clear|no address"):
@@ -246,8 +324,18 @@ def endless() -> Iterator[bytes]:
         yield frame
 
 
-def liar(lie: Callable[[], Iterator[bytes]], token: str, build: BuildInfo) -> Starlette:
-    """An engine that holds the token and answers each job with `lie`."""
+STATUS = EngineStatus("cpu", "float32", 1, 10**9, models=(KnownModel("nano", "Apache-2.0", "/nano"),)).to_json()
+STATUS_LIES: dict[str, dict[str, Any]] = {
+    "a word for a number": {"engine": {**STATUS, "free_bytes": "many"}},
+    "a number for a word": {"engine": {**STATUS, "loaded": 7}},
+    "a number beyond all memory": {"engine": {**STATUS, "free_bytes": 10**400}},
+    "no models": {"engine": {**STATUS, "models": 5}},
+    "a word for a number of a cluster": {"engine": None, "nodes": [{"url": "a on one", "hits": "many"}]},
+}
+
+
+def liar(lie: Callable[[], Iterator[bytes]], token: str, build: BuildInfo, about: Any = None) -> Starlette:
+    """An engine that holds the token, answers each job with `lie` and says `about` itself."""
 
     async def hello(request: Request) -> Response:
         answer = {"proof": proof(token, request.query_params["nonce"]), "build": asdict(build)}
@@ -257,7 +345,23 @@ def liar(lie: Callable[[], Iterator[bytes]], token: str, build: BuildInfo) -> St
         await request.body()
         return StreamingResponse(lie())
 
-    return Starlette(routes=[Route("/hello", hello), Route("/run", run, methods=["POST"])])
+    async def status(request: Request) -> Response:
+        return JSONResponse({"queue": {"waiting": 0}, **(about or {})})
+
+    return Starlette(routes=[Route("/hello", hello), Route("/run", run, methods=["POST"]), Route("/status", status)])
+
+
+@pytest.mark.parametrize("lie", STATUS_LIES)
+def test_lie_about_a_status_is_the_error_of_its_machine(lie: str):
+    honest = Machine()
+    with listening(liar(LIES["nothing"], TOKEN, BUILD, STATUS_LIES[lie])) as url, machines(honest):
+        run(remote := RemoteExecutor([honest.url, url], TOKEN, BUILD), known(EDIT))
+        status = remote.status()
+    honest_one, lying = status.nodes
+    assert "does not answer as klein-mcp engine does" in lying.error
+    assert not honest_one.error
+    words = format_status(DaemonStatus(True, started="2026-11-24T05:05:51+0000", engine=status))
+    assert "1 of 2 engines answer" in words
 
 
 @pytest.mark.parametrize("lie", LIES)
@@ -337,14 +441,16 @@ NANO = KnownModel("nano", "Apache-2.0", "/nano")
 class FakeProxy:
     """The address of a cluster: answers as its engines do, after those answers to /run that a test gives it."""
 
-    def __init__(self, *answers: Response) -> None:
+    def __init__(self, *answers: Response, engines: int = 2) -> None:
         self.answers = list(answers)
+        self.engines = engines
+        self.token, self.build = TOKEN, BUILD
         self.sessions: list[str] = []
         self.engine = Machine()
 
     async def hello(self, request: Request) -> Response:
-        answer = {"proof": proof(TOKEN, request.query_params["nonce"]), "build": asdict(BUILD), "engines": 2}
-        return JSONResponse(answer)
+        answer = {"proof": proof(self.token, request.query_params["nonce"]), "build": asdict(self.build)}
+        return JSONResponse({**answer, "engines": self.engines})
 
     async def run(self, request: Request) -> Response:
         self.sessions.append(request.headers.get("x-session-id", ""))
@@ -362,8 +468,8 @@ class FakeProxy:
 
 
 @contextmanager
-def proxied(*answers: Response) -> Iterator[tuple[FakeProxy, RemoteExecutor]]:
-    proxy = FakeProxy(*answers)
+def proxied(*answers: Response, engines: int = 2) -> Iterator[tuple[FakeProxy, RemoteExecutor]]:
+    proxy = FakeProxy(*answers, engines=engines)
     with listening(proxy.app()) as url, closing(proxy.engine.queue):
         yield proxy, RemoteExecutor([url], TOKEN, BUILD)
 
@@ -432,8 +538,7 @@ def test_self_signed_certificate_works_once_it_is_trusted(tmp_path: Path, monkey
     assert result.image.tobytes() == painted(EDIT).tobytes()
 
 
-def test_lineage_has_one_session_and_a_retry_another(monkeypatch):
-    monkeypatch.setattr(remotes, "PAUSES", (0.0, 0.0, 0.0))
+def test_lineage_has_one_session_and_a_retry_another():
     with proxied(Response(b""), Response(b"")) as (proxy, remote):
         assert run(remote, known(EDIT)).image.tobytes() == painted(EDIT).tobytes()
         run(remote, replace(known(EDIT), seed=8))

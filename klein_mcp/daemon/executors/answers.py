@@ -3,7 +3,7 @@
 import json
 import time
 from collections.abc import Generator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from engine.contract import EngineError, EngineFailed, Event, Exact, Job, KeepSource, Result
 from klein_mcp.daemon import wire
@@ -25,8 +25,13 @@ EVENT_BYTES = 1_000_000
 MOST_BYTES = 1_000_000
 """Bytes of what a node says about itself: a cluster of 1,000 engines says 300 kB."""
 
+MOST_NUMBER = 2**63
+"""The largest number in what a node says; a longer one could not be printed as gigabytes."""
+
 SLOWEST = 10_000
 """Bytes a second: a node that takes longer for an event does not mean to end it."""
+
+T = TypeVar("T")
 
 
 def get_json(http: "httpx2.Client", url: str, seconds: float, **options: Any) -> Any:
@@ -48,9 +53,30 @@ def read_json(response: "httpx2.Response", seconds: float) -> Any:
         if time.monotonic() > deadline:
             raise NodeFailed(f"it has not answered within {seconds:g} s")
     try:
-        return json.loads(data)
+        return json.loads(data, parse_int=_integer)
     except RecursionError:
         raise ValueError("nested too deep") from None
+
+
+def _integer(digits: str) -> int:
+    value = int(digits)
+    if abs(value) > MOST_NUMBER:
+        raise ValueError("a number without end")
+    return value
+
+
+def read_fields(kind: type[T], data: Any) -> T:
+    """Build a value of dataclasses from JSON.
+
+    Unlike their constructors it checks the type of each field. Raises ValueError.
+    """
+    from pydantic import TypeAdapter, ValidationError  # 0.1 s, and only a daemon of engines elsewhere needs it
+
+    try:
+        return TypeAdapter(kind).validate_python(data)
+    except ValidationError as exc:
+        first = exc.errors()[0]
+        raise ValueError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
 
 
 def read_events(job: Job, response: "httpx2.Response", silence: float) -> Generator[Event, None, bool]:

@@ -19,8 +19,12 @@ MOST_KNOWN = 10_000
 class NodeFailed(Exception):
     """This node cannot run the job.
 
-    Another may.
+    Another may. away: nobody answered at all, so it may be back in a moment.
     """
+
+    def __init__(self, message: str, *, away: bool = False) -> None:
+        super().__init__(message)
+        self.away = away
 
 
 @dataclass(eq=False)
@@ -28,14 +32,13 @@ class Node:
     """One engine elsewhere, or the address of a cluster of them.
 
     engines: how many a cluster says it has, 0 for a single engine. known: hashes of references it was sent, the latest
-    last. greeted: when it last proved its token and build; 0 where it has to again.
+    last.
     """
 
     url: str
     error: str = ""
     rests_until: float = 0.0
     running: int = 0
-    greeted: float = 0.0
     engines: int = 0
     known: "OrderedDict[str, None]" = field(default_factory=OrderedDict)
 

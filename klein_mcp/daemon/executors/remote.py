@@ -11,14 +11,26 @@ from contextlib import closing
 from dataclasses import replace
 from hashlib import blake2b
 from itertools import chain
-from math import ceil
 from typing import TYPE_CHECKING
 
-from engine.contract import Busy, CacheStats, EngineFailed, EngineStatus, Event, Job, NodeStatus, Rgb8
+from engine.contract import (
+    BadWeights,
+    Busy,
+    CacheStats,
+    EngineError,
+    EngineFailed,
+    EngineStatus,
+    Event,
+    Job,
+    ModelNotFound,
+    NodeStatus,
+    OutOfMemory,
+    Rgb8,
+)
 from klein_mcp.daemon import wire
 from klein_mcp.daemon.endpoint import BuildInfo, proof
-from klein_mcp.daemon.engine_server import INCLUDED, MISSING, read_token
-from klein_mcp.daemon.executors.answers import get_json, read_events, read_json
+from klein_mcp.daemon.engine_server import BUILD, INCLUDED, MISSING, read_token
+from klein_mcp.daemon.executors.answers import get_json, read_events, read_fields, read_json
 from klein_mcp.daemon.executors.node import MOST_ENGINES, Node, NodeFailed, checked_url, combined, reason, sentence
 from klein_mcp.daemon.executors.ring import HashRing
 from klein_mcp.jobs.executor import nobody_watches
@@ -45,14 +57,11 @@ MOST_ASKED = 32
 NO_ANSWER = (ValueError, KeyError, TypeError, AttributeError, OverflowError)
 """Raised by what no engine answers: no JSON, other names, other types, numbers without end."""
 
-COUNTED = 5.0
-"""Seconds after which a cluster is asked again how many engines it has."""
-
 PAUSES = (0.0, 1.0, 3.0)
-"""Seconds before each try at a cluster, which needs a moment to see that one of its machines is gone."""
+"""Seconds before each round of all nodes. Meanwhile a supervisor starts an engine, or a cluster misses a machine."""
 
-BOUND = 1.25
-"""A node takes at most this multiple of the mean of running jobs; the next one on the ring helps. See docs/scale.md."""
+REFUSALS = (ModelNotFound, BadWeights, OutOfMemory)
+"""Errors of one machine: another may have the model, whole files or more memory."""
 
 FULL = 503
 """Status code of a proxy that queues no more; an engine of ours is busy in words of its own."""
@@ -106,27 +115,30 @@ class RemoteExecutor:
     def run(self, job: Job, watched: Callable[[], bool] = nobody_watches) -> Iterator[Event]:
         """Run `job` on the first node that can.
 
-        A node that dies costs a retry. Raises EngineError.
+        A node that dies costs a retry. Where all are away, they are asked again a moment later. Raises EngineError.
         """
-        busy: Busy | None = None
-        failures: list[str] = []
-        for node in self._order(job):
-            with self._lock:
-                node.running += 1
-            try:
-                yield from self._run_on(node, job)
-                return
-            except Busy as exc:
-                busy = exc if busy is None or exc.retry_after < busy.retry_after else busy
-            except NodeFailed as exc:
-                log.warning("%s: %s", node.url, exc)
-                node.error, node.rests_until, node.greeted = str(exc), time.monotonic() + REST, 0.0
-                failures.append(f"{node.url}: {exc}")
-            finally:
-                with self._lock:
-                    node.running -= 1
-        reasons = sentence("; ".join(failures))
-        raise busy or EngineFailed(f"No engine could run it. {reasons}", hint="klein-mcp doctor asks each of them.")
+        for attempt, pause in enumerate(PAUSES, 1):
+            time.sleep(pause)
+            errors: list[EngineError | NodeFailed] = []
+            away = 0
+            nodes = self._preferred(job)
+            while nodes:
+                node = self._take(nodes)
+                try:
+                    yield from self._run_on(node, job, attempt)
+                    return
+                except (Busy, *REFUSALS) as exc:
+                    errors.append(exc)
+                except NodeFailed as exc:
+                    log.warning("%s, try %d: %s", node.url, attempt, exc)
+                    node.error, node.rests_until = str(exc), time.monotonic() + REST
+                    errors.append(NodeFailed(f"{node.url}: {exc}"))
+                    away += exc.away or node.engines > 0
+                finally:
+                    with self._lock:
+                        node.running -= 1
+            if away < len(self._nodes) or attempt == len(PAUSES):
+                raise _job_error(errors)
 
     def prefetch(self, image: Rgb8) -> bool:
         """Do nothing.
@@ -147,36 +159,25 @@ class RemoteExecutor:
             described, engines = zip(*threads.map(self._node_status, self._nodes.values()), strict=True)
         return combined(tuple(chain.from_iterable(described)), [engine for engine in engines if engine])
 
-    def _order(self, job: Job) -> list[Node]:
-        """Return the nodes in the order to try them.
-
-        First the one that the lineage belongs to, later overloaded ones, last failed ones.
-        """
+    def _preferred(self, job: Job) -> list[Node]:
+        """Return the nodes as the ring prefers them, the lineage's own first."""
         key = job.affinity or secrets.token_hex(8)  # without references, any node is as good
-        preferred = [self._nodes[url] for url in self._ring.preference(key)]
-        with self._lock:
-            most = ceil(BOUND * (1 + sum(node.running for node in preferred)) / sum(node.slots for node in preferred))
-            now = time.monotonic()
-            # Stable: within a group, the ring decides.
-            return sorted(preferred, key=lambda node: (node.rests_until > now, node.running >= most * node.slots))
+        return [self._nodes[url] for url in self._ring.preference(key)]
 
-    def _run_on(self, node: Node, job: Job) -> Iterator[Event]:
-        """Run `job` on a node.
+    def _take(self, nodes: list[Node]) -> Node:
+        """Remove the best of the nodes, and count a job there.
 
-        A cluster is asked several times, until a machine that is alive answers.
+        One with a free slot comes before busy ones, and all of these before those that failed lately.
         """
-        for attempt, pause in enumerate(PAUSES, 1):
-            try:
-                time.sleep(pause)
-                yield from self._try_on(node, job, attempt)
-                return
-            except NodeFailed as exc:
-                if not node.engines or attempt == len(PAUSES):
-                    raise
-                log.warning("%s, try %d: %s", node.url, attempt, exc)
-                node.greeted = 0.0
+        with self._lock:
+            now = time.monotonic()
+            # The first of equals: among nodes with a free slot, the ring decides.
+            best = min(nodes, key=lambda node: (node.rests_until > now, node.running // node.slots))
+            best.running += 1
+        nodes.remove(best)
+        return best
 
-    def _try_on(self, node: Node, job: Job, attempt: int) -> Iterator[Event]:
+    def _run_on(self, node: Node, job: Job, attempt: int) -> Iterator[Event]:
         import httpx2
 
         try:
@@ -190,10 +191,11 @@ class RemoteExecutor:
                         node.known.pop(name, None)
                     yield from self._stream(node, job, list(range(len(job.references))), attempt)
         except (httpx2.HTTPError, wire.BadFrame, *NO_ANSWER) as exc:
-            raise NodeFailed(reason(exc)) from None
+            raise NodeFailed(reason(exc), away=_is_away(exc)) from None
 
     def _stream(self, node: Node, job: Job, included: list[int] | None, attempt: int) -> Generator[Event]:
         headers = {"authorization": f"Bearer {self._token}", "x-klein-daemon": self._daemon}
+        headers[BUILD] = self._build.fingerprint
         headers |= _session(job, attempt)
         sent = job
         if included is not None and len(job.hashes) == len(job.references):
@@ -219,10 +221,10 @@ class RemoteExecutor:
         raise NodeFailed("its answer ended without a result")
 
     def _greet(self, node: Node, seconds: float) -> None:
-        """Let a node prove its token and build before it gets ours."""
-        age = time.monotonic() - node.greeted
-        if node.greeted and (not node.engines or age < COUNTED):
-            return
+        """Let a node prove its token and build before it gets ours.
+
+        Before every job, as another build or another server may have taken its address. On loopback it takes 0.8 ms.
+        """
         nonce = secrets.token_hex(16)
         answer = get_json(self._http, f"{node.url}/hello", seconds, params={"nonce": nonce})
         if not secrets.compare_digest(str(answer["proof"]), proof(self._token, nonce)):
@@ -231,7 +233,6 @@ class RemoteExecutor:
         if build.fingerprint != self._build.fingerprint:
             raise NodeFailed(f"it runs another build, {build.name}, than this machine, {self._build.name}")
         node.engines = min(int(answer.get("engines", 0)), MOST_ENGINES)
-        node.greeted = time.monotonic()
 
     def _node_status(self, node: Node) -> tuple[list[NodeStatus], EngineStatus | None]:
         """Describe a node, or each engine of a cluster.
@@ -245,9 +246,9 @@ class RemoteExecutor:
             self._greet(node, ASKED)
             headers = {"authorization": f"Bearer {self._token}"}
             state = get_json(self._http, f"{node.url}/status", ASKED, headers=headers)
-            engine = EngineStatus.from_json(state["engine"]) if state["engine"] else None
+            engine = read_fields(EngineStatus, state["engine"]) if state["engine"] else None
             if "nodes" in state:
-                members = [NodeStatus(**each) for each in state["nodes"]]
+                members = read_fields(list[NodeStatus], state["nodes"])
                 # It counts the cache of one of them.
                 engine = replace(engine, cache=CacheStats()) if engine else None
                 return [replace(each, url=f"{node.url} {each.url}") for each in members], engine
@@ -280,3 +281,23 @@ def _seconds(response: "httpx2.Response") -> float:
     """Return the seconds that a full node wants to be left alone."""
     text = response.headers.get("retry-after", "")
     return float(text) if text.isdecimal() else RETRY
+
+
+def _is_away(exc: Exception) -> bool:
+    """Tell whether nobody listens, or the connection broke: a moment later an engine may be back."""
+    import httpx2
+
+    return isinstance(exc, httpx2.NetworkError | httpx2.RemoteProtocolError) and "SSL" not in str(exc)
+
+
+def _job_error(errors: Sequence[EngineError | NodeFailed]) -> EngineError:
+    """Choose the error of a job that no node ran.
+
+    A full node may run it later, a refusal names what is missing.
+    """
+    if busy := [error for error in errors if isinstance(error, Busy)]:
+        return min(busy, key=lambda error: error.retry_after)
+    if refusals := [error for error in errors if isinstance(error, EngineError)]:
+        return refusals[0]
+    reasons = sentence("; ".join(map(str, errors)))
+    return EngineFailed(f"No engine could run it. {reasons}", hint="klein-mcp doctor asks each of them.")
