@@ -113,6 +113,10 @@ def tree(root: Path, *, ending: str = "\n", makers: bool = False) -> Path:
     for name in files:
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_bytes(f"name = {name!r}{ending}".encode())
+    weights = root / endpoints.WEIGHTS
+    weights.mkdir(parents=True)
+    (weights / "config.json").write_bytes(f"{{}}{ending}".encode())
+    (weights / "model.safetensors").write_bytes(b"\r\n" * 500_000)
     return root
 
 
@@ -124,6 +128,22 @@ def test_same_commit_is_the_same_build_wherever_it_came_from(tmp_path):
     changed = tree(tmp_path / "changed")
     (changed / "engine/nano/words.py").write_text("name = 'another'\n")
     assert print_of(changed)[0] != wheel
+
+
+@pytest.mark.parametrize("change", ["other numbers", "another size", "another configuration"])
+def test_other_weights_are_another_build(change: str, tmp_path: Path):
+    """Trained once more, the embedded model has weights of the same names, shapes and sizes."""
+    root = tree(tmp_path)
+    before, _ = endpoints._fingerprint(root)
+    weights = root / endpoints.WEIGHTS / "model.safetensors"
+    match change:
+        case "other numbers":
+            weights.write_bytes(b"\r\n" * 4 + b"\n\r" * 499_996)
+        case "another size":
+            weights.write_bytes(b"\r\n" * 500_001)
+        case _:
+            (weights.parent / "config.json").write_text('{"layers": 3}')
+    assert endpoints._fingerprint(root)[0] != before
 
 
 def test_build_leaves_out_what_the_wheel_leaves_out():
