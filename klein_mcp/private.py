@@ -4,11 +4,16 @@ import codecs
 import errno
 import os
 import stat
+import sys
+from functools import cache
 from pathlib import Path
 from typing import BinaryIO
 
 MAX_BYTES = 4 * 2**20
 """The largest such file of ours is a detached job, about a kilobyte; a configuration is written by hand."""
+
+SHORTEST_TOKEN = 16
+"""Characters of a token that is no guess away; one that `serve` makes itself has 43."""
 
 _FLAGS = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
 
@@ -66,6 +71,29 @@ def decode_text(data: bytes) -> str:
     # Notepad writes a mark in front of UTF-8, PowerShell 5 UTF-16.
     wide = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     return data.decode("utf-16" if wide else "utf-8-sig")
+
+
+def read_token(path: Path) -> str:
+    """Return the token in a file.
+
+    Warns if other users may read it. Raises OSError, or ValueError for what can be no token, as it has to fit into a
+    header.
+    """
+    token = read_private_text(path).strip()
+    if os.name == "posix" and path.stat().st_mode & 0o044:
+        _warn_readable(path)
+    if len(token) < SHORTEST_TOKEN or not token.isascii() or not token.isprintable() or " " in token:
+        raise ValueError(f"a token is one word of at least {SHORTEST_TOKEN} ASCII characters")
+    return token
+
+
+@cache
+def _warn_readable(path: Path) -> None:
+    """Print one line, once a process.
+
+    The token is read again for each engine that is asked.
+    """
+    print(f"klein-mcp: other users may read the token in {path}; run: chmod 600 {path}", file=sys.stderr)
 
 
 def foreign_access(status: os.stat_result) -> str:

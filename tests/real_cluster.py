@@ -17,7 +17,7 @@ from klein_mcp.daemon.endpoint import BuildInfo
 from klein_mcp.daemon.executors.remote import RemoteExecutor
 from tests.real_server import PATIENCE, RealServer
 
-TOKEN = "a token of these tests"
+TOKEN = "a-token-of-these-tests"
 
 
 @dataclass

@@ -78,6 +78,7 @@ def engine_process(home: Path, token: Path, port: int = 0) -> Iterator[tuple[str
     """Run `klein-mcp engine`. Yield its address and process."""
     place = RealServer(home)
     home.mkdir(exist_ok=True)
+    token.chmod(0o600)  # or the first line would be a warning
     command = [sys.executable, "-m", "klein_mcp", "engine", "--listen", f"127.0.0.1:{port}", "--token-file", str(token)]
     # A session of its own, as on a machine of its own: Linux shares a busy CPU among sessions.
     process = subprocess.Popen(

@@ -212,7 +212,7 @@ def test_misspelled_variable_is_one_log_line(server: RealServer) -> None:
         (["list", "--nope"], 2, "usage: klein-mcp list"),
         (["--nope"], 2, "usage: klein-mcp [-h]"),
         (["demo", "--out", "full.png"], 1, "full.png cannot be a folder for the images: File exists. Name another"),
-        (["serve", "--token-file", "no"], 1, "The token file no cannot be read: No such file or directory. Without"),
+        (["serve", "--token-file", "no"], 1, "The token file no cannot be used: No such file or directory. Without"),
     ],
 )
 def test_exit_codes_are_as_documented(

@@ -74,9 +74,10 @@ def serve(settings: Settings, host: str, port: int, arguments: argparse.Namespac
     Returns 1 then, so that whatever watches over it starts it again. Raises OSError.
     """
     from klein_mcp.daemon.endpoint import BuildInfo
-    from klein_mcp.daemon.engine_server import EngineServer, read_token
+    from klein_mcp.daemon.engine_server import EngineServer
     from klein_mcp.daemon.executors.local import make_local
     from klein_mcp.jobs.queue import Queue
+    from klein_mcp.private import read_token
     from klein_mcp.web_server import WebServer
 
     try:

@@ -25,9 +25,8 @@ from pathlib import Path
 from klein_mcp import atomic
 from klein_mcp.cluster.application import RESOURCE
 from klein_mcp.cluster.extra import first_line, import_ray, ray_folder
-from klein_mcp.daemon.engine_server import read_token
 from klein_mcp.errors import RequestError
-from klein_mcp.private import check_folder, open_log, read_private_text
+from klein_mcp.private import check_folder, open_log, read_private_text, read_token
 
 PATIENCE = 120.0
 """Seconds until Ray has to be up: a machine of 2 busy cores took 20."""

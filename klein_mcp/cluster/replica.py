@@ -13,9 +13,10 @@ from starlette.applications import Starlette
 from engine.contract import NodeStatus
 from klein_mcp.cluster.extra import import_ray
 from klein_mcp.daemon.endpoint import BuildInfo
-from klein_mcp.daemon.engine_server import EngineServer, read_token
+from klein_mcp.daemon.engine_server import EngineServer
 from klein_mcp.daemon.executors.local import make_local
 from klein_mcp.jobs.queue import Queue
+from klein_mcp.private import read_token
 from klein_mcp.settings import Settings
 
 APPLICATION = "klein"

@@ -150,8 +150,7 @@ class _Server(WebServer):
 
 
 def _bind() -> socket.socket:
-    # With the protocol left at 0 asyncio does not switch Nagle's algorithm off, and each job starts 40 ms late.
-    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
     listener.bind((HOST, 0))
     listener.listen(BACKLOG)
     return listener

@@ -7,7 +7,6 @@ import threading
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Any, Protocol
 
 from starlette.applications import Starlette
@@ -20,10 +19,6 @@ from klein_mcp.daemon import wire
 from klein_mcp.daemon.endpoint import BuildInfo, proof
 from klein_mcp.jobs.queue import Queue
 from klein_mcp.jobs.turns import Ticket
-from klein_mcp.private import read_private_text
-
-SHORTEST_TOKEN = 16
-"""Characters of a token that is no guess away."""
 
 HEARTBEAT = 1.0
 """Seconds after which the latest event is sent again, so that a daemon can count on waking up."""
@@ -192,16 +187,3 @@ class EngineServer:
         finally:
             if ticket:
                 self._queue.cancel(ticket)
-
-
-def read_token(file: Path) -> str:
-    """Return the token in a file that nobody else may write.
-
-    Raises OSError, or ValueError for what can be no token: it has to fit into a header.
-    """
-    token = read_private_text(file).strip()
-    if len(token) < SHORTEST_TOKEN:
-        raise ValueError(f"a token has at least {SHORTEST_TOKEN} characters")
-    if not token.isascii() or not token.isprintable():
-        raise ValueError("a token is one line of ASCII characters")
-    return token

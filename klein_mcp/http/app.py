@@ -190,7 +190,7 @@ def application(
 def token_for(settings: Settings, options: HttpOptions) -> str | None:
     """Return the token clients must send, None if only this machine connects."""
     if options.token_file:
-        return auth.read_token(options.token_file, "Without --token-file one is made for you.")
+        return auth.server_token(options.token_file, "Without --token-file one is made for you.")
     # A name to be served under means a reverse proxy, and so other machines, even where we listen on loopback alone.
     if options.local and not set(options.allowed_hosts) - set(auth.LOOPBACK):
         return None
@@ -204,7 +204,6 @@ def _bind(options: HttpOptions) -> socket.socket:
         )[0]
     except (OSError, UnicodeError) as exc:  # a part of a name over 63 letters
         raise _cannot_listen(options, exc) from None
-    # The protocol is named so that asyncio switches Nagle's algorithm off.
     listener = socket.socket(family, kind, protocol)
     if os.name == "posix":
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

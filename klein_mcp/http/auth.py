@@ -3,7 +3,6 @@
 import base64
 import contextlib
 import hmac
-import os
 import secrets
 import sys
 from collections.abc import Sequence
@@ -22,12 +21,9 @@ from klein_mcp.http import cors
 from klein_mcp.http.sessions import Sessions
 from klein_mcp.http.signed_urls import SignedUrls
 from klein_mcp.http.surface import Surface
-from klein_mcp.private import read_private_text
+from klein_mcp.private import read_token
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
-
-SHORTEST_TOKEN = 16
-"""Characters; a token that `serve` makes itself has 43."""
 
 UNKNOWN = Surface("unknown", (), "token")
 """Paths that no surface has: without the token, nobody learns which exist."""
@@ -151,19 +147,13 @@ def make_token(path: Path) -> str:
         # Atomic: an empty file would be a token that everybody has.
         atomic.atomic_write(path, secrets.token_urlsafe(32) + "\n")
     print(f"clients must send the token in {path}", file=sys.stderr)
-    return read_token(path, "Delete it, and a new one is made.")
+    return server_token(path, "Delete it, and a new one is made.")
 
 
-def read_token(path: Path, hint: str) -> str:
-    """Raises RequestError."""
+def server_token(path: Path, hint: str) -> str:
+    """Return the token in a file. Raises RequestError."""
     try:
-        token = read_private_text(path).strip()
-        readable = os.name == "posix" and path.stat().st_mode & 0o044
+        return read_token(path)
     except (OSError, ValueError) as exc:
-        reason = getattr(exc, "strerror", None) or ("it is no text" if isinstance(exc, ValueError) else exc)
-        raise RequestError(f"The token file {path} cannot be read: {reason}.", hint=hint) from None
-    if readable:
-        print(f"klein-mcp: other users may read the token in {path}; run: chmod 600 {path}", file=sys.stderr)
-    if len(token) < SHORTEST_TOKEN or not token.isascii() or len(token.split()) != 1:
-        raise RequestError(f"{path} must hold one word of at least {SHORTEST_TOKEN} ASCII characters.", hint=hint)
-    return token
+        reason = getattr(exc, "strerror", None) or ("it is no text" if isinstance(exc, UnicodeError) else exc)
+        raise RequestError(f"The token file {path} cannot be used: {reason}.", hint=hint) from None

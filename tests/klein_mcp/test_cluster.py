@@ -129,7 +129,7 @@ def test_cancel_reaches_the_engine_within_one_step(cluster: Cluster):
 
 def test_wrong_token_and_other_build_are_refused_in_words(cluster: Cluster):
     with pytest.raises(EngineFailed, match="another token"):
-        run(RemoteExecutor([cluster.url], "a token of somebody else", BuildInfo.read()), lineage("nano"))
+        run(RemoteExecutor([cluster.url], "a-token-of-somebody-else", BuildInfo.read()), lineage("nano"))
     with pytest.raises(EngineFailed, match="another build"):
         run(RemoteExecutor([cluster.url], TOKEN, BuildInfo("0.1.0", "older", 0)), lineage("nano"))
     assert httpx2.post(f"{cluster.url}/run", content=wire.encode(lineage("nano"))).status_code == 401
@@ -137,7 +137,7 @@ def test_wrong_token_and_other_build_are_refused_in_words(cluster: Cluster):
 
 def test_ray_of_the_cluster_refuses_a_machine_with_another_token(cluster: Cluster, tmp_path: Path):
     other = tmp_path / "token"
-    other.write_text("a token of somebody else")
+    other.write_text("a-token-of-somebody-else")
     joined = cluster.second.cluster("join", cluster.ray, "--host", "127.0.0.1", "--token-file", str(other))
     assert joined.returncode == 1
     assert joined.stderr == (

@@ -170,8 +170,8 @@ def test_engines_elsewhere_have_a_line_each_instead_of_models_here(
     settings: Settings, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     token, other = tmp_path / "token", tmp_path / "other"
-    token.write_text("a token of this test")
-    other.write_text("a token of somebody else")
+    token.write_text("a-token-of-this-test")
+    other.write_text("a-token-of-somebody-else")
     with socket.create_server(("127.0.0.1", 0)) as listener:
         stopped = f"http://127.0.0.1:{listener.getsockname()[1]}"
     with engine_process(tmp_path / "one", token) as (one, _), engine_process(tmp_path / "two", other) as (two, _):
@@ -203,7 +203,7 @@ def test_setting_with_which_no_engine_can_be_asked_fails(
     settings: Settings, tmp_path: Path, url: str, todo: str
 ) -> None:
     token = tmp_path / ("nothing" if "nothing" in todo else "token")
-    (tmp_path / "token").write_text("a token of this test")
+    (tmp_path / "token").write_text("a-token-of-this-test")
     far = replace(settings, engine=(url,), engine_token_file=token)
     assert todo in found(list(doctor.checks(far)))["engine"].todo
     assert doctor.run(far, argparse.Namespace(json=True, repair=False)) == 1
@@ -271,7 +271,7 @@ def test_credentials_that_cannot_sign_are_named(
     assert found.todo
     monkeypatch.setattr(doctor_files, "find_spec", lambda name: None)
     (found,) = check_signer(replace(settings, credentials="local"))
-    assert "pip install 'klein-mcp[c2pa]'" in found.todo
+    assert "pip install '.[c2pa]'" in found.todo
     assert not (settings.home / "credentials").exists()
 
 

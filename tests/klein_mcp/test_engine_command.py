@@ -19,7 +19,8 @@ from tests.fakes import FakeExecutor
 def token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("KLEIN_HOME", str(tmp_path / "home"))
     file = tmp_path / "token"
-    file.write_text("a token of these tests\n")
+    file.write_text("a-token-of-these-tests\n")
+    file.chmod(0o600)
     return file
 
 

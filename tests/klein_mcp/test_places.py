@@ -142,12 +142,12 @@ def test_daemon_ends_in_one_line_where_its_log_is_no_file(
 def test_token_of_any_editor_is_read_and_others_access_is_reported(
     tmp_path: Path, encoding: str, capsys: pytest.CaptureFixture[str]
 ):
-    from klein_mcp.http.auth import read_token
+    from klein_mcp.private import read_token
 
     path = tmp_path / "token"
     path.write_text("a-word-that-is-long-enough\r\n", encoding=encoding)
     path.chmod(0o644)
-    assert read_token(path, "") == "a-word-that-is-long-enough"
+    assert read_token(path) == "a-word-that-is-long-enough"
     assert "chmod 600" in capsys.readouterr().err
 
 

@@ -25,7 +25,7 @@ MOST = 120_000_000 // 1024
 @pytest.mark.slow
 async def test_two_engines_behind_one_daemon(tmp_path: Path, server: RealServer):
     token = tmp_path / "token"
-    token.write_text("a token of this test\n")
+    token.write_text("a-token-of-this-test\n")
     with ExitStack() as stack:
         engines = dict(stack.enter_context(engine_process(tmp_path / name, token)) for name in ("one", "two"))
         place = stack.enter_context(real_server(tmp_path / "home"))
@@ -70,7 +70,7 @@ async def test_two_engines_behind_one_daemon(tmp_path: Path, server: RealServer)
 @pytest.mark.crash
 async def test_engine_killed_mid_job_costs_nothing_and_comes_back(tmp_path: Path, server: RealServer):
     token = tmp_path / "token"
-    token.write_text("a token of this test\n")
+    token.write_text("a-token-of-this-test\n")
     with ExitStack() as stack:
         engines = dict(stack.enter_context(engine_process(tmp_path / name, token)) for name in ("one", "two"))
         place = stack.enter_context(real_server(tmp_path / "home"))
@@ -111,8 +111,8 @@ async def test_engine_killed_mid_job_costs_nothing_and_comes_back(tmp_path: Path
 @pytest.mark.crash
 async def test_liar_and_intruder_among_engines_do_no_harm(tmp_path: Path, server: RealServer):
     token, other = tmp_path / "token", tmp_path / "other"
-    token.write_text("a token of this test\n")
-    other.write_text("a token of somebody else\n")
+    token.write_text("a-token-of-this-test\n")
+    other.write_text("a-token-of-somebody-else\n")
     with ExitStack() as stack:
         honest, _ = stack.enter_context(engine_process(tmp_path / "honest", token))
         intruder, _ = stack.enter_context(engine_process(tmp_path / "intruder", other))
