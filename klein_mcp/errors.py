@@ -43,6 +43,12 @@ class Refused(RequestError):
     """A request that the settings of this server do not allow."""
 
 
+def install_extra(name: str) -> str:
+    """Return the sentence that tells how to install an optional extra."""
+    # klein-mcp is in no registry yet, so its name leads pip nowhere.
+    return f"Install it in klein-mcp's checkout: pip install '.[{name}]', or uv tool install '.[{name}]'."
+
+
 def explain(exc: "EngineError") -> str:
     """Return an engine error and its fix in one line."""
     return one_line(" ".join(filter(None, (exc.message, exc.hint, fix_words(exc.fix)))))

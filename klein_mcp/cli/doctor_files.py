@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
-from klein_mcp.errors import RequestError
+from klein_mcp.errors import RequestError, install_extra
 from klein_mcp.private import keeps_private
 from klein_mcp.settings import Settings
 
@@ -136,7 +136,7 @@ def check_signer(settings: Settings) -> Iterator[Check]:
         return
     asked = f"KLEIN_CREDENTIALS is {settings.credentials}"
     if find_spec("c2pa") is None:
-        todo = "Install it: pip install 'klein-mcp[c2pa]', or set KLEIN_CREDENTIALS=off."
+        todo = f"{install_extra('c2pa')} Or set KLEIN_CREDENTIALS=off."
         yield Check("credentials", f"{asked}, but c2pa is not installed: no file can be saved", todo)
         return
     from klein_mcp.images.credentials import CredentialSigner

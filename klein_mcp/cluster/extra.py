@@ -8,7 +8,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from klein_mcp.errors import RequestError
+from klein_mcp.errors import RequestError, install_extra
 
 
 def import_ray() -> Any:
@@ -17,7 +17,7 @@ def import_ray() -> Any:
         import_module("ray.serve")
         return import_module("ray")
     except ImportError as exc:
-        raise RequestError(f"Clusters need Ray ({exc}).", hint="Install it: pip install 'klein-mcp[ray]'.") from None
+        raise RequestError(f"Clusters need Ray ({exc}).", hint=install_extra("ray")) from None
 
 
 def ray_folder() -> Path:

@@ -18,7 +18,7 @@ from filelock import FileLock
 
 from klein_mcp import __version__
 from klein_mcp.atomic import atomic_write
-from klein_mcp.errors import ServerFault, UnknownImage
+from klein_mcp.errors import ServerFault, UnknownImage, install_extra
 from klein_mcp.images.library import Record, Store
 from klein_mcp.images.paths import expanded
 
@@ -254,9 +254,7 @@ def _library() -> Any:
     try:
         import c2pa
     except ImportError:
-        raise ServerFault(
-            "Content credentials need an optional library.", hint="Install it: pip install 'klein-mcp[c2pa]'."
-        ) from None
+        raise ServerFault("Content credentials need an optional library.", hint=install_extra("c2pa")) from None
     return c2pa
 
 
