@@ -11,20 +11,22 @@ import heapq
 import math
 import random
 import statistics
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from klein_mcp.daemon.executors.ring import HashRing
 
-# Seconds on one H200, klein 4B, 1024², compiled: engine/SPEED.md and its sources (medians of 2026-11-26).
-GENERATE = 0.302
-EDIT = 0.302 + 4 * (0.1313 - 0.0607)
-"""One 1-MP reference whose latents are cached: four steps of 131.3 ms instead of 60.7."""
-ENCODE = 0.046
-"""What a reference costs that this node does not hold."""
+# Seconds on one H200, klein 4B, 1024²: the medians of 26 November 2026 in engine/SPEED.md.
+GENERATE = 0.289
+EDIT = 0.577
+"""One 1-MP reference whose latents are cached ("edit again, known reference, new prompt")."""
+ENCODE = 0.615 - EDIT
+"""What a reference costs that this node does not hold ("edit, one new reference")."""
 BOUND = 1.25
 """Load above the mean that a node may have before its keys spill to the next one of the ring."""
+DAEMONS = 10
+"""Daemons that share the nodes, where a policy knows only the jobs of one of them."""
 IMAGE_MB = 3.1
 """RGB8 at 1024², the frame of a result and of each reference that must be sent."""
 
@@ -55,6 +57,8 @@ class Session:
     left: int
     known: str | None
     """The image that the next edit refers to; None before the first is generated."""
+    daemon: int
+    """Where it asks, one of DAEMONS."""
     holder: str = ""
     """The node that generated it."""
 
@@ -65,6 +69,8 @@ class Node:
     queue: deque[tuple[float, Session]] = field(default_factory=deque)
     busy_until: float = 0.0
     busy: bool = False
+    jobs_of: Counter[int] = field(default_factory=Counter)
+    """Jobs here by their daemon."""
     cache: "OrderedDict[str, None]" = field(default_factory=OrderedDict)
 
     def holds(self, image: str, size: int) -> bool:
@@ -139,7 +145,7 @@ class Simulation:
         shared = self.random.random() < world.shared
         asset = f"asset-{_zipf(self.random, world.assets)}"
         root = asset if shared else f"root-{self._serial}"
-        self._submit(Session(root, length, asset if shared else None))
+        self._submit(Session(root, length, asset if shared else None, self.random.randrange(DAEMONS)))
         mean_work = (GENERATE + world.edits * EDIT) * (1 - world.shared) + world.shared * (1 + world.edits) * EDIT
         rate = world.load * world.nodes / mean_work
         self._at(self._now + self.random.expovariate(rate), self._arrive)
@@ -147,6 +153,7 @@ class Simulation:
     def _submit(self, session: Session) -> None:
         node = self.policy(self, session)
         self.outstanding += 1
+        node.jobs_of[session.daemon] += 1
         node.queue.append((self._now, session))
         if not node.busy:
             self._start(node)
@@ -168,6 +175,7 @@ class Simulation:
 
     def _finish(self, node: Node, asked: float, session: Session, seconds: float) -> None:
         self.outstanding -= 1
+        node.jobs_of[session.daemon] -= 1
         if node.name not in self.nodes:  # it died meanwhile: the daemon submits the job to another
             self._submit(session)
             return
@@ -215,6 +223,20 @@ def bounded(simulation: Simulation, session: Session) -> Node:
     raise AssertionError("some node is at or under the mean")
 
 
+def lineage_if_free(simulation: Simulation, session: Session) -> Node:
+    """Pick the ring's first free node, as one daemon with all engines does."""
+    nodes = (simulation.nodes[name] for name in simulation.ring.preference(session.root))
+    return next((node for node in nodes if not node.busy), None) or least_loaded(simulation, session)
+
+
+def lineage_if_free_of_mine(simulation: Simulation, session: Session) -> Node:
+    """Pick the ring's first node that is free as far as one of several daemons knows."""
+    nodes = (simulation.nodes[name] for name in simulation.ring.preference(session.root))
+    own = session.daemon
+    free = next((node for node in nodes if not node.jobs_of[own]), None)
+    return free or min(simulation.nodes.values(), key=lambda node: node.jobs_of[own])
+
+
 def at_random(simulation: Simulation, session: Session) -> Node:
     """Pick any node."""
     return simulation.random.choice(list(simulation.nodes.values()))
@@ -240,6 +262,8 @@ def holder(simulation: Simulation, session: Session) -> Node:
 POLICIES: dict[str, Policy] = {
     "lineage": by_lineage,
     "lineage, bounded": bounded,
+    "lineage if free": lineage_if_free,
+    f"the same, {DAEMONS} daemons": lineage_if_free_of_mine,
     "holder if free": holder,
     "least loaded": least_loaded,
     "random": at_random,
@@ -273,7 +297,7 @@ def changes_table(nodes: int) -> Iterator[str]:
     yield "|---|---|---|---|---|"
     world = World(nodes, images=300 * nodes)
     for event, times in (("one dies", {"death": 60.0}), ("one joins", {"arrival": 60.0})):
-        run = Simulation(world, bounded, **times).run()
+        run = Simulation(world, lineage_if_free, **times).run()
         windows = ((30, 60), (60, 90), (120, float("inf")))
         values = (f"{run.percentile(0.99, *window):.2f} s" for window in windows)
         yield f"| {nodes} | {event} | {' | '.join(values)} |"
