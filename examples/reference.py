@@ -1,6 +1,6 @@
 """Write the generated reference pages: `python -m examples.reference`.
 
-They are docs/settings.md, docs/cli.md and docs/errors.md; tests/test_docs.py compares them with this output.
+They are docs/settings.md, docs/cli.md and docs/errors.md; tests/test_distribution.py compares them with this output.
 """
 
 import argparse

@@ -225,6 +225,13 @@ class Settings:
     engine_token_file: Path | None = field(
         default=None, metadata={"parse": _optional_path, "doc": "File with the token of those engines."}
     )
+    engine_certificate_file: Path | None = field(
+        default=None,
+        metadata={
+            "parse": _optional_path,
+            "doc": "File with certificates of those engines that no authority has signed, one after another.",
+        },
+    )
     read_roots: tuple[Path, ...] | None = _setting(
         None,
         _paths,

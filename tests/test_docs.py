@@ -1,11 +1,14 @@
 """The reference pages hold: their code runs, their names exist."""
 
+import argparse
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from klein_mcp import settings
+from klein_mcp.cli.main import build_parser
 
 DOCS = Path(__file__).parents[1] / "docs"
 PAGES = sorted(DOCS.glob("*.md"))
@@ -32,6 +35,25 @@ def test_every_setting_a_page_names_exists(page: Path) -> None:
 def test_every_linked_page_exists(page: Path) -> None:
     for target in re.findall(r"\]\(([\w.-]+\.md)(?:#[\w-]+)?\)", page.read_text(encoding="utf-8")):
         assert (DOCS / target).exists(), target
+
+
+def options(parser: argparse.ArgumentParser) -> Iterator[argparse.Action]:
+    """Yield the options of a parser and of its commands."""
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for command in action.choices.values():
+                yield from options(command)
+        elif action.option_strings:
+            yield action
+
+
+def test_help_of_an_option_names_its_default() -> None:
+    """docs/cli.md is made of it."""
+    defaults = [
+        each for each in options(build_parser()) if each.default not in (None, False, "", [], argparse.SUPPRESS)
+    ]
+    assert "6379" in [str(each.default) for each in defaults]
+    assert not [each.option_strings for each in defaults if str(each.default) not in (each.help or "")]
 
 
 def test_next_step_that_code_chooses_stands_on_the_errors_page() -> None:

@@ -21,12 +21,23 @@ if TYPE_CHECKING:
 def configure(parser: argparse.ArgumentParser) -> None:
     commands = parser.add_subparsers(dest="part", metavar="up|join|status|down", required=True)
     up = commands.add_parser("up", help="make this machine the first of a cluster, and serve its address")
-    up.add_argument("--listen", default="127.0.0.1:8000", metavar="HOST:PORT", help="what KLEIN_ENGINE will name")
+    up.add_argument(
+        "--listen",
+        default="127.0.0.1:8000",
+        metavar="HOST:PORT",
+        help="what KLEIN_ENGINE will name; default: 127.0.0.1:8000",
+    )
     up.add_argument("--certificate", type=types.local_path, metavar="F", help="TLS certificate with its chain")
     up.add_argument("--key", type=types.local_path, metavar="F", help="TLS private key")
-    up.add_argument("--port", type=types.port, default=6379, help="Ray's port, which other machines join")
-    up.add_argument("--least", type=types.count, default=1, metavar="N", help="engines while there is nothing to do")
-    up.add_argument("--most", type=types.count, default=64, metavar="N", help="engines while all is to be done")
+    up.add_argument(
+        "--port", type=types.port, default=6379, help="Ray's port, which other machines join; default: 6379"
+    )
+    up.add_argument(
+        "--least", type=types.count, default=1, metavar="N", help="engines while there is nothing to do; default: 1"
+    )
+    up.add_argument(
+        "--most", type=types.count, default=64, metavar="N", help="engines while all is to be done; default: 64"
+    )
     join = commands.add_parser("join", help="add this machine to a cluster")
     join.add_argument("address", metavar="HOST:PORT", help="the first machine and Ray's port there")
     for command in (up, join):
@@ -64,9 +75,9 @@ def _up(settings: Settings, arguments: argparse.Namespace) -> int:
     if listen is None:
         return 2
     gpus, room = machine.gpus_per_engine(arguments), machine.places(arguments)
-    wanted = Deployment(
-        *listen, arguments.certificate, arguments.key, gpus, arguments.least, arguments.most, settings.queue_size
-    )
+    # Whole paths: Ray's proxies read the files, and they run in folders of their own.
+    certificate, key = (file and file.absolute() for file in (arguments.certificate, arguments.key))
+    wanted = Deployment(*listen, certificate, key, gpus, arguments.least, arguments.most, settings.queue_size)
     ray_arguments = machine.head_arguments(arguments.port, arguments.host)
     address = f"{arguments.host or '127.0.0.1'}:{arguments.port}"
     ports = (("--listen", *listen), ("--port", "", arguments.port))

@@ -8,7 +8,9 @@ from klein_mcp.settings import Settings
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen on; any but loopback needs a token")
+    parser.add_argument(
+        "--host", default="127.0.0.1", help="address to listen on, any but loopback with a token; default: 127.0.0.1"
+    )
     parser.add_argument("--port", type=port, default=8765, help="default: 8765; 0: a free one, which is printed")
     parser.add_argument("--token-file", type=local_path, metavar="F", help="file with the token that clients must send")
     parser.add_argument("--allowed-host", action="append", default=[], metavar="H", help="name clients reach it by")

@@ -2,9 +2,11 @@
 
 import argparse
 import os
+import shutil
 import socket
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,8 +17,9 @@ from klein_mcp.cli.main import build_parser, main
 from klein_mcp.cluster import machine, report
 from klein_mcp.cluster.application import Deployment, deploy
 from klein_mcp.errors import RequestError
+from tests.klein_mcp.test_engine_command import make_certificate
 
-TOKEN = "a token of these tests"
+TOKEN = "a-token-of-these-tests"
 
 
 @pytest.fixture(autouse=True)
@@ -39,7 +42,10 @@ def token(tmp_path: Path) -> Path:
 def test_token_file_that_cannot_be_used_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     short = tmp_path / "short"
     short.write_text("abc")
-    for file, words in ((short, "at least 16 characters"), (tmp_path / "none", "No such file")):
+    several = tmp_path / "several"
+    several.write_text("several words of at least 16 characters")
+    one_word = "one word of at least 16 ASCII characters"
+    for file, words in ((short, one_word), (several, one_word), (tmp_path / "none", "No such file")):
         assert main(["cluster", "join", "127.0.0.1:1", "--token-file", str(file)]) == 1
         complaint = capsys.readouterr().err
         assert str(file) in complaint
@@ -62,7 +68,14 @@ def test_missing_extra_is_named(token: Path, monkeypatch: pytest.MonkeyPatch, ca
     monkeypatch.setitem(sys.modules, "ray", None)
     monkeypatch.setitem(sys.modules, "ray.serve", None)
     assert main(["cluster", "join", "127.0.0.1:1", "--token-file", str(token)]) == 1
-    assert "pip install 'klein-mcp[ray]'" in capsys.readouterr().err
+    assert "pip install '.[ray]'" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(os.name != "posix", reason="modes of files")
+def test_token_that_others_may_read_is_named(token: Path, capsys: pytest.CaptureFixture[str]):
+    token.chmod(0o644)
+    machine.environment_of(token)
+    assert f"other users may read the token in {token}; run: chmod 600" in capsys.readouterr().err
 
 
 def test_ray_gets_a_secret_that_does_not_show_the_token(token: Path):
@@ -121,6 +134,26 @@ def test_gpus_that_ray_cannot_give_are_refused(gpus: str, capsys: pytest.Capture
     with pytest.raises(SystemExit):
         arguments(f"--gpus={gpus}")
     assert f"'{gpus}' is not 0, a part of a GPU such as 0.5, or whole ones" in capsys.readouterr().err
+
+
+def test_proxies_get_whole_paths_of_the_certificate(
+    token: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    """They run in other folders, and on other machines."""
+    if shutil.which("openssl") is None:
+        pytest.skip("needs openssl")
+    started: dict[str, Any] = {}
+    serve = SimpleNamespace(start=lambda **options: started.update(options), status=None)
+    monkeypatch.setitem(sys.modules, "ray.serve", serve)
+    monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(serve=serve))
+    monkeypatch.setattr(machine, "member_of", lambda *_: nullcontext())
+    monkeypatch.chdir(tmp_path)
+    certificate, key = make_certificate(tmp_path, "localhost")
+    tls = ("--certificate", certificate.name, "--key", key.name)
+    assert main(["cluster", "up", "--listen", "127.0.0.1:0", "--token-file", str(token), *tls]) == 1
+    assert "do not start" in capsys.readouterr().err, "no Ray is here"
+    files = {started["http_options"][name] for name in ("ssl_certfile", "ssl_keyfile")}
+    assert files == {str(certificate), str(key)}
 
 
 @pytest.mark.parametrize("option", ["--listen", "--port"])

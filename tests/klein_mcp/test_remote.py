@@ -51,6 +51,7 @@ from klein_mcp.daemon.executors.node import combined
 from klein_mcp.daemon.executors.remote import RemoteExecutor
 from klein_mcp.jobs.queue import Queue
 from klein_mcp.jobs.status import DaemonStatus
+from klein_mcp.settings import Settings
 from klein_mcp.web_server import WebServer
 from tests.fakes import FakeExecutor, painted
 from tests.klein_mcp.test_engine_command import make_certificate
@@ -524,18 +525,26 @@ def test_engine_that_does_not_listen_says_what_to_start():
     assert "is klein-mcp engine running" in remote.status().nodes[0].error
 
 
-def test_self_signed_certificate_works_once_it_is_trusted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_self_signed_certificate_works_once_it_is_trusted(tmp_path: Path):
     if shutil.which("openssl") is None:
         pytest.skip("needs openssl")
     certificate, key = make_certificate(tmp_path, "localhost")
     machine = Machine()
     with listening(machine.app, ssl_certfile=certificate, ssl_keyfile=key) as address, closing(machine.queue):
         url = f"https://localhost:{address.rpartition(':')[2]}"
-        with pytest.raises(EngineFailed, match=r"self-signed.*SSL_CERT_FILE"):
+        with pytest.raises(EngineFailed, match=r"self-signed.*KLEIN_ENGINE_CERTIFICATE_FILE"):
             run(RemoteExecutor([url], TOKEN, BUILD), known(EDIT))
-        monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
-        result = run(RemoteExecutor([url], TOKEN, BUILD), known(EDIT))
+        result = run(RemoteExecutor([url], TOKEN, BUILD, certificate), known(EDIT))
     assert result.image.tobytes() == painted(EDIT).tobytes()
+
+
+def test_certificate_file_that_cannot_be_used_is_named(tmp_path: Path):
+    token = tmp_path / "token"
+    token.write_text("a-token-of-these-tests")
+    settings = Settings(home=tmp_path, engine=("https://one:8000",), engine_token_file=token)
+    for name, words in (("none", "No such file"), ("token", "NO_CERTIFICATE")):
+        with pytest.raises(EngineFailed, match=rf"certificate file .*{name} cannot be used: .*{words}"):
+            RemoteExecutor.from_settings(replace(settings, engine_certificate_file=tmp_path / name))
 
 
 def test_lineage_has_one_session_and_a_retry_another():

@@ -93,7 +93,7 @@ def reason(exc: Exception) -> str:
     """Say why an engine cannot be used, and what most likely helps."""
     text = str(exc)
     if "CERTIFICATE_VERIFY_FAILED" in text:
-        return f"{text}. Set SSL_CERT_FILE to a certificate that is trusted, see docs/scale.md"
+        return f"{text}. Set KLEIN_ENGINE_CERTIFICATE_FILE to its certificate, see docs/scale.md"
     if "WRONG_VERSION_NUMBER" in text:
         return "it does not speak TLS: was klein-mcp engine started with --certificate and --key?"
     if "Connection refused" in text:

@@ -11,6 +11,7 @@ from contextlib import closing
 from dataclasses import replace
 from hashlib import blake2b
 from itertools import chain
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from engine.contract import (
@@ -29,11 +30,12 @@ from engine.contract import (
 )
 from klein_mcp.daemon import wire
 from klein_mcp.daemon.endpoint import BuildInfo, proof
-from klein_mcp.daemon.engine_server import BUILD, INCLUDED, MISSING, read_token
+from klein_mcp.daemon.engine_server import BUILD, INCLUDED, MISSING
 from klein_mcp.daemon.executors.answers import get_json, read_events, read_fields, read_json
 from klein_mcp.daemon.executors.node import MOST_ENGINES, Node, NodeFailed, checked_url, combined, reason, sentence
 from klein_mcp.daemon.executors.ring import HashRing
 from klein_mcp.jobs.executor import nobody_watches
+from klein_mcp.private import read_token
 from klein_mcp.settings import Settings
 
 if TYPE_CHECKING:
@@ -76,8 +78,11 @@ class RemoteExecutor:
     A lineage goes to the engine that caches its references.
     """
 
-    def __init__(self, urls: Sequence[str], token: str, build: BuildInfo) -> None:
-        """Raises EngineFailed for an address that would send images unencrypted."""
+    def __init__(self, urls: Sequence[str], token: str, build: BuildInfo, certificates: Path | None = None) -> None:
+        """certificates: file of those that are trusted besides the authorities'.
+
+        Raises EngineFailed for an address that would send images unencrypted, OSError for that file.
+        """
         import httpx2
 
         self._nodes = {url: Node(url) for url in map(checked_url, urls)}
@@ -89,13 +94,15 @@ class RemoteExecutor:
         timeout = httpx2.Timeout(SILENCE, connect=CONNECT)
         limits = httpx2.Limits(max_connections=None)
         verify = ssl.create_default_context()
+        if certificates:
+            verify.load_verify_locations(certificates)
         # Not compressed: what a node sends is bounded by the bytes that arrive.
         plain = {"accept-encoding": "identity"}
         self._http = httpx2.Client(trust_env=False, timeout=timeout, limits=limits, verify=verify, headers=plain)
 
     @classmethod
     def from_settings(cls, settings: Settings) -> "RemoteExecutor":
-        """Read the token and make the executor. Raises EngineFailed."""
+        """Read token and certificates, and make the executor. Raises EngineFailed."""
         file = settings.engine_token_file
         if file is None:
             raise EngineFailed("KLEIN_ENGINE is set without KLEIN_ENGINE_TOKEN_FILE.", hint="Name the token's file.")
@@ -105,7 +112,11 @@ class RemoteExecutor:
             raise EngineFailed(
                 f"The token file {file} cannot be used: {getattr(exc, 'strerror', None) or exc}."
             ) from None
-        return cls(settings.engine, token, BuildInfo.read())
+        certificates = settings.engine_certificate_file
+        try:
+            return cls(settings.engine, token, BuildInfo.read(), certificates)
+        except OSError as exc:
+            raise EngineFailed(f"The certificate file {certificates} cannot be used: {exc.strerror or exc}.") from None
 
     @property
     def slots(self) -> int:
@@ -284,7 +295,10 @@ def _seconds(response: "httpx2.Response") -> float:
 
 
 def _is_away(exc: Exception) -> bool:
-    """Tell whether nobody listens, or the connection broke: a moment later an engine may be back."""
+    """Tell whether nobody listens, or the connection broke.
+
+    A moment later an engine may be back.
+    """
     import httpx2
 
     return isinstance(exc, httpx2.NetworkError | httpx2.RemoteProtocolError) and "SSL" not in str(exc)
