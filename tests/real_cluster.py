@@ -87,6 +87,7 @@ def real_cluster(folder: Path, *options: str, queue: int) -> Iterator[Cluster]:
     folder.mkdir()
     token = folder / "token"
     token.write_text(TOKEN)
+    token.chmod(0o600)
     first, second = (Machine(RealServer(folder / name), queue) for name in ("first", "second"))
     port, ray = free_port(), free_port()
     try:

@@ -138,6 +138,7 @@ def test_wrong_token_and_other_build_are_refused_in_words(cluster: Cluster):
 def test_ray_of_the_cluster_refuses_a_machine_with_another_token(cluster: Cluster, tmp_path: Path):
     other = tmp_path / "token"
     other.write_text("a-token-of-somebody-else")
+    other.chmod(0o600)
     joined = cluster.second.cluster("join", cluster.ray, "--host", "127.0.0.1", "--token-file", str(other))
     assert joined.returncode == 1
     assert joined.stderr == (
