@@ -133,9 +133,22 @@ def recorded_request(record: Record) -> ImageRequest:
         raise RequestError(
             f"{record.handle} has no recipe that can be painted again.", hint="Make it anew from its prompt."
         ) from None
-    # The model that "auto" was then: by now it may be another.
+    # The model that "auto" was then: by now it may be another. A path stays, as its variant may not be found.
     model = record.recipe.get("model")
-    return replace(request, model=model if model in VARIANTS else request.model)
+    return replace(request, model=model) if request.model == "auto" and model in VARIANTS else request
+
+
+def can_repeat(store: Store, record: Record) -> bool:
+    """Return whether an image can be made again with another seed."""
+    if record.recipe.get("model") == "none":  # cut out without painting, so there was no seed
+        return False
+    try:
+        request = recorded_request(record)
+    except RequestError:
+        return False
+    references = (*request.images, *([request.mask] if request.mask else []))
+    found = [store.find(handle) for handle in references]
+    return all(each is not None and each.deleted is None for each in found)
 
 
 def step_request(record: Record, again: Mapping[str, str], seed: int | None = None) -> ImageRequest:

@@ -54,6 +54,7 @@ class ImageDetails(Card):
 
     siblings: the images of its sheet, in order, or nothing. family: its relatives and itself, oldest first.
     read_as: the prompt in the words the model knows, None where it took it as it was.
+    again: whether generate_image can make it again with another seed.
     """
 
     bytes: int
@@ -62,7 +63,7 @@ class ImageDetails(Card):
     region: list[int] | None
     mask: str | None
     read_as: str | None
-    background: str | None
+    again: bool
     changed: Changed | None
     family: list[Card]
     siblings: list[str]

@@ -9,6 +9,7 @@ from typing import Any
 
 from klein_mcp.images.library import Store
 from klein_mcp.images.record import Record, sheet_of
+from klein_mcp.jobs.replay import can_repeat
 from klein_mcp.studio.contract import Card, Changed, ImageDetails, LibraryPage
 
 MOST_RELATIVES = 120
@@ -70,7 +71,7 @@ def image_details(store: Store, handle: str) -> ImageDetails:
         "region": _list(request.get("region")),
         "mask": _text(request.get("mask")),
         "read_as": _text(recipe.get("read_as")),
-        "background": _text(request.get("background")),
+        "again": can_repeat(store, record),
         "changed": _changed(recipe.get("changed")),
         "family": [card(relative, picks) for relative in _family(store, record)],
         "siblings": siblings if len(siblings) > 1 else [],

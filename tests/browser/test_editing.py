@@ -5,12 +5,15 @@ import re
 
 import numpy as np
 import pytest
+from mcp import Client
 from PIL import Image
 
 from klein_mcp.studio import views
 from tests.browser.conftest import Open, Studio
-from tests.browser.person import drag, edit, generate, new_image, pixels
+from tests.browser.person import drag, edit, generate, new_image, open_image, pixels
 from tests.embedded import SIDE
+from tests.real_server import RealServer
+from tests.tool_calls import call
 
 pytestmark = [pytest.mark.browser, pytest.mark.anyio]
 
@@ -207,6 +210,20 @@ async def test_cut_out_leaves_the_subject_on_nothing(open_page: Open, studio: St
             return canvas.getImageData(0, 0, 1, 1).data[3] === 0; }""",
             arg=SIDE,
         )
+
+
+async def test_new_seed_repeats_the_whole_request(open_page: Open, studio: Studio, server: RealServer) -> None:
+    async with Client(server.stdio()) as agent:
+        made = await call(agent, "generate_image", prompt="a red apple on a blue background", seed=3)
+        asked = {"prompt": "make the background green", "preserve": "off", "width": 96, "height": 64}
+        edited = (await call(agent, "edit_image", image=made["image"], seed=5, **asked))["image"]
+    page = await open_page()
+    await open_image(page, edited)
+    again = await new_image(page, page.get_by_role("button", name="New seed").click)
+    with studio.library() as store:
+        first, second = (store.get(handle).recipe["request"] for handle in (edited, again))
+    assert second["seed"] != first["seed"]
+    assert {**second, "seed": ""} == {**first, "seed": "", "model": "nano"}
 
 
 async def test_branches_of_an_image_stand_in_its_tree(open_page: Open, studio: Studio) -> None:

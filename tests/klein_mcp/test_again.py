@@ -45,6 +45,12 @@ def test_recipe_is_repeated_with_what_is_given() -> None:
     )
 
 
+def test_recipe_asks_for_the_model_that_was_asked_for() -> None:
+    by_path = replace(generate("a cat", seed=7), model="/models/mine")
+    assert repeat(record(by_path, model="klein-4b")).model == "/models/mine"
+    assert repeat(record(generate("a cat", seed=7), model="klein-4b")).model == "klein-4b"
+
+
 def test_recipe_of_an_edit_keeps_its_references() -> None:
     request = repeat(record(edit("aaaaaa", "make it blue", seed=1)), width=64, height=64)
     assert (request.images, request.size) == (("aaaaaa",), Exact(64, 64))

@@ -16,6 +16,7 @@ from klein_mcp.errors import UnknownImage
 from klein_mcp.images import picks, schema
 from klein_mcp.images.library import Record, Store
 from klein_mcp.images.resolver import ImageResolver
+from klein_mcp.jobs.request import ImageRequest, edit, generate
 from klein_mcp.settings import Settings
 from klein_mcp.studio import views
 from klein_mcp.studio.engine_view import NANO_EXAMPLES
@@ -130,6 +131,20 @@ def test_family_leaves_out_deleted_images_and_survives_a_large_one(library: Stor
     assert len(family) == views.MOST_RELATIVES
     assert {root, children[-1]} <= set(family)
     assert children[0] not in family
+
+
+def test_details_say_whether_an_image_can_be_made_again(library: Store) -> None:
+    def made(request: ImageRequest, **recipe: Any) -> str:
+        return put(library, request.prompt, recipe={"model": "nano", "request": request.to_json(), **recipe}).handle
+
+    root = made(generate("an apple"))
+    edited = made(edit(root, "make it red", preserve="off"))
+    cut_out = made(edit(root, "remove the background", background="transparent"), model="none")
+    opened = put(library, None, tool="open", recipe={}).handle
+    again = {handle: views.image_details(library, handle)["again"] for handle in (root, edited, cut_out, opened)}
+    assert again == {root: True, edited: True, cut_out: False, opened: False}
+    library.delete([root])
+    assert not views.image_details(library, edited)["again"]
 
 
 def test_details_of_an_unknown_image_say_so(library: Store) -> None:

@@ -20,8 +20,8 @@ export function readResult(result) {
 }
 
 /** Call a tool that makes images, wait for them however long it takes, and show them. */
-export async function run(tool, input) {
-  const call = { prompt: input.prompt };
+export async function run(tool, input, prompt = input.prompt) {
+  const call = { prompt };
   state.aside = false;
   clearNotes();
   announce("Started.");
@@ -108,8 +108,7 @@ async function showResult({ handles, src, line }) {
 function pickFacts(line) {
   const facts = line.images?.[0] ?? line;
   const [width, height] = facts.size ?? [facts.width, facts.height];
-  // "transparent; …" of a result is a remark; what was asked for stands in the details.
-  return { prompt: "", parents: [], family: [], ...facts, background: null, width, height };
+  return { prompt: "", parents: [], family: [], ...facts, width, height };
 }
 
 /** Put an image on the stage, also while another is being made. */
@@ -146,21 +145,11 @@ async function load(handle, sheet) {
   emit("shown");
 }
 
-/** Repeat how an image was made with new seeds. Null for an image that came from elsewhere. */
-export function recipeOf(image) {
-  const { tool, prompt, parents, width, height, region, mask, model, background } = image;
-  // "none" made an image that was cut out without painting.
-  const common = { prompt, ...(model && model !== "none" && { model }), ...(background && tool !== "compose_references" && { background }) };
-  if (tool === "edit_image") return [tool, { image: parents[0], ...common, ...(region && { region }), ...(mask && { mask }) }];
-  if (width % 16 || height % 16) return null;
-  if (tool === "generate_image") return [tool, { ...common, width, height }];
-  if (tool === "compose_references") return [tool, { ...common, images: parents, width, height }];
-  return null;
-}
-
+/** Make the image again by its recipe, which the server keeps whole, with new seeds. */
 export function again(count) {
-  const [tool, input] = recipeOf(state.image);
-  return run(tool, { ...input, count });
+  const { image, prompt } = state.image;
+  const [seed] = crypto.getRandomValues(new Uint32Array(1));
+  return run("generate_image", { again: image, seed, count }, prompt);
 }
 
 export async function save(image) {

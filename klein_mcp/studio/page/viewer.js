@@ -1,6 +1,6 @@
 // The middle of the page: the image, what can be done with it, the next edit, and its family.
 
-import { addReference, again, copy, download, fail, open, pick, recipeOf, run, save, stop } from "./actions.js";
+import { addReference, again, copy, download, fail, open, pick, run, save, stop } from "./actions.js";
 import { button, clip, fill, h, icon, onSubmit, placeNotes } from "./dom.js";
 import { named, nameOf } from "./focus.js";
 import { fractionOf, jobOf, shownCall, statusWords } from "./jobs.js";
@@ -291,13 +291,13 @@ function renderTools() {
   }
   const toggle = (name, words, iconName) =>
     button(words, iconName, () => setTool(name), { "aria-pressed": String(tool === name) });
-  const recipe = bridge.can.call && recipeOf(image);
+  const repeats = bridge.can.call && image.again;
   const actions = [
     bridge.can.read && image.parents?.length > 0 && toggle("compare", "Compare", "compare"),
     bridge.can.call && toggle("mask", "Mask", "brush"),
     bridge.can.read && image.changed?.mask && toggle("changes", "Changes", "changes"),
-    recipe && button("New seed", "again", () => again(1)),
-    recipe && button("Variations", "more", () => again(4)),
+    repeats && button("New seed", "again", () => again(1)),
+    repeats && button("Variations", "more", () => again(4)),
     bridge.can.call && !image.alpha && button("Cut out", "cut", cutOut),
     !state.card && bridge.can.call && button("Use in prompt", "add", useInPrompt),
     bridge.can.call && button("Pick", "pick", () => pick({ image: image.image })),
