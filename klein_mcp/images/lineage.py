@@ -23,10 +23,13 @@ class Lineage:
         row = self._index.row(query, handle, LONGEST_LINE)
         return handle if row is None else row[0]
 
-    def children(self, handle: str) -> list[Record]:
-        """Return the images made directly from this one, oldest first."""
+    def children(self, handle: str, *, deleted: bool = False) -> list[Record]:
+        """Return the images made directly from this one, oldest first.
+
+        deleted: whether deleted ones count.
+        """
         made_from = "handle IN (SELECT child FROM parents WHERE parent = ?)"
-        return self._index.all(f"deleted IS NULL AND {made_from} ORDER BY number", handle)
+        return self._index.all(f"{made_from} AND (? OR deleted IS NULL) ORDER BY number", handle, deleted)
 
     def siblings(self, record: Record) -> list[Record]:
         """Return the images of the call that made this one."""

@@ -74,6 +74,11 @@ def place_on_sheet(record: Record) -> tuple[int, int] | None:
     return None
 
 
+def by_place(sheet: Sequence[Record]) -> dict[int, Record]:
+    """Map the images of a sheet by their places, which deleted ones leave empty."""
+    return {place[0] if (place := place_on_sheet(each)) else index: each for index, each in enumerate(sheet)}
+
+
 def _call(record: Record) -> tuple[object, ...]:
     """Return what the images of one call have in common."""
     made = record.client, record.tool, record.prompt, record.parents, record.width, record.height

@@ -19,7 +19,7 @@ from engine.contract import image_hash
 from klein_mcp.errors import BadImage, Refused, RequestError, UnknownImage, did_you_mean, quote
 from klein_mcp.images import paths
 from klein_mcp.images.library import Store
-from klein_mcp.images.record import ALPHABET, HANDLE_LENGTH, Record, of_opened, place_on_sheet
+from klein_mcp.images.record import ALPHABET, HANDLE_LENGTH, Record, by_place, of_opened, place_on_sheet
 from klein_mcp.limits import MAX_FILE_BYTES
 from klein_mcp.settings import Settings, user_home
 
@@ -144,7 +144,7 @@ class ImageResolver:
             if record is None:
                 break
             sheet = self._store.lineage.siblings(record)
-            places = {place[0] if (place := place_on_sheet(each)) else index: each for index, each in enumerate(sheet)}
+            places = by_place(sheet)
             own = place_on_sheet(record)
             count = own[1] if own else len(sheet)
             if count > 1:

@@ -52,7 +52,8 @@ class Changed(TypedDict):
 class ImageDetails(Card):
     """One image with its family.
 
-    siblings: the images of its sheet, in order, or nothing. family: its relatives and itself, oldest first.
+    siblings: the images of its sheet, in order, or nothing. labels: their letters, by handle.
+    family: its relatives and itself, oldest first, with the nearest parents that are not deleted.
     read_as: the prompt in the words the model knows, None where it took it as it was.
     again: whether generate_image can make it again with another seed.
     """
@@ -67,6 +68,7 @@ class ImageDetails(Card):
     changed: Changed | None
     family: list[Card]
     siblings: list[str]
+    labels: dict[str, str]
 
 
 class LibraryPage(TypedDict):

@@ -3,12 +3,13 @@
 Blocking: call from a worker thread.
 """
 
+import string
 import time
 from collections.abc import Sequence
 from typing import Any
 
 from klein_mcp.images.library import Store
-from klein_mcp.images.record import Record, sheet_of
+from klein_mcp.images.record import Record, by_place, sheet_of
 from klein_mcp.jobs.replay import can_repeat
 from klein_mcp.studio.contract import Card, Changed, ImageDetails, LibraryPage
 
@@ -60,7 +61,9 @@ def image_details(store: Store, handle: str) -> ImageDetails:
     record = store.get(handle)
     recipe = record.recipe
     picks = store.picks.images()
-    siblings = [other.handle for other in store.lineage.siblings(record)] if record.prompt else []
+    sheet = store.lineage.siblings(record) if record.prompt else []
+    labels = {each.handle: _label(place) for place, each in by_place(sheet).items()}
+    siblings = list(labels)
     request = recipe.get("request") or recipe.get("order")  # "order": as 0.1 wrote it
     request = request if isinstance(request, dict) else {}
     return {
@@ -73,9 +76,15 @@ def image_details(store: Store, handle: str) -> ImageDetails:
         "read_as": _text(recipe.get("read_as")),
         "again": can_repeat(store, record),
         "changed": _changed(recipe.get("changed")),
-        "family": [card(relative, picks) for relative in _family(store, record)],
+        "family": _family(store, record, picks),
         "siblings": siblings if len(siblings) > 1 else [],
+        "labels": labels,
     }
+
+
+def _label(place: int) -> str:
+    """Return the letter of an image on its sheet, as tools label and take it."""
+    return string.ascii_uppercase[place] if place < len(string.ascii_uppercase) else str(place + 1)
 
 
 def _sheets(records: Sequence[Record]) -> dict[str, str]:
@@ -89,21 +98,50 @@ def _sheets(records: Sequence[Record]) -> dict[str, str]:
     return sheets
 
 
-def _family(store: Store, record: Record) -> list[Record]:
-    """Return the ancestors and the descendants of the oldest, oldest first."""
+def _family(store: Store, record: Record, picks: set[str]) -> list[Card]:
+    """Return the cards of `_relatives`, each with its nearest parents that are not deleted."""
+    found = _relatives(store, record)
+
+    def parents(of: Record) -> list[str]:
+        nearest: list[str] = []
+        waiting, seen = list(of.parents), {of.handle}
+        while waiting:
+            parent = found.get(waiting.pop(0))
+            if parent is None or parent.handle in seen:
+                continue
+            seen.add(parent.handle)
+            if parent.deleted is None:
+                nearest.append(parent.handle)
+            else:
+                waiting[:0] = parent.parents
+        return nearest
+
+    family = sorted((each for each in found.values() if each.deleted is None), key=lambda each: each.created)
+    return [{**card(relative, picks), "parents": parents(relative)} for relative in family]
+
+
+def _relatives(store: Store, record: Record) -> dict[str, Record]:
+    """Return the ancestors and the descendants of the oldest, by handle.
+
+    Deleted ones too, since they connect the others.
+    """
     found = {record.handle: record}
+    room = MOST_RELATIVES - 1
 
     def add(relatives: Sequence[Record]) -> list[Record]:
-        room = MOST_RELATIVES - len(found)
-        new = {each.handle: each for each in relatives if each.handle not in found}
-        new = dict(list(new.items())[:room])
-        found.update(new)
-        return list(new.values())
+        nonlocal room
+        new = []
+        for each in relatives:
+            if each.handle not in found and room > 0:
+                found[each.handle] = each
+                new.append(each)
+                room -= each.deleted is None
+        return new
 
     waiting = [record]
     while waiting:
         parents = [store.find(handle) for handle in waiting.pop(0).parents]
-        waiting += add([parent for parent in parents if parent is not None and parent.deleted is None])
+        waiting += add([parent for parent in parents if parent is not None])
     root, line = record, {record.handle}
     while root.parents and (parent := found.get(root.parents[0])) is not None and parent.handle not in line:
         root = parent
@@ -112,8 +150,8 @@ def _family(store: Store, record: Record) -> list[Record]:
     for start in (record, root):
         waiting = [start]
         while waiting:
-            waiting += add(store.lineage.children(waiting.pop(0).handle))
-    return sorted(found.values(), key=lambda each: each.created)
+            waiting += add(store.lineage.children(waiting.pop(0).handle, deleted=True))
+    return found
 
 
 def _changed(value: Any) -> Changed | None:

@@ -107,6 +107,7 @@ async def test_result_alone_is_enough_to_show_the_image(mount: Mount) -> None:
         assert not host.reads
         assert not host.calls
         assert await host.frame.locator("#change").count() == 0
+        assert await host.frame.get_by_role("button", name="Download").count() == 0, "it reads the image first"
 
 
 async def test_sheet_is_shown_whole_where_resources_are_refused(mount: Mount) -> None:

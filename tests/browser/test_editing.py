@@ -242,6 +242,42 @@ async def test_branches_of_an_image_stand_in_its_tree(open_page: Open, studio: S
     assert await page.locator(".tree [aria-current]").count() == 1
 
 
+async def test_deleted_image_leaves_its_relatives_connected(open_page: Open) -> None:
+    page = await open_page()
+    root = await generate(page, "a red apple on a blue background", seed=11)
+    middle = await edit(page, "make the background yellow")
+    await edit(page, "make the background green")
+    for deleted, before, cards in ((middle, root, 2), (root, None, 0)):
+        await page.get_by_role("button", name="Library", exact=True).click()
+        await page.get_by_role("button", name="Select").click()
+        await page.locator(f"#library .grid [data-key={deleted}]").click()
+        await page.locator("#library").get_by_role("button", name="Delete").click()
+        await page.get_by_role("dialog").get_by_role("button", name="Delete").click()
+        await page.locator(f"#library .grid [data-key={deleted}]").wait_for(state="detached")
+        await page.get_by_role("button", name="Done").click()
+        await page.get_by_role("button", name="Create", exact=True).click()
+        await page.wait_for_function(f"() => document.querySelectorAll('.tree li').length === {cards}")
+        compare = page.get_by_role("button", name="Compare")
+        assert await page.locator(".lineage path").count() == max(0, cards - 1)
+        if before:
+            await compare.click()
+            await page.get_by_alt_text(f"Before: {before}").wait_for()
+            await compare.click()
+        else:
+            assert await compare.count() == 0
+
+
+async def test_mask_in_which_nothing_is_drawn_is_not_kept(open_page: Open) -> None:
+    page = await open_page()
+    await generate(page, "a red apple on a blue background", seed=3)
+    await page.get_by_role("button", name="Mask", exact=True).click()
+    await page.get_by_role("button", name="Keep for the agent").click()
+    await page.get_by_text("Draw first").wait_for()
+    await drag(page, "canvas.mask", (0.4, 0.4), (0.5, 0.4))
+    await page.get_by_role("button", name="Keep for the agent").click()
+    await page.get_by_text("Mask kept").wait_for()
+
+
 async def test_two_images_of_the_library_are_combined(open_page: Open, studio: Studio) -> None:
     page = await open_page()
     one = await generate(page, "a red apple on a yellow background", seed=21)

@@ -147,6 +147,30 @@ def test_details_say_whether_an_image_can_be_made_again(library: Store) -> None:
     assert not views.image_details(library, edited)["again"]
 
 
+def test_deleted_images_still_connect_their_relatives(library: Store) -> None:
+    root = put(library).handle
+    middle = put(library, "make it red", parents=[root]).handle
+    leaf = put(library, "add a star", parents=[middle]).handle
+    cousin = put(library, "make it blue", parents=[root]).handle
+
+    def parents(handle: str) -> dict[str, list[str]]:
+        return {card["image"]: card["parents"] for card in views.image_details(library, handle)["family"]}
+
+    library.delete([middle])
+    whole = {root: [], leaf: [root], cousin: [root]}
+    assert (parents(root), parents(leaf), parents(cousin)) == (whole, whole, whole)
+    library.delete([root])
+    assert parents(leaf) == parents(cousin) == {leaf: [], cousin: []}
+
+
+def test_images_of_a_sheet_have_the_letters_that_tools_take(library: Store) -> None:
+    handles = recorded(library, 3, 10)
+    library.delete([handles[1]])
+    labels = views.image_details(library, handles[0])["labels"]
+    assert labels == dict(zip(handles[:1] + handles[2:], "ACDEFGHIJ", strict=True))
+    assert ImageResolver(Settings(), library).open("C", "agent").record.handle == handles[2]
+
+
 def test_details_of_an_unknown_image_say_so(library: Store) -> None:
     with pytest.raises(UnknownImage):
         views.image_details(library, "zzzzzz")

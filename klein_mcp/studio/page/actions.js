@@ -194,12 +194,22 @@ export async function pick(picked) {
   try {
     const result = readResult(await state.bridge.pick(picked));
     if (result.failed) throw new Error(result.text);
-    note(picked.mask ? "Mask kept for the agent." : "Picked: the agent's next “last” is this image.");
+    note(`${picked.mask ? "Mask kept" : "Picked"}: your agent's next result names it.`);
     if (state.image?.image === picked.image) state.image.picked = true;
     emit("picked");
   } catch (error) {
     fail(error);
   }
+}
+
+/** Read anew what the stage knows of its image, such as its family after others were deleted. */
+async function refresh() {
+  const { image } = state;
+  if (!image) return;
+  const details = await state.bridge.readJson(`klein://images/${image.image}/details`);
+  if (state.image !== image) return; // another one was opened meanwhile
+  state.image = { ...details, src: image.src };
+  state.sheet = details.siblings;
 }
 
 /** Show no image, nor the row of its sheet, nor one that is being opened. */
@@ -221,7 +231,7 @@ export async function remove(images) {
   try {
     await state.bridge.remove(images);
     if (images.includes(state.image?.image)) clearStage();
-    else state.sheet = state.sheet.filter((each) => !images.includes(each));
+    else await refresh().catch(fail);
     emit("image");
     emit("library");
     return true;

@@ -31,7 +31,7 @@ export class AppBridge {
     const able = answer.hostCapabilities ?? {};
     this.can.read = Boolean(able.serverResources);
     this.can.call = Boolean(able.serverTools);
-    this.can.download = Boolean(able.downloadFile);
+    this.can.download = Boolean(able.downloadFile) && this.can.read; // the file is read before it is handed over
     this.setContext(answer.hostContext ?? {});
     this.notify("ui/notifications/initialized", {});
     this.watchSize();

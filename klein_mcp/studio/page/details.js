@@ -55,7 +55,7 @@ function render(root) {
   fill(
     root,
     changed && h("div", { class: "changed" }, h("strong", {}, changed[0]), h("p", { class: "soft" }, changed[1])),
-    image.picked && h("p", { class: "picked" }, "Picked: the agent's next “last” is this image."),
+    image.picked && h("p", { class: "picked" }, "Picked for your agent."),
     image.prompt && h("blockquote", { dir: "auto" }, image.prompt),
     image.prompt && h("div", { class: "bar start" }, button("Copy", "copy", () => copy(image.prompt), { class: "small", "aria-label": "Copy prompt" })),
     h("h2", {}, TOOLS[image.tool] ?? "Image"),

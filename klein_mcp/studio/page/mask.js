@@ -43,14 +43,18 @@ export class Mask {
     return width >= LEAST && height >= LEAST ? [x, y, width, height] : null;
   }
 
-  /** Return the mask as a PNG data address, white on black. */
+  /** Return the mask as a PNG data address, white on black; null if nothing is white. */
   png() {
     const { width, height } = this.canvas;
     const pixels = this.paint.getContext("2d").getImageData(0, 0, width, height);
+    let white = false;
     for (let i = 0; i < pixels.data.length; i += 4) {
-      pixels.data.fill(pixels.data[i + 3] > 127 ? 255 : 0, i, i + 3);
+      const drawn = pixels.data[i + 3] > 127;
+      white ||= drawn;
+      pixels.data.fill(drawn ? 255 : 0, i, i + 3);
       pixels.data[i + 3] = 255;
     }
+    if (!white) return null;
     const copy = h("canvas", { width, height });
     copy.getContext("2d").putImageData(pixels, 0, 0);
     return copy.toDataURL("image/png");

@@ -1,7 +1,7 @@
 // The middle of the page: the image, what can be done with it, the next edit, and its family.
 
 import { addReference, again, copy, download, fail, open, pick, run, save, stop } from "./actions.js";
-import { button, clip, fill, h, icon, onSubmit, placeNotes } from "./dom.js";
+import { button, clip, fill, h, icon, note, onSubmit, placeNotes } from "./dom.js";
 import { named, nameOf } from "./focus.js";
 import { fractionOf, jobOf, shownCall, statusWords } from "./jobs.js";
 import { lineage } from "./lineage.js";
@@ -103,7 +103,7 @@ function renderSheet() {
   nodes.sheet.hidden = !many;
   if (!many) return;
   const thumbs = state.sheet.map((handle, index) => {
-    const letter = "ABCDEFGH"[index];
+    const letter = state.image?.labels?.[handle] ?? "ABCD"[index];
     const current = handle === state.image?.image;
     const picture = h("img", { alt: `Image ${letter}`, width: 64, height: 64 });
     state.bridge.image(handle, "thumb").then((src) => (picture.src = src)).catch(() => {});
@@ -214,10 +214,11 @@ function renderEmpty() {
 
 // -- compare, changes, mask -----------------------------------------------------------------------------------------
 
+/** The images it came from, the nearest first, without deleted ones. */
 function ancestors(image) {
   const family = new Map((image.family ?? []).map((card) => [card.image, card]));
   const found = [];
-  const waiting = [...(image.parents ?? [])];
+  const waiting = [...(family.get(image.image)?.parents ?? [])];
   while (waiting.length) {
     const card = family.get(waiting.shift());
     if (!card || found.includes(card)) continue;
@@ -286,14 +287,18 @@ function renderTools() {
   const { image, bridge, tool } = state;
   if (!image) return fill(nodes.tools);
   if (tool === "mask") {
-    const keep = button("Keep for the agent", "pick", () => pick({ image: image.image, mask: mask.png() }));
+    const keep = button("Keep for the agent", "pick", () => {
+      const drawn = drawnMask();
+      if (drawn) pick({ image: image.image, mask: drawn });
+    });
     return fill(nodes.tools, mask.controls([keep, button("Done", null, () => setTool("mask"), { class: "primary" })]));
   }
   const toggle = (name, words, iconName) =>
     button(words, iconName, () => setTool(name), { "aria-pressed": String(tool === name) });
+  const choices = ancestors(image);
   const repeats = bridge.can.call && image.again;
   const actions = [
-    bridge.can.read && image.parents?.length > 0 && toggle("compare", "Compare", "compare"),
+    choices.length > 0 && toggle("compare", "Compare", "compare"),
     bridge.can.call && toggle("mask", "Mask", "brush"),
     bridge.can.read && image.changed?.mask && toggle("changes", "Changes", "changes"),
     repeats && button("New seed", "again", () => again(1)),
@@ -305,7 +310,6 @@ function renderTools() {
     state.card && bridge.can.call && button("Save", "folder", () => save(image.image)),
     state.card && button(image.image, "copy", () => copy(image.image), { "aria-label": `Copy handle ${image.image}` }),
   ];
-  const choices = ancestors(image);
   const choose = h(
     "label",
     { class: "inline" },
@@ -318,6 +322,13 @@ function renderTools() {
   );
   const bar = h("div", { class: "bar actions", role: "group", "aria-label": "Image actions" }, actions);
   fill(nodes.tools, tool === "compare" && choices.length > 1 && choose, bar);
+}
+
+/** Return the mask as a data address; null, with words, where nothing is drawn or all was erased. */
+function drawnMask() {
+  const drawn = mask.png();
+  if (!drawn) note("Draw first: nothing is marked.");
+  return drawn;
 }
 
 async function useInPrompt() {
@@ -363,7 +374,7 @@ async function edit(prompt) {
   const input = { image: state.image.image, prompt };
   if (mask && !mask.empty) {
     if (mask.region) input.region = mask.region;
-    else input.mask = mask.png();
+    else if (!(input.mask = drawnMask())) return;
   }
   await run("edit_image", input);
 }
