@@ -259,13 +259,6 @@ class Store:
         newest, deleted = self._index.rows("SELECT coalesce(max(number), 0), count(deleted) FROM pictures")[0]
         return newest, deleted
 
-    def latest_client(self, besides: str) -> str | None:
-        """Return the client that made the newest image, leaving one client out."""
-        row = self._index.row(
-            "SELECT client FROM pictures WHERE client != ? AND tool != 'open' ORDER BY number DESC LIMIT 1", besides
-        )
-        return None if row is None else row[0]
-
     def everything(self) -> list[Record]:
         """Return all images that are not deleted, oldest first."""
         return self._index.all("deleted IS NULL ORDER BY number")

@@ -1,9 +1,12 @@
 """Images that a person chose for a client's next call."""
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from klein_mcp.images.index import Index
+
+_EXISTS = "image IN (SELECT handle FROM pictures WHERE deleted IS NULL)"
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +39,7 @@ class Picks:
             "SELECT image, mask, reported FROM picks WHERE client = ? AND NOT EXISTS (SELECT 1 FROM pictures"
             " WHERE client = picks.client AND tool != 'open' AND deleted IS NULL"
             " AND number > coalesce(newest, 0) AND (newest IS NOT NULL OR pictures.created > picks.created))"
-            " AND image IN (SELECT handle FROM pictures WHERE deleted IS NULL)",
+            f" AND {_EXISTS}",
             client,
         )
         return None if row is None else Pick(row[0], row[1], bool(row[2]))
@@ -44,11 +47,26 @@ class Picks:
     def report(self, client: str) -> Pick | None:
         """Return an unreported choice and mark it as reported."""
         with self._index.lock:
-            row = self._index.row("SELECT image, mask FROM picks WHERE client = ? AND NOT reported", client)
+            unheard = f"SELECT image, mask FROM picks WHERE client = ? AND NOT reported AND {_EXISTS}"
+            row = self._index.row(unheard, client)
             if row is None:  # nearly always, and a write would wait for whoever holds the index
                 return None
             self._index.write("UPDATE picks SET reported = 1 WHERE client = ?", client)
         return Pick(row[0], row[1], True)
+
+    def unreported(self) -> list[str]:
+        """Return the clients that no result has told of their pick, the latest pick first."""
+        unheard = f"SELECT client FROM picks WHERE NOT reported AND {_EXISTS}"
+        return [client for (client,) in self._index.rows(f"{unheard} ORDER BY coalesce(newest, 0) DESC, created DESC")]
+
+    def hand_over(self, clients: Sequence[str], receiver: str) -> None:
+        """Give the pick of the first of `clients` to `receiver`, and drop those of the others."""
+        first, *others = clients
+        with self._index.transaction():
+            for client in others:
+                self._index.execute("DELETE FROM picks WHERE client = ?", client)
+            # Unless another agent took it meanwhile.
+            self._index.execute("UPDATE OR REPLACE picks SET client = ? WHERE client = ?", receiver, first)
 
     def images(self) -> set[str]:
         """Return the handles of all images that are somebody's choice now."""

@@ -1,6 +1,7 @@
 """Tells clients of one HTTP server apart, where requests allow it."""
 
 import hashlib
+import os
 from contextvars import ContextVar
 from typing import Any
 
@@ -12,9 +13,12 @@ _shared: ContextVar[bool] = ContextVar("shared", default=False)
 
 
 def http_client(request: Any) -> str:
-    """Return whose turn it is, by session or token and name."""
+    """Return whose turn it is, by session or token and name.
+
+    A session names this process, too, since it ends with it.
+    """
     if session := _session(request):
-        return f"session-{session}"
+        return f"session-{os.getpid()}-{session}"
     token, name = request.headers.get("authorization", ""), request.query_params.get("client", "")
     return f"token-{hashlib.sha256(f'{token} {name}'.strip().encode()).hexdigest()[:16]}"
 

@@ -136,13 +136,16 @@ class KleinServer(MCPServer):
             return await super().call_tool(name, arguments, context)
         page = {studio_app.PICK.name: studio_app.PICK} if studio_app.supported() else {}
         meta: Mapping[str, Any] = (context.request_context.meta if context else None) or {}
+        call, from_view = self._call_context(context), studio_app.FROM_VIEW in meta
+        if not from_view:
+            await self._claim_pick(name, call.client)
         try:
-            result = await self.run_tool(name, arguments, self._call_context(context), {**TOOLS, **page})
+            result = await self.run_tool(name, arguments, call, {**TOOLS, **page})
         except anyio.get_cancelled_exc_class():
             if name == "wait_for_job" and meta.get(studio_app.FROM_VIEW) is True:
                 await self._stop(str(arguments.get("job")))
             raise
-        return result if studio_app.FROM_VIEW in meta else await self._with_pick(name, result, context)
+        return result if from_view else await self._with_pick(name, result, call.client)
 
     async def _stop(self, job: str) -> None:
         """Cancel a detached job, which the person waits for no longer."""
@@ -181,12 +184,18 @@ class KleinServer(MCPServer):
                 f"{name} failed with an internal error ({kind}); the log on stderr has details. Other calls work."
             )
 
-    async def _with_pick(self, name: str, result: CallToolResult, context: Context[Any, Any] | None) -> CallToolResult:
+    async def _claim_pick(self, name: str, client: str) -> None:
+        """Take over what a person picked for an agent that is not connected."""
+        if name in studio_app.NAME_IMAGES:
+            with suppress(RequestError, OSError, sqlite3.Error):  # the tool itself says what is wrong with the library
+                await anyio.to_thread.run_sync(lambda: picks.claim(self.service.store, client))
+
+    async def _with_pick(self, name: str, result: CallToolResult, client: str) -> CallToolResult:
         """Add, once, what the person picked since the agent's last call."""
         first = result.content[0] if result.content else None
         if name not in studio_app.SHOWN_BY or result.is_error or not isinstance(first, TextContent):
             return result
-        client, pick = self._call_context(context).client, None
+        pick = None
         with suppress(RequestError, OSError, sqlite3.Error):  # it stays unreported, and the result is worth more
             pick = await anyio.to_thread.run_sync(lambda: self.service.store.picks.report(client))
         if pick is None:

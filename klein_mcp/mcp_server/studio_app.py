@@ -28,6 +28,9 @@ SHOWN_BY = frozenset(
 )
 """Tools whose result the page shows."""
 
+NAME_IMAGES = SHOWN_BY | {"save_image"}
+"""Tools whose call may mean a picked image by `last`."""
+
 FROM_VIEW = "klein-mcp/view"
 """Key in the `_meta` of the page's own calls: the person knows their choice, the agent has yet to hear of it.
 

@@ -6,6 +6,8 @@ import io
 import json
 import re
 import secrets
+import subprocess
+import sys
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from functools import partial
@@ -267,6 +269,24 @@ async def test_pick_of_an_edit_reaches_the_agent_it_began_with(
         edited = json.loads(result["content"][0]["text"])["image"]
         await call(browser, "pick", image=edited)
         assert line(await agent.call_tool("view_image", {"image": "last"}))["picked"] == {"image": edited}
+
+
+@pytest.mark.parametrize("maker", ["openai-token-0", "", "front-end-{ended}-0", "session-{ended}-0", "studio"])
+async def test_pick_of_an_image_whose_maker_is_gone_reaches_the_next_agent(
+    browser: httpx2.AsyncClient, connect: Callable[..., Any], service: Service, maker: str
+) -> None:
+    with subprocess.Popen([sys.executable, "-c", ""]) as ended:
+        ended.wait()
+    made = await service.run(generate("x"), CallContext(maker.format(ended=ended.pid)))
+    handle = made.images[0].handle
+    await call(browser, "pick", image=handle)
+    assert (await read(browser, f"klein://images/{handle}/details"))["picked"]
+    async with connect() as agent, connect() as other:
+        await agent.call_tool("engine_status", {})
+        seen = line(await agent.call_tool("view_image", {"image": "last"}))
+        assert (seen["image"], seen["picked"]) == (handle, {"image": handle})
+        assert "picked" not in line(await agent.call_tool("list_images", {}))
+        assert "picked" not in line(await other.call_tool("list_images", {}))
 
 
 async def test_picked_mask_is_kept_and_named(browser: httpx2.AsyncClient, connect: Callable[..., Any]) -> None:

@@ -1,6 +1,7 @@
 """Lineage, sheets and picks: what the studio reads from the library and keeps in it."""
 
 import contextlib
+import os
 import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +21,7 @@ from klein_mcp.jobs.request import ImageRequest, edit, generate
 from klein_mcp.settings import Settings
 from klein_mcp.studio import views
 from klein_mcp.studio.engine_view import NANO_EXAMPLES
+from klein_mcp.studio.picks import NEXT, claim
 
 
 @pytest.fixture
@@ -232,6 +234,27 @@ def test_pick_of_a_deleted_image_counts_no_more(library: Store) -> None:
     library.picks.choose("agent", handle)
     library.delete([handle])
     assert library.picks.of("agent") is None
+    assert library.picks.report("agent") is None
+
+
+def test_agent_claims_the_latest_pick_that_no_other_one_waits_for(library: Store) -> None:
+    handles = sheet(library, 1, 5)
+    mine, other = (f"front-end-{os.getpid()}-{name}" for name in ("mine", "other"))
+    for client, handle in zip((NEXT, mine, "openai-token-0", other), handles, strict=False):
+        library.picks.choose(client, handle)
+    claim(library, mine)
+    told = library.picks.report(mine)
+    assert told is not None
+    assert told.image == handles[2]
+    claim(library, mine)
+    assert library.picks.report(mine) is None, "the older ones are dropped"
+    assert library.picks.images() == {handles[2], handles[3]}
+    library.picks.choose(NEXT, handles[0])
+    library.picks.choose(mine, handles[4])
+    claim(library, mine)
+    told = library.picks.report(mine)
+    assert told is not None
+    assert told.image == handles[4], "an agent's own later pick stays"
 
 
 def test_revision_changes_with_every_new_and_every_deleted_image(library: Store) -> None:
