@@ -84,8 +84,8 @@ class LibraryPage(TypedDict):
 class JobView(TypedDict):
     """One job that waits or runs.
 
-    mine: whether it is the reader's own. call: the page's call that started it, where one did.
-    preview: a data: address. fraction: 0 … 1.
+    mine: whether it is the reader's own. who: whose it is, in words.
+    call: the page's call that started it, where one did. preview: a data: address. fraction: 0 … 1.
     """
 
     job: str

@@ -27,6 +27,20 @@ HEARTBEAT = 10.0
 """Seconds of silence after which a stream says that it is alive."""
 
 
+_SURFACES = {
+    "studio": "the studio",
+    "openai": "a client of the OpenAI API",
+    "a1111": "a client of the A1111 API",
+    "replay": "the command line",
+}
+"""First words of client names, in words for a person; all others are agents."""
+
+
+def _who(client: str) -> str:
+    """Return whose job it is."""
+    return _SURFACES.get(client.partition("-")[0], "an agent")
+
+
 @dataclass(slots=True)
 class _Job:
     """One job that waits or runs, as last heard of."""
@@ -39,7 +53,7 @@ class _Job:
             "job": self.status.job,
             "mine": False,
             "call": None,
-            "who": "",
+            "who": _who(self.status.client),
             "state": "queued",
             "prompt": self.status.prompt,
             "model": None,
@@ -134,7 +148,7 @@ class Feed:
     @contextlib.asynccontextmanager
     async def _reading(self) -> AsyncIterator[None]:
         self._readers += 1
-        if self._task is None or self._task.done():
+        if self._task is None:
             self._task = asyncio.create_task(self._follow())
         try:
             yield
@@ -167,8 +181,10 @@ class Feed:
         finally:
             for task in tasks:
                 task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            # Before any pause: a reader that comes while these end follows anew.
             self._jobs.clear()
+            self._task = None
+            await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _follow_jobs(self) -> None:
         while True:

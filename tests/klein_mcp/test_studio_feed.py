@@ -1,7 +1,7 @@
 """Tests how the studio follows jobs: watchers, and the feed of their news."""
 
 import sqlite3
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import aclosing
 from typing import Any
 
@@ -130,8 +130,62 @@ async def test_feed_stops_following_when_nobody_reads(service: Service, monkeypa
     await feed.now("me", after=0)
     assert feed._task is not None
     with anyio.fail_after(120):
-        while not feed._task.done():
+        while feed._task is not None:
             await anyio.sleep(0.05)
+
+
+async def test_reader_that_comes_while_the_feed_ends_hears_news(
+    service: Service, jobs: JobManager, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The watch of jobs is slow to end, as a connection to the daemon may be."""
+    ending, watch = anyio.Event(), jobs.watch
+
+    async def slow_to_end() -> AsyncGenerator[Any]:
+        try:
+            async with aclosing(watch()) as changes:
+                async for news in changes:
+                    yield news
+        finally:
+            ending.set()
+            with anyio.CancelScope(shield=True):
+                await heard.wait()
+
+    heard = anyio.Event()
+    monkeypatch.setattr("klein_mcp.studio.feed.LINGER", 0.5)
+    monkeypatch.setattr(jobs, "watch", slow_to_end)
+    feed = Feed(service)
+    await feed.now("me", after=0)
+    with anyio.fail_after(20):
+        await ending.wait()
+        monkeypatch.setattr(jobs, "watch", watch)
+        async with feed._reading(), anyio.create_task_group() as tasks:
+            tasks.start_soon(service.run, generate("a cat"), CallContext("agent"))
+            while (await feed.now("me", after=0))["library"] == 0:
+                await anyio.sleep(0.02)
+        heard.set()
+
+
+@pytest.mark.parametrize(
+    ("client", "who"),
+    [
+        ("front-end-1-ab", "an agent"),
+        ("token-0", "an agent"),
+        ("openai-token-0", "a client of the OpenAI API"),
+        ("a1111-token-0", "a client of the A1111 API"),
+        ("replay", "the command line"),
+        ("studio", "the studio"),
+    ],
+)
+async def test_job_names_whose_it_is(service: Service, painter: FakeExecutor, client: str, who: str) -> None:
+    painter.seconds_per_step = 60.0
+    feed = Feed(service)
+    with anyio.fail_after(120):
+        async with feed._reading(), anyio.create_task_group() as tasks:
+            tasks.start_soon(service.run, generate("a cat"), CallContext(client))
+            while not (now := await feed.now("me", after=0))["jobs"]:
+                await anyio.sleep(0.02)
+            painter.hurry()
+    assert [job["who"] for job in now["jobs"]] == [who]
 
 
 async def other_library(feed: Feed, known: int) -> None:

@@ -87,7 +87,7 @@ class Card {
     else if (this.picture.getAttribute("src") !== job.preview) this.picture.src = job.preview;
     this.watch.hidden = !state.aside || !ownCall(job);
     this.prompt.textContent = this.prompt.title = job.prompt;
-    this.words.textContent = statusWords(job) + (job.mine ? "" : ` · ${job.who || "an agent"}`);
+    this.words.textContent = statusWords(job) + (job.mine ? "" : ` · ${job.who}`);
     if (fractionOf(job) === null) this.meter.removeAttribute("value");
     else this.meter.value = fractionOf(job);
   }
