@@ -55,12 +55,15 @@ class Picks:
         return Pick(row[0], row[1], True)
 
     def unreported(self) -> list[str]:
-        """Return the clients that no result has told of their pick, the latest pick first."""
+        """Return the clients of unreported picks, the latest pick first."""
         unheard = f"SELECT client FROM picks WHERE NOT reported AND {_EXISTS}"
         return [client for (client,) in self._index.rows(f"{unheard} ORDER BY coalesce(newest, 0) DESC, created DESC")]
 
     def hand_over(self, clients: Sequence[str], receiver: str) -> None:
-        """Give the pick of the first of `clients` to `receiver`, and drop those of the others."""
+        """Give the pick of the first client to `receiver`.
+
+        Those of the other clients are dropped.
+        """
         first, *others = clients
         with self._index.transaction():
             for client in others:

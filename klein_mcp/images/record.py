@@ -75,7 +75,10 @@ def place_on_sheet(record: Record) -> tuple[int, int] | None:
 
 
 def by_place(sheet: Sequence[Record]) -> dict[int, Record]:
-    """Map the images of a sheet by their places, which deleted ones leave empty."""
+    """Map the images of a sheet by their places.
+
+    Deleted ones leave theirs empty.
+    """
     return {place[0] if (place := place_on_sheet(each)) else index: each for index, each in enumerate(sheet)}
 
 

@@ -185,7 +185,7 @@ class KleinServer(MCPServer):
             )
 
     async def _claim_pick(self, name: str, client: str) -> None:
-        """Take over what a person picked for an agent that is not connected."""
+        """Take over a pick that no connected agent waits for."""
         if name in studio_app.NAME_IMAGES:
             with suppress(RequestError, OSError, sqlite3.Error):  # the tool itself says what is wrong with the library
                 await anyio.to_thread.run_sync(lambda: picks.claim(self.service.store, client))

@@ -48,7 +48,10 @@ def agent_for(store: Store, record: Record, client: str) -> str:
 
 
 def claim(store: Store, client: str) -> None:
-    """Give `client`, an agent, the latest pick that no other connected agent waits for."""
+    """Give an agent the latest pick that no other one waits for.
+
+    A pick for an agent that has ended since is one of them.
+    """
     waiting = [other for other in store.picks.unreported() if other == client or not is_connected(other)]
     if waiting and waiting != [client]:
         store.picks.hand_over(waiting, client)

@@ -83,7 +83,7 @@ def image_details(store: Store, handle: str) -> ImageDetails:
 
 
 def _label(place: int) -> str:
-    """Return the letter of an image on its sheet, as tools label and take it."""
+    """Return an image's letter on its sheet, as tools label it."""
     return string.ascii_uppercase[place] if place < len(string.ascii_uppercase) else str(place + 1)
 
 
@@ -99,7 +99,10 @@ def _sheets(records: Sequence[Record]) -> dict[str, str]:
 
 
 def _family(store: Store, record: Record, picks: set[str]) -> list[Card]:
-    """Return the cards of `_relatives`, each with its nearest parents that are not deleted."""
+    """Return the cards of an image's relatives and its own, oldest first.
+
+    Each has its nearest parents that are not deleted.
+    """
     found = _relatives(store, record)
 
     def parents(of: Record) -> list[str]:

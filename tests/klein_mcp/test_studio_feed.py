@@ -185,7 +185,7 @@ async def test_job_names_whose_it_is(service: Service, painter: FakeExecutor, cl
             while not (now := await feed.now("me", after=0))["jobs"]:
                 await anyio.sleep(0.02)
             painter.hurry()
-    assert [job["who"] for job in now["jobs"]] == [who]
+            assert [job["who"] for job in now["jobs"]] == [who]
 
 
 async def other_library(feed: Feed, known: int) -> None:

@@ -243,18 +243,18 @@ def test_agent_claims_the_latest_pick_that_no_other_one_waits_for(library: Store
     for client, handle in zip((NEXT, mine, "openai-token-0", other), handles, strict=False):
         library.picks.choose(client, handle)
     claim(library, mine)
-    told = library.picks.report(mine)
-    assert told is not None
-    assert told.image == handles[2]
+    heard = library.picks.report(mine)
+    assert heard is not None
+    assert heard.image == handles[2]
     claim(library, mine)
     assert library.picks.report(mine) is None, "the older ones are dropped"
     assert library.picks.images() == {handles[2], handles[3]}
     library.picks.choose(NEXT, handles[0])
     library.picks.choose(mine, handles[4])
     claim(library, mine)
-    told = library.picks.report(mine)
-    assert told is not None
-    assert told.image == handles[4], "an agent's own later pick stays"
+    heard = library.picks.report(mine)
+    assert heard is not None
+    assert heard.image == handles[4], "an agent's own later pick stays"
 
 
 def test_revision_changes_with_every_new_and_every_deleted_image(library: Store) -> None:
