@@ -5,10 +5,8 @@ import logging
 import os
 import secrets
 import sqlite3
-import threading
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -75,6 +73,9 @@ SEARCH_WAIT = 1.0
 STOP_WAIT = 2.0
 """Seconds for the engine to hear that a job is cancelled."""
 
+CONNECTING = ("initialize", "server/discover")
+"""The first request of a client, in the legacy era and since."""
+
 Link = Callable[[Any], Callable[[str], str] | None]
 """Maps an HTTP request to a maker of download addresses for its sender, None for a sender that shares our disk."""
 
@@ -107,6 +108,7 @@ class KleinServer(MCPServer):
         self.middleware.append(self.subscriptions.remember)
         self.middleware.append(studio_app.note_support)
         self.middleware.append(sender.note_sharing)
+        self.middleware.append(self._name_models)
         self.feed = Feed(service)
         # MCPServer has no public way to add these three methods of the legacy era, nor to declare that its list of
         # resources changes.
@@ -118,9 +120,14 @@ class KleinServer(MCPServer):
         low.create_initialization_options = self._options  # type: ignore[method-assign]
 
     def _options(self, *_: Any) -> InitializationOptions:
-        """Return the answer to initialize, with the models installed now."""
-        self._lowlevel_server.instructions = f"{INSTRUCTIONS} {_models_in_time(self.service.settings)}".rstrip()
         return self._make_options(NotificationOptions(resources_changed=True))
+
+    async def _name_models(self, ctx: Any, call_next: Any) -> Any:
+        """Middleware: add the models installed now to the instructions, in both eras."""
+        result = await call_next(ctx)
+        if ctx.method not in CONNECTING:
+            return result
+        return {**result, "instructions": f"{INSTRUCTIONS} {await _models_in_time(self.service.settings)}"}
 
     async def list_tools(self) -> list[Listed]:
         models = await models_of(self.service)
@@ -261,14 +268,11 @@ class KleinServer(MCPServer):
         )
 
 
-def _models_in_time(settings: Settings) -> str:
+async def _models_in_time(settings: Settings) -> str:
     """Describe the installed models, unless a slow disk keeps them secret."""
-    found: Future[str] = Future()
-    threading.Thread(target=lambda: found.set_result(find(settings).summary()), daemon=True).start()
-    try:
-        return found.result(SEARCH_WAIT)
-    except TimeoutError:
-        return "engine_status lists the models."
+    with anyio.move_on_after(SEARCH_WAIT):
+        return (await anyio.to_thread.run_sync(find, settings, abandon_on_cancel=True)).summary()
+    return "engine_status lists the models."
 
 
 def _for_models(tool: Listed, models: InstalledModels) -> Listed:

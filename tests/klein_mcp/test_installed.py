@@ -5,9 +5,11 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
+import anyio
 import pytest
 from mcp import Client
 from mcp.client.stdio import StdioServerParameters
@@ -16,12 +18,16 @@ from safetensors.torch import load_file, save_file
 from engine.contract import Job, Result
 from engine.families.klein.variants import VARIANTS
 from klein_mcp.jobs.installed import InstalledModels, find
+from klein_mcp.jobs.service import Service
 from klein_mcp.jobs.timing import HISTORY, TimingHistory
+from klein_mcp.mcp_server import server
 from klein_mcp.settings import Settings
 from tests.embedded import MAX_REFERENCES, SIDE
 from tests.engine import published
 from tests.images import noise
-from tests.real_server import RealServer, real_server
+from tests.klein_mcp.front_ends import through
+from tests.klein_mcp.test_http import serving
+from tests.real_server import PATIENCE, RealServer, real_server
 from tests.tool_calls import call, refused
 
 pytestmark = pytest.mark.anyio
@@ -118,6 +124,41 @@ async def test_server_tells_its_models_without_an_engine(tmp_path: Path, folder:
         assert "Installed: nano, klein-4b." in (client.instructions or "")
 
 
+async def test_instructions_over_http_follow_what_is_installed(service: Service, folder: Path) -> None:
+    home = service.settings.home
+    async with serving(service) as url:
+        for installed in ("Installed: nano.", "Installed: nano, klein-4b."):
+            for front_end in ("http", "http legacy", "sse"):
+                async with through(front_end, RealServer(home), url) as client:
+                    assert installed in (client.instructions or ""), front_end
+            shutil.copytree(folder, home / "models", dirs_exist_ok=True)
+
+
+@pytest.mark.parametrize("mode", ["auto", "legacy"])
+async def test_search_for_models_holds_up_no_other_client(
+    connect: Any, mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, others_ran, in_time = threading.Event(), threading.Event(), []
+
+    def slow(settings: Settings) -> InstalledModels:
+        begun.set()
+        in_time.append(others_ran.wait(5))
+        return find(settings)
+
+    async def another_client() -> None:
+        while not begun.is_set():
+            await anyio.sleep(0.01)
+        others_ran.set()
+
+    monkeypatch.setattr(server, "find", slow)
+    monkeypatch.setattr(server, "SEARCH_WAIT", PATIENCE)
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(another_client)
+        async with connect(mode=mode) as client:
+            assert NANO in client.instructions
+    assert all(in_time)
+
+
 async def prompt(client: Client) -> str:
     got = await client.get_prompt("iterate", {"idea": "an apple on a yellow background"})
     return got.messages[0].content.text  # type: ignore[union-attr] - our prompts hold text alone
@@ -141,15 +182,15 @@ async def test_installed_model_that_does_not_load_is_not_called_missing(tmp_path
     save_file(tensors, file)
     reason = "does not load: The autoencoder lacks the tensor decoder.conv_in.weight."
     more = {"KLEIN_MODELS": str(tmp_path / "models"), "KLEIN_MODEL": "auto", "KLEIN_HUB": str(tmp_path / "hub")}
-    with real_server(tmp_path / "home") as server:
-        async with Client(server.stdio(**more)) as client:
+    with real_server(tmp_path / "home") as place:
+        async with Client(place.stdio(**more)) as client:
             result = await call(client, "generate_image", prompt="a red ball", width=64, height=64)
             (warning,) = (each for each in result["warnings"] if f"klein-4b is installed but {reason}" in each)
             assert warning.endswith("; klein-mcp doctor has the next step")
             _, klein = (await call(client, "engine_status"))["models"]["installed"]
             assert klein["obstacle"].startswith(reason)
-        assert f"klein-4b (Apache-2.0, {reason}" in server.run("-m", "klein_mcp", "status", cwd=tmp_path, **more).stdout
-        async with Client(server.stdio(**more)) as client:
+        assert f"klein-4b (Apache-2.0, {reason}" in place.run("-m", "klein_mcp", "status", cwd=tmp_path, **more).stdout
+        async with Client(place.stdio(**more)) as client:
             assert "; klein-4b is installed but was not used; klein-mcp models says why." in (client.instructions or "")
-        painted = server.run("-m", "klein_mcp", "paint", "a red ball", "--size", "64x64", cwd=tmp_path, **more)
+        painted = place.run("-m", "klein_mcp", "paint", "a red ball", "--size", "64x64", cwd=tmp_path, **more)
         assert f"klein-4b is installed but {reason}" in painted.stderr
