@@ -6,6 +6,7 @@
 import contextlib
 import hmac
 import json
+import logging
 import re
 import urllib.request
 from collections.abc import Iterator, Mapping
@@ -20,6 +21,8 @@ from starlette.routing import Route
 from klein_mcp.atomic import atomic_write
 from klein_mcp.http.surface import HttpContext, Surface, json_error
 from klein_mcp.private import read_private_text
+
+log = logging.getLogger(__name__)
 
 FILES = "studio-server*.json"
 """In the data folder, one of each server: `url` for this machine, `public` for browsers, and `key`."""
@@ -43,19 +46,26 @@ def surface(context: HttpContext) -> Surface:
 
 @contextlib.contextmanager
 def announced(home: Path, context: HttpContext, url: str, public: str) -> Iterator[None]:
-    """Let `fresh_link` find this server while it runs."""
+    """Let `fresh_link` find this server while it runs.
+
+    A data folder that cannot be written costs those links alone: images can still be listed and read.
+    """
     # By its address: two servers of one data folder have two, and one that was killed leaves a single file.
     address = re.sub(r"\W+", "-", urlsplit(url).netloc).strip("-")
     file = home / FILES.replace("*", f"-{address}")
     key = context.sessions.invite_key
-    home.mkdir(mode=0o700, parents=True, exist_ok=True)
-    atomic_write(file, json.dumps({"url": url, "public": public, "key": key}))
+    try:
+        home.mkdir(mode=0o700, parents=True, exist_ok=True)
+        atomic_write(file, json.dumps({"url": url, "public": public, "key": key}))
+    except OSError as error:
+        log.warning("klein-mcp studio will not find this server: %s: %s", home, error.strerror or error)
     try:
         yield
     finally:
         # Another `serve` may have taken the place: 127.0.0.1 is the own address of several.
         if _read(file).get("key") == key:
-            file.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # the disk has become read-only; the next start replaces the file
+                file.unlink()
 
 
 def fresh_link(home: Path, entry: str) -> str | None:

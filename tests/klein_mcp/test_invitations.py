@@ -1,6 +1,7 @@
 """`klein-mcp studio` beside a `serve` of the same data folder opens a new link to it."""
 
 import json
+import signal
 import stat
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from klein_mcp.http import app as http_app
 from klein_mcp.http import invitations
 from klein_mcp.http.studio import ENTRY
 from klein_mcp.jobs.service import Service
+from tests.disks import fill, small_disk
 from tests.klein_mcp.front_ends import serving_process
 from tests.real_server import RealServer
 
@@ -62,6 +64,29 @@ def test_second_server_takes_nothing_from_the_first(tmp_path: Path, service: Ser
             assert len([*tmp_path.glob(invitations.FILES)]) == 2
         assert invitations.fresh_link(tmp_path, ENTRY) == "first"
     assert invitations.fresh_link(tmp_path, ENTRY) is None
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="a folder that nobody can make, as on Linux")
+async def test_serve_starts_without_a_data_folder(tmp_path: Path) -> None:
+    with serving_process(RealServer(Path("/proc/klein-mcp"))) as (url, process):
+        async with httpx2.AsyncClient() as client:
+            assert (await client.get(f"{url}/healthz")).status_code == 200
+        process.terminate()
+        assert process.wait(60) == 128 + signal.SIGTERM
+        assert process.stderr
+        assert "Traceback" not in process.stderr.read()
+
+
+def test_full_disk_costs_a_line_and_no_server(
+    tmp_path: Path, service: Service, caplog: pytest.LogCaptureFixture
+) -> None:
+    context = http_app.make_context(service)
+    with small_disk(tmp_path / "disk", "64k") as disk:
+        fill(disk)
+        with invitations.announced(disk, context, "http://127.0.0.1:8765", "first"):
+            assert invitations.fresh_link(disk, ENTRY) is None
+    (record,) = caplog.records
+    assert record.getMessage() == f"klein-mcp studio will not find this server: {disk}: No space left on device"
 
 
 @pytest.mark.parametrize(
