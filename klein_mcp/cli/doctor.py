@@ -7,12 +7,12 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 from engine.contract import EngineError, Exact, Job, ModelInfo, Result
 from engine.families.klein.variants import EMBEDDED, VARIANTS
 from klein_mcp.cli.daemon import ask_daemon
+from klein_mcp.cli.doctor_clients import check_clients
 from klein_mcp.cli.doctor_files import Check, check_daemon_files, check_disk, check_library, check_roots, check_signer
 from klein_mcp.cli.status import format_node
 from klein_mcp.cli.terminal import ProgressBar, program, shell_line, strip_control_chars
@@ -56,7 +56,7 @@ def checks(settings: Settings) -> Iterator[Check]:
     yield from check_roots(settings)
     yield from check_signer(settings)
     if (home := user_home()) is not None:
-        yield _clients(home)
+        yield check_clients(home)
     yield _daemon(settings)
     if settings.engine:
         with ProgressBar("asking the engines"):
@@ -104,41 +104,6 @@ def _repair(settings: Settings) -> str:
     moved = f"; the damaged index is kept as {result.moved.name}" if result.moved else ""
     unreadable = "".join(f"\ndamaged: {path}" for path in result.unreadable)
     return f"library: {result.added} of {result.found} files were taken in{moved}{unreadable}"
-
-
-PROGRAM_DATA = (".config", "Library/Application Support", "AppData/Roaming")
-"""Where desktop programs keep their settings on Linux, macOS and Windows."""
-
-CONFIGURATIONS = {
-    "Claude Code": (".claude.json",),
-    "Claude Desktop": tuple(f"{folder}/Claude/claude_desktop_config.json" for folder in PROGRAM_DATA),
-    "Codex": (".codex/config.toml",),
-    "Cursor": (".cursor/mcp.json",),
-    "Gemini CLI": (".gemini/settings.json",),
-    "Zed": (".config/zed/settings.json", "AppData/Roaming/Zed/settings.json"),
-    "VS Code": tuple(f"{folder}/Code/User/mcp.json" for folder in PROGRAM_DATA),
-    "LM Studio": (".lmstudio/mcp.json",),
-}
-"""Clients' configuration files under the home folder; configurations per project are not searched."""
-
-
-def _clients(home: Path) -> Check:
-    installed = {
-        name: home / path for name, paths in CONFIGURATIONS.items() for path in paths if (home / path).is_file()
-    }
-    configured = [name for name, path in installed.items() if "klein" in _text(path)]
-    if configured:
-        return Check("clients", f"configured in {', '.join(configured)}")
-    found = f"not configured in {', '.join(installed)}" if installed else "no client's configuration found"
-    todo = f"Add it, for example: claude mcp add klein -- {shell_line(program())}"
-    return Check("clients", found, todo, optional=True)
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return ""
 
 
 def _daemon(settings: Settings) -> Check:

@@ -17,7 +17,8 @@ from typing import IO, Any
 import pytest
 from filelock import FileLock
 
-from klein_mcp.cli import doctor, doctor_files, models
+from klein_mcp.cli import doctor, doctor_clients, doctor_files, models
+from klein_mcp.cli.doctor_clients import check_clients
 from klein_mcp.cli.doctor_files import check_daemon_files, check_disk, check_library, check_roots, check_signer
 from klein_mcp.daemon.endpoint import ENGINE_LOCK
 from klein_mcp.daemon.executors.local import make_engine
@@ -280,9 +281,47 @@ def test_configuration_of_vs_code_is_found_on_every_system(system: str, tmp_path
     file = tmp_path / system / "Code" / "User" / "mcp.json"
     file.parent.mkdir(parents=True)
     file.write_text("{}")
-    assert doctor._clients(tmp_path).found == "not configured in VS Code"
+    assert check_clients(tmp_path).found == "not configured in VS Code"
     file.write_text('{"servers": {"klein": {"command": "klein-mcp"}}}')
-    assert doctor._clients(tmp_path).found == "configured in VS Code"
+    assert check_clients(tmp_path).found == "configured in VS Code"
+
+
+FILES = {
+    "Codex": """[mcp_servers.klein]
+command = "uvx"
+args = ["--from", "/home/me/wheels/klein.whl", "klein-mcp"]""",
+    "Zed": r"""{ // of Zed
+  "context_servers": {"images": {"command": {"path": "C:\\Program Files\\klein-mcp.exe", "args": [],}}}, /* */
+}""",
+    "Claude Code": '{"projects": {"/a": {"mcpServers": {"a": {"command": "python3", "args": ["-m", "klein_mcp"]}}}}}',
+    "Cursor": '{"mcpServers": {"klein": {"url": "http://127.0.0.1:8765/mcp"}}}',
+}
+STRANGE = {
+    "Codex": '[projects."/home/me/klein-mcp"]\ntrust_level = "trusted"',
+    "Zed": '{"context_servers": {"klein": "',
+    "Claude Code": """{"projects": {"/home/me/klein-mcp": {"mcpServers": {}}},
+        "mcpServers": {"files": {"command": "npx", "args": ["server-filesystem", "FOLDER"]}, "klein": null}}""",
+    "Cursor": "[" * 100_000,
+}
+
+
+def test_only_an_entry_that_starts_this_server_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "klein-mcp"
+    folder.mkdir()
+
+    def found(files: dict[str, str]) -> doctor.Check:
+        for name, text in files.items():
+            file = tmp_path / doctor_clients.CONFIGURATIONS[name][0]
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(text.replace("FOLDER", str(folder)))
+        return check_clients(tmp_path)
+
+    assert found(FILES).found == "configured in Claude Code, Codex, Cursor, Zed"
+    monkeypatch.setattr(sys, "argv", ["/home/me/.cache/uv/archive-v0/a1B2/bin/klein-mcp"])
+    monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}")
+    check = found(STRANGE)
+    assert check.found == "not configured in Claude Code, Codex, Cursor, Zed"
+    assert check.todo.endswith("claude mcp add klein -- /usr/bin/uvx klein-mcp")
 
 
 def test_gpu_that_this_torch_cannot_use_is_named(
