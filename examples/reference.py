@@ -57,6 +57,7 @@ def settings_page() -> str:
             'or in `config.toml` in the data folder, in lower case and without `KLEIN_`: `model = "klein-4b"`. The',
             "environment wins. Settings of the engine (models, device, number formats, memory) come from whichever",
             "client starts it: after `klein-mcp stop` the next call starts it with its own.",
+            r"In `config.toml` a path with backslashes stands in single quotes: `models = 'C:\ComfyUI\models'`.",
             "",
             "| Setting | Default | Meaning |",
             "| --- | --- | --- |",

@@ -76,6 +76,8 @@ def _path(value: str) -> Path:
         raise ValueError("a path that does not begin with an unknown user") from None
     except UnicodeError:
         raise ValueError("a path in UTF-8") from None
+    if re.search(r"[\x00-\x1f\x7f]", value):  # what "C:\new\tools" is to TOML
+        raise ValueError("a path without control characters; config.toml takes backslashes in single quotes")
     if not path.is_absolute():
         # Desktop clients start servers in an arbitrary folder, so a relative path would change its meaning.
         raise ValueError("an absolute path")
@@ -387,11 +389,18 @@ def _from_environ(environ: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _from_file(path: Path) -> dict[str, Any]:
+    text = ""
     try:
-        data = tomllib.loads(read_private_text(path))
+        text = read_private_text(path)
+        data = tomllib.loads(text)
     except FileNotFoundError:
         return {}
     except tomllib.TOMLDecodeError as exc:
+        if re.search(r'"[^"\n]*\\', text):
+            raise SettingsError(
+                f"{path} cannot be read: {exc}. "
+                r"Write paths with backslashes in single quotes: models = 'C:\ComfyUI\models'."
+            ) from None
         raise SettingsError(f'{path} cannot be read: {exc}. Text needs quotes: model = "klein-4b".') from None
     except (OSError, ValueError) as exc:
         raise SettingsError(f"{path} cannot be read: {getattr(exc, 'strerror', None) or exc}.") from None

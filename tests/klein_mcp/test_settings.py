@@ -65,6 +65,8 @@ def test_unknown_key_in_the_file_is_an_error_with_a_suggestion(tmp_path: Path):
         "queue_siez = 3": r"Did you mean queue_size\?",
         'KLEIN_MODEL = "nano"': r"Did you mean model\?",
         '[klein]\nmodel = "nano"': r"below no \[table\]",
+        r'models = "C:\ComfyUI\models"': "backslashes in single quotes: models = 'C:",
+        r'hub = "C:\new\tools"': "without control characters; config.toml takes backslashes in single quotes",
         "model = nano": 'Text needs quotes: model = "klein-4b"',
     }.items():
         (tmp_path / "config.toml").write_text(text)
