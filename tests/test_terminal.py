@@ -168,6 +168,29 @@ def test_server_started_by_a_client_prints_nothing(server: RealServer) -> None:
     assert (ran.returncode, ran.stdout, ran.stderr) == (0, "", "")
 
 
+@pytest.mark.skipif(os.name != "posix", reason="a shell's redirections")
+@pytest.mark.parametrize(
+    ("closed", "words", "code"),
+    [
+        ("<&-", "", 0),
+        (">&-", "--version", 0),
+        ("2>&-", "info nofile.png", 1),
+        ("2>&-", "nonsense", 2),
+        ("<&- >&- 2>&-", "list", 0),
+    ],
+)
+def test_closed_streams_are_as_good_as_the_null_device(tmp_path: Path, closed: str, words: str, code: int) -> None:
+    ran = subprocess.run(
+        ["sh", "-c", f'exec "$0" -m klein_mcp {words} {closed}', sys.executable],
+        env=RealServer(tmp_path).environment(),
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+    )
+    assert (ran.returncode, ran.stdout, ran.stderr) == (code, "", "")
+
+
 def test_misspelled_variable_is_one_log_line(server: RealServer) -> None:
     ran = server.run("-m", "klein_mcp", KLEIN_MODLE="nano")
     assert (ran.returncode, ran.stdout, ran.stderr.count("\n")) == (0, "", 1)

@@ -59,12 +59,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     0 done, 1 failed with one line on stderr, 2 wrong usage, 130 interrupted, 141 its reader left, 143 after SIGTERM.
     """
     words = sys.argv[1:] if argv is None else list(argv)
+    open_missing_streams()
     print_anything()
     try:
         try:
             return _run(words)
         finally:  # argparse prints, too, and raises SystemExit
-            for stream in filter(None, (sys.stdout, sys.stderr)):
+            for stream in (sys.stdout, sys.stderr):
                 stream.flush()
     except BrokenPipeError:  # as in `klein-mcp list | head -1`
         _discard_output()
@@ -110,11 +111,21 @@ def _discard_output() -> None:
 
     The interpreter would try once more as it ends, and complain.
     """
-    for stream in filter(None, (sys.stdout, sys.stderr)):
+    for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
         except OSError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def open_missing_streams() -> None:
+    """Open the null device for each standard stream that is closed.
+
+    Python has None for it, as with `2>&-` or pythonw: print() to it goes to stdout, and all else fails.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115 - open for life
 
 
 def print_anything() -> None:
