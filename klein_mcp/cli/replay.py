@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import sys
+from dataclasses import replace
 
 from klein_mcp.cli.arguments import seed as seed_argument
 from klein_mcp.cli.records import describe_record, expect_handle, for_terminal
@@ -22,11 +23,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(settings: Settings, arguments: argparse.Namespace) -> int:
     import anyio
 
-    onto = arguments.onto
-    if onto is not None and os.path.exists(expanded(onto)):
-        onto = str(expanded(onto).resolve())  # a terminal has a working directory; a reference has none
     with for_terminal():
-        return anyio.run(run_replay, settings, arguments.handle, onto, arguments.seed, arguments.json)
+        return anyio.run(run_replay, settings, arguments.handle, arguments.onto, arguments.seed, arguments.json)
 
 
 async def run_replay(settings: Settings, handle: str, onto: str | None, seed: int | None, as_json: bool) -> int:
@@ -36,6 +34,10 @@ async def run_replay(settings: Settings, handle: str, onto: str | None, seed: in
     from klein_mcp.jobs.replay import changed_weights, plan, replay
     from klein_mcp.jobs.service import Service
 
+    if onto is not None and os.path.exists(expanded(onto)):
+        file = expanded(onto).resolve()  # a terminal has a working directory; a reference has none
+        # The person at the terminal named it: the read roots are for what agents name.
+        settings, onto = replace(settings, read_roots=(file,)), str(file)
     jobs = DaemonClient(settings)
     service = Service(settings, jobs)
     try:

@@ -6,6 +6,7 @@ Every edit that led to it, on its own base or on another.
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
+from engine.contract import EngineError
 from engine.families.klein.variants import VARIANTS
 from klein_mcp.errors import RequestError
 from klein_mcp.images.library import Record, Store
@@ -13,7 +14,7 @@ from klein_mcp.jobs.context import CallContext
 from klein_mcp.jobs.photographs import check_photograph
 from klein_mcp.jobs.request import ImageRequest, Native, generate
 from klein_mcp.jobs.results import JobResult, SavedImage
-from klein_mcp.jobs.service import Service
+from klein_mcp.jobs.service import Service, with_saved
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,9 +73,12 @@ async def replay(
         # With its own seeds a step is the same again on the copy, which may have lost detail or size.
         new = again if onto is None and seed is None else chain.stand_ins(again)
         request = step_request(record, new, seed)
-        if onto is not None:
-            await check_base(service, call, request)
-        result = await service.run(request, call)
+        try:
+            if onto is not None:
+                await check_base(service, call, request)
+            result = await service.run(request, call)
+        except (RequestError, EngineError) as error:
+            raise with_saved(error, [step.images[0] for step in made]) from None
         made.append(replace(result, warnings=(*(() if made else opened), *result.warnings)))
         again[record.handle] = result.images[0].handle
     return made

@@ -216,10 +216,10 @@ class Service:
                     case Done(warnings, ms, preview):
                         return JobResult(tuple(images), warnings, ms, preview)
                     case Failed(error):
-                        raise _with_saved(error, images)
+                        raise with_saved(error, images)
                     case Cancelled():
                         cancelled = RequestError("The job was cancelled.", hint=f"{again} to start it anew.")
-                        raise _with_saved(cancelled, images)
+                        raise with_saved(cancelled, images)
                 # Until the daemon has taken the job there is nothing to detach: it may be unable to start.
                 if job and not isinstance(event, Submitted) and time.monotonic() >= deadline:
                     try:
@@ -240,7 +240,7 @@ class Service:
         return (demo_warning(engine.models if engine else ()),)
 
 
-def _with_saved(error: E, images: Sequence[SavedImage]) -> E:
+def with_saved(error: E, images: Sequence[SavedImage]) -> E:
     """Return the error with the handles of images saved before it.
 
     Nothing else leads the caller to them.

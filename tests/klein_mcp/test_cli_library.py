@@ -16,7 +16,7 @@ from hypothesis import settings as examples
 from hypothesis import strategies as st
 from mcp import Client
 
-from engine.contract import Rgb8
+from engine.contract import Job, OutOfMemory, Rgb8
 from klein_mcp.cli.arguments import age, byte_size
 from klein_mcp.cli.info import format_facts, info
 from klein_mcp.cli.list import list_images
@@ -139,25 +139,57 @@ async def test_replay_onto_a_photograph_is_refused_before_its_first_step(
     assert not painter.jobs
 
 
-async def test_replay_prints_the_warnings_of_its_steps(
-    settings: Settings,
-    service: Service,
-    painter: FakeExecutor,
-    history: list[dict[str, Any]],
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-):
+@pytest.fixture
+def in_process(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let commands use the jobs of the test, which they do not close."""
+
     async def stay_open() -> None:
-        """The jobs are the test's, not the command's."""
+        pass
 
     monkeypatch.setattr(service.jobs, "aclose", stay_open)
     monkeypatch.setattr("klein_mcp.daemon.client.DaemonClient", lambda settings: service.jobs)
+
+
+@pytest.mark.usefixtures("in_process")
+async def test_replay_prints_the_warnings_of_its_steps(
+    settings: Settings, painter: FakeExecutor, history: list[dict[str, Any]], capsys: pytest.CaptureFixture[str]
+):
     painter.paint = lambda job: job.references[0]
     await run_replay(settings, history[1]["image"], None, None, as_json=True)
     printed = capsys.readouterr()
     nothing = [f"klein-mcp: step {number}: nothing visible changed" for number in (1, 2)]
     assert set(nothing) <= set(printed.err.splitlines())
     assert ["nothing visible changed" in facts["warnings"] for facts in json.loads(printed.out)] == [True, True]
+
+
+@pytest.mark.usefixtures("in_process")
+async def test_replay_reads_any_file_that_the_person_names(
+    settings: Settings, history: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    (tmp_path / "base.png").write_bytes(file(scene(64, 48)[::-1].copy()))
+    monkeypatch.chdir(tmp_path)
+    closed = replace(settings, read_roots=())
+    assert await run_replay(closed, history[1]["image"], "base.png", None, as_json=True) == 0
+    with pytest.raises(RequestError, match="nothere"):
+        await run_replay(closed, history[1]["image"], "nothere.png", None, as_json=True)
+
+
+async def test_replay_that_fails_names_the_images_it_made(
+    service: Service, painter: FakeExecutor, history: list[dict[str, Any]]
+):
+    paint = painter.paint
+
+    def fail_at_two(job: Job) -> Rgb8:
+        if job.prompt == "two":
+            raise OutOfMemory("The GPU is full.", hint="Close others.")
+        return paint(job)
+
+    painter.paint = fail_at_two
+    with pytest.raises(OutOfMemory) as caught:
+        await replay(service, history[3]["image"], ME)
+    made = service.store.everything()[-1]
+    assert made.prompt == "one"
+    assert caught.value.hint == f"Close others. Saved before that: {made.handle}."
 
 
 async def test_replay_errors_say_why(service: Service, history: list[dict[str, Any]], client: Client):
