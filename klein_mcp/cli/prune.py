@@ -66,7 +66,9 @@ def prune(
                 raise RequestError(f"Nothing was deleted: {summary} would be.", hint="Say --yes to delete them.")
             oldest, newest = local_day(chosen[0].created), local_day(chosen[-1].created)
             if ask(f"Delete {summary}, from {oldest} to {newest}? [y/N]").lower() not in ("y", "yes"):
-                print("nothing was deleted")
+                print("klein-mcp: nothing was deleted", file=sys.stderr)
+                if as_json:
+                    print(json.dumps({"deleted": [], "bytes": 0}))
                 return 1
         store.delete([record.handle for record in chosen])
     finally:

@@ -312,7 +312,9 @@ async def test_prune_asks_before_it_deletes(
 
     assert prune(settings, max_size=0, ask=no) == 1
     assert "Delete 5 images" in asked[0]
-    assert "nothing was deleted" in capsys.readouterr().out
+    assert capsys.readouterr() == ("", "klein-mcp: nothing was deleted\n")
+    assert prune(settings, max_size=0, as_json=True, ask=no) == 1
+    assert printed_json(capsys) == {"deleted": [], "bytes": 0}
     assert len(service.store.everything()) == 5
     assert prune(settings, max_size=0, ask=lambda _: "y") == 0
     assert service.store.everything() == []
