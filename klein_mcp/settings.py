@@ -3,6 +3,7 @@
 `KLEIN_<FIELD>` in the environment wins over `<field>` in `config.toml` in the home folder, which wins over the default.
 """
 
+import contextlib
 import difflib
 import logging
 import os
@@ -141,10 +142,25 @@ def default_hub(environ: Mapping[str, str] = MappingProxyType({})) -> Path:
     caches = environ.get("XDG_CACHE_HOME") or "~/.cache"
     try:
         if cache := environ.get("HF_HUB_CACHE") or environ.get("HUGGINGFACE_HUB_CACHE"):
-            return Path(cache).expanduser()
-        return Path(environ.get("HF_HOME") or f"{caches}/huggingface").expanduser() / "hub"
+            return _hub_path(cache)
+        return _hub_path(environ.get("HF_HOME") or f"{caches}/huggingface") / "hub"
     except RuntimeError:  # no home folder, or one of an unknown user: there is no cache to share
         return default_home() / "hub"
+
+
+def hub_environment(environ: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """Return the hub's variables for a process that runs in another folder."""
+    found = {}
+    for name in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_HOME", "XDG_CACHE_HOME"):
+        with contextlib.suppress(RuntimeError):
+            if environ.get(name):
+                found[name] = str(_hub_path(environ[name]))
+    return found
+
+
+def _hub_path(text: str) -> Path:
+    """Read a path as huggingface_hub does, which expands ~ and variables."""
+    return Path(os.path.expandvars(Path(text).expanduser())).absolute()
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,7 +26,7 @@ from klein_mcp.atomic import next_step
 from klein_mcp.daemon import endpoint as endpoints
 from klein_mcp.daemon.endpoint import ENGINE_LOCK, INSTALLED, BuildInfo, Endpoint
 from klein_mcp.private import open_log
-from klein_mcp.settings import Settings
+from klein_mcp.settings import Settings, hub_environment
 
 if TYPE_CHECKING:
     import httpx2
@@ -220,7 +220,7 @@ class Launcher:
                     stdout=subprocess.DEVNULL,  # an inherited stdout would corrupt the front end's MCP stream
                     stderr=errors,
                     cwd=Path(klein_mcp.__file__).parents[1],  # finds the package even where it is not installed
-                    env={**os.environ, "KLEIN_HOME": str(home)},
+                    env={**os.environ, **hub_environment(), "KLEIN_HOME": str(home)},
                     **_detached(),
                 )
         except OSError as exc:

@@ -238,6 +238,16 @@ async def test_disk_that_cannot_keep_the_address_secret_is_named(tmp_path):
     assert "\n" not in str(error.value)
 
 
+async def test_daemon_searches_the_hub_folder_of_its_front_end(tmp_path, monkeypatch):
+    say_hub = "import sys; from klein_mcp.settings import Settings; sys.exit(str(Settings.load().hub))"
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HOME", "hf")
+    async with aclosing(DaemonClient(Settings(home=tmp_path), (sys.executable, "-c", say_hub))) as front_end:
+        with pytest.raises(EngineFailed) as ended:
+            await run(front_end)
+    assert ended.value.message == str(Settings.load().hub) == str(tmp_path / "hf" / "hub")
+
+
 async def test_stop_and_status_see_a_daemon_that_hangs(front_end, tmp_path, monkeypatch):
     await run(front_end)
     monkeypatch.setattr(client, "PATIENCE", 0.5)

@@ -100,6 +100,14 @@ def test_hub_folder_follows_the_hubs_own_variables(tmp_path: Path):
     assert load(tmp_path, HF_HUB_CACHE="~nobody-here/d").hub.name == "hub"
 
 
+def test_hub_folder_is_read_as_the_hub_reads_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("BIG", "/big")
+    assert load(tmp_path, HF_HUB_CACHE="$BIG/hub").hub == Path("/big/hub")
+    assert load(tmp_path, HF_HOME="${BIG}/hf").hub == Path("/big/hf/hub")
+    assert load(tmp_path, HF_HOME="hf").hub == tmp_path / "hf" / "hub"
+
+
 def test_lora_may_be_a_table_in_the_file(tmp_path: Path):
     (tmp_path / "config.toml").write_text('loras = [{name = "ink", scale = 0.8}, {path = "/oil.safetensors"}]\n')
     assert load(tmp_path).loras == ("ink:0.8", "/oil.safetensors:1")
