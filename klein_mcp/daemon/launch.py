@@ -214,14 +214,13 @@ class Launcher:
         home = self._settings.home
         try:
             with open_log(home / "daemon.err") as errors:
-                process = subprocess.Popen(
+                process = _start_detached(
                     self._command,
                     stdin=subprocess.DEVNULL,
                     stdout=subprocess.DEVNULL,  # an inherited stdout would corrupt the front end's MCP stream
                     stderr=errors,
                     cwd=Path(klein_mcp.__file__).parents[1],  # finds the package even where it is not installed
                     env={**os.environ, **hub_environment(), "KLEIN_HOME": str(home)},
-                    **_detached(),
                 )
         except OSError as exc:
             raise EngineFailed(
@@ -236,13 +235,19 @@ def authorization(endpoint: Endpoint) -> dict[str, str]:
     return {"authorization": f"Bearer {endpoint.token}"}
 
 
-def _detached() -> dict[str, Any]:
-    """Return Popen options for a daemon that outlives its terminal."""
+def _start_detached(command: Sequence[str], **options: Any) -> "subprocess.Popen[Any]":
+    """Start a process that outlives its terminal and, where allowed, its client."""
     if os.name == "posix":
-        return {"start_new_session": True}
+        return subprocess.Popen(command, start_new_session=True, **options)
     # A console without a window, not none: the python.exe of an environment starts the real one, which without a
     # console to inherit would open its own, and end when somebody closes that window.
-    return {"creationflags": subprocess.CREATE_NO_WINDOW | subprocess.CREATE_NEW_PROCESS_GROUP}  # type: ignore[attr-defined] - Windows'
+    flags: int = subprocess.CREATE_NO_WINDOW | subprocess.CREATE_NEW_PROCESS_GROUP  # type: ignore[attr-defined] - Windows'
+    away: int = subprocess.CREATE_BREAKAWAY_FROM_JOB  # type: ignore[attr-defined] - Windows'
+    try:
+        # A client may have put its servers into a job object, which ends with it and takes all of their children along.
+        return subprocess.Popen(command, creationflags=flags | away, **options)
+    except PermissionError:  # that job lets nothing break away
+        return subprocess.Popen(command, creationflags=flags, **options)
 
 
 def _why_it_ended(home: Path, code: int) -> EngineFailed:

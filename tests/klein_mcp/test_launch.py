@@ -322,10 +322,22 @@ async def test_daemon_that_cannot_start_says_why_in_one_line(tmp_path):
     assert "\n" not in str(error.value)
 
 
-def test_daemon_on_windows_gets_a_console_without_a_window(monkeypatch):
-    flags = {"CREATE_NO_WINDOW": 0x08000000, "CREATE_NEW_PROCESS_GROUP": 0x200, "DETACHED_PROCESS": 0x8}
+@pytest.mark.parametrize("refused", [False, True])
+def test_daemon_on_windows_leaves_window_and_job(monkeypatch, refused):
+    """A client's job object ends its servers with it; one that lets nothing break away refuses the flag."""
+    flags = {"CREATE_NO_WINDOW": 0x08000000, "CREATE_NEW_PROCESS_GROUP": 0x200, "CREATE_BREAKAWAY_FROM_JOB": 0x01000000}
     for name, value in flags.items():
         monkeypatch.setattr(subprocess, name, value, raising=False)
+    tried = []
+
+    def start(command, *, creationflags):
+        tried.append(creationflags)
+        if refused and creationflags & 0x01000000:
+            raise PermissionError("Access is denied")
+        return command
+
     with monkeypatch.context() as windows:
+        windows.setattr(subprocess, "Popen", start)
         windows.setattr(os, "name", "nt")
-        assert launch._detached() == {"creationflags": 0x08000200}, "detached, python.exe's child opens its own window"
+        assert launch._start_detached(["python"]) == ["python"]
+    assert tried == [0x09000200, *([0x08000200] if refused else [])], "detached, python.exe's child opens a window"
