@@ -73,7 +73,10 @@ def _servers(found: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _is_ours(name: str, entry: Any) -> bool:
-    """Whether an entry starts this program, or is a URL under our name."""
+    """Whether an entry starts this program.
+
+    One without a command is a URL: its name tells.
+    """
     if not isinstance(entry, dict):
         return False
     words = [*_words(entry.get("command")), *_words(entry.get("args"))]
@@ -81,7 +84,7 @@ def _is_ours(name: str, entry: Any) -> bool:
 
 
 def _is_program(word: str) -> bool:
-    """Whether a word of a command is this program, and no folder of that name."""
+    """Whether a word of a command is this program, not a folder."""
     name = re.split(r"[\\/]", word)[-1]
     return _PROGRAM.fullmatch(name) is not None and (word == name or not Path(word).is_dir())
 

@@ -324,7 +324,7 @@ async def test_daemon_that_cannot_start_says_why_in_one_line(tmp_path):
 
 @pytest.mark.parametrize("refused", [False, True])
 def test_daemon_on_windows_leaves_window_and_job(monkeypatch, refused):
-    """A client's job object ends its servers with it; one that lets nothing break away refuses the flag."""
+    """A job object that lets nothing break away refuses the flag."""
     flags = {"CREATE_NO_WINDOW": 0x08000000, "CREATE_NEW_PROCESS_GROUP": 0x200, "CREATE_BREAKAWAY_FROM_JOB": 0x01000000}
     for name, value in flags.items():
         monkeypatch.setattr(subprocess, name, value, raising=False)
