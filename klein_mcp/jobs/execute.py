@@ -1,6 +1,5 @@
 """Turns a request with library handles into jobs for the engine. Blocking."""
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -15,18 +14,6 @@ from klein_mcp.jobs.request import ImageRequest
 
 ASPECT_TOLERANCE = 0.03
 """Share by which a result's shape may miss the requested one without a warning: what a small model's few sizes miss."""
-
-_ADDS = re.compile(
-    r"\s*(?:please\s+)?(?:add|put|place|draw|paint|insert)\s+(?:an?|one|another|some|two|three|four)\b[\w\s'-]*[.!]?\s*",
-    re.IGNORECASE,
-)
-"""A prompt that asks for one more thing and nothing else."""
-_PLACED = re.compile(
-    r"\b(?:left|right|top|bottom|middle|cent(?:er|re)|corner|above|below|over|under|underneath|beside|between|behind|inside"
-    r"|around|near|next|front|on|in|at|to)\b",
-    re.IGNORECASE,
-)
-"""Words of a place."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +46,7 @@ class PreparedRequest:
         if isinstance(size, KeepSource):
             size = KeepSource(close_up=self.region is not None and self.region.is_partial)
         return Job(
-            prompt=self.prompt,
+            prompt=request.prompt,
             references=self.references,
             size=size,
             seed=request.seed + index,
@@ -70,18 +57,8 @@ class PreparedRequest:
             partials=request.partials,
             hashes=self.hashes,
             affinity=self.affinity,
+            place=self.region.place if self.region else "",
         )
-
-    @property
-    def prompt(self) -> str:
-        """Return the prompt, with the region's place where it adds something.
-
-        A model that sees the whole image would put it elsewhere, where the region keeps the original.
-        """
-        prompt, place = self.request.prompt, self.region.place if self.region else ""
-        if not place or _PLACED.search(prompt) or not _ADDS.fullmatch(prompt):
-            return prompt
-        return f"{prompt.rstrip(' .!')} {place}"
 
     def composite(self, image: Rgb8) -> Rgb8:
         """Put a result back into the image that is edited."""

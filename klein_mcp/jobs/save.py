@@ -183,9 +183,8 @@ def save(
         pixels = hashing.result()
     # With the place on its sheet, as the next call's seeds may follow on this one's.
     made: dict[str, object] = {"sheet": [str(prepared.request.seed), prepared.request.count]}
-    read_as = result.read_as or (prepared.prompt if prepared.prompt != prepared.request.prompt else "")
-    if read_as:
-        made["read_as"] = read_as
+    if result.read_as:
+        made["read_as"] = result.read_as
     if painted := painted_edge(image, result):
         made["painted"] = painted
     if changed:
@@ -219,7 +218,7 @@ def save(
         changed=changed.to_json() if changed else None,
         alpha=image.checks.to_json() if image.checks else None,
         viewed_on=alpha.VIEWED_ON.get(alpha.viewing_backing(image.pixels) or 0, ""),
-        read_as=read_as,
+        read_as=result.read_as,
         painted=painted,
         warnings=(*image.warnings, *result.warnings, *prepared.aspect_warnings(result)),
     )

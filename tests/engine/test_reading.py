@@ -449,3 +449,20 @@ def _typed(text: str) -> str:
 )
 def test_references_whose_places_are_clear_get_no_others(prompt: str) -> None:
     assert read_prompt(prompt, LARGER) == Reading(prompt)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "text"),
+    [
+        ("add a red apple", "add a red apple in the corner"),
+        ("Please put a cat here!", "Please put a cat here in the corner"),
+        ("draw two dogs.", "draw two dogs in the corner"),
+        ("add a dog above the cat", "add a dog above the cat"),
+        ("add a star on the left", "add a star on the left"),
+        ("make the cat red", "make the cat red"),
+    ],
+)
+def test_thing_that_is_added_gets_the_place_of_the_change(prompt: str, text: str) -> None:
+    world = replace(SMALL, words=SMALL.words | {"corner", "draw", "two", "dogs"})
+    assert read_prompt(prompt, world, place="in the corner").text == text
+    assert read_prompt(prompt, VARIANTS["klein-4b"], place="in the corner") == Reading(prompt)

@@ -184,7 +184,7 @@ class Klein:
 
         # 1. Encode the prompt to states for the transformer; a guided model also encodes an empty one.
         yield progress("prompt", 0.0)
-        reading = read_prompt(job.prompt, variant, new=not references)
+        reading = read_prompt(job.prompt, variant, new=not references, place=job.place)
         warnings += reading.warnings
         rows, columns = canvas.tokens
         drawn: list[Tensor] = []

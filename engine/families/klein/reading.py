@@ -96,6 +96,17 @@ MOST_ADJECTIVES = 6
 """Adjectives before a thing that are left out."""
 _PLAIN_GROUNDS = ("white", "blue", "green", "yellow", "gray")
 """Backgrounds for a prompt that names none, the first that stands out from its things."""
+_ADDS_ONE = re.compile(
+    r"\s*(?:please\s+)?(?:add|put|place|draw|paint|insert)\s+(?:an?|one|another|some|two|three|four)\b[\w\s'-]*[.!]?\s*",
+    re.IGNORECASE,
+)
+"""A prompt that asks for one more thing and nothing else."""
+_SAYS_WHERE = re.compile(
+    r"\b(?:left|right|top|bottom|middle|cent(?:er|re)|corner|above|below|over|under|underneath|beside|between|behind|inside"
+    r"|around|near|next|front|on|in|at|to)\b",
+    re.IGNORECASE,
+)
+"""Words of a place."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,13 +120,14 @@ class Reading:
     warnings: tuple[str, ...] = ()
 
 
-def read_prompt(prompt: str, variant: Variant, *, new: bool = False) -> Reading:
+def read_prompt(prompt: str, variant: Variant, *, new: bool = False, place: str = "") -> Reading:
     """Return the prompt in the variant's words, unchanged if it lists none.
 
-    new: whether the image is painted from words alone, without a reference.
+    new: whether the image is painted from words alone, without a reference. place: where a change is kept.
     """
     if not variant.words:
         return Reading(prompt)
+    prompt = _with_place(prompt, place)
     if is_foreign(prompt, variant):
         return Reading(prompt, (foreign(variant),))
     # A hex code is not a word; its letters must not be read as some.
@@ -137,6 +149,16 @@ def read_prompt(prompt: str, variant: Variant, *, new: bool = False) -> Reading:
     if new:
         text = _with_ground(text, variant)
     return Reading(prompt if _plain(text) == _plain(prompt) else text, warnings)
+
+
+def _with_place(prompt: str, place: str) -> str:
+    """Add the place to a prompt that adds a thing and names no place.
+
+    A model that sees the whole image would add it anywhere, also where the original is kept.
+    """
+    if not place or _SAYS_WHERE.search(prompt) or not _ADDS_ONE.fullmatch(prompt):
+        return prompt
+    return f"{prompt.rstrip(' .!')} {place}"
 
 
 def _as_edit(prompt: str, variant: Variant) -> str:
