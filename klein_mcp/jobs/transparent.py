@@ -20,19 +20,26 @@ TRIES = 2
 BACKINGS = ("black", "white")
 """Of the two edits: as far apart as colours are."""
 
+_COLOUR = r"(?:white|black|gr[ae]y|red|green|blue|yellow|orange|purple|pink|brown|beige|transparent|#[0-9a-f]{3,8})"
+_PLAIN = r"(?:plain|solid|simple|clean|blank|empty|flat|pure|light|dark|bright|pale|no)"
 _BACKGROUND = re.compile(
-    r",?\s*\b(?:isolated\s+)?(?:on|with|against|in front of)\s+(?:an?\s+|the\s+)?(?:[\w#-]+\s+){0,3}background\b",
+    r"[,.;!]?\s*(?<!\w)(?:"
+    r"(?:isolated\s+)?(?:on|with|against|in front of)\s+(?:an?\s+|the\s+)?(?:[\w#-]+\s+){0,3}background\b"
+    rf"|(?:an?\s+)?(?:(?:{_PLAIN}|{_COLOUR})[\s,]+){{1,3}}background\b"
+    r"|without\s+(?:an?\s+|any\s+)?background\b"
+    rf"|(?:isolated\s+)?(?:on|against)\s+(?:{_PLAIN}\s+)?{_COLOUR}(?=\s*(?:[.,;!]|$)))",
     re.IGNORECASE,
 )
+"""A background that a prompt names: "on a wooden background", ", white background", "isolated on white"."""
 _REMOVES_BACKGROUND = re.compile(
     r"(?:please\s+)?(?:"
     r"(?:remove|delete|erase|clear|drop|take away|cut away|cut off|get rid of)\s+"
-    r"(?:the\s+|its\s+)?(?:[\w-]+\s+)?background"
-    r"|(?:make|turn)\s+(?:the\s+|its\s+)?background\s+(?:fully\s+)?transparent"
+    r"(?:the\s+|its\s+)?(?:[\w-]+\s+)?(?:background|bg)"
+    r"|(?:make|turn)\s+(?:(?:it|this|(?:the|this)\s+image|(?:the\s+|its\s+)?(?:background|bg)))\s+(?:fully\s+)?transparent"
     r"|cut\s+(?:(?:the\s+|its\s+)?(?:[\w-]+\s+){0,3})?out"
     r"|cut\s+out(?:\s+(?:the\s+)?[\w-]+){0,3}"
-    r"|(?:a\s+|on\s+a\s+|with\s+a\s+)?transparent(?:\s+background)?"
-    r")\s*[.!]?",
+    r"|(?:a\s+|on\s+a\s+|with\s+a\s+)?transparent(?:\s+(?:background|bg))?"
+    r")(?:,?\s+please)?\s*[.!]?",
     re.IGNORECASE,
 )
 
@@ -84,8 +91,10 @@ def only_removes_background(prompt: str) -> bool:
 def on_backing(prompt: str, colour: str) -> str:
     """Return the prompt of a new image with this background alone."""
     backing = f" on a {colour} background"
-    if _BACKGROUND.search(prompt):
+    named = _BACKGROUND.search(prompt)
+    if named and prompt[: named.start()].strip():
         return _BACKGROUND.sub("", _BACKGROUND.sub(lambda _: "\0", prompt, count=1)).replace("\0", backing).strip()
+    prompt = _BACKGROUND.sub("", prompt).lstrip(" .,;!")  # it may begin with one
     if sentences := re.match(r"(.*?)([.!?]\s.+)$", prompt, re.DOTALL):
         return f"{sentences[1]}{backing}{sentences[2]}"
     return f"{prompt.rstrip(' .,!')}{backing}"

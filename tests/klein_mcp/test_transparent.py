@@ -148,6 +148,17 @@ def test_edit_of_a_plain_image_is_one_job() -> None:
         ("a star on a blue background", "a star on a gray background"),
         ("An icon of a cat on a plain #00B140 green background. Flat.", "An icon of a cat on a gray background. Flat."),
         ("a dog, isolated on a transparent background, with a white background", "a dog on a gray background"),
+        ("a red apple, white background", "a red apple on a gray background"),
+        ("a red apple, plain light blue background, studio light", "a red apple on a gray background, studio light"),
+        ("a cat isolated on white", "a cat on a gray background"),
+        ("a cat against black.", "a cat on a gray background."),
+        ("A fox logo. Transparent background.", "A fox logo on a gray background."),
+        ("Transparent background. A fox logo. Flat.", "A fox logo on a gray background. Flat."),
+        ("a fox, no background", "a fox on a gray background"),
+        ("a fox without a background", "a fox on a gray background"),
+        ("a cat on a white sofa", "a cat on a white sofa on a gray background"),
+        ("a cat, a dog in the background", "a cat, a dog in the background on a gray background"),
+        ("a seal on white ice", "a seal on white ice on a gray background"),
     ],
 )
 def test_prompt_of_a_master_names_one_backing(prompt: str, job: str) -> None:
@@ -156,12 +167,25 @@ def test_prompt_of_a_master_names_one_backing(prompt: str, job: str) -> None:
 
 @pytest.mark.parametrize(
     "prompt",
-    ["remove the background", "Make the background transparent.", "cut it out", "Cut out the red apple", "transparent"],
+    [
+        "remove the background",
+        "Make the background transparent.",
+        "cut it out",
+        "Cut out the red apple",
+        "transparent",
+        "please make it transparent",
+        "delete background please",
+        "Remove bg, please.",
+        "transparent bg",
+    ],
 )
 def test_prompt_that_only_removes_the_background_is_known(prompt: str) -> None:
     assert only_removes_background(prompt)
 
 
-@pytest.mark.parametrize("prompt", ["remove the cat", "remove the background and add a hat", "make the sky darker"])
+@pytest.mark.parametrize(
+    "prompt",
+    ["remove the cat", "remove the background and add a hat", "make the sky darker", "make the cat transparent"],
+)
 def test_prompt_that_changes_more_is_an_edit(prompt: str) -> None:
     assert not only_removes_background(prompt)
