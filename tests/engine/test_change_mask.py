@@ -133,6 +133,34 @@ def test_new_background_behind_a_large_object_is_a_global_edit() -> None:
     assert change.whole
 
 
+def beyond(across: float, down: float) -> Tensor:
+    """Pixels right of and below a share of the image."""
+    rows, columns = torch.meshgrid(torch.arange(SIDE), torch.arange(SIDE), indexing="ij")
+    return (rows >= down * SIDE) & (columns >= across * SIDE)
+
+
+@pytest.mark.parametrize("strip", [~beyond(0, 0.32), ~beyond(0.36, 0), beyond(0, 0.64)], ids=["sky", "wall", "ground"])
+def test_strip_along_one_edge_is_a_local_change(strip: Tensor) -> None:
+    original = texture(8)
+    change = find_change(coloured(original, strip, RED) + noise(3), original)
+    assert not change.whole
+    found, kept = shares(change, strip)
+    assert found == 1
+    assert kept > 0.97  # observed: 0.98, the rest is the margin along the strip
+    # Without a frame of the old image: the outermost pixels are judged by their inner neighbours.
+    assert (change.opacity[strip] > 0).all()
+
+
+@pytest.mark.parametrize(
+    "thing",
+    [disc(0.5, 1, 0.5), beyond(0.1, 0.6) | disc(0.5, 0.5, 0.25), beyond(0.3, 0.35), disc(1, 1, 0.75)],
+    ids=["at an edge", "across an edge", "filling a corner", "round in a corner"],
+)
+def test_background_behind_an_object_at_the_border_is_a_global_edit(thing: Tensor) -> None:
+    before = coloured(texture(8), ~thing, (0.1, 0.5, 0.9))
+    assert find_change(coloured(before, ~thing, (0.9, 0.5, 0.1)) + noise(3), before).whole
+
+
 def test_faint_change_is_reported_with_its_place() -> None:
     flat = torch.zeros(1, 3, SIDE, SIDE)
     faint = disc(0.25, 0.75, 0.1)
