@@ -36,7 +36,7 @@ THREE_EDGES, FOUR_EDGES = 0.4, 0.2
 """Or one that changed half as much, and these shares of each of three edges, or of all four: a background behind an
 object in the middle, at an edge or in a corner. A strip along one edge, such as a sky, leaves the opposite edge alone,
 and is local up to 0.4 of the image. Of nano's 59 global edits four changed less than WHOLE, and at least 0.45 of three
-edges. Of 391 local ones 32 changed more than half of WHOLE: one of them 0.52 of three edges, the others at most 0.15."""
+edges. Of 391 local ones 32 changed more than half of WHOLE: one 0.52 of three edges, the others at most 0.15."""
 DRIFT = 3.0
 """Colour drift, of 255, above which it is the edit itself if nothing else changed."""
 MOST_DRIFT = 10.0

@@ -200,9 +200,11 @@ def after_edit(painted: Rgb8, original: Rgba8, grey: int, may_change: npt.NDArra
     cut = _rgba(*_cut(painted, outside, backing))
     image = original.copy()
     image[changed] = cut[changed]
-    if may_change is None:
-        solid = ~changed & (original[..., 3] == 255)
-        image[solid, :3] = painted[solid]
+    # What changed by less, such as a soft shadow, is no outline: it stays opaque.
+    solid = ~changed & (original[..., 3] == 255)
+    if may_change is not None:
+        solid &= may_change
+    image[solid, :3] = painted[solid]
     return image
 
 

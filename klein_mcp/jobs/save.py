@@ -44,16 +44,19 @@ def finish(prepared: PreparedRequest, result: Result) -> FinishedImage:
     original, region = prepared.original, prepared.region
     if original is None or region is None:
         return FinishedImage(result.image)
-    opacity = region.opacity(result.change)
     image = region.composite(result.image, original, result.change)
-    changed = preserve.measure(image, original, region.mask, kept=False)
+    finished = FinishedImage(image, opacity=region.opacity(result.change))
+    if prepared.original_rgba is not None:
+        finished = _with_alpha(finished, prepared)
+    shown = alpha.flat(finished.pixels, prepared.backing)
+    changed = preserve.measure(shown, original, region.mask, kept=False)
     warnings = (
         *_edit_warnings(changed, result.change, region),
         *_detail_warnings(prepared, result.model),
         *region.enlargement_warnings(result.image),
+        *finished.warnings,
     )
-    finished = FinishedImage(image, changed, opacity, warnings)
-    return finished if prepared.original_rgba is None else _with_alpha(finished, prepared)
+    return replace(finished, changed=changed, warnings=warnings)
 
 
 def _detail_warnings(prepared: PreparedRequest, model: str) -> tuple[str, ...]:
@@ -78,7 +81,7 @@ def _with_alpha(finished: FinishedImage, prepared: PreparedRequest) -> FinishedI
     image = alpha.after_edit(finished.pixels, prepared.original_rgba, prepared.backing, may_change)
     if alpha.is_opaque_after(image, prepared.original_rgba):
         opaque = "not transparent any more: the edit painted the background"
-        return replace(finished, warnings=(*finished.warnings, opaque))
+        return replace(finished, warnings=(opaque,))
     return replace(finished, pixels=image, checks=alpha.measure(image))
 
 

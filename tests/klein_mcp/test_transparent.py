@@ -9,8 +9,9 @@ import pytest
 from engine.contract import Job, KeepSource, Result, Rgb8
 from klein_mcp.images.region import edit_region
 from klein_mcp.jobs import request as requests
-from klein_mcp.jobs.execute import PreparedRequest
+from klein_mcp.jobs.execute import PreparedRequest, prepare_pixels
 from klein_mcp.jobs.request import ImageRequest
+from klein_mcp.jobs.save import finish
 from klein_mcp.jobs.transparent import Made, Part, advance, on_backing, only_removes_background, parts
 from tests.images import noise
 
@@ -138,6 +139,17 @@ def test_edit_of_a_plain_image_is_one_job() -> None:
     made = painter.make(replace(request, request=replace(request.request, preserve="off")))
     assert len(painter.seen) == 1
     assert overlap(made, painter.opacity) > 0.97
+
+
+def test_change_of_a_transparent_image_is_that_of_the_stored_one() -> None:
+    original = np.dstack([np.full((SIDE, SIDE, 3), (200, 30, 40), np.uint8), np.rint(255 * disc()).astype(np.uint8)])
+    prepared = prepare_pixels(requests.edit("k7f3q2", "make it darker"), [original])
+    assert prepared.original is not None
+    # A model paints the transparent part a little darker, which is not kept.
+    finished = finish(prepared, Result(prepared.original - np.uint8(25), 1, "nano", "f", 4, 1.0))
+    assert (finished.pixels[..., 3] == original[..., 3]).all()
+    assert finished.changed is not None
+    assert finished.changed.share == pytest.approx((disc() == 1).mean(), abs=0.01)
 
 
 @pytest.mark.parametrize(
