@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from mcp import Client
 
-from engine.contract import InvalidJob, Job, KeepSource, Rgb8
+from engine.contract import Aspect, InvalidJob, Job, KeepSource, Rgb8
 from klein_mcp.jobs.service import Service
 from tests.fakes import FakeExecutor, painted
 from tests.tool_calls import call, refused
@@ -45,23 +45,36 @@ async def test_chain_that_fails_returns_the_steps_before(client: Client, painter
     assert "cursed" in await refused(client, "edit_image", image=start["image"], prompt=["two", "one"])
 
 
-async def test_replay_that_waits_says_which_steps_remain(
+async def test_replay_that_waits_gives_the_calls_that_remain(
     client: Client, painter: FakeExecutor, service: Service
 ) -> None:
     start = await call(client, "generate_image", prompt="a dot")
-    edited = await call(client, "edit_image", image=start["image"], prompt="make it red", preserve="off")
-    edited = await call(client, "edit_image", image=edited["image"], prompt="add a hat", region=[0, 0, 64, 64])
+    first = await call(client, "edit_image", image=start["image"], prompt="make it red", preserve="off")
+    hat = {"prompt": "add a hat", "region": [0, 0, 64, 64], "preserve": "off", "seed": "7", "model": "nano"}
+    edited = await call(client, "edit_image", image=first["image"], **hat)
+    both = {"prompt": "image 1 beside image 2", "aspect_ratio": "16:9", "seed": "8", "model": "nano"}
+    composed = await call(client, "compose_references", images=[edited["image"], first["image"]], **both)
     other = await call(client, "generate_image", prompt="a line")
     service.settings = replace(service.settings, wait_budget=0)
     painter.seconds_per_step = 30.0
-    facts = await call(client, "edit_image", image=other["image"], again=edited["image"])
-    assert facts["remaining"] == [{"tool": "edit_image", "prompt": "add a hat", "region": [0, 0, 64, 64]}]
+    facts = await call(client, "edit_image", image=other["image"], again=composed["image"])
+    assert facts["remaining"] == [
+        {"tool": "edit_image", "image": "<image of step 1>", **hat},
+        {"tool": "compose_references", "images": ["<image of step 2>", "<image of step 1>"], **both},
+    ]
     assert facts["next"] == (
-        f'wait_for_job with job "{facts["job"]}", then go on with the steps in `remaining`, each on the image before'
+        f'wait_for_job with job "{facts["job"]}", then go on with the calls in `remaining`, "<image of step 1>" being '
+        "the image of that job, and so on"
     )
     painter.hurry()
     service.settings = replace(service.settings, wait_budget=60)
-    assert (await call(client, "wait_for_job", job=facts["job"]))["image"]
+    one = (await call(client, "wait_for_job", job=facts["job"]))["image"]
+    two = (await call(client, **{**facts["remaining"][0], "image": one}))["image"]
+    await call(client, **{**facts["remaining"][1], "images": [two, one]})
+    assert [(job.prompt, job.seed, job.size) for job in painter.jobs[-2:]] == [
+        ("add a hat", 7, KeepSource()),
+        ("image 1 beside image 2", 8, Aspect(16, 9)),
+    ]
 
 
 async def test_own_size_of_an_image_is_no_new_size(client: Client, painter: FakeExecutor) -> None:

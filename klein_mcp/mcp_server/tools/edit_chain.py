@@ -1,16 +1,15 @@
 """Several edits in one call, each of the result before it."""
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import anyio.to_thread
 from mcp_types import CallToolResult, ContentBlock
 
-from engine.contract import EngineError
+from engine.contract import Aspect, EngineError, Exact, KeepSource, Native
 from klein_mcp.errors import RequestError, explain, one_line, quote
-from klein_mcp.images.library import Record
 from klein_mcp.jobs import replay
 from klein_mcp.jobs.context import CallContext
 from klein_mcp.jobs.request import ImageRequest
@@ -31,12 +30,12 @@ class Chain:
     """The images of a chain so far.
 
     base: handle of the image it starts from. steps: how many were asked for. warnings: at first of opened files.
-    recorded: of a replay, what each step asks for; the caller of a list of prompts knows them.
+    replayed: of a replay, what each step asks for; the caller of a list of prompts knows them.
     """
 
     base: str
     steps: int
-    recorded: Sequence[Mapping[str, Any]] = ()
+    replayed: Sequence[Step] = ()
     made: list[SavedImage] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     pending: PendingJob | None = None
@@ -44,6 +43,13 @@ class Chain:
     @property
     def handles(self) -> list[str]:
         return [self.base, *(image.handle for image in self.made)]
+
+    @property
+    def remaining(self) -> list[dict[str, Any]]:
+        """Return the calls of a replay that follow on its pending job."""
+        first = len(self.made) + 1
+        images = [*self.handles, *(_placeholder(step) for step in range(first, self.steps))]
+        return [_tool_call(step(images)) for step in self.replayed[first:]]
 
     def add(self, result: JobResult | PendingJob) -> None:
         """Add a step's image and those of its warnings that are new."""
@@ -107,9 +113,9 @@ async def run_replay(
         return request
 
     base = await service.open(image, call)
-    await replay.check_base(service, call, step(0)([base.record.handle]))
-    chain = Chain(base.record.handle, len(plan.steps), list(map(_recorded, plan.steps)), warnings=[*base.warnings])
-    await _run(service, call, chain, [step(index) for index in range(len(plan.steps))], lambda: False)
+    steps = [step(index) for index in range(len(plan.steps))]
+    chain = Chain(base.record.handle, len(steps), steps, warnings=[*base.warnings])
+    await _run(service, call, chain, steps, lambda: False)
     return await _rendered(service, call, chain, show)
 
 
@@ -125,7 +131,10 @@ async def _run(
     for index, step in enumerate(steps):
         left = max(0.0, deadline - time.monotonic())
         try:
-            result = await service.run_within(left, step(chain.handles), _part_of(call, index, len(steps)))
+            wanted = step(chain.handles)
+            if chain.replayed:
+                await replay.check_base(service, call, wanted)
+            result = await service.run_within(left, wanted, _part_of(call, index, len(steps)))
         except (RequestError, EngineError) as error:
             if not chain.made:
                 raise
@@ -138,11 +147,32 @@ async def _run(
             return
 
 
-def _recorded(record: Record) -> dict[str, Any]:
-    """Return what a step of a history asked for."""
-    recipe = replay.recorded_request(record)
-    given = {"prompt": recipe.prompt, "region": recipe.region, "mask": recipe.mask}
-    return {"tool": recipe.tool, **{name: value for name, value in given.items() if value}}
+def _placeholder(step: int) -> str:
+    """Return what stands in a call for the image of a step to come."""
+    return f"<image of step {step}>"
+
+
+def _tool_call(request: ImageRequest) -> dict[str, Any]:
+    """Return the tool and all arguments that make a request."""
+    size: dict[str, Any] = {}
+    match request.size:
+        case Exact(width, height):
+            size = {"width": width, "height": height}
+        case Aspect(across, along):
+            size = {"aspect_ratio": f"{across}:{along}"}
+        case Native() | KeepSource():
+            pass
+    own: dict[str, Any] = {"images": list(request.images)}
+    if request.tool == "edit_image":
+        own = {
+            "image": request.images[0],
+            "region": request.region and list(request.region),
+            "mask": request.mask,
+            "preserve": request.preserve if request.preserve != "auto" else None,
+            "background": request.background if request.background != "auto" else None,
+        }
+    given = {**own, "prompt": request.prompt, **size, "seed": str(request.seed), "model": request.model}
+    return {"tool": request.tool, **{name: value for name, value in given.items() if value}}
 
 
 def _part_of(call: CallContext, index: int, steps: int) -> CallContext:
@@ -178,11 +208,15 @@ def _render(service: Service, call: CallContext, chain: Chain, mode: str) -> Cal
         line |= {name: value for name, value in where.items() if name != "image"}
     if chain.pending:
         job, missing = chain.pending.job, chain.steps - len(chain.made) - 1
-        steps = "the steps in `remaining`, each on the image before" if chain.recorded else f"the last {missing} steps"
+        steps = (
+            f'the calls in `remaining`, "{_placeholder(len(chain.made) + 1)}" being the image of that job, and so on'
+            if chain.replayed
+            else f"the last {missing} steps"
+        )
         then = f", then go on with {steps}" if missing else ""
         line |= {"job": job, "next": f'wait_for_job with job "{job}"{then}'}
-        if chain.recorded and missing:
-            line["remaining"] = chain.recorded[-missing:]
+        if chain.replayed and missing:
+            line["remaining"] = chain.remaining
     blocks: list[ContentBlock] = [results.text(line)]
     if mode == "inline" and chain.made:
         blocks.append(_filmstrip(service, chain.handles))
