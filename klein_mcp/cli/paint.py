@@ -54,7 +54,7 @@ class PaintOptions:
 class _Reference:
     """One image of the command line.
 
-    name: of its file without folders, or its handle. opened: whether it was not painted here.
+    name: of its file without folders, or its handle. opened: whether it may be a photograph, not all painted by nano.
     """
 
     name: str
@@ -197,6 +197,7 @@ def _opened(settings: Settings, reference: str) -> _Reference:
     """Read a file, or an image of the library. Raises RequestError."""
     from klein_mcp.images import codec
     from klein_mcp.images.library import Store
+    from klein_mcp.jobs.photographs import is_all_painted
 
     path = local_path(reference)
     if os.path.lexists(path) or not is_handle(reference):
@@ -207,9 +208,10 @@ def _opened(settings: Settings, reference: str) -> _Reference:
         with for_terminal():
             record = store.get(reference)
             pixels = codec.decode(store.read(record), record.handle, None).pixels
+            opened = not is_all_painted(store, record)
     finally:
         store.close()
-    return _Reference(record.handle, pixels, opened=record.tool == "open")
+    return _Reference(record.handle, pixels, opened=opened)
 
 
 def _check_photograph(settings: Settings, wanted: request.ImageRequest, reference: _Reference) -> None:
@@ -220,7 +222,7 @@ def _check_photograph(settings: Settings, wanted: request.ImageRequest, referenc
     if not may_repaint(wanted) or (find(settings).limit(wanted.model) or ("",))[0] != EMBEDDED:
         return
     try:
-        check_detail(reference.pixels)
+        check_detail(wanted, reference.pixels)
     except RequestError as error:
         raise RequestError(error.message, hint="Say --preserve off to do it all the same.") from None
 

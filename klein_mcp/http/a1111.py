@@ -327,6 +327,7 @@ def _info(wanted: ImageRequest, saved: list[SavedImage]) -> dict[str, Any]:
         "sd_model_name": first.model if first else wanted.model,
         "infotexts": [f"{wanted.prompt}\nSeed: {image.seed}, Model: {image.model}" for image in saved],
         "handles": [image.handle for image in saved],
+        "warnings": list(dict.fromkeys(warning for image in saved for warning in image.warnings)),
     }
 
 

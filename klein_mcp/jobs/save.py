@@ -43,7 +43,7 @@ def finish(prepared: PreparedRequest, result: Result) -> FinishedImage:
     """Composite the result of an edit into its original."""
     original, region = prepared.original, prepared.region
     if original is None or region is None:
-        return FinishedImage(result.image)
+        return FinishedImage(result.image, warnings=_detail_warnings(prepared, result.model))
     image = region.composite(result.image, original, result.change)
     finished = FinishedImage(image, opacity=region.opacity(result.change))
     if prepared.original_rgba is not None:
@@ -61,11 +61,10 @@ def finish(prepared: PreparedRequest, result: Result) -> FinishedImage:
 
 def _detail_warnings(prepared: PreparedRequest, model: str) -> tuple[str, ...]:
     """Warn of a photograph that the embedded model had to repaint."""
-    if model != EMBEDDED or prepared.region is None or not is_detailed(prepared.references[0]):
+    if model != EMBEDDED or prepared.request.tool != "edit_image" or not is_detailed(prepared.references[0]):
         return ()
-    lost = (
-        "what it painted is hardly recognisable" if prepared.region.mask is not None else "detail it repainted is lost"
-    )
+    in_part = prepared.region is not None and prepared.region.mask is not None
+    lost = "what it painted is hardly recognisable" if in_part else "detail it repainted is lost"
     return (f"{model} knows no image such as this, only flat scenes: {lost}; klein-mcp pull klein-4b",)
 
 

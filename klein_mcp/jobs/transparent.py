@@ -10,8 +10,9 @@ from dataclasses import dataclass, replace
 
 from engine.contract import Job, KeepSource, Result, Rgb8, image_hash
 from klein_mcp.images import alpha
-from klein_mcp.images.alpha import Cutout
+from klein_mcp.images.alpha import Cutout, Pixels
 from klein_mcp.jobs.execute import PreparedRequest
+from klein_mcp.jobs.request import ImageRequest
 from klein_mcp.jobs.save import FinishedImage, finish
 
 TRIES = 2
@@ -102,10 +103,9 @@ def on_backing(prompt: str, colour: str) -> str:
 
 def _transparent(prepared: PreparedRequest, index: int) -> Making:
     request, image = prepared.request, prepared.original
-    if image is not None and only_removes_background(request.prompt) and not (request.region or request.mask):
-        if prepared.original_rgba is not None:
-            return _unpainted(prepared, index, Cutout(prepared.original_rgba, alpha.measure(prepared.original_rgba)))
-        if (cut := _plain(image)) is not None:
+    if image is not None and _only_cuts_out(request):
+        shown = image if prepared.original_rgba is None else prepared.original_rgba
+        if (cut := cut_unpainted(request, shown)) is not None:
             return _unpainted(prepared, index, cut)
         return (yield from _on_backings(prepared, index, image, None, 0))
     if request.tool == "edit_image":
@@ -120,6 +120,20 @@ def _transparent(prepared: PreparedRequest, index: int) -> Making:
         result, number = yield from _new_master(prepared, index)
         master = finish(prepared, result)
     return (yield from _on_backings(prepared, index, master.pixels, Made(result, master), number))
+
+
+def cut_unpainted(request: ImageRequest, image: Pixels) -> Cutout | None:
+    """Cut out the image of an edit that needs no model.
+
+    None where it asks for more, or the background is not plain.
+    """
+    if not _only_cuts_out(request):
+        return None
+    return Cutout(image, alpha.measure(image)) if image.shape[2] == 4 else _plain(image)
+
+
+def _only_cuts_out(request: ImageRequest) -> bool:
+    return only_removes_background(request.prompt) and not (request.region or request.mask)
 
 
 def _new_master(prepared: PreparedRequest, index: int) -> Generator[Part, Result, tuple[Result, int]]:

@@ -24,6 +24,7 @@ from PIL import Image
 from tests.embedded import SIDE
 from tests.images import file, pixels, scene
 from tests.klein_mcp.front_ends import serving
+from tests.klein_mcp.test_photographs import photograph
 from tests.real_server import RealServer
 
 PROMPT = "an apple on a yellow background"
@@ -182,6 +183,14 @@ def test_a1111_edits_a_data_url_at_its_own_size(http: httpx2.Client):
     photo = "data:image/png;base64," + base64.b64encode(file(scene(101, 77))).decode()
     answer = post(http, "/sdapi/v1/img2img", {"init_images": photo, "prompt": "make it red"})
     assert size(answer["images"][0]) == (101, 77)
+
+
+def test_photograph_that_the_demo_model_repaints_gets_a_warning(http: httpx2.Client):
+    """A refusal would end clients that know no other way to ask."""
+    photo = base64.b64encode(file(photograph())).decode()
+    body = {"init_images": [photo], "prompt": "make it red", "width": 128, "height": 128}
+    warnings = json.loads(post(http, "/sdapi/v1/img2img", body)["info"])["warnings"]
+    assert any("detail it repainted is lost" in warning for warning in warnings)
 
 
 def test_a1111_progress_shows_the_live_preview_and_interrupt_stops(http: httpx2.Client):

@@ -1,5 +1,7 @@
 """edit_image: changes an image by an instruction, at its own size."""
 
+from dataclasses import replace
+
 from mcp_types import CallToolResult
 
 from klein_mcp.errors import RequestError
@@ -57,7 +59,8 @@ async def run(service: Service, call: CallContext, arguments: EditImage) -> Call
         model=service.model(arguments.model),
         background=arguments.background or "auto",
     )
-    await check_photograph(service, call, wanted)
+    # Only the end of a chain is cut out: its first step paints in any case.
+    await check_photograph(service, call, replace(wanted, background="auto") if len(prompts) > 1 else wanted)
     if len(prompts) > 1:
         return await run_chain(service, call, wanted, prompts, arguments.show)
     return await run_request(service, call, wanted, arguments.show)

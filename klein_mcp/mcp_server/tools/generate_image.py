@@ -7,7 +7,7 @@ from mcp_types import CallToolResult
 from klein_mcp.errors import RequestError
 from klein_mcp.jobs import request
 from klein_mcp.jobs.context import CallContext
-from klein_mcp.jobs.replay import repeat
+from klein_mcp.jobs.replay import check_base, repeat
 from klein_mcp.jobs.request import ImageRequest
 from klein_mcp.jobs.service import Service
 from klein_mcp.mcp_server.tools import fields
@@ -47,7 +47,10 @@ async def _request(service: Service, call: CallContext, arguments: GenerateImage
             seed=arguments.seed,
             model=arguments.model,
         )
-        return replace(wanted, background=arguments.background or wanted.background)
+        wanted = replace(wanted, background=arguments.background or wanted.background)
+        if arguments.model:
+            await check_base(service, call, wanted)
+        return wanted
     if arguments.prompt is None:
         raise RequestError("prompt is missing; it must be text, not empty.", hint="Or again: an image's handle.")
     return request.generate(
