@@ -16,6 +16,7 @@ from engine.contract import (
     KeepSource,
     KnownModel,
     Loading,
+    Mode,
     Result,
     Rgb8,
     Stage,
@@ -68,6 +69,8 @@ class FakeExecutor:
 
     def __init__(self, model: str = "nano") -> None:
         self.model = model
+        self.mode: Mode = "eager"
+        self.dtype = "float32"
         self.jobs: list[Job] = []
         self.cancelled = 0
         self.seconds_per_step = 0.0
@@ -108,7 +111,8 @@ class FakeExecutor:
             guidance=1.0,
             ms={"load": 0.0, "prompt": 1.0, "references": 1.0, "denoise": 4.0, "decode": 1.0},
             cache={"prompt": "miss", "references": "miss" if job.references else "none"},
-            dtype="float32",
+            dtype=self.dtype,
+            mode=job.mode or self.mode,
         )
 
     def hurry(self) -> None:

@@ -57,6 +57,7 @@ class PreparedRequest:
             partials=request.partials,
             hashes=self.hashes,
             affinity=self.affinity,
+            mode=request.mode,
             place=self.region.place if self.region else "",
         )
 

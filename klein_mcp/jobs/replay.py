@@ -5,8 +5,9 @@ Every edit that led to it, on its own base or on another.
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from typing import get_args
 
-from engine.contract import EngineError
+from engine.contract import EngineError, Mode
 from engine.families.klein.variants import VARIANTS
 from klein_mcp.errors import RequestError
 from klein_mcp.images.library import Record, Store
@@ -69,17 +70,20 @@ async def replay(
         base = await service.open(onto, call)
         again[chain.base.handle], opened = base.record.handle, base.warnings
     made: list[JobResult] = []
+    same = onto is None and seed is None
     for record in chain.steps:
         # With its own seeds a step is the same again on the copy, which may have lost detail or size.
-        new = again if onto is None and seed is None else chain.stand_ins(again)
-        request = step_request(record, new, seed)
+        request = step_request(record, again if same else chain.stand_ins(again), seed)
+        if same:
+            request = replace(request, mode=recorded_mode(record))
         try:
             if onto is not None:
                 await check_base(service, call, request)
             result = await service.run(request, call)
         except (RequestError, EngineError) as error:
             raise with_saved(error, [step.images[0] for step in made]) from None
-        made.append(replace(result, warnings=(*(() if made else opened), *result.warnings)))
+        different = _computed_otherwise(record, result.images[0]) if same else ()
+        made.append(replace(result, warnings=(*(() if made else opened), *different, *result.warnings)))
         again[record.handle] = result.images[0].handle
     return made
 
@@ -119,9 +123,15 @@ def repeat(
     resized = not isinstance(asked.size, Native)
     if resized and (recipe.region or recipe.mask):
         raise RequestError("region and mask keep the image's size.", hint="Leave out the size.")
-    size = asked.size if resized else recipe.size
+    same = not resized and (asked.seed, asked.model) == (recipe.seed, recipe.model)
     return replace(
-        recipe, size=size, count=count, seed=asked.seed, model=asked.model, warnings=(*recipe.warnings, *asked.warnings)
+        recipe,
+        size=asked.size if resized else recipe.size,
+        count=count,
+        seed=asked.seed,
+        model=asked.model,
+        mode=recorded_mode(record) if same else None,
+        warnings=(*recipe.warnings, *asked.warnings),
     )
 
 
@@ -224,6 +234,19 @@ def _line(ancestors: dict[str, Record], record: Record) -> set[str]:
             line.add(handle)
             waiting += ancestors[handle].parents
     return line
+
+
+def recorded_mode(record: Record) -> Mode | None:
+    """Return the implementation that made an image, None if unknown."""
+    return next((mode for mode in get_args(Mode) if mode == record.recipe.get("mode")), None)
+
+
+def _computed_otherwise(record: Record, image: SavedImage) -> Iterable[str]:
+    """Warn of another number format or mode: pixels may differ a little."""
+    for name, now in (("dtype", image.dtype), ("mode", image.mode)):
+        before = record.recipe.get(name)
+        if before and now and before != now:
+            yield f"{record.handle} was computed in {before}, this in {now}: they may differ by rounding"
 
 
 def changed_weights(before: Iterable[Record], after: Iterable[SavedImage]) -> list[str]:

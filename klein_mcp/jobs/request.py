@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
-from engine.contract import Aspect, Exact, KeepSource, Native, Size
+from engine.contract import Aspect, Exact, KeepSource, Mode, Native, Size
 from klein_mcp.errors import RequestError
 from klein_mcp.foreign import well_formed
 from klein_mcp.limits import EXACT, GRID, MAX_AREA, MAX_SEED
@@ -29,6 +29,7 @@ class ImageRequest:
     preserve: of an edit at its own size.
     background: whether the image is to be transparent.
     partials: how many steps also report the image they head for; part of no provenance.
+    mode: the implementation that made the image to be repeated; None leaves it to the engine. Part of no provenance.
     warnings: what building the request had to change, for the result.
     """
 
@@ -46,6 +47,7 @@ class ImageRequest:
     preserve: Preserve = "auto"
     background: Background = "auto"
     partials: int = 0
+    mode: Mode | None = None
     warnings: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:

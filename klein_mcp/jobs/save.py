@@ -149,7 +149,7 @@ def provenance_of(request: ImageRequest, result: Result, parents: Sequence[str] 
         mode=result.mode,
         image=handle,
         parents=tuple(parents),
-        request=replace(request, count=1, seed=result.seed, partials=0, warnings=()).to_json(),
+        request=replace(request, count=1, seed=result.seed, partials=0, mode=None, warnings=()).to_json(),
     )
 
 

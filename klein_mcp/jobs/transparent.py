@@ -183,6 +183,7 @@ def _backing_edit(prepared: PreparedRequest, index: int, image: Rgb8, digest: st
         guidance=request.guidance,
         hashes=(digest,),
         affinity=prepared.affinity or f"{request.model} {digest}",
+        mode=request.mode,
     )
 
 

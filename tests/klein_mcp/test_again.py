@@ -27,6 +27,9 @@ from tests.tool_calls import call, kinds, line, preview, refused
 pytestmark = pytest.mark.anyio
 
 
+OTHER_RECIPES: list[dict[str, Any]] = [{"seed": 8}, {"model": "klein-4b"}, {"width": 64, "height": 64}]
+
+
 def record(request: Any, **recipe: Any) -> Record:
     made = {"seed": str(request.seed), "model": "nano", "request": request.to_json(), **recipe}
     return Record("k7f3q2", "", "", 128, 128, 0, 0.0, "me", request.tool, None, request.prompt, made)
@@ -49,6 +52,13 @@ def test_recipe_asks_for_the_model_that_was_asked_for() -> None:
     by_path = replace(generate("a cat", seed=7), model="/models/mine")
     assert repeat(record(by_path, model="klein-4b")).model == "/models/mine"
     assert repeat(record(generate("a cat", seed=7), model="klein-4b")).model == "klein-4b"
+
+
+def test_same_image_again_is_computed_in_the_recorded_mode() -> None:
+    draft = record(generate("a cat", seed=7), mode="compiled")
+    assert repeat(draft).mode == repeat(draft, seed=7, model="nano", count=2).mode == "compiled"
+    assert [repeat(draft, **other).mode for other in OTHER_RECIPES] == [None] * 3
+    assert repeat(record(generate("a cat", seed=7), mode="of another version")).mode is None
 
 
 def test_recipe_of_an_edit_keeps_its_references() -> None:

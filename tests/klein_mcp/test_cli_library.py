@@ -120,6 +120,21 @@ async def test_replay_uses_the_original_model(service: Service, painter: FakeExe
     assert painter.jobs[0].model == "nano"
 
 
+async def test_replay_uses_the_recorded_mode_and_names_another_format(
+    service: Service, client: Client, painter: FakeExecutor
+):
+    painter.mode = "compiled"
+    start = await call(client, "generate_image", prompt="base", seed=1)
+    painter.mode, painter.dtype = "eager", "bfloat16"
+    (result,) = await replay(service, start["image"], ME)
+    assert painter.jobs[-1].mode == "compiled"
+    assert result.images[0].mode == "compiled"
+    assert f"{start['image']} was computed in float32, this in bfloat16: they may differ by rounding" in result.warnings
+    # A replay of the replay asks for what made it, and one with another seed for nothing.
+    await replay(service, result.images[0].handle, ME, seed=2)
+    assert painter.jobs[-1].mode is None
+
+
 async def test_replay_repeats_a_deleted_step_from_its_recipe(service: Service, history: list[dict[str, Any]]):
     expected = image_of(history[1])
     service.store.delete([history[0]["image"]])
