@@ -151,6 +151,16 @@ def test_strip_along_one_edge_is_a_local_change(strip: Tensor) -> None:
     assert (change.opacity[strip] > 0).all()
 
 
+def test_border_that_the_autoencoder_got_wrong_stays_the_original() -> None:
+    """nano's errs by up to 35 levels in the outermost pixels."""
+    original, border = texture(9), torch.ones(SIDE, SIDE, dtype=torch.bool)
+    border[2:-2, 2:-2] = False
+    edited = coloured(original, disc(0.5, 0.5, 0.2), RED) + 35 * LEVEL * border
+    opacity = find_change(edited, original).opacity
+    assert opacity.any()
+    assert not opacity[border].any()
+
+
 @pytest.mark.parametrize(
     "thing",
     [disc(0.5, 1, 0.5), beyond(0.1, 0.6) | disc(0.5, 0.5, 0.25), beyond(0.3, 0.35), disc(1, 1, 0.75)],
