@@ -125,8 +125,8 @@ class Job(_ByValue):
     mode: the implementation to use where it can be had, as a replay asks for it; None leaves it to the engine.
     hashes: `image_hash` of each reference, "" where unknown; caches use them instead of hashing again.
     affinity: an opaque name; jobs that share it share references, and run best where those are cached.
-    place: where in the first reference the change is kept, such as "at the top"; "" for anywhere. Only a model that
-        lists its words is told, where a prompt names no place for what it adds.
+    place: where in the first reference the change is kept, such as "at the top"; "" for anywhere. It is added to a
+        prompt that adds a thing and names no place, for models that list their words.
     """
 
     prompt: str

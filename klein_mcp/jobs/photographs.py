@@ -58,7 +58,7 @@ def is_all_painted(store: Store, record: Record) -> bool:
 
 
 def check_detail(request: ImageRequest, image: "Pixels") -> None:
-    """Raise RequestError if an edit would repaint an image with detail to lose."""
+    """Raise RequestError if an edit would lose the detail of its image."""
     from klein_mcp.images.detail import is_detailed
     from klein_mcp.jobs.transparent import cut_unpainted
 

@@ -152,7 +152,7 @@ def read_prompt(prompt: str, variant: Variant, *, new: bool = False, place: str 
 
 
 def _with_place(prompt: str, place: str) -> str:
-    """Add the place to a prompt that adds a thing and names no place.
+    """Add the place to a prompt that only adds a thing.
 
     A model that sees the whole image would add it anywhere, also where the original is kept.
     """

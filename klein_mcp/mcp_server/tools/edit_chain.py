@@ -148,7 +148,7 @@ async def _run(
 
 
 def _placeholder(step: int) -> str:
-    """Return what stands in a call for the image of a step to come."""
+    """Return the placeholder for the image of a later step."""
     return f"<image of step {step}>"
 
 
