@@ -69,3 +69,13 @@ def paint(engine: Engine, source: Rgb8, prompt: str) -> Result:
     *_, result = engine.run(Job(prompt, (source,), size=KeepSource(), model="nano", seed=7))
     assert isinstance(result, Result)
     return result
+
+
+def test_thing_is_added_where_the_change_is_kept(engine: Engine) -> None:
+    (image,) = draw(scene("white", ("cat", RIGHT)))
+    job = Job("add an apple", (image,), size=KeepSource(), seed=1, model="nano", place="on the left")
+    *_, result = engine.run(job)
+    assert isinstance(result, Result)
+    assert result.read_as == "add an apple on the left"
+    apple = Scene(BACKGROUNDS.index("white"), (Thing(KINDS.index("apple"), SMALL_SIZE, LEFT),))
+    assert look(result.image, apple, 0).nearest == KINDS.index("apple")
