@@ -88,9 +88,9 @@ class ModelRegistry(ModelSearch):
         """Resolve a variant's name, a diffusers folder, or a single file.
 
         A folder or file among the installed models may be given by its own name, a file also without its ending.
-        variant: the klein that the user says a single file is, if its name and hash cannot tell. quant: the format that
-        is preferred where a variant is installed in several. prefer: tells which of several should be taken, such as
-        one that fits.
+        variant: the klein that the user says this single file is, whatever its name says. quant: the format that is
+        preferred where a variant is installed in several. prefer: tells which of several should be taken, such as one
+        that fits.
         Of a variant's files the first that is complete is taken. Raises ModelNotFound or BadWeights.
         """
         path = Path(model).expanduser()
@@ -210,8 +210,8 @@ class ModelRegistry(ModelSearch):
         foreign.refuse(header)
         if not (width := identify.width(header)):
             raise BadWeights(f"{file.name} is not a FLUX.2 [klein] transformer: it has no img_in.weight.")
-        if setting is not None:
-            variant = variant or self._variant_shown(file, width) or setting
+        if variant is None and setting is not None:
+            variant = self._variant_given(file, width, setting)
         row = variant or self._variant_of_file(file, width)
         identify.check_width(file, width, row)
         needs = Needs.of(file, row)
@@ -219,23 +219,25 @@ class ModelRegistry(ModelSearch):
         tokenizer = self._tokenizer(file, text_encoder)
         return Checkpoint(row, transformer=file, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer)
 
-    def _variant_shown(self, file: Path, width: int) -> Variant | None:
-        """Return the variant that a file's name or hash shows."""
-        found = identify.by_path(file)
-        if found is not None and not identify.has_width(found, width):
-            return None
-        return found or identify.by_hash(file, self.answers)
+    def _variant_given(self, file: Path, width: int, setting: Variant) -> Variant:
+        """Return what the user says a file is, unless its tensors contradict."""
+        named = identify.by_path(file)
+        if named is setting:
+            return setting
+        if published := identify.by_hash(file, self.answers):
+            return published
+        named_rightly = named is not None and identify.has_width(named, width)
+        return named if named_rightly and not identify.has_width(setting, width) else setting
 
     def _variant_of_file(self, file: Path, width: int) -> Variant:
         """Identify a single file. Raises BadWeights to ask."""
         if (file.parent / INDEX).is_file():
             return read_variant(file.parent)
-        found = identify.by_path(file) or identify.by_answer(file, self.answers)
+        found = identify.by_path(file) or identify.by_known_hash(file, self.answers)
+        found = found or self._named_by_user(file, width)
         if found is None and file.parent.name == "transformer" and (file.parent.parent / INDEX).is_file():
             raise BadWeights(f"{file.name} is a part of the model in {file.parent.parent}.", hint="Give that folder.")
         found = found or identify.by_hash(file, self.answers)
-        if found is None and self.variant:
-            found = identify.named(self.variant)
         if found is None:
             raise identify.ambiguous_variant(file, width)
         return found

@@ -63,15 +63,22 @@ class ModelSearch:
         if signatures.TRANSFORMER not in signatures.components_of(path) or path.suffix.lower() not in SUFFIXES:
             return None
         header = read_header(path)
-        row = identify.by_path(path) or identify.by_answer(path, self.answers)
-        row = row or (VARIANTS.get(self.variant) if self.variant else None)
+        width = identify.width(header)
+        row = identify.by_path(path) or identify.by_known_hash(path, self.answers) or self._named_by_user(path, width)
         if row is None or foreign.format_of(header):
             return None
         try:
-            identify.check_width(path, identify.width(header), row)
+            identify.check_width(path, width, row)
         except BadWeights:
             return None
         return row
+
+    def _named_by_user(self, file: Path, width: int) -> Variant | None:
+        """Return what the user says a file is: now, or else earlier."""
+        now = VARIANTS.get(self.variant or "")
+        if now is not None and identify.has_width(now, width):
+            return now
+        return identify.by_answer(file, self.answers) or now
 
     def places(self) -> Iterator[Path]:
         """Yield folders with an index, and single files."""

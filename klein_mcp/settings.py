@@ -176,7 +176,12 @@ class Settings:
         _text,
         "Default model: a variant, a folder, a file (its path, or its name as `klein-mcp models` lists it), or auto.",
     )
-    variant: str = _setting("", _text, "Which klein a single file is, if neither its name nor its hash shows it.")
+    variant: str = _setting(
+        "",
+        _text,
+        "Which klein a single file is, if neither its name nor its hash shows it. It overrules the name of a file that "
+        "`KLEIN_MODEL` gives.",
+    )
     encoder: str = _setting("", _text, "Text encoder of single files: name or path. Unset: the best that suits.")
     vae: str = _setting("", _text, "Autoencoder of single files: name or path. Unset: the best that suits.")
     models: tuple[Path, ...] = _setting(

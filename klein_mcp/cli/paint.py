@@ -91,7 +91,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", metavar="D", help="cpu, cuda or mps")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: what the device does best")
     parser.add_argument("--quant", choices=("fp8", "nvfp4"), help="format of the weights in memory")
-    parser.add_argument("--variant", metavar="V", help="which klein a single file is, if it cannot tell")
+    parser.add_argument("--variant", metavar="V", help="which klein the file of --model is, whatever its name")
     parser.add_argument("--lora", action="append", default=[], metavar="L[:scale]", help="repeatable")
     parser.add_argument(
         "-o",

@@ -161,6 +161,10 @@ def test_tokenizer_beside_the_encoder_that_is_taken_comes_first(folder: Path, ho
         ("flux-2-klein-4b-distilled", "klein-4b"), ("flux2Klein_9bBase", "klein-base-9b"),
         ("Flux2-Klein-9B-True-V3-bf16", "klein-9b"), ("flux-2-klein-base-4b-Q4_K_M", "klein-base-4b"),
         ("klein_kv_9b", "klein-9b-kv"), ("my klein", None), ("klein-4b-or-9b", None), ("qwen-4b", None),
+        ("flux2KleinBase9b", "klein-base-9b"), ("flux-2-klein-base9b", "klein-base-9b"),
+        ("klein_base4b", "klein-base-4b"), ("Flux2-Klein-Base4B-fp8", "klein-base-4b"),
+        ("flux2Klein9b", "klein-9b"), ("Flux2Klein9B_v2", "klein-9b"), ("FLUX2Klein9B", "klein-9b"),
+        ("flux2klein4b", "klein-4b"), ("flux-2-klein-kv9b", "klein-9b-kv"),
     ],
 )  # fmt: skip
 def test_common_names_say_the_variant(name: str, variant: str | None):
@@ -178,6 +182,9 @@ def test_answer_about_a_file_is_remembered_until_the_file_changes(home: Path, tm
     assert registry.resolve(str(file), variant="klein-base-4b").variant.name == "klein-base-4b"
     assert ModelRegistry((home,), answers=answers).resolve(str(file)).variant.name == "klein-base-4b"
     assert "klein-base-4b" in ModelRegistry((home,), answers=answers).installed()
+    now = ModelRegistry((home,), variant="klein-4b", answers=answers)
+    assert now.resolve(str(file)).variant.name == "klein-4b"
+    assert set(now.installed()) == {"nano", "klein-4b"}
     file.touch()
     with pytest.raises(BadWeights, match="does not say which klein it is"):
         ModelRegistry((home,), answers=answers).resolve(str(file))

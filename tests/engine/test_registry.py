@@ -206,17 +206,25 @@ def test_error_lists_only_variants_of_the_right_size(
 @pytest.mark.parametrize(
     ("name", "width", "setting", "taken"),
     [
-        ("flux-2-klein-4b", 0, "klein-base-4b", "klein-4b"),
+        ("flux-2-klein-4b", 0, "klein-base-4b", "klein-base-4b"),
+        ("flux-2-klein-4b", 3072, "klein-9b", "klein-4b"),
         ("flux-2-klein-4b", 4096, "klein-9b", "klein-9b"),  # misnamed: its error asks for the setting
         ("mine", 0, "klein-base-4b", "klein-base-4b"),
     ],
 )
-def test_variant_setting_holds_for_files_that_cannot_tell(
+def test_variant_of_a_named_path_holds_unless_the_width_contradicts(
     name: str, width: int, setting: str, taken: str, folder: Path, transformer: dict[str, Tensor], tmp_path: Path
 ) -> None:
     wide = {"img_in.weight": torch.zeros(width, 128)} if width else {}
     file = named(transformer | wide, folder, tmp_path, f"{name}.safetensors")
     assert ModelRegistry(variant=setting).resolve(str(file), setting).variant.name == taken
+
+
+def test_variant_setting_overrules_no_name_of_a_searched_file(
+    folder: Path, transformer: dict[str, Tensor], tmp_path: Path
+) -> None:
+    named(transformer, folder, tmp_path, "flux-2-klein-4b.safetensors")
+    assert set(ModelRegistry((tmp_path,), variant="klein-base-4b").installed()) == {"nano", "klein-4b"}
 
 
 @pytest.mark.parametrize(("name", "variant"), [("FLUX.2-klein-4B", "klein-4b"), ("my-klein", "my-klein")])

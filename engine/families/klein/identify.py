@@ -19,14 +19,16 @@ def by_path(path: Path) -> Variant | None:
 
 
 _CAMEL = re.compile(r"(?<=[a-z])(?=[A-Z])")
-_SIZE = re.compile(r"(?:klein)?(?:base)?([49]b)(?:base|kv|distilled)?")
+_SIZE = re.compile(r"(?:flux2?)?(?:klein)?(?:base|kv)?([49]b)(?:base|kv|distilled)?")
+_BASE = re.compile(r"kleinbase|base([49]b)?$")
+_KV = re.compile(r"kv([49]b)?$")
 
 
 def by_name(name: str) -> Variant | None:
     """Identify by words: `klein`, a size, and maybe `base` or `kv`.
 
-    flux-2-klein-4b, FLUX.2-klein-base-4B-fp8, flux2Klein_9bBase, klein4b (1), Flux2-Klein-9B-True-V3-bf16 are names
-    that people have.
+    flux-2-klein-4b, FLUX.2-klein-base-4B-fp8, flux2Klein_9bBase, flux2KleinBase9b, klein4b (1),
+    Flux2-Klein-9B-True-V3-bf16 are names that people have.
     """
     if name == EMBEDDED:
         return VARIANTS[EMBEDDED]
@@ -36,8 +38,8 @@ def by_name(name: str) -> Variant | None:
     sizes = {found[1] for word in words if (found := _SIZE.fullmatch(word))}
     if len(sizes) != 1:
         return None
-    base = any(word.endswith("base") or "kleinbase" in word for word in words)
-    kv = any(word.endswith("kv") for word in words)
+    base = any(map(_BASE.search, words))
+    kv = any(map(_KV.search, words))
     return VARIANTS.get("klein-" + ("base-" if base else "") + sizes.pop() + ("-kv" if kv else ""))
 
 
@@ -82,11 +84,14 @@ def by_hash(file: Path, answers: Answers) -> Variant | None:
     return next((row for row, known in rows if digest.startswith(known.sha256)), None)
 
 
-def by_answer(file: Path, answers: Answers) -> Variant | None:
-    """Identify by the user's earlier answer or an earlier hash."""
-    if (answer := answers.variant(file)) in VARIANTS:
-        return VARIANTS[answer]
+def by_known_hash(file: Path, answers: Answers) -> Variant | None:
+    """Identify by a hash that is known without reading the file."""
     return by_hash(file, answers) if answers.sha256(file) or len(file.resolve().name) == 64 else None
+
+
+def by_answer(file: Path, answers: Answers) -> Variant | None:
+    """Identify by the user's earlier answer."""
+    return VARIANTS.get(answers.variant(file))
 
 
 def sha256(file: Path) -> str:
