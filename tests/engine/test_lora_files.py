@@ -22,6 +22,20 @@ def test_lora_for_another_base_is_refused_with_both_shapes(folder: Path, tmp_pat
         changed(folder, Lora(file))
 
 
+@pytest.mark.parametrize("products", [("lokr_w1_a", "lokr_w1_b"), ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")])
+def test_product_of_another_shape_is_refused_before_it_is_computed(
+    products: tuple[str, ...], folder: Path, tmp_path: Path
+) -> None:
+    """Written out, the product of two of these tensors of 8 MB would take 281 TB."""
+    shapes = {leaf: (2**23, 1) if leaf.endswith("a") else (1, 2**23) for leaf in products}
+    if "lokr_w1_a" in products:
+        shapes["lokr_w2"] = (1, 1)
+    name = "diffusion_model.double_blocks.0.img_attn.qkv"
+    tensors = {f"{name}.{leaf}": torch.zeros(shape, dtype=torch.float8_e4m3fn) for leaf, shape in shapes.items()}
+    with pytest.raises(BadWeights, match="was made for another base.*8388608×8388608"):
+        changed(folder, Lora(write(tensors, tmp_path / "odd.safetensors")))
+
+
 @pytest.mark.parametrize(
     ("key", "says"),
     [
