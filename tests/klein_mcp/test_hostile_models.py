@@ -62,6 +62,7 @@ GGUFS: dict[str, bytes] = {
     "counts": gguf(2**63, 2**63),
     "string": gguf(1, 1, struct.pack("<Q", 2**63)),
     "array": gguf(1, 1, struct.pack("<Q", 1) + b"a" + struct.pack("<IIQ", 9, 8, 2**61)),
+    "strings": gguf(1, 1, struct.pack("<Q", 1) + b"a" + struct.pack("<IIQ", 9, 8, 10**9)),
     "dimensions": gguf(1, 0, struct.pack("<Q", 1) + b"a" + struct.pack("<I", 2**31)),
     "overflow": gguf(1, 0, struct.pack("<Q", 1) + b"a" + struct.pack("<IQQIQ", 2, 2**40, 2**40, 0, 2**63)),
 }
@@ -103,6 +104,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )):  # fmt: skip
         (home / str(number)).mkdir()
         broken_folder(home / str(number), good, "klein-4b", change)
+    os.truncate(home / "flux-2-klein-4b-strings.gguf", 10**10)  # a hole, which takes no disk
     os.mkfifo(home / "klein-4b-fifo.safetensors")
     (home / "klein-4b-folder.safetensors").mkdir()
     (home / "klein-4b-loop.safetensors").symlink_to(home / "klein-4b-loop.safetensors")

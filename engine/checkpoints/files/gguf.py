@@ -27,6 +27,7 @@ TYPES: dict[int, tuple[str, int, int]] = {
     16: ("IQ2_XXS", 256, 66), 17: ("IQ2_XS", 256, 74), 18: ("IQ3_XXS", 256, 98), 19: ("IQ1_S", 256, 50),
     20: ("IQ4_NL", 32, 18), 21: ("IQ3_S", 256, 110), 22: ("IQ2_S", 256, 82), 23: ("IQ4_XS", 256, 136),
     29: ("IQ1_M", 256, 56), 34: ("TQ1_0", 256, 54), 35: ("TQ2_0", 256, 66), 39: ("MXFP4", 32, 17),
+    40: ("NVFP4", 64, 36), 41: ("Q1_0", 128, 18),
 }  # fmt: skip
 """Type id -> name, weights a block, bytes a block. Source: ggml.h and the gguf package, version 0.19."""
 
@@ -34,6 +35,8 @@ _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: 
 _STRING, _ARRAY = 8, 9
 
 _MAX_TENSORS, _MAX_KEYS, _MAX_NAME, _MAX_DIMENSIONS = 20_000, 10_000, 1024, 4
+_MAX_STRINGS = 1_000_000
+"""Strings in the arrays of a file: Qwen3 has 151,936 words and about as many merges. A million take half a second."""
 _KEPT_ITEMS = 16
 """Items of an array that are kept: a shape has a few, a tokenizer's 150,000 words are skipped."""
 _KEPT_CHARS = 4096
@@ -57,6 +60,7 @@ class _Cursor:
     stream: BinaryIO
     size: int
     offset: int = 0
+    strings: int = 0
 
     def take(self, count: int, what: str) -> bytes:
         """Read `count` bytes of `what`."""
@@ -137,7 +141,8 @@ def _read_array(cursor: _Cursor, what: str) -> list[Any]:
     if kind != _STRING:
         # Arrays of arrays are in the specification and in no file; nesting is what a hostile one would use.
         raise _Malformed(f"{what} is an array of the value type {kind}")
-    if 8 * count > cursor.size - cursor.offset:
+    cursor.strings += count
+    if cursor.strings > _MAX_STRINGS or 8 * count > cursor.size - cursor.offset:
         raise _Malformed(f"{what} has {count:,} strings")
     for _ in range(count):
         cursor.skip(cursor.number("Q", what), what)
@@ -166,7 +171,10 @@ def _place(
         if name in entries:
             raise _Malformed(f"it has {name[:60]} twice")
         if kind not in TYPES:
-            raise _Malformed(f"{name[:60]} has the type {kind}, which is not known")
+            raise BadWeights(
+                f"{file.name} is not read: {name[:60]} has the GGUF type {kind}, which is not known.",
+                hint="Get the model as Q8_0, Q4_K_M or another common type.",
+            )
         dtype, weights, width = TYPES[kind]
         count = math.prod(shape)
         if count >= 2**48 or (shape[0] if shape else 1) % weights:
