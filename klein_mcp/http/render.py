@@ -47,6 +47,13 @@ def encode(
     """
     if kind == "png" and not opaque:
         return png
+    from klein_mcp.images.budget import DECODING
+
+    width, height = png_size(png)
+    return DECODING.run(width * height, lambda: _converted(png, kind, compression, recipe, opaque))
+
+
+def _converted(png: bytes, kind: "Format", compression: int, recipe: Mapping[str, Any] | None, opaque: bool) -> bytes:
     import numpy as np
     from PIL import Image
 

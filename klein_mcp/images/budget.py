@@ -4,7 +4,10 @@ import contextlib
 import ctypes
 import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import TypeVar
+
+T = TypeVar("T")
 
 MAX_PIXELS = 64_000_000
 """The largest image of an ordinary phone is 50 MP; decoded, 64 MP are 192 MB."""
@@ -44,6 +47,14 @@ class PixelBudget:
                 self._changed.notify_all()
             if pixels > _TRIM_ABOVE:
                 return_memory()
+
+    def run(self, pixels: int, work: Callable[[], T]) -> T:
+        """Do `work` with `pixels` reserved.
+
+        Its images are gone when memory is returned, which those of a caller inside `reserve` are not.
+        """
+        with self.reserve(pixels):
+            return work()
 
     def _acquire(self, amount: int) -> None:
         turn = object()

@@ -8,7 +8,7 @@ from pathlib import Path
 from klein_mcp.atomic import write_new_or_replace
 from klein_mcp.errors import Refused, RequestError, did_you_mean, quote
 from klein_mcp.images import codec, credentials, cutout
-from klein_mcp.images.budget import MAX_PIXELS
+from klein_mcp.images.budget import DECODING, MAX_PIXELS
 from klein_mcp.images.library import Record, Store
 from klein_mcp.images.paths import candidates, look_alike, unwrap, why_foreign
 from klein_mcp.limits import MAX_FILE_BYTES
@@ -176,7 +176,14 @@ def _rendered(store: Store, record: Record, options: SaveOptions, kind: codec.Fo
     data = store.read(record)
     if kind == "png" and wanted == longest and not options.strip_metadata and not options.transparent:
         return _File(data, record.width, record.height)
+    pixels = round(record.area * max(1, wanted / longest) ** 2)
+    return DECODING.run(pixels, lambda: _converted(data, record, options, kind, wanted))
+
+
+def _converted(data: bytes, record: Record, options: SaveOptions, kind: codec.Format, wanted: int) -> _File:
+    """Return the image cut out, resized or in another format."""
     image, checks, warnings = codec.decode(data, record.handle, None).pixels, None, list[str]()
+    longest = max(record.width, record.height)
     if options.transparent:
         cut = cutout.of_plain(image, record.handle)
         image, checks, warnings = cut.image, cut.checks.to_json(), list(cut.warnings)

@@ -25,6 +25,9 @@ Four seeds of nano: 0 for prompts in its words, 0.003 to 0.34 with words that it
 _OF_NINE = 5
 """Changed pixels among nine neighbours that make a change visible. The autoencoder makes lines of one pixel."""
 
+_STRIP = 2**21
+"""Pixels that are compared at a time."""
+
 Box = tuple[int, int, int, int]
 """x, y, width, height in pixels."""
 
@@ -96,8 +99,14 @@ def are_alike(drafts: Sequence[Rgb8], changed: float = 1.0) -> bool:
 
 def difference(a: Rgb8, b: Rgb8) -> Grey8:
     """Return each pixel's largest difference over the channels, of 255."""
-    larger = np.maximum(a, b)
-    return across_channels(np.maximum, np.subtract(larger, np.minimum(a, b), out=larger))
+    result = np.empty(a.shape[:2], np.uint8)
+    rows = max(1, _STRIP // a.shape[1])
+    for top in range(0, len(a), rows):  # a large image needs no second copy
+        strip, other = a[top : top + rows], b[top : top + rows]
+        larger = np.maximum(strip, other)
+        np.subtract(larger, np.minimum(strip, other), out=larger)
+        result[top : top + rows] = across_channels(np.maximum, larger)
+    return result
 
 
 def is_kept(stored: Rgb8, original: Rgb8, opacity: Grey8, at: tuple[int, int] = (0, 0)) -> bool:

@@ -60,6 +60,12 @@ def thumbnail(image: Pixels, longest: int) -> tuple[bytes, str]:
     return out.getvalue(), "image/webp"
 
 
+def _within(image: Pixels, most: tuple[int, int]) -> Image.Image:
+    shrunk = Image.fromarray(image)
+    shrunk.thumbnail(most, Image.Resampling.LANCZOS)
+    return shrunk
+
+
 def _encodings(image: Image.Image) -> Iterator[bytes]:
     for quality in QUALITIES:
         out = io.BytesIO()
@@ -72,13 +78,12 @@ def contact_sheet(
 ) -> Pixels:
     """Arrange images in columns, each below its label.
 
-    longest: the long edge of an image, where its cell is not smaller.
+    images: also grey ones, [height, width]. longest: the long edge of an image, where its cell is not smaller.
     """
     rows = math.ceil(len(images) / columns)
     cell = min(longest, LONG_EDGE // columns - GAP)
-    shrunk = [Image.fromarray(for_viewing(image)) for image in images]
-    for thumbnail in shrunk:
-        thumbnail.thumbnail((cell, min(cell, LONG_EDGE // rows - GAP - BAND)), Image.Resampling.LANCZOS)
+    most = cell, min(cell, LONG_EDGE // rows - GAP - BAND)
+    shrunk = [_within(image if image.ndim == 2 else for_viewing(image), most) for image in images]
     font = ImageFont.load_default(18)
     width, height = (max(thumbnail.size[axis] for thumbnail in shrunk) for axis in (0, 1))
     # A label may be wider than a narrow image, and must not run into the next one.

@@ -51,6 +51,11 @@ class Record:
     deleted: float | None = None
 
     @property
+    def area(self) -> int:
+        """Return the number of its pixels."""
+        return self.width * self.height
+
+    @property
     def transparent(self) -> bool:
         """Return whether the image has alpha."""
         return bool(self.recipe.get("alpha"))

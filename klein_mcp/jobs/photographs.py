@@ -35,8 +35,10 @@ async def check_photograph(service: Service, call: CallContext, request: ImageRe
 
 
 def _check_record(service: Service, request: ImageRequest, record: Record) -> None:
+    from klein_mcp.images.budget import DECODING
+
     if not is_all_painted(service.store, record):
-        check_detail(request, service.sources.pixels(record))
+        DECODING.run(record.area, lambda: check_detail(request, service.sources.pixels(record)))
 
 
 def is_all_painted(store: Store, record: Record) -> bool:

@@ -120,19 +120,21 @@ def _full_image(service: Service, record: Record, call: CallContext) -> list[Rea
     data = service.store.read(record)
     if len(data) <= MAX_BYTES:
         return [ReadResourceContents(data, results.MIME)]
-    from klein_mcp.images import codec, preview
-
-    image = codec.decode(data, record.handle, None).pixels
     longest = max(record.width, record.height)
-    smaller, mime = preview.preview(image, longest=longest, aim=MAX_BYTES, most=MAX_BYTES)
+    smaller, mime = _rendition(service, record, longest=longest, aim=MAX_BYTES, most=MAX_BYTES)
     note = f"A smaller rendition: the exact image has {len(data)} bytes."
     return [ReadResourceContents(smaller, mime), _json({"note": note, **results.location(service.store, record, call)})]
 
 
 def _preview(service: Service, record: Record) -> ReadResourceContents:
-    from klein_mcp.images import preview
+    return ReadResourceContents(*_rendition(service, record))
 
-    return ReadResourceContents(*preview.preview(service.sources.pixels(record)))
+
+def _rendition(service: Service, record: Record, **limits: int) -> tuple[bytes, str]:
+    from klein_mcp.images import preview
+    from klein_mcp.images.budget import DECODING
+
+    return DECODING.run(record.area, lambda: preview.preview(service.sources.pixels(record), **limits))
 
 
 _thumbs: OrderedDict[str, tuple[bytes, str]] = OrderedDict()
@@ -144,10 +146,11 @@ def _thumb(service: Service, record: Record) -> ReadResourceContents:
     The latest are cached, since the same page of them is read again and again.
     """
     from klein_mcp.images import preview
+    from klein_mcp.images.budget import DECODING
     from klein_mcp.studio.views import THUMB_SIDE
 
     if (made := _thumbs.get(record.file)) is None:
-        made = preview.thumbnail(service.sources.pixels(record), THUMB_SIDE)
+        made = DECODING.run(record.area, lambda: preview.thumbnail(service.sources.pixels(record), THUMB_SIDE))
         _thumbs[record.file] = made
         if len(_thumbs) > MAX_THUMBS:
             with suppress(KeyError):  # another thread was first

@@ -59,7 +59,7 @@ HOSTILE: dict[str, tuple[bytes, str]] = {
     "an endless array": (header(keys=1, body=text(b"k") + struct.pack("<IIQ", 9, 6, HUGE)), "k is 4 bytes long and 0"),
     "endless strings": (header(keys=1, body=text(b"k") + struct.pack("<IIQ", 9, 8, HUGE)), "k has .*strings"),
     "too many strings": (
-        header(keys=2, body=2 * (text(b"k") + struct.pack("<IIQ", 9, 8, 500_001) + bytes(500_001 * 8))), "k has .*strings"),
+        header(keys=2, body=2 * (text(b"k") + struct.pack("<IIQ", 9, 8, 500_001) + bytes(8 * 500_001))), "k has .*str"),
     "arrays in arrays": (header(keys=1, body=text(b"k") + struct.pack("<IIQ", 9, 9, 1)), "array of the value type 9"),
     "a value of no type": (header(keys=1, body=text(b"k") + struct.pack("<I", 99)), "has the value type 99"),
     "a cube of cubes": (header(body=tensor(shape=(2,) * 5)), "has 5 dimensions"),
@@ -87,13 +87,12 @@ def test_table_of_types_is_the_one_of_the_gguf_package() -> None:
     assert {kind: row for kind, row in TYPES.items() if row[0] != "Q8_1"} == theirs
 
 
-@pytest.mark.parametrize(("kind", "says"), [(250, "has the GGUF type 250"), (40, "is stored as NVFP4"), (41, "as Q1_0")])
+@pytest.mark.parametrize(("kind", "says"), [(250, "the GGUF type 250"), (40, "is stored as NVFP4"), (41, "as Q1_0")])
 def test_block_type_that_is_not_read_is_named_with_others(kind: int, says: str, tmp_path: Path) -> None:
     file = tmp_path / "klein.gguf"
     file.write_bytes(header(body=tensor(shape=(128, 2), kind=kind)) + bytes(400))
     with pytest.raises(BadWeights, match=says) as caught:
-        found = read_header(file)
-        quantised_weights(found.entries, declared_markers(found.metadata), lambda entry: b"{}")
+        quantised_weights(read_header(file).entries, {}, lambda entry: b"{}")
     assert "Q8_0" in str(caught.value)
     assert "Download it again" not in str(caught.value)
 

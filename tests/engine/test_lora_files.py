@@ -32,7 +32,7 @@ def test_product_of_another_shape_is_refused_before_it_is_computed(
         shapes["lokr_w2"] = (1, 1)
     name = "diffusion_model.double_blocks.0.img_attn.qkv"
     tensors = {f"{name}.{leaf}": torch.zeros(shape, dtype=torch.float8_e4m3fn) for leaf, shape in shapes.items()}
-    with pytest.raises(BadWeights, match="was made for another base.*8388608×8388608"):
+    with pytest.raises(BadWeights, match=r"was made for another base.*8388608×8388608"):
         changed(folder, Lora(write(tensors, tmp_path / "odd.safetensors")))
 
 

@@ -233,8 +233,13 @@ def _step(image: SavedImage) -> dict[str, Any]:
 
 def _filmstrip(service: Service, handles: list[str]) -> ContentBlock:
     from klein_mcp.images import preview
+    from klein_mcp.images.budget import DECODING
 
     labels = ["original", *(f"{step} {handle}" for step, handle in enumerate(handles[1:], 1))]
-    images = [service.sources.pixels(service.store.get(handle)) for handle in handles]
-    sheet = preview.contact_sheet(images, labels, min(COLUMNS, len(images)))
-    return results.image_block(*preview.preview(sheet))
+    records = [service.store.get(handle) for handle in handles]
+
+    def sheet() -> tuple[bytes, str]:
+        images = [service.sources.pixels(record) for record in records]
+        return preview.preview(preview.contact_sheet(images, labels, min(COLUMNS, len(images))))
+
+    return results.image_block(*DECODING.run(sum(record.area for record in records), sheet))

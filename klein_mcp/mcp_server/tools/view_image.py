@@ -1,5 +1,6 @@
 """view_image: shows an image again, or a part of it enlarged."""
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import anyio.to_thread
@@ -26,40 +27,49 @@ class ViewImage(fields.Arguments):
 
 async def run(service: Service, call: CallContext, arguments: ViewImage) -> CallToolResult:
     opened = await service.open(arguments.image, call)
-    if arguments.compare_with:
-        if arguments.background:
-            raise RequestError("compare_with shows both images as they are.", hint="Leave out background.")
-        other = await service.open(arguments.compare_with, call)
-        return await anyio.to_thread.run_sync(lambda: _compared(service, opened, other, arguments))
+    if not arguments.compare_with:
+        return await _in_budget([opened], lambda: _viewed(service, opened, arguments, call))
+    if arguments.background:
+        raise RequestError("compare_with shows both images as they are.", hint="Leave out background.")
+    other = await service.open(arguments.compare_with, call)
+    return await _in_budget([opened, other], lambda: _compared(service, opened, other, arguments))
 
-    def render() -> CallToolResult:
-        from klein_mcp.images import alpha, codec, cutout, preview, region
 
-        record, warnings = opened.record, list(opened.warnings)
-        part = service.sources.pixels(record)
-        metadata = {**results.location(service.store, record, call), "width": record.width, "height": record.height}
-        if arguments.background:
-            cut = cutout.of_plain(part, record.handle)
-            part, metadata["alpha"] = cut.image, cut.checks.to_json()
-            warnings += cut.warnings
-        if arguments.region:
-            left, top, right, bottom = region.region_box(arguments.region, record.width, record.height)
-            # A small part is shown enlarged: a model sees nothing in 40 pixels.
-            part = codec.fit(part[top:bottom, left:right], arguments.max_size)
-            metadata["region"] = arguments.region
-            data, mime = preview.preview(part, longest=arguments.max_size)
-        else:
-            # An enlarged file shows no more than the pixels it was painted with.
-            longest = min(arguments.max_size, int(record.recipe.get("painted", arguments.max_size)))
-            data, mime = preview.preview(part, longest=longest)
-        if (backing := alpha.viewing_backing(part)) is not None:
-            metadata["background"] = results.transparent(alpha.VIEWED_ON[backing])
-        metadata |= {"parents": record.parents, "prompt": record.prompt, "source": record.source}
-        metadata["warnings"] = warnings
-        blocks = [results.text(metadata), results.image_block(data, mime), results.resource_link(record)]
-        return CallToolResult(content=blocks)
+async def _in_budget(opened: "list[ResolvedImage]", render: Callable[[], CallToolResult]) -> CallToolResult:
+    """Render in a thread, while few other large images are open."""
+    from klein_mcp.images.budget import DECODING
 
-    return await anyio.to_thread.run_sync(render)
+    pixels = sum(image.record.area for image in opened)
+    return await anyio.to_thread.run_sync(DECODING.run, pixels, render)
+
+
+def _viewed(service: Service, viewed: "ResolvedImage", arguments: ViewImage, call: CallContext) -> CallToolResult:
+    """Show an image, or a region of it."""
+    from klein_mcp.images import alpha, codec, cutout, preview, region
+
+    record, warnings = viewed.record, list(viewed.warnings)
+    part = service.sources.pixels(record)
+    metadata = {**results.location(service.store, record, call), "width": record.width, "height": record.height}
+    if arguments.background:
+        cut = cutout.of_plain(part, record.handle)
+        part, metadata["alpha"] = cut.image, cut.checks.to_json()
+        warnings += cut.warnings
+    if arguments.region:
+        left, top, right, bottom = region.region_box(arguments.region, record.width, record.height)
+        # A small part is shown enlarged: a model sees nothing in 40 pixels.
+        part = codec.fit(part[top:bottom, left:right], arguments.max_size)
+        metadata["region"] = arguments.region
+        data, mime = preview.preview(part, longest=arguments.max_size)
+    else:
+        # An enlarged file shows no more than the pixels it was painted with.
+        longest = min(arguments.max_size, int(record.recipe.get("painted", arguments.max_size)))
+        data, mime = preview.preview(part, longest=longest)
+    if (backing := alpha.viewing_backing(part)) is not None:
+        metadata["background"] = results.transparent(alpha.VIEWED_ON[backing])
+    metadata |= {"parents": record.parents, "prompt": record.prompt, "source": record.source}
+    metadata["warnings"] = warnings
+    blocks = [results.text(metadata), results.image_block(data, mime), results.resource_link(record)]
+    return CallToolResult(content=blocks)
 
 
 def _compared(
@@ -70,10 +80,10 @@ def _compared(
 
     record, other = viewed.record, compared.record
     warnings = [*viewed.warnings, *compared.warnings]
-    both = [service.sources.pixels(each) for each in (record, other)]
+    first, second = (service.sources.pixels(each) for each in (record, other))
     # One colour behind both: two would count as a change of everything that is transparent.
-    backing = next((grey for grey in map(alpha.viewing_backing, both) if grey is not None), None)
-    first, second = (alpha.for_viewing(image, backing) for image in both)
+    backing = next((grey for grey in map(alpha.viewing_backing, (first, second)) if grey is not None), None)
+    first, second = alpha.for_viewing(first, backing), alpha.for_viewing(second, backing)
     if first.shape != second.shape:
         second = codec.resize(second, record.width, record.height)
         warnings.append(f"{other.handle} is {other.width}×{other.height} and was resized for the comparison")
@@ -84,8 +94,7 @@ def _compared(
     difference = preserve.difference(first, second)
     # Twice the difference, as a change of 24 of 255 is hardly seen. Black is equal: with white for equal, a person read
     # "the apple changed" of a new background.
-    shown = (difference.clip(0, 127) * 2)[..., None].repeat(3, axis=2)
-    cells = [second, first, shown]
+    cells = [second, first, difference.clip(0, 127) * 2]
     if arguments.region:
         # As wide as a cell: a model sees nothing in 40 pixels.
         cells = [codec.fit(cell, preview.LONG_EDGE // 3) for cell in cells]
