@@ -82,10 +82,13 @@ def decode(data: bytes, name: str, backdrop: int | None = 255) -> Decoded:
 
 
 def declared_pixels(data: bytes) -> int:
-    """Return the size in a file's header, or 0."""
+    """Return the size in a file's header, or 0.
+
+    Of a TIFF the largest page counts, as it is the one that is used.
+    """
     try:
         with Image.open(io.BytesIO(data), formats=formats.READABLE) as opened:
-            return opened.width * opened.height
+            return formats.largest_page(opened)
     except Exception:  # decode() reports it
         return 0
 

@@ -81,15 +81,33 @@ def choose_page(opened: ImageFile.ImageFile, name: str) -> list[str]:
     if tags.get(_PLANAR, 1) == 2 and max(bits if isinstance(bits, tuple) else (bits,)) > 8:
         # Pillow reads these without an error and wrong.
         raise BadImage(f"{name} is a TIFF with 16 bits in separate planes, which is not read.", hint=f"Please {EXPORT}")
-    pages = getattr(opened, "n_frames", 1)
-    if pages < 2:
-        return []
-    sizes = []
-    for page in range(min(pages, _MOST_PAGES)):
-        opened.seek(page)
-        sizes.append(opened.size)
+    sizes = _page_sizes(opened)
     best = max(range(len(sizes)), key=lambda page: (sizes[page][0] * sizes[page][1], -page))
     opened.seek(best)
+    if len(sizes) == 1:
+        return []
     if len(set(sizes)) == 1:
         return [f"{name} has several frames; only the first one is used."]
-    return [f"{name} has {pages} images of different sizes; the largest one is used."]
+    count = len(sizes) if len(sizes) <= _MOST_PAGES else f"over {_MOST_PAGES}"
+    return [f"{name} has {count} images of different sizes; the largest one is used."]
+
+
+def largest_page(opened: ImageFile.ImageFile) -> int:
+    """Return the pixels of the page that `choose_page` would select."""
+    sizes = _page_sizes(opened) if opened.format == "TIFF" else [opened.size]
+    return max(width * height for width, height in sizes)
+
+
+def _page_sizes(opened: ImageFile.ImageFile) -> list[tuple[int, int]]:
+    """Return the sizes of the first pages, one more than are counted.
+
+    Pillow's `n_frames` walks all of them, in a time that grows with their square.
+    """
+    sizes = [opened.size]
+    try:
+        while len(sizes) <= _MOST_PAGES:
+            opened.seek(len(sizes))
+            sizes.append(opened.size)
+    except EOFError:
+        pass
+    return sizes

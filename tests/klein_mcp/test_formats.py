@@ -40,6 +40,23 @@ def test_largest_image_of_a_pyramid_is_used() -> None:
     assert "the largest one is used" in decoded.warnings[0]
 
 
+def test_tiff_counts_with_the_page_that_is_used() -> None:
+    """A first page of one pixel had let any other past the bound on memory."""
+    out = io.BytesIO()
+    Image.new("L", (1, 1)).save(out, "TIFF", save_all=True, append_images=[Image.new("L", (300, 200))])
+    assert codec.declared_pixels(out.getvalue()) == 300 * 200
+
+
+def test_no_more_pages_of_a_tiff_are_read_than_are_compared() -> None:
+    """Thousands of pages took Pillow seconds to count."""
+    out = io.BytesIO()
+    pages = [Image.new("L", (64 + page, 48)) for page in range(70)]
+    pages[0].save(out, "TIFF", save_all=True, append_images=pages[1:])
+    decoded = codec.decode(out.getvalue()[:-10_000], "scan.tif")  # without the last two
+    assert decoded.warnings == ("scan.tif has over 64 images of different sizes; the largest one is used.",)
+    assert decoded.image.shape[1] == 64 + 64
+
+
 def test_twelve_bits_in_sixteen_are_scaled_by_what_the_file_declares() -> None:
     values = np.linspace(0, 4095, 64 * 64).astype(np.uint16).reshape(64, 64)
     declared = codec.decode(tiff(Image.fromarray(values), _281=4095), "scan.tif")
