@@ -441,16 +441,18 @@ def _from_file(path: Path) -> dict[str, Any]:
 def _from_toml(source: str, value: Any, parse: Callable[[str], Any]) -> Any:
     if parse is _paths and isinstance(value, list):
         return tuple(_parse(source, item, _path) if isinstance(item, str) else _refuse(source, item) for item in value)
-    if isinstance(value, dict) or (isinstance(value, list) and parse not in (_words, _origins)):
+    if parse is _words and isinstance(value, list):
+        return tuple(word for item in value if (word := _item(item).strip()))  # a comma may be in a LoRA's name
+    if isinstance(value, dict) or (isinstance(value, list) and parse is not _origins):
         _refuse(source, value)
-    return _parse(source, _as_text(value, parse), parse)
+    return _parse(source, _as_text(value), parse)
 
 
 def _refuse(source: str, value: Any) -> NoReturn:
     raise SettingsError(f"{source} is {value!r:.60}; it must be text, a number, or a list where several are meant.")
 
 
-def _as_text(value: Any, parse: Callable[[str], Any]) -> str:
+def _as_text(value: Any) -> str:
     """Spell a TOML value as the environment would."""
     if isinstance(value, list):
         return ",".join(map(_item, value))

@@ -113,6 +113,11 @@ def test_lora_may_be_a_table_in_the_file(tmp_path: Path):
     assert load(tmp_path).loras == ("ink:0.8", "/oil.safetensors:1")
 
 
+def test_lora_in_a_list_may_have_a_comma_in_its_name(tmp_path: Path) -> None:
+    (tmp_path / "config.toml").write_text('loras = ["/style, v2.safetensors", {path = "/a,b.safetensors", scale = 2}]')
+    assert load(tmp_path).loras == ("/style, v2.safetensors", "/a,b.safetensors:2")
+
+
 @pytest.mark.parametrize(
     ("name", "meant"),
     [("KLEIN_MODLE", "KLEIN_MODEL"), ("KLEIN_LORA", "KLEIN_LORAS"), ("KLEIN_WAITBUDGET", "KLEIN_WAIT_BUDGET")],
