@@ -63,8 +63,9 @@ class Engine:
         self._klein: Klein | None = None
         self._modes: LruCache[Mode] = LruCache(SEEDS)  # of every model since the start: one may be loaded again
         self._name = self._chosen = ""
-        self._auto: tuple[dict[str, Path], str] | None = None  # installed models, and the best of them
+        self._auto: tuple[dict[str, tuple[Path, ...]], str] | None = None  # installed models, and the best of them
         self._unusable: dict[str, _Failure] = {}  # models that auto chose and could not load
+        self._damaged: dict[Path, FileState] = {}  # transformers that did not load, with all files as they were then
         self._tried = FileState.of(())  # the files that were loaded last, or failed to
         self._obstacles: dict[str, str] = {}  # why auto passed over a model when it last chose
         if config.threads:
@@ -163,8 +164,7 @@ class Engine:
                     # Some faults appear only while loading, such as values that are not finite. The next best is used.
                     if name == EMBEDDED:
                         raise
-                    path = self.registry.installed().get(name)
-                    self._unusable[name] = _Failure(_does_not_load(exc), path, self._tried)
+                    self._unusable[name] = _Failure(_does_not_load(exc), self._paths().get(name), self._tried)
                     if isinstance(exc, OutOfMemory) or not self._tried.paths:
                         passing.append(name)
                     self._auto, self._chosen = None, ""
@@ -173,12 +173,30 @@ class Engine:
                 self._unusable.pop(name, None)
 
     def _load_named(self, name: str) -> Generator[Loading, None, tuple[Klein, float]]:
+        """Load a model from the first of its files that loads."""
         if self._klein is not None and self._name == name:
             return self._klein, 0.0
         self._tried = FileState.of(())
-        checkpoint = self.registry.resolve(name, self.config.variant, self.config.quant, self._is_resident)
+        failed: dict[Path, BadWeights] = {}
+        while True:
+            checkpoint = self._resolve(name, self.config.variant)
+            if checkpoint.transformer in failed:  # there is no other file of it
+                raise next(iter(failed.values()))
+            try:
+                return (yield from self._load_checkpoint(name, checkpoint))
+            except BadWeights as exc:
+                # A copy: the traceback holds the tensors that were loaded.
+                failed[checkpoint.transformer] = BadWeights(exc.message, hint=exc.hint, fix=exc.fix)
+                self._damaged[checkpoint.transformer] = self._tried
+
+    def _resolve(self, name: str, variant: str | None) -> Checkpoint:
+        """Return the files of a model, those last that did not load before."""
+        self._damaged = {path: files for path, files in self._damaged.items() if files.are_unchanged()}
+        return self.registry.resolve(name, variant, self.config.quant, self._is_resident, self._damaged)
+
+    def _load_checkpoint(self, name: str, checkpoint: Checkpoint) -> Generator[Loading, None, tuple[Klein, float]]:
         options = self._options(loras=True)
-        self._tried = FileState.of((*checkpoint.parts, *(one.path for one in options.loras)))
+        self._tried = FileState.of((*self._tried.paths, *checkpoint.parts, *(one.path for one in options.loras)))
         self.release()
         limit = self.config.memory_limit
         self.device.cap(None if limit is None else max(0, limit - CONTEXT))
@@ -195,6 +213,7 @@ class Engine:
         )
         self._name = name
         self._unusable.pop(name, None)
+        self._damaged.pop(checkpoint.transformer, None)
         return self._klein, round(1000 * (time.perf_counter() - start), 1)
 
     def _compile_options(self) -> CompileOptions:
@@ -225,21 +244,28 @@ class Engine:
 
         Without one, return the embedded model.
         """
-        installed = self.registry.installed()
+        installed = self._paths()
         if self._klein is None or self._auto is None or self._auto[0] != installed:
             # Other files of a model, or the same ones replaced, are tried again.
             for name, failure in list(self._unusable.items()):
-                if failure.path != installed.get(name) or not failure.files.are_unchanged():
+                if failure.paths != installed.get(name) or not failure.files.are_unchanged():
                     del self._unusable[name]
-            usable = [name for name in installed if name not in self._unusable]
+            usable = [name for name in VARIANTS if name in installed and name not in self._unusable]
             self._obstacles = {name: failure.reason for name, failure in self._unusable.items()}
             self._auto = installed, best(usable, self._holds) or EMBEDDED
         return self._auto[1]
 
+    def _paths(self) -> dict[str, tuple[Path, ...]]:
+        """Return the paths of each installed variant."""
+        found: dict[str, tuple[Path, ...]] = {}
+        for model in self.registry.installed_models():
+            found[model.name] = (*found.get(model.name, ()), model.path)
+        return found
+
     def _holds(self, name: str) -> bool:
         """Return whether a model, by name, can be resident on the device."""
         try:
-            held = self._fits(self.registry.resolve(name, None, self.config.quant, self._is_resident))
+            held = self._fits(self._resolve(name, None))
         except EngineError as exc:
             self._obstacles[name] = _does_not_load(exc)
             return False
@@ -338,11 +364,11 @@ _OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 class _Failure:
     """A model's failure to load.
 
-    path: where it was installed. files: as they were then.
+    paths: where it was installed. files: as they were then.
     """
 
     reason: str
-    path: Path | None
+    paths: tuple[Path, ...] | None
     files: FileState
 
 

@@ -1,7 +1,7 @@
 """ModelRegistry: a model's name or path -> its files."""
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -84,19 +84,20 @@ class ModelRegistry(ModelSearch):
         variant: str | None = None,
         quant: str | None = None,
         prefer: Callable[[Checkpoint], bool] | None = None,
+        damaged: Collection[Path] = (),
     ) -> Checkpoint:
         """Resolve a variant's name, a diffusers folder, or a single file.
 
         A folder or file among the installed models may be given by its own name, a file also without its ending.
         variant: the klein that the user says this single file is, whatever its name says. quant: the format that is
         preferred where a variant is installed in several. prefer: tells which of several should be taken, such as one
-        that fits.
+        that fits. damaged: transformers that are taken last.
         Of a variant's files the first that is complete is taken. Raises ModelNotFound or BadWeights.
         """
         path = Path(model).expanduser()
         setting = identify.named(variant) if variant else None
         if model in VARIANTS:
-            return self._resolve_name(model, quant, prefer)
+            return self._resolve_name(model, quant, prefer, damaged)
         if path.is_absolute() or os.sep in model:
             if not _exists(path):
                 raise ModelNotFound(f"No model at {model}.", fix=Fix("list"))
@@ -128,13 +129,16 @@ class ModelRegistry(ModelSearch):
         """Return the files of an installed model. Raises BadWeights."""
         return self._checkpoint(model.path, VARIANTS[model.name])
 
-    def _resolve_name(self, name: str, quant: str | None, prefer: Callable[[Checkpoint], bool] | None) -> Checkpoint:
+    def _resolve_name(
+        self, name: str, quant: str | None, prefer: Callable[[Checkpoint], bool] | None, damaged: Collection[Path]
+    ) -> Checkpoint:
         installed = self.installed_models()
         models = [model for model in installed if model.name == name]
         models.sort(key=lambda model: model.format != quant)
         if not models:
             raise self._not_installed(name, installed)
         complete: list[Checkpoint] = []
+        last: list[Checkpoint] = []
         errors: list[EngineError] = []
         for model in models:
             try:
@@ -143,12 +147,15 @@ class ModelRegistry(ModelSearch):
             except BadWeights as error:
                 errors.append(error)
                 continue
+            if checkpoint.transformer in damaged:
+                last.append(checkpoint)
+                continue
             if prefer is None or len(models) == 1 or model.format == quant or prefer(checkpoint):
                 return checkpoint
             complete.append(checkpoint)
-        if not complete:
+        if not complete and not last:
             raise errors[0]
-        return complete[0]
+        return (complete or last)[0]
 
     def _not_installed(self, name: str, installed: list[InstalledModel]) -> EngineError:
         for model in self.unusable_models():
@@ -226,8 +233,9 @@ class ModelRegistry(ModelSearch):
             return setting
         if published := identify.by_hash(file, self.answers):
             return published
-        named_rightly = named is not None and identify.has_width(named, width)
-        return named if named_rightly and not identify.has_width(setting, width) else setting
+        if named is not None and identify.has_width(named, width) and not identify.has_width(setting, width):
+            return named
+        return setting
 
     def _variant_of_file(self, file: Path, width: int) -> Variant:
         """Identify a single file. Raises BadWeights to ask."""

@@ -64,6 +64,26 @@ def test_auto_takes_the_next_model_where_the_best_does_not_load(
     assert re.match("does not load: .*img_in.weight has numbers that are not finite", obstacles["klein-4b"])
 
 
+def test_another_file_of_a_model_is_taken_where_the_first_does_not_load(
+    bfl: dict[str, Tensor], folder: Path, tmp_path: Path
+) -> None:
+    home = tmp_path / "models"
+    for part in ("vae", "text_encoder", "tokenizer"):
+        shutil.copytree(folder / part, home / part)
+    broken = bfl | {"img_in.weight": torch.full_like(bfl["img_in.weight"], float("nan"))}
+    published.write(broken, home / "flux-2-klein-4b.safetensors")
+    other = home / "flux-2-klein-4b-mine.safetensors"
+    published.write({name: tensor.bfloat16() for name, tensor in bfl.items()}, other)
+    engine = Engine(EngineConfig(models=(home,), device="cpu", dtype="float32"))
+    *_, result = engine.run(Job("x", size=Exact(64, 64), steps=1))
+    assert result.model == "klein-4b"  # type: ignore
+    assert not [model.name for model in engine.status().models if model.obstacle]
+    engine.release()
+    published.write(broken, other)
+    with pytest.raises(BadWeights, match=r"img_in\.weight has numbers that are not finite"):
+        list(engine.run(Job("x", model="klein-4b")))
+
+
 def test_auto_tries_a_model_again_whose_file_was_replaced(bfl: dict[str, Tensor], folder: Path, tmp_path: Path) -> None:
     home, job = tmp_path / "models", Job("x", size=Exact(64, 64), steps=1)
     for part in ("vae", "text_encoder", "tokenizer"):
