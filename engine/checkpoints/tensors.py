@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from engine.checkpoints import quant
-from engine.checkpoints.files import Entry, Shape, read_header
+from engine.checkpoints.files import Entry, Shape, read_header, read_regular
 from engine.checkpoints.quant import StoredWeight
 from engine.contract import BadWeights
 
@@ -95,7 +95,7 @@ class Tensors:
 
 def _shards(index: Path) -> dict[str, str]:
     try:
-        return {str(name): str(shard) for name, shard in json.loads(index.read_bytes())["weight_map"].items()}
+        return {str(name): str(shard) for name, shard in json.loads(read_regular(index))["weight_map"].items()}
     except (ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError) as error:
         reason = " ".join(str(error).split())[:100]
         raise BadWeights(f"{index} makes no sense: {reason}.", hint="Download it again.") from None

@@ -1,7 +1,10 @@
 """Tests the tokenizer beside transformers', which it replaces where a folder has tokenizer.json."""
 
 import json
+import os
+import re
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -124,3 +127,13 @@ def test_token_that_only_another_file_adds_is_recognised(file: str, qwen: Path, 
         (folder / file).write_text(json.dumps(entry))
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     assert len(chat_tokenizer.open_tokenizer(folder).ids("<new>")) == 1
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="FIFOs")
+@pytest.mark.parametrize("file", ["tokenizer.json", "tokenizer_config.json", "merges.txt"])
+def test_pipe_in_the_place_of_a_file_is_refused(file: str, qwen: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(qwen, tmp_path / "piped"))
+    (folder / file).unlink(missing_ok=True)
+    os.mkfifo(folder / file)
+    with pytest.raises(ValueError, match=f"{re.escape(file)} is no regular file"):
+        chat_tokenizer.open_tokenizer(folder)

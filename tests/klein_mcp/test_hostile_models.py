@@ -80,6 +80,16 @@ def config(part: str, **values: Any) -> Callable[[Path], object]:
     return change
 
 
+def pipe(name: str) -> Callable[[Path], object]:
+    """Put a pipe that nobody writes to in a file's place."""
+
+    def change(folder: Path) -> None:
+        (folder / name).unlink(missing_ok=True)
+        os.mkfifo(folder / name)
+
+    return change
+
+
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of models in which one, klein-base-4b, is whole."""
@@ -100,6 +110,8 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
         lambda folder: (folder / "model_index.json").write_text('{"_class_name": {"a": 1}}'),
         lambda folder: (folder / "klein.json").write_text('{"text_layers": [999999999], "native_size": 1e99}'),
         lambda folder: (folder / "transformer" / "config.json").write_bytes(b"\xff\xfe"),
+        pipe("transformer/config.json"), pipe("text_encoder/config.json"), pipe("vae/config.json"),
+        pipe("transformer/diffusion_pytorch_model.safetensors.index.json"),
         lambda folder: (folder / "transformer" / "diffusion_pytorch_model.safetensors").write_bytes(HEADERS["nested"]),
     )):  # fmt: skip
         (home / str(number)).mkdir()

@@ -1,5 +1,6 @@
 """Container formats: a reader per file and a row here."""
 
+import errno
 import stat
 from collections.abc import Callable
 from functools import lru_cache
@@ -18,6 +19,13 @@ SUFFIXES = tuple(suffix for container in CONTAINERS for suffix in container.SUFF
 
 
 Found = TypeVar("Found")
+
+
+def read_regular(file: Path) -> bytes:
+    """Read a small file. Raises OSError, also for a pipe, which would wait."""
+    if not stat.S_ISREG(file.stat().st_mode):
+        raise OSError(errno.EINVAL, "it is no regular file", str(file))
+    return file.read_bytes()
 
 
 def read_header(file: Path) -> Header:
@@ -91,4 +99,14 @@ def _read_anew(file: Path, size: int) -> Header:
         return safetensors.read(file, size, stream)
 
 
-__all__ = ["CONTAINERS", "SUFFIXES", "Container", "Entry", "Header", "Shape", "cached_by_file", "read_header"]
+__all__ = [
+    "CONTAINERS",
+    "SUFFIXES",
+    "Container",
+    "Entry",
+    "Header",
+    "Shape",
+    "cached_by_file",
+    "read_header",
+    "read_regular",
+]

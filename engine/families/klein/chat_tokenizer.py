@@ -46,6 +46,9 @@ def open_tokenizer(folder: Path) -> ChatTokenizer:
 
     Raises whatever transformers raises for a folder that it cannot read.
     """
+    for file in folder.iterdir():
+        if file.exists() and not (file.is_file() or file.is_dir()):
+            raise ValueError(f"{file.name} is no regular file")  # reading a pipe would wait
     return _from_file(folder) or _from_transformers(folder)
 
 

@@ -1,6 +1,5 @@
 """Components: files -> networks on the meta device and their key maps."""
 
-import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,6 +20,7 @@ from engine.checkpoints.tensors import Rename, Tensors
 from engine.contract import BadWeights
 from engine.families.klein import foreign, signatures
 from engine.families.klein.checkpoint import Checkpoint
+from engine.families.klein.folder import read_json
 from engine.families.klein.key_maps import (
     autoencoder_name,
     diffusers_autoencoder,
@@ -357,17 +357,6 @@ def _config_errors(what: str) -> Iterator[None]:
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
-    try:
-        config = json.loads((folder / "config.json").read_bytes())
-        if not isinstance(config, dict):
-            raise ValueError(f"it is a {type(config).__name__}")
-        foreign.refuse_config(config, folder)
-        return config
-    except FileNotFoundError:
-        raise BadWeights(f"{folder} has no config.json.", hint="Download it again.") from None
-    except PermissionError:
-        raise BadWeights(f"{folder / 'config.json'} may not be read by this user.", hint="Run: chmod u+r it.") from None
-    except (ValueError, RecursionError) as error:
-        raise BadWeights(
-            f"{folder / 'config.json'} is not a JSON object: {error}.", hint="Download it again."
-        ) from None
+    config = read_json(folder / "config.json")
+    foreign.refuse_config(config, folder)
+    return config

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from engine.checkpoints.files import SUFFIXES
+from engine.checkpoints.files import SUFFIXES, read_regular
 from engine.contract import BadWeights
 from engine.families.klein import identify
 from engine.families.klein.variants import VARIANTS, Variant
@@ -130,7 +130,7 @@ def is_another_model(folder: Path) -> bool:
 def read_json(file: Path) -> dict[str, Any]:
     """Return a JSON object. Raises BadWeights."""
     try:
-        data = json.loads(file.read_bytes())
+        data = json.loads(read_regular(file))
     except FileNotFoundError:
         raise BadWeights(f"{file} is not there.", hint="Download it again.") from None
     except PermissionError:
