@@ -1,7 +1,8 @@
 """Sources of models on the hub, by variant and format."""
 
 import difflib
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, replace
 
 from engine.families.klein.variants import EMBEDDED, FULL, SMALL_DECODER, VARIANTS, Variant
 from klein_mcp.errors import RequestError
@@ -59,6 +60,13 @@ REPACKS = {
     )
 }  # fmt: skip
 """Source: the hub's pages. The autoencoder is the same for all of them, and free."""
+_OTHER_NAMES = {
+    "comfy-org/vae-text-encorder-for-flux-klein-4b": "comfy-org/flux-2-klein-4b",
+    "comfy-org/flux2-klein": "comfy-org/flux-2-klein-4b",
+}
+"""Repositories by their older names, in lower case."""
+_LEEJET = re.compile(r"leejet/flux\.2-(klein-(?:base-)?[49]b)-gguf")
+"""GGUF files as Q4_0 and Q8_0."""
 _COMFYUI = "split_files"
 _FREE = VARIANTS["klein-4b"].repo
 
@@ -82,7 +90,7 @@ def selections(name: str, wanted: str = "") -> tuple[Variant | None, list[FileSe
 
     name: one of `names`, or a repository that is known. wanted: a format, such as fp8 or gguf:Q4_K_M.
     """
-    name, wanted = _by_repository(name, wanted)
+    name, wanted, repack = _by_repository(name, wanted)
     if wanted and name in (SMALL, TOKENIZER, *(f"{row.name}-{COMPANIONS}" for row in VARIANTS.values())):
         raise RequestError(f"{name} has no formats to choose from.", hint="Leave out --format.")
     if name == SMALL:
@@ -93,7 +101,7 @@ def selections(name: str, wanted: str = "") -> tuple[Variant | None, list[FileSe
         raise RequestError(f"{name} is in the package; there is nothing to pull.")
     for row in VARIANTS.values():
         if row.repo and name == row.name:
-            return row, _in_format(row, wanted)
+            return row, _in_format(row, wanted, repack)
         if row.repo and name == f"{row.name}-{COMPANIONS}":
             return row, [FileSelection(row.repo, COMPANION_FILES)]
         for file in row.files:
@@ -106,13 +114,13 @@ def selections(name: str, wanted: str = "") -> tuple[Variant | None, list[FileSe
     raise RequestError(f"There is no model {name!r} to pull.{meant}", hint=f"There are: {', '.join(names())}.")
 
 
-def _in_format(row: Variant, wanted: str) -> list[FileSelection]:
+def _in_format(row: Variant, wanted: str, repack: Repack | None = None) -> list[FileSelection]:
     if wanted in ("", FULL):
         return [FileSelection(row.repo, COMPANION_FILES + TRANSFORMER_FILES)]
     for file in row.files:
         if file.format == wanted:
             return [FileSelection(file.repo, (file.name,)), FileSelection(row.repo, COMPANION_FILES)]
-    repack = REPACKS.get(row.name)
+    repack = repack or REPACKS.get(row.name)
     kind, _, which = wanted.partition(":")
     if repack is not None and kind == "gguf":
         return [
@@ -135,20 +143,29 @@ def _tokenizer() -> FileSelection:
     return FileSelection(_FREE, ("model_index.json", "tokenizer/*"))
 
 
-def _by_repository(name: str, wanted: str) -> tuple[str, str]:
-    """Return the name and format that a repository stands for."""
-    lower = name.lower()
+def _by_repository(name: str, wanted: str) -> tuple[str, str, Repack | None]:
+    """Return the name and format that a repository stands for.
+
+    The third is the repack to take where it is not the usual one.
+    """
+    lower = _OTHER_NAMES.get(name.lower(), name.lower())
     if lower == SMALL_DECODER.repo.lower():
-        return SMALL, wanted
+        return SMALL, wanted, None
     for row in VARIANTS.values():
         for file in row.files:
             if lower == file.repo.lower():
-                return (row.name if file.format == FULL else f"{row.name}-{file.format}"), wanted
+                return (row.name if file.format == FULL else f"{row.name}-{file.format}"), wanted, None
     for repack in REPACKS.values():
         if lower == repack.gguf.lower():
-            return repack.variant, f"gguf:{wanted.removeprefix('gguf').removeprefix(':')}" if wanted else "gguf"
+            return repack.variant, _gguf(wanted), None
         if repack.comfyui and lower == repack.comfyui.lower():
             if wanted not in ("", "comfyui"):
                 raise _other_format(name, "comfyui", wanted, VARIANTS[repack.variant])
-            return repack.variant, wanted or "comfyui"
-    return name, wanted
+            return repack.variant, wanted or "comfyui", None
+    if found := _LEEJET.fullmatch(lower):
+        return found[1], _gguf(wanted), replace(REPACKS[found[1]], gguf=name)
+    return name, wanted, None
+
+
+def _gguf(wanted: str) -> str:
+    return f"gguf:{wanted.removeprefix('gguf').removeprefix(':')}" if wanted else "gguf"

@@ -33,5 +33,19 @@ def test_format_that_contradicts_the_name_is_refused(name: str, wanted: str, mes
         pull_sources.selections(name, wanted)
 
 
+@pytest.mark.parametrize("name", ["Comfy-Org/vae-text-encorder-for-flux-klein-4b", "Comfy-Org/flux2-klein"])
+def test_older_name_of_a_repository_is_known(name: str) -> None:
+    assert pull_sources.selections(name) == pull_sources.selections("Comfy-Org/Flux-2-Klein-4B")
+
+
+@pytest.mark.parametrize("variant", ["4B", "base-4B", "9B", "base-9B"])
+def test_gguf_files_of_leejet_come_with_the_same_companions(variant: str) -> None:
+    usual, theirs = (f"{owner}/FLUX.2-klein-{variant}-GGUF" for owner in ("unsloth", "leejet"))
+    row, (file, *companions) = pull_sources.selections(theirs, "Q8_0")
+    expected, (_, *usual_companions) = pull_sources.selections(usual, "Q8_0")
+    assert (row, companions) == (expected, usual_companions)
+    assert (file.repo, file.which) == (theirs, "Q8_0")
+
+
 def test_format_that_repeats_the_name_is_taken() -> None:
     assert pull_sources.selections("klein-4b-fp8", "fp8") == pull_sources.selections("klein-4b", "fp8")
