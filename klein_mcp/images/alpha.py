@@ -4,8 +4,9 @@ A subject with opacity a and colour C on a backing b shows a·C + (1 - a)·b. Tw
 backings therefore give its alpha and its colour, soft edges, glass and shadows included.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -47,6 +48,11 @@ _LINES = 256
 """Rows and columns in which a checkerboard is looked for."""
 _SAMPLED = 250_000
 """Pixels that are enough to know an image's colours."""
+
+_STRIP = 2**20
+"""Pixels that are worked on at a time, so that a large image needs few copies."""
+_REACH = 12
+"""Rows beside a strip that its pixels depend on: 2 + 3 of the outline's colour, and 4 that it spreads."""
 
 # Alpha this near to 0 or 1 is the model's noise.
 _CLEAR, _SOLID = 0.08, 0.92
@@ -177,8 +183,9 @@ def cut_out(image: Rgb8) -> Cutout | None:
     distance = _distance_to_backing(image, backing)
     outside = _flood(distance <= NEAR_PLAIN)
     enclosed = float(((distance <= NEAR_PLAIN / 2) & ~outside).mean())
-    colour, alpha = _cut(image, outside, backing)
-    return Cutout(_rgba(colour, alpha), _measure(alpha, image, 0.0), enclosed)
+    del distance
+    cut, alpha = _cut_in_strips(image, outside, backing)
+    return Cutout(cut, _measure(alpha, image, 0.0), enclosed)
 
 
 def after_edit(painted: Rgb8, original: Rgba8, grey: int, may_change: npt.NDArray[np.bool_] | None) -> Rgba8:
@@ -197,7 +204,7 @@ def after_edit(painted: Rgb8, original: Rgba8, grey: int, may_change: npt.NDArra
     still = painted[clear & ~changed]
     backing = np.median(still, axis=0).astype(np.float32) if len(still) else np.full(3, grey, np.float32)
     outside = _flood(_distance_to_backing(painted, backing) <= NEAR_PLAIN, clear & ~changed)
-    cut = _rgba(*_cut(painted, outside, backing))
+    cut, _ = _cut_in_strips(painted, outside, backing)
     image = original.copy()
     image[changed] = cut[changed]
     # What changed by less, such as a soft shadow, is no outline: it stays opaque.
@@ -227,6 +234,29 @@ def keep_colours(cut: Rgba8, original: Rgb8) -> Rgba8:
     image = cut.copy()
     image[same, :3] = original[same]
     return image
+
+
+def _cut_in_strips(image: Rgb8, outside: npt.NDArray[np.bool_], backing: Float) -> tuple[Rgba8, Float]:
+    """Return the cut-out and its alpha, made a few rows at a time.
+
+    At once it takes 160 bytes a pixel.
+    """
+    height, width = outside.shape
+    cut, alpha = np.empty((height, width, 4), np.uint8), np.empty((height, width), np.float32)
+    for rows in _strips(outside):
+        begin, end = max(0, rows.start - _REACH), rows.stop + _REACH
+        colour, opacity = _cut(image[begin:end], outside[begin:end], backing)
+        own = slice(rows.start - begin, rows.stop - begin)
+        cut[rows], alpha[rows] = _rgba(colour, opacity)[own], opacity[own]
+    return cut, alpha
+
+
+def _strips(image: npt.NDArray[Any]) -> Iterator[slice]:
+    """Yield slices of rows, about _STRIP pixels each."""
+    height, width = image.shape[:2]
+    step = max(1, _STRIP // width)
+    for top in range(0, height, step):
+        yield slice(top, min(top + step, height))
 
 
 def _cut(image: Rgb8, outside: npt.NDArray[np.bool_], backing: Float) -> tuple[Float, Float]:
@@ -369,7 +399,10 @@ def _distance(image: Rgb8, colour: Float) -> Float:
 
     colour: one for all, or one a pixel.
     """
-    return np.abs(image - colour).max(2)
+    result = np.empty(image.shape[:2], np.float32)
+    for rows in _strips(image):
+        result[rows] = np.abs(image[rows] - (colour[rows] if colour.ndim == 3 else colour)).max(2)
+    return result
 
 
 def _distance_to_backing(image: Rgb8, backing: Float) -> Float:
@@ -411,10 +444,13 @@ def _flood(passable: npt.NDArray[np.bool_], seeds: npt.NDArray[np.bool_] | None 
 
 def _along_rows(reached: npt.NDArray[np.bool_], passable: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
     """Spread to the right, as far as it is passable."""
+    result = np.empty_like(passable)
     index = np.arange(reached.shape[1], dtype=np.int32)
-    seed = np.maximum.accumulate(np.where(reached, index, -1), axis=1)
-    wall = np.maximum.accumulate(np.where(passable, -1, index), axis=1)
-    return passable & (seed > wall)
+    for rows in _strips(reached):
+        seed = np.maximum.accumulate(np.where(reached[rows], index, -1), axis=1)
+        wall = np.maximum.accumulate(np.where(passable[rows], -1, index), axis=1)
+        result[rows] = passable[rows] & (seed > wall)
+    return result
 
 
 def _grown(mask: npt.NDArray[np.bool_], by: int) -> npt.NDArray[np.bool_]:

@@ -10,7 +10,7 @@ from engine.nano.training.frames import Frame
 from engine.nano.training.scenes import MIDDLE, NORMAL, Scene, Thing
 from engine.nano.training.score import draw
 from engine.nano.training.sprites import KINDS
-from klein_mcp.images import alpha
+from klein_mcp.images import alpha, codec
 from klein_mcp.jobs import request as requests
 from klein_mcp.jobs import transparent
 from klein_mcp.jobs.execute import prepare_pixels
@@ -116,6 +116,21 @@ def test_plain_background_is_cut_out_without_painting() -> None:
     rim = (truth > 0.3) & (truth < 0.9)
     # No fringe of the backing's blue.
     assert cut.image[rim][:, 2].mean() < 90
+
+
+def test_cutting_out_in_strips_is_the_same_as_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    image = np.full((120, 90, 3), (240, 242, 245), np.uint8)
+    rows, columns = np.mgrid[:120, :90]
+    image[(rows - 60) ** 2 + (columns - 45) ** 2 < 30**2] = (200, 30, 60)
+    soft = codec.resize(codec.resize(image, 45, 60), 90, 120)
+    at_once = alpha.cut_out(soft)
+    monkeypatch.setattr(alpha, "_STRIP", 7 * 90)
+    in_strips = alpha.cut_out(soft)
+    assert at_once
+    assert in_strips
+    assert np.array_equal(at_once.image, in_strips.image)
+    assert len(np.unique(at_once.image[..., 3])) > 10
+    assert at_once.checks == in_strips.checks
 
 
 def test_enclosed_part_in_the_background_colour_stays_opaque_and_is_counted() -> None:
@@ -229,8 +244,6 @@ def test_model_sees_a_transparent_image_on_a_grey_that_stands_out(colour: tuple[
 
 
 def test_resizing_shows_no_hidden_colour() -> None:
-    from klein_mcp.images import codec
-
     image = layered(soft_disc(0.3, edge=1))
     image[image[..., 3] == 0, :3] = (0, 255, 0)
     for size in (24, 300):
