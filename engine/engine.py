@@ -190,7 +190,7 @@ class Engine:
                 self._damaged[checkpoint.transformer] = self._tried
 
     def _resolve(self, name: str, variant: str | None) -> Checkpoint:
-        """Return the files of a model, those last that did not load before."""
+        """Return a model's files, last those that did not load before."""
         self._damaged = {path: files for path, files in self._damaged.items() if files.are_unchanged()}
         return self.registry.resolve(name, variant, self.config.quant, self._is_resident, self._damaged)
 

@@ -237,7 +237,7 @@ def keep_colours(cut: Rgba8, original: Rgb8) -> Rgba8:
 
 
 def _cut_in_strips(image: Rgb8, outside: npt.NDArray[np.bool_], backing: Float) -> tuple[Rgba8, Float]:
-    """Return the cut-out and its alpha, made a few rows at a time.
+    """Return the cut-out and its alpha, made in strips of rows.
 
     At once it takes 160 bytes a pixel.
     """

@@ -64,7 +64,7 @@ def test_auto_takes_the_next_model_where_the_best_does_not_load(
     assert re.match("does not load: .*img_in.weight has numbers that are not finite", obstacles["klein-4b"])
 
 
-def test_another_file_of_a_model_is_taken_where_the_first_does_not_load(
+def test_another_file_of_a_model_is_taken_where_one_does_not_load(
     bfl: dict[str, Tensor], folder: Path, tmp_path: Path
 ) -> None:
     home = tmp_path / "models"
