@@ -198,6 +198,7 @@ class JobRecord:
             detached=self.detached,
             images=tuple(self.saved),
             error=_one_line(self.ending.error) if isinstance(self.ending, Failed) else "",
+            model=self.request.model,
         )
 
     @property

@@ -175,7 +175,7 @@ class Service:
             raise RequestError(f"There is no job {quote(job)}.", hint=hint) from None
         if isinstance(result, PendingJob):
             return result
-        demo = await self._demo("auto", result.images[0], call)
+        demo = await self._demo(found.model, result.images[0], call)
         return replace(result, warnings=(*result.warnings, *demo))
 
     async def _follow(

@@ -17,6 +17,7 @@ class JobStatus:
     """A job and its progress, 0 … 1.
 
     eta_s: seconds, None while unknown. error: one line, "" where there is none.
+    model: as it was asked for; a daemon of an older build does not tell it.
     """
 
     job: str
@@ -32,6 +33,7 @@ class JobStatus:
     detached: bool = False
     images: tuple[SavedImage, ...] = ()
     error: str = ""
+    model: str = "auto"
 
 
 @dataclass(frozen=True, slots=True)

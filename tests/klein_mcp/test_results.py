@@ -13,6 +13,7 @@ from mcp_types import Implementation
 
 from engine.contract import Job, Rgb8
 from klein_mcp.jobs.demo import DEMO
+from klein_mcp.jobs.service import Service
 from klein_mcp.mcp_server.client_profiles import CLIENTS, image_mode
 from tests.fakes import FakeExecutor
 from tests.images import file, noise, pixels, scene
@@ -143,6 +144,19 @@ async def test_demo_model_warning_comes_once_per_client(client: Client):
 async def test_no_demo_warning_when_nano_is_requested(client: Client):
     payload = await call(client, "generate_image", prompt="a dot", model="nano")
     assert DEMO not in payload.get("warnings", [])
+
+
+@pytest.mark.parametrize(("model", "warned"), [("nano", False), ("auto", True)])
+async def test_demo_warning_of_a_waited_job_depends_on_its_model(
+    client: Client, painter: FakeExecutor, service: Service, model: str, warned: bool
+):
+    service.settings = replace(service.settings, wait_budget=0)
+    painter.seconds_per_step = 1.0
+    pending = await call(client, "generate_image", prompt="a dot", model=model)
+    painter.hurry()
+    service.settings = replace(service.settings, wait_budget=20)
+    payload = await call(client, "wait_for_job", job=pending["job"])
+    assert (DEMO in payload.get("warnings", [])) == warned
 
 
 async def test_view_image_shows_a_small_region_enlarged(client: Client, painter: FakeExecutor):
