@@ -61,7 +61,7 @@ def deploy(wanted: Deployment, *, wait: bool = True) -> None:
 
 def _fault_of_engines(serve: Any) -> str:
     """Return why engines failed, which Ray's own error leaves out."""
-    with contextlib.suppress(Exception):
+    with contextlib.suppress(Exception):  # Ray's own kinds; its error of the start is reported instead
         return serve.status().applications[APPLICATION].deployments[DEPLOYMENT].message
     return ""
 

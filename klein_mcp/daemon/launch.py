@@ -173,7 +173,9 @@ class Launcher:
         return EngineFailed(f"The engine has not answered for {seconds:.0f} s.", hint=f"End {process}, and try again.")
 
     async def _ask_to_leave(self, hello: DaemonInfo) -> None:
-        with contextlib.suppress(Exception):
+        import httpx2
+
+        with contextlib.suppress(httpx2.HTTPError):  # it has left already, or hangs: the caller looks again
             await self._http.post(f"{hello.endpoint.url}/drain", headers=authorization(hello.endpoint), timeout=5)
 
     async def _start_if_nobody_does(self) -> AsyncGenerator[None]:

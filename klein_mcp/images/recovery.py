@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import json
+import logging
 import os
 import re
 import time
@@ -15,11 +16,13 @@ from typing import Any
 from filelock import FileLock
 
 from engine.contract import image_hash
-from klein_mcp.errors import BadImage
+from klein_mcp.errors import BadImage, NotEnoughMemory
 from klein_mcp.images.files import ImageFiles
 from klein_mcp.images.index import Index
 from klein_mcp.images.record import ALPHABET, HANDLE_LENGTH, MEASURED, OPENED, Record
 from klein_mcp.limits import MAX_SEED
+
+log = logging.getLogger(__name__)
 
 _FOLDER = "unsaved"
 _HANDLE = re.compile(rf"[{ALPHABET}]{{{HANDLE_LENGTH}}}")
@@ -51,7 +54,10 @@ class Recovery:
             return
         try:
             record = record_in(incoming)
-        except Exception:  # no file may keep a library from opening, and the next start tries again
+        except (OSError, NotEnoughMemory):  # the next start tries again
+            return
+        except Exception:  # no file may keep a library from opening
+            log.exception("%s, which another process left, could not be taken in", incoming)
             return
         # A foreign file is still where it was opened, and so is a copy of an image of ours.
         if record is not None and record.tool != "open" and self.original(record.recipe) is None:

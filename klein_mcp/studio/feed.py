@@ -3,16 +3,21 @@
 import asyncio
 import contextlib
 import itertools
+import logging
+import sqlite3
 from collections.abc import AsyncGenerator, AsyncIterator
 from dataclasses import dataclass, field
 
 import anyio.to_thread
 
 from engine.contract import EngineError, Loading, Queued, Stage, Step
+from klein_mcp.errors import RequestError
 from klein_mcp.jobs.events import ImageSaved, JobEvent, Progressed, Saving
 from klein_mcp.jobs.service import Service
 from klein_mcp.jobs.status import OVER, JobStatus
 from klein_mcp.studio.contract import JobView, Now
+
+log = logging.getLogger(__name__)
 
 LINGER = 5.0
 """Seconds to go on after the last reader: an app polls, and a new connection for each poll would lose previews."""
@@ -100,6 +105,12 @@ class _Job:
                 view |= {"state": "running", "step": done, "steps": total, "fraction": share}
 
 
+def _log_fault(task: "asyncio.Task[None]") -> None:
+    """Log the error of ours that ended a task."""
+    if not task.cancelled() and (fault := task.exception()):
+        log.error("the studio no longer follows what happens", exc_info=fault)
+
+
 class Feed:
     """News of one front end's readers. Belongs to one event loop."""
 
@@ -173,6 +184,8 @@ class Feed:
     async def _follow(self) -> None:
         """Run until nobody has read for a while."""
         tasks = [asyncio.create_task(self._follow_jobs()), asyncio.create_task(self._follow_library())]
+        for task in tasks:
+            task.add_done_callback(_log_fault)
         idle = 0.0
         try:
             while idle < LINGER:
@@ -214,7 +227,7 @@ class Feed:
     async def _follow_library(self) -> None:
         while True:
             # A library that is busy or damaged may be well again at the next look.
-            with contextlib.suppress(Exception):
+            with contextlib.suppress(RequestError, OSError, sqlite3.Error):
                 revision = await anyio.to_thread.run_sync(lambda: self._service.store.revision())
                 first, changed = self._revision is None, revision != self._revision
                 self._revision = revision

@@ -125,6 +125,18 @@ async def test_file_unreadable_for_the_moment_waits_for_the_next_start(
     assert list((settings.library / "incoming").glob("0123456789abcdef*")) == []
 
 
+def test_fault_of_ours_hinders_no_library_and_is_logged(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    def fault(*_: Any) -> None:
+        raise AttributeError("a fault of ours")
+
+    abandon(settings, LIKE_OURS)
+    monkeypatch.setattr(codec, "decode", fault)
+    Store(settings.library).close()
+    assert "a fault of ours" in caplog.text
+
+
 async def test_crashed_import_of_a_copy_makes_no_second_image(
     client: Client, service: Service, settings: Settings, tmp_path: Path
 ):

@@ -230,3 +230,17 @@ async def test_library_that_fails_once_is_looked_at_again(service: Service, monk
         before = (await feed.now("me", after=0))["library"]
         service.sources.add(file(scene(64, 48)), "The upload", "other")
         await other_library(feed, before)
+
+
+async def test_fault_of_ours_that_ends_following_is_logged(
+    service: Service, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fault(store: Store) -> tuple[int, int]:
+        raise AttributeError("a fault of ours")
+
+    monkeypatch.setattr(Store, "revision", fault)
+    feed = Feed(service)
+    async with feed._reading():
+        with anyio.fail_after(20):
+            while "a fault of ours" not in caplog.text:
+                await anyio.sleep(0.02)
