@@ -31,13 +31,14 @@ MAY_IMPORT: dict[str, set[str]] = {
         "klein_mcp.http", "klein_mcp.mcp_server", "klein_mcp.studio", "klein_mcp.cluster", "klein_mcp.daemon",
         "klein_mcp.jobs", "klein_mcp.images", "klein_mcp.settings",
         "klein_mcp.private", "klein_mcp.foreign", "klein_mcp.errors", "klein_mcp.limits",
-        "klein_mcp.atomic", "klein_mcp.exit", "klein_mcp.web_server", "prompts", "engine.contract", "engine.families",
+        "klein_mcp.atomic", "klein_mcp.exit", "klein_mcp.loopback", "klein_mcp.web_server", "prompts",
+        "engine.contract", "engine.families",
     },
     "klein_mcp.http": {
         "klein_mcp.mcp_server", "klein_mcp.studio", "klein_mcp.daemon", "klein_mcp.jobs", "klein_mcp.images",
         "klein_mcp.settings",
         "klein_mcp.private", "klein_mcp.foreign", "klein_mcp.errors", "klein_mcp.limits", "klein_mcp.atomic",
-        "klein_mcp.exit", "klein_mcp.web_server",
+        "klein_mcp.exit", "klein_mcp.loopback", "klein_mcp.web_server",
         "engine.contract", "engine.families",
     },
     "klein_mcp.mcp_server": {
@@ -57,7 +58,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "klein_mcp.daemon": {
         "klein_mcp.jobs", "klein_mcp.images", "klein_mcp.settings",
         "klein_mcp.private", "klein_mcp.foreign", "klein_mcp.errors", "klein_mcp.atomic", "klein_mcp.limits",
-        "klein_mcp.web_server", "engine.contract", "engine.engine",
+        "klein_mcp.loopback", "klein_mcp.web_server", "engine.contract", "engine.engine",
     },
     "klein_mcp.jobs": {
         "klein_mcp.images", "klein_mcp.settings",
@@ -76,6 +77,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "klein_mcp.private": set(),
     "klein_mcp.atomic": set(),
     "klein_mcp.exit": set(),
+    "klein_mcp.loopback": set(),
     "klein_mcp.web_server": set(),
     "klein_mcp._own_packages": set(),
     "klein_mcp": {"klein_mcp._own_packages"},

@@ -7,9 +7,9 @@ import sys
 from pathlib import Path
 
 from klein_mcp.cli.arguments import local_path
+from klein_mcp.loopback import is_loopback
 from klein_mcp.settings import Settings
 
-LOOPBACK = ("127.0.0.1", "::1", "localhost")
 MAX_PORT = 65535
 
 
@@ -38,7 +38,7 @@ def listening_address(command: str, arguments: argparse.Namespace) -> tuple[str,
     if not host or not port.isdecimal() or int(port) > MAX_PORT:
         print(f"klein-mcp {command}: {arguments.listen!r} is not HOST:PORT", file=sys.stderr)
         return None
-    if host not in LOOPBACK and not (arguments.certificate and arguments.key):
+    if not is_loopback(host) and not (arguments.certificate and arguments.key):
         print(
             f"klein-mcp {command}: {host} is reached over a network: name --certificate and --key, or listen on "
             "127.0.0.1 behind a proxy that speaks TLS",

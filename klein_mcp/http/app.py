@@ -31,6 +31,7 @@ from klein_mcp.http.sessions import Sessions
 from klein_mcp.http.signed_urls import SignedUrls
 from klein_mcp.http.surface import HttpContext, SurfaceFactory
 from klein_mcp.jobs.service import Service
+from klein_mcp.loopback import is_loopback
 from klein_mcp.mcp_server.server import create_server
 from klein_mcp.settings import Settings, warn_misspelled
 from klein_mcp.web_server import BACKLOG, WebServer
@@ -79,7 +80,14 @@ class HttpOptions:
 
     @property
     def local(self) -> bool:
-        return self.host in auth.LOOPBACK
+        return is_loopback(self.host)
+
+    @property
+    def known_as(self) -> tuple[str, ...]:
+        """Return the names by which clients may call us."""
+        if not self.local:
+            return self.allowed_hosts
+        return (f"[{self.host}]" if ":" in self.host else self.host, *self.allowed_hosts)
 
     def url(self, port: int) -> str:
         """Return the address that clients use.
@@ -125,7 +133,7 @@ def run(
     listener = _bind(options)
     service = Service(settings, DaemonClient(settings))
     context = make_context(service)
-    app = application(context, token=token, hosts=options.allowed_hosts)
+    app = application(context, token=token, hosts=options.known_as)
     port = listener.getsockname()[1]
     # A proxy may be anywhere. What a sender claims about itself changes the scheme of the links in its own answers, and
     # never makes it local: see signed_urls.is_local, which alone reads a client's address.
@@ -192,7 +200,7 @@ def token_for(settings: Settings, options: HttpOptions) -> str | None:
     if options.token_file:
         return auth.server_token(options.token_file, "Without --token-file one is made for you.")
     # A name to be served under means a reverse proxy, and so other machines, even where we listen on loopback alone.
-    if options.local and not set(options.allowed_hosts) - set(auth.LOOPBACK):
+    if options.local and all(map(is_loopback, options.allowed_hosts)):
         return None
     return auth.make_token(settings.home / "http-token")
 

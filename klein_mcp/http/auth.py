@@ -23,8 +23,6 @@ from klein_mcp.http.signed_urls import SignedUrls
 from klein_mcp.http.surface import Surface
 from klein_mcp.private import read_token
 
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
-
 UNKNOWN = Surface("unknown", (), "token")
 """Paths that no surface has: without the token, nobody learns which exist."""
 
@@ -134,7 +132,7 @@ def transport_security(hosts: Sequence[str]) -> TransportSecuritySettings:
 
     A page of another site must not reach us through its visitor's browser.
     """
-    names = [*LOOPBACK[:2], "[::1]", *map(str.lower, hosts)]
+    names = ["127.0.0.1", "localhost", "[::1]", *map(str.lower, hosts)]
     known = [*names, *(f"{name}:*" for name in names)]
     origins = [f"{scheme}://{name}" for scheme in ("http", "https") for name in known]
     return TransportSecuritySettings(allowed_hosts=known, allowed_origins=origins)

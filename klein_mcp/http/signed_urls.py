@@ -2,7 +2,6 @@
 
 import hashlib
 import hmac
-import ipaddress
 import re
 import secrets
 import time
@@ -12,6 +11,7 @@ from urllib.parse import parse_qsl, urlsplit
 from starlette.requests import Request
 
 from klein_mcp.images.paths import MAX_REFERENCE
+from klein_mcp.loopback import is_loopback
 
 LIFETIME = 3600
 """Seconds a link works; the next result or view_image gives a fresh one."""
@@ -81,11 +81,4 @@ def is_local(request: Request) -> bool:
         host = urlsplit(f"//{request.headers.get('host', '')}").hostname
     except ValueError:
         return False
-    return _is_loopback(request.client.host) and _is_loopback(host or "")
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
+    return is_loopback(request.client.host) and is_loopback(host or "")

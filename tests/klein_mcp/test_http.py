@@ -226,8 +226,8 @@ def test_serving_beyond_loopback_needs_an_allowed_host(server: RealServer):
     assert "--allowed-host" in done.stderr
 
 
-@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.1", "127.0.0.2", "", "gpu.example.org"])
-def test_only_known_loopback_names_count_as_local(host):
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.1", "128.0.0.1", "", "gpu.example.org"])
+def test_host_beyond_loopback_needs_a_name(host):
     with pytest.raises(ValueError, match="allowed-host"):
         http_app.HttpOptions.from_arguments(Namespace(host=host, port=1, token_file=None, allowed_host=[]))
 
@@ -237,6 +237,7 @@ def test_only_known_loopback_names_count_as_local(host):
     [
         ("127.0.0.1", (), "http://127.0.0.1:8765"),
         ("::1", (), "http://[::1]:8765"),
+        ("127.0.0.2", (), "http://127.0.0.2:8765"),
         ("127.0.0.1", ("pics.example.com",), "http://127.0.0.1:8765"),
         ("0.0.0.0", ("gpu.example.org", "gpu"), "http://gpu.example.org:8765"),
         ("::", ("gpu.example.org:9000",), "http://gpu.example.org:9000"),
@@ -246,8 +247,9 @@ async def test_studio_link_that_serve_prints_opens(
     service: Service, host: str, names: tuple[str, ...], url: str, capsys: pytest.CaptureFixture[str]
 ):
     context = http_app.make_context(service)
-    app = http_app.application(context, token=TOKEN, hosts=names)
-    http_app.announce(context, http_app.HttpOptions(host=host, allowed_hosts=names).url(8765))
+    options = http_app.HttpOptions(host=host, allowed_hosts=names)
+    app = http_app.application(context, token=TOKEN, hosts=options.known_as)
+    http_app.announce(context, options.url(8765))
     served, studio = (line.split()[-1] for line in capsys.readouterr().err.splitlines())
     assert served == f"{url}/mcp"
     async with httpx2.AsyncClient(transport=httpx2.ASGITransport(app)) as browser:
@@ -270,6 +272,7 @@ def test_empty_generated_token_is_refused(settings):
 
 def test_allowed_host_demands_a_token_on_loopback_too(settings):
     assert http_app.token_for(settings, http_app.HttpOptions()) is None
+    assert http_app.token_for(settings, http_app.HttpOptions(host="127.0.0.2")) is None
     assert http_app.token_for(settings, http_app.HttpOptions(allowed_hosts=("localhost",))) is None
     assert http_app.token_for(settings, http_app.HttpOptions(allowed_hosts=("pics.example.com",)))
 

@@ -6,8 +6,7 @@ from dataclasses import dataclass, field
 from urllib.parse import urlsplit
 
 from engine.contract import CacheStats, EngineFailed, EngineStatus, NodeStatus
-
-LOOPBACK = ("127.0.0.1", "::1", "localhost")
+from klein_mcp.loopback import is_loopback
 
 MOST_ENGINES = 10_000
 """Engines that a cluster may claim to have."""
@@ -73,7 +72,7 @@ def checked_url(url: str) -> str:
             f"KLEIN_ENGINE has a name and password for {parts.hostname}.",
             hint="Leave them out: KLEIN_ENGINE_TOKEN_FILE lets daemons in.",
         )
-    if parts.scheme == "http" and parts.hostname not in LOOPBACK:
+    if parts.scheme == "http" and not is_loopback(parts.hostname or ""):
         raise EngineFailed(
             f"{url} would send prompts, images and the token in the clear.",
             hint="Use https:// (klein-mcp engine --certificate), or a tunnel to this machine.",
