@@ -4,9 +4,8 @@ The job API, hello, status, drain, stop.
 """
 
 import asyncio
-import hmac
 import json
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 from dataclasses import asdict, replace
 from typing import Any
@@ -17,7 +16,8 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from engine.contract import EngineError
-from klein_mcp.daemon.endpoint import INSTALLED, BuildInfo, Endpoint
+from klein_mcp.daemon.bearer import Handler, authorized
+from klein_mcp.daemon.endpoint import DRAINING, INSTALLED, REFUSED, UNKNOWN, BuildInfo, Endpoint
 from klein_mcp.jobs import events, status
 from klein_mcp.jobs.api import UnknownJob
 from klein_mcp.jobs.events import JobEvent, Listen
@@ -25,13 +25,6 @@ from klein_mcp.jobs.manager import JobManager
 from klein_mcp.jobs.request import ImageRequest
 from klein_mcp.jobs.results import SavedImage
 from klein_mcp.jobs.status import DaemonStatus
-
-Handler = Callable[[Request], Awaitable[Response]]
-
-DRAINING = 503
-UNKNOWN = 404
-REFUSED = 409
-"""Status codes that the client knows: replaced by another daemon, no such job, and an error that is to be raised."""
 
 
 class Daemon:
@@ -82,14 +75,8 @@ class Daemon:
             exception_handlers={UnknownJob: _unknown_job, EngineError: _engine_error},
         )
 
-    def _authorized(self, endpoint: Handler) -> Handler:
-        async def guarded(request: Request) -> Response:
-            token = request.headers.get("authorization", "").removeprefix("Bearer ")
-            if not hmac.compare_digest(token.encode(), self.endpoint.token.encode()):
-                return JSONResponse({"error": "Wrong or missing token."}, 401)
-            return await endpoint(request)
-
-        return guarded
+    def _authorized(self, handler: Handler) -> Handler:
+        return authorized(self.endpoint.token, handler)
 
     async def _hello(self, request: Request) -> Response:
         """Prove that we hold the token before a front end shows it."""
@@ -131,8 +118,10 @@ class Daemon:
         return await _streamed(self.jobs.run(wanted, client=client, listen=listen, saved=saved))
 
     async def _events(self, request: Request) -> Response:
-        asked = request.query_params
-        listen = Listen(int(asked["preview"]), int(asked["each"]), asked["steps"] == "1")
+        try:
+            listen = Listen(**json.loads(request.query_params["listen"]))
+        except (ValueError, KeyError, TypeError) as exc:
+            return JSONResponse({"error": f"Not a request: {exc}"}, 400)
         return await _streamed(self.jobs.events(request.path_params["job"], listen))
 
     async def _watch(self, request: Request) -> Response:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import anyio
 
 from engine.contract import EngineFailed, Loading
-from klein_mcp.daemon.endpoint import LAST_STEP, BuildInfo, Endpoint
+from klein_mcp.daemon.endpoint import DRAINING, LAST_STEP, REFUSED, UNKNOWN, BuildInfo, Endpoint
 from klein_mcp.daemon.launch import DAEMON, Launcher, authorization
 from klein_mcp.jobs import events, status
 from klein_mcp.jobs.api import JOB_ID, UnknownJob
@@ -34,9 +34,6 @@ PATIENCE = 10.0
 
 SILENCE = 60.0
 """Seconds without a byte after which the daemon is taken for dead; it sends the latest progress every second."""
-
-DRAINING, UNKNOWN, REFUSED = 503, 404, 409
-"""As daemon.app answers."""
 
 
 class _Lost(Exception):
@@ -105,11 +102,11 @@ class DaemonClient:
     async def events(self, job: str, listen: Listen = NO_PREVIEWS) -> AsyncGenerator[JobEvent]:
         """Listen to a job, through whichever daemon runs it."""
         seen = 0
-        path = f"{_path(job)}/events?preview={listen.preview}&each={listen.each}&steps={int(listen.steps)}"
+        path, asked = f"{_path(job)}/events", {"listen": json.dumps(asdict(listen))}
         for _ in range(3):  # two daemons may crash on the job, the third one says so
             endpoint = await self._running()
             try:
-                async with aclosing(self._stream(endpoint, "GET", path)) as stream:
+                async with aclosing(self._stream(endpoint, "GET", path, params=asked)) as stream:
                     async for event in stream:
                         if isinstance(event, ImageSaved):
                             if event.image < seen:

@@ -43,6 +43,11 @@ SAMPLE_BYTES = 1024
 LAST_STEP = 30.0
 """Seconds a job may take to its next pause once the daemon has been asked to end; then it ends all the same."""
 
+DRAINING = 503
+UNKNOWN = 404
+REFUSED = 409
+"""Status codes of a daemon: replaced by another one, no such job, and an error that is to be raised."""
+
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:

@@ -2,12 +2,11 @@
 
 import asyncio
 import contextlib
-import hmac
 import threading
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from dataclasses import asdict, replace
-from typing import Any, Protocol
+from typing import Protocol
 
 from starlette.applications import Starlette
 from starlette.requests import Request
@@ -16,6 +15,7 @@ from starlette.routing import Route
 
 from engine.contract import EngineError, Event, Job, NodeStatus, Result, Rgb8, image_hash
 from klein_mcp.daemon import wire
+from klein_mcp.daemon.bearer import Handler, authorized
 from klein_mcp.daemon.endpoint import BuildInfo, proof
 from klein_mcp.jobs.queue import Queue
 from klein_mcp.jobs.turns import Ticket
@@ -106,14 +106,8 @@ class EngineServer:
         engine = self._queue.engine_status()
         return node.with_engine(engine) if engine else node
 
-    def _authorized(self, endpoint: Callable[[Request], Awaitable[Response]]) -> Any:
-        async def guarded(request: Request) -> Response:
-            token = request.headers.get("authorization", "").removeprefix("Bearer ")
-            if not hmac.compare_digest(token.encode(), self._token.encode()):
-                return JSONResponse({"error": "Wrong or missing token."}, 401)
-            return await endpoint(request)
-
-        return guarded
+    def _authorized(self, handler: Handler) -> Handler:
+        return authorized(self._token, handler)
 
     async def _hello(self, request: Request) -> Response:
         """Prove that we hold the token before a daemon shows it."""

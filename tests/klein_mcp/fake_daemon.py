@@ -65,7 +65,8 @@ class ScriptedExecutor:
                 self._lost = True
             if self._lost or "lose" in job.prompt.split():
                 raise DeviceLost("The GPU no longer answers.")
-            yield Step(step, steps, np.zeros((8, 8, 3), np.uint8) if watched() else None)
+            seen = np.zeros((8, 8, 3), np.uint8)
+            yield Step(step, steps, seen if watched() else None, seen if job.partials else None)
             if step == int(options.get("crash", 0)):
                 os.kill(os.getpid(), signal.SIGKILL)
         yield Stage("decode")

@@ -4,6 +4,7 @@ import asyncio
 import subprocess
 import sys
 from contextlib import aclosing
+from dataclasses import replace
 
 import pytest
 
@@ -88,11 +89,12 @@ async def test_last_listener_to_leave_cancels_within_a_step(front_end):
 
 async def test_job_goes_on_while_one_of_two_listeners_is_left(front_end):
     await run(front_end)
-    async with aclosing(front_end.run(generate("pause=0.05 steps=20"), client="me")) as first:
+    request = replace(generate("pause=0.05 steps=20"), partials=20)
+    async with aclosing(front_end.run(request, client="me")) as first:
         submitted = await anext(first)
-        async with aclosing(front_end.events(submitted.job, Listen(steps=True))) as second:
+        async with aclosing(front_end.events(submitted.job, Listen(steps=True, partials=True))) as second:
             async for event in second:
-                if isinstance(event, Progressed) and event.preview:
+                if isinstance(event, Progressed) and event.preview and event.partial:
                     break
             await first.aclose()
             assert isinstance([event async for event in second][-1], Done)
