@@ -4,21 +4,23 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+from typing import TYPE_CHECKING
 
 from engine.contract import EngineError, Exact, Job, ModelInfo, Result
 from engine.families.klein.variants import EMBEDDED, VARIANTS
-from klein_mcp.cli.daemon import ask_daemon
+from klein_mcp.cli.daemon import daemon_status
 from klein_mcp.cli.doctor_clients import check_clients
 from klein_mcp.cli.doctor_files import Check, check_daemon_files, check_disk, check_library, check_roots, check_signer
 from klein_mcp.cli.status import format_node
 from klein_mcp.cli.terminal import ProgressBar, program, shell_line, strip_control_chars
 from klein_mcp.errors import explain, fix_words
-from klein_mcp.jobs.status import DaemonStatus
 from klein_mcp.settings import Settings, misspelled, user_home
+
+if TYPE_CHECKING:
+    from klein_mcp.daemon.executors.local import Engine
 
 OLDEST_PYTHON = (3, 11)
 
@@ -72,15 +74,15 @@ def _engine_here(settings: Settings) -> Iterator[Check]:
         from klein_mcp.daemon.executors.local import make_engine
 
         with ProgressBar("starting the engine"):
-            made = make_engine(settings)
-            findings = [_device(settings, made), _compiling(made)]
-            findings += [*_models(settings, made), *_default_model(settings, made)]
+            engine = make_engine(settings)
+            findings = [_device(settings, engine), _compiling(engine)]
+            findings += [*_models(settings, engine), *_default_model(settings, engine)]
     except (EngineError, ImportError, OSError) as error:
         yield Check("engine", "cannot be created", explain(error) if isinstance(error, EngineError) else str(error))
         return
     yield from findings
     with ProgressBar("generating a test image"):
-        finding = _test_image(made)
+        finding = _test_image(engine)
     yield finding
 
 
@@ -110,7 +112,7 @@ def _daemon(settings: Settings) -> Check:
     from klein_mcp import __version__
 
     try:
-        status: DaemonStatus = ask_daemon(settings, "status")
+        status = daemon_status(settings)
     except Exception as error:
         return Check("daemon", f"does not answer ({error})", f"Run: {shell_line([*program(), 'stop'])}")
     if status.silent:
@@ -153,12 +155,12 @@ def _engine_at(settings: Settings, url: str) -> list[Check]:
     ]
 
 
-def _device(settings: Settings, made: Any) -> Check:
-    state = made.status()
+def _device(settings: Settings, engine: "Engine") -> Check:
+    state = engine.status()
     found = f"{state.device}, {state.dtype}, {state.free_bytes / 1e9:.1f} GB free"
-    if made.device.passed_over:
-        found += f"; {made.device.passed_over}"
-    if not (made.device.is_cpu and settings.device == "auto" and (gpu := _first_gpu())):
+    if engine.device.passed_over:
+        found += f"; {engine.device.passed_over}"
+    if not (engine.device.is_cpu and settings.device == "auto" and (gpu := _first_gpu())):
         return Check("device", found)
     todo = (
         f"This torch ({version('torch')}) cannot use the {gpu}. Install klein-mcp again with one that can, in its "
@@ -175,36 +177,36 @@ def _first_gpu() -> str:
     return next(iter(nvidia_gpus()), "") if gpus_here() else ""
 
 
-def _compiling(made: Any) -> Check:
-    obstacle = made.compile_obstacle()
+def _compiling(engine: "Engine") -> Check:
+    obstacle = engine.compile_obstacle()
     return Check("compiling", f"not used: {obstacle}" if obstacle else "in idle time, once a model is loaded")
 
 
-def _models(settings: Settings, made: Any) -> Iterator[Check]:
+def _models(settings: Settings, engine: "Engine") -> Iterator[Check]:
     from klein_mcp.cli.models import useless_places
 
-    installed = made.models()
+    installed = engine.models()
     for model in installed:
         about = model.name if model.name == EMBEDDED else f"{model.name} ({model.format}), {model.licence}"
         yield Check("model", f"{about}: {model.placement}" if model.fits else about, _todo(model))
-    for model in made.registry.unusable_models():
+    for model in engine.registry.unusable_models():
         yield Check("model", f"{model.path} is not usable as it is", explain(model.error), optional=True)
-    for path, why in useless_places(settings, made):
+    for path, why in useless_places(settings, engine):
         yield Check("model", str(path), why, optional=True)
     if len(installed) == 1 and settings.model in ("auto", EMBEDDED):
         todo = "Run: klein-mcp pull klein-4b"
-        if made.device.is_cpu:
+        if engine.device.is_cpu:
             todo += " (16 GB). It needs a GPU to be of use, and the device here is the CPU."
         yield Check("model", "only the embedded demo model is installed", todo, optional=True)
 
 
-def _default_model(settings: Settings, made: Any) -> Iterator[Check]:
+def _default_model(settings: Settings, engine: "Engine") -> Iterator[Check]:
     """Check the model that is used when a call names none."""
     if settings.model == "auto":
         return
     try:
         config = settings.engine_config()
-        made.registry.resolve(settings.model, config.variant, config.quant)
+        engine.registry.resolve(settings.model, config.variant, config.quant)
         yield Check("model", f"KLEIN_MODEL is {settings.model}")
     except EngineError as error:
         yield Check("model", f"KLEIN_MODEL is {settings.model}", explain(error))
@@ -214,15 +216,16 @@ def _todo(model: ModelInfo) -> str:
     return f"{model.error} {fix_words(model.fix)}".strip()
 
 
-def _test_image(made: Any, clock: Callable[[], float] = time.perf_counter) -> Check:
+def _test_image(engine: "Engine") -> Check:
     """Generate one image with the embedded model."""
-    start = clock()
+    start = time.perf_counter()
     size = VARIANTS[EMBEDDED].native_size
     try:
-        *_, result = made.run(Job("a red ball", size=Exact(size, size), model=EMBEDDED))
+        *_, result = engine.run(Job("a red ball", size=Exact(size, size), model=EMBEDDED))
     except EngineError as error:
         return Check("test image", "failed", explain(error))
     assert isinstance(result, Result)
     if int(result.image.max()) == int(result.image.min()):
         return Check("test image", "is empty", "Install klein-mcp again: its embedded model is damaged.")
-    return Check("test image", f"{size}×{size} with {EMBEDDED} in {clock() - start:.1f} s, loading included")
+    seconds = time.perf_counter() - start
+    return Check("test image", f"{size}×{size} with {EMBEDDED} in {seconds:.1f} s, loading included")

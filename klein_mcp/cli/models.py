@@ -3,17 +3,20 @@
 import argparse
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from engine.contract import ModelInfo
-from engine.families.klein.variants import EMBEDDED, VARIANTS
+from engine.families.klein.variants import EMBEDDED, VARIANTS, File
 from klein_mcp.cli.status import format_node
 from klein_mcp.cli.terminal import ProgressBar, strip_control_chars
 from klein_mcp.daemon.executors.local import make_engine
 from klein_mcp.errors import explain, fix_words
 from klein_mcp.settings import Settings
+
+if TYPE_CHECKING:
+    from klein_mcp.daemon.executors.local import Engine
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -26,17 +29,18 @@ def run(settings: Settings, arguments: argparse.Namespace) -> int:
         return _elsewhere(settings, json_wanted=arguments.json)
     # Most of the wait is the libraries that know the device.
     with ProgressBar("looking at this machine"):
-        made = make_engine(settings)
-        there = made.models()
-    unusable = [(model.path, explain(model.error)) for model in made.registry.unusable_models()]
-    others = unusable + list(useless_places(settings, made))
-    missing = [row for row in VARIANTS.values() if row.name not in {model.name for model in there}]
+        engine = make_engine(settings)
+        installed = engine.models()
+    unusable = [(model.path, explain(model.error)) for model in engine.registry.unusable_models()]
+    others = unusable + list(useless_places(settings, engine))
+    missing = [row for row in VARIANTS.values() if row.name not in {model.name for model in installed}]
     if arguments.json:
         rows = [{"name": row.name, "licence": row.licence, "gated": row.gated} for row in missing]
         not_used = [{"path": str(path), "why": why} for path, why in others]
-        print(json.dumps({"installed": [_as_json(model) for model in there], "available": rows, "not_used": not_used}))
+        there = [_as_json(model) for model in installed]
+        print(json.dumps({"installed": there, "available": rows, "not_used": not_used}))
         return 0
-    print(strip_control_chars("\n\n".join(map(_in_words, there))))
+    print(strip_control_chars("\n\n".join(map(_in_words, installed))))
     if others:
         print("\nNot usable as they are:")
     for path, why in others:
@@ -57,29 +61,29 @@ def _elsewhere(settings: Settings, *, json_wanted: bool) -> int:
 
     with ProgressBar("asking the engines"):
         status = RemoteExecutor.from_settings(settings).status()
-    there = [model for model in status.models if model.path is not None]
+    installed = [model for model in status.models if model.path is not None]
     silent = [node for node in status.nodes if node.error]
     if json_wanted:
-        installed = [{"name": model.name, "licence": model.licence, "path": model.path} for model in there]
+        rows = [{"name": model.name, "licence": model.licence, "path": model.path} for model in installed]
         not_used = [{"path": node.url, "why": node.error} for node in silent]
-        print(json.dumps({"installed": installed, "available": [], "not_used": not_used}))
+        print(json.dumps({"installed": rows, "available": [], "not_used": not_used}))
     else:
         for node in status.nodes:
             print(strip_control_chars(format_node(node)))
-        for model in there:
+        for model in installed:
             print(strip_control_chars(f"{model.name}: {model.licence}\n  {model.path}, on the engines' side"))
-        if not there and len(silent) < len(status.nodes):
+        if not installed and len(silent) < len(status.nodes):
             print("They tell their models once one of them has made an image.")
     return 1 if len(silent) == len(status.nodes) else 0
 
 
-def useless_places(settings: Settings, made: Any) -> Iterator[tuple[Path, str]]:
+def useless_places(settings: Settings, engine: "Engine") -> Iterator[tuple[Path, str]]:
     """Yield the paths of KLEIN_MODELS that do not exist or hold nothing."""
     for path in settings.models:
         if not path.exists():
             several = f" Separate several paths with {os.pathsep!r}, not ','." if "," in str(path) else ""
             yield path, f"KLEIN_MODELS names it, and it is not there.{several}"
-        elif made.registry.is_empty(path):
+        elif engine.registry.is_empty(path):
             yield path, "KLEIN_MODELS names it, and nothing usable is in it."
 
 
@@ -110,5 +114,5 @@ def _companions(model: ModelInfo) -> str:
     return f"\n  with {' and '.join(others)}" if others else ""
 
 
-def _sizes(files: Any) -> str:
+def _sizes(files: Sequence[File]) -> str:
     return ", ".join(f"{file.format} {file.bytes / 1e9:.1f} GB" if file.bytes else file.format for file in files)

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime
 
 from engine.contract import EngineStatus, NodeStatus
-from klein_mcp.cli.daemon import ask_daemon
+from klein_mcp.cli.daemon import daemon_status
 from klein_mcp.jobs.status import DaemonStatus, QueueStatus, to_json
 from klein_mcp.settings import Settings
 
@@ -16,7 +16,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(settings: Settings, arguments: argparse.Namespace) -> int:
-    status = ask_daemon(settings, "status")
+    status = daemon_status(settings)
     print(json.dumps(to_json(status)) if arguments.json else format_status(status, settings.engine))
     return 0
 

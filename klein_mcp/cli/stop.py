@@ -3,7 +3,7 @@
 import argparse
 import json
 
-from klein_mcp.cli.daemon import ask_daemon
+from klein_mcp.cli.daemon import stop_daemon
 from klein_mcp.settings import Settings
 
 
@@ -12,6 +12,6 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(settings: Settings, arguments: argparse.Namespace) -> int:
-    stopped = ask_daemon(settings, "stop")
+    stopped = stop_daemon(settings)
     print(json.dumps({"stopped": stopped}) if arguments.json else "stopped" if stopped else "no engine was running")
     return 0
