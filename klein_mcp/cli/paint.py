@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,6 +19,7 @@ from klein_mcp.cli.arguments import image_size, local_path, seed
 from klein_mcp.cli.records import for_terminal, is_handle
 from klein_mcp.cli.terminal import ProgressBar, strip_control_chars
 from klein_mcp.errors import RequestError, one_line, quote
+from klein_mcp.images.outputs import SUFFIXES
 from klein_mcp.jobs import request
 from klein_mcp.jobs.demo import demo_warning
 from klein_mcp.jobs.progress import describe
@@ -26,9 +27,6 @@ from klein_mcp.settings import Settings
 
 if TYPE_CHECKING:
     from klein_mcp.images.alpha import Pixels
-    from klein_mcp.images.codec import Format
-
-KINDS: "Mapping[str, Format]" = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +34,7 @@ class PaintOptions:
     """Arguments of the command.
 
     references: files, or handles of the library. seed: None for a random one. preserve: of an edit, which one reference
-    makes it. out: a file with an ending in KINDS, None for ./klein-<seed>.png.
+    makes it. out: a file with an ending in SUFFIXES, None for ./klein-<seed>.png.
     """
 
     prompt: str
@@ -129,8 +127,8 @@ def run(settings: Settings, arguments: argparse.Namespace) -> int:
 
 
 def _output(text: str) -> Path:
-    if Path(text).suffix.lower() not in KINDS:
-        raise argparse.ArgumentTypeError(f"{text!r} does not end in {', '.join(KINDS)}")
+    if Path(text).suffix.lower() not in SUFFIXES:
+        raise argparse.ArgumentTypeError(f"{text!r} does not end in {', '.join(SUFFIXES)}")
     return local_path(text)
 
 
@@ -148,7 +146,7 @@ def paint(settings: Settings, options: PaintOptions, *, as_json: bool = False) -
     wanted = _request(options, references)
     out = options.out or Path(f"klein-{wanted.seed}.png")
     _check(out)
-    kind: codec.Format = KINDS[out.suffix.lower()]
+    kind = SUFFIXES[out.suffix.lower()]
     prepared = prepare_pixels(wanted, [reference.pixels for reference in references])
     if prepared.original is not None:
         height, width = prepared.original.shape[:2]

@@ -17,11 +17,12 @@ from engine.contract import EngineFailed, Loading
 from klein_mcp.daemon.endpoint import DRAINING, LAST_STEP, REFUSED, UNKNOWN, BuildInfo, Endpoint
 from klein_mcp.daemon.launch import DAEMON, Launcher, authorization
 from klein_mcp.jobs import events, status
-from klein_mcp.jobs.api import JOB_ID, UnknownJob
+from klein_mcp.jobs.api import UnknownJob
 from klein_mcp.jobs.events import LAST, NO_PREVIEWS, ImageSaved, JobEvent, Listen, Starting
 from klein_mcp.jobs.request import ImageRequest
 from klein_mcp.jobs.results import SavedImage
 from klein_mcp.jobs.status import DaemonStatus, JobStatus
+from klein_mcp.limits import JOB_ID
 from klein_mcp.settings import Settings
 
 if TYPE_CHECKING:

@@ -4,7 +4,6 @@ Also .jpeg and .webp, for callers of the OpenAI API that asked for these.
 """
 
 from collections.abc import Awaitable, Callable
-from typing import TYPE_CHECKING
 
 import anyio.to_thread
 from starlette.requests import Request
@@ -14,12 +13,9 @@ from starlette.routing import Route
 from klein_mcp.errors import RequestError, UnknownImage
 from klein_mcp.http import render
 from klein_mcp.http.surface import HttpContext, Surface, json_error, status_of
+from klein_mcp.images.outputs import FORMATS, Format
 from klein_mcp.jobs.service import Service
 
-if TYPE_CHECKING:
-    from klein_mcp.images.codec import Format
-
-FORMATS: "tuple[Format, ...]" = ("png", "jpeg", "webp")
 OPAQUE_LINK = "&background=opaque"
 """Added to a link that leads to the image on white. Not signed: whoever has the link may see the image as it is."""
 
@@ -32,7 +28,7 @@ def surface(context: HttpContext) -> Surface:
     return Surface("downloads", routes, "signed", cross_origin=True)
 
 
-def download_handler(service: Service, kind: "Format") -> Callable[[Request], Awaitable[Response]]:
+def download_handler(service: Service, kind: Format) -> Callable[[Request], Awaitable[Response]]:
     """Return the handler of one format. It signs where settings say so."""
 
     async def download(request: Request) -> Response:

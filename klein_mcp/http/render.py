@@ -3,21 +3,19 @@
 import io
 import struct
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from klein_mcp.errors import RequestError
 from klein_mcp.images import credentials
+from klein_mcp.images.outputs import Format
 from klein_mcp.jobs.service import Service
-
-if TYPE_CHECKING:
-    from klein_mcp.images.codec import Format
 
 BEST_QUALITY = 95
 """Above it JPEG and WebP files grow fast and look no better; output_compression 100 means it."""
 
 
 def outgoing(
-    service: Service, handle: str, kind: "Format" = "png", compression: int = 100, *, opaque: bool = False
+    service: Service, handle: str, kind: Format = "png", compression: int = 100, *, opaque: bool = False
 ) -> bytes:
     """Return an image of the library as a file that leaves it.
 
@@ -35,7 +33,7 @@ def outgoing(
 
 def encode(
     png: bytes,
-    kind: "Format",
+    kind: Format,
     compression: int = 100,
     recipe: Mapping[str, Any] | None = None,
     *,

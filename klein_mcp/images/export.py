@@ -10,10 +10,10 @@ from klein_mcp.errors import Refused, RequestError, did_you_mean, quote
 from klein_mcp.images import codec, credentials, cutout
 from klein_mcp.images.budget import DECODING, MAX_PIXELS
 from klein_mcp.images.library import Record, Store
+from klein_mcp.images.outputs import SUFFIXES, Format
 from klein_mcp.images.paths import candidates, look_alike, unwrap, why_foreign
 from klein_mcp.limits import MAX_FILE_BYTES
 
-_SUFFIXES: dict[str, codec.Format] = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp"}
 ALLOW = (
     "The user can allow a folder with KLEIN_WRITE_ROOTS=/path/to/project in this server's environment "
     '("env" in a client\'s configuration).'
@@ -30,7 +30,7 @@ class SaveOptions:
     """
 
     path: str
-    format: codec.Format | None = None
+    format: Format | None = None
     max_size: int | None = None
     strip_metadata: bool = False
     overwrite: bool = False
@@ -46,7 +46,7 @@ class SavedFile:
     """
 
     path: Path
-    format: codec.Format
+    format: Format
     width: int
     height: int
     bytes: int
@@ -98,7 +98,7 @@ def save(
     return SavedFile(target, kind, file.width, file.height, len(file.data), file.alpha, tuple(file.warnings))
 
 
-def resolve(options: SaveOptions, handle: str, roots: tuple[Path, ...]) -> tuple[Path, Path, codec.Format]:
+def resolve(options: SaveOptions, handle: str, roots: tuple[Path, ...]) -> tuple[Path, Path, Format]:
     """Return root, final path (links resolved) and format. Raises RequestError."""
     if not roots:
         raise Refused("No folder is open for writing here, or none of them exists.", hint=ALLOW)
@@ -138,11 +138,11 @@ def _written(asked: str, root: Path) -> Path:
         raise RequestError(f"{asked} begins with an unknown user.", hint="Give an absolute path.") from None
 
 
-def _with_suffix(path: Path, asked: codec.Format | None) -> tuple[Path, codec.Format]:
-    kind = _SUFFIXES.get(path.suffix.lower())
+def _with_suffix(path: Path, asked: Format | None) -> tuple[Path, Format]:
+    kind = SUFFIXES.get(path.suffix.lower())
     if kind is None and path.suffix and asked is None:
-        suggestion = did_you_mean(path.suffix.lower(), _SUFFIXES)
-        raise RequestError(f"{path.name} ends in {path.suffix}; it can be {', '.join(_SUFFIXES)}. {suggestion}")
+        suggestion = did_you_mean(path.suffix.lower(), SUFFIXES)
+        raise RequestError(f"{path.name} ends in {path.suffix}; it can be {', '.join(SUFFIXES)}. {suggestion}")
     if kind is None:
         kind = asked or "png"
         return path.with_name(path.name + (".jpg" if kind == "jpeg" else f".{kind}")), kind
@@ -167,7 +167,7 @@ def _long_edge(record: Record, options: SaveOptions) -> int:
     return options.size
 
 
-def _rendered(store: Store, record: Record, options: SaveOptions, kind: codec.Format) -> _File:
+def _rendered(store: Store, record: Record, options: SaveOptions, kind: Format) -> _File:
     """Return the file: the library's own bytes if nothing changes. Raises RequestError."""
     if options.transparent and kind == "jpeg":
         raise RequestError("JPEG has no transparency.", hint="Save as png or webp.")

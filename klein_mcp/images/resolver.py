@@ -20,7 +20,7 @@ from klein_mcp.errors import BadImage, Refused, RequestError, UnknownImage, did_
 from klein_mcp.images import paths
 from klein_mcp.images.library import Store
 from klein_mcp.images.record import ALPHABET, HANDLE_LENGTH, Record, by_place, of_opened, place_on_sheet
-from klein_mcp.limits import MAX_FILE_BYTES
+from klein_mcp.limits import JOB_ID, MAX_FILE_BYTES
 from klein_mcp.settings import Settings, user_home
 
 if TYPE_CHECKING:
@@ -40,8 +40,6 @@ _LABEL = re.compile(r"(?:last\.)?([A-D])", re.IGNORECASE)
 SHEETS_BACK = 32
 """Images that are looked through for the latest sheet."""
 _HANDLE = re.compile(rf"[{ALPHABET}]{{{HANDLE_LENGTH}}}")
-JOB = re.compile(r"j[0-9a-f]{12}")
-"""What `JobManager` names jobs."""
 _READ = os.O_RDONLY | sum(getattr(os, flag, 0) for flag in ("O_NONBLOCK", "O_NOFOLLOW", "O_BINARY"))
 
 
@@ -119,7 +117,7 @@ class ImageResolver:
         if paths.is_relative(reference):
             path, real = self._in_folders(written, folders, reference)
             return self._import(_read(real), str(path), str(real), client, reading)
-        if JOB.fullmatch(reference.lower()):
+        if JOB_ID.fullmatch(reference.lower()):
             raise UnknownImage(f"{reference} is a job, no image.", hint="wait_for_job returns the image it makes.")
         nearest = did_you_mean(reference, ["last", *self._store.handles("", 1000)])
         raise UnknownImage(

@@ -1,15 +1,11 @@
 """The job API: one owner of every job, any number of listeners."""
 
-import re
 from collections.abc import AsyncGenerator
 from typing import Protocol
 
 from klein_mcp.jobs.events import NO_PREVIEWS, JobEvent, Listen
 from klein_mcp.jobs.request import ImageRequest
 from klein_mcp.jobs.status import DaemonStatus, JobStatus
-
-JOB_ID = re.compile(r"j[0-9a-f]{12}")
-"""The name of a job, as the manager gives it."""
 
 
 class UnknownJob(LookupError):

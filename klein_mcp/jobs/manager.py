@@ -6,7 +6,6 @@ Runs it, tells its listeners, saves its images, and keeps detached ones across r
 import asyncio
 import contextlib
 import logging
-import secrets
 import sqlite3
 import time
 from collections.abc import AsyncGenerator, Sequence
@@ -33,6 +32,7 @@ from klein_mcp.jobs.record import JobNews, JobRecord, Listener, Watchers
 from klein_mcp.jobs.request import ImageRequest
 from klein_mcp.jobs.results import SavedImage
 from klein_mcp.jobs.status import DaemonStatus, JobStatus
+from klein_mcp.limits import new_job_id
 
 log = logging.getLogger(__name__)
 
@@ -206,7 +206,7 @@ class JobManager:
         if self._closing:
             raise engine_stopped()
         self._queue.check_place(client)
-        job = JobRecord("j" + secrets.token_hex(6), request, client, saved=list(saved), watchers=self._watchers)
+        job = JobRecord(new_job_id(), request, client, saved=list(saved), watchers=self._watchers)
         self._jobs[job.id] = job
         job.task = asyncio.create_task(self._work(job))
         self._forget()

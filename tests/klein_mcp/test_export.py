@@ -4,7 +4,7 @@ import json
 import os
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 from urllib.parse import quote
 from xml.etree import ElementTree
 
@@ -17,8 +17,9 @@ from PIL import Image
 from pydantic import FileUrl
 
 from klein_mcp.errors import RequestError
-from klein_mcp.images import export, provenance
+from klein_mcp.images import codec, export, provenance
 from klein_mcp.images.export import SaveOptions, resolve
+from klein_mcp.images.outputs import FORMATS, SUFFIXES
 from klein_mcp.jobs.service import Service
 from tests.fakes import FakeExecutor
 from tests.images import file, pixels, scene
@@ -40,6 +41,10 @@ async def painted(client: Client, **more: Any) -> dict[str, Any]:
 
 
 pytestmark = pytest.mark.anyio
+
+
+def test_codec_writes_the_formats_that_are_offered():
+    assert get_args(codec.Format) == FORMATS == tuple(dict.fromkeys(SUFFIXES.values()))
 
 
 async def test_png_is_librarys_own_bytes(client: Client, project: Path):

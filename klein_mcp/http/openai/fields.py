@@ -8,6 +8,7 @@ from typing import Any, Literal
 from engine.families.klein.variants import VARIANTS
 from klein_mcp.errors import did_you_mean, quote
 from klein_mcp.http.openai.errors import ApiError
+from klein_mcp.images.outputs import FORMATS, Format
 from klein_mcp.jobs.request import highest_seed
 from klein_mcp.limits import MAX_SEED, MAX_SIDE, MIN_SIDE
 
@@ -15,8 +16,6 @@ MAX_PROMPT = 32_000
 """Characters, OpenAI's own limit. klein reads about the first 2,000 and the result warns of the rest."""
 
 MAX_IMAGES = 10
-
-ImageFormat = Literal["png", "jpeg", "webp"]
 
 FOREIGN_MODEL = re.compile(r"(?:openai/)?(?:gpt-image|chatgpt-image|dall-?e)\b.*")
 """Models that front ends have hard-coded; they mean whatever is installed."""
@@ -50,7 +49,7 @@ class ImageCall:
     size: tuple[int, int] | None = None
     quality: str = "medium"
     background: Literal["auto", "opaque", "transparent"] = "auto"
-    output_format: ImageFormat = "png"
+    output_format: Format = "png"
     compression: int = 100
     as_url: bool = False
     stream: bool = False
@@ -201,7 +200,7 @@ PARSERS: Mapping[str, tuple[str, Callable[[str, Any], Any]]] = {
         ),
     ),
     "background": ("background", _choice(auto="auto", opaque="opaque", transparent="transparent")),
-    "output_format": ("output_format", _choice(png="png", jpeg="jpeg", webp="webp", jpg="jpeg")),
+    "output_format": ("output_format", _choice(**{kind: kind for kind in FORMATS}, jpg="jpeg")),
     "output_compression": ("compression", integer(0, 100)),
     "response_format": ("as_url", _choice(b64_json=False, url=True)),
     "stream": ("stream", _flag),

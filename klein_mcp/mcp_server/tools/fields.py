@@ -17,7 +17,9 @@ from pydantic_core import PydanticCustomError
 
 from engine.families.klein.variants import VARIANTS
 from klein_mcp.errors import DESCRIBED
+from klein_mcp.images.outputs import FORMATS, Format
 from klein_mcp.limits import EXACT, MAX_SEED, MAX_SIDE, MIN_SIDE
+from klein_mcp.mcp_server.tools.edit_chain import MAX_STEPS
 from klein_mcp.mcp_server.tools.leniency import (
     as_choice,
     as_list,
@@ -105,7 +107,8 @@ EditPrompts = Annotated[
         {
             "type": ["string", "array"],
             "items": {"type": "string"},
-            "description": "What to change, as an instruction. Or up to 8, each an edit of the result before it.",
+            "description": "What to change, as an instruction. "
+            f"Or up to {MAX_STEPS}, each an edit of the result before it.",
         }
     ),
     BeforeValidator(from_json_list),
@@ -206,11 +209,10 @@ SavePath = Annotated[
     _at_most(MAX_PATH),
     Field(description="File or folder: absolute, or from the project's folder."),
 ]
-FileFormat = Literal["png", "jpeg", "webp"]
 SaveFormat = Annotated[
-    FileFormat,
+    Format,
     Field(description="Default: by the path, else png."),
-    BeforeValidator(lambda value: as_choice(value, get_args(FileFormat))),
+    BeforeValidator(lambda value: as_choice(value, FORMATS)),
 ]
 SaveSize = Annotated[int, Field(ge=16, le=8192, description="Shrink to this long edge."), BeforeValidator(as_number)]
 Strip = Annotated[bool, Field(description="Leave out how it was made.")]
