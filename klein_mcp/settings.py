@@ -295,14 +295,14 @@ class Settings:
         return cls(**values)
 
     @classmethod
-    def load_home(cls, environ: Mapping[str, str] = os.environ) -> "Settings":
+    def load_home(cls) -> "Settings":
         """Read only where the data folder is.
 
         An engine can so be stopped whatever else is set wrongly.
 
         Raises SettingsError.
         """
-        folder = _home(environ)
+        folder = _home(os.environ)
         return cls(home=folder, hub=folder / "huggingface" / "hub")  # the default would ask for a home folder
 
     def engine_config(self) -> EngineConfig:

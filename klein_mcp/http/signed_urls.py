@@ -23,8 +23,8 @@ PROXY_HEADERS = ("forwarded", "via", "x-forwarded-", "x-real-ip")
 class SignedUrls:
     """Makes and checks links, which end with the process."""
 
-    def __init__(self, secret: bytes | None = None) -> None:
-        self._secret = secret or secrets.token_bytes(32)
+    def __init__(self) -> None:
+        self._secret = secrets.token_bytes(32)
 
     def for_client(self, request: Request) -> Callable[[str], str] | None:
         """Return a maker of addresses, None if the sender is local."""
