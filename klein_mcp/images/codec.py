@@ -16,13 +16,11 @@ from klein_mcp.foreign import clean_json
 from klein_mcp.images import depth, formats, png, provenance
 from klein_mcp.images.alpha import Pixels, flat, over
 from klein_mcp.images.budget import DECODING, MAX_PIXELS
+from klein_mcp.images.outputs import Format
 from klein_mcp.limits import MAX_FILE_BYTES
 
 # Pillow's own limit applies to the whole process with an unhelpful message; ours is checked before decoding.
 Image.MAX_IMAGE_PIXELS = None
-
-Format = Literal["png", "jpeg", "webp"]
-MIME: Mapping[str, str] = {"png": "image/png", "jpeg": "image/jpeg", "webp": "image/webp"}
 
 _STRIP = 1_000_000
 """Pixels that are converted at a time, so that a large image needs no second copy."""

@@ -180,7 +180,7 @@ def _rendered(store: Store, record: Record, options: SaveOptions, kind: Format) 
     return DECODING.run(pixels, lambda: _converted(data, record, options, kind, wanted))
 
 
-def _converted(data: bytes, record: Record, options: SaveOptions, kind: codec.Format, wanted: int) -> _File:
+def _converted(data: bytes, record: Record, options: SaveOptions, kind: Format, wanted: int) -> _File:
     """Return the image cut out, resized or in another format."""
     image, checks, warnings = codec.decode(data, record.handle, None).pixels, None, list[str]()
     longest = max(record.width, record.height)

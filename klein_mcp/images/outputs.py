@@ -4,8 +4,6 @@ from collections.abc import Mapping
 from typing import Literal, get_args
 
 Format = Literal["png", "jpeg", "webp"]
-"""As `images.codec` has it, which is too heavy to import for this alone."""
-
 FORMATS: tuple[Format, ...] = get_args(Format)
 
 SUFFIXES: Mapping[str, Format] = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp"}

@@ -19,6 +19,7 @@ from PIL import Image, ImageCms
 from klein_mcp.errors import BadImage
 from klein_mcp.foreign import well_formed
 from klein_mcp.images import codec, png, provenance
+from klein_mcp.images.outputs import Format
 from tests.images import file, noise, pixels, scene
 
 SCENE = scene(48, 32)
@@ -286,7 +287,7 @@ def test_texts_in_png_come_back_in_any_script():
 
 @pytest.mark.parametrize("kind", ["png", "jpeg", "webp"])
 @pytest.mark.parametrize("unit", ["a", "熊", "🐻", '"', "\n", "\x01", "<&'>", "\ufffe\ud800\x85\u2028"])
-def test_recipe_with_any_prompt_is_read_from_every_format(kind: codec.Format, unit: str):
+def test_recipe_with_any_prompt_is_read_from_every_format(kind: Format, unit: str):
     """The longest prompt of any front end has 32,000 characters."""
     prompt = unit * (32_000 // len(unit))
     recipe = {"image": "k7f3q2", "seed": "7", "request": {"tool": "generate_image", "prompt": prompt, "steps": 4}}
