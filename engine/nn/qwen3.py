@@ -39,6 +39,8 @@ class Qwen3Shape:
         transformers' Qwen3Config.
         """
         rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+        if not isinstance(rope, Mapping):
+            raise ValueError(f"the rotary positions are {rope!r}")
         kind = rope.get("rope_type", rope.get("type", "default"))
         activation = config.get("hidden_act", "silu")
         if kind != "default" or activation != "silu":

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from engine.contract import BadWeights, EngineConfig, Exact, Job
 from engine.engine import Engine
+from engine.families.klein import components
 
 TRANSFORMER = "transformer/diffusion_pytorch_model.safetensors"
 VAE = "vae/diffusion_pytorch_model.safetensors"
@@ -92,6 +93,10 @@ BROKEN: dict[str, tuple[Change, str]] = {
         saying("text_encoder/config.json", num_attention_heads="two"),
         r"text encoder's config makes no sense \(.*num_attention_heads",
     ),
+    "rotary positions in a list": (
+        saying("text_encoder/config.json", rope_parameters=["default"]),
+        r"text encoder's config makes no sense \(ValueError: the rotary positions are \['default'\]\)",
+    ),
     "axes that are none": (
         saying("transformer/config.json", axes_dims_rope=7),
         r"transformer's config makes no sense \(TypeError",
@@ -127,6 +132,23 @@ def test_broken_folder_gives_a_one_line_error(what: str, folder: Path, tmp_path:
         list(Engine(EngineConfig(device="cpu", dtype="float32")).run(Job("x", model=str(home), size=Exact(64, 64))))
     assert "\n" not in str(error.value)
     assert len(str(error.value)) < 600
+
+
+def test_bug_of_ours_is_not_reported_as_a_damaged_download(monkeypatch: pytest.MonkeyPatch) -> None:
+    def constructor(shape: object) -> None:
+        raise NameError("name 'shpae' is not defined")
+
+    monkeypatch.setattr(components, "Transformer", constructor)
+    with pytest.raises(NameError, match="shpae"):
+        list(Engine(EngineConfig(device="cpu")).run(Job("x", model="nano", size=Exact(64, 64))))
+
+
+def test_wrong_config_keeps_the_error_that_it_caused(folder: Path, tmp_path: Path) -> None:
+    home = Path(shutil.copytree(folder, tmp_path / "broken"))
+    saying("vae/config.json", norm_num_groups=7)(home)
+    with pytest.raises(BadWeights) as error:
+        components.autoencoder(home / "vae")
+    assert isinstance(error.value.__cause__, ValueError)
 
 
 def test_tokenizer_without_vocabulary_is_refused(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Components: files -> networks on the meta device and their key maps."""
 
+import logging
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -32,6 +33,8 @@ from engine.families.klein.text_encoder import TextEncoder
 from engine.families.klein.transformer import KLEIN_THETA, Transformer, TransformerShape
 from engine.memory.device import Device
 from engine.nn.autoencoder import Autoencoder, AutoencoderShape
+
+log = logging.getLogger(__name__)
 
 Net = TypeVar("Net", bound=nn.Module)
 
@@ -344,16 +347,19 @@ def _count(names: dict[str, Shape], pattern: str) -> int:
     return 1 + min(100, max((int(found.group(1)[:9]) for found in numbers if found), default=-1))
 
 
+_WRONG_CONFIG = (LookupError, TypeError, ValueError, ArithmeticError, RuntimeError)
+"""Errors that constructors, ours and torch's, raise for a wrong config or shape. Any other one is a fault of ours."""
+
+
 @contextmanager
 def _config_errors(what: str) -> Iterator[None]:
-    """Turn any constructor error into BadWeights: the config is at fault."""
+    """Turn a constructor's error into BadWeights: the config is at fault."""
     try:
         yield
-    except BadWeights:
-        raise
-    except Exception as error:
+    except _WRONG_CONFIG as error:
+        log.debug("the %s's config makes no sense", what, exc_info=error)
         reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise BadWeights(f"The {what}'s config makes no sense ({reason[:200]}).", hint="Download it again.") from None
+        raise BadWeights(f"The {what}'s config makes no sense ({reason[:200]}).", hint="Download it again.") from error
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
