@@ -1,6 +1,7 @@
 """Training: its arithmetic, its end in time, its failures, and the weights it leaves."""
 
 import json
+import os
 import random
 import shutil
 import subprocess
@@ -15,8 +16,8 @@ import torch.nn.functional as F
 
 from engine.diffusion.schedule import sigmas
 from engine.nano.evaluate import CHAINED
+from engine.nano.training import data_loader, metadata
 from engine.nano.training import grow as growing
-from engine.nano.training import metadata
 from engine.nano.training.compiled_training import TrainingVelocity
 from engine.nano.training.curriculum import OWN_SHARE, Curriculum, draw_levels
 from engine.nano.training.data_loader import BatchKind, DataLoader, draw_batch, token_weights
@@ -28,7 +29,7 @@ from engine.nano.training.pca_encoder import fit_encoder
 from engine.nano.training.prompts import PromptSampler
 from engine.nano.training.shards import DECODER, assemble, save_decoder, save_shards
 from engine.nano.training.tokenizer import extend
-from engine.nano.training.train import Clock, Log, Options, Trainer, _look_for_decoder, _recover, train
+from engine.nano.training.train import Clock, Log, Options, Trainer, _look_for_decoder, _next, _recover, train
 from engine.nano.training.train_decoder import take_decoder
 from engine.nn.autoencoder import Autoencoder, AutoencoderShape
 
@@ -253,6 +254,36 @@ def test_worker_processes_draw_batches_of_the_plan():
     assert raw.kind == kind
     assert raw.ids.shape == (2, 96)
     assert raw.scenes.kind.shape[0] == 2 * (1 + 3)
+
+
+def test_workers_that_draw_nothing_are_logged_and_replaced(tmp_path, monkeypatch):
+    kind, here = BatchKind(NATIVE, "edit", 1, 48, 1), os.getpid()
+
+    def plan(done: float, draws: random.Random) -> BatchKind:
+        if os.getpid() != here:
+            os._exit(1)
+        return kind
+
+    monkeypatch.setattr(data_loader, "WORKERS_TIMEOUT", 0.05)
+    loader = DataLoader(plan, Tokenize(WEIGHTS), (kind.frame,), workers=1, seed=1)
+    log = Log(tmp_path, Clock(1.0, time.monotonic()))
+    try:
+        assert _next(loader, 0.0, log).kind == kind
+        assert json.loads(log.path.read_text())["workers_stopped"] == "Empty()"
+        assert _next(loader, 0.0, log).kind == kind
+    finally:
+        loader.close()
+    assert len(log.path.read_text().splitlines()) == 1
+
+
+def test_error_in_drawing_a_batch_is_not_taken_for_dead_workers(tmp_path, monkeypatch):
+    def plan(done: float, draws: random.Random) -> BatchKind:
+        raise ValueError("no such task")
+
+    loader = DataLoader(plan, Tokenize(WEIGHTS), (NATIVE,), workers=0, seed=1)
+    monkeypatch.setattr(loader, "stop_workers", lambda: pytest.fail("the workers are not at fault"))
+    with pytest.raises(ValueError, match="no such task"):
+        _next(loader, 0.0, Log(tmp_path, Clock(1.0, time.monotonic())))
 
 
 def test_loss_looks_hardest_at_objects():

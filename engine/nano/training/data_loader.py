@@ -23,6 +23,8 @@ from engine.nn.autoencoder import Autoencoder
 OBJECT_WEIGHT = 4.0
 """How much more a token counts that shows an object, or that an edit must repaint: backgrounds are learned first and
 fill most of an image, outlines last."""
+WORKERS_TIMEOUT = 30.0
+"""Seconds to wait for a batch of the workers. Chosen, not measured."""
 _BOXES = MAX_THINGS + 2
 """Boxes an example can have: its things, and what an edit removed or moved."""
 
@@ -215,10 +217,11 @@ class DataLoader:
         """Return a batch.
 
         done: share of the training that is over. Queued batches may be a few seconds old.
+        Raises queue.Empty if the workers draw none in WORKERS_TIMEOUT, OSError if their queue breaks.
         """
         self._done.value = done  # type: ignore[attr-defined] - typed as its lock's wrapper
         if self._queue is not None:
-            return self._queue.get(timeout=30)
+            return self._queue.get(timeout=WORKERS_TIMEOUT)
         return draw_batch(self._samplers, self._plan(done, self._draws), self._tokenize, self._wanted)
 
     def waiting(self) -> int:

@@ -15,6 +15,7 @@ import argparse
 import copy
 import json
 import os
+import queue
 import subprocess
 import sys
 import time
@@ -306,8 +307,8 @@ def _schedule(clock: Clock, options: Options) -> Clock:
 
 
 def _one_step(trainer: Trainer, loader: DataLoader, log: Log, done: float, held: DataLoader | None) -> None:
-    raw = _next(loader, done)
-    known = trainer.encoder(_next(held, done)) if held else None
+    raw = _next(loader, done, log)
+    known = trainer.encoder(_next(held, done, log)) if held else None
     loss = trainer.step(trainer.encoder(raw), done, known)
     log.add(raw.kind, loss)
     if trainer.steps % CHECK_EVERY == 0:
@@ -321,10 +322,12 @@ def _one_step(trainer: Trainer, loader: DataLoader, log: Log, done: float, held:
             log.write(not_finite=True, rate=trainer.rate)
 
 
-def _next(loader: DataLoader, done: float) -> RawBatch:
+def _next(loader: DataLoader, done: float, log: Log) -> RawBatch:
+    """Return a batch, drawn in this process from now on where workers fail."""
     try:
         return loader.next(done)
-    except Exception:
+    except (queue.Empty, OSError) as error:
+        log.write(workers_stopped=repr(error))
         loader.stop_workers()
         return loader.next(done)
 
