@@ -9,7 +9,8 @@ from dataclasses import dataclass, replace
 from engine.contract import Fix, OutOfMemory
 
 RESERVE = 500_000_000
-"""Bytes of a device left free for workspaces of its libraries and fragmentation of its allocator."""
+"""Bytes of a device left free for workspaces of its libraries and fragmentation of its allocator. Chosen, not measured;
+with it, planned peaks are 0.05 GB under to 0.11 over those allocated on an H200 (tests/engine/test_memory.py)."""
 
 CONTEXT = 820_000_000
 """Bytes of a GPU that a process takes beside torch's own memory. Observed at the peak of an image within 8 and 6 GB:
@@ -19,11 +20,25 @@ CONTEXT = 820_000_000
 SIDES = (1024, 768, 512, 256)
 """Sides in pixels of the squares to try where the requested size does not fit."""
 
+TRANSFORMER_ROWS = 21
+"""Hidden-wide rows a token in memory while the transformer runs. Counted on the meta device at the real shapes
+(tests/engine/test_memory.py): 16.9 to 20.6, most for the largest canvas."""
+
+DECODED_IMAGES = 3
+"""Decoder-wide images in memory while it decodes. Counted like them: 3, and 2 bytes a pixel (see PIXEL_BYTES)."""
+
 BANDED_IMAGES = 2.4
 """Decoder-wide images in memory when it decodes in bands. Counted on the meta device (tests/engine/test_bands.py)."""
 
 ENCODED_IMAGES = 5
-"""Encoder-wide images in memory while a reference is encoded. Counted like them."""
+"""Encoder-wide images in memory while a reference is encoded. Counted like them: 5, and 6 bytes a pixel."""
+
+PIXEL_BYTES = 16
+"""Bytes a pixel for the image itself beside the autoencoder's layers. Chosen, not measured; at most 6 were counted."""
+
+BANDED_WORKSPACE = 1 / 4
+"""Share of a convolution's workspace that bands need. Chosen, not measured: a workspace has the size of its input, of
+which a band is an eighth."""
 
 SLOTS = 2
 """Slots of the ring of offloaded layers: one computes while the next is copied."""
@@ -109,8 +124,8 @@ class ActivationMemory:
 
     def in_bands(self) -> "ActivationMemory | None":
         """Return the memory when decoding in bands, None without a gain."""
-        # A workspace is of the size of what a convolution is given; an eighth would do, it was not measured.
-        return replace(self, bytes=self.banded, workspace=self.workspace // 4, banded=0) if self.banded else None
+        workspace = int(self.workspace * BANDED_WORKSPACE)
+        return replace(self, bytes=self.banded, workspace=workspace, banded=0) if self.banded else None
 
     def at(self, side: int) -> "ActivationMemory":
         """Scale to a smaller square, in proportion to the area."""
@@ -158,7 +173,7 @@ def working(
     itemsize: int,
     blocks: int = 0,
     references: int = 0,
-    images: float = 3,
+    images: float = DECODED_IMAGES,
     encoder: int = 0,
     encoded: int = 0,
 ) -> int:
@@ -167,15 +182,14 @@ def working(
     The largest of transformer, decoder and encoder counts.
 
     tokens: text, canvas and references together. decoder: its width at full size. blocks, references: keys and
-    values of so many reference tokens are cached in so many blocks. The factors were counted on the meta device at the
-    real shapes (tests/engine/test_memory.py): 20 hidden-wide rows a token, 3 decoder-wide images. images: of these,
-    fewer when it decodes in bands. encoder: its width at full size. encoded: pixels of the largest reference.
+    values of so many reference tokens are cached in so many blocks. images: decoder-wide ones in memory, fewer when
+    it decodes in bands. encoder: its width at full size. encoded: pixels of the largest reference.
     """
     kept = 2 * blocks * references * hidden * itemsize
     return kept + max(
-        21 * hidden * itemsize * tokens,
-        round(images * decoder * itemsize * pixels) + 16 * pixels,
-        ENCODED_IMAGES * encoder * itemsize * encoded + 16 * encoded,
+        TRANSFORMER_ROWS * hidden * itemsize * tokens,
+        round(images * decoder * itemsize * pixels) + PIXEL_BYTES * pixels,
+        ENCODED_IMAGES * encoder * itemsize * encoded + PIXEL_BYTES * encoded,
     )
 
 

@@ -71,7 +71,7 @@ def activation_memory(
             encoder=autoencoder.shape.encoder[0],
             encoded=max(references, default=0),
         )
-        for images in (3, plan.BANDED_IMAGES)
+        for images in (plan.DECODED_IMAGES, plan.BANDED_IMAGES)
     )
     # Observed: 0.5 GB at 1024² beyond what was counted, H200, bf16: one decoder-wide image.
     workspace = decoder * dtype.itemsize * pixels
