@@ -201,8 +201,9 @@ class Engine:
         limit = self.config.memory_limit
         self.device.cap(None if limit is None else max(0, limit - CONTEXT))
         start = time.perf_counter()
-        self._klein = yield from Klein.load(checkpoint, self.device, self.cache, options, self._compile_options())
-        self._klein.modes = self._modes
+        self._klein = yield from Klein.load(
+            checkpoint, self.device, self.cache, options, self._compile_options(), self._modes
+        )
         cache, spill = budgets(
             self._klein.free(self.device.free_bytes()), self.device.host_bytes(), cpu=self.device.is_cpu
         )

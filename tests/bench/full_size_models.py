@@ -20,6 +20,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
 from engine.checkpoints.key_map import KeyMap
 from engine.families.klein.compiler import CompileOptions
 from engine.families.klein.key_maps import diffusers_autoencoder, diffusers_transformer
+from engine.families.klein.loader import Networks
 from engine.families.klein.pipeline import Klein
 from engine.families.klein.text_encoder import Prompt, TextEncoder, Tokenizer
 from engine.families.klein.transformer import Transformer, TransformerShape
@@ -199,17 +200,8 @@ def ours(
     """
     variant = replace(giant.variant, kv=kv)
     tokenizer = FixedTokenizer(variant.text_length, giant.encoder["vocab_size"])
-    return Klein(
-        variant,
-        nets.transformer,
-        nets.autoencoder,
-        nets.text_encoder,
-        tokenizer,
-        placement,
-        "random",
-        TensorCache(remember),
-        compile_options=options,
-    )
+    networks = Networks(nets.transformer, nets.autoencoder, nets.text_encoder, fingerprint="random", placement="")
+    return Klein(variant, networks, tokenizer, placement, TensorCache(remember), compile_options=options)
 
 
 def diffusers(nets: Nets, giant: Giant, placement: Device, *, kv: bool = False, beside: Any = None) -> Any:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from engine.diffusion.canvas import to_rgb8
+from engine.families.klein.conditioning import Conditioning
 from engine.families.klein.sample_inputs import SampleInputs
 from engine.nn import bands
 from tests.bench.techniques import milliseconds
@@ -27,8 +28,9 @@ def measure(bench: "Bench") -> dict[str, Any]:
                 "encode": lambda image=image, mode=mode: runner.encode(image, mode),
             }
             for count in (0, 1):
-                step = example.step(count * side * side)
-                named[f"step, {count} references"] = partial(runner.velocity, (0, 0, ()), *step, mode)
+                x, text, mods, rope, references, _ = example.step(count * side * side)
+                inputs = Conditioning((0, 0), text, rope, (), references)  # of no size that is captured
+                named[f"step, {count} references"] = partial(runner.velocity, x, mods, inputs, mode)
             for name, part in named.items():
                 found[f"{name}, {mode}, {16 * side}"] = taken(bench, part)
     ids = torch.zeros(1, bench.giant.variant.text_length, dtype=torch.long)

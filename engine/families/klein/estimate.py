@@ -56,16 +56,21 @@ class Estimator:
     """Estimates the seconds of one model's images on this machine."""
 
     def __init__(
-        self, variant: Variant, shape: TransformerShape, autoencoder: Autoencoder, encoder: TextEncoder
+        self,
+        variant: Variant,
+        shape: TransformerShape,
+        autoencoder: Autoencoder,
+        encoder: TextEncoder,
+        trial: float = 0.0,
     ) -> None:
+        """trial: operations a second of a trial product, 0 without one."""
         self._variant, self._shape = variant, shape
         # Counted once: walking through the modules takes milliseconds, which every image would wait for.
         self._down, self._down_rest = _by_level(autoencoder.encoder, autoencoder.encoder.down)
         self._up, self._up_rest = _by_level(autoencoder.decoder, autoencoder.decoder.up)
         self._upsamplers = tuple(_convolutions(_upsampler(level)) for level in autoencoder.decoder.up)
         self._prompt = 2.0 * variant.text_length * _matrices(encoder)
-        self.trial = 0.0
-        """Operations a second of the trial product, 0 where there was none."""
+        self.trial = trial
         self._speeds: dict[str, float] = {}
 
     def image(

@@ -1,8 +1,8 @@
 """Run one loaded klein model from a job to an image."""
 
 import math
-from collections.abc import Callable, Generator, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Generator, Iterator
+from dataclasses import replace
 from typing import get_args
 
 import torch
@@ -32,38 +32,24 @@ from engine.diffusion.schedule import sigmas
 from engine.diffusion.tokens import grid_positions, pack, reference_positions, text_positions, unpack, unpatchify
 from engine.families.klein.checkpoint import Checkpoint
 from engine.families.klein.compiler import CompileOptions
+from engine.families.klein.conditioning import Conditioning, TokenSize
 from engine.families.klein.estimate import Estimator, trial_speed
 from engine.families.klein.footprint import activation_memory, device_bytes, does_not_fit, memory_info
 from engine.families.klein.job_inputs import Reference, canvas_of, fit_images, read_settings
-from engine.families.klein.loader import LoadOptions, load
+from engine.families.klein.loader import LoadOptions, Networks, load
 from engine.families.klein.reading import read_prompt
 from engine.families.klein.runner import Runner
 from engine.families.klein.stage_clock import StageClock
-from engine.families.klein.text_encoder import TextEncoder, Tokenizer
-from engine.families.klein.transformer import KVPair, Modulations, Transformer
+from engine.families.klein.text_encoder import Tokenizer
+from engine.families.klein.transformer import KVPair, Modulations
 from engine.families.klein.variants import Variant
 from engine.memory.cache import LruCache, TensorCache
 from engine.memory.device import Device
 from engine.memory.plan import ActivationMemory
-from engine.nn.autoencoder import Autoencoder
 from engine.nn.ops import Rope
 
 SEEDS = 4096
 """Number of jobs whose mode is remembered, to warn when the same seed is computed in the other mode."""
-
-
-@dataclass(frozen=True, slots=True)
-class Conditioning:
-    """The inputs of every step besides the canvas.
-
-    References are tokens that take part in the steps, or keys and values.
-    """
-
-    text: Tensor
-    rope: Rope
-    sizes: tuple[tuple[int, int], ...] = ()
-    references: Tensor | None = None
-    reference_kv: Sequence[KVPair] | None = None
 
 
 class Klein:
@@ -72,40 +58,31 @@ class Klein:
     def __init__(
         self,
         variant: Variant,
-        transformer: Transformer,
-        autoencoder: Autoencoder,
-        text_encoder: TextEncoder,
+        networks: Networks,
         tokenizer: Tokenizer,
         device: Device,
-        fingerprint: str = "",
         cache: TensorCache | None = None,
-        placement_summary: str = "",
+        *,
         limit: int | None = None,
         compile_options: CompileOptions | None = None,
-        warnings: tuple[str, ...] = (),
+        modes: LruCache[Mode] | None = None,
     ) -> None:
-        """Take the parts of a loaded model.
+        """Take a loaded model.
 
-        placement_summary: where its weights are, as text. limit: bytes of the device it may use in total.
-        warnings: added to every result, such as the parts of a LoRA that are not applied.
+        limit: bytes of the device it may use in total. modes: the mode of the latest images, by what was asked for.
         """
-        self.variant = variant
-        self.placement_summary = placement_summary
-        self.limit = limit
-        self._warnings = warnings
-        self.transformer = transformer
-        self.autoencoder = autoencoder
-        self.text_encoder = text_encoder
-        self.tokenizer = tokenizer
-        self.device = device
-        self.fingerprint = fingerprint
+        self.variant, self.tokenizer, self.device, self.limit = variant, tokenizer, device, limit
+        self.transformer, self.autoencoder = networks.transformer, networks.autoencoder
+        self.text_encoder = networks.text_encoder
+        self.fingerprint, self.placement_summary = networks.fingerprint, networks.placement
+        self._warnings = networks.warnings
         self.cache = cache if cache is not None else TensorCache(0)
-        self.runner = Runner(variant, transformer, autoencoder, text_encoder, device, compile_options)
-        self.estimator = Estimator(variant, transformer.shape, autoencoder, text_encoder)
+        self.runner = Runner(variant, networks, device, compile_options)
+        shapes = (self.transformer.shape, self.autoencoder, self.text_encoder)
+        self.estimator = Estimator(variant, *shapes, self._trial_speed())
         self._ropes: LruCache[Rope] = LruCache(16)
         self._modulation_cache: LruCache[Modulations] = LruCache(256)
-        self.modes: LruCache[Mode] = LruCache(SEEDS)
-        """The mode of the latest images, by what was asked for."""
+        self._modes = LruCache(SEEDS) if modes is None else modes
         self._preview_map: PreviewMap | None = None
 
     @classmethod
@@ -116,36 +93,27 @@ class Klein:
         cache: TensorCache | None = None,
         options: LoadOptions | None = None,
         compile_options: CompileOptions | None = None,
+        modes: LruCache[Mode] | None = None,
     ) -> Generator[Loading, None, "Klein"]:
         """Load a model onto the device and report progress.
 
         The generator's return value is the model.
         Raises BadWeights, or OutOfMemory before much is read.
         """
-        yield Loading(checkpoint.variant.name, 0.0)
+        variant, options = checkpoint.variant, options or LoadOptions()
+        yield Loading(variant.name, 0.0)
         # This comes first because it is small: its errors are raised before gigabytes are read.
-        tokenizer = Tokenizer(checkpoint.tokenizer, checkpoint.variant.text_length)
-        options = options or LoadOptions()
+        tokenizer = Tokenizer(checkpoint.tokenizer, variant.text_length)
         networks = yield from load(checkpoint, device, options)
-        klein = cls(
-            checkpoint.variant,
-            networks.transformer,
-            networks.autoencoder,
-            networks.text_encoder,
-            tokenizer,
-            device,
-            networks.fingerprint,
-            cache,
-            networks.placement,
-            options.limit,
-            compile_options,
-            networks.warnings,
-        )
-        klein.runner.banded = networks.banded
-        with torch.no_grad():
-            rows = (checkpoint.variant.native_size // checkpoint.variant.pixels_per_token) ** 2
-            klein.estimator.trial = trial_speed(networks.transformer, device, rows)
-        return klein
+        return cls(
+            variant, networks, tokenizer, device, cache,
+            limit=options.limit, compile_options=compile_options, modes=modes,
+        )  # fmt: skip
+
+    @torch.no_grad()
+    def _trial_speed(self) -> float:
+        rows = (self.variant.native_size // self.variant.pixels_per_token) ** 2
+        return trial_speed(self.transformer, self.device, rows)
 
     @property
     def weight_bytes(self) -> int:
@@ -211,18 +179,18 @@ class Klein:
         if references:
             yield progress("references", 0.0)
             with clock("references"):
-                condition, hit = self._condition(text, rows, columns, references, mode)
+                condition, hit = self._condition(canvas.tokens, text, references, mode)
             reference_use = "hit" if hit else "miss"
             estimate.spared |= {"references"} if hit else set()
         else:
-            condition = Conditioning(text, self._rope(rows, columns, ()))
+            condition = Conditioning(canvas.tokens, text, self._rope(canvas.tokens))
 
         # 3. Go from noise to latent, one Euler step at a time.
         x = drawn[0].to(self.device.device)
         yield progress("denoise", 0.0)
-        velocity = self._velocity(rows, columns, condition, mode)
+        velocity = self._velocity(condition, mode)
         if no_text is not None:
-            unconditional = self._velocity(rows, columns, replace(condition, text=no_text), mode)
+            unconditional = self._velocity(replace(condition, text=no_text), mode)
             velocity = guided(velocity, unconditional, guidance)
         levels = sigmas(steps, rows * columns)
         partial_steps = spread_steps(steps, job.partials)
@@ -322,12 +290,12 @@ class Klein:
         elif job.mode == "compiled" and mode == "eager":
             warnings.append(f"computed eagerly, not by compiled kernels as asked for: {self.runner.summary()}")
         key = (self.fingerprint, job.prompt, job.seed, job.size, job.steps, job.guidance, len(job.references))
-        before = self.modes.get(key)
+        before = self._modes.get(key)
         if before not in (None, mode):
             warnings.append(
                 f"computed by {mode} kernels, the same seed before by {before} ones: the images differ by rounding"
             )
-        self.modes.insert(key, mode)
+        self._modes.insert(key, mode)
         return mode
 
     def _preview(self, latent: Tensor, canvas: Canvas) -> Rgb8:
@@ -410,15 +378,15 @@ class Klein:
         return pack(noise).to(self.device.dtype)
 
     def _condition(
-        self, text: Tensor, rows: int, columns: int, references: list[Reference], mode: Mode
+        self, canvas: TokenSize, text: Tensor, references: list[Reference], mode: Mode
     ) -> tuple[Conditioning, bool]:
         """Return the step inputs, and whether all references were in the cache."""
         if self.variant.kv:
             pairs, hit = self._reference_kv(references, mode)
-            return Conditioning(text, self._rope(rows, columns, ()), reference_kv=pairs), hit
+            return Conditioning(canvas, text, self._rope(canvas), reference_kv=pairs), hit
         sizes = tuple(reference.tokens for reference in references)
         tokens, hit = self._reference_tokens(references, mode)
-        return Conditioning(text, self._rope(rows, columns, sizes), sizes, tokens), hit
+        return Conditioning(canvas, text, self._rope(canvas, sizes), sizes, tokens), hit
 
     def _latents(self, reference: Reference, mode: Mode) -> tuple[Tensor, bool]:
         """Return a reference's latent tokens, [1, tokens, channels]."""
@@ -451,11 +419,8 @@ class Klein:
         flat, hit = self.cache.get_or_compute((self.fingerprint, "kv", mode, keys), prefill)
         return list(zip(flat[::2], flat[1::2], strict=True)), hit
 
-    def _velocity(self, rows: int, columns: int, condition: Conditioning, mode: Mode) -> VelocityParts:
-        key, read = (rows, columns, condition.sizes), condition
-        return lambda x, sigma: self.runner.velocity_in_parts(
-            key, x, read.text, self._modulations(sigma), read.rope, read.references, read.reference_kv, mode
-        )
+    def _velocity(self, inputs: Conditioning, mode: Mode) -> VelocityParts:
+        return lambda x, sigma: self.runner.velocity_in_parts(x, self._modulations(sigma), inputs, mode)
 
     def _modulations(self, sigma: float) -> Modulations:
         return self._modulation_cache.get_or_compute(sigma, lambda: self._compute_modulations(sigma))
@@ -465,15 +430,14 @@ class Klein:
         thousandths = torch.tensor([1000.0 * sigma]).to(self.device.dtype)
         return self.transformer.modulations((thousandths / 1000).to(self.device.device))
 
-    def _rope(self, rows: int, columns: int, references: tuple[tuple[int, int], ...]) -> Rope:
-        key = (rows, columns, references)
-        return self._ropes.get_or_compute(key, lambda: self._compute_rope(rows, columns, references))
+    def _rope(self, canvas: TokenSize, references: tuple[TokenSize, ...] = ()) -> Rope:
+        return self._ropes.get_or_compute((canvas, references), lambda: self._compute_rope(canvas, references))
 
-    def _compute_rope(self, rows: int, columns: int, references: tuple[tuple[int, int], ...]) -> Rope:
-        text, canvas = text_positions(self.variant.text_length), grid_positions(rows, columns)
-        return self.transformer.rope(torch.cat([text, canvas, *reference_positions(references)]))
+    def _compute_rope(self, canvas: TokenSize, references: tuple[TokenSize, ...]) -> Rope:
+        text = text_positions(self.variant.text_length)
+        return self.transformer.rope(torch.cat([text, grid_positions(*canvas), *reference_positions(references)]))
 
-    def _reference_rope(self, references: tuple[tuple[int, int], ...]) -> Rope:
+    def _reference_rope(self, references: tuple[TokenSize, ...]) -> Rope:
         return self.transformer.rope(torch.cat(reference_positions(references)))
 
 

@@ -8,7 +8,7 @@ Graphs replay the same kernels on the same shapes: they change the time, not a b
 import logging
 import time
 import weakref
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -29,27 +29,23 @@ from engine.families.klein.compiler import (
     no_recompiles,
     obstacle,
 )
+from engine.families.klein.conditioning import Conditioning, StepKey
+from engine.families.klein.loader import Networks
 from engine.families.klein.sample_inputs import SampleInputs, attention_inputs, heads
-from engine.families.klein.text_encoder import TextEncoder
 from engine.families.klein.traces import SavedTraces, structure
-from engine.families.klein.transformer import BlockFunctions, KVPair, Modulations, Transformer
+from engine.families.klein.transformer import BlockFunctions, Modulations
 from engine.families.klein.variants import Variant
 from engine.memory.cache import LruCache
 from engine.memory.device import Device, DeviceGraph, graph_pool
 from engine.memory.offload import OffloadedModule, drop_weights
 from engine.nn import bands, ops
 from engine.nn.attention import Choice, quickest
-from engine.nn.autoencoder import Autoencoder
 from engine.nn.ops import Rope
 
 log = logging.getLogger(__name__)
 
 MAX_GRAPHS = 4
 """Number of shapes with a CUDA graph of a step. They share one pool, as large as the largest needs."""
-
-StepKey = tuple[int, int, tuple[tuple[int, int], ...]]
-"""Rows and columns of the canvas in tokens, and those of each reference that takes part in the steps."""
-
 
 _choices: dict[tuple[object, ...], Choice] = {}
 """Back ends of attention that were tried, by device, shape and the trial."""
@@ -64,16 +60,15 @@ class Runner:
     def __init__(
         self,
         variant: Variant,
-        transformer: Transformer,
-        autoencoder: Autoencoder,
-        text_encoder: TextEncoder,
+        networks: Networks,
         device: Device,
         options: CompileOptions | None = None,
     ) -> None:
         self.variant, self.device, self.options = variant, device, options or CompileOptions()
-        self.transformer, self.autoencoder, self.text_encoder = transformer, autoencoder, text_encoder
+        self.transformer, self.autoencoder = networks.transformer, networks.autoencoder
+        self.text_encoder = networks.text_encoder
         self.eager_reason = obstacle(device, self.options)
-        self.banded = False
+        self.banded = networks.banded
         """Whether images are decoded in bands, as a tight memory plan asks for."""
         self.seconds: dict[str, float] = {}
         """Time that each part of tuning took."""
@@ -156,51 +151,33 @@ class Runner:
         with no_recompiles():
             return compiled.decode(latent)
 
-    def velocity(
-        self,
-        key: StepKey,
-        x: Tensor,
-        text: Tensor,
-        mods: Modulations,
-        rope: Rope,
-        references: Tensor | None,
-        reference_kv: Sequence[KVPair] | None,
-        mode: Mode,
-    ) -> Tensor:
-        """Return the velocity of the canvas x.
-
-        The arguments are those of Transformer.forward.
-        """
+    def velocity(self, x: Tensor, mods: Modulations, inputs: Conditioning, mode: Mode) -> Tensor:
+        """Return the velocity of the canvas x."""
         compiled = self._compiled if mode == "compiled" else None
+        step = (x, inputs.text, mods, inputs.rope, inputs.references)
         if compiled is None:
-            return self.transformer(x, text, mods, rope, references, reference_kv)
-        if reference_kv is None and self._captures:
+            return self.transformer(*step, inputs.reference_kv)
+        if inputs.reference_kv is None and self._captures:
             # A shape that is replayed is in use, too: else newer ones would push it out, and captures go round.
-            self._used.get_or_compute(key, lambda: key)
-            if graph := self._step_graphs.get(key):
-                return graph(_tensors((x, text, mods, rope, references)))
+            self._used.get_or_compute(inputs.key, lambda: inputs.key)
+            if graph := self._step_graphs.get(inputs.key):
+                return graph(_tensors(step))
         with no_recompiles():
-            return self.transformer(x, text, mods, rope, references, reference_kv, compiled.blocks)
+            return self.transformer(*step, inputs.reference_kv, compiled.blocks)
 
-    def velocity_in_parts(
-        self,
-        key: StepKey,
-        x: Tensor,
-        text: Tensor,
-        mods: Modulations,
-        rope: Rope,
-        references: Tensor | None,
-        reference_kv: Sequence[KVPair] | None,
-        mode: Mode,
-    ) -> Parts[Tensor]:
+    def velocity_in_parts(self, x: Tensor, mods: Modulations, inputs: Conditioning, mode: Mode) -> Parts[Tensor]:
         """Return the velocity like `velocity`, yielding between blocks the share done.
 
         Only a CPU computes while it is called; and a mode of compiled code must not stay set during a pause.
         """
         self._thread.extend_pause()
         if not self.device.is_cpu or mode == "compiled":
-            return self.velocity(key, x, text, mods, rope, references, reference_kv, mode)
-        return (yield from self.transformer.in_parts(x, text, mods, rope, references, reference_kv))
+            return self.velocity(x, mods, inputs, mode)
+        return (
+            yield from self.transformer.in_parts(
+                x, inputs.text, mods, inputs.rope, inputs.references, inputs.reference_kv
+            )
+        )
 
     @contextmanager
     def job(self) -> Iterator[None]:
@@ -421,7 +398,7 @@ class Runner:
         return self._capture(self._read, self._embed(ids), torch.ones_like(ids))
 
     def _capture_step(self, key: StepKey, blocks: BlockFunctions) -> DeviceGraph:
-        rows, columns, references = key
+        (rows, columns), references = key
         example = SampleInputs(self.transformer, self.device, self.variant.text_length, rows, columns)
 
         def step(x: Tensor, text: Tensor, mods: Modulations, rope: Rope, references: Tensor | None) -> Tensor:
