@@ -3,11 +3,12 @@
 import gc
 import time
 from collections.abc import Generator, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
+from engine.auto import AutoChoice, does_not_load
 from engine.contract import (
     BadWeights,
     DeviceLost,
@@ -31,7 +32,7 @@ from engine.families.klein.compiler import CompileOptions, cache_folder, obstacl
 from engine.families.klein.footprint import memory_info
 from engine.families.klein.loader import LoadOptions, prepare
 from engine.families.klein.pipeline import SEEDS, Klein
-from engine.families.klein.variants import EMBEDDED, VARIANTS, best
+from engine.families.klein.variants import EMBEDDED, VARIANTS
 from engine.memory.cache import LruCache, TensorCache, budgets
 from engine.memory.device import Device
 from engine.memory.offload import ring_bytes
@@ -62,12 +63,10 @@ class Engine:
         """Whether steps carry a preview. May be set while a job runs."""
         self._klein: Klein | None = None
         self._modes: LruCache[Mode] = LruCache(SEEDS)  # of every model since the start: one may be loaded again
-        self._name = self._chosen = ""
-        self._auto: tuple[dict[str, tuple[Path, ...]], str] | None = None  # installed models, and the best of them
-        self._unusable: dict[str, _Failure] = {}  # models that auto chose and could not load
+        self._name = ""
+        self.auto = AutoChoice(self.registry.installed_models, self._obstacle)
         self._damaged: dict[Path, FileState] = {}  # transformers that did not load, with all files as they were then
         self._tried = FileState.of(())  # the files that were loaded last, or failed to
-        self._obstacles: dict[str, str] = {}  # why auto passed over a model when it last chose
         if config.threads:
             torch.set_num_threads(config.threads)
 
@@ -154,23 +153,18 @@ class Engine:
     def _load(self, model: str) -> Generator[Loading, None, tuple[Klein, float]]:
         if model != "auto":
             return (yield from self._load_named(model))
-        passing: list[str] = []  # models whose failure may be over the next time, such as memory that is short now
         try:
             while True:
-                name = self._choice()
+                name = self.auto.name(self._name)
                 try:
                     return (yield from self._load_named(name))
                 except (BadWeights, OutOfMemory) as exc:
                     # Some faults appear only while loading, such as values that are not finite. The next best is used.
                     if name == EMBEDDED:
                         raise
-                    self._unusable[name] = _Failure(_does_not_load(exc), self._paths().get(name), self._tried)
-                    if isinstance(exc, OutOfMemory) or not self._tried.paths:
-                        passing.append(name)
-                    self._auto, self._chosen = None, ""
+                    self.auto.failed(name, exc, self._tried)
         finally:
-            for name in passing:
-                self._unusable.pop(name, None)
+            self.auto.forget_temporary()
 
     def _load_named(self, name: str) -> Generator[Loading, None, tuple[Klein, float]]:
         """Load a model from the first of its files that loads."""
@@ -190,7 +184,7 @@ class Engine:
                 self._damaged[checkpoint.transformer] = self._tried
 
     def _resolve(self, name: str, variant: str | None) -> Checkpoint:
-        """Return a model's files, last those that did not load before."""
+        """Return the files of a model, those last that failed before."""
         self._damaged = {path: files for path, files in self._damaged.items() if files.are_unchanged()}
         return self.registry.resolve(name, variant, self.config.quant, self._is_resident, self._damaged)
 
@@ -213,7 +207,7 @@ class Engine:
             spill if config.spill_bytes is None else config.spill_bytes,
         )
         self._name = name
-        self._unusable.pop(name, None)
+        self.auto.has_loaded(name)
         self._damaged.pop(checkpoint.transformer, None)
         return self._klein, round(1000 * (time.perf_counter() - start), 1)
 
@@ -234,45 +228,13 @@ class Engine:
         found = tuple(lora.resolve_lora(text, self.registry.paths) for text in self.config.loras) if loras else ()
         return LoadOptions(self.config.quant, found, self.config.memory_limit)
 
-    def _choice(self) -> str:
-        # The choice of auto stays while that model is loaded: the memory it fills itself must not count against it.
-        if not self._chosen or self._chosen != self._name:
-            self._chosen = self.best()
-        return self._chosen
-
-    def best(self) -> str:
-        """Return the best installed model whose transformer stays on the device.
-
-        Without one, return the embedded model.
-        """
-        installed = self._paths()
-        if self._klein is None or self._auto is None or self._auto[0] != installed:
-            # Other files of a model, or the same ones replaced, are tried again.
-            for name, failure in list(self._unusable.items()):
-                if failure.paths != installed.get(name) or not failure.files.are_unchanged():
-                    del self._unusable[name]
-            usable = [name for name in VARIANTS if name in installed and name not in self._unusable]
-            self._obstacles = {name: failure.reason for name, failure in self._unusable.items()}
-            self._auto = installed, best(usable, self._holds) or EMBEDDED
-        return self._auto[1]
-
-    def _paths(self) -> dict[str, tuple[Path, ...]]:
-        """Return the paths of each installed variant."""
-        found: dict[str, tuple[Path, ...]] = {}
-        for model in self.registry.installed_models():
-            found[model.name] = (*found.get(model.name, ()), model.path)
-        return found
-
-    def _holds(self, name: str) -> bool:
-        """Return whether a model, by name, can be resident on the device."""
+    def _obstacle(self, name: str) -> str:
+        """Return why a model, by name, cannot be resident, or ""."""
         try:
-            held = self._fits(self._resolve(name, None))
+            fits = self._fits(self._resolve(name, None))
         except EngineError as exc:
-            self._obstacles[name] = _does_not_load(exc)
-            return False
-        if not held:
-            self._obstacles[name] = "does not fit into the memory that is free"
-        return held
+            return does_not_load(exc)
+        return "" if fits else "does not fit into the memory that is free"
 
     def _is_resident(self, checkpoint: Checkpoint) -> bool:
         """Return whether a model loads and its transformer stays on the device."""
@@ -329,7 +291,7 @@ class Engine:
             mode=klein.runner.mode if klein else "eager",
             tuning=klein.runner.summary() if klein else "",
             models=tuple(
-                KnownModel(name, row.licence, str(installed[name]), self._obstacles.get(name, ""))
+                KnownModel(name, row.licence, str(installed[name]), self.auto.obstacles.get(name, ""))
                 if name in installed
                 else KnownModel(name, row.licence, None)
                 for name, row in VARIANTS.items()
@@ -359,22 +321,6 @@ class Engine:
 
 _OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 """Messages of Metal, Linux and Windows, for which torch has no exception class."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Failure:
-    """A model's failure to load.
-
-    paths: where it was installed. files: as they were then.
-    """
-
-    reason: str
-    paths: tuple[Path, ...] | None
-    files: FileState
-
-
-def _does_not_load(exc: EngineError) -> str:
-    return f"does not load: {exc.message} {exc.hint}".strip()
 
 
 def _is_out_of_memory(exc: RuntimeError | MemoryError) -> bool:

@@ -3,19 +3,23 @@
 Its figures are those of the real models, counted on the meta device.
 """
 
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import lru_cache
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from engine.contract import Fix, OutOfMemory
+from engine.auto import AutoChoice
+from engine.contract import BadWeights, Fix, OutOfMemory
+from engine.families.klein.checkpoint import FileState
 from engine.families.klein.footprint import activation_memory, smaller_models
 from engine.families.klein.text_encoder import TextEncoder
 from engine.families.klein.transformer import Transformer, TransformerShape
-from engine.families.klein.variants import VARIANTS, best
+from engine.families.klein.variants import VARIANTS
 from engine.memory import device as device_module
 from engine.memory.device import Device
 from engine.memory.plan import (
@@ -29,6 +33,7 @@ from engine.memory.plan import (
     working,
 )
 from engine.nn.autoencoder import Autoencoder, AutoencoderShape
+from engine.registry import InstalledModel
 from tests.engine.peak import Peak
 
 GB = 10**9
@@ -214,11 +219,35 @@ def test_integrated_gpu_holds_all_or_nothing() -> None:
 
 
 def test_auto_takes_the_best_fit_and_never_a_base_model() -> None:
-    everything = list(VARIANTS)
-    assert best(everything, lambda name: True) == "klein-9b-kv"
-    assert best(everything, lambda name: "9b" not in name) == "klein-4b"
-    assert best(everything, lambda name: False) is None
-    assert best(["nano", "klein-base-4b"], lambda name: True) is None
+    def chosen(installed: Iterable[str], fits: Callable[[str], bool]) -> str:
+        models = [InstalledModel(name, Path(name), "") for name in installed]
+        return AutoChoice(lambda: models, lambda name: "" if fits(name) else "too large").name(loaded="")
+
+    assert chosen(VARIANTS, lambda name: True) == "klein-9b-kv"
+    assert chosen(VARIANTS, lambda name: "9b" not in name) == "klein-4b"
+    assert chosen(VARIANTS, lambda name: False) == "nano"
+    assert chosen(["nano", "klein-base-4b"], lambda name: True) == "nano"
+
+
+def test_auto_says_why_it_passed_over_a_model() -> None:
+    models = [InstalledModel(name, Path(name), "") for name in VARIANTS]
+    auto = AutoChoice(lambda: models, lambda name: "" if name == "klein-4b" else "too large")
+    assert auto.name(loaded="") == "klein-4b"
+    assert auto.obstacles == {"klein-9b-kv": "too large", "klein-9b": "too large"}
+    auto.failed("klein-4b", BadWeights("It is damaged."), FileState.of((Path("klein-4b"),)))
+    assert auto.name(loaded="") == "nano"
+    assert auto.obstacles["klein-4b"] == "does not load: It is damaged."
+    auto.has_loaded("klein-4b")
+    assert auto.name(loaded="") == "klein-4b"
+
+
+def test_auto_keeps_its_choice_while_that_model_is_loaded() -> None:
+    models, obstacles = [InstalledModel("klein-4b", Path("klein-4b"), "")], {"klein-4b": ""}
+    auto = AutoChoice(lambda: models, obstacles.__getitem__)
+    assert auto.name(loaded="") == "klein-4b"
+    obstacles["klein-4b"] = "fills the memory itself"
+    assert auto.name(loaded="klein-4b") == "klein-4b"
+    assert auto.name(loaded="") == "nano"
 
 
 @pytest.fixture

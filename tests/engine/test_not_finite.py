@@ -56,7 +56,7 @@ def test_auto_takes_the_next_model_where_the_best_does_not_load(
     broken["img_in.weight"][0, 0] = float("nan")
     published.write(broken, home / "flux-2-klein-4b.safetensors")
     engine = Engine(EngineConfig(models=(home,), device="cpu", dtype="float32"))
-    assert engine.best() == "klein-4b"
+    assert engine.auto.name(loaded="") == "klein-4b"
     *_, result = engine.run(Job("x", size=Exact(64, 64), steps=1))
     assert result.model == "nano"  # type: ignore
     obstacles = {model.name: model.obstacle for model in engine.status().models if model.obstacle}
@@ -64,7 +64,7 @@ def test_auto_takes_the_next_model_where_the_best_does_not_load(
     assert re.match("does not load: .*img_in.weight has numbers that are not finite", obstacles["klein-4b"])
 
 
-def test_another_file_of_a_model_is_taken_where_one_does_not_load(
+def test_another_file_of_a_model_is_taken_where_one_is_damaged(
     bfl: dict[str, Tensor], folder: Path, tmp_path: Path
 ) -> None:
     home = tmp_path / "models"

@@ -353,11 +353,13 @@ def test_auto_picks_the_best_model_with_a_resident_transformer(
     enough = loader.prepare(small, PLACEMENT, LoadOptions()).needs
     for free, chosen in ((10**9, "klein-9b"), (enough.rest + sum(enough.blocks) + 10**5, "klein-9b"), (MB, "nano")):
         cramped["free"] = free
-        assert Engine(EngineConfig(device="cpu", dtype="float32", models=(tmp_path,))).best() == chosen, free
+        assert Engine(EngineConfig(device="cpu", dtype="float32", models=(tmp_path,))).auto.name(loaded="") == chosen, (
+            free
+        )
     shutil.rmtree(tmp_path / "klein-9b" / "vae")
     cramped["free"] = 10**9
     engine = Engine(EngineConfig(device="cpu", dtype="float32", models=(tmp_path,)))
-    assert engine.best() == "klein-4b"
+    assert engine.auto.name(loaded="") == "klein-4b"
     obstacles = {model.name: model.obstacle for model in engine.status().models if model.obstacle}
     assert obstacles.keys() == {"klein-9b"}
     assert "has no vae folder" in obstacles["klein-9b"]

@@ -22,7 +22,7 @@ Found = TypeVar("Found")
 
 
 def read_regular(file: Path) -> bytes:
-    """Read a small file. Raises OSError for a pipe, which would wait."""
+    """Read a small file. Raises OSError, also for a pipe."""
     if not stat.S_ISREG(file.stat().st_mode):
         raise OSError(errno.EINVAL, "it is no regular file", str(file))
     return file.read_bytes()

@@ -1,6 +1,6 @@
 """VARIANTS: one row per model, with all that differs between them."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 APACHE = "Apache-2.0"
@@ -172,9 +172,3 @@ AUTO_ORDER = ("klein-9b-kv", "klein-9b", "klein-4b")
 
 SMALL_DECODER = File(_REPO + "small-decoder", "full_encoder_small_decoder.safetensors")
 """A distilled autoencoder for every klein: 1.4 times as fast and small as the full one. Apache-2.0."""
-
-
-def best(installed: Iterable[str], fits: Callable[[str], bool]) -> str | None:
-    """Return the best installed variant that fits, or None."""
-    there = set(installed)
-    return next((name for name in AUTO_ORDER if name in there and fits(name)), None)

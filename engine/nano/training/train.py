@@ -323,7 +323,7 @@ def _one_step(trainer: Trainer, loader: DataLoader, log: Log, done: float, held:
 
 
 def _next(loader: DataLoader, done: float, log: Log) -> RawBatch:
-    """Return a batch, drawn in this process from now on where workers fail."""
+    """Return a batch, drawn in this process once workers fail."""
     try:
         return loader.next(done)
     except (queue.Empty, OSError) as error:
