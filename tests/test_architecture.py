@@ -230,7 +230,7 @@ WORDED = [
 RIDDLE = re.compile(r"(What|Whoever|Where|How|Of|As)\b")
 GONE = re.compile(
     r"(?<![A-Za-z])(?i:shel(?:f|ves)|strangers?|couriers?|conveyors?|fores(?:ee|aw)\w*|told|said|lives)(?![a-z])"
-    r"|\bKept\b|\bkept\.py\b|(?i:under the brush)"
+    r"|\bKept\b|\bkept\.py\b|(?i:under the brush)|[._](?:asleep|awake)\b"
 )
 LONGEST_SUMMARY = 12
 """Words in the first line of a docstring, and in the name of a test."""

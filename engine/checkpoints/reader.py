@@ -85,11 +85,11 @@ class TensorReader:
                 (host_memory((_STAGING,), torch.uint8, self._device), None) for _ in range(buffers)
             ]
         buffer, copied = self._staging_buffers.pop(0)
-        self._copies.settle(copied)
+        self._copies.synchronize(copied)
         self._fill(file, offset, buffer[:count])
         # Without an event that tells when a copy has arrived, wait for it: Metal too would copy behind our back.
         target.copy_(buffer[:count].view(dtype), non_blocking=has_own_memory(self._device))
-        self._staging_buffers.append((buffer, self._copies.mark()))
+        self._staging_buffers.append((buffer, self._copies.record_event()))
 
     def _fill(self, file: Path, offset: int, target: Tensor) -> None:
         stream = self._open.get(file)

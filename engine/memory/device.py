@@ -264,11 +264,11 @@ class CopyStream:
         self._device = device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
-    def mark(self) -> StreamEvent:
+    def record_event(self) -> StreamEvent:
         """Record an event on the compute stream."""
         return torch.cuda.current_stream(self._device).record_event() if self._stream is not None else None
 
-    def carry(self, target: torch.Tensor, source: torch.Tensor, after: StreamEvent) -> StreamEvent:
+    def copy_async(self, target: torch.Tensor, source: torch.Tensor, after: StreamEvent) -> StreamEvent:
         """Copy asynchronously after `after` and return the completion event."""
         if self._stream is None:
             target.copy_(source)
@@ -279,16 +279,16 @@ class CopyStream:
             target.copy_(source, non_blocking=True)
         return self._stream.record_event()
 
-    def wait(self, mark: StreamEvent) -> None:
-        """Make the compute stream wait for `mark`."""
-        if mark is not None:
-            torch.cuda.current_stream(self._device).wait_event(mark)
+    def wait_event(self, event: StreamEvent) -> None:
+        """Make the compute stream wait for `event`."""
+        if event is not None:
+            torch.cuda.current_stream(self._device).wait_event(event)
 
     @staticmethod
-    def settle(mark: StreamEvent) -> None:
-        """Block until `mark` is reached."""
-        if mark is not None:
-            mark.synchronize()
+    def synchronize(event: StreamEvent) -> None:
+        """Block until `event` is reached."""
+        if event is not None:
+            event.synchronize()
 
 
 def graph_pool() -> Any:

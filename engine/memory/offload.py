@@ -79,11 +79,11 @@ class OffloadRing:
         if slot is None:
             slot = next(slot for slot in self._slots if slot is not self._current)
             self._send(layer, slot)
-        self._copies.wait(slot.arrived)
+        self._copies.wait_event(slot.arrived)
         previous, self._current = self._current, slot
         if previous is not None and previous is not slot:
             # All computation with the previous layer has been issued by now.
-            previous.done = self._copies.mark()
+            previous.done = self._copies.record_event()
             if previous.layer is not None:
                 self._after[previous.layer] = layer
             following = self._after.get(layer)
@@ -94,11 +94,11 @@ class OffloadRing:
     def _send(self, layer: "OffloadedModule", slot: "_RingSlot") -> None:
         assert slot.memory is not None
         slot.layer, slot.tensors, at = layer, {}, 0
-        for name, asleep in layer.asleep.items():
-            there = slot.memory[at : at + asleep.nbytes].view(asleep.dtype).view(asleep.shape)
-            slot.arrived = self._copies.carry(there, asleep, slot.done)
-            slot.tensors[name] = there
-            at += aligned(asleep.nbytes)
+        for name, source in layer.offloaded.items():
+            target = slot.memory[at : at + source.nbytes].view(source.dtype).view(source.shape)
+            slot.arrived = self._copies.copy_async(target, source, slot.done)
+            slot.tensors[name] = target
+            at += aligned(source.nbytes)
 
 
 class _RingSlot:
@@ -123,14 +123,14 @@ class OffloadedModule(nn.Module):
         self.layer = layer
         # In a list, so that the ring is not registered as a part of the module.
         self._ring = [ring]
-        self.asleep: dict[str, Tensor] = {
+        self.offloaded: dict[str, Tensor] = {
             name: tensor.detach() for name, tensor in (*layer.named_parameters(), *layer.named_buffers())
         }
 
     @property
     def bytes(self) -> int:
         """Size of a slot for this layer."""
-        return sum(aligned(tensor.nbytes) for tensor in self.asleep.values())
+        return sum(aligned(tensor.nbytes) for tensor in self.offloaded.values())
 
     def forward(self, x: Tensor) -> Any:
         ring = self._ring[0]
@@ -178,7 +178,7 @@ def drop_weights(*networks: nn.Module) -> None:
     """
     for module in (module for network in networks for module in network.modules()):
         if isinstance(module, OffloadedModule):
-            module.asleep = {}
+            module.offloaded = {}
             module._ring[0].close()
         for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
             tensor.data = torch.empty(0, dtype=tensor.dtype, device=tensor.device)

@@ -110,12 +110,12 @@ class ActivationMemory:
     workspace: int = 0
     banded: int = 0
 
-    def on(self, room: MemoryInfo) -> int:
+    def on(self, memory: MemoryInfo) -> int:
         """Return the bytes on this device.
 
         On a GPU, convolutions also need a workspace.
         """
-        return self.bytes + (self.workspace if room.is_gpu else 0)
+        return self.bytes + (self.workspace if memory.is_gpu else 0)
 
     @property
     def least(self) -> int:
@@ -138,26 +138,26 @@ class PlacementPlan:
     """Placement of weights on the device and in host memory.
 
     blocks, encoder: number of first layers that stay on the device. The others are offloaded.
-    embedding_asleep: the table stays in host memory. peak: bytes on the device while an image is generated.
-    asleep: bytes in host memory. banded: images are decoded in bands.
+    embedding_on_cpu: the table stays in host memory. peak: bytes on the device while an image is generated.
+    offloaded_bytes: bytes in host memory. banded: images are decoded in bands.
     """
 
     blocks: int
     encoder: int
-    embedding_asleep: bool
+    embedding_on_cpu: bool
     peak: int
-    asleep: int
+    offloaded_bytes: int
     banded: bool = False
 
     def summary(self, needs: WeightSizes) -> str:
         """Describe the placement in words."""
         streamed = [
-            f"{what} {there} of {whole} layers"
-            for what, there, whole in (
+            f"{what} {resident} of {total} layers"
+            for what, resident, total in (
                 ("transformer", self.blocks, len(needs.blocks)),
                 ("text encoder", self.encoder, len(needs.encoder)),
             )
-            if there < whole
+            if resident < total
         ]
         where = f"on the device: {', '.join(streamed)}; the rest streams" if streamed else "all on the device"
         bands = "; decodes in bands" if self.banded else ""
@@ -195,7 +195,7 @@ def working(
 
 def plan(
     needs: WeightSizes,
-    room: MemoryInfo,
+    memory: MemoryInfo,
     work: ActivationMemory,
     alternatives: Sequence[tuple[Fix, WeightSizes]] = (),
     models: Sequence[tuple[str, WeightSizes]] = (),
@@ -207,117 +207,120 @@ def plan(
     first that fits. models: (name, needs) of other models, named if no alternative fits.
     Raises OutOfMemory.
     """
-    found = fits(needs, room, work)
+    found = fits(needs, memory, work)
     if found is not None:
         return found
-    least = _least(needs, room, work)
-    hint, fix = _nearest(needs, room, work, alternatives, models)
+    least = _minimum_bytes(needs, memory, work)
+    hint, fix = _nearest(needs, memory, work, alternatives, models)
     raise OutOfMemory(
-        f"{needs.name} needs {gb(least)} of the {room.device} for {work.side}×{work.side}; {_there(room)}",
+        f"{needs.name} needs {gb(least)} of the {memory.device} for {work.side}×{work.side}; {_describe_free(memory)}",
         hint=hint,
         fix=fix,
     )
 
 
-def fits(needs: WeightSizes, room: MemoryInfo, work: ActivationMemory) -> PlacementPlan | None:
+def fits(needs: WeightSizes, memory: MemoryInfo, work: ActivationMemory) -> PlacementPlan | None:
     """Return the fastest plan that fits, or None.
 
     Decoding in bands is slower than an encoder that streams, and faster than blocks that do.
     """
-    whole, in_bands = _fits(needs, room, work), work.in_bands()
+    whole, in_bands = _fits(needs, memory, work), work.in_bands()
     if in_bands is None or (whole is not None and whole.blocks == len(needs.blocks)):
         return whole
-    banded = _fits(needs, room, in_bands)
+    banded = _fits(needs, memory, in_bands)
     if banded is None or (whole is not None and banded.blocks < len(needs.blocks)):
         return whole
     return replace(banded, banded=True)
 
 
-def _fits(needs: WeightSizes, room: MemoryInfo, work: ActivationMemory) -> PlacementPlan | None:
-    fixed = needs.rest + work.on(room) + RESERVE
-    if room.host is None:
-        peak = needs.all + work.on(room) + RESERVE
-        return PlacementPlan(len(needs.blocks), len(needs.encoder), False, peak, 0) if peak <= room.usable else None
+def _fits(needs: WeightSizes, memory: MemoryInfo, work: ActivationMemory) -> PlacementPlan | None:
+    fixed = needs.rest + work.on(memory) + RESERVE
+    if memory.host is None:
+        peak = needs.all + work.on(memory) + RESERVE
+        return PlacementPlan(len(needs.blocks), len(needs.encoder), False, peak, 0) if peak <= memory.usable else None
     blocks, encoder = sum(needs.blocks), sum(needs.encoder)
     # The table is always offloaded: a prompt looks up 512 rows of 150,000.
-    if fixed + blocks + encoder <= room.usable:
-        return _if_awake(
-            PlacementPlan(len(needs.blocks), len(needs.encoder), True, fixed + blocks + encoder, needs.embedding), room
+    if fixed + blocks + encoder <= memory.usable:
+        return _if_host_fits(
+            PlacementPlan(len(needs.blocks), len(needs.encoder), True, fixed + blocks + encoder, needs.embedding),
+            memory,
         )
     ring = SLOTS * max((*needs.encoder, 0))
-    if fixed + blocks + ring <= room.usable:
-        return _if_awake(
-            PlacementPlan(len(needs.blocks), 0, True, fixed + blocks + ring, needs.embedding + encoder), room
+    if fixed + blocks + ring <= memory.usable:
+        return _if_host_fits(
+            PlacementPlan(len(needs.blocks), 0, True, fixed + blocks + ring, needs.embedding + encoder), memory
         )
     ring = SLOTS * max((*needs.encoder, *needs.blocks, 0))
-    staying = _staying(needs.blocks, room.usable - fixed - ring)
-    if staying is None:
+    resident = _resident_layers(needs.blocks, memory.usable - fixed - ring)
+    if resident is None:
         return None
-    there = sum(needs.blocks[:staying])
-    asleep = needs.embedding + encoder + blocks - there
-    return _if_awake(PlacementPlan(staying, 0, True, fixed + ring + there, asleep), room)
+    resident_bytes = sum(needs.blocks[:resident])
+    offloaded_bytes = needs.embedding + encoder + blocks - resident_bytes
+    return _if_host_fits(PlacementPlan(resident, 0, True, fixed + ring + resident_bytes, offloaded_bytes), memory)
 
 
-def _if_awake(found: PlacementPlan, room: MemoryInfo) -> PlacementPlan | None:
+def _if_host_fits(found: PlacementPlan, memory: MemoryInfo) -> PlacementPlan | None:
     """Return the plan if its offloaded weights fit into host memory."""
-    return found if room.host is not None and found.asleep <= room.host else None
+    return found if memory.host is not None and found.offloaded_bytes <= memory.host else None
 
 
-def _staying(layers: Sequence[int], room: int) -> int | None:
-    """Count the first layers that fit, None if `room` is negative."""
-    if room < 0:
+def _resident_layers(layers: Sequence[int], free: int) -> int | None:
+    """Count the first layers that fit, None if `free` is negative."""
+    if free < 0:
         return None
     for count, size in enumerate(layers):
-        room -= size
-        if room < 0:
+        free -= size
+        if free < 0:
             return count
     return len(layers)
 
 
-def _least(needs: WeightSizes, room: MemoryInfo, work: ActivationMemory) -> int:
+def _minimum_bytes(needs: WeightSizes, memory: MemoryInfo, work: ActivationMemory) -> int:
     """Return the least device memory any plan needs."""
     work = work.in_bands() or work
-    if room.host is None:
-        return needs.all + work.on(room) + RESERVE
-    return needs.rest + work.on(room) + RESERVE + SLOTS * max((*needs.encoder, *needs.blocks, 0))
+    if memory.host is None:
+        return needs.all + work.on(memory) + RESERVE
+    return needs.rest + work.on(memory) + RESERVE + SLOTS * max((*needs.encoder, *needs.blocks, 0))
 
 
-def _there(room: MemoryInfo) -> str:
+def _describe_free(memory: MemoryInfo) -> str:
     """Describe the free memory and the cause of its shortage.
 
     That is the user's own limit, or other programs that hold much of the device.
     """
-    if room.usable < room.free:
-        return f"the memory limit is {gb(room.limit or 0)}."
-    others = f" Other programs hold {gb(room.total - room.free)}." if _is_shared(room) else ""
-    return f"{gb(room.free)} of {gb(room.total)} are free.{others}"
+    if memory.usable < memory.free:
+        return f"the memory limit is {gb(memory.limit or 0)}."
+    others = f" Other programs hold {gb(memory.total - memory.free)}." if _is_shared(memory) else ""
+    return f"{gb(memory.free)} of {gb(memory.total)} are free.{others}"
 
 
-def _is_shared(room: MemoryInfo) -> bool:
-    return room.host is not None and room.total - room.free > room.total // 4
+def _is_shared(memory: MemoryInfo) -> bool:
+    return memory.host is not None and memory.total - memory.free > memory.total // 4
 
 
 def _nearest(
     needs: WeightSizes,
-    room: MemoryInfo,
+    memory: MemoryInfo,
     work: ActivationMemory,
     alternatives: Sequence[tuple[Fix, WeightSizes]],
     models: Sequence[tuple[str, WeightSizes]],
 ) -> tuple[str, Fix | None]:
     """Return a hint or fix for the nearest thing that would fit."""
-    if room.usable < room.free and fits(needs, replace(room, limit=None), work) is not None:
-        return "", Fix("set", "memory", effect=f"with {gb(_least(needs, room, work) + room.context)} it would fit")
-    if _is_shared(room) and fits(needs, replace(room, free=room.total), work) is not None:
+    if memory.usable < memory.free and fits(needs, replace(memory, limit=None), work) is not None:
+        return "", Fix(
+            "set", "memory", effect=f"with {gb(_minimum_bytes(needs, memory, work) + memory.context)} it would fit"
+        )
+    if _is_shared(memory) and fits(needs, replace(memory, free=memory.total), work) is not None:
         return "End the other program, or choose another device.", Fix("set", "device")
     for way, other in alternatives:
-        if (less := fits(other, room, work)) is not None:
+        if (less := fits(other, memory, work)) is not None:
             return "", replace(way, effect=f"it would fit, with {gb(less.peak)}")
-    if smaller := next((side for side in SIDES if side < work.side and fits(needs, room, work.at(side))), None):
+    if smaller := next((side for side in SIDES if side < work.side and fits(needs, memory, work.at(side))), None):
         return f"{smaller}×{smaller} would fit.", None
-    if room.host is not None and _least(needs, room, work) <= room.usable:
-        return f"Host memory is short: {gb(room.host)} are free for the layers that would be offloaded.", None
+    if memory.host is not None and _minimum_bytes(needs, memory, work) <= memory.usable:
+        return f"Host memory is short: {gb(memory.host)} are free for the layers that would be offloaded.", None
     for name, other in models:
-        if (less := fits(other, room, work)) is not None:
+        if (less := fits(other, memory, work)) is not None:
             return f"{name} would fit: it needs about {gb(less.peak)}.", None
     return "The embedded model (nano) fits anywhere.", None
 

@@ -122,7 +122,7 @@ def test_each_card_gets_its_plan(size: str, kind: str, gigabytes: float, stays: 
     wanted = needs(size, kind)
     found = plan(wanted, card(gigabytes), work(size))
     assert (found.blocks, found.encoder == len(wanted.encoder)) == stays
-    assert found.embedding_asleep
+    assert found.embedding_on_cpu
     assert found.peak <= min(most * GB, card(gigabytes).free)
 
 
@@ -141,7 +141,7 @@ def test_no_plan_exceeds_the_available_memory(gigabytes: int) -> None:
             except OutOfMemory:
                 continue
             assert found.peak <= card(gigabytes).free
-            assert found.asleep <= card(gigabytes).host  # type: ignore[operator]
+            assert found.offloaded_bytes <= card(gigabytes).host  # type: ignore[operator]
 
 
 def test_more_memory_never_offloads_more() -> None:
@@ -213,7 +213,11 @@ def test_integrated_gpu_holds_all_or_nothing() -> None:
     four, image = needs("4b"), work()
     spark = MemoryInfo("GPU", 17 * GB, 128 * GB, integrated=True)
     found = plan(four, spark, image)
-    assert (found.blocks, found.asleep, found.peak) == (80, 0, four.all + image.bytes + image.workspace + RESERVE)
+    assert (found.blocks, found.offloaded_bytes, found.peak) == (
+        80,
+        0,
+        four.all + image.bytes + image.workspace + RESERVE,
+    )
     with pytest.raises(OutOfMemory, match=r"klein-4b needs 16\.\d GB of the GPU"):
         plan(four, replace(spark, free=13 * GB), image)
 
@@ -338,8 +342,8 @@ MEASURED = [
 
 @pytest.mark.parametrize(("kind", "limit", "blocks", "allocated"), MEASURED)
 def test_plan_matches_memory_measured_on_an_h200(kind: str, limit: float | None, blocks: int, allocated: float) -> None:
-    room = replace(card(141), limit=limit and round(limit * GB))
-    found = plan(needs("4b", kind), room, work())
+    memory = replace(card(141), limit=limit and round(limit * GB))
+    found = plan(needs("4b", kind), memory, work())
     assert found.blocks == blocks
     # Observed: -0.05 to 0.11 GB; what was measured is rounded to 0.1.
     assert (allocated - 0.05) * GB <= found.peak <= allocated * GB + RESERVE

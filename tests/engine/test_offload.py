@@ -134,15 +134,15 @@ def test_a_slot_is_not_written_before_its_layer_is_done() -> None:
         def __init__(self) -> None:
             self.events: list[tuple[str, object]] = []
 
-        def mark(self) -> Any:
+        def record_event(self) -> Any:
             self.events.append(("done", len(self.events)))
             return self.events[-1]  # type: ignore[return-value]
 
-        def carry(self, target: Tensor, source: Tensor, after):
-            self.events.append(("carry", after))
+        def copy_async(self, target: Tensor, source: Tensor, after):
+            self.events.append(("copy", after))
             target.copy_(source)
 
-        def wait(self, mark) -> None:
+        def wait_event(self, event) -> None:
             pass
 
     module = nn.Sequential(*(nn.Linear(8, 8, bias=False) for _ in range(4)))
@@ -150,13 +150,13 @@ def test_a_slot_is_not_written_before_its_layer_is_done() -> None:
     ring._copies = recorder = Recorder()
     for _ in range(3):
         module(torch.randn(1, 8))
-    carried = [after for what, after in recorder.events if what == "carry"]
-    assert carried[:2] == [None, None]
+    copied = [after for what, after in recorder.events if what == "copy"]
+    assert copied[:2] == [None, None]
     for position, (what, after) in enumerate(recorder.events):
-        if what == "carry" and after is not None:
+        if what == "copy" and after is not None:
             # `after` is the slot's last computation.
             assert recorder.events.index(after) < position  # type: ignore[arg-type]
-    assert None not in carried[2:]
+    assert None not in copied[2:]
 
 
 def test_quantised_layers_and_loras_can_be_offloaded() -> None:
@@ -247,14 +247,14 @@ def test_offloaded_weights_are_in_one_block_of_their_size(cramped: dict[str, int
     klein = last(Klein.load(ModelRegistry().resolve(str(NANO)), PLACEMENT))
     layers = [m for net in (klein.transformer, klein.text_encoder) for m in net.modules()
               if isinstance(m, OffloadedModule)]  # fmt: skip
-    asleep = [tensor for layer in layers for tensor in layer.asleep.values()]
+    offloaded = [tensor for layer in layers for tensor in layer.offloaded.values()]
     table = klein.text_encoder.model.embed_tokens.weight
-    blocks = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in (*asleep, table)}
+    blocks = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in (*offloaded, table)}
     assert len(layers) > 10
     assert len(blocks) == 1
-    needed = sum(tensor.nbytes for tensor in (*asleep, table))
+    needed = sum(tensor.nbytes for tensor in (*offloaded, table))
     assert needed <= sum(blocks.values()) <= needed + 1300 * (len(layers) + 1)
-    assert all(tensor.data_ptr() % 64 == 0 for tensor in asleep)
+    assert all(tensor.data_ptr() % 64 == 0 for tensor in offloaded)
 
 
 def test_arena_that_is_used_up_allocates_elsewhere() -> None:

@@ -272,7 +272,7 @@ def test_a_model_released_while_its_compiler_hangs_gives_its_memory_back(
     assert ring.bytes
     klein.runner.close()
     assert not any(tensor.nbytes for net in networks for tensor in (*net.parameters(), *net.buffers()))
-    assert not any(module.asleep for module in klein.transformer.modules() if isinstance(module, OffloadedModule))
+    assert not any(module.offloaded for module in klein.transformer.modules() if isinstance(module, OffloadedModule))
     assert ring.bytes == 0
     compiler.gate.set()
 

@@ -192,7 +192,7 @@ def load(checkpoint: Checkpoint, device: Device, options: LoadOptions) -> Genera
 
 def _offloaded(prepared: Prepared) -> dict[str, frozenset[str]]:
     """Return the layers that the plan keeps in host memory, by component."""
-    table = (EMBEDDING,) if prepared.plan.embedding_asleep else ()
+    table = (EMBEDDING,) if prepared.plan.embedding_on_cpu else ()
     encoder, transformer = prepared.text_encoder, prepared.transformer
     return {
         transformer.what: frozenset(transformer.layers[prepared.plan.blocks :]),
