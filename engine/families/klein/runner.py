@@ -48,7 +48,7 @@ MAX_GRAPHS = 4
 """Number of shapes with a CUDA graph of a step. They share one pool, as large as the largest needs."""
 
 _choices: dict[tuple[object, ...], Choice] = {}
-"""Back ends of attention that were tried, by device, shape and the trial."""
+"""Attention back ends that were chosen, by device and shape of the trial. One trial serves all models of a process."""
 
 
 class Runner:
@@ -372,7 +372,7 @@ class Runner:
         tokens = self.variant.text_length + (self.variant.native_size // self.variant.pixels_per_token) ** 2
         q, k, v = (heads(self.transformer, self.device, tokens) for _ in range(3))
         # Tried once a process: a second trial might choose another, and the same seed give other bits.
-        key = (str(self.device.device), q.dtype, q.shape, quickest)
+        key = (str(self.device.device), q.dtype, q.shape)
         if key not in _choices:
             _choices[key] = self._timed("attention", lambda: quickest(q, k, v, self.device.sync))
         return _choices[key]

@@ -28,8 +28,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from engine.diffusion.tokens import unpack
-from engine.nano.training import compiled_training
-from engine.nano.training.compiled_training import TrainingVelocity, multiplies_bf16, quiet
+from engine.nano.training.compiled_training import TrainingVelocity, leave_out_backends, multiplies_bf16, quiet
 from engine.nano.training.curriculum import LEVELS, Curriculum, draw_levels
 from engine.nano.training.data_loader import Batch, BatchEncoder, BatchKind, DataLoader, RawBatch, to_device
 from engine.nano.training.folder import load_extras
@@ -381,8 +380,7 @@ def start_decoder(args: argparse.Namespace) -> subprocess.Popen | None:
     return subprocess.Popen(command)
 
 
-def main() -> None:
-    start = time.monotonic()
+def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="a nano in diffusers format to start from")
     parser.add_argument("out", type=Path)
@@ -400,28 +398,32 @@ def main() -> None:
     parser.add_argument("--attention", type=int, default=0, help="of CUDA's: 0 flash first, 1 efficient, 2 plain")
     parser.add_argument("--state", type=Path, help="where to keep what a later run goes on from")
     parser.add_argument("--hold", type=Path, help="the nano, with old words, whose skills FOLDER shall not forget")
-    args = parser.parse_args()
-    args.out.mkdir(parents=True, exist_ok=True)
-    on_gpu = args.device.startswith("cuda")
+    return parser.parse_args()
+
+
+def _prepare_process(args: argparse.Namespace) -> None:
+    """Set what holds for the whole process."""
     quiet()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    if not on_gpu:
+    if not args.device.startswith("cuda"):
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-    decoder = start_decoder(args)
-    # Forked before the device is touched.
-    own = load_extras(args.folder)
-    curriculum = Curriculum(args.examples or (384 if on_gpu else 8), own["native_size"], own["text_length"])
-    seed, nouns = time.time_ns() % 2**31, len(own["nouns"])
-    if args.hold:
-        loader, held = loaders(args.hold, curriculum, Tokenize(args.folder), args.workers, seed, nouns)
-    else:
-        loader = DataLoader(curriculum, Tokenize(args.folder), curriculum.frames, args.workers, seed, nouns)
-        held = None
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-    del compiled_training.BACKENDS[: args.attention]
+    leave_out_backends(args.attention)
+
+
+def _loaders(args: argparse.Namespace, curriculum: Curriculum, nouns: int) -> tuple[DataLoader, DataLoader | None]:
+    """Return the loader of new batches, and with `--hold` that of known ones."""
+    seed, tokenize = time.time_ns() % 2**31, Tokenize(args.folder)
+    if args.hold:
+        return loaders(args.hold, curriculum, tokenize, args.workers, seed, nouns)
+    return DataLoader(curriculum, tokenize, curriculum.frames, args.workers, seed, nouns), None
+
+
+def _trainer(args: argparse.Namespace, curriculum: Curriculum, nouns: int) -> tuple[Trainer, float]:
+    """Return the trainer, and the seconds it was trained for before."""
     nano = Nano(args.folder).to(args.device)
     trainer = Trainer(nano, args.compile, args.rate, args.out, curriculum.frames)
-    if held:
+    if args.hold:
         trainer.teacher = Teacher(Nano(args.folder).to(args.device), args.compile)
     before = 0.0
     if args.state and args.state.exists():
@@ -430,6 +432,20 @@ def main() -> None:
         before = state["seconds"]
     if not args.decoder_seconds:
         trainer.decoder_ready = take_decoder(nano, args.out, nouns)
+    return trainer, before
+
+
+def main() -> None:
+    start = time.monotonic()
+    args = _arguments()
+    args.out.mkdir(parents=True, exist_ok=True)
+    _prepare_process(args)
+    decoder = start_decoder(args)
+    own = load_extras(args.folder)
+    examples, nouns = args.examples or (384 if args.device.startswith("cuda") else 8), len(own["nouns"])
+    curriculum = Curriculum(examples, own["native_size"], own["text_length"])
+    loader, held = _loaders(args, curriculum, nouns)  # forked before the device is touched
+    trainer, before = _trainer(args, curriculum, nouns)
     seconds = args.seconds if args.deadline is None else before + args.deadline - time.time() + time.monotonic() - start
     options = Options(state=args.state, first=args.first, probed=args.probed)
     train(trainer, loader, Clock(seconds, start, before), options, held)
