@@ -294,6 +294,3 @@ def known(nouns: int = len(NOUNS)) -> frozenset[str]:
     """
     things = (*tuple(NOUNS)[:nouns], *SHAPES)
     return frozenset((*things, *map(plural, things), *COLOURS, *COUNTS, *_OTHER_WORDS.split()))
-
-
-KNOWN = known()

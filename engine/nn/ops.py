@@ -5,9 +5,7 @@ for the whole process. The plain one stays available as `PLAIN["attention"]`. Bo
 rounding, and tests compare the two.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -121,14 +119,3 @@ def choose(**implementations: Callable[..., Tensor]) -> None:
     for name in implementations:
         PLAIN[name]
     _chosen.update(implementations)
-
-
-@contextmanager
-def chosen(**implementations: Callable[..., Tensor]) -> Iterator[None]:
-    """Use these implementations inside the block."""
-    before: dict[str, Any] = dict(_chosen)
-    choose(**implementations)
-    try:
-        yield
-    finally:
-        _chosen.update(before)

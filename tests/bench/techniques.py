@@ -12,6 +12,7 @@ from torch import Tensor
 from engine.families.klein.sample_inputs import SampleInputs
 from engine.nn import ops
 from engine.nn.autoencoder import Decoder
+from tests import operations
 
 if TYPE_CHECKING:
     from tests.bench.timed import Bench
@@ -24,7 +25,7 @@ def measure(bench: "Bench") -> dict[str, Any]:
     runner, latent, image = bench.klein.runner, example.latent(), example.image()
     found: dict[str, Any] = {}
     for name, norm in (("plain norm", ops.PLAIN["norm_silu"]), ("two-pass norm", ops.two_pass_norm_silu)):
-        with ops.chosen(norm_silu=norm):
+        with operations.chosen(norm_silu=norm):
             found[f"decode, {name}"] = milliseconds(bench, lambda: runner.decode(latent, "eager"))
             found[f"encode, {name}"] = milliseconds(bench, lambda: runner.encode(image, "eager"))
     last = copy.deepcopy(runner.autoencoder).to(memory_format=torch.channels_last)  # type: ignore[call-overload]

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from engine.nn import attention, ops
 from engine.nn.attention import Attention, quickest
+from tests import operations
 
 PLAIN = ops.PLAIN["attention"]
 
@@ -116,7 +117,7 @@ def test_back_ends_are_traced_without_a_break(name: str) -> None:
         return lambda *args: (PLAIN(*inputs()),)
 
     torch._dynamo.reset()
-    with ops.chosen(attention=attention.BACKENDS[name]):
+    with operations.chosen(attention=attention.BACKENDS[name]):
         torch.compile(lambda q, k, v: ops.attention(q, k, v), dynamic=True, fullgraph=True, backend=keep)(*inputs())
     (operation,) = (target for target in traced if "scaled_dot_product" in target)
     assert operation.startswith("aten._scaled_dot_product_")

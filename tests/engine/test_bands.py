@@ -17,6 +17,7 @@ from engine.memory.plan import BANDED_IMAGES, MemoryInfo, fits, working
 from engine.nn import bands, ops
 from engine.nn.autoencoder import Autoencoder, AutoencoderShape
 from engine.registry import NANO, ModelRegistry
+from tests import operations
 from tests.bench.full_size_models import GIANTS, grown
 from tests.embedded import SIDE
 from tests.engine.peak import Peak
@@ -38,7 +39,7 @@ def test_bands_equal_the_whole_image(device: Device, count: int) -> None:
     torch.manual_seed(0)
     for rows, columns in ((5, 4), (7, 9)):
         latent = torch.randn(1, 128, rows, columns, dtype=device.dtype)
-        with ops.chosen(norm_silu=ops.two_pass_norm_silu):
+        with operations.chosen(norm_silu=ops.two_pass_norm_silu):
             whole, banded = autoencoder.decode(latent), bands.decode(autoencoder, latent, count)
         # Observed: 0 in bf16, 4e-6 in fp32, where the convolution of a narrow band sums in another order.
         assert (whole - banded).abs().max() <= 1e-5
@@ -55,7 +56,7 @@ def test_bands_equal_the_whole_image(device: Device, count: int) -> None:
 def test_embedded_model_makes_the_same_image_in_bands(norm: Callable[..., Tensor]) -> None:
     klein: Klein = last(Klein.load(ModelRegistry().resolve(str(NANO)), FP32))
     images = []
-    with ops.chosen(norm_silu=norm):
+    with operations.chosen(norm_silu=norm):
         for banded in (False, True):
             klein.runner.banded = banded
             *_, result = klein.run(Job("a red ball on a blue table", seed=3))
@@ -117,7 +118,7 @@ def test_bands_hold_no_more_than_planned(shape: AutoencoderShape, side: int, mon
     with torch.device("meta"):
         net = Autoencoder(shape).to(torch.bfloat16)
     planned = working(hidden=0, tokens=0, pixels=side**2, decoder=shape.decoder[1], itemsize=2, images=BANDED_IMAGES)
-    with torch.inference_mode(), ops.chosen(norm_silu=ops.two_pass_norm_silu), Peak() as peak:
+    with torch.inference_mode(), operations.chosen(norm_silu=ops.two_pass_norm_silu), Peak() as peak:
         bands.decode(net, empty(1, 128, side // 16, side // 16))
     assert 0.7 * planned < peak.bytes <= planned
 

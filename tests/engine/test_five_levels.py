@@ -29,7 +29,7 @@ from engine.memory.device import Device
 from engine.nn import bands, ops
 from engine.nn.autoencoder import Autoencoder, AutoencoderShape
 from engine.registry import NANO, ModelRegistry
-from tests import toys
+from tests import operations, toys
 from tests.engine import published
 from tests.engine.test_memory import nets
 from tests.engine.test_offload import last
@@ -133,7 +133,7 @@ def test_prefetched_reference_is_the_one_that_is_edited(home: Path) -> None:
 @torch.no_grad()
 def test_bands_of_five_levels_equal_the_whole(count: int, klein: Klein) -> None:
     latent = torch.randn(1, 128, 3, 5, generator=torch.Generator().manual_seed(0))
-    with ops.chosen(norm_silu=ops.two_pass_norm_silu):
+    with operations.chosen(norm_silu=ops.two_pass_norm_silu):
         whole, banded = klein.autoencoder.decode(latent), bands.decode(klein.autoencoder, latent, count)
     assert whole.shape == (1, 3, 96, 160)
     # Observed: 5e-6, since the convolution of a narrow band sums in another order.

@@ -17,7 +17,7 @@ from engine.nano.training.model import LAYERS, Nano
 from engine.nano.training.questions import at_scale, questions
 from engine.nano.training.score import draw
 from engine.nano.training.train_decoder import edge_error, psnr
-from engine.nano.words import KNOWN
+from engine.nano.words import known
 
 EVERY = 30
 """Of the held-out list: 10 questions a row. An image takes a tenth of a second of a core."""
@@ -71,7 +71,7 @@ def test_has_at_most_20_million_parameters_and_40_megabytes():
 def test_folder_says_how_it_was_trained():
     extras = load_extras(WEIGHTS)
     assert extras["text_layers"] == list(LAYERS)
-    assert {*extras["words"]} <= KNOWN
+    assert {*extras["words"]} <= known()
     assert extras.keys() >= {"text_length", "native_size", "max_references"}
     assert json.loads((WEIGHTS / "model_index.json").read_text())["_class_name"] == "Flux2KleinKVPipeline"
 

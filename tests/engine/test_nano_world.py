@@ -27,7 +27,7 @@ from engine.nano.training.prompts import PromptSampler, training_prompts
 from engine.nano.training.scenes import MAX_THINGS, SLOTS, TOLERATED_OVERLAP, World, nested, overlap, valid, visible
 from engine.nano.training.score import draw
 from engine.nano.training.sprites import KINDS, atlas
-from engine.nano.words import COLOURS, COUNTS, KNOWN, NOUNS, SHAPES, UNCOUNTED, known, plural
+from engine.nano.words import COLOURS, COUNTS, NOUNS, SHAPES, UNCOUNTED, known, plural
 
 ENGINE = Path(questions.__file__).parents[2]
 TASKS = ("generate", "edit", "compose")
@@ -122,7 +122,7 @@ def test_world_of_fewer_nouns_has_no_others():
 def test_every_trained_word_is_known(task):
     sampler = PromptSampler(3)
     prompts = " ".join(training_prompts(sampler, task).prompt for _ in range(500))
-    assert not {word for word in re.findall(r"[a-z]+", prompts.lower()) if word not in KNOWN}
+    assert not {*re.findall(r"[a-z]+", prompts.lower())} - known()
 
 
 def test_counts_name_as_many_things_as_the_scene_has():
@@ -211,7 +211,7 @@ def test_every_word_that_is_known_or_asked_is_trained():
         for word in re.findall(r"[a-z]+", question[2].prompt.lower())
     }
     # Every noun is drawn alike; a few plurals of 250 do not come up among these.
-    assert not (asked | KNOWN) - trained - names
+    assert not (asked | known()) - trained - names
 
 
 def test_list_has_at_least_300_questions_a_row_and_chains_of_ten():

@@ -28,6 +28,7 @@ from engine.families.klein.traces import ATTEMPTS
 from engine.memory.device import Device
 from engine.memory.offload import OffloadedModule, OffloadRing, stream
 from engine.nn import ops
+from tests import operations
 from tests.bench.full_size_models import grown, ours
 from tests.engine.graphs import FakeGraph, as_on_a_gpu
 from tests.engine.runners import CPU, EVERYWHERE, JOB, TOY, InstantCompiler, generate, make, tune
@@ -357,7 +358,7 @@ def test_two_pass_norm_is_the_plain_one() -> None:
     plain = ops.PLAIN["norm_silu"](x, weight, bias, 4, 1e-6)
     # Observed: 7e-7, fp32.
     assert (ops.two_pass_norm_silu(x, weight, bias, 4, 1e-6) - plain).abs().max() < 1e-5
-    with ops.chosen(norm_silu=ops.two_pass_norm_silu):
+    with operations.chosen(norm_silu=ops.two_pass_norm_silu):
         assert ops.norm_silu(x, weight, bias, 4, 1e-6) is not plain
     with pytest.raises(KeyError):
         ops.choose(nothing=torch.relu)
@@ -468,7 +469,7 @@ def test_attention_is_planned_with_the_strides_that_blocks_pass(kv: bool) -> Non
     reference = np.random.default_rng(0).integers(0, 256, (256, 256, 3), dtype=np.uint8)
     edit = replace(native, references=(reference,))
     generate(klein, edit)  # keys and values are cached now
-    with ops.chosen(attention=spy):
+    with operations.chosen(attention=spy):
         for job in (native, edit):
             generate(klein, job)
     assert seen <= planned

@@ -41,7 +41,7 @@ _LATER = {
 }
 LARGER = replace(
     VARIANTS["nano"],
-    words=words.KNOWN,
+    words=words.known(),
     nouns={**dict.fromkeys(words.NOUNS, ()), "house": ("white", "orange"), "snowman": ("white", "gray")},
     shapes=frozenset(words.SHAPES),
     colours=frozenset(words.COLOURS),

@@ -265,7 +265,7 @@ class _Sentence:
                 word = several or (word if determined else f"a {word}")
             pieces.append(match[0] if word is None else word)
             unknown += word is None
-            known += word is not None and _says_something(word, variant)
+            known += word is not None and _says_something(word)
             determined = word is not None and word.lower() in (*ARTICLES, *SIZES, *variant.colours)
             counted = lower in NUMBERS or (counted and determined)
         plain = re.sub(r"\s+([,.!?;])", r"\1", " ".join("".join([*pieces, text[end:]]).split()))
@@ -303,7 +303,7 @@ def _is_plural(word: str, known: str, variant: Variant) -> bool:
     return word.endswith("s") and not known.endswith("s") and names_thing(known, variant)
 
 
-def _says_something(word: str, variant: Variant) -> bool:
+def _says_something(word: str) -> bool:
     """Return whether the word names a thing, a colour or an action.
 
     "the", "of" and "image" can stand in any sentence.
@@ -358,7 +358,7 @@ def _without_distractions(text: str, variant: Variant) -> str:
     understood = [
         clause
         for clause in clauses
-        if any(is_known(word.lower(), variant) and _says_something(word, variant) for word in WORD.findall(clause))
+        if any(is_known(word.lower(), variant) and _says_something(word) for word in WORD.findall(clause))
     ]
     text = ",".join(understood or clauses).strip()
 

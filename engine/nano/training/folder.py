@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3Model
+from transformers import Qwen3ForCausalLM, Qwen3Model
 
 from engine.families.klein.key_maps import KeyMap, diffusers_autoencoder, diffusers_transformer
 from engine.families.klein.transformer import Transformer, TransformerShape
@@ -136,8 +136,3 @@ def save_text_encoder(text_encoder: Qwen3Model, folder: Path) -> None:
     """Into a folder that already holds the config."""
     tensors = {f"model.{name}": tensor.half().contiguous().cpu() for name, tensor in text_encoder.state_dict().items()}
     save_file(tensors, folder / "text_encoder" / "model.safetensors", metadata={"format": "pt"})
-
-
-def qwen3(config: dict) -> Qwen3Model:
-    """An untrained encoder of the configured shape."""
-    return Qwen3Model(Qwen3Config(**config))

@@ -11,7 +11,7 @@ import json
 import math
 import shutil
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,17 +35,14 @@ BLOCK_STD = 0.02
 """Of the new parts of matrices inside blocks."""
 
 
-@dataclass(frozen=True)
-class Growth:
-    """Shape and limits of the larger nano."""
-
-    heads: int = 8
-    single_blocks: int = 4
-    decoder: tuple[int, ...] = (8, 16, 32, 96, 128)
-    """Of an autoencoder that gets a fifth level; one of five stays as it is."""
-    text_length: int = 96
-    native_size: int = 256
-    max_references: int = 4
+# Shape and limits of the larger nano.
+HEADS = 8
+SINGLE_BLOCKS = 4
+DECODER = (8, 16, 32, 96, 128)
+"""Of an autoencoder that gets a fifth level; one of five stays as it is."""
+TEXT_LENGTH = 96
+NATIVE_SIZE = 256
+MAX_REFERENCES = 4
 
 
 def _spread(old: Tensor, rows: list[tuple[int, int]], columns: list[tuple[int, int]], std: float) -> Tensor:
@@ -77,9 +74,9 @@ class _Widening:
         # LayerNorm over channels of which some are nearly 0 makes the others larger by this.
         self.norm = math.sqrt(new.hidden / old.hidden)
 
-    def into(self, old: Tensor, rows: list[tuple[int, int]], std: float = BLOCK_STD) -> Tensor:
+    def into(self, old: Tensor, rows: list[tuple[int, int]]) -> Tensor:
         """Widen a matrix behind a LayerNorm."""
-        return _spread(old / self.norm, rows, [self.hidden], std)
+        return _spread(old / self.norm, rows, [self.hidden], BLOCK_STD)
 
     def modulation(self, old: Tensor, shifts: tuple[int, ...]) -> Tensor:
         """Widen a modulation, whose `shifts`-th parts grow with the LayerNorm."""
@@ -180,33 +177,33 @@ def _edit_json(path: Path, **fields: object) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | fields, indent=2) + "\n")
 
 
-def grow(start: Path, to: Path, growth: Growth = Growth()) -> None:
+def grow(start: Path, to: Path) -> None:
     """Write the folder of a larger nano, untrained where it is new."""
     torch.manual_seed(0)
     shutil.copytree(start, to, dirs_exist_ok=True)
     config = json.loads((to / "transformer" / "config.json").read_text())
     old = load_transformer(start)
-    config |= {"num_attention_heads": growth.heads, "num_single_layers": growth.single_blocks}
+    config |= {"num_attention_heads": HEADS, "num_single_layers": SINGLE_BLOCKS}
     _edit_json(to / "transformer" / "config.json", **config)
     save_transformer(widen(old, transformer_shape(config)), to)
     extend(to)
     old_autoencoder = load_autoencoder(start)
     autoencoder = old_autoencoder
-    if len(autoencoder.shape.encoder) < len(growth.decoder):
-        autoencoder = deepen(autoencoder, growth.decoder)
+    if len(autoencoder.shape.encoder) < len(DECODER):
+        autoencoder = deepen(autoencoder, DECODER)
     levels = len(autoencoder.shape.encoder)
     _edit_json(
         to / "vae" / "config.json", block_out_channels=autoencoder.shape.encoder,
         decoder_block_out_channels=autoencoder.shape.decoder, down_block_types=["DownEncoderBlock2D"] * levels,
-        up_block_types=["UpDecoderBlock2D"] * levels, sample_size=growth.native_size,
+        up_block_types=["UpDecoderBlock2D"] * levels, sample_size=NATIVE_SIZE,
     )  # fmt: skip
     save_autoencoder(autoencoder, to)
     klein = json.loads((to / "klein.json").read_text())
     klein |= {
-        "text_length": growth.text_length,
-        "native_size": growth.native_size,
-        "least_size": growth.native_size,
-        "max_references": growth.max_references,
+        "text_length": TEXT_LENGTH,
+        "native_size": NATIVE_SIZE,
+        "least_size": NATIVE_SIZE,
+        "max_references": MAX_REFERENCES,
         **vocabulary(),
     }
     (to / "klein.json").write_text(json.dumps(klein) + "\n")

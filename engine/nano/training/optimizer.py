@@ -12,17 +12,18 @@ BETAS = (0.9, 0.99)
 ADAM_SHARE = 0.7
 """AdamW's learning rate as a share of Muon's."""
 _NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
-"""Source: Keller Jordan's Muon, also torch.optim.Muon's default."""
+_NEWTON_SCHULZ_STEPS = 5
+"""Source of both: Keller Jordan's Muon, also torch.optim.Muon's default."""
 
 
-def orthogonalise(matrices: Tensor, steps: int = 5) -> Tensor:
+def orthogonalise(matrices: Tensor) -> Tensor:
     """Return roughly orthogonal matrices near [n, rows, columns], by Newton-Schulz."""
     a, b, c = _NEWTON_SCHULZ
     tall = matrices.shape[1] > matrices.shape[2]
     x = matrices.to(PRODUCTS)
     x = x.mT if tall else x
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
-    for _ in range(steps):
+    for _ in range(_NEWTON_SCHULZ_STEPS):
         gram = x @ x.mT
         x = a * x + (b * gram + c * gram @ gram) @ x
     return (x.mT if tall else x).to(matrices.dtype)

@@ -37,6 +37,8 @@ LATENT_NOISE = 0.12
 """At most this much on the normalised latents: what the transformer gets slightly wrong still decodes well."""
 EMA = 0.998
 REPORTS = "decoder.jsonl"
+REPORT_SECONDS = 15.0
+"""Between two reports. Chosen, not measured."""
 USABLE = 24.0
 """Decibels of a decoder that may wear references. One of 14, all that 75 s of a GPU left (see `main`), made half of the
 references noise: 94 % of edits were done after two million samples."""
@@ -196,13 +198,13 @@ class DecoderTraining:
         }
 
 
-def train_decoder(training: DecoderTraining, out: Path, seconds: float, report_seconds: float = 15.0) -> None:
+def train_decoder(training: DecoderTraining, out: Path, seconds: float) -> None:
     """Train until the time is over, saving the average at each report."""
     start = reported = time.monotonic()
     before = 0
     while (now := time.monotonic()) - start < seconds:
         training.step((now - start) / seconds)
-        if now - reported > report_seconds:
+        if now - reported > REPORT_SECONDS:
             speed = (training.steps - before) / (now - reported)
             reported, before = now, training.steps
             _report(training, out, {"seconds": round(now - start), "steps_per_second": round(speed, 1)})
