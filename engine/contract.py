@@ -34,6 +34,22 @@ def image_hash(image: Rgb8) -> str:
     return digest.hexdigest()
 
 
+GRID = 16
+"""Image pixels per token on each side, in every published model. Every size a model sees is a multiple of its own."""
+
+MIN_SIDE = 64
+"""Pixels of the shortest side of a reference and, rounded up to whole tokens, of a canvas. Source: diffusers
+Flux2ImageProcessor.check_image_input."""
+
+MAX_STEPS = 200
+"""Limit of steps. No published klein needs more than 50, so a larger number is probably a typing error."""
+
+MAX_GUIDANCE = 100
+"""Limit of guidance. Chosen, not measured: base models are published with 4."""
+
+MAX_SEED = 2**63 - 1
+"""The largest seed: the largest number of 64 bits with a sign. torch's generators would take twice as many."""
+
 CacheUse = Literal["hit", "miss", "none"]
 """Whether cached tensors were used; "none" when the job has nothing of the kind."""
 

@@ -12,13 +12,8 @@ from einops import rearrange
 from PIL import Image
 from torch import Tensor
 
-from engine.contract import Grey8, InvalidJob, Rgb8
+from engine.contract import GRID, MIN_SIDE, Grey8, InvalidJob, Rgb8
 
-GRID = 16
-"""Image pixels per token on each side, in every published model. Every size a model sees is a multiple of its own."""
-
-MIN_SIDE = 64
-"""Pixels of the shortest side of a reference and, rounded up to whole tokens, of a canvas."""
 MOST_ENLARGED = 4
 """Largest factor per side by which a crop is enlarged. Beyond it the model sees more blur than content."""
 ENOUGH = 0.75

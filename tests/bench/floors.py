@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from engine.diffusion.canvas import GRID
+from engine.contract import GRID
 from engine.families.klein.transformer import Modulations
 from tests.bench.ceilings import Ceilings
 from tests.bench.full_size_models import Giant, Nets, empty

@@ -5,8 +5,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from engine.contract import Exact, Job, Mode, Result, Rgb8
-from engine.diffusion.canvas import GRID
+from engine.contract import GRID, Exact, Job, Mode, Result, Rgb8
 from engine.families.klein.pipeline import Klein
 from klein_mcp.images import codec
 from tests.bench.full_size_models import Giant

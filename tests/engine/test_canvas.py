@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.contract import InvalidJob
-from engine.diffusion.canvas import GRID, Canvas, fit_reference, size_for_aspect, to_rgb8, to_tensor
+from engine.contract import GRID, InvalidJob
+from engine.diffusion.canvas import Canvas, fit_reference, size_for_aspect, to_rgb8, to_tensor
 
 sides = st.integers(1, 4096)
 

@@ -3,17 +3,25 @@
 from dataclasses import dataclass
 from functools import cached_property
 
-from engine.contract import Aspect, Exact, InvalidJob, Job, KeepSource, Rgb8, image_hash
-from engine.diffusion.canvas import ENOUGH, GRID, Canvas, fit_reference, size_for_aspect
+from engine.contract import (
+    GRID,
+    MAX_GUIDANCE,
+    MAX_SEED,
+    MAX_STEPS,
+    Aspect,
+    Exact,
+    InvalidJob,
+    Job,
+    KeepSource,
+    Rgb8,
+    image_hash,
+)
+from engine.diffusion.canvas import ENOUGH, Canvas, fit_reference, size_for_aspect
 from engine.families.klein.variants import Variant
 
-MAX_STEPS = 200
-"""Limit of steps. No published klein needs more than 50, so a larger number is probably a typing error."""
-MAX_GUIDANCE = 100
 NEARLY_SQUARE = 1.25
 """Longer to shorter side up to which a model of squares still puts things where they belong. On nano's 9 × 7 tokens a
 car at the bottom was cut off, on 9 × 6 it was a smear, on 6 × 10 a second house began below the first."""
-MAX_SEED = 2**63 - 1
 LEAST_SIDE = 16
 """Pixels of the shortest side of a size that is asked for. A canvas of larger tokens is cropped to it."""
 

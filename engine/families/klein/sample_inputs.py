@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine.diffusion.canvas import GRID, size_for_aspect
+from engine.contract import GRID
+from engine.diffusion.canvas import size_for_aspect
 from engine.families.klein.transformer import SingleBlock, Transformer
 from engine.families.klein.variants import Variant
 from engine.memory.device import Device
