@@ -297,7 +297,7 @@ def test_released_model_is_freed_immediately() -> None:
 def test_auto_keeps_its_choice_after_its_weights_fill_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     fresh = Engine(EngineConfig(device="cpu"))
     assert paint(fresh, replace(DOG, model="auto")).ms["load"] > 0
-    monkeypatch.setattr(fresh, "best", lambda: pytest.fail("asked again while its choice is loaded"))
+    monkeypatch.setattr(fresh.auto, "_search", lambda loaded: pytest.fail("asked again while its choice is loaded"))
     assert paint(fresh, replace(DOG, model="auto")).ms["load"] == 0
 
 

@@ -8,9 +8,11 @@ import sys
 import threading
 import time
 import weakref
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -83,18 +85,47 @@ def busy(compiler: type[InstantCompiler], monkeypatch: pytest.MonkeyPatch) -> li
     return calls
 
 
+class WatchedEvent(threading.Event):
+    """Counts how often somebody begins to wait for it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.set()
+        self.waits = 0
+
+    def wait(self, timeout: float | None = None) -> bool:
+        self.waits += 1
+        return super().wait(timeout)
+
+
+def watched_gate(klein: Klein) -> WatchedEvent:
+    """Return the event that the compiling thread waits for while it is paused."""
+    event = klein.runner._thread._gate._open = WatchedEvent()
+    return event
+
+
+def until(condition: Callable[[], bool]) -> None:
+    """Wait for what another thread does."""
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
 def test_the_compiler_stands_still_while_a_job_runs(
     compiler: type[InstantCompiler], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls = busy(compiler, monkeypatch)
     klein = make()
+    gate = watched_gate(klein)
     while not calls[0]:
         assert klein.runner.tune()
-    for _ in klein.run(JOB):
-        before = calls[0]
-        time.sleep(0.05)
-        assert calls[0] - before <= 1, "it may finish the call it is in"
+    events = klein.run(JOB)
+    next(events)
+    until(lambda: gate.waits > 0)
     stopped = calls[0]
+    for _ in events:
+        assert calls[0] == stopped
     while calls[0] == stopped:
         assert klein.runner.tune()
     compiler.gate.set()
@@ -105,20 +136,26 @@ def test_the_compiler_stands_still_while_a_job_runs(
 def test_a_pause_lasts_as_long_as_its_job_makes_progress(
     compiler: type[InstantCompiler], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(compile_thread, "MAX_PAUSE", 1.0)
+    now = [0.0]
+    monkeypatch.setattr(compile_thread, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(compile_thread, "MAX_PAUSE", 0.01)  # by our clock; so often it is looked at by the real one
     calls = busy(compiler, monkeypatch)
     klein = make()
+    gate = watched_gate(klein)
     while not calls[0]:
         assert klein.runner.tune()
     with klein.runner.job():
-        before = calls[0]
+        until(lambda: gate.waits > 0)
+        stopped = calls[0]
         latent = torch.zeros(1, klein.transformer.shape.channels, 1, 1)
-        for _ in range(15):
-            time.sleep(0.1)
+        for _ in range(4):
+            now[0] += 0.009
             klein.runner.encode(klein.runner.decode(latent, "eager"), "eager")
-        assert calls[0] - before <= 1, "it may finish the call it is in"
-        while calls[0] - before <= 1:
-            time.sleep(0.1)  # without progress it goes on, in case both wait for one lock
+            looked = gate.waits + 1
+            until(lambda looked=looked: gate.waits > looked)
+        assert calls[0] == stopped
+        now[0] += 0.011
+        until(lambda: calls[0] > stopped)  # without progress it goes on, in case both wait for one lock
     compiler.gate.set()
     tune(klein)
 
@@ -239,13 +276,13 @@ def test_a_model_released_while_it_compiles_is_freed(
     held = [weakref.ref(net) for net in (klein.transformer, klein.autoencoder, klein.text_encoder)]
     while not calls[0]:
         assert klein.runner.tune()
+    thread = klein.runner._thread._thread
+    assert thread is not None
     klein.runner.close()
     del klein
     gc.collect()
     assert not any(net() for net in held)
-    stopped = calls[0]
-    time.sleep(0.05)
-    assert calls[0] == stopped
+    until(lambda: not thread.is_alive())
 
 
 def test_a_model_released_while_its_compiler_hangs_gives_its_memory_back(

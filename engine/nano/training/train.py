@@ -412,7 +412,7 @@ def _prepare_process(args: argparse.Namespace) -> None:
 
 
 def _loaders(args: argparse.Namespace, curriculum: Curriculum, nouns: int) -> tuple[DataLoader, DataLoader | None]:
-    """Return the loader of new batches, and with `--hold` that of known ones."""
+    """Return the loaders of new batches and, with `--hold`, known ones."""
     seed, tokenize = time.time_ns() % 2**31, Tokenize(args.folder)
     if args.hold:
         return loaders(args.hold, curriculum, tokenize, args.workers, seed, nouns)
