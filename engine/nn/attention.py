@@ -59,12 +59,13 @@ BACKENDS: Mapping[str, Attention] = {
 class Choice:
     """The implementation to use, and the milliseconds of all that ran.
 
-    name: empty for torch's own choice.
+    name: empty for torch's own choice. seconds: time that the choice took.
     """
 
     name: str
     attention: Attention
     ms: Mapping[str, float]
+    seconds: float = 0.0
 
 
 def quickest(

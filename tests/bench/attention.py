@@ -9,14 +9,14 @@ from functools import partial
 
 from torch import Tensor
 
-from engine.families.klein import runner
+from engine.families.klein import operations
 from engine.nn.attention import BACKENDS, Choice, quickest
 
 
 def settle(slack: float = float("inf")) -> None:
     """Let models of this process take the first back end that works, unless it is slower by this factor."""
-    runner.quickest = partial(_settled, slack)
-    runner._choices.clear()  # an earlier trial was another
+    operations.quickest = partial(_settled, slack)
+    operations._choices.clear()  # an earlier trial was another
 
 
 def _settled(slack: float, q: Tensor, k: Tensor, v: Tensor, sync: Callable[[], None]) -> Choice:

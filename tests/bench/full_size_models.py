@@ -21,6 +21,7 @@ from engine.checkpoints.key_map import KeyMap
 from engine.families.klein.compiler import CompileOptions
 from engine.families.klein.key_maps import diffusers_autoencoder, diffusers_transformer
 from engine.families.klein.loader import Networks
+from engine.families.klein.operations import choose_operations
 from engine.families.klein.pipeline import Klein
 from engine.families.klein.text_encoder import Prompt, TextEncoder, Tokenizer
 from engine.families.klein.transformer import Transformer, TransformerShape
@@ -201,7 +202,9 @@ def ours(
     variant = replace(giant.variant, kv=kv)
     tokenizer = FixedTokenizer(variant.text_length, giant.encoder["vocab_size"])
     networks = Networks(nets.transformer, nets.autoencoder, nets.text_encoder, fingerprint="random", placement="")
-    return Klein(variant, networks, tokenizer, placement, TensorCache(remember), compile_options=options)
+    attention = choose_operations(variant, nets.transformer, placement)
+    cache = TensorCache(remember)
+    return Klein(variant, networks, tokenizer, placement, cache, compile_options=options, attention=attention)
 
 
 def diffusers(nets: Nets, giant: Giant, placement: Device, *, kv: bool = False, beside: Any = None) -> Any:

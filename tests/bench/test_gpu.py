@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from engine.families.klein import runner
+from engine.families.klein import operations
 from engine.families.klein.runner import Runner
 from engine.nn import ops
 from tests.bench import attention, gpu, timed
@@ -55,7 +55,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Runner, "tune", lambda self: False)
         patch.setattr(timed, "compiled", BrokenPipeline)
-        patch.setattr(runner, "quickest", runner.quickest)  # restored at the end
+        patch.setattr(operations, "quickest", operations.quickest)  # restored at the end
         bench = Bench(GIANTS["toy"], "eager", folder / "cache", folder / "model", found.__setitem__)
         bench.run(QUICK)
     bench.found = found  # type: ignore[attr-defined] - the fixture adds it
@@ -185,7 +185,7 @@ def test_dying_child_tells_why(children: tuple[Children, dict[str, Any]]) -> Non
 
 
 def test_trial_beside_others_chooses_as_if_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runner, "quickest", runner.quickest)
+    monkeypatch.setattr(operations, "quickest", operations.quickest)
     heads = torch.randn(1, 8, 2, 16)
 
     def slow(q: Any, k: Any, v: Any) -> Any:
@@ -194,9 +194,9 @@ def test_trial_beside_others_chooses_as_if_alone(monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setitem(attention.BACKENDS, "cuDNN", slow)
     attention.settle()
-    assert runner.quickest(heads, heads, heads, lambda: None).name == "cuDNN"
+    assert operations.quickest(heads, heads, heads, lambda: None).name == "cuDNN"
     attention.settle(1.05)
-    assert runner.quickest(heads, heads, heads, lambda: None).name != "cuDNN"
+    assert operations.quickest(heads, heads, heads, lambda: None).name != "cuDNN"
 
 
 def test_time_limits_stand_inside_each_other() -> None:

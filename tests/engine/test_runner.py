@@ -24,6 +24,7 @@ from engine.families.klein import compile_thread
 from engine.families.klein import compiler as compiler_module
 from engine.families.klein.compile_thread import NEVER, CompileThread
 from engine.families.klein.compiler import CompiledDiffers, CompileOptions, obstacle
+from engine.families.klein.loader import Networks
 from engine.families.klein.pipeline import Klein
 from engine.families.klein.sample_inputs import SampleInputs, attention_inputs
 from engine.families.klein.traces import ATTEMPTS
@@ -518,3 +519,14 @@ def test_sample_inputs_fit_the_networks() -> None:
     sample = SampleInputs(nets.transformer, CPU, TOY.variant.text_length, 3, 5)
     for references, kv in ((0, False), (7, False), (7, True)):
         assert nets.transformer(*sample.step(references, kv)).shape == (1, 15, TOY.transformer.channels)
+
+
+def test_making_a_model_changes_no_operation_of_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    as_on_a_gpu(monkeypatch)
+    klein = make()  # chooses, as loading does
+    chosen = {name: ops.current(name) for name in ops.PLAIN}
+    assert chosen["norm_silu"] is ops.two_pass_norm_silu
+    ops.choose(**ops.PLAIN)
+    networks = Networks(klein.transformer, klein.autoencoder, klein.text_encoder, "", "")
+    Klein(klein.variant, networks, klein.tokenizer, klein.device)
+    assert {name: ops.current(name) for name in ops.PLAIN} == ops.PLAIN

@@ -37,6 +37,7 @@ from engine.families.klein.estimate import Estimator, trial_speed
 from engine.families.klein.footprint import activation_memory, device_bytes, does_not_fit, memory_info
 from engine.families.klein.job_inputs import Reference, canvas_of, fit_images, read_settings
 from engine.families.klein.loader import LoadOptions, Networks, load
+from engine.families.klein.operations import choose_operations
 from engine.families.klein.reading import read_prompt
 from engine.families.klein.runner import Runner
 from engine.families.klein.stage_clock import StageClock
@@ -46,6 +47,7 @@ from engine.families.klein.variants import Variant
 from engine.memory.cache import LruCache, TensorCache
 from engine.memory.device import Device
 from engine.memory.plan import ActivationMemory
+from engine.nn.attention import Choice
 from engine.nn.ops import Rope
 
 SEEDS = 4096
@@ -65,11 +67,13 @@ class Klein:
         *,
         limit: int | None = None,
         compile_options: CompileOptions | None = None,
+        attention: Choice | None = None,
         modes: LruCache[Mode] | None = None,
     ) -> None:
         """Take a loaded model.
 
-        limit: bytes of the device it may use in total. modes: the mode of the latest images, by what was asked for.
+        limit: bytes of the device it may use in total. attention: the back end in use.
+        modes: the mode of the latest images, by what was asked for.
         """
         self.variant, self.tokenizer, self.device, self.limit = variant, tokenizer, device, limit
         self.transformer, self.autoencoder = networks.transformer, networks.autoencoder
@@ -77,7 +81,7 @@ class Klein:
         self.fingerprint, self.placement_summary = networks.fingerprint, networks.placement
         self._warnings = networks.warnings
         self.cache = cache if cache is not None else TensorCache(0)
-        self.runner = Runner(variant, networks, device, compile_options)
+        self.runner = Runner(variant, networks, device, compile_options, attention)
         shapes = (self.transformer.shape, self.autoencoder, self.text_encoder)
         self.estimator = Estimator(variant, *shapes, self._trial_speed())
         self._ropes: LruCache[Rope] = LruCache(16)
@@ -105,9 +109,10 @@ class Klein:
         # This comes first because it is small: its errors are raised before gigabytes are read.
         tokenizer = Tokenizer(checkpoint.tokenizer, variant.text_length)
         networks = yield from load(checkpoint, device, options)
+        attention = choose_operations(variant, networks.transformer, device)
         return cls(
             variant, networks, tokenizer, device, cache,
-            limit=options.limit, compile_options=compile_options, modes=modes,
+            limit=options.limit, compile_options=compile_options, attention=attention, modes=modes,
         )  # fmt: skip
 
     @torch.no_grad()

@@ -31,7 +31,7 @@ from engine.families.klein.compiler import (
 )
 from engine.families.klein.conditioning import Conditioning, StepKey
 from engine.families.klein.loader import Networks
-from engine.families.klein.sample_inputs import SampleInputs, attention_inputs, heads
+from engine.families.klein.sample_inputs import SampleInputs, attention_inputs
 from engine.families.klein.traces import SavedTraces, structure
 from engine.families.klein.transformer import BlockFunctions, Modulations
 from engine.families.klein.variants import Variant
@@ -39,16 +39,13 @@ from engine.memory.cache import LruCache
 from engine.memory.device import Device, DeviceGraph, graph_pool
 from engine.memory.offload import OffloadedModule, drop_weights
 from engine.nn import bands, ops
-from engine.nn.attention import Choice, quickest
+from engine.nn.attention import Choice
 from engine.nn.ops import Rope
 
 log = logging.getLogger(__name__)
 
 MAX_GRAPHS = 4
 """Number of shapes with a CUDA graph of a step. They share one pool, as large as the largest needs."""
-
-_choices: dict[tuple[object, ...], Choice] = {}
-"""Attention back ends that were chosen, by device and shape of the trial. One trial serves all models of a process."""
 
 
 class Runner:
@@ -63,7 +60,9 @@ class Runner:
         networks: Networks,
         device: Device,
         options: CompileOptions | None = None,
+        attention: Choice | None = None,
     ) -> None:
+        """attention: the back end that `choose_operations` put to use."""
         self.variant, self.device, self.options = variant, device, options or CompileOptions()
         self.transformer, self.autoencoder = networks.transformer, networks.autoencoder
         self.text_encoder = networks.text_encoder
@@ -86,10 +85,9 @@ class Runner:
         self.pool_bytes = 0
         """Bytes of the graphs' pool, which nothing else can use though torch counts them as free."""
         self._thread = CompileThread(device.device)
-        self._attention = Choice("", ops.PLAIN["attention"], {})
-        if device.is_cuda:
-            self._attention = self._quickest_attention()
-            ops.choose(norm_silu=ops.two_pass_norm_silu, attention=self._attention.attention)
+        self._attention = attention or Choice("", ops.PLAIN["attention"], {})
+        if self._attention.seconds:
+            self.seconds["attention"] = self._attention.seconds
 
     @property
     def mode(self) -> Mode:
@@ -366,16 +364,6 @@ class Runner:
         yield True
         self._timed("warm-up", lambda: self.autoencoder.encode(image))
         yield True
-
-    def _quickest_attention(self) -> Choice:
-        """Try the attention back ends on an image of the native size."""
-        tokens = self.variant.text_length + (self.variant.native_size // self.variant.pixels_per_token) ** 2
-        q, k, v = (heads(self.transformer, self.device, tokens) for _ in range(3))
-        # Tried once a process: a second trial might choose another, and the same seed give other bits.
-        key = (str(self.device.device), q.dtype, q.shape)
-        if key not in _choices:
-            _choices[key] = self._timed("attention", lambda: quickest(q, k, v, self.device.sync))
-        return _choices[key]
 
     def _plan_attention(self) -> Iterator[bool]:
         """Build cuDNN's plans for likely shapes: 41 to 50 ms each, H200."""
