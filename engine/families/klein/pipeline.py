@@ -438,9 +438,9 @@ class Klein:
     def _rope(self, canvas: TokenSize, references: tuple[TokenSize, ...] = ()) -> Rope:
         return self._ropes.get_or_compute((canvas, references), lambda: self._compute_rope(canvas, references))
 
-    def _compute_rope(self, canvas: TokenSize, references: tuple[TokenSize, ...]) -> Rope:
-        text = text_positions(self.variant.text_length)
-        return self.transformer.rope(torch.cat([text, grid_positions(*canvas), *reference_positions(references)]))
+    def _compute_rope(self, size: TokenSize, references: tuple[TokenSize, ...]) -> Rope:
+        text, canvas = text_positions(self.variant.text_length), grid_positions(*size)
+        return self.transformer.rope(torch.cat([text, canvas, *reference_positions(references)]))
 
     def _reference_rope(self, references: tuple[TokenSize, ...]) -> Rope:
         return self.transformer.rope(torch.cat(reference_positions(references)))
