@@ -1,13 +1,13 @@
-"""Limits and names that requests and images share."""
+"""Limits and names that requests and images share.
+
+Those that the engine has too are in `engine.contract`.
+"""
 
 import re
 import secrets
 
-MIN_SIDE, MAX_SIDE = 64, 2048
-GRID = 16
-"""Pixels: requested sizes are multiples of it, as one token of a published model is 16 × 16."""
+MAX_SIDE = 2048
 MAX_AREA = 2048 * 2048
-MAX_SEED = 2**63 - 1
 EXACT = 2**53 - 1
 """The largest whole number that every JSON reader keeps; larger seeds travel as text."""
 MAX_FILE_BYTES = 64 * 2**20

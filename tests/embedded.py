@@ -1,10 +1,9 @@
 """Size and limits of the embedded model, and its images as its scorer takes them."""
 
-from engine.contract import Rgb8
+from engine.contract import GRID, Rgb8
 from engine.families.klein.variants import EMBEDDED, VARIANTS
 from engine.nano.training.frames import SQUARE, Frame
 from engine.nano.training.score import in_units as average
-from klein_mcp.limits import GRID
 
 SIDE = VARIANTS[EMBEDDED].native_size
 TOKENS = (SIDE // GRID) ** 2

@@ -11,7 +11,8 @@ _BYTES = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 
 def image_size(text: str) -> tuple[int, int]:
     """Parse "1024x768"."""
-    from klein_mcp.limits import MAX_SIDE, MIN_SIDE
+    from engine.contract import MIN_SIDE
+    from klein_mcp.limits import MAX_SIDE
 
     width, _, height = text.lower().replace("×", "x").partition("x")
     if not (width.isdecimal() and height.isdecimal()):
@@ -37,7 +38,7 @@ def count(text: str) -> int:
 
 def seed(text: str) -> int | None:
     """Parse a seed, None for -1, which means a random one."""
-    from klein_mcp.limits import MAX_SEED
+    from engine.contract import MAX_SEED
 
     if text == "-1":
         return None

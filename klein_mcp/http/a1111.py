@@ -13,7 +13,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from engine.contract import Queued, Step
+from engine.contract import MIN_SIDE, Queued, Step
 from klein_mcp.errors import RequestError, quote
 from klein_mcp.http import calls, render
 from klein_mcp.http.disconnect import cancelled_on_disconnect
@@ -29,7 +29,7 @@ from klein_mcp.jobs.events import ImageSaved, Listen, Progressed
 from klein_mcp.jobs.installed import installed_models
 from klein_mcp.jobs.request import ImageRequest
 from klein_mcp.jobs.results import Preview, SavedImage
-from klein_mcp.limits import MAX_SIDE, MIN_SIDE
+from klein_mcp.limits import MAX_SIDE
 from klein_mcp.mcp_server.sender import http_client
 
 SAMPLERS = [{"name": "Euler", "aliases": ["euler"], "options": {}}]

@@ -15,12 +15,11 @@ from typing import Any
 
 from filelock import FileLock
 
-from engine.contract import image_hash
+from engine.contract import MAX_SEED, image_hash
 from klein_mcp.errors import BadImage, NotEnoughMemory
 from klein_mcp.images.files import ImageFiles
 from klein_mcp.images.index import Index
 from klein_mcp.images.record import ALPHABET, HANDLE_LENGTH, MEASURED, OPENED, Record
-from klein_mcp.limits import MAX_SEED
 
 log = logging.getLogger(__name__)
 

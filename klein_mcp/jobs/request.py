@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
-from engine.contract import Aspect, Exact, KeepSource, Mode, Native, Size
+from engine.contract import GRID, MAX_SEED, Aspect, Exact, KeepSource, Mode, Native, Size
 from klein_mcp.errors import RequestError
 from klein_mcp.foreign import well_formed
-from klein_mcp.limits import EXACT, GRID, MAX_AREA, MAX_SEED
+from klein_mcp.limits import EXACT, MAX_AREA
 
 Preserve = Literal["auto", "off"]
 """Whether an edit puts the original's pixels back where it changed nothing."""

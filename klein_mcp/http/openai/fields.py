@@ -5,12 +5,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from engine.contract import MAX_GUIDANCE, MAX_SEED, MAX_STEPS, MIN_SIDE
 from engine.families.klein.variants import VARIANTS
 from klein_mcp.errors import did_you_mean, quote
 from klein_mcp.http.openai.errors import ApiError
 from klein_mcp.images.outputs import FORMATS, Format
 from klein_mcp.jobs.request import highest_seed
-from klein_mcp.limits import MAX_SEED, MAX_SIDE, MIN_SIDE
+from klein_mcp.limits import MAX_SIDE
 
 MAX_PROMPT = 32_000
 """Characters, OpenAI's own limit. klein reads about the first 2,000 and the result warns of the rest."""
@@ -178,7 +179,7 @@ def parse_seed(name: str, value: Any) -> int | None:
     return None if random else integer(0, MAX_SEED)(name, value)
 
 
-_steps, _guidance = integer(1, 200), _number(0, 100)
+_steps, _guidance = integer(1, MAX_STEPS), _number(0, MAX_GUIDANCE)
 
 PARSERS: Mapping[str, tuple[str, Callable[[str, Any], Any]]] = {
     "prompt": ("prompt", _prompt),

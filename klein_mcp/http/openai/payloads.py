@@ -6,8 +6,8 @@ import time
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
+from engine.contract import GRID
 from klein_mcp.http.openai.fields import ImageCall
-from klein_mcp.limits import GRID
 
 Operation = Literal["image_generation", "image_edit"]
 

@@ -15,10 +15,11 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
+from engine.contract import MAX_SEED, MIN_SIDE
 from engine.families.klein.variants import VARIANTS
 from klein_mcp.errors import DESCRIBED
 from klein_mcp.images.outputs import FORMATS, Format
-from klein_mcp.limits import EXACT, MAX_SEED, MAX_SIDE, MIN_SIDE
+from klein_mcp.limits import EXACT, MAX_SIDE
 from klein_mcp.mcp_server.tools.edit_chain import MAX_STEPS
 from klein_mcp.mcp_server.tools.leniency import (
     as_choice,
