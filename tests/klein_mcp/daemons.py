@@ -1,8 +1,6 @@
 """Front ends of a data folder, and the processes that hold its engine."""
 
-import asyncio
-import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import aclosing, asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -12,6 +10,7 @@ from klein_mcp.jobs.events import Failed, JobEvent, Progressed
 from klein_mcp.jobs.request import generate
 from klein_mcp.settings import Settings
 from tests.klein_mcp.fake_daemon import COMMAND
+from tests.waiting import until
 
 
 @asynccontextmanager
@@ -38,13 +37,6 @@ async def run(front_end: DaemonClient, prompt: str = "a", *, client: str = "me",
 def inner(event: JobEvent) -> Any:
     """Return the engine's event inside a job's, or the job's own."""
     return event.event if isinstance(event, Progressed) else event
-
-
-async def until(condition: Callable[[], Any], seconds: float = 60.0) -> None:
-    started = time.monotonic()
-    while not condition():
-        assert time.monotonic() - started < seconds, f"not within {seconds} s"
-        await asyncio.sleep(0.01)
 
 
 async def gone(home: Path) -> None:

@@ -2,8 +2,7 @@
 
 import gc
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -14,6 +13,7 @@ from engine.engine import Engine
 from klein_mcp.daemon.executors.local import LocalExecutor
 from klein_mcp.jobs.queue import Queue
 from tests.klein_mcp.stepping import Waiter
+from tests.waiting import wait_until
 
 EDIT = Job("make it green", (np.full((128, 128, 3), 90, np.uint8),), model="nano", steps=60)
 
@@ -40,19 +40,12 @@ def live_bytes() -> int:
     return sum(storages.values())
 
 
-def until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
 def test_job_cancelled_at_a_step_frees_its_memory(queue: Queue, engine: Engine):
     over = threading.Event()
     # Once to its end: prompt, reference and the tables of its noise levels are remembered, on purpose.
     queue.put(EDIT, "a", lambda event: over.set() if isinstance(event, Result) else None)
     assert over.wait(120)
-    until(lambda: not queue.status().running)
+    wait_until(lambda: not queue.status().running)
     engine._latest = None
     gc.collect()
     level, within = live_bytes(), []
@@ -66,9 +59,9 @@ def test_job_cancelled_at_a_step_frees_its_memory(queue: Queue, engine: Engine):
     gc.disable()
     try:
         ticket = queue.put(EDIT, "a", tell)
-        until(lambda: bool(within) and not queue.status().running)
+        wait_until(lambda: bool(within) and not queue.status().running)
         assert within[0] > level, "the measure sees what a job holds"
-        until(lambda: live_bytes() <= level)  # the queue hears of it a moment before its thread lets go
+        wait_until(lambda: live_bytes() <= level)  # the queue hears of it a moment before its thread lets go
     finally:
         gc.enable()
     assert queue.status().done == 1

@@ -25,6 +25,7 @@ from klein_mcp.jobs.manager import JobManager
 from klein_mcp.jobs.queue import Queue
 from klein_mcp.jobs.request import generate
 from tests.fakes import FakeExecutor, painted
+from tests.waiting import until
 
 pytestmark = pytest.mark.anyio
 
@@ -209,9 +210,7 @@ async def test_image_that_is_being_saved_outlives_the_next_ones_failure(manager,
     painter.paint = fails
     await manager.submit(generate("a cat", count=2, seed=1), client="me")
     await anyio.to_thread.run_sync(began.wait)
-    with anyio.fail_after(60):
-        while not manager._queue.status().failed:
-            await anyio.sleep(0.01)
+    await until(lambda: manager._queue.status().failed)
     closing = asyncio.create_task(manager.aclose())
     await anyio.sleep(0.05)
     assert not closing.done()
@@ -230,15 +229,14 @@ async def test_job_that_is_cancelled_before_it_begins_is_over(manager):
 async def test_job_that_only_waited_is_not_blamed_for_crashes(manager, painter, tmp_path):
     painter.seconds_per_step = 30
     await manager.submit(generate("it crashes every daemon"), client="other")
-    with anyio.fail_after(60):
-        while not painter.jobs:
-            await anyio.sleep(0.01)
+    await until(lambda: painter.jobs)
     name, managers, folder = await start(manager), [], tmp_path / "jobs"
     for crash in range(3):
         folder = shutil.copytree(folder, tmp_path / f"jobs {crash}")
         managers.append(JobManager(folder, tmp_path / "library", manager._queue))
+        waiting = manager._queue.status().waiting
         managers[-1].resume()
-        await anyio.sleep(0.05)
+        await until(lambda waiting=waiting: manager._queue.status().waiting > waiting)
         assert (await managers[-1].job(name)).state == "queued"
     painter.hurry()
     assert isinstance(await ending(managers[-1], name), Done)

@@ -24,7 +24,7 @@ from tests.engine import published
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="FIFOs and links")
 
 SLOWEST = 30.0
-"""Seconds for one command over all of them; observed: 3 to 6, 60 before links to folders above were noticed."""
+"""Seconds of processor time for one command over all of them; 3 to 6 were observed, 60 before links were noticed."""
 
 
 def safetensors(header: Any) -> bytes:
@@ -130,33 +130,33 @@ def settings(home: Path, tmp_path: Path) -> Settings:
 
 
 def test_the_good_model_is_found_among_them(home: Path, tmp_path: Path) -> None:
-    started = time.monotonic()
+    started = time.process_time()
     engine = Engine(settings(home, tmp_path).engine_config())
     assert home / "klein-base-4b" in {Path(model.path) for model in engine.models() if model.fits}
     assert all("\n" not in str(model.error) for model in engine.registry.unusable_models())
-    assert time.monotonic() - started < SLOWEST
+    assert time.process_time() - started < SLOWEST
 
 
 def test_auto_and_the_good_model_make_images(home: Path) -> None:
     engine = Engine(EngineConfig(models=(home,), device="cpu", dtype="float32"))
     for model in ("auto", "klein-base-4b", "nano"):
-        started = time.monotonic()
+        started = time.process_time()
         *_, result = engine.run(Job("x", model=model, size=Exact(64, 64), steps=1))
         assert isinstance(result, Result)
-        assert time.monotonic() - started < SLOWEST
+        assert time.process_time() - started < SLOWEST
 
 
 def test_models_and_doctor_list_them_in_one_line_each(
     home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for command in (models, doctor):
-        started = time.monotonic()
+        started = time.process_time()
         command.run(settings(home, tmp_path), argparse.Namespace(json=False, repair=False))
         output = capsys.readouterr().out
         assert "Traceback" not in output
         assert max(map(len, output.splitlines())) < 700
         assert "flux-2-klein-4b-nested.safetensors" in output
-        assert time.monotonic() - started < SLOWEST
+        assert time.process_time() - started < SLOWEST
 
 
 BY_SHAPES = ("2/klein-4b", "6/klein-4b", "7/klein-4b", "8/klein-4b")
@@ -166,12 +166,12 @@ BY_SHAPES = ("2/klein-4b", "6/klein-4b", "7/klein-4b", "8/klein-4b")
 def test_each_is_refused_in_one_line_when_it_is_named(home: Path) -> None:
     registry = ModelRegistry((home,))
     for path in (*home.glob("flux-2-klein-4b-*"), *home.glob("klein-4b-*"), *home.glob("[0-9]*/klein-4b")):
-        started = time.monotonic()
+        started = time.process_time()
         refusal = refused(registry, path)
         assert refusal or str(path.relative_to(home)) in BY_SHAPES
         assert "\n" not in refusal, path
         assert len(refusal) < 700, path
-        assert time.monotonic() - started < SLOWEST, path
+        assert time.process_time() - started < SLOWEST, path
 
 
 def refused(registry: ModelRegistry, path: Path) -> str:

@@ -21,8 +21,9 @@ from klein_mcp.jobs.events import Done, ImageSaved, Progressed
 from klein_mcp.jobs.request import generate
 from klein_mcp.jobs.status import DaemonStatus
 from klein_mcp.settings import Settings
-from tests.klein_mcp.daemons import connection, daemons, gone, inner, run, until
+from tests.klein_mcp.daemons import connection, daemons, gone, inner, run
 from tests.klein_mcp.fake_daemon import COMMAND, LOST
+from tests.waiting import until
 
 pytestmark = pytest.mark.anyio
 

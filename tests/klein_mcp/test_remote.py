@@ -55,6 +55,7 @@ from klein_mcp.settings import Settings
 from klein_mcp.web_server import WebServer
 from tests.fakes import FakeExecutor, painted
 from tests.klein_mcp.test_engine_command import make_certificate
+from tests.waiting import wait_until
 
 TOKEN = "a token of these tests"
 BUILD = BuildInfo("1.0", "same", 0)
@@ -68,7 +69,7 @@ def listening(app: Starlette, port: int = 0, **options: Any) -> Iterator[str]:
     server = WebServer(app, log_level="error", lifespan="off", timeout_graceful_shutdown=1, **options)
     thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
     thread.start()
-    until(lambda: server.started)
+    wait_until(lambda: server.started)
     try:
         yield f"http://127.0.0.1:{listener.getsockname()[1]}"
     finally:
@@ -116,13 +117,6 @@ def run(executor: RemoteExecutor, job: Job) -> Result:
 
 def known(job: Job) -> Job:
     return replace(job, hashes=tuple(map(image_hash, job.references)))
-
-
-def until(condition: Callable[[], object]) -> None:
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 def test_remote_result_is_the_local_one_with_every_step():
@@ -186,7 +180,7 @@ def test_closing_cancels_the_remote_job():
     with machines(machine) as remote:
         with closing(remote.run(known(EDIT))) as events:  # type: ignore
             next(event for event in events if isinstance(event, Step))
-        until(lambda: machine.executor.cancelled == 1)
+        wait_until(lambda: machine.executor.cancelled == 1)
 
 
 def test_full_machines_are_busy_with_the_least_seconds_to_retry():
@@ -421,7 +415,8 @@ def test_time_of_whoever_takes_the_events_is_no_silence(monkeypatch: pytest.Monk
 
 
 def test_machine_that_comes_back_gets_its_lineages_again(monkeypatch):
-    monkeypatch.setattr(remotes, "REST", 0.2)
+    now = time.monotonic()
+    monkeypatch.setattr(remotes, "time", SimpleNamespace(monotonic=lambda: now, sleep=time.sleep))
     one, two = Machine(), Machine()
     with machines(one, two) as remote:
         run(remote, known(EDIT))
@@ -429,7 +424,7 @@ def test_machine_that_comes_back_gets_its_lineages_again(monkeypatch):
         paint, owner.executor.paint = owner.executor.paint, lambda job: 1 / 0  # type: ignore
         run(remote, known(EDIT))
         owner.executor.paint = paint
-        time.sleep(0.3)
+        now += remotes.REST + 1
         before = len(owner.jobs)
         run(remote, known(EDIT))
         assert len(owner.jobs) == before + 1
