@@ -7,11 +7,14 @@ import argparse
 import ast
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from klein_mcp import settings
 from klein_mcp.cli import main as cli
+from klein_mcp.cli import terminal
+from klein_mcp.mcp_server import results
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
@@ -140,16 +143,16 @@ def messages() -> dict[str, set[tuple[str, str]]]:
 
     These are the errors that are constructed in `engine` and `klein_mcp`.
     """
-    trees = [
-        ast.parse(path.read_text(encoding="utf-8"))
-        for path in (*ROOT.glob("engine/**/*.py"), *ROOT.glob("klein_mcp/**/*.py"))
-        if "training" not in path.parts
+    paths = [
+        path for path in (*ROOT.glob("engine/**/*.py"), *ROOT.glob("klein_mcp/**/*.py")) if "training" not in path.parts
     ]
+    trees = [ast.parse(path.read_text(encoding="utf-8")) for path in paths]
     functions = {node.name: node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
     returned = {name: [_text(text) for text in _returned(node)] for name, node in functions.items()}
     constants = _assigned(node for tree in trees for node in tree.body)  # a module may import another's
     found: dict[str, set[tuple[str, str]]] = defaultdict(set)
-    for tree in trees:
+    for path, tree in zip(paths, trees, strict=True):
+        sentences: Mapping[Any, str] = terminal.SENTENCES if "cli" in path.parts else results.SENTENCES
         for scope, call in _calls(tree, constants):
             if not (call.args and isinstance(call.func, ast.Name) and call.func.id in ERRORS):
                 continue
@@ -157,6 +160,10 @@ def messages() -> dict[str, set[tuple[str, str]]]:
             hint = "" if "hint" in keywords else _fix(keywords.get("fix"))
             if "hint" in keywords:
                 hint = " Or: ".join(dict.fromkeys(filter(None, _texts(keywords["hint"], scope, returned))))
+            if "action" in keywords:
+                (action,) = filter(None, _texts(keywords["action"], {}, {}))
+                shows = _text(keywords["shows"]) if "shows" in keywords else "all"
+                hint = f"{hint} {sentences[action].format(shows=shows)}"
             found[call.func.id] |= {(message, hint) for message in _texts(call.args[0], {}, {}) if message}
     return found
 

@@ -5,22 +5,34 @@ import json
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from engine.contract import EngineError, Fix
 
 
-class RequestError(Exception):
-    """An error the caller can correct, with the next step as hint."""
+RequestAction = Literal["", "list", "view", "wait", "make", "repaint"]
+"""A next step that each front end calls by its own name.
 
-    def __init__(self, message: str, *, hint: str = "") -> None:
+make: generate an image, or name another. repaint: remove a background by an edit.
+"""
+
+
+class RequestError(Exception):
+    """An error the caller can correct, with the next step as hint.
+
+    action: a further step, for which each front end has its sentence. shows: what the caller sees by it.
+    """
+
+    def __init__(self, message: str, *, hint: str = "", action: RequestAction = "", shows: str = "all") -> None:
         super().__init__(message)
         self.message = message
         self.hint = hint
+        self.action: RequestAction = action
+        self.shows = shows
 
     def __str__(self) -> str:
-        return one_line(f"{self.message} {self.hint}")
+        return one_line(f"{self.message} {self.hint}").rstrip(";:")  # an action would go on after these
 
 
 class BadImage(RequestError):
@@ -47,6 +59,15 @@ def install_extra(name: str) -> str:
     """Return the sentence that tells how to install an optional extra."""
     # klein-mcp is in no registry yet, so its name leads pip nowhere.
     return f"Install it in klein-mcp's checkout: pip install '.[{name}]', or uv tool install '.[{name}]'."
+
+
+def request_error_line(error: RequestError, sentences: Mapping[RequestAction, str]) -> str:
+    """Return a request error in one line.
+
+    sentences: those of a front end for each action.
+    """
+    following = sentences[error.action].format(shows=error.shows) if error.action else ""
+    return one_line(f"{error.message} {error.hint} {following}")
 
 
 def explain(exc: "EngineError") -> str:

@@ -215,6 +215,20 @@ def test_engine_names_no_setting_option_or_command(module: str) -> None:
     assert not [text for text in texts if FRONT_END_WORDS.search(text)]
 
 
+TOOLS = re.compile("|".join(f"\\b{path.stem}\\b" for path in (ROOT / "klein_mcp/mcp_server/tools").glob("*_*.py")))
+
+
+@pytest.mark.parametrize("module", [name for name in FILES if name.startswith(("klein_mcp.images", "klein_mcp.jobs"))])
+def test_no_text_below_the_front_ends_names_a_tool(module: str) -> None:
+    """Each front end words the next step after an error itself."""
+    if module == "klein_mcp.jobs.installed":
+        return  # its sentences are for agents
+    documented = {ast.get_docstring(node, clean=False) for node in definitions(FILES[module])}
+    nodes = ast.walk(ast.parse(FILES[module].read_text(encoding="utf-8")))
+    texts = {node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)}
+    assert not [text for text in texts - documented if " " in text and TOOLS.search(text)]
+
+
 def test_nothing_but_training_and_evaluation_knows_the_scenes() -> None:
     know = {module for module in FILES if "engine.nano.training.scenes" in imports(module)}
     assert all(module.startswith("engine.nano.") for module in know)

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from klein_mcp.cli.records import describe_file, describe_record, expect_handle, for_terminal
+from klein_mcp.cli.records import describe_file, describe_record, expect_handle
 from klein_mcp.cli.terminal import strip_control_chars
 from klein_mcp.errors import one_line
 from klein_mcp.images.library import Store
@@ -30,13 +30,12 @@ def run(settings: Settings, arguments: argparse.Namespace) -> int:
 def info(settings: Settings, target: str, *, as_json: bool = False) -> int:
     store = Store(settings.library)
     try:
-        with for_terminal():
-            path = expanded(target)
-            if not os.path.exists(path):
-                expect_handle(store, target)
-                facts = describe_record(store, store.get(target))
-            else:
-                facts = describe_file(store, path, settings.home)
+        path = expanded(target)
+        if not os.path.exists(path):
+            expect_handle(store, target)
+            facts = describe_record(store, store.get(target))
+        else:
+            facts = describe_file(store, path, settings.home)
     finally:
         store.close()
     print(json.dumps(facts) if as_json else "\n".join(format_facts(facts)))

@@ -195,11 +195,9 @@ def _is_for_people(error: Exception) -> bool:
 
 
 def _failed(error: Exception) -> int:
-    from engine.contract import EngineError
-    from klein_mcp.cli.terminal import strip_control_chars
-    from klein_mcp.errors import explain
+    from klein_mcp.cli.terminal import error_line, strip_control_chars
 
-    message = explain(error) if isinstance(error, EngineError) else str(error)
+    message = error_line(error)
     if not _has_folder():
         message += f" {GONE}"
     print("klein-mcp:", " ".join(strip_control_chars(message).split()), file=sys.stderr)

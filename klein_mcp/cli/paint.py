@@ -16,7 +16,7 @@ from engine.contract import Event, InvalidJob, Result
 from engine.families.klein.variants import EMBEDDED
 from klein_mcp.atomic import write_new_or_replace
 from klein_mcp.cli.arguments import image_size, local_path, seed
-from klein_mcp.cli.records import for_terminal, is_handle
+from klein_mcp.cli.records import is_handle
 from klein_mcp.cli.terminal import ProgressBar, strip_control_chars
 from klein_mcp.errors import RequestError, one_line, quote
 from klein_mcp.images.outputs import SUFFIXES
@@ -203,10 +203,9 @@ def _opened(settings: Settings, reference: str) -> _Reference:
         return _Reference(path.name, decoded.pixels, decoded.warnings)
     store = Store(settings.library)
     try:
-        with for_terminal():
-            record = store.get(reference)
-            pixels = codec.decode(store.read(record), record.handle, None).pixels
-            opened = not is_all_painted(store, record)
+        record = store.get(reference)
+        pixels = codec.decode(store.read(record), record.handle, None).pixels
+        opened = not is_all_painted(store, record)
     finally:
         store.close()
     return _Reference(record.handle, pixels, opened=opened)

@@ -3,8 +3,6 @@
 import os
 import re
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +11,6 @@ from klein_mcp.images.files import read_regular_file
 from klein_mcp.images.library import Store
 from klein_mcp.images.paths import expanded
 from klein_mcp.images.record import ALPHABET, HANDLE_LENGTH, Record
-
-
-@contextmanager
-def for_terminal() -> Iterator[None]:
-    """Replace MCP tools in hints by the commands for a terminal."""
-    try:
-        yield
-    except UnknownImage as error:
-        raise UnknownImage(error.message, hint=error.hint.replace("list_images", "klein-mcp list")) from None
 
 
 def is_handle(name: str) -> bool:
@@ -34,12 +23,12 @@ def expect_handle(store: Store, name: str) -> None:
     if is_handle(name):
         return
     if re.fullmatch(r"last(~\d+)?", name):
-        raise UnknownImage(f"{name} is for MCP clients.", hint="list_images shows handles.")
+        raise UnknownImage(f"{name} is for MCP clients.", action="list", shows="handles")
     if os.path.isfile(expanded(name)):  # False for a name too long, too
         handle = describe_file(store, expanded(name))["in_library"]
         known = f"that of {name} is {handle}." if handle else f"{name} is not in the library."
-        raise UnknownImage(f"This takes a handle; {known}", hint="" if handle else "list_images shows all.")
-    raise UnknownImage(f"There is no file or handle {quote(name)}.", hint="list_images shows handles.")
+        raise UnknownImage(f"This takes a handle; {known}", action="" if handle else "list")
+    raise UnknownImage(f"There is no file or handle {quote(name)}.", action="list", shows="handles")
 
 
 def describe_record(store: Store, record: Record) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import sys
 from dataclasses import replace
 
 from klein_mcp.cli.arguments import seed as seed_argument
-from klein_mcp.cli.records import describe_record, expect_handle, for_terminal
+from klein_mcp.cli.records import describe_record, expect_handle
 from klein_mcp.cli.terminal import ProgressBar, strip_control_chars
 from klein_mcp.errors import one_line
 from klein_mcp.images.paths import expanded
@@ -23,8 +23,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(settings: Settings, arguments: argparse.Namespace) -> int:
     import anyio
 
-    with for_terminal():
-        return anyio.run(run_replay, settings, arguments.handle, arguments.onto, arguments.seed, arguments.json)
+    return anyio.run(run_replay, settings, arguments.handle, arguments.onto, arguments.seed, arguments.json)
 
 
 async def run_replay(settings: Settings, handle: str, onto: str | None, seed: int | None, as_json: bool) -> int:

@@ -6,13 +6,34 @@ import shutil
 import subprocess
 import sys
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 if TYPE_CHECKING:
     from rich.progress import Progress
+
+    from klein_mcp.errors import RequestAction
+
+SENTENCES: "Mapping[RequestAction, str]" = {
+    "list": "klein-mcp list shows {shows}.",
+    "view": "klein-mcp info describes {shows}.",
+    "wait": "klein-mcp list shows {shows}.",
+    "make": "Name a file or a handle; klein-mcp list shows them.",
+    "repaint": "An MCP client, asked to remove its background, does it by painting.",
+}
+"""The next step after an error, as a command."""
+
+
+def error_line(error: Exception) -> str:
+    """Return an error in one line, its next step as a command."""
+    from engine.contract import EngineError
+    from klein_mcp.errors import RequestError, explain, request_error_line
+
+    if isinstance(error, EngineError):
+        return explain(error)
+    return request_error_line(error, SENTENCES) if isinstance(error, RequestError) else str(error)
 
 
 def program() -> list[str]:

@@ -12,7 +12,7 @@ from starlette.routing import Route
 
 from klein_mcp.errors import RequestError, UnknownImage
 from klein_mcp.http import render
-from klein_mcp.http.surface import HttpContext, Surface, json_error, status_of
+from klein_mcp.http.surface import HttpContext, Surface, error_line, json_error, status_of
 from klein_mcp.images.outputs import FORMATS, Format
 from klein_mcp.jobs.service import Service
 
@@ -39,9 +39,9 @@ def download_handler(service: Service, kind: Format) -> Callable[[Request], Awai
                 return FileResponse(path, media_type="image/png", headers=HEADERS)
             data = await anyio.to_thread.run_sync(lambda: render.outgoing(service, handle, kind, opaque=opaque))
         except UnknownImage as exc:
-            return json_error(404, str(exc))
+            return json_error(404, error_line(exc))
         except RequestError as exc:  # the link is good, and the library or a setting is not
-            return json_error(status_of(exc), str(exc))
+            return json_error(status_of(exc), error_line(exc))
         return Response(data, media_type=f"image/{kind}", headers=HEADERS)
 
     return download

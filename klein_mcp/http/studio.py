@@ -27,7 +27,7 @@ from klein_mcp.errors import RequestError, UnknownImage
 from klein_mcp.foreign import well_formed
 from klein_mcp.http.downloads import download_handler
 from klein_mcp.http.page_calls import PageCalls, StoppedCall, UnknownCall
-from klein_mcp.http.surface import HttpContext, Surface, SurfaceFactory, status_of
+from klein_mcp.http.surface import HttpContext, Surface, SurfaceFactory, error_line, status_of
 from klein_mcp.jobs.context import CallContext
 from klein_mcp.limits import MAX_FILE_BYTES
 from klein_mcp.mcp_server import studio_app
@@ -180,7 +180,7 @@ def _in_words(handler: Handler) -> Handler:
         try:
             return await handler(request)
         except RequestError as exc:
-            return _refusal(status_of(exc), str(exc))
+            return _refusal(status_of(exc), error_line(exc))
 
     return answered
 
@@ -250,7 +250,7 @@ class _Studio:
         try:
             path = await anyio.to_thread.run_sync(find)
         except UnknownImage as exc:
-            return _refusal(404, str(exc))
+            return _refusal(404, error_line(exc))
         return FileResponse(path, media_type="image/png", headers=CACHED)
 
     async def part(self, request: Request) -> Response:
@@ -335,7 +335,7 @@ class _Studio:
         try:
             kept = await anyio.to_thread.run_sync(lambda: self._service.sources.add(bytes(body), "The image", STUDIO))
         except RequestError as exc:
-            return _refusal(status_of(exc), str(exc))
+            return _refusal(status_of(exc), error_line(exc))
         if kept.new:
             await self._server.subscriptions.image_added(uri(kept.record.handle))
         return JSONResponse({"image": kept.record.handle}, headers=HEADERS)

@@ -1,13 +1,13 @@
 """A surface: HTTP routes that belong together, and their kind of authorisation."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute
 
-from klein_mcp.errors import Refused, RequestError, ServerFault
+from klein_mcp.errors import Refused, RequestAction, RequestError, ServerFault, request_error_line
 from klein_mcp.http.sessions import Sessions
 from klein_mcp.http.signed_urls import SignedUrls
 from klein_mcp.images.schema import LibraryBusy
@@ -29,6 +29,21 @@ def status_of(error: RequestError) -> int:
         case Refused():
             return 403
     return 400
+
+
+SENTENCES: Mapping[RequestAction, str] = {
+    "list": "klein-mcp studio shows {shows}.",
+    "view": "klein-mcp studio shows {shows}.",
+    "wait": "klein-mcp studio shows {shows}.",
+    "make": "Generate one, or name a handle; klein-mcp studio shows them.",
+    "repaint": 'An edit with prompt "remove the background" and background "transparent" does it by painting.',
+}
+"""The next step after an error, for callers who have neither tools nor a terminal."""
+
+
+def error_line(error: RequestError) -> str:
+    """Return an error in one line, its next step as the studio."""
+    return request_error_line(error, SENTENCES)
 
 
 def json_error(status: int, message: str) -> Response:

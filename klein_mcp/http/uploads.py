@@ -6,7 +6,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from klein_mcp.errors import RequestError
-from klein_mcp.http.surface import HttpContext, Surface, json_error, status_of
+from klein_mcp.http.surface import HttpContext, Surface, error_line, json_error, status_of
 from klein_mcp.limits import MAX_FILE_BYTES
 from klein_mcp.mcp_server.results import uri
 from klein_mcp.mcp_server.sender import http_client
@@ -28,7 +28,7 @@ def surface(context: HttpContext) -> Surface:
         try:
             kept = await anyio.to_thread.run_sync(lambda: service.sources.add(bytes(body), "The upload", client))
         except RequestError as exc:
-            return json_error(status_of(exc), str(exc))
+            return json_error(status_of(exc), error_line(exc))
         record = kept.record
         if kept.new:
             await context.server.subscriptions.image_added(uri(record.handle))

@@ -4,8 +4,6 @@ from klein_mcp.errors import RequestError
 from klein_mcp.images import alpha
 from klein_mcp.images.alpha import Cutout, Pixels
 
-WAY_OUT = 'edit_image with prompt "remove the background" and background "transparent" does it by painting.'
-
 
 def of_plain(image: Pixels, handle: str) -> Cutout:
     """Return a cut-out made without painting. Raises RequestError.
@@ -16,7 +14,7 @@ def of_plain(image: Pixels, handle: str) -> Cutout:
         return Cutout(image, alpha.measure(image))
     cut = alpha.cut_out(image)
     if cut is None:
-        raise RequestError(f"{handle} has no plain background that could be cut away.", hint=WAY_OUT)
+        raise RequestError(f"{handle} has no plain background that could be cut away.", action="repaint")
     if cut.checks.error:
-        raise RequestError(f"{handle} cannot be cut out of its background: {cut.checks.error}.", hint=WAY_OUT)
+        raise RequestError(f"{handle} cannot be cut out of its background: {cut.checks.error}.", action="repaint")
     return cut

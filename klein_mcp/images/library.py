@@ -193,11 +193,11 @@ class Store:
         if record is None:
             raise UnknownImage(
                 f"There is no image {quote(handle)}. {did_you_mean(handle, self.handles('', 1000))}",
-                hint="list_images shows all.",
+                action="list",
             )
         if record.deleted is not None:
             day = time.strftime("%Y-%m-%d", time.gmtime(record.deleted))
-            raise UnknownImage(f"The image {handle} was deleted on {day}.", hint="list_images shows the others.")
+            raise UnknownImage(f"The image {handle} was deleted on {day}.", action="list", shows="the others")
         return record
 
     def find(self, handle: str) -> Record | None:

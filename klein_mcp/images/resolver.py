@@ -118,11 +118,13 @@ class ImageResolver:
             path, real = self._in_folders(written, folders, reference)
             return self._import(_read(real), str(path), str(real), client, reading)
         if JOB_ID.fullmatch(reference.lower()):
-            raise UnknownImage(f"{reference} is a job, no image.", hint="wait_for_job returns the image it makes.")
+            raise UnknownImage(f"{reference} is a job, no image.", action="wait", shows="the image it makes")
         nearest = did_you_mean(reference, ["last", *self._store.handles("", 1000)])
         raise UnknownImage(
             f"{quote(reference)} names no image. {nearest}",
-            hint="Give a handle such as k7f3q2, last, last~1, or a path; list_images shows the handles.",
+            hint="Give a handle such as k7f3q2, last, last~1, or a path;",
+            action="list",
+            shows="the handles",
         )
 
     def add(self, data: bytes, name: str, client: str, *, reading: Reading = "image") -> ResolvedImage:
@@ -152,7 +154,8 @@ class ImageResolver:
                 if wanted < count:
                     raise UnknownImage(
                         f"{label} of the latest sheet was deleted, or was never made.",
-                        hint="list_images shows what there is.",
+                        action="list",
+                        shows="what there is",
                     )
                 raise UnknownImage(
                     f"The latest sheet has no {label}: it has {count} images.",
@@ -176,7 +179,7 @@ class ImageResolver:
             which = "last" if back == 0 else f"last~{back}"
             raise UnknownImage(
                 f"There is no {which}: this client has {'no image' if back == 0 else 'fewer images'} in the library.",
-                hint="Generate one, wait_for_job for one that is being made, or name a handle; list_images shows them.",
+                action="make",
             )
         return record
 

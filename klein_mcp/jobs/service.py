@@ -169,10 +169,16 @@ class Service:
                 events = self.jobs.events(job, Listen(preview=preview))
                 result = await self._follow(events, time.monotonic() + seconds, progress, call, job)
         except UnknownJob:
-            hint = "Jobs are remembered for a day; list_images shows the images."
             if await _in_thread(lambda: self.store.find(job)):
-                hint = "It is an image: view_image shows it."
-            raise RequestError(f"There is no job {quote(job)}.", hint=hint) from None
+                raise RequestError(
+                    f"There is no job {quote(job)}.", hint="It is an image:", action="view", shows="it"
+                ) from None
+            raise RequestError(
+                f"There is no job {quote(job)}.",
+                hint="Jobs are remembered for a day;",
+                action="list",
+                shows="the images",
+            ) from None
         if isinstance(result, PendingJob):
             return result
         demo = await self._demo(found.model, result.images[0], call)

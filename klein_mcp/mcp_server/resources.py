@@ -91,7 +91,7 @@ async def read(service: Service, uri: str, call: CallContext) -> list[ReadResour
     try:
         return await anyio.to_thread.run_sync(work)
     except RequestError as exc:
-        raise ResourceNotFoundError(str(exc)) from None
+        raise ResourceNotFoundError(results.error_line(exc)) from None
 
 
 def _entry(record: Record) -> Resource:

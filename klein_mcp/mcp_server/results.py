@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from mcp_types import Annotations, CallToolResult, ContentBlock, ImageContent, ResourceLink, TextContent
 
-from klein_mcp.errors import one_line
+from engine.contract import EngineError
+from klein_mcp.errors import RequestAction, RequestError, explain, one_line, request_error_line
 from klein_mcp.images.library import Record, Store
 from klein_mcp.jobs.context import CallContext
 
@@ -76,6 +77,21 @@ def _entry(image: "SavedImage", where: Mapping[str, str]) -> dict[str, Any]:
 def shortened(warnings: Sequence[str]) -> list[str]:
     """Return the warnings, each of the length that an error may have."""
     return [one_line(warning) for warning in warnings]
+
+
+SENTENCES: Mapping[RequestAction, str] = {
+    "list": "list_images shows {shows}.",
+    "view": "view_image shows {shows}.",
+    "wait": "wait_for_job returns {shows}.",
+    "make": "Generate one, wait_for_job for one that is being made, or name a handle; list_images shows them.",
+    "repaint": 'edit_image with prompt "remove the background" and background "transparent" does it by painting.',
+}
+"""The next step after an error, as a tool."""
+
+
+def error_line(error: EngineError | RequestError) -> str:
+    """Return an error in one line, its next step as a tool."""
+    return explain(error) if isinstance(error, EngineError) else request_error_line(error, SENTENCES)
 
 
 def pending_result(pending: "PendingJob") -> CallToolResult:

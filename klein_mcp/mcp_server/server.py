@@ -175,10 +175,8 @@ class KleinServer(MCPServer):
             return results.with_warning(result, ignored_warning(added)) if added else result
         except Busy as exc:
             return _error_result(f"{explain(exc)} Try again in {exc.retry_after:.0f} s.")
-        except EngineError as exc:
-            return _error_result(explain(exc))
-        except RequestError as exc:
-            return _error_result(str(exc))
+        except (EngineError, RequestError) as exc:
+            return _error_result(results.error_line(exc))
         except (OSError, sqlite3.Error) as exc:
             # The message says it all, and clients show stderr as errors.
             log.error("%s failed: %s: %s", name, type(exc).__name__, exc, exc_info=log.isEnabledFor(logging.DEBUG))

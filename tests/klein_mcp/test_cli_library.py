@@ -4,7 +4,6 @@ import argparse
 import io
 import itertools
 import json
-import re
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -22,8 +21,9 @@ from klein_mcp.cli.info import format_facts, info
 from klein_mcp.cli.list import list_images
 from klein_mcp.cli.main import main
 from klein_mcp.cli.prune import prune, select_for_deletion
-from klein_mcp.cli.records import expect_handle, for_terminal
+from klein_mcp.cli.records import expect_handle
 from klein_mcp.cli.replay import run_replay
+from klein_mcp.cli.terminal import error_line
 from klein_mcp.errors import RequestError
 from klein_mcp.images.library import Record
 from klein_mcp.jobs.context import CallContext
@@ -229,8 +229,9 @@ async def test_argument_that_is_no_handle_says_what_it_is(
         str(tmp_path / "other.png"): f"{tmp_path}/other.png is not in the library. klein-mcp list shows all.",
         "nofile.png": 'There is no file or handle "nofile.png". klein-mcp list shows handles.',
     }.items():
-        with pytest.raises(RequestError, match=re.escape(message)), for_terminal():
+        with pytest.raises(RequestError) as caught:
             expect_handle(service.store, name)
+        assert message in error_line(caught.value)
     with pytest.raises(RequestError, match="There is no file or handle"):
         info(settings, "nofile.png")
 

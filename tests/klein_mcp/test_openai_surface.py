@@ -327,6 +327,12 @@ async def test_format_without_room_for_the_image_is_refused_before_the_job(
     assert not painter.jobs
 
 
+async def test_unknown_handle_names_no_tool_of_mcp(connect_http):
+    async with connect_http() as http:
+        answer = await http.post("/v1/images/edits", json={"prompt": "x", "images": [{"image_url": "zzzzzz"}]})
+        assert answer.json()["error"]["message"] == 'There is no image "zzzzzz". klein-mcp studio shows all.'
+
+
 async def test_address_that_is_none_is_an_error_of_the_caller(connect_http):
     async with connect_http() as http:
         answer = await http.post("/v1/images/edits", json={"prompt": "make it red", "image": "http://[x"})

@@ -33,10 +33,11 @@ def every(kind: type[RequestError]) -> list[type[RequestError]]:
 
 @pytest.mark.parametrize("kind", every(RequestError))
 def test_error_of_the_daemon_keeps_its_kind(kind: type[RequestError]):
-    failed = events.from_json(events.to_json(Failed(kind("The reason.", hint="The way out."))))
+    error = kind("The reason.", hint="The way out.", action="list", shows="handles")
+    failed = events.from_json(events.to_json(Failed(error)))
     assert isinstance(failed, Failed)
     assert type(failed.error) is kind
-    assert (failed.error.message, failed.error.hint) == ("The reason.", "The way out.")
+    assert vars(failed.error) == vars(error)
 
 
 async def test_size_off_the_grid_is_rounded_with_a_warning(client: Client, painter: FakeExecutor):

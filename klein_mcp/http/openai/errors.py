@@ -8,7 +8,7 @@ from starlette.responses import JSONResponse, Response
 
 from engine.contract import Busy, EngineError, InvalidJob, ModelNotFound, OutOfMemory
 from klein_mcp.errors import Refused, RequestError, explain, one_line
-from klein_mcp.http.surface import status_of
+from klein_mcp.http.surface import error_line, status_of
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +44,11 @@ def refusal(status: int, message: str) -> Response:
 
 def to_api_error(exc: Exception) -> ApiError:
     """Translate any exception. One that nobody expected is logged."""
-    message = explain(exc) if isinstance(exc, EngineError) else one_line(str(exc))
+    message = one_line(str(exc))
+    if isinstance(exc, EngineError):
+        message = explain(exc)
+    elif isinstance(exc, RequestError):
+        message = error_line(exc)
     match exc:
         case ApiError():
             return exc

@@ -9,7 +9,7 @@ import anyio.to_thread
 from mcp_types import CallToolResult, ContentBlock
 
 from engine.contract import Aspect, EngineError, Exact, KeepSource, Native
-from klein_mcp.errors import RequestError, explain, one_line, quote
+from klein_mcp.errors import RequestError, one_line, quote
 from klein_mcp.jobs import replay
 from klein_mcp.jobs.context import CallContext
 from klein_mcp.jobs.request import ImageRequest
@@ -139,7 +139,7 @@ async def _run(
             if not chain.made:
                 raise
             # The images before it are made: an error alone would not name them.
-            words = explain(error) if isinstance(error, EngineError) else str(error)
+            words = results.error_line(error)
             chain.warnings.insert(0, f"stopped before step {index + 1} of {len(steps)}: {words}")
             return
         chain.add(result)
