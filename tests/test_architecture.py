@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.architecture import FILES, ROOT, graph, imports
+from tests.architecture import FILES, ROOT, graph, imports, package_of
 
 MAY_IMPORT: dict[str, set[str]] = {
     # The engine: no package of klein_mcp anywhere.
@@ -318,3 +318,27 @@ def test_no_class_name_stands_for_two_things() -> None:
                 places.setdefault(node.name, []).append(module)
     twice = {name: where for name, where in places.items() if len(where) > 1}
     assert not twice
+
+
+TYPES_TWICE = {"engine.nn.Attention"}
+"""The autoencoder's layer, and an attention back end."""
+
+
+def test_no_type_name_stands_for_two_things_in_a_package() -> None:
+    """Type aliases count, too: pyright takes one tuple of four numbers for another."""
+    places: dict[str, list[str]] = {}
+    for module, path in FILES.items():
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            name = node.name if isinstance(node, ast.ClassDef) else alias_name(node)
+            if name:
+                places.setdefault(f"{package_of(module)}.{name}", []).append(module)
+    twice = {name for name, where in places.items() if len(where) > 1}
+    assert twice == TYPES_TWICE
+
+
+def alias_name(node: ast.stmt) -> str:
+    """Return the name of a type alias, "" for other statements."""
+    if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+        name = node.targets[0].id
+        return name if re.fullmatch(r"[A-Z]\w*[a-z]\w*", name) else ""
+    return ""

@@ -5,10 +5,9 @@ import math
 from collections.abc import Iterator, Sequence
 
 import numpy as np
-import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 
-from klein_mcp.images.alpha import for_viewing
+from klein_mcp.images.alpha import Pixels, for_viewing
 
 MAX_BYTES = 512_000
 """Never more: as base64 that is 683 KB, and a message must stay below 1,000,000 bytes (Claude Desktop refuses more)."""
@@ -19,9 +18,6 @@ QUALITIES = (85, 75, 65, 50)
 LABELS = "ABCD"
 GAP, BAND = 8, 24
 """Pixels between the cells of a sheet, and above each for its label."""
-
-Pixels = npt.NDArray[np.uint8]
-"""[height, width, 3 or 4]: RGB, or RGBA, which is shown on plain grey, white or near-black."""
 
 
 def preview(

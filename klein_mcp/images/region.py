@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -37,8 +38,23 @@ _PLACES = (
 )
 
 Mask = npt.NDArray[np.bool_]
-Box = tuple[int, int, int, int]
-"""left, top, right, bottom: pixels, right and bottom not included."""
+
+
+class Corners(NamedTuple):
+    """A rectangle of pixels, right and bottom not included."""
+
+    left: int
+    top: int
+    right: int
+    bottom: int
+
+    @property
+    def width(self) -> int:
+        return self.right - self.left
+
+    @property
+    def height(self) -> int:
+        return self.bottom - self.top
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,13 +64,13 @@ class EditRegion:
     box: the crop, in pixels of the image. mask: [height, width] of the whole image; None if all may change.
     """
 
-    box: Box
+    box: Corners
     mask: Mask | None
 
     @property
     def is_partial(self) -> bool:
         """Return whether the model sees less than the whole image."""
-        return self.mask is not None and (self.box[3] - self.box[1], self.box[2] - self.box[0]) != self.mask.shape
+        return self.mask is not None and (self.box.height, self.box.width) != self.mask.shape
 
     @property
     def place(self) -> str:
@@ -85,15 +101,14 @@ class EditRegion:
         feather = None if self.mask is None else _feather(self.mask[top:bottom, left:right])
         if change is None or change.whole:
             return feather
-        found = codec.resize_mask(change.opacity, right - left, bottom - top)
+        found = codec.resize_mask(change.opacity, self.box.width, self.box.height)
         return found if feather is None else np.minimum(feather, found)
 
     def composite(self, generated: Rgb8, image: Rgb8, change: ChangeMask | None = None) -> Rgb8:
         """Blend the generated crop into the image by its opacity."""
-        left, top, right, bottom = self.box
-        part = codec.resize(generated, right - left, bottom - top)
+        part = codec.resize(generated, self.box.width, self.box.height)
         opacity = self.opacity(change)
-        return part if opacity is None else preserve.put_back(part, image, opacity, (left, top))
+        return part if opacity is None else preserve.put_back(part, image, opacity, (self.box.left, self.box.top))
 
     def faint_change(self, change: ChangeMask) -> tuple[float, preserve.Box] | None:
         """Return share and box of a faint change, of the whole image.
@@ -102,21 +117,20 @@ class EditRegion:
         """
         if change.faint_box is None:
             return None
-        left, top, right, bottom = self.box
         rows, columns = change.opacity.shape
-        across, down = (right - left) / columns, (bottom - top) / rows
+        across, down = self.box.width / columns, self.box.height / rows
         x, y, width, height = change.faint_box
         x, y, end, low = round(x * across), round(y * down), round((x + width) * across), round((y + height) * down)
-        box = left + x, top + y, max(1, end - x), max(1, low - y)
+        box = self.box.left + x, self.box.top + y, max(1, end - x), max(1, low - y)
         if self.mask is None:
             return change.faint, box
         if not self.mask[box[1] : box[1] + box[3], box[0] : box[0] + box[2]].any():
             return None
-        return change.faint * (right - left) * (bottom - top) / self.mask.size, box
+        return change.faint * self.box.width * self.box.height / self.mask.size, box
 
     def enlargement_warnings(self, generated: Rgb8) -> tuple[str, ...]:
         """Warn of a crop that was too large for the model."""
-        width, height = self.box[2] - self.box[0], self.box[3] - self.box[1]
+        width, height = self.box.width, self.box.height
         if generated.shape[:2] == (height, width):
             return ()
         seen = f"{generated.shape[1]}×{generated.shape[0]}"
@@ -130,7 +144,7 @@ def edit_region(image: Rgb8, region: Sequence[int] | None, mask: "Rgb8 | None") 
     """
     height, width = image.shape[:2]
     if region is None and mask is None:
-        return EditRegion((0, 0, width, height), None)
+        return EditRegion(Corners(0, 0, width, height), None)
     allowed = np.ones((height, width), bool)
     if mask is not None:
         allowed &= _white(mask, width, height)
@@ -142,7 +156,7 @@ def edit_region(image: Rgb8, region: Sequence[int] | None, mask: "Rgb8 | None") 
             hint="White in the mask is what may change.",
         )
     rows, columns = np.flatnonzero(allowed.any(1)), np.flatnonzero(allowed.any(0))
-    box = (int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1)
+    box = Corners(int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1)
     return EditRegion(_with_margin(box, width, height), allowed)
 
 
@@ -155,8 +169,8 @@ def mask_warnings(mask: Rgb8) -> tuple[str, ...]:
     return (f"{grey:.0%} of the mask is neither black nor white; pixels brighter than half count as white",)
 
 
-def region_box(region: Sequence[int], width: int, height: int) -> Box:
-    """Convert a region to a box. Raises RequestError if outside."""
+def region_box(region: Sequence[int], width: int, height: int) -> Corners:
+    """Convert a region to its corners. Raises RequestError if outside."""
     x, y, wide, high = region
     if wide < 1 or high < 1:
         raise RequestError(
@@ -168,7 +182,7 @@ def region_box(region: Sequence[int], width: int, height: int) -> Box:
             f"region {list(region)} does not fit: the image is {width}×{height}.",
             hint="region is [x, y, width, height] in pixels, x + width and y + height within the image.",
         )
-    return x, y, x + wide, y + high
+    return Corners(x, y, x + wide, y + high)
 
 
 def inside(region: Sequence[int], width: int, height: int) -> Mask:
@@ -188,15 +202,15 @@ def _white(mask: Rgb8, width: int, height: int) -> Mask:
     return preserve.across_channels(np.add, mask.astype(np.uint16)) > 127 * mask.shape[2]
 
 
-def _with_margin(box: Box, width: int, height: int) -> Box:
+def _with_margin(box: Corners, width: int, height: int) -> Corners:
     """Return the whole image, or a small region with its margin."""
     left, top, right, bottom = box
-    large = (right - left) * (bottom - top) >= _SMALL * width * height
+    large = box.width * box.height >= _SMALL * width * height
     if width * height <= _WHOLE or (large and width * height <= WORK_AREA):
-        return 0, 0, width, height
-    across = max(right - left, _LEAST_MARGIN) // 2
-    along = max(bottom - top, _LEAST_MARGIN) // 2
-    return max(0, left - across), max(0, top - along), min(width, right + across), min(height, bottom + along)
+        return Corners(0, 0, width, height)
+    across = max(box.width, _LEAST_MARGIN) // 2
+    along = max(box.height, _LEAST_MARGIN) // 2
+    return Corners(max(0, left - across), max(0, top - along), min(width, right + across), min(height, bottom + along))
 
 
 def _feather(mask: Mask) -> npt.NDArray[np.uint8]:
