@@ -2,8 +2,6 @@
 
 import asyncio
 import contextlib
-import threading
-from collections import OrderedDict
 from collections.abc import AsyncIterator
 from dataclasses import asdict, replace
 from typing import Protocol
@@ -17,6 +15,7 @@ from engine.contract import EngineError, Event, Job, NodeStatus, Result, Rgb8, i
 from klein_mcp.daemon import wire
 from klein_mcp.daemon.bearer import Handler, authorized
 from klein_mcp.daemon.endpoint import BuildInfo, proof
+from klein_mcp.images.cache import ImageCache
 from klein_mcp.jobs.queue import Queue
 from klein_mcp.jobs.turns import Ticket
 
@@ -39,34 +38,6 @@ MISSING = 409
 """Status code: some of the references that were not sent are not held here either."""
 
 
-class HeldImages:
-    """References by hash, the least recently used evicted first.
-
-    Any thread may use it.
-    """
-
-    def __init__(self, budget: int = HELD) -> None:
-        self._budget = budget
-        self._lock = threading.Lock()
-        self._images: OrderedDict[str, Rgb8] = OrderedDict()
-
-    def add(self, image: Rgb8) -> str:
-        """Keep an image and return its hash."""
-        name = image_hash(image)  # never the sender's word for it
-        with self._lock:
-            self._images[name] = image
-            self._images.move_to_end(name)
-            while len(self._images) > 1 and sum(each.nbytes for each in self._images.values()) > self._budget:
-                self._images.popitem(last=False)
-        return name
-
-    def get(self, name: str) -> "Rgb8 | None":
-        with self._lock:
-            if name in self._images:
-                self._images.move_to_end(name)
-            return self._images.get(name)
-
-
 class Peers(Protocol):
     """Engines behind the same address."""
 
@@ -87,7 +58,7 @@ class EngineServer:
         self._token = token
         self._build = build
         self._peers = peers
-        self._held = HeldImages()
+        self._held = ImageCache[Rgb8](HELD, lambda image: image.nbytes)
 
     def app(self) -> Starlette:
         """Build the ASGI application."""
@@ -136,12 +107,18 @@ class EngineServer:
         stream = self._frames(job, request.headers.get("x-klein-daemon", ""))
         return StreamingResponse(stream, media_type="application/octet-stream")
 
+    def _hold(self, image: Rgb8) -> str:
+        """Keep an image, and return its hash."""
+        name = image_hash(image)  # never the sender's word for it
+        self._held.add(name, image)
+        return name
+
     def _complete(self, job: Job, included: str | None) -> tuple[Job, list[str]]:
         """Add the references that are held here.
 
         Return the hashes of those that are not.
         """
-        sent = [(image, self._held.add(image)) for image in job.references]
+        sent = [(image, self._hold(image)) for image in job.references]
         if included is None:
             return replace(job, hashes=tuple(name for _, name in sent)), []
         places = dict(zip([int(word) for word in included.split(",") if word], sent, strict=True))
@@ -173,7 +150,7 @@ class EngineServer:
                     if latest is None:
                         continue
                 if isinstance(latest, Result):
-                    self._held.add(latest.image)  # the next edit is of this one
+                    self._hold(latest.image)  # the next edit is of this one
                     self._queue.prefetch(latest.image)
                 yield wire.encode(latest)
         except EngineError as exc:

@@ -20,6 +20,7 @@ import anyio.to_thread
 from engine.contract import EngineError, EngineFailed
 from engine.families.klein.variants import EMBEDDED
 from klein_mcp.errors import Refused, RequestError, quote
+from klein_mcp.images.cache import ImageCache
 from klein_mcp.images.library import Store
 from klein_mcp.images.paths import is_relative
 from klein_mcp.jobs.api import Jobs, UnknownJob
@@ -46,15 +47,21 @@ START_PATIENCE = 30.0
 """Seconds an engine may take to start where the wait budget is shorter; clients give up after 60."""
 
 
+THUMBS = 6_000_000
+"""Bytes of small renditions that are kept: about 400."""
+
+
 class Service:
     """One per front end.
 
     Its methods are what tools do; blocking work goes to worker threads.
+    thumbs: small renditions and their types, by the image's file.
     """
 
     def __init__(self, settings: Settings, jobs: Jobs) -> None:
         self.settings = settings
         self.jobs = jobs
+        self.thumbs = ImageCache[tuple[bytes, str]](THUMBS, lambda thumb: len(thumb[0]))
         self._demo_mentioned: set[str] = set()
         self._store: Store | None = None
         self._resolver: ImageResolver | None = None

@@ -1,8 +1,6 @@
 """Images as MCP resources, and subscriptions to new ones."""
 
 import json
-from collections import OrderedDict
-from contextlib import suppress
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -24,9 +22,6 @@ LISTED = 50
 
 MAX_BYTES = 730_000
 """As base64, with its envelope, below the 1,000,000 bytes that a message may have."""
-
-MAX_THUMBS = 400
-"""Small renditions kept in memory, about 6 MB."""
 
 NOTIFY_TIMEOUT = 1.0
 """Seconds a legacy connection has to accept a notification."""
@@ -137,24 +132,18 @@ def _rendition(service: Service, record: Record, **limits: int) -> tuple[bytes, 
     return DECODING.run(record.area, lambda: preview.preview(service.sources.pixels(record), **limits))
 
 
-_thumbs: OrderedDict[str, tuple[bytes, str]] = OrderedDict()
-
-
 def _thumb(service: Service, record: Record) -> ReadResourceContents:
     """Return a small rendition.
 
-    The latest are cached, since the same page of them is read again and again.
+    They are cached, since the same page of them is read again and again.
     """
     from klein_mcp.images import preview
     from klein_mcp.images.budget import DECODING
     from klein_mcp.studio.views import THUMB_SIDE
 
-    if (made := _thumbs.get(record.file)) is None:
+    if (made := service.thumbs.get(record.file)) is None:
         made = DECODING.run(record.area, lambda: preview.thumbnail(service.sources.pixels(record), THUMB_SIDE))
-        _thumbs[record.file] = made
-        if len(_thumbs) > MAX_THUMBS:
-            with suppress(KeyError):  # another thread was first
-                _thumbs.popitem(last=False)
+        service.thumbs.add(record.file, made)
     return ReadResourceContents(*made)
 
 

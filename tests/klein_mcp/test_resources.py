@@ -53,6 +53,14 @@ async def test_preview_and_recipe_are_resources_of_their_own(client: Client):
     assert [one["image"] for one in json.loads(content.text)] == [payload["image"], first["image"]]
 
 
+async def test_small_rendition_is_made_once(client: Client, service: Service):
+    uri = f"klein://images/{(await call(client, 'generate_image', prompt='a dot'))['image']}/thumb"
+    (first,) = await read(client, uri)
+    for path in service.settings.library.rglob("*.png"):
+        path.unlink()
+    assert await read(client, uri) == [first]
+
+
 async def test_templates_name_every_readable_resource(client: Client):
     templates = {template.uri_template for template in (await client.list_resource_templates()).resource_templates}
     assert templates >= {f"{ALL}/{{handle}}", f"{ALL}/{{handle}}/preview", f"{ALL}/{{handle}}/recipe"}
