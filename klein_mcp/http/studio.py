@@ -16,7 +16,6 @@ from urllib.parse import urlsplit
 
 import anyio.to_thread
 from mcp.server.lowlevel.helper_types import ReadResourceContents
-from mcp.server.mcpserver.exceptions import ResourceNotFoundError
 from mcp_types import CallToolResult, TextContent
 from starlette.requests import Request
 from starlette.responses import FileResponse, HTMLResponse, JSONResponse, Response, StreamingResponse
@@ -185,6 +184,12 @@ def _in_words(handler: Handler) -> Handler:
     return answered
 
 
+def _not_found(error: RequestError) -> Response:
+    """Answer where an address leads to nothing that can be read."""
+    status = status_of(error)
+    return _refusal(404 if status == 400 else status, error_line(error))
+
+
 def _refusal(status: int, message: str) -> Response:
     return JSONResponse({"error": message}, status, HEADERS)
 
@@ -233,8 +238,8 @@ class _Studio:
         address = request.query_params.get("uri", "")
         try:
             contents = await self._server.read(address, self._caller(request))
-        except ResourceNotFoundError as exc:
-            return _refusal(404, str(exc))
+        except RequestError as exc:
+            return _not_found(exc)
         if contents is None:
             return _refusal(404, "There is nothing at this address.")
         return JSONResponse({"contents": [_content(address, each) for each in contents]}, headers=HEADERS)
@@ -250,7 +255,7 @@ class _Studio:
         try:
             path = await anyio.to_thread.run_sync(find)
         except UnknownImage as exc:
-            return _refusal(404, error_line(exc))
+            return _not_found(exc)
         return FileResponse(path, media_type="image/png", headers=CACHED)
 
     async def part(self, request: Request) -> Response:
@@ -258,8 +263,8 @@ class _Studio:
         handle, part = request.path_params["handle"], request.path_params["part"]
         try:
             contents = await self._server.read(f"{uri(handle)}/{part}", self._caller(request))
-        except ResourceNotFoundError as exc:
-            return _refusal(404, str(exc))
+        except RequestError as exc:
+            return _not_found(exc)
         image = contents[0] if contents else None
         if image is None or not isinstance(image.content, bytes):
             return _refusal(404, f"{part} is not an image.")

@@ -7,7 +7,6 @@ from weakref import WeakKeyDictionary
 import anyio
 import anyio.to_thread
 from mcp.server.lowlevel.helper_types import ReadResourceContents
-from mcp.server.mcpserver.exceptions import ResourceNotFoundError
 from mcp.server.subscriptions import ResourcesListChanged, ResourceUpdated, SubscriptionBus
 from mcp_types import Annotations, EmptyResult, Resource, ResourceTemplate
 
@@ -57,7 +56,7 @@ def templates() -> list[ResourceTemplate]:
 
 
 async def read(service: Service, uri: str, call: CallContext) -> list[ReadResourceContents]:
-    """Return the contents of a klein://images address. Raises ResourceNotFoundError."""
+    """Return the contents of a klein://images address. Raises RequestError."""
 
     def work() -> list[ReadResourceContents]:
         if uri == ALL:
@@ -83,10 +82,7 @@ async def read(service: Service, uri: str, call: CallContext) -> list[ReadResour
             f"{uri} is not a resource.", hint="There are HANDLE, HANDLE/preview, HANDLE/changes and HANDLE/recipe."
         )
 
-    try:
-        return await anyio.to_thread.run_sync(work)
-    except RequestError as exc:
-        raise ResourceNotFoundError(results.error_line(exc)) from None
+    return await anyio.to_thread.run_sync(work)
 
 
 def _entry(record: Record) -> Resource:

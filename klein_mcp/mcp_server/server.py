@@ -17,6 +17,7 @@ from mcp.server.extension import Extension
 from mcp.server.lowlevel.helper_types import ReadResourceContents
 from mcp.server.lowlevel.server import NotificationOptions
 from mcp.server.mcpserver import Context, MCPServer
+from mcp.server.mcpserver.exceptions import ResourceNotFoundError
 from mcp.server.models import InitializationOptions
 from mcp.shared.exceptions import MCPError
 from mcp_types import (
@@ -225,13 +226,16 @@ class KleinServer(MCPServer):
         return await super().list_resource_templates() + resources.templates()
 
     async def read_resource(self, uri: Any, context: Context[Any, Any] | None = None) -> Any:
-        contents = await self.read(str(uri), self._call_context(context))
+        try:
+            contents = await self.read(str(uri), self._call_context(context))
+        except RequestError as exc:
+            raise ResourceNotFoundError(results.error_line(exc)) from None
         return await super().read_resource(uri, context) if contents is None else contents
 
     async def read(self, uri: str, call: CallContext) -> list[ReadResourceContents] | None:
         """Return the contents of an address of ours, None for other addresses.
 
-        Raises ResourceNotFoundError.
+        Raises RequestError.
         """
         if uri == studio_app.URI:
             return await studio_app.read()

@@ -202,6 +202,13 @@ async def test_reading_anything_else_finds_nothing(browser: httpx2.AsyncClient, 
     assert (await browser.get("/studio/read", params={"uri": uri})).status_code == 404
 
 
+@pytest.mark.parametrize("path", ["images/zzzzzz", "images/zzzzzz/thumb", "read?uri=klein://images/zzzzzz/details"])
+async def test_missing_image_names_no_tool(browser: httpx2.AsyncClient, path: str) -> None:
+    answer = await browser.get(f"/studio/{path}")
+    assert answer.status_code == 404
+    assert answer.json()["error"] == 'There is no image "zzzzzz". klein-mcp studio shows all.'
+
+
 @pytest.mark.parametrize("body", [b"", b"[1]", b"{", b'{"tool": 1, "arguments": {}}', b'{"tool": "x"}', b"[" * 100_000])
 async def test_broken_calls_are_refused(browser: httpx2.AsyncClient, body: bytes) -> None:
     assert (await browser.post("/studio/call", content=body)).status_code == 400
