@@ -163,9 +163,12 @@ class Index:
         with self.transaction():
             self.execute(statement, *values)
 
-    def execute(self, statement: str, *values: Any) -> None:
-        """Run a statement in the transaction of the caller."""
-        self._database.execute(statement, values)
+    def execute(self, statement: str, *values: Any) -> int:
+        """Run a statement in the transaction of the caller.
+
+        Returns the number of rows it changed.
+        """
+        return self._database.execute(statement, values).rowcount
 
     def insert(self, record: Record) -> None:
         """Add an image, in a transaction of its own."""

@@ -57,7 +57,7 @@ class PreparedRequest:
             partials=request.partials,
             hashes=self.hashes,
             affinity=self.affinity,
-            mode=request.mode,
+            mode=request.mode if index == 0 else None,  # the other seeds are new
             place=self.region.place if self.region else "",
         )
 

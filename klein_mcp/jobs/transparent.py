@@ -26,9 +26,12 @@ _PLAIN = r"(?:plain|solid|simple|clean|blank|empty|flat|pure|light|dark|bright|p
 _BACKGROUND = re.compile(
     r"[,.;!]?\s*(?<!\w)(?:"
     r"(?:isolated\s+)?(?:on|with|against|in front of)\s+(?:an?\s+|the\s+)?(?:[\w#-]+\s+){0,3}background\b"
-    rf"|(?:an?\s+)?(?:(?:{_PLAIN}|{_COLOUR})[\s,]+){{1,3}}background\b"
+    # Not "in the background": that is a place.
+    rf"|(?:in|over|upon)\s+(?:an?\s+|the\s+)?(?:(?:{_PLAIN}|{_COLOUR})\s+){{1,3}}background\b"
     r"|without\s+(?:an?\s+|any\s+)?background\b"
-    rf"|(?:isolated\s+)?(?:on|against)\s+(?:{_PLAIN}\s+)?{_COLOUR}(?=\s*(?:[.,;!]|$)))",
+    rf"|(?:isolated\s+)?(?:on|against)\s+(?:{_PLAIN}\s+)?{_COLOUR}(?=\s*(?:[.,;!]|$)))"
+    # Without a preposition it is a part of a list or a sentence of its own.
+    rf"|(?:^|[,.;!])\s*(?:an?\s+)?(?:(?:{_PLAIN}|{_COLOUR}|and)[\s,]+){{1,4}}background\b(?=\s*(?:[.,;!]|$))",
     re.IGNORECASE,
 )
 """A background that a prompt names: "on a wooden background", ", white background", "isolated on white"."""

@@ -15,6 +15,7 @@ from klein_mcp.errors import RequestError, did_you_mean
 from klein_mcp.images import paths, preserve
 from klein_mcp.images.record import Record
 from klein_mcp.jobs.context import CallContext
+from klein_mcp.jobs.execute import prepare_pixels
 from klein_mcp.jobs.replay import repeat, replay
 from klein_mcp.jobs.request import Aspect, Exact, Native, edit, generate
 from klein_mcp.jobs.service import Service
@@ -56,7 +57,9 @@ def test_recipe_asks_for_the_model_that_was_asked_for() -> None:
 
 def test_same_image_again_is_computed_in_the_recorded_mode() -> None:
     draft = record(generate("a cat", seed=7), mode="compiled")
-    assert repeat(draft).mode == repeat(draft, seed=7, model="nano", count=2).mode == "compiled"
+    several = repeat(draft, seed=7, model="nano", count=2)
+    assert repeat(draft).mode == several.mode == "compiled"
+    assert [prepare_pixels(several, []).job(index).mode for index in range(2)] == ["compiled", None]
     assert [repeat(draft, **other).mode for other in OTHER_RECIPES] == [None] * 3
     assert repeat(record(generate("a cat", seed=7), mode="of another version")).mode is None
 

@@ -170,6 +170,10 @@ def test_change_of_a_transparent_image_is_that_of_the_stored_one() -> None:
         ("a fox without a background", "a fox on a gray background"),
         ("a cat on a white sofa", "a cat on a white sofa on a gray background"),
         ("a cat, a dog in the background", "a cat, a dog in the background on a gray background"),
+        ("a dog in a white background", "a dog on a gray background"),
+        ("a portrait, white and blue background, soft light", "a portrait on a gray background, soft light"),
+        ("studio light, no background noise", "studio light, no background noise on a gray background"),
+        ("a soft white background with a cat", "a soft white background with a cat on a gray background"),
         ("a seal on white ice", "a seal on white ice on a gray background"),
     ],
 )

@@ -3,6 +3,7 @@
 import json
 import time
 from collections.abc import Generator
+from functools import cache
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from engine.contract import EngineError, EngineFailed, Event, Exact, Job, KeepSource, Result
@@ -70,13 +71,20 @@ def read_fields(kind: type[T], data: Any) -> T:
 
     Unlike their constructors it checks the type of each field. Raises ValueError.
     """
-    from pydantic import TypeAdapter, ValidationError  # 0.1 s, and only a daemon of engines elsewhere needs it
+    from pydantic import ValidationError
 
     try:
-        return TypeAdapter(kind).validate_python(data)
+        return _adapter(kind).validate_python(data)
     except ValidationError as exc:
         first = exc.errors()[0]
         raise ValueError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+
+
+@cache
+def _adapter(kind: Any) -> Any:
+    from pydantic import TypeAdapter  # 0.1 s, and only a daemon of engines elsewhere needs it
+
+    return TypeAdapter(kind)
 
 
 def read_events(job: Job, response: "httpx2.Response", silence: float) -> Generator[Event, None, bool]:
