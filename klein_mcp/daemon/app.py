@@ -5,7 +5,7 @@ The job API, hello, status, drain, stop.
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from contextlib import aclosing
 from dataclasses import asdict, replace
 from typing import Any
@@ -119,7 +119,7 @@ class Daemon:
 
     async def _events(self, request: Request) -> Response:
         try:
-            listen = Listen(**json.loads(request.query_params["listen"]))
+            listen = _listen(request.query_params)
         except (ValueError, KeyError, TypeError) as exc:
             return JSONResponse({"error": f"Not a request: {exc}"}, 400)
         return await _streamed(self.jobs.events(request.path_params["job"], listen))
@@ -154,6 +154,14 @@ class Daemon:
     async def _cancel(self, request: Request) -> Response:
         await self.jobs.cancel(request.path_params["job"])
         return JSONResponse({})
+
+
+def _listen(asked: Mapping[str, str]) -> Listen:
+    """Read how a client listens. Raises KeyError, TypeError or ValueError."""
+    if "listen" in asked:
+        return Listen(**json.loads(asked["listen"]))
+    # A front end of an early build of 0.2 sends these three alone.
+    return Listen(int(asked["preview"]), int(asked["each"]), asked["steps"] == "1")
 
 
 async def _streamed(stream: AsyncGenerator[JobEvent]) -> Response:

@@ -104,6 +104,8 @@ class DaemonClient:
         """Listen to a job, through whichever daemon runs it."""
         seen = 0
         path, asked = f"{_path(job)}/events", {"listen": json.dumps(asdict(listen))}
+        # The daemon that runs may be of an early build of 0.2, which reads these three alone.
+        asked |= {"preview": str(listen.preview), "each": str(listen.each), "steps": str(int(listen.steps))}
         for _ in range(3):  # two daemons may crash on the job, the third one says so
             endpoint = await self._running()
             try:

@@ -1,15 +1,16 @@
 """Jobs of front ends in the engine's process: shared, heard, left, cancelled."""
 
 import asyncio
+import json
 import subprocess
 import sys
 from contextlib import aclosing
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 
 from engine.contract import Busy, InvalidJob, Loading, Queued, Stage, Step
-from klein_mcp.jobs.events import Done, ImageSaved, Listen, Progressed, Saving, Submitted
+from klein_mcp.jobs.events import Done, ImageSaved, Listen, Progressed, Saving, Submitted, from_json
 from klein_mcp.jobs.request import generate
 from tests.klein_mcp.daemons import connection, daemons, gone, inner, run
 
@@ -113,6 +114,29 @@ async def test_submitted_job_that_nobody_hears_is_listened_to_later(front_end):
     job = await front_end.submit(generate("pause=0.1 steps=4"), client="me")
     assert isinstance([event async for event in front_end.events(job)][-1], Done)
     assert [each.job for each in await front_end.list()] == [job]
+
+
+async def test_daemon_and_front_end_of_an_older_build_understand_how_to_listen(front_end):
+    """An older daemon reads `preview`, `each` and `steps` alone, and an older front end sends nothing else."""
+    sent = []
+
+    async def remember(request):
+        sent.append(request)
+
+    front_end._client().event_hooks = {"request": [remember]}
+    job = await front_end.submit(generate("a"), client="me")
+    listen = Listen(preview=32, each=16, steps=True)
+    now = [event async for event in front_end.events(job, listen)]
+    request = sent[-1]
+    old = {"preview": "32", "each": "16", "steps": "1"}
+    assert {**request.url.params} == {"listen": json.dumps(asdict(listen)), **old}
+    headers = {"authorization": request.headers["authorization"]}
+    answer = await front_end._client().get(request.url.copy_with(params=old), headers=headers)
+    assert answer.status_code == 200
+    last = from_json(json.loads(answer.text.splitlines()[-1]))
+    assert isinstance(last, Done)
+    assert last.preview
+    assert last == now[-1]
 
 
 async def test_killed_front_end_takes_its_job_with_it(front_end, tmp_path):
