@@ -63,9 +63,9 @@ EDIT = Job("edit", (np.full((64, 48, 3), 7, np.uint8),), size=KeepSource(), seed
 
 
 @contextmanager
-def listening(app: Starlette, port: int = 0, **options: Any) -> Iterator[str]:
-    """Serve `app` on a port, 0 for any free one, and yield its address."""
-    listener = socket.create_server(("127.0.0.1", port))
+def listening(app: Starlette, bound: socket.socket | None = None, **options: Any) -> Iterator[str]:
+    """Serve `app` on a bound socket, else on any free port, and yield its address."""
+    listener = bound or socket.create_server(("127.0.0.1", 0))
     server = WebServer(app, log_level="error", lifespan="off", timeout_graceful_shutdown=1, **options)
     thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
     thread.start()
@@ -261,14 +261,15 @@ def test_refusal_of_one_engine_is_asked_of_the_next(refusal: type[EngineError]):
 
 def test_job_waits_for_an_engine_that_is_started_again(monkeypatch: pytest.MonkeyPatch):
     machine, pauses = Machine(), []
-    with listening(machine.app) as url:
-        pass  # nobody listens there any more
-    with ExitStack() as stack, closing(machine.queue):
+    with socket.socket() as bound, ExitStack() as stack, closing(machine.queue):
+        # It refuses connections until it listens, and nobody else gets its port.
+        bound.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{bound.getsockname()[1]}"
 
         def pause(seconds: float) -> None:
             pauses.append(seconds)
             if seconds == 3:
-                stack.enter_context(listening(machine.app, int(url.rpartition(":")[2])))
+                stack.enter_context(listening(machine.app, bound))
 
         monkeypatch.setattr(remotes, "PAUSES", (0, 1, 3))
         monkeypatch.setattr(remotes, "time", SimpleNamespace(monotonic=time.monotonic, sleep=pause))
