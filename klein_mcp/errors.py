@@ -24,6 +24,9 @@ class RequestError(Exception):
     action: a further step, for which each front end has its sentence. shows: what the caller sees by it.
     """
 
+    saved = ""
+    """A sentence with the images that the failed call had saved, the last of its line. The daemon never sets it."""
+
     def __init__(self, message: str, *, hint: str = "", action: RequestAction = "", shows: str = "all") -> None:
         super().__init__(message)
         self.message = message
@@ -32,7 +35,8 @@ class RequestError(Exception):
         self.shows = shows
 
     def __str__(self) -> str:
-        return one_line(f"{self.message} {self.hint}").rstrip(";:")  # an action would go on after these
+        line = one_line(f"{self.message} {self.hint}").rstrip(";:")  # an action would go on after these
+        return one_line(f"{line} {self.saved}")
 
 
 class BadImage(RequestError):
@@ -67,7 +71,7 @@ def request_error_line(error: RequestError, sentences: Mapping[RequestAction, st
     sentences: those of a front end for each action.
     """
     following = sentences[error.action].format(shows=error.shows) if error.action else ""
-    return one_line(f"{error.message} {error.hint} {following}")
+    return one_line(f"{error.message} {error.hint} {following} {error.saved}")
 
 
 def explain(exc: "EngineError") -> str:

@@ -260,8 +260,11 @@ def with_saved(error: E, images: Sequence[SavedImage]) -> E:
     """
     if not images:
         return error
-    named = copy.copy(error)
-    named.hint = f"{error.hint} Saved before that: {', '.join(image.handle for image in images)}.".strip()
+    named, saved = copy.copy(error), f"Saved before that: {', '.join(image.handle for image in images)}."
+    if isinstance(named, RequestError):
+        named.saved = saved  # not in its hint, which its action's sentence may go on from
+    else:
+        named.hint = f"{error.hint} {saved}".strip()
     return named
 
 

@@ -207,6 +207,25 @@ async def test_replay_that_fails_names_the_images_it_made(
     assert caught.value.hint == f"Close others. Saved before that: {made.handle}."
 
 
+async def test_images_saved_before_an_error_follow_its_next_step(
+    service: Service, painter: FakeExecutor, history: list[dict[str, Any]], tmp_path: Path
+):
+    paint, other = painter.paint, history[2]["image"]
+    (tmp_path / "base.png").write_bytes(file(scene(64, 48)[::-1].copy()))
+
+    def delete_at_two(job: Job) -> Rgb8:
+        if job.prompt == "two":
+            service.store.delete([other])
+        return paint(job)
+
+    painter.paint = delete_at_two
+    with pytest.raises(RequestError, match="was deleted") as caught:
+        await replay(service, history[3]["image"], ME, onto=str(tmp_path / "base.png"))
+    made = ", ".join(record.handle for record in service.store.everything()[-2:])
+    assert error_line(caught.value).endswith(f". klein-mcp list shows the others. Saved before that: {made}.")
+    assert str(caught.value).endswith(f". Saved before that: {made}.")
+
+
 async def test_replay_errors_say_why(service: Service, history: list[dict[str, Any]], client: Client):
     with pytest.raises(RequestError, match="was not made from another"):
         plan(service.store, history[2]["image"], onto=True)
