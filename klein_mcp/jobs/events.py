@@ -158,6 +158,8 @@ def error_to_json(error: EngineError | RequestError) -> dict[str, Any]:
     values = {"kind": type(error).__name__, **vars(error)}
     if isinstance(error, EngineError):
         values["fix"] = error.fix and asdict(error.fix)
+    elif not error.action:
+        del values["action"], values["shows"]  # early builds of 0.2 may read it, whose errors have neither
     return values
 
 

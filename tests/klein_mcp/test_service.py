@@ -40,6 +40,13 @@ def test_error_of_the_daemon_keeps_its_kind(kind: type[RequestError]):
     assert vars(failed.error) == vars(error)
 
 
+def test_error_without_an_action_is_read_by_an_older_build():
+    error = RequestError("The reason.", hint="The way out.")
+    written = events.error_to_json(error)
+    assert written == {"kind": "RequestError", "message": "The reason.", "hint": "The way out."}
+    assert vars(events.error_from_json(written)) == vars(error)
+
+
 async def test_size_off_the_grid_is_rounded_with_a_warning(client: Client, painter: FakeExecutor):
     payload = await call(client, "generate_image", prompt="x", width=250, height=200)
     assert payload["size"] == [256, 192]
