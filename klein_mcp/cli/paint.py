@@ -216,11 +216,13 @@ def _check_photograph(settings: Settings, wanted: request.ImageRequest, referenc
     from klein_mcp.jobs.installed import find
     from klein_mcp.jobs.photographs import check_detail, may_repaint
 
-    if not may_repaint(wanted) or (find(settings).limit(wanted.model) or ("",))[0] != EMBEDDED:
+    if not may_repaint(wanted) or wanted.model not in ("auto", EMBEDDED):
         return
     try:
         check_detail(wanted, reference.pixels)
     except RequestError as error:
+        if wanted.model == "auto" and find(settings).auto != EMBEDDED:
+            return
         raise RequestError(error.message, hint="Say --preserve off to do it all the same.") from None
 
 

@@ -26,12 +26,15 @@ def may_repaint(request: ImageRequest) -> bool:
 
 async def check_photograph(service: Service, call: CallContext, request: ImageRequest) -> None:
     """Raise RequestError if the embedded model would repaint a photograph."""
-    if not may_repaint(request):
+    if not may_repaint(request) or request.model not in ("auto", EMBEDDED):
         return
     record = (await service.open(request.images[0], call)).record
-    name, _ = (await models_of(service)).limit(request.model) or ("", 0)
-    if name == EMBEDDED:
+    try:
         await anyio.to_thread.run_sync(_check_record, service, request, record)
+    except RequestError:
+        # Asked last, as it reads every folder of models, or asks every engine.
+        if request.model == EMBEDDED or (await models_of(service)).auto == EMBEDDED:
+            raise
 
 
 def _check_record(service: Service, request: ImageRequest, record: Record) -> None:

@@ -12,6 +12,8 @@ from engine.contract import Rgb8
 from engine.nano.training.prompts import PromptSampler
 from engine.nano.training.score import draw
 from klein_mcp.images.detail import is_detailed
+from klein_mcp.jobs import installed
+from klein_mcp.settings import Settings
 from tests.embedded import SIDE
 from tests.fakes import FakeExecutor
 from tests.images import file, noise, scene
@@ -102,6 +104,33 @@ async def test_only_what_the_embedded_model_painted_whole_is_no_photograph(
     painter.model = "klein-4b"
     other = await call(client, "generate_image", prompt="a cat")
     assert refusal in await refused(client, "edit_image", image=other["image"], **whole)
+
+
+async def test_usual_edit_searches_for_no_models(
+    client: Client, painter: FakeExecutor, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "photo.png").write_bytes(file(photograph()))
+    painter.paint = lambda job: photograph()[::-1]
+    own = await call(client, "generate_image", prompt="a cat")
+    searches: list[Settings] = []
+
+    def counted(settings: Settings) -> installed.InstalledModels:
+        searches.append(settings)
+        return find(settings)
+
+    find = installed.find
+    monkeypatch.setattr(installed, "find", counted)
+    await call(client, "edit_image", image=own["image"], prompt=["make it red", "make it blue"])
+    painter.model = "klein-4b"
+    await call(client, "edit_image", image=str(tmp_path / "photo.png"), prompt="make it red", model="klein-4b")
+    painter.paint = lambda job: scene(64, 64)
+    flat = await call(client, "generate_image", prompt="a cat", model="klein-4b")
+    await call(client, "edit_image", image=flat["image"], prompt="make it red")
+    assert not searches
+    await refused(client, "edit_image", image=str(tmp_path / "photo.png"), prompt="make it red")
+    assert len(searches) == 1
+    monkeypatch.setattr(installed, "find", lambda _: installed.InstalledModels.of(["nano", "klein-4b"]))
+    await call(client, "edit_image", image=str(tmp_path / "photo.png"), prompt="make it red")
 
 
 async def test_recipe_of_a_photograph_is_not_repeated_by_the_embedded_model(
