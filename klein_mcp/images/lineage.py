@@ -23,13 +23,18 @@ class Lineage:
         row = self._index.row(query, handle, LONGEST_LINE)
         return handle if row is None else row[0]
 
-    def children(self, handle: str, *, deleted: bool = False) -> list[Record]:
+    def children(self, handle: str, *, deleted: bool = False, limit: int = -1) -> list[Record]:
         """Return the images made directly from this one, oldest first.
 
-        deleted: whether deleted ones count.
+        deleted: whether deleted ones count that have children of their own. They come last.
+        limit: the most images; -1 for all.
         """
-        made_from = "handle IN (SELECT child FROM parents WHERE parent = ?)"
-        return self._index.all(f"{made_from} AND (? OR deleted IS NULL) ORDER BY number", handle, deleted)
+        return self._index.all(
+            "handle IN (SELECT child FROM parents WHERE parent = ?)"
+            " AND (deleted IS NULL OR (? AND EXISTS (SELECT 1 FROM parents WHERE parent = handle)))"
+            " ORDER BY deleted IS NOT NULL, number LIMIT ?",
+            *(handle, deleted, limit),
+        )
 
     def siblings(self, record: Record) -> list[Record]:
         """Return the images of the call that made this one."""

@@ -15,6 +15,8 @@ from klein_mcp.studio.contract import Card, Changed, ImageDetails, LibraryPage
 
 MOST_RELATIVES = 120
 """Images in one lineage tree; the nearest ones where there are more."""
+MOST_DELETED = 500
+"""Deleted images that are followed because they connect the others of a tree."""
 
 THUMB_SIDE = 256
 """Pixels: twice the largest tile of the page, for dense screens."""
@@ -129,16 +131,17 @@ def _relatives(store: Store, record: Record) -> dict[str, Record]:
     Deleted ones too, since they connect the others.
     """
     found = {record.handle: record}
-    room = MOST_RELATIVES - 1
+    room, deleted_room = MOST_RELATIVES - 1, MOST_DELETED
 
     def add(relatives: Sequence[Record]) -> list[Record]:
-        nonlocal room
+        nonlocal room, deleted_room
         new = []
         for each in relatives:
-            if each.handle not in found and room > 0:
+            if each.handle not in found and room > 0 and (each.deleted is None or deleted_room > 0):
                 found[each.handle] = each
                 new.append(each)
                 room -= each.deleted is None
+                deleted_room -= each.deleted is not None
         return new
 
     waiting = [record]
@@ -152,8 +155,9 @@ def _relatives(store: Store, record: Record) -> dict[str, Record]:
     # From the image itself first: of a family that is too large, its own descendants matter more than cousins.
     for start in (record, root):
         waiting = [start]
-        while waiting:
-            waiting += add(store.lineage.children(waiting.pop(0).handle, deleted=True))
+        while waiting and room > 0:
+            limit = MOST_RELATIVES + MOST_DELETED
+            waiting += add(store.lineage.children(waiting.pop(0).handle, deleted=True, limit=limit))
     return found
 
 

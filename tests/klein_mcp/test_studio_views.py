@@ -15,6 +15,7 @@ from engine.families.klein.variants import EMBEDDED, VARIANTS
 from engine.registry import NANO
 from klein_mcp.errors import UnknownImage
 from klein_mcp.images import picks, schema
+from klein_mcp.images.index import Index
 from klein_mcp.images.library import Record, Store
 from klein_mcp.images.resolver import ImageResolver
 from klein_mcp.jobs.request import ImageRequest, edit, generate
@@ -133,6 +134,34 @@ def test_family_leaves_out_deleted_images_and_survives_a_large_one(library: Stor
     assert len(family) == views.MOST_RELATIVES
     assert {root, children[-1]} <= set(family)
     assert children[0] not in family
+
+
+def test_family_reads_few_of_many_images_of_one_base(library: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    def leads_to_image(handle: str) -> str:
+        return put(library, "add a star", parents=[put(library, "make it red", parents=[handle]).handle]).handle
+
+    root = put(library).handle
+    children = [put(library, f"edit {k}", parents=[root]).handle for k in range(300)]
+    library.delete(children)
+    read: list[Record] = []
+    record = Index.record
+
+    def counted(index: Index, row: tuple[Any, ...]) -> Record:
+        read.append(record(index, row))
+        return read[-1]
+
+    monkeypatch.setattr(Index, "record", counted)
+    assert [card["image"] for card in views.image_details(library, root)["family"]] == [root]
+    assert len(read) < 20, "deleted leaves connect nothing"
+    monkeypatch.setattr(views, "MOST_RELATIVES", 10)
+    monkeypatch.setattr(views, "MOST_DELETED", 20)
+    grandchildren = [put(library, "add a star", parents=[child]).handle for child in children]
+    library.delete(grandchildren[:-1])
+    deep = [leads_to_image(root) for _ in range(3)]
+    read.clear()
+    family = {card["image"] for card in views.image_details(library, root)["family"]}
+    assert {root, *deep} <= family
+    assert len(read) < 200
 
 
 def test_details_say_whether_an_image_can_be_made_again(library: Store) -> None:
