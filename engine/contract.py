@@ -269,7 +269,8 @@ class EngineConfig:
     It can be pickled. None leaves a choice to the engine.
 
     models, hub: folders and files to search for models, and the hub's cache.
-    variant: the variant a single file holds, where the file itself does not show it.
+    model: name or path of the model that a user prefers.
+    variant: the variant a single file holds, where the file itself does not show it. It overrules the name of `model`.
     text_encoder, vae: name or path of the companion that a single file uses; None: the one that suits best.
     answers: file in which answers about model files are kept, such as their hashes.
     quant: fp8 or nvfp4 for the transformer's blocks; None keeps the format of the files.
@@ -284,6 +285,7 @@ class EngineConfig:
     device: str | None = None
     dtype: str | None = None
     threads: int | None = None
+    model: str | None = None
     variant: str | None = None
     text_encoder: str | None = None
     vae: str | None = None

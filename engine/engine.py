@@ -172,8 +172,10 @@ class Engine:
             return self._klein, 0.0
         self._tried = FileState.of(())
         failed: dict[Path, BadWeights] = {}
+        # Any other file is what its name says: an older image's may be asked for again.
+        variant = self.config.variant if name == self.config.model else None
         while True:
-            checkpoint = self._resolve(name, self.config.variant)
+            checkpoint = self._resolve(name, variant)
             if checkpoint.transformer in failed:  # there is no other file of it
                 raise next(iter(failed.values()))
             try:

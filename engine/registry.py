@@ -96,6 +96,8 @@ class ModelRegistry(ModelSearch):
         """
         path = Path(model).expanduser()
         setting = identify.named(variant) if variant else None
+        if self.variant:
+            identify.named(self.variant)  # a wrong one is an error whatever model is meant
         if model in VARIANTS:
             return self._resolve_name(model, quant, prefer, damaged)
         if path.is_absolute() or os.sep in model:
@@ -103,7 +105,7 @@ class ModelRegistry(ModelSearch):
                 raise ModelNotFound(f"No model at {model}.", fix=Fix("list"))
             # Absolute, for the folders above it; not resolved, as the folder of a link has the companions.
             checkpoint = self._checkpoint(path.absolute(), setting=setting)
-            if checkpoint.variant is setting and checkpoint.transformer.is_file():
+            if checkpoint.variant.name in (variant, self.variant) and checkpoint.transformer.is_file():
                 self.answers.remember(checkpoint.transformer, variant=checkpoint.variant.name)
             return checkpoint
         return self._checkpoint(self._path_of(model), setting=setting)
@@ -241,8 +243,12 @@ class ModelRegistry(ModelSearch):
         """Identify a single file. Raises BadWeights to ask."""
         if (file.parent / INDEX).is_file():
             return read_variant(file.parent)
-        found = identify.by_path(file) or identify.by_known_hash(file, self.answers)
-        found = found or self._named_by_user(file, width)
+        named = identify.by_path(file)
+        fits = named is not None and identify.has_width(named, width)
+        # A setting is meant for some file, an earlier answer for this one, which need not be hashed then.
+        by_hash = identify.by_hash if self.variant else identify.by_known_hash
+        found = (named if fits else None) or by_hash(file, self.answers)
+        found = found or self._named_by_user(file, width) or named
         if found is None and file.parent.name == "transformer" and (file.parent.parent / INDEX).is_file():
             raise BadWeights(f"{file.name} is a part of the model in {file.parent.parent}.", hint="Give that folder.")
         found = found or identify.by_hash(file, self.answers)

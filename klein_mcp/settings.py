@@ -313,6 +313,7 @@ class Settings:
             device=_unless_auto(self.device),
             dtype=_unless_auto(self.dtype),
             threads=self.threads or None,
+            model=_unless_auto(self.model),
             variant=self.variant or None,
             text_encoder=self.encoder or None,
             vae=self.vae or None,

@@ -122,7 +122,7 @@ def run(settings: Settings, arguments: argparse.Namespace) -> int:
     if given and settings.engine:
         names = ", ".join(f"--{'lora' if name == 'loras' else name}" for name in given)
         print(f"klein-mcp: {names} has no effect: KLEIN_ENGINE computes elsewhere, as it was started", file=sys.stderr)
-    settings = replace(settings, **given)
+    settings = replace(settings, model=options.model, **given)
     return paint(settings, options, as_json=arguments.json)
 
 

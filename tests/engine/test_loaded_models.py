@@ -83,6 +83,21 @@ def test_renamed_file_needs_the_variant_setting(bfl: dict[str, Tensor], folder: 
     assert (painting.model, painting.guidance) == ("klein-base-4b", 4.0)
 
 
+def test_variant_setting_overrules_only_the_preferred_file(
+    bfl: dict[str, Tensor], folder: Path, tmp_path: Path
+) -> None:
+    for part in ("vae", "text_encoder", "tokenizer"):
+        shutil.copytree(folder / part, tmp_path / part)
+    older, preferred = (published.write(bfl, tmp_path / f"flux-2-klein-4b-{name}.safetensors") for name in "ab")
+    engine = Engine(EngineConfig(device="cpu", dtype="float32", model=str(preferred), variant="klein-base-4b"))
+    taken: list[str] = []
+    for file in (preferred, older):
+        *_, painting = engine.run(Job("x", model=str(file), size=Exact(64, 64), steps=1))
+        assert isinstance(painting, Result)
+        taken.append(painting.model)
+    assert taken == ["klein-base-4b", "klein-4b"]
+
+
 def test_model_in_comfyui_folders_runs(bfl: dict[str, Tensor], folder: Path, tmp_path: Path) -> None:
     """Check that a model runs from ComfyUI's folders.
 

@@ -220,6 +220,22 @@ def test_variant_of_a_named_path_holds_unless_the_width_contradicts(
     assert ModelRegistry(variant=setting).resolve(str(file), setting).variant.name == taken
 
 
+@pytest.mark.parametrize(
+    ("name", "width", "setting", "taken"),
+    [
+        ("flux-2-klein-4b", 0, "klein-base-4b", "klein-4b"),
+        ("flux-2-klein-4b", 4096, "klein-9b", "klein-9b"),  # misnamed
+        ("mine", 0, "klein-base-4b", "klein-base-4b"),
+    ],
+)
+def test_variant_setting_overrules_no_name_of_another_path(
+    name: str, width: int, setting: str, taken: str, folder: Path, transformer: dict[str, Tensor], tmp_path: Path
+) -> None:
+    wide = {"img_in.weight": torch.zeros(width, 128)} if width else {}
+    file = named(transformer | wide, folder, tmp_path, f"{name}.safetensors")
+    assert ModelRegistry(variant=setting).resolve(str(file)).variant.name == taken
+
+
 def test_variant_setting_overrules_no_name_of_a_searched_file(
     folder: Path, transformer: dict[str, Tensor], tmp_path: Path
 ) -> None:
@@ -241,8 +257,8 @@ def test_renamed_published_file_is_identified_by_its_hash(
     row = VARIANTS["klein-base-4b"]
     known = File("x", "y.safetensors", bytes=file.stat().st_size, sha256=digest[:8])
     monkeypatch.setitem(variants.VARIANTS, "klein-base-4b", replace(row, files=(known,)))
-    for setting in (None, "klein-4b"):
-        assert ModelRegistry().resolve(str(file), setting).variant.name == "klein-base-4b"
+    for setting, now in ((None, None), ("klein-4b", "klein-4b"), (None, "klein-4b")):
+        assert ModelRegistry(variant=now).resolve(str(file), setting).variant.name == "klein-base-4b"
     monkeypatch.setitem(variants.VARIANTS, "klein-base-4b", replace(row, files=(replace(known, sha256="0" * 8),)))
     with pytest.raises(BadWeights, match="look alike"):
         ModelRegistry().resolve(str(file))
@@ -279,6 +295,8 @@ def test_folder_with_one_klein_file_resolves_to_it(folder: Path, transformer: di
 def test_similar_name_is_suggested(tmp_path: Path) -> None:
     with pytest.raises(ModelNotFound, match=r"'klein-4n'\. Did you mean klein-4b"):
         ModelRegistry().resolve("klein-4n")
+    with pytest.raises(ModelNotFound, match=r"'klein-4n'\. Did you mean klein-4b"):
+        ModelRegistry(variant="klein-4n").resolve("nano")
     with pytest.raises(ModelNotFound, match=r"'klein-9bkv'\. Did you mean klein-9b-kv"):
         ModelRegistry().resolve(str(tmp_path), "klein-9bkv")
     with pytest.raises(ModelNotFound, match=r"not installed; installed: nano\. Pull klein-9b\."):

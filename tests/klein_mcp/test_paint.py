@@ -9,9 +9,10 @@ import pytest
 from mcp import Client
 from PIL import Image
 
-from engine.contract import Exact, KeepSource, Native
+from engine.contract import EngineConfig, Exact, KeepSource, Native
 from klein_mcp.cli.main import main
 from klein_mcp.images import provenance
+from klein_mcp.settings import Settings
 from tests.fakes import FakeExecutor
 from tests.images import file, pixels, scene
 from tests.klein_mcp.test_photographs import photograph
@@ -71,6 +72,21 @@ def test_edit_that_changes_nothing_says_so(engine: FakeExecutor, capsys: pytest.
     Path("flat.png").write_bytes(file(scene(64, 64)))
     assert main(["paint", "make it red", "--ref", "flat.png", "-o", "red.png"]) == 0
     assert "klein-mcp: nothing visible changed" in capsys.readouterr().err.splitlines()
+
+
+def test_variant_that_is_given_is_that_of_the_model_that_is_given(
+    engine: FakeExecutor, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    configs: list[EngineConfig] = []
+
+    def made(settings: Settings) -> FakeExecutor:
+        configs.append(settings.engine_config())
+        return engine
+
+    monkeypatch.setattr("klein_mcp.daemon.executors.make_executor", made)
+    paint(capsys, "a cat", "-o", "one.png")
+    paint(capsys, "a cat", "--model", "mine", "--variant", "klein-base-4b", "-o", "two.png")
+    assert [(config.model, config.variant) for config in configs] == [("nano", None), ("mine", "klein-base-4b")]
 
 
 def test_photograph_is_refused_before_the_engine_starts(
