@@ -8,6 +8,8 @@ import pytest
 from mcp import Client
 
 from engine.contract import Aspect, InvalidJob, Job, KeepSource, Rgb8
+from klein_mcp.jobs.context import CallContext
+from klein_mcp.jobs.request import ImageRequest, compose, edit, generate
 from klein_mcp.jobs.service import Service
 from tests.fakes import FakeExecutor, painted
 from tests.tool_calls import call, refused
@@ -74,6 +76,30 @@ async def test_replay_that_waits_gives_the_calls_that_remain(
     assert [(job.prompt, job.seed, job.size) for job in painter.jobs[-2:]] == [
         ("add a hat", 7, KeepSource()),
         ("image 1 beside image 2", 8, Aspect(16, 9)),
+    ]
+
+
+async def test_replay_that_waits_names_what_no_tool_takes(
+    client: Client, painter: FakeExecutor, service: Service
+) -> None:
+    me = CallContext("openai")
+
+    async def made(wanted: ImageRequest) -> str:
+        return (await service.run(wanted, me)).images[0].handle
+
+    start, other = await made(generate("a dot")), await made(generate("a line"))
+    first = await made(edit(start, "make it red", preserve="off", steps=3))
+    two = replace(edit(first, "add image 2", preserve="off", steps=2, guidance=1.5), images=(first, other))
+    second = await made(two)
+    third = await made(replace(compose([second, other], "image 1 beside image 2"), size=KeepSource()))
+    last = await made(edit(third, "add a hat", preserve="off"))
+    service.settings = replace(service.settings, wait_budget=0)
+    painter.seconds_per_step = 30.0
+    facts = await call(client, "edit_image", image=other, again=last)
+    assert [one["tool"] for one in facts["remaining"]] == ["edit_image", "compose_references", "edit_image"]
+    assert facts["warnings"] == [
+        f"step 2: `remaining` lacks reference {other}, steps 2, guidance 1.5, which no tool takes",
+        "step 3: `remaining` lacks the size of its first reference, which no tool takes",
     ]
 
 

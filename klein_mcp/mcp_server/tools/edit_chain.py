@@ -45,11 +45,11 @@ class Chain:
         return [self.base, *(image.handle for image in self.made)]
 
     @property
-    def remaining(self) -> list[dict[str, Any]]:
-        """Return the calls of a replay that follow on its pending job."""
+    def remaining(self) -> list[ImageRequest]:
+        """Return the requests of a replay that follow on its pending job."""
         first = len(self.made) + 1
         images = [*self.handles, *(_placeholder(step) for step in range(first, self.steps))]
-        return [_tool_call(step(images)) for step in self.replayed[first:]]
+        return [step(images) for step in self.replayed[first:]]
 
     def add(self, result: JobResult | PendingJob) -> None:
         """Add a step's image and those of its warnings that are new."""
@@ -116,6 +116,10 @@ async def run_replay(
     steps = [step(index) for index in range(len(plan.steps))]
     chain = Chain(base.record.handle, len(steps), steps, warnings=[*base.warnings])
     await _run(service, call, chain, steps, lambda: False)
+    if chain.pending:
+        for number, request in enumerate(chain.remaining, len(chain.made) + 2):
+            if lost := _lost(request):
+                chain.warnings.append(f"step {number}: `remaining` lacks {', '.join(lost)}, which no tool takes")
     return await _rendered(service, call, chain, show)
 
 
@@ -152,8 +156,24 @@ def _placeholder(step: int) -> str:
     return f"<image of step {step}>"
 
 
+def _lost(request: ImageRequest) -> list[str]:
+    """Return what a request asks for and no tool takes."""
+    lost: list[str] = []
+    if request.tool == "edit_image":
+        lost += [f"reference {image}" for image in request.images[1:]]
+    elif isinstance(request.size, KeepSource):
+        lost.append("the size of its first reference")
+    if request.tool != "edit_image" and request.background == "transparent":
+        lost.append("background transparent")
+    if request.steps is not None:
+        lost.append(f"steps {request.steps}")
+    if request.guidance is not None:
+        lost.append(f"guidance {request.guidance:g}")
+    return lost
+
+
 def _tool_call(request: ImageRequest) -> dict[str, Any]:
-    """Return the tool and all arguments that make a request."""
+    """Return the tool and its arguments that make a request."""
     size: dict[str, Any] = {}
     match request.size:
         case Exact(width, height):
@@ -216,7 +236,7 @@ def _render(service: Service, call: CallContext, chain: Chain, mode: str) -> Cal
         then = f", then go on with {steps}" if missing else ""
         line |= {"job": job, "next": f'wait_for_job with job "{job}"{then}'}
         if chain.replayed and missing:
-            line["remaining"] = chain.remaining
+            line["remaining"] = [_tool_call(request) for request in chain.remaining]
     blocks: list[ContentBlock] = [results.text(line)]
     if mode == "inline" and chain.made:
         blocks.append(_filmstrip(service, chain.handles))
