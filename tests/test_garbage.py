@@ -252,6 +252,8 @@ def test_lines_of_stdin(server: RealServer, count: int) -> None:
     }
     lines = [json.dumps(hello).encode(), b'{"jsonrpc":"2.0","method":"notifications/initialized"}']
     lines += [line.replace(b"\n", b" ") for line in generated(count, lines)]
+    # Requests without an id are notifications, which have no answer to add anything to.
+    lines += [b'{"jsonrpc":"2.0","method":"%s"}' % method for method in (b"initialize", b"server/discover")]
     lines.append(b'{"jsonrpc":"2.0","id":"the last","method":"ping"}')
     process = subprocess.Popen(
         [sys.executable, "-m", "klein_mcp"],

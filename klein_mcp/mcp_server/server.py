@@ -126,7 +126,7 @@ class KleinServer(MCPServer):
     async def _name_models(self, ctx: Any, call_next: Any) -> Any:
         """Middleware: add the models installed now to the instructions, in both eras."""
         result = await call_next(ctx)
-        if ctx.method not in CONNECTING:
+        if ctx.method not in CONNECTING or result is None:  # a notification of that name has no answer
             return result
         return {**result, "instructions": f"{INSTRUCTIONS} {await _models_in_time(self.service.settings)}"}
 

@@ -123,6 +123,7 @@ async def test_second_link_leaves_the_first_tab_working(browser: Any, server: Re
 
 async def test_examples_follow_the_chosen_model(open_page: Open) -> None:
     page = await open_page()
+    await page.locator(".welcome button").first.wait_for()
     examples = await page.locator(".welcome button").all_inner_texts()
     await page.route("**/studio/read?uri=klein%3A%2F%2Fengine", also_installed)
     await page.reload()
