@@ -50,11 +50,13 @@ async def run_replay(settings: Settings, handle: str, onto: str | None, seed: in
             call = CallContext("replay", progress=show_progress)
             results = await replay(service, handle, call, onto=onto, seed=seed)
         made = [result.images[0] for result in results]
+        records = [service.store.get(image.handle) for image in made]
+        # Before they are described: this makes the readable names.
+        paths = [service.store.readable_path(record) for record in records]
         facts = [
-            {**describe_record(service.store, service.store.get(image.handle)), "warnings": result.warnings}
-            for image, result in zip(made, results, strict=True)
+            {**describe_record(service.store, record), "warnings": result.warnings}
+            for record, result in zip(records, results, strict=True)
         ]
-        path = service.store.readable_path(service.store.get(made[-1].handle))
         different = changed_weights(steps, made)
     finally:
         await jobs.aclose()
@@ -64,7 +66,7 @@ async def run_replay(settings: Settings, handle: str, onto: str | None, seed: in
     else:
         for old, new in zip(steps, facts, strict=True):
             print(f"{old.handle} → {new['image']}  {one_line(strip_control_chars(str(new['prompt'])), 60)}")
-        print(path)
+        print(paths[-1])
     for number, result in enumerate(results, 1):
         for warning in result.warnings:
             print(strip_control_chars(f"klein-mcp: step {number}: {one_line(warning)}"), file=sys.stderr)

@@ -223,9 +223,16 @@ def test_endless_unknown_word_is_named_by_its_beginning() -> None:
     assert len(warning) < 120
 
 
-@pytest.mark.parametrize("prompt", ["a blue cat", "make the cat blue", "change the color of the cat to blue"])
-def test_colour_of_an_object_with_fixed_colours_is_reported(prompt: str) -> None:
-    assert read_prompt(prompt, SMALL).warnings == ("nano paints every cat in its own colours; blue is ignored",)
+@pytest.mark.parametrize(
+    ("prompt", "then"),
+    [
+        ("a blue cat", "blue is ignored"),
+        ("make the cat blue", "making it blue may spoil it, or do nothing"),
+        ("change the color of the cat to blue", "making it blue may spoil it, or do nothing"),
+    ],
+)
+def test_colour_of_an_object_with_fixed_colours_is_reported(prompt: str, then: str) -> None:
+    assert read_prompt(prompt, SMALL).warnings == (f"nano paints every cat in its own colours; {then}",)
 
 
 @pytest.mark.parametrize("prompt", ["a red apple", "a blue circle", "make the circle blue", "a cat on blue"])

@@ -174,7 +174,9 @@ async def test_replay_prints_the_warnings_of_its_steps(
     printed = capsys.readouterr()
     nothing = [f"klein-mcp: step {number}: nothing visible changed" for number in (1, 2)]
     assert set(nothing) <= set(printed.err.splitlines())
-    assert ["nothing visible changed" in facts["warnings"] for facts in json.loads(printed.out)] == [True, True]
+    steps = json.loads(printed.out)
+    assert ["nothing visible changed" in facts["warnings"] for facts in steps] == [True, True]
+    assert [Path(facts["path"]).stem for facts in steps] == [facts["image"] for facts in steps]
 
 
 @pytest.mark.usefixtures("in_process")

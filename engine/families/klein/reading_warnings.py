@@ -130,4 +130,6 @@ def _own_colours(text: str, variant: Variant) -> Iterator[str]:
     for match in (*before.finditer(text), *behind.finditer(text)):
         noun, colour = match["noun"].lower(), match["colour"].lower()
         if colour not in variant.nouns[noun]:
-            yield f"{variant.name} paints every {noun} in its own colours; {colour} is ignored"
+            # An edit is asked for in the words as they are, and a colour that was never practised blurs the thing.
+            then = f"{colour} is ignored" if match.re is before else f"making it {colour} may spoil it, or do nothing"
+            yield f"{variant.name} paints every {noun} in its own colours; {then}"
