@@ -9,14 +9,11 @@ from klein_mcp.errors import RequestError
 from klein_mcp.images.library import Record, Store
 from klein_mcp.jobs.context import CallContext
 from klein_mcp.jobs.installed import models_of
-from klein_mcp.jobs.request import ImageRequest
+from klein_mcp.jobs.request import UNPAINTED, ImageRequest
 from klein_mcp.jobs.service import Service
 
 if TYPE_CHECKING:
     from klein_mcp.images.alpha import Pixels
-
-UNPAINTED = "none"
-"""The model of an image that was only cut out."""
 
 
 def may_repaint(request: ImageRequest) -> bool:

@@ -13,7 +13,7 @@ from klein_mcp.errors import RequestError
 from klein_mcp.images.library import Record, Store
 from klein_mcp.jobs.context import CallContext
 from klein_mcp.jobs.photographs import check_photograph
-from klein_mcp.jobs.request import ImageRequest, Native, generate
+from klein_mcp.jobs.request import UNPAINTED, ImageRequest, Native, generate
 from klein_mcp.jobs.results import JobResult, SavedImage
 from klein_mcp.jobs.service import Service, with_saved
 
@@ -154,7 +154,7 @@ def recorded_request(record: Record) -> ImageRequest:
 
 def can_repeat(store: Store, record: Record) -> bool:
     """Return whether an image can be made again with another seed."""
-    if record.recipe.get("model") == "none":  # cut out without painting, so there was no seed
+    if record.recipe.get("model") == UNPAINTED:
         return False
     try:
         request = recorded_request(record)

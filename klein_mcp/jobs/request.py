@@ -18,6 +18,9 @@ Background = Literal["auto", "transparent"]
 Region = tuple[int, int, int, int]
 """x, y, width, height in pixels."""
 
+UNPAINTED = "none"
+"""The recorded model of an image that was cut out without painting, so that there was no seed."""
+
 
 @dataclass(frozen=True, slots=True)
 class ImageRequest:

@@ -12,7 +12,7 @@ from engine.contract import Job, KeepSource, Result, Rgb8, image_hash
 from klein_mcp.images import alpha
 from klein_mcp.images.alpha import Cutout, Pixels
 from klein_mcp.jobs.execute import PreparedRequest
-from klein_mcp.jobs.request import ImageRequest
+from klein_mcp.jobs.request import UNPAINTED, ImageRequest
 from klein_mcp.jobs.save import FinishedImage, finish
 
 TRIES = 2
@@ -213,6 +213,6 @@ def _cut(finished: FinishedImage, cut: Cutout) -> FinishedImage:
 def _unpainted(prepared: PreparedRequest, index: int, cut: Cutout) -> Made:
     """Return an image that took no model."""
     assert prepared.original is not None
-    result = Result(prepared.original, prepared.request.seed + index, "none", "none", 0, 0.0)
+    result = Result(prepared.original, prepared.request.seed + index, UNPAINTED, "none", 0, 0.0)
     already = ("the image was transparent already",) if prepared.original_rgba is not None else ()
     return Made(result, FinishedImage(cut.image, checks=cut.checks, warnings=(*already, *cut.warnings)))
