@@ -1,11 +1,10 @@
-"""Engines on other machines: the same bytes, sticky lineages, retries, and nodes that lie."""
+"""Engines on other machines: the same bytes, sticky lineages, and retries."""
 
 import shutil
 import socket
-import struct
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, replace
@@ -17,7 +16,7 @@ import numpy as np
 import pytest
 from starlette.applications import Starlette
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from engine.contract import (
@@ -36,87 +35,33 @@ from engine.contract import (
     Native,
     NodeStatus,
     OutOfMemory,
-    Result,
     Rgb8,
     Step,
-    image_hash,
 )
 from klein_mcp.cli.status import format_status
 from klein_mcp.daemon import wire
 from klein_mcp.daemon.endpoint import BuildInfo, proof
-from klein_mcp.daemon.engine_server import EngineServer
-from klein_mcp.daemon.executors import answers
 from klein_mcp.daemon.executors import remote as remotes
 from klein_mcp.daemon.executors.node import combined
 from klein_mcp.daemon.executors.remote import RemoteExecutor
-from klein_mcp.jobs.queue import Queue
 from klein_mcp.jobs.status import DaemonStatus
 from klein_mcp.settings import Settings
-from klein_mcp.web_server import WebServer
-from tests.fakes import FakeExecutor, painted
+from tests.fakes import painted
+from tests.klein_mcp.machines import (
+    BUILD,
+    EDIT,
+    RESULT,
+    TOKEN,
+    Machine,
+    known,
+    listening,
+    machines,
+    run,
+)
 from tests.klein_mcp.test_engine_command import make_certificate
 from tests.waiting import wait_until
 
-TOKEN = "a token of these tests"
-BUILD = BuildInfo("1.0", "same", 0)
-EDIT = Job("edit", (np.full((64, 48, 3), 7, np.uint8),), size=KeepSource(), seed=3, affinity="auto k7f3q2")
-
-
-@contextmanager
-def listening(app: Starlette, bound: socket.socket | None = None, **options: Any) -> Iterator[str]:
-    """Serve `app` on a bound socket, else on any free port, and yield its address."""
-    listener = bound or socket.create_server(("127.0.0.1", 0))
-    server = WebServer(app, log_level="error", lifespan="off", timeout_graceful_shutdown=1, **options)
-    thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
-    thread.start()
-    wait_until(lambda: server.started)
-    try:
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-    finally:
-        server.end()
-        thread.join(20)
-
-
-class Machine:
-    """One engine with its server."""
-
-    def __init__(self, build: BuildInfo = BUILD, token: str = TOKEN, size: int = 32) -> None:
-        self.executor = FakeExecutor()
-        self.queue = Queue(lambda: self.executor, size=size, keep_alive=600)
-        self.server = EngineServer(self.queue, token, build)
-        self.app = self.server.app()
-        self.url = ""
-
-    @property
-    def jobs(self) -> list[Job]:
-        return self.executor.jobs
-
-
-@pytest.fixture(autouse=True)
-def patient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Give a busy machine time to connect, and let no test wait for an engine to come back."""
-    monkeypatch.setattr(remotes, "CONNECT", 60.0)
-    monkeypatch.setattr(remotes, "PAUSES", (0.0, 0.0, 0.0))
-
-
-@contextmanager
-def machines(*each: Machine) -> Iterator[RemoteExecutor]:
-    with ExitStack() as stack:
-        for machine in each:
-            machine.url = stack.enter_context(listening(machine.app))
-            stack.callback(machine.queue.close, 10)
-            stack.callback(machine.executor.hurry)
-        yield RemoteExecutor([machine.url for machine in each], TOKEN, BUILD)
-
-
-def run(executor: RemoteExecutor, job: Job) -> Result:
-    *_, result = executor.run(job)
-    assert isinstance(result, Result)
-    return result
-
-
-def known(job: Job) -> Job:
-    return replace(job, hashes=tuple(map(image_hash, job.references)))
+pytestmark = pytest.mark.usefixtures("patient")
 
 
 def test_remote_result_is_the_local_one_with_every_step():
@@ -295,124 +240,6 @@ def test_password_in_an_address_is_refused_and_not_repeated(url: str, words: str
     with pytest.raises(EngineFailed, match=words) as caught:
         RemoteExecutor([url], TOKEN, BUILD)
     assert "secret" not in str(caught.value)
-
-
-RESULT = Result(np.zeros((64, 48, 3), np.uint8), 3, "fake", "f", 4, 1.0)
-LIES: dict[str, Callable[[], Iterator[bytes]]] = {
-    "garbage": lambda: iter([b"\xff" * 100]),
-    "endless": lambda: endless(),
-    "huge frame": lambda: iter([struct.pack("!II", 10, 400_000_000)]),
-    "other size": lambda: iter([wire.encode(replace(RESULT, image=np.zeros((8, 8, 3), np.uint8)))]),
-    "other seed": lambda: iter([wire.encode(replace(RESULT, seed=4))]),
-    "a job": lambda: iter([wire.encode(Job("mine"))]),
-    "nothing": lambda: iter([]),
-}
-
-
-def nested() -> Iterator[bytes]:
-    while True:
-        yield b"[" * 65536
-
-
-def endless() -> Iterator[bytes]:
-    frame = wire.encode(Step(1, 4)) * 1000
-    while True:
-        yield frame
-
-
-STATUS = EngineStatus("cpu", "float32", 1, 10**9, models=(KnownModel("nano", "Apache-2.0", "/nano"),)).to_json()
-STATUS_LIES: dict[str, dict[str, Any]] = {
-    "a word for a number": {"engine": {**STATUS, "free_bytes": "many"}},
-    "a number for a word": {"engine": {**STATUS, "loaded": 7}},
-    "a number beyond all memory": {"engine": {**STATUS, "free_bytes": 10**400}},
-    "no models": {"engine": {**STATUS, "models": 5}},
-    "a word for a number of a cluster": {"engine": None, "nodes": [{"url": "a on one", "hits": "many"}]},
-}
-
-
-def liar(lie: Callable[[], Iterator[bytes]], token: str, build: BuildInfo, about: Any = None) -> Starlette:
-    """An engine that holds the token, answers each job with `lie` and says `about` itself."""
-
-    async def hello(request: Request) -> Response:
-        answer = {"proof": proof(token, request.query_params["nonce"]), "build": asdict(build)}
-        return JSONResponse(answer)
-
-    async def run(request: Request) -> Response:
-        await request.body()
-        return StreamingResponse(lie())
-
-    async def status(request: Request) -> Response:
-        return JSONResponse({"queue": {"waiting": 0}, **(about or {})})
-
-    return Starlette(routes=[Route("/hello", hello), Route("/run", run, methods=["POST"]), Route("/status", status)])
-
-
-@pytest.mark.parametrize("lie", STATUS_LIES)
-def test_lie_about_a_status_is_the_error_of_its_machine(lie: str):
-    honest = Machine()
-    with listening(liar(LIES["nothing"], TOKEN, BUILD, STATUS_LIES[lie])) as url, machines(honest):
-        run(remote := RemoteExecutor([honest.url, url], TOKEN, BUILD), known(EDIT))
-        status = remote.status()
-    honest_one, lying = status.nodes
-    assert "does not answer as klein-mcp engine does" in lying.error
-    assert not honest_one.error
-    words = format_status(DaemonStatus(True, started="2026-11-24T05:05:51+0000", engine=status))
-    assert "1 of 2 engines answer" in words
-
-
-@pytest.mark.parametrize("lie", LIES)
-def test_lying_machine_does_no_harm(lie, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(answers, "MOST_EVENTS", 2000)  # or the endless one takes seconds
-    honest = Machine()
-    with listening(liar(LIES[lie], TOKEN, BUILD)) as url, machines(honest):
-        remote = RemoteExecutor([url, honest.url], TOKEN, BUILD)
-        for lineage in range(8):  # some of them belong to the liar
-            job = replace(known(EDIT), affinity=f"auto {lineage}")
-            assert run(remote, job).image.tobytes() == painted(job).tobytes()
-    assert len(honest.jobs) == 8
-
-
-@pytest.mark.parametrize("code", [200, 500])
-def test_other_server_that_sends_without_end_is_passed_over(code: int):
-    """A port may be anybody's: a download there had filled the memory, and no other engine was asked."""
-
-    async def anything(request: Request) -> Response:
-        return StreamingResponse(nested(), status_code=code)
-
-    honest = Machine()
-    other = Starlette(routes=[Route("/{path:path}", anything, methods=["GET", "POST"])])
-    with listening(other) as url, machines(honest):
-        remote = RemoteExecutor([url, honest.url], TOKEN, BUILD)
-        for lineage in range(4):  # one of them belongs to it, but for one run in sixteen
-            run(remote, replace(known(EDIT), affinity=f"auto {lineage}"))
-        strange, _ = remote.status().nodes
-    assert len(honest.jobs) == 4
-    assert "it sends without end" in strange.error
-
-
-def test_event_that_never_ends_counts_as_silence(monkeypatch: pytest.MonkeyPatch):
-    """A byte now and then kept the connection, and so the job, for ever."""
-
-    def drops() -> Iterator[bytes]:
-        for byte in wire.encode(replace(RESULT, image=np.zeros((64, 48, 3), np.uint8))):
-            time.sleep(0.05)
-            yield bytes([byte])
-
-    words = r"it has completed no event for 0\.2 s"
-    with listening(liar(drops, TOKEN, BUILD)) as url:
-        remote = RemoteExecutor([url], TOKEN, BUILD)
-        monkeypatch.setattr(remotes, "SILENCE", 0.2)  # now, or the connection would also count a pause of 0.2 s
-        with pytest.raises(EngineFailed, match=words):
-            run(remote, known(EDIT))
-
-
-def test_time_of_whoever_takes_the_events_is_no_silence(monkeypatch: pytest.MonkeyPatch):
-    now = 0.0
-    monkeypatch.setattr(answers, "time", SimpleNamespace(monotonic=lambda: now))
-    chunks = [wire.encode(Step(step, 4)) for step in (1, 2)]
-    response: Any = SimpleNamespace(iter_raw=lambda: iter(chunks))
-    for _ in answers.read_events(EDIT, response, 10):
-        now += 100
 
 
 def test_machine_that_comes_back_gets_its_lineages_again(monkeypatch):

@@ -11,7 +11,7 @@ import pytest
 from mcp import Client
 
 from klein_mcp.daemon.endpoint import BuildInfo
-from tests.klein_mcp.test_remote import LIES, liar, listening
+from tests.klein_mcp.machines import LIES, liar, listening
 from tests.real_server import PATIENCE, RealServer, engine_process, real_server
 from tests.soak.test_soak import resident
 from tests.tool_calls import call
